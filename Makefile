@@ -1,0 +1,44 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first; a second call installs nothing.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
+
+.PHONY: setup demo test lint test-gpu lock clean help
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+setup: $(STAMP) ## create .venv and install the locked dependencies
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, {v[0]}.{v[1]} is here: make setup PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@rm -f $(VENV)/installed-*
+	@touch $@
+
+demo: setup ## AdamW, Lion and Sophia-G on the embedded corpus: a table and a plot
+	$(BIN)/python scripts/demo.py
+
+test: setup ## the test suite
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slurm and not faults"
+
+lint: setup ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-gpu: setup ## the tests that depend on the device, on CUDA
+	$(BIN)/python -m pytest -m gpu
+
+lock: ## resolve pyproject.toml's ranges anew into requirements.lock
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet "torch~=2.13.0"
+	.venv-lock/bin/python -m pip install --quiet ".[train,evaluate,dev]"
+	.venv-lock/bin/python -m pip freeze --exclude sophia | sed -E 's/\+cpu$$//; /^(nvidia-[a-z0-9-]+-cu1|triton|cuda-)/d' > requirements.lock
+	rm -rf .venv-lock
+
+clean: ## remove the virtual environment, runs and prepared tokens
+	rm -rf $(VENV) runs tokens
