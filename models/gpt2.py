@@ -1,0 +1,240 @@
+"""GPT-2 (Radford et al. 2019): the decoder that the paper pretrains, in one file from top to bottom.
+
+Tied embeddings, learned positions, pre-norm blocks, tanh GELU. The vocabulary is padded so that the head's matrix products have
+aligned shapes; the padding takes no part in the softmax, is never sampled and never receives a gradient.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models.head import LossHead
+
+ParameterKind = Literal["embedding", "attention", "mlp", "norm"]
+INITIAL_STD = 0.02
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a GPT-2. Raises ValueError for a shape that cannot be built."""
+
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 1024  # the longest sequence, in tokens
+    bias: bool = False  # in linear layers and norms
+    dropout: float = 0.0
+    attention_layer_scaling: bool = False  # the "attention trick": logits additionally divided by (layer index + 1)
+    vocab_multiple: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "block_size", "vocab_multiple"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: heads share the width evenly"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: expected a probability in [0, 1)")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the token embedding: vocab_size rounded up to a multiple of vocab_multiple."""
+        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+
+class GPT2Output(NamedTuple):
+    """Sums (not means) over positions, so that callers divide by counts over all micro-batches and ranks."""
+
+    loss_sum: Tensor | None  # () float32, cross entropy over positions with target != -100
+    sampled_loss_sum: Tensor | None  # () float32, cross entropy of labels drawn from the model's softmax, uniforms >= 0
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.scale = 1 / math.sqrt(config.n_embd // config.n_head)
+        if config.attention_layer_scaling:
+            self.scale /= layer + 1
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, d) -> (B, T, d)
+        q, k, v = (
+            part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, n_head, T, d / n_head)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, dropout_p=dropout)
+        return self.out(y.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, d) -> (B, T, d)
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, d) -> (B, T, d)
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT2(nn.Module):
+    """The model with its loss: forward(tokens, targets, uniforms) -> GPT2Output.
+
+    Built on a real device it is initialised with seed 0; built on the meta device it is to be moved with `to_empty` and
+    initialised with `initialize(seed)`. Blocks stand in the ModuleList `blocks` and are called as modules, so that
+    `fully_shard` can wrap each. `compile()` compiles each block and the inside of the loss head in place.
+    """
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.final_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.head = LossHead(config.vocab_size)
+        self.attention: Literal["sdpa", "math"] = "sdpa"
+        if not self.token_embedding.weight.is_meta:
+            self.initialize(0)
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, T) int64
+        targets: Tensor | None = None,  # (B, T) int64, -100 where there is none
+        uniforms: Tensor | None = None,  # (B, T) float32 in [0, 1), negative where no label is to be drawn
+    ) -> GPT2Output:
+        """The losses that are asked for: cross entropy of the targets, and of labels drawn with the uniforms.
+
+        Raises ValueError for sequences longer than block_size.
+        """
+        hidden = self.hidden(tokens)
+        return GPT2Output(
+            *self.head(hidden, self.token_embedding.weight, targets, uniforms, plain=self.attention == "math")
+        )
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, d): the trunk's output, after the final norm."""
+        length = tokens.size(1)
+        if length > self.config.block_size:
+            raise ValueError(
+                f"sequences of {length} tokens: block_size={self.config.block_size} is the longest this model takes"
+            )
+        positions = torch.arange(length, device=tokens.device)
+        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+        if self.attention == "math":
+            with sdpa_kernel(SDPBackend.MATH):
+                for block in self.blocks:
+                    x = block(x)
+        else:
+            for block in self.blocks:
+                x = block(x)
+        return self.final_norm(x)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """() float32: the mean cross entropy over positions with target != -100."""
+        loss_sum = self(tokens, targets).loss_sum
+        return loss_sum / (targets != -100).sum()
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, vocab_size) float32."""
+        return F.linear(self.hidden(tokens), self.token_embedding.weight)[..., : self.config.vocab_size].float()
+
+    @contextmanager
+    def maths_attention(self) -> Iterator[None]:
+        """Eager, with the maths attention kernel and the plain loss head: the form that can be differentiated twice.
+
+        Flash and memory-efficient attention, torch.compile and the fused head have no double backward.
+        """
+        before = self.attention
+        self.attention = "math"
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self.attention = before
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles each block and the loss head's inside in place, with the arguments of torch.compile."""
+        for block in self.blocks:
+            block.compile(*args, **kwargs)
+        self.head.compile(*args, **kwargs)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """GPT-2's initialisation, each tensor a pure function of (seed, its name), on any device and however sharded.
+
+        Normal with standard deviation 0.02; 0.02 / sqrt(2 n_layer) for the two projections into the residual stream; biases
+        and the embedding's padding rows zero; norms one.
+        """
+        for name, parameter in self.named_parameters():
+            initial = self._initial(name, parameter.shape, seed).to(parameter.dtype)
+            if isinstance(parameter, DTensor):
+                # Each rank has generated the whole tensor: it keeps its shard, and nothing is sent.
+                sharded = distribute_tensor(initial, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                parameter.to_local().copy_(sharded.to_local())
+            else:
+                parameter.copy_(initial)
+
+    def _initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        if name.endswith("bias"):
+            return torch.zeros(shape)
+        if parameter_kind(name) == "norm":
+            return torch.ones(shape)
+        residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+        std = INITIAL_STD / math.sqrt(2 * self.config.n_layer) if residual else INITIAL_STD
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        initial = torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
+        if name == "token_embedding.weight":
+            initial[self.config.vocab_size :] = 0
+        return initial
+
+
+def parameter_kind(name: str) -> ParameterKind:
+    """The part of the model that a parameter belongs to, by its name in `GPT2.named_parameters()`.
+
+    Raises ValueError for a name that is none of a GPT2's.
+    """
+    parts = name.split(".")
+    rules: dict[ParameterKind, Callable[[str], bool]] = {
+        "norm": lambda part: part.endswith("norm"),
+        "embedding": lambda part: part.endswith("embedding"),
+        "attention": lambda part: part == "attention",
+        "mlp": lambda part: part == "mlp",
+    }
+    for kind, matches in rules.items():
+        if any(matches(part) for part in parts):
+            return kind
+    raise ValueError(f"{name!r} is no parameter of GPT2: expected a name such as blocks.0.attention.qkv.weight")
