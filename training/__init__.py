@@ -1,0 +1,1 @@
+"""One training run: configuration, strategies, the loop and what it leans on."""

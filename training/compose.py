@@ -1,0 +1,201 @@
+"""From command-line overrides to a validated RunConfig: Hydra's one place in the project.
+
+Hydra's composition errors and pydantic's validation errors become one line each: the key, the value, the remedy.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import pydantic
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel
+
+from training.config import ConfigurationError, RunConfig
+
+CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
+
+
+def compose(overrides: Sequence[str] = (), config_name: str = "config") -> RunConfig:
+    """The validated configuration of `configs/<config_name>.yaml` under Hydra overrides.
+
+    Raises:
+        ConfigurationError: one line that names the key, the value and the remedy.
+    """
+    return validate(compose_dictionary(overrides, config_name))
+
+
+def compose_dictionary(overrides: Sequence[str], config_name: str = "config") -> dict[str, Any]:
+    """Hydra's composition as a plain, resolved dictionary, not yet validated."""
+    outer = GlobalHydra.instance().hydra  # inside a Hydra job (multirun) another Hydra is already initialised
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIRECTORY), version_base="1.3"):
+            return resolved(hydra_compose(config_name, overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigurationError(reword_composition_error(error, overrides)) from error
+    finally:
+        GlobalHydra.instance().clear()
+        GlobalHydra.instance().hydra = outer
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The plain dictionary of a composed configuration, interpolations resolved, Hydra's own node dropped."""
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items() if key not in ("hydra", "experiment", "study")}
+
+
+def validate(values: Mapping[str, Any]) -> RunConfig:
+    """The frozen configuration of plain values, or a ConfigurationError of one line."""
+    try:
+        return RunConfig.model_validate(dict(values))
+    except pydantic.ValidationError as error:
+        raise ConfigurationError(reword_validation_error(error)) from error
+
+
+def reword_composition_error(error: Exception, overrides: Iterable[str]) -> str:
+    """One line for Hydra's composition errors."""
+    text = str(error)
+    chain = f"{text}\n{error.__cause__ or ''}"
+    if match := re.search(r"Could not find '([^']+)/([^']+)'", text):
+        group, choice = match.groups()
+        options = group_options(group)
+        return f"{group}={choice}: there is no such choice{did_you_mean(choice, options)}; choose one of {', '.join(options)}"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match.group(1)
+        if re.search(r"No match in the defaults list", text):
+            return f"{key}: there is no such configuration group; choose one of {', '.join(config_groups())}"
+        return f"{key}: unknown key{did_you_mean_key(key)}"
+    if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", chain):
+        return f"{match.group(2)}: unknown key{did_you_mean_key(match.group(2))}"
+    if re.search(r"mismatched input|extraneous input|token recognition|no viable alternative|parsing override", chain):
+        culprit = next((o for o in overrides if o in text), "the command line")
+        return f"{culprit}: not an override; write key=value, and quote lists: 'optimizer.betas=[0.9,0.95]'"
+    first_line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return first_line
+
+
+def config_groups() -> list[str]:
+    return sorted(path.name for path in CONFIG_DIRECTORY.iterdir() if path.is_dir())
+
+
+def group_options(group: str) -> list[str]:
+    """The choices of a configuration group, nested ones as `folder/name`."""
+    root = CONFIG_DIRECTORY / group
+    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
+
+
+def reword_validation_error(error: pydantic.ValidationError) -> str:
+    """One line for the first of pydantic's errors (unknown keys before anything else: they often cause the rest)."""
+    errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first = errors[0]
+    key = dotted_key(first["loc"])
+    given = first["input"]
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    kind = first["type"]
+    if kind == "extra_forbidden":
+        return f"{key}={given}: unknown key{did_you_mean_key(key, first['loc'])}{more}"
+    if kind == "value_error":
+        return f"{first['msg'].removeprefix('Value error, ')}{more}"
+    if kind == "missing":
+        return f"{key}: missing; give it a value, {key}=...{more}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tag = first.get("ctx", {}).get("discriminator", "name").strip("'")
+        value = given.get(tag) if isinstance(given, dict) else given
+        expected = first.get("ctx", {}).get("expected_tags", "")
+        return f"{key}.{tag}={value}: expected one of {expected or 'the known names'}; choose with {key}=<name>{more}"
+    return f"{key}={given}: {expectation(first)}{more}"
+
+
+def expectation(error: Any) -> str:
+    """What pydantic expected, in the words of a remedy."""
+    context = error.get("ctx", {})
+    kind = error["type"]
+    limits = {"greater_than": ("gt", "above"), "greater_than_equal": ("ge", "at least"), "less_than": ("lt", "below")}
+    limits["less_than_equal"] = ("le", "at most")
+    if kind in limits:
+        bound, word = limits[kind]
+        return f"out of range; give a number {word} {context[bound]}"
+    if kind in ("float_parsing", "float_type", "finite_number"):
+        return "not a finite number; give a number such as 6e-4"
+    if kind in ("int_parsing", "int_type", "int_from_float"):
+        return "not a whole number; give one such as 100"
+    if kind in ("bool_parsing", "bool_type"):
+        return "not a switch; give true or false"
+    if kind == "literal_error":
+        return f"not a known value; choose one of {context['expected']}"
+    if kind == "string_pattern_mismatch":
+        return "not a valid name; use letters, digits, '.', '_' and '-', beginning with a letter or digit"
+    if kind in ("too_short", "tuple_type", "too_long"):
+        length = context.get("min_length", context.get("max_length", ""))
+        return f"a list of {length or 'other'} length or type is expected; for example '[...]'".replace("  ", " ")
+    if kind in ("model_type", "dict_type"):
+        return "a section, not a value; set one of its keys"
+    if kind == "string_type":
+        return "not text; quote it: key='\"1\"'"
+    return f"{error['msg']}; see configs/ for a valid value"
+
+
+def dotted_key(location: Sequence[int | str]) -> str:
+    """`optimizer.lr` of pydantic's location, without the tags of its unions."""
+    parts: list[str] = []
+    model: Any = RunConfig
+    for part in location:
+        fields = getattr(model, "model_fields", None)
+        if fields is None and isinstance(model, tuple):
+            tagged = [m for m in model if part in get_args(getattr(m.model_fields.get("name"), "annotation", None))]
+            tagged += [m for m in model if part in get_args(getattr(m.model_fields.get("kind"), "annotation", None))]
+            if tagged:
+                model = tagged[0]
+                continue
+        parts.append(str(part))
+        field = fields.get(part) if fields else None
+        model = section_of(field.annotation) if field is not None else None
+    return ".".join(
+        p for p in parts if p not in ("bool", "int", "float") and not p.startswith(("literal[", "constrained-"))
+    )
+
+
+def section_of(annotation: Any) -> Any:
+    """The model class of a field, a tuple of classes for a union, None for a plain value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    members = tuple(a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel))
+    return members or None
+
+
+def known_keys(model: Any = RunConfig, prefix: str = "") -> set[str]:
+    """Every key that some configuration may have, dotted."""
+    keys: set[str] = set()
+    for name, field in model.model_fields.items():
+        keys.add(prefix + name)
+        section = section_of(field.annotation)
+        for member in section if isinstance(section, tuple) else [section] if section else []:
+            keys |= known_keys(member, f"{prefix}{name}.")
+    return keys
+
+
+def did_you_mean_key(key: str, location: Sequence[int | str] = ()) -> str:
+    """The nearest known key, preferring the section's own; or the section's keys."""
+    section, _, leaf = key.rpartition(".")
+    if key in known_keys():
+        return f"; it belongs to another choice of {section}, see configs/{section}/"
+    siblings = {k.rpartition(".")[2] for k in known_keys() if k.rpartition(".")[0] == section}
+    if near := difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6):
+        return f"; did you mean {section + '.' if section else ''}{near[0]}?"
+    if near := difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6):
+        return f"; did you mean {near[0]}?"
+    return f"; known keys{' of ' + section if section else ''}: {', '.join(sorted(siblings)) or 'none'}"
+
+
+def did_you_mean(choice: str, options: Sequence[str]) -> str:
+    near = difflib.get_close_matches(choice, options, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,398 @@
+"""The validated configuration: frozen models that the rest of the code reads, and errors that name key, value and remedy.
+
+Hydra composes YAML groups into a plain dictionary (training/compose.py); `RunConfig.model_validate` turns that dictionary
+into the typed object below or fails. Nothing else reads a raw configuration.
+"""
+
+import hashlib
+import json
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ConfigurationError(ValueError):
+    """A configuration that cannot be run. The message is one line: key, value, remedy."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """GPT-2's shape; the vocabulary is the tokenizer's. `init_from` is a directory of Hugging Face GPT-2 weights."""
+
+    name: str
+    n_layer: PositiveInt
+    n_head: PositiveInt
+    n_embd: PositiveInt
+    block_size: PositiveInt = 1024
+    bias: bool = False
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    attention_layer_scaling: bool = False
+    init_from: str | None = None
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; "
+                f"choose model.n_embd={max(1, round(self.n_embd / self.n_head)) * self.n_head}"
+            )
+        return self
+
+
+class ValidationSplitConfig(Section):
+    """Which documents are validation: by hash of the text, or nanoGPT's shuffled row indices."""
+
+    rule: Literal["hash", "nanogpt"] = "hash"
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    seed: NonNegativeInt = 2357
+
+
+class SampleDataConfig(Section):
+    kind: Literal["sample"]
+    name: str
+    directory: str = "tokens"
+
+
+class HubDataConfig(Section):
+    kind: Literal["hub"]
+    name: str
+    repository: str
+    revision: str
+    files: str
+    text_column: str = "text"
+    local_directory: str | None = None
+    validation: ValidationSplitConfig
+    directory: str = "tokens"
+
+
+class FilesDataConfig(Section):
+    kind: Literal["files"]
+    name: str
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    text_column: str = "text"
+    validation: ValidationSplitConfig
+    directory: str = "tokens"
+
+
+DataConfig = Annotated[SampleDataConfig | HubDataConfig | FilesDataConfig, Field(discriminator="kind")]
+
+
+class TokenizerConfig(Section):
+    """`gpt2` (50,257 tokens, embedded) or a byte-level BPE of `vocab_size` tokens trained on the corpus."""
+
+    name: Literal["gpt2", "bpe"] = "gpt2"
+    vocab_size: Annotated[int, Field(gt=256, le=2**24)] | None = None
+
+    @model_validator(mode="after")
+    def _size_belongs_to_bpe(self) -> Self:
+        if self.name == "bpe" and self.vocab_size is None:
+            raise ValueError("tokenizer.vocab_size is missing; give a size, for example tokenizer.vocab_size=4096")
+        if self.name == "gpt2" and self.vocab_size not in (None, 50257):
+            raise ValueError(
+                f"tokenizer.vocab_size={self.vocab_size} does not fit tokenizer=gpt2, which has 50257 tokens; "
+                "use tokenizer=bpe for a vocabulary of your own size"
+            )
+        return self
+
+
+class AdamWConfig(Section):
+    name: Literal["adamw"]
+    lr: PositiveFloat
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+
+
+class LionConfig(Section):
+    name: Literal["lion"]
+    lr: PositiveFloat
+    betas: tuple[Beta, Beta] = (0.95, 0.98)
+    weight_decay: NonNegativeFloat
+
+
+class SignumConfig(Section):
+    """Momentum-sign descent: Sophia with h = 0, the paper's "clip only" ablation."""
+
+    name: Literal["signum"]
+    lr: PositiveFloat
+    betas: tuple[Beta] = (0.96,)
+    weight_decay: NonNegativeFloat
+
+
+class MuonConfig(Section):
+    """torch.optim.Muon for the hidden matrices; AdamW (`betas`, `eps`) at the same rate for embeddings and norms."""
+
+    name: Literal["muon"]
+    lr: PositiveFloat
+    momentum: Beta = 0.95
+    weight_decay: NonNegativeFloat = 0.1
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+
+
+class CurvatureSettings(Section):
+    """What every method with a curvature pass shares."""
+
+    hessian_interval: PositiveInt = 10
+    batch_fraction: Fraction = 0.5
+
+
+Estimator = Literal["gnb", "hutchinson", "hutchinson_differences", "empirical_fisher"]
+
+
+class SophiaConfig(CurvatureSettings):
+    name: Literal["sophiag", "sophiah"]
+    lr: PositiveFloat
+    betas: tuple[Beta, Beta] = (0.96, 0.99)
+    gamma: PositiveFloat
+    eps: NonNegativeFloat = 1e-12
+    weight_decay: NonNegativeFloat = 0.2
+    estimator: Estimator
+    clip: bool = True
+
+
+class AdaHessianConfig(CurvatureSettings):
+    name: Literal["adahessian"]
+    lr: PositiveFloat
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    estimator: Literal["hutchinson", "hutchinson_differences"] = "hutchinson"
+
+
+OptimizerConfig = Annotated[
+    AdamWConfig | LionConfig | SignumConfig | MuonConfig | SophiaConfig | AdaHessianConfig, Field(discriminator="name")
+]
+
+
+class ScheduleConfig(Section):
+    """Learning rate over steps, as a factor of the peak. Warm-up in steps where given, else as a share of the run."""
+
+    name: Literal["cosine", "wsd", "constant"]
+    warmup_steps: NonNegativeInt | None = None
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
+    decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+
+    def warmup(self, steps: int) -> int:
+        """Warm-up steps of a run of so many steps."""
+        return self.warmup_steps if self.warmup_steps is not None else round(self.warmup_share * steps)
+
+
+class DDPConfig(Section):
+    """Replicas with averaged gradients; a plain single process at world size 1. `single` insists on one process."""
+
+    name: Literal["ddp", "single"]
+
+
+class FSDPConfig(Section):
+    name: Literal["fsdp"]
+    activation_checkpointing: bool = False
+    reshard_after_forward: bool = True
+
+
+class DeepSpeedConfig(Section):
+    name: Literal["deepspeed"]
+    zero_stage: Literal[1, 2, 3] = 2
+    offload_optimizer: bool = False
+
+
+StrategyConfig = Annotated[DDPConfig | FSDPConfig | DeepSpeedConfig, Field(discriminator="name")]
+
+
+class SeedsConfig(Section):
+    model: NonNegativeInt
+    data: NonNegativeInt
+    curvature: NonNegativeInt
+
+
+class TrainConfig(Section):
+    steps: PositiveInt
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None = None
+    sequence_length: PositiveInt
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Literal["auto"] | bool = "auto"
+    grad_clip: PositiveFloat | None = 1.0
+    deterministic: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_skipped_steps: NonNegativeInt = 10
+
+
+class EvalConfig(Section):
+    """`tokens`: the first so many validation tokens, null for the whole set."""
+
+    interval: PositiveInt
+    tokens: PositiveInt | None = None
+    micro_batch_size: PositiveInt | None = None
+
+
+class CheckpointConfig(Section):
+    """`interval` in steps, null for a single checkpoint at the end; the newest `keep` are kept."""
+
+    interval: PositiveInt | None = None
+    keep: PositiveInt = 2
+
+
+class TrackerConfig(Section):
+    name: Literal["none", "wandb", "tensorboard"]
+    project: str = "sophia"
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+class LauncherConfig(Section):
+    name: Literal["local"] = "local"
+    nproc_per_node: PositiveInt = 1
+    max_restarts: NonNegativeInt = 0
+
+
+class ProfileConfig(Section):
+    """A torch.profiler trace of `steps` steps after `after`, with a table of the costliest operations."""
+
+    enabled: bool = False
+    after: NonNegativeInt = 5
+    steps: PositiveInt = 3
+
+
+class RunConfig(Section):
+    """A complete run. `name` is derived when not given (`run_name`)."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    seed: NonNegativeInt = 0
+    output_dir: str = "runs"
+    resume: str = "auto"
+    overwrite: bool = False
+    seeds: SeedsConfig
+    model: ModelConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    strategy: StrategyConfig
+    train: TrainConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+    tracker: TrackerConfig
+    launcher: LauncherConfig
+    profile: ProfileConfig = ProfileConfig()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.train.sequence_length > self.model.block_size:
+            raise ValueError(
+                f"train.sequence_length={self.train.sequence_length} is longer than "
+                f"model.block_size={self.model.block_size}; shorten the sequences or raise model.block_size"
+            )
+        if self.train.micro_batch_size is not None and self.train.global_batch_size % self.train.micro_batch_size:
+            raise ValueError(
+                f"train.micro_batch_size={self.train.micro_batch_size} does not divide "
+                f"train.global_batch_size={self.train.global_batch_size}; "
+                + nearest_batches(self.train.global_batch_size, self.train.micro_batch_size, 1)
+            )
+        if self.schedule.warmup_steps is not None and self.schedule.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} leaves nothing of train.steps={self.train.steps}; "
+                "choose fewer warm-up steps"
+            )
+        refuse_impossible_pairs(self)
+        return self
+
+    @property
+    def run_name(self) -> str:
+        """The given name or `<model>-<data>-<optimizer>-<hash of the config>-s<seed>`."""
+        if self.name is not None:
+            return self.name
+        return f"{self.model.name}-{self.data.name}-{self.optimizer.name}-{self.identity_hash()[:8]}-s{self.seed}"
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the curve, seed apart: two configurations with one identity and seed are one run."""
+        full = self.model_dump(mode="json")
+        for key in ("name", "seed", "output_dir", "resume", "overwrite"):
+            del full[key]
+        for key in ("strategy", "tracker", "launcher", "checkpoint", "profile"):
+            del full[key]
+        for key in ("micro_batch_size", "compile", "deterministic", "device"):
+            del full["train"][key]
+        del full["eval"]["micro_batch_size"]
+        del full["data"]["directory"]
+        full["data"].pop("local_directory", None)
+        if set(full["seeds"].values()) == {self.seed}:
+            del full["seeds"]
+        return full
+
+    def identity_hash(self) -> str:
+        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def refuse_impossible_pairs(config: RunConfig) -> None:
+    """Raise ValueError for a strategy and optimizer that cannot work together, naming what to choose instead."""
+    sharded_parameters = isinstance(config.strategy, FSDPConfig) or (
+        isinstance(config.strategy, DeepSpeedConfig) and config.strategy.zero_stage == 3
+    )
+    estimator = getattr(config.optimizer, "estimator", None)
+    where = config.strategy.name
+    if isinstance(config.strategy, DeepSpeedConfig):
+        where = f"deepspeed strategy.zero_stage={config.strategy.zero_stage}"
+    if estimator == "hutchinson" and sharded_parameters:
+        raise ValueError(
+            f"optimizer.estimator=hutchinson does not work with strategy={where}: double backward fails on sharded "
+            "parameters; choose optimizer.estimator=hutchinson_differences or gnb, or strategy=ddp"
+        )
+    if isinstance(config.optimizer, MuonConfig) and isinstance(config.strategy, DeepSpeedConfig):
+        raise ValueError(
+            f"optimizer=muon does not work with strategy={where}: ZeRO hands the optimizer flat shards, Muon needs "
+            "whole matrices; choose strategy=ddp or strategy=fsdp"
+        )
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors in rising order."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def nearest_batches(global_batch_size: int, micro_batch_size: int, world_size: int) -> str:
+    """The remedy for a batch that does not divide: the nearest valid micro-batches, and the nearest valid batches."""
+    unit = micro_batch_size * world_size
+    remedies = []
+    if global_batch_size % world_size == 0:
+        valid = divisors(global_batch_size // world_size)
+        below = [d for d in valid if d <= micro_batch_size][-1:]
+        above = [d for d in valid if d > micro_batch_size][:1]
+        remedies.append("train.micro_batch_size=" + " or ".join(map(str, below + above)))
+    lower, upper = global_batch_size // unit * unit, -(-global_batch_size // unit) * unit
+    remedies.append("train.global_batch_size=" + " or ".join(str(b) for b in dict.fromkeys((lower, upper)) if b))
+    return "choose " + ", or ".join(remedies)
+
+
+def micro_batch_size(config: RunConfig, world_size: int) -> int:
+    """Sequences per forward on each rank. Raises ConfigurationError, with the nearest valid ones, if nothing divides."""
+    batch = config.train.global_batch_size
+    micro = config.train.micro_batch_size
+    if micro is None:
+        if batch % world_size:
+            raise ConfigurationError(
+                f"train.global_batch_size={batch} does not divide over {world_size} ranks; "
+                + nearest_batches(batch, 1, world_size)
+            )
+        return batch // world_size
+    if batch % (micro * world_size):
+        raise ConfigurationError(
+            f"train.global_batch_size={batch} is no multiple of train.micro_batch_size={micro} times {world_size} ranks; "
+            + nearest_batches(batch, micro, world_size)
+        )
+    return micro

@@ -1,0 +1,112 @@
+"""What a run has spent: tokens, FLOPs and seconds by kind, and bytes communicated.
+
+`seconds` of the record is training time: forward-backward, curvature, optimizer and data. Evaluation, checkpoints and
+compilation are booked apart, so that a comparison of optimizers does not depend on how often a run was looked at.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+Kind = Literal["forward_backward", "curvature", "optimizer", "data", "evaluation", "checkpoint", "compilation"]
+TRAINING_KINDS: tuple[Kind, ...] = ("forward_backward", "curvature", "optimizer", "data")
+
+
+@dataclass
+class Entry:
+    tokens: int = 0
+    flops: int = 0
+    seconds: float = 0.0
+    count: int = 0
+
+
+class CompilationClock:
+    """Host seconds that torch.compile spends compiling in this process, by its own start and end callbacks."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.count = 0
+        self._started = 0.0
+
+    def install(self) -> None:
+        from torch._dynamo.callback import on_compile_end, on_compile_start
+
+        on_compile_start(self._start)
+        on_compile_end(self._end)
+
+    def _start(self, *_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        self.seconds += time.perf_counter() - self._started
+        self.count += 1
+
+
+class Ledger:
+    """Cumulative costs by kind. On CUDA the seconds are the device's, read from events without stopping it.
+
+    Args:
+        device: where the work runs.
+        compilation: the clock whose seconds are taken out of the kind in which they fell and booked as compilation.
+    """
+
+    def __init__(self, device: torch.device, compilation: CompilationClock | None = None) -> None:
+        self.entries: dict[Kind, Entry] = {kind: Entry() for kind in get_args(Kind)}
+        self.bytes_communicated = 0
+        self._compilation = compilation or CompilationClock()
+        self._cuda = device.type == "cuda"
+        self._pending: list[tuple[Kind, torch.cuda.Event, torch.cuda.Event, float]] = []
+
+    @contextlib.contextmanager
+    def measure(self, kind: Kind, tokens: int = 0, flops: int = 0) -> Iterator[None]:
+        """Book the block's time under `kind`, and its tokens and model FLOPs when it ends without an error."""
+        compiled = self._compilation.seconds
+        if self._cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._pending.append((kind, begin, end, self._compilation.seconds - compiled))
+        else:
+            started = time.perf_counter()
+            yield
+            self._book(kind, time.perf_counter() - started, self._compilation.seconds - compiled)
+        entry = self.entries[kind]
+        entry.tokens += tokens
+        entry.flops += flops
+        entry.count += 1
+
+    def _book(self, kind: Kind, seconds: float, compiling: float) -> None:
+        self.entries[kind].seconds += max(0.0, seconds - compiling)
+        if compiling:
+            self.entries["compilation"].seconds += compiling
+            self.entries["compilation"].count += 1
+
+    def settle(self) -> None:
+        """Turn the CUDA events that have passed into seconds; call where the device has been waited for."""
+        while self._pending and self._pending[0][2].query():
+            kind, begin, end, compiling = self._pending.pop(0)
+            self._book(kind, begin.elapsed_time(end) / 1000, compiling)
+
+    @property
+    def flops(self) -> int:
+        return sum(self.entries[kind].flops for kind in TRAINING_KINDS)
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.entries[kind].seconds for kind in TRAINING_KINDS)
+
+    def as_dictionary(self) -> dict[str, dict[str, Any]]:
+        return {kind: asdict(entry) for kind, entry in self.entries.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"entries": self.as_dictionary(), "bytes_communicated": self.bytes_communicated}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for kind, values in state["entries"].items():
+            self.entries[kind] = Entry(**values)
+        self.bytes_communicated = state["bytes_communicated"]
