@@ -1,0 +1,279 @@
+"""Run records loaded in bulk: a thousand runs of ten thousand lines in seconds, in bounded memory.
+
+pyarrow parses metrics.jsonl column by column; of the train lines only bin means are kept, of the eval lines all.
+A torn last line (a run killed while writing) and lines written twice (a run resumed from before its end) are
+expected: the first is dropped, of the second the later one counts.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
+from numpy.typing import NDArray
+
+from training.records import RunRecord
+
+Currency = Literal["steps", "tokens", "flops", "seconds"]
+CURRENCIES: tuple[Currency, ...] = ("steps", "tokens", "flops", "seconds")
+
+_COUNTERS = ("step", "tokens", "flops", "seconds")
+_TRAIN_COLUMNS = ("loss", "lr", "grad_norm", "clipped_norm", "tokens_per_second", "unclipped_fraction")
+_EVAL_COLUMNS = ("val_loss",)
+_SCHEMA = pa.schema(
+    [("kind", pa.string()), ("step", pa.int64())]
+    + [(name, pa.float64()) for name in ("tokens", "flops", "seconds", "val_loss", *_TRAIN_COLUMNS)]
+).set(2 + 4 + _TRAIN_COLUMNS.index("clipped_norm"), pa.field("clipped_norm", pa.bool_()))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One kind of line of one run, in order of step. All arrays have shape (n,).
+
+    `columns` holds what the kind of line adds: `val_loss` (nats) for evaluations, the fields of a train line for
+    training. A value that was not recorded, or not finite, is NaN.
+    """
+
+    steps: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    flops: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    columns: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    def axis(self, currency: Currency) -> NDArray[np.float64]:
+        """(n,) what had been spent, in the given currency, when each line was written."""
+        if currency not in CURRENCIES:
+            raise ValueError(f"currency {currency!r} is unknown: choose one of {', '.join(CURRENCIES)}")
+        values: NDArray[np.float64] = getattr(self, currency)
+        return values
+
+    def __getitem__(self, column: str) -> NDArray[np.float64]:
+        return self.columns[column]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as the analysis sees it: its record, its evaluations, its training curve thinned to bin means."""
+
+    record: RunRecord
+    evaluations: Curve
+    training: Curve
+    clipped_norm_count: int  # train lines whose gradient was norm-clipped
+    train_line_count: int
+
+    @property
+    def directory(self) -> Path:
+        return self.record.directory
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.record.config
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name") or self.directory.name)
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer group's name: "adamw", "lion", "sophiag", …"""
+        return str(self.config["optimizer"]["name"])
+
+    @property
+    def model(self) -> str:
+        return str(self.config["model"].get("name", "model"))
+
+    @property
+    def horizon(self) -> int:
+        """Steps of the schedule, which is fully decayed at its end."""
+        return int(self.config["train"]["steps"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.config["seed"])
+
+    @property
+    def status(self) -> str:
+        """ "completed", "diverged", "preempted", "failed" or, without a summary, "unfinished"."""
+        return "unfinished" if self.record.summary is None else str(self.record.summary["status"])
+
+    @property
+    def completed(self) -> bool:
+        return self.status == "completed"
+
+    @cached_property
+    def final_val_loss(self) -> float:
+        """Validation loss at the end of the schedule, in nats; NaN for a run that did not complete."""
+        if not self.completed or len(self.evaluations) == 0:
+            return float("nan")
+        summary = self.record.summary or {}
+        value = summary.get("final_val_loss")
+        return float(value) if value is not None else float(self.evaluations["val_loss"][-1])
+
+    def total(self, currency: Currency) -> float:
+        """What the whole run spent: steps, training tokens, model FLOPs (curvature included), training seconds."""
+        summary = self.record.summary
+        if summary is not None and summary.get(currency) is not None:
+            return float(summary[currency])
+        lines = self.training if len(self.training) else self.evaluations
+        return float(lines.axis(currency)[-1]) if len(lines) else 0.0
+
+
+def find_runs(roots: Iterable[str | Path]) -> list[Path]:
+    """Run directories at or anywhere below the roots, sorted; a run directory is one with a config.yaml and metrics.
+
+    Raises:
+        FileNotFoundError: a root does not exist.
+    """
+    found: set[Path] = set()
+    for root in map(Path, roots):
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root} is no directory: give run directories, or directories that hold them")
+        found.update(path.parent for path in root.rglob("metrics.jsonl") if (path.parent / "config.yaml").is_file())
+    return sorted(found)
+
+
+def load_runs(directories: Sequence[str | Path], *, train_points: int = 400, workers: int = 2) -> list[Run]:
+    """Load runs in the order given; at most `workers` metrics files are in memory at a time.
+
+    Args:
+        directories: run directories.
+        train_points: bins that the train lines of a run are averaged into; 0 keeps none.
+        workers: threads (the parser releases the interpreter lock).
+    """
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        return list(pool.map(lambda directory: load_run(directory, train_points=train_points), directories))
+
+
+def load_run(directory: str | Path, *, train_points: int = 400) -> Run:
+    """Load one run; see `load_runs`.
+
+    Raises:
+        FileNotFoundError: the directory is no run record.
+        ValueError: a line of metrics.jsonl other than the last is no JSON.
+    """
+    record = RunRecord.open(directory)
+    table = read_metrics(record.metrics_path)
+    evaluations = _curve(table, "eval", _EVAL_COLUMNS)
+    training = _curve(table, "train", _TRAIN_COLUMNS)
+    return Run(
+        record=record,
+        evaluations=evaluations,
+        training=_bin_means(training, train_points),
+        clipped_norm_count=int(np.nansum(training["clipped_norm"])),
+        train_line_count=len(training),
+    )
+
+
+def read_metrics(path: Path) -> pa.Table:
+    """All lines of a metrics.jsonl with the columns that the contract names; absent values are null.
+
+    Raises:
+        ValueError: a line other than the last is no JSON.
+    """
+    if not path.is_file():
+        return _SCHEMA.empty_table()
+    content = path.read_bytes()
+    # A run that was killed while it wrote leaves a torn line without a newline at the end.
+    end = content.rfind(b"\n") + 1
+    if not content[:end].strip():
+        return _SCHEMA.empty_table()
+    try:
+        return pa.json.read_json(
+            pa.BufferReader(memoryview(content)[:end]),
+            read_options=pa.json.ReadOptions(use_threads=False, block_size=1 << 22),
+            parse_options=pa.json.ParseOptions(explicit_schema=_SCHEMA, unexpected_field_behavior="ignore"),
+        )
+    except pa.ArrowInvalid:
+        # NaN and Infinity, which Python writes and JSON does not know, and numbers where a flag is expected.
+        return _read_leniently(content[:end], path)
+
+
+def read_lines(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind, whole (the histograms of "hessian", the text of "event"), in order of the file."""
+    if not path.is_file():
+        return []
+    marker = f'"{kind}"'
+    with path.open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file if marker in line and line.endswith("\n")]
+    return [line for line in lines if line.get("kind") == kind]
+
+
+def _read_leniently(content: bytes, path: Path) -> pa.Table:
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(io.BytesIO(content), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number} is no JSON ({error}): the record is damaged; restore it or leave the run out"
+            ) from error
+        clipped = row.get("clipped_norm")
+        rows.append(
+            {name: row.get(name) for name in _SCHEMA.names}
+            | {"clipped_norm": None if clipped is None else bool(clipped)}
+        )
+    return pa.Table.from_pylist(rows, schema=_SCHEMA)
+
+
+def _curve(table: pa.Table, kind: str, columns: Sequence[str]) -> Curve:
+    lines = table.filter(pc.equal(table["kind"], kind)).select([*_COUNTERS, *columns])
+    values = {name: _float(lines[name]) for name in lines.column_names}
+    steps = values["step"]
+    if np.any(np.diff(steps) <= 0):
+        # A resumed run may write a step again; the later line counts, and the order is that of the steps.
+        _, last_from_behind = np.unique(steps[::-1], return_index=True)
+        keep = len(steps) - 1 - last_from_behind
+        values = {name: column[keep] for name, column in values.items()}
+    return Curve(
+        steps=values["step"],
+        tokens=values["tokens"],
+        flops=values["flops"],
+        seconds=values["seconds"],
+        columns={name: values[name] for name in columns},
+    )
+
+
+def _float(column: pa.ChunkedArray) -> NDArray[np.float64]:
+    values = pc.cast(column, pa.float64()).to_numpy()
+    finite: NDArray[np.float64] = np.where(np.isinf(values), np.nan, values)
+    return finite
+
+
+def _bin_means(curve: Curve, points: int) -> Curve:
+    """Means over `points` bins of equal numbers of lines; the counters take the bin's last value."""
+    n = len(curve)
+    if n <= points:
+        return curve
+    edges = np.linspace(0, n, points + 1).astype(np.int64)
+    starts, lasts = edges[:-1], edges[1:] - 1
+
+    def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        if points == 0:
+            return values[:0]
+        known = ~np.isnan(values)
+        count = np.add.reduceat(known, starts, dtype=np.int64)
+        total = np.add.reduceat(np.where(known, values, 0.0), starts)
+        return np.divide(total, count, out=np.full(points, np.nan), where=count > 0)
+
+    return Curve(
+        steps=curve.steps[lasts],
+        tokens=curve.tokens[lasts],
+        flops=curve.flops[lasts],
+        seconds=curve.seconds[lasts],
+        columns={name: mean(values) for name, values in curve.columns.items()},
+    )

@@ -1,0 +1,166 @@
+"""Run records with a known truth, written as training writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+BATCH, LENGTH = 16, 64
+TOKENS_PER_STEP = BATCH * LENGTH
+FLOPS_PER_TOKEN = 6e6
+HYPERPARAMETERS: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1},
+    "lion": {"lr": 2e-4, "betas": [0.95, 0.98], "weight_decay": 0.2},
+    "sophiag": {"lr": 6e-4, "betas": [0.96, 0.99], "gamma": 0.05, "hessian_interval": 10, "weight_decay": 0.2},
+}
+
+
+def power_law(tokens: float, *, speedup: float = 1.0) -> float:
+    """Final loss (nats) of a run of `tokens`, for an arm that needs 1/speedup of the baseline's tokens."""
+    return 2.0 + 40.0 * (speedup * tokens) ** -0.3
+
+
+def write_run(
+    directory: Path,
+    *,
+    optimizer: str = "adamw",
+    seed: int = 1,
+    steps: int = 200,
+    final: float | None = None,
+    evaluations: int = 10,
+    curvature_share: float = 0.0,
+    seconds_per_step: float = 0.05,
+    status: str = "completed",
+    config: Mapping[str, Any] | None = None,
+    environment: Mapping[str, Any] | None = None,
+    train_lines: bool = True,
+    curve: Callable[[float], float] | None = None,
+) -> Path:
+    """One run record; `config` and `environment` hold dotted keys to override.
+
+    `curvature_share` is what the curvature passes add to the FLOPs and seconds of forward and backward.
+    """
+    tokens = steps * TOKENS_PER_STEP
+    final = power_law(tokens) if final is None else final
+    curve = curve or (lambda progress: final + 6.0 * (1 - progress) ** 3)
+    resolved = _resolved(directory.name, optimizer, seed, steps)
+    _override(resolved, config or {})
+    surroundings: dict[str, Any] = {
+        "versions": {"python": "3.11", "torch": "2.13.0"},
+        "git": {"commit": "0" * 40, "dirty": False},
+        "hardware": {"device": "cpu", "cores": 2},
+        "data_manifest_sha256": "d" * 64,
+        "initial_weights_sha256": f"{seed:064d}",
+    }
+    _override(surroundings, environment or {})
+
+    flops_per_step = FLOPS_PER_TOKEN * TOKENS_PER_STEP * (1 + curvature_share)
+    seconds = seconds_per_step * (1 + curvature_share)
+
+    def counters(step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "tokens": step * TOKENS_PER_STEP,
+            "flops": step * flops_per_step,
+            "seconds": step * seconds,
+        }
+
+    lines: list[dict[str, Any]] = []
+    at = sorted({round(steps * i / evaluations) for i in range(evaluations + 1)})
+    for step in range(steps + 1):
+        if step and train_lines:
+            line = {"kind": "train", **counters(step), "loss": curve((step - 1) / steps), "lr": 1e-3}
+            line |= {"grad_norm": 1.0 + step % 2, "clipped_norm": step % 2 == 1, "tokens_per_second": 2e4}
+            if optimizer.startswith("sophia"):
+                line["unclipped_fraction"] = 0.3 * step / steps
+            lines.append(line)
+        if step in at:
+            lines.append({"kind": "eval", **counters(step), "val_loss": curve(step / steps)})
+        if optimizer.startswith("sophia") and step % 50 == 1:
+            histogram = {"log10_edges": [-12, -9, -6, -3, 0], "counts": [10, 40, 30, 5]}
+            lines.append({"kind": "hessian", **counters(step), "norm": 0.1, "positive": 0.9, "histogram": histogram})
+
+    ledger = {
+        "forward_backward": _entry(tokens, FLOPS_PER_TOKEN * tokens, seconds_per_step * steps * 0.9, steps),
+        "curvature": _entry(
+            round(tokens * curvature_share),
+            FLOPS_PER_TOKEN * tokens * curvature_share,
+            seconds_per_step * steps * curvature_share,
+            len(range(0, steps, 10)) if curvature_share else 0,
+        ),
+        "optimizer": _entry(0, 0.0, seconds_per_step * steps * 0.1, steps),
+        "data": _entry(0, 0.0, 0.0, steps),
+        "evaluation": _entry(1000 * len(at), 1e9 * len(at), 0.4 * len(at), len(at)),
+        "checkpoint": _entry(0, 0.0, 0.2, 1),
+        "compilation": _entry(0, 0.0, 30.0, 1),
+    }
+    summary = {
+        "status": status,
+        "final_val_loss": curve(1.0) if status == "completed" else None,
+        "best_val_loss": min(curve(step / steps) for step in at),
+        "steps": steps,
+        "tokens": tokens,
+        "flops": steps * flops_per_step,
+        "seconds": steps * seconds,
+        "ledger": ledger,
+        "bytes_communicated": 0,
+        "peak_memory_bytes": 5 * 10**8,
+        "parameters": 1_000_000,
+    }
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+    (directory / "environment.json").write_text(json.dumps(surroundings))
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (directory / "summary.json").write_text(json.dumps(summary))
+    return directory
+
+
+def noise(*key: int, scale: float) -> float:
+    """A normal number (nats) that is a function of its key alone."""
+    return float(np.random.default_rng([7, *key]).normal(0.0, scale))
+
+
+def _entry(tokens: int, flops: float, seconds: float, count: int) -> dict[str, Any]:
+    return {"tokens": tokens, "flops": flops, "seconds": seconds, "count": count}
+
+
+def _resolved(name: str, optimizer: str, seed: int, steps: int) -> dict[str, Any]:
+    return {
+        "name": name,
+        "seed": seed,
+        "output_dir": "runs",
+        "overwrite": False,
+        "model": {"name": "tiny", "n_layer": 2, "n_head": 2, "n_embd": 32},
+        "data": {"name": "sample"},
+        "tokenizer": {"name": "bytes"},
+        "optimizer": {"name": optimizer, **HYPERPARAMETERS.get(optimizer, {"lr": 1e-3})},
+        "schedule": {"name": "cosine", "warmup_steps": 10, "final_ratio": 0.05},
+        "strategy": {"name": "ddp"},
+        "train": {
+            "steps": steps,
+            "global_batch_size": BATCH,
+            "micro_batch_size": BATCH,
+            "sequence_length": LENGTH,
+            "precision": "fp32",
+            "compile": False,
+            "grad_clip": 1.0,
+            "deterministic": False,
+        },
+        "seeds": {"model": seed, "data": seed, "curvature": seed},
+        "eval": {"interval": 20, "tokens": 65536},
+        "checkpoint": {"interval": 1000},
+    }
+
+
+def _override(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        node = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
