@@ -1,0 +1,79 @@
+"""This process's place among the ranks, and the few collectives that the loop needs."""
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training.config import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """Rank, world size and device; collectives are no-ops in a world of one."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @classmethod
+    def start(cls, device: str, timeout: datetime.timedelta = datetime.timedelta(minutes=10)) -> "Distributed":
+        """Join the process group that torchrun's environment describes; a world of one without it.
+
+        Args:
+            device: "auto" (CUDA where there is one), "cpu" or "cuda".
+            timeout: how long a collective may wait for the other ranks before it raises.
+
+        Raises:
+            ConfigurationError: CUDA is asked for and not there.
+        """
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigurationError("train.device=cuda: no CUDA device is visible; choose train.device=cpu or auto")
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        place = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+        if on_cuda:
+            torch.cuda.set_device(place)
+        if world_size > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+            dist.init_process_group(backend, timeout=timeout, device_id=place if on_cuda else None)
+        return cls(rank, local_rank, world_size, place)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """The tensor reduced over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is raised on any rank: how ranks agree before anyone acts."""
+        if self.world_size == 1:
+            return flag
+        tensor = torch.tensor(int(flag), device=self.device)
+        return bool(self.all_reduce(tensor, dist.ReduceOp.MAX).item())
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def stop(self) -> None:
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,132 @@
+"""What the loop asks of a strategy: forward, backward, curvature, step, and its state as pieces of full tensors.
+
+The loop does not know which strategy it has. A strategy owns the wrapped model, the optimizers, the precision and the
+reduction of gradients; it is small, and its own class alone knows its engine.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from models import GPT2, GPT2Output
+from training.distributed import Distributed
+from training.weights import InitialWeights
+
+
+class Piece(NamedTuple):
+    """A contiguous range of a full tensor's elements in row-major order, held by this rank.
+
+    Rows of a matrix (FSDP), a fragment of a flat partition (ZeRO) and a whole tensor are all of this form.
+    """
+
+    name: str  # "model.<parameter>" or "optimizer.<parameter>.<state>"
+    shape: tuple[int, ...]  # of the full tensor
+    start: int  # index of the first element
+    values: Tensor  # (n,) flat
+
+
+class PieceReader(Protocol):
+    """A checkpoint's full tensors, readable in part."""
+
+    def names(self) -> Sequence[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """(stop - start,) the elements [start, stop) of the full tensor, on the CPU."""
+        ...
+
+
+class StepStatistics(NamedTuple):
+    """0-D tensors on the device: reading them is the caller's choice of when to wait."""
+
+    grad_norm: Tensor  # of the mean gradient, before the clip
+    clipped: Tensor  # 1 where the norm was above the limit
+    skipped: Tensor  # 1 where a non-finite gradient left weights and state alone
+    unclipped_fraction: Tensor | None  # Sophia: share of coordinates with |m| < γh
+
+
+class Strategy(ABC):
+    """One way of running a model over the ranks.
+
+    Args:
+        distributed: this process's place.
+        bf16: run the forward under bf16 (parameters and optimizer state stay float32).
+        compile_model: compile the model in place.
+    """
+
+    model: GPT2
+    optimizers: list[Optimizer]
+
+    def __init__(self, distributed: Distributed, *, bf16: bool, compile_model: bool) -> None:
+        self.distributed = distributed
+        self.device = distributed.device
+        self.bf16 = bf16
+        self.compile_model = compile_model
+
+    @abstractmethod
+    def prepare(
+        self,
+        model: GPT2,  # on the meta device
+        weights: InitialWeights,
+        build_optimizers: Callable[[Mapping[str, Tensor]], list[Optimizer]],
+    ) -> None:
+        """Put the weights on the device, wrap the model, build the optimizers over the parameters that they step."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> GPT2Output:
+        """The model's losses, in the run's precision, through the engine's hooks."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, synchronize: bool) -> None:
+        """Accumulate the gradient of this rank's share of the global mean loss.
+
+        After the backward with `synchronize`, the last of an accumulation, gradients hold the sum over the ranks.
+        """
+
+    @abstractmethod
+    def update_hessian(self, *, num_predictions: int | None = None, estimates: Sequence[Tensor] | None = None) -> Tensor:
+        """Fold an estimate into h: from the gradients and N, or from one tensor a parameter in `parameters()` order.
+
+        A non-finite estimate never enters h. Returns 1 (0-D, on the device) where one was held back. Gradients are left.
+        """
+
+    @abstractmethod
+    def step(self, max_norm: float | None) -> StepStatistics:
+        """Clip the global norm of the mean gradient, update the weights, clear the gradients."""
+
+    @abstractmethod
+    def zero_grad(self) -> None: ...
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters by name, in the model's order; shards where the strategy shards."""
+        return dict(self.model.named_parameters())
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Every group's rate to its peak times the factor, in place."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+
+    @abstractmethod
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's part of weights and optimizer state. Over all ranks each element stands in exactly one piece."""
+
+    @abstractmethod
+    def load(self, reader: PieceReader) -> None:
+        """Weights and optimizer state from a checkpoint that any strategy at any world size has written."""
+
+    @property
+    @abstractmethod
+    def bytes_per_reduction(self) -> int:
+        """Bytes that each rank sends for one reduction of the gradients (a ring all-reduce or its equal)."""

@@ -1,0 +1,71 @@
+"""The weights that a run begins with: GPT-2's initialisation of a seed, or a Hugging Face directory's."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from models import GPT2, GPT2Config
+from training.config import ConfigurationError, ModelConfig
+
+
+class InitialWeights:
+    """Full tensors by parameter name, the same on every rank and under every strategy.
+
+    Args:
+        config: the model's configuration; `init_from` names a directory of Hugging Face GPT-2 weights.
+        shape: the model's shape.
+        seed: decides the weights where there is no `init_from`.
+
+    Raises:
+        ConfigurationError: the directory's model has another shape.
+    """
+
+    def __init__(self, config: ModelConfig, shape: GPT2Config, seed: int) -> None:
+        self._seed = seed
+        self._loaded: dict[str, Tensor] | None = None
+        if config.init_from is not None:
+            from models.huggingface import from_huggingface
+
+            given, self._loaded = from_huggingface(config.init_from)
+            differing = {
+                key: (value, getattr(shape, key))
+                for key, value in asdict(given).items()
+                if value != getattr(shape, key) and key != "dropout"
+            }
+            if differing:
+                listed = ", ".join(f"{key} {there} there and {here} here" for key, (there, here) in differing.items())
+                raise ConfigurationError(f"model.init_from={config.init_from}: another shape ({listed}); choose its model=")
+
+    @torch.no_grad()
+    def tensors(self, model: GPT2) -> Iterator[tuple[str, Tensor]]:
+        """(name, full float32 tensor on the CPU) of each parameter of the model, which may be on the meta device."""
+        for name, parameter in model.named_parameters():
+            if self._loaded is None:
+                yield name, model.initial_tensor(name, parameter.shape, self._seed)
+            else:
+                yield name, self._loaded[name].float()
+
+    @torch.no_grad()
+    def apply(self, model: GPT2) -> None:
+        """Copy the weights into the model's parameters; a rank with shards (DTensor) keeps its own part."""
+        parameters = dict(model.named_parameters())
+        for name, full in self.tensors(model):
+            parameter = parameters[name]
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                shard = distribute_tensor(full.to(mesh.device_type), mesh, placements, src_data_rank=None)
+                parameter.to_local().copy_(shard.to_local())
+            else:
+                parameter.copy_(full)
+
+    def sha256(self, model: GPT2) -> str:
+        """A hash over names and bytes, in the order of the names."""
+        digest = hashlib.sha256()
+        for name, full in sorted(self.tensors(model)):
+            digest.update(name.encode())
+            digest.update(hashlib.sha256(full.contiguous().numpy().tobytes()).digest())
+        return digest.hexdigest()
