@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from analysis.colours import colours, label
 from analysis.guards import OPTIMIZER, Difference, differences
 from analysis.records import Currency, Run, load_runs
 from analysis.target import TimeToTarget, times_to_target
+from training.records import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +77,6 @@ class Comparison:
 
         path = Path(path)
         figure = Figure(figsize=(11, 4.6), dpi=160, layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.subplots(1, 2, sharey=True)
         self._draw(axes[0], "steps", "training steps")
         self._draw(axes[1], "seconds", "training time (seconds)")
@@ -86,9 +86,9 @@ class Comparison:
         axes[0].legend(handles, labels, frameon=False, loc="upper right")
         figure.suptitle(f"Validation loss, the same model and data under each optimizer\n{_CAVEAT}", fontsize=11)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.partial{path.suffix}")
-        figure.savefig(beside)
-        os.replace(beside, path)
+        content = io.BytesIO()
+        figure.savefig(content, format=path.suffix.removeprefix(".") or "png")
+        write_atomically(path, content.getvalue())
         return path
 
     def _draw(self, axis: Axes, currency: Currency, title: str) -> None:

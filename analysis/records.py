@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.json
 from numpy.typing import NDArray
 
-from training.records import RunRecord
+from training.records import RecordError, RunRecord
 
 Currency = Literal["steps", "tokens", "flops", "seconds"]
 CURRENCIES: tuple[Currency, ...] = ("steps", "tokens", "flops", "seconds")
@@ -161,8 +161,7 @@ def load_run(directory: str | Path, *, train_points: int = 400) -> Run:
     """Load one run; see `load_runs`.
 
     Raises:
-        FileNotFoundError: the directory is no run record.
-        ValueError: a line of metrics.jsonl other than the last is no JSON.
+        RecordError: the directory is no run record, or a line of metrics.jsonl other than the last is no JSON.
     """
     record = RunRecord.open(directory)
     table = read_metrics(record.metrics_path)
@@ -181,7 +180,7 @@ def read_metrics(path: Path) -> pa.Table:
     """All lines of a metrics.jsonl with the columns that the contract names; absent values are null.
 
     Raises:
-        ValueError: a line other than the last is no JSON.
+        RecordError: a line other than the last is no JSON.
     """
     if not path.is_file():
         return _SCHEMA.empty_table()
@@ -201,16 +200,6 @@ def read_metrics(path: Path) -> pa.Table:
         return _read_leniently(content[:end], path)
 
 
-def read_lines(path: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind, whole (the histograms of "hessian", the text of "event"), in order of the file."""
-    if not path.is_file():
-        return []
-    marker = f'"{kind}"'
-    with path.open(encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file if marker in line and line.endswith("\n")]
-    return [line for line in lines if line.get("kind") == kind]
-
-
 def _read_leniently(content: bytes, path: Path) -> pa.Table:
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(io.BytesIO(content), start=1):
@@ -219,9 +208,7 @@ def _read_leniently(content: bytes, path: Path) -> pa.Table:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number} is no JSON ({error}): the record is damaged; restore it or leave the run out"
-            ) from error
+            raise RecordError(f"{path}:{number} is no JSON: {error}; restore the file or leave the run out") from error
         clipped = row.get("clipped_norm")
         rows.append(
             {name: row.get(name) for name in _SCHEMA.names}

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from analysis.compare import compare_runs
+from training.records import RecordError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         comparison = compare_runs(options.runs, baseline=options.baseline)
-    except (FileNotFoundError, ValueError) as error:
+    except (RecordError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     console = Console()
