@@ -38,7 +38,9 @@ class InitialWeights:
             }
             if differing:
                 listed = ", ".join(f"{key} {there} there and {here} here" for key, (there, here) in differing.items())
-                raise ConfigurationError(f"model.init_from={config.init_from}: another shape ({listed}); choose its model=")
+                raise ConfigurationError(
+                    f"model.init_from={config.init_from}: another shape ({listed}); choose its model="
+                )
 
     @torch.no_grad()
     def tensors(self, model: GPT2) -> Iterator[tuple[str, Tensor]]:

@@ -5,17 +5,27 @@ reduction of gradients; it is small, and its own class alone knows its engine.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from models import GPT2, GPT2Output
 from training.distributed import Distributed
 from training.weights import InitialWeights
+
+# Share of ‖θ‖ by which a central difference moves the weights: smaller drowns in float32's rounding, larger in the cubic term.
+DIFFERENCE_SHARE = 1e-3
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """() float32, the Euclidean norm over all elements of all tensors, reduced over the ranks where they are sharded."""
+    norm = torch.nn.utils.get_total_norm(list(tensors), foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 class Piece(NamedTuple):
@@ -88,14 +98,20 @@ class Strategy(ABC):
         """The model's losses, in the run's precision, through the engine's hooks."""
 
     @abstractmethod
-    def backward(self, loss: Tensor, *, synchronize: bool) -> None:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
+        """The surroundings of one forward and backward of an accumulation; gradients are reduced in the last one."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of this rank's share of the global mean loss.
 
-        After the backward with `synchronize`, the last of an accumulation, gradients hold the sum over the ranks.
+        After the last micro-batch, gradients hold the sum over the micro-batches and over the ranks.
         """
 
     @abstractmethod
-    def update_hessian(self, *, num_predictions: int | None = None, estimates: Sequence[Tensor] | None = None) -> Tensor:
+    def update_hessian(
+        self, *, num_predictions: int | None = None, estimates: Sequence[Tensor] | None = None
+    ) -> Tensor:
         """Fold an estimate into h: from the gradients and N, or from one tensor a parameter in `parameters()` order.
 
         A non-finite estimate never enters h. Returns 1 (0-D, on the device) where one was held back. Gradients are left.
@@ -107,6 +123,43 @@ class Strategy(ABC):
 
     @abstractmethod
     def zero_grad(self) -> None: ...
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """The forward in float32, whatever the run's precision."""
+        bf16, self.bf16 = self.bf16, False
+        try:
+            yield
+        finally:
+            self.bf16 = bf16
+
+    def difference_step(self, directions: Sequence[Tensor]) -> Tensor:
+        """() δ for a central difference along `directions`: a share of the weights' norm over the directions' norm."""
+        weights = [p.detach() for p in self.parameters().values()]
+        return DIFFERENCE_SHARE * total_norm(weights) / total_norm(directions)
+
+    @contextmanager
+    def perturbed(self, directions: Sequence[Tensor], scale: Tensor) -> Iterator[None]:
+        """The weights moved by `scale` (0-D) times the directions; afterwards they are what they were, bit for bit."""
+        weights = [p.detach() for p in self.parameters().values()]
+        saved = [w.clone() for w in weights]
+        try:
+            for weight, direction in zip(weights, directions, strict=True):
+                weight.add_(direction * scale)
+            yield
+        finally:
+            for weight, original in zip(weights, saved, strict=True):
+                weight.copy_(original)
+
+    def take_gradients(self) -> list[Tensor]:
+        """The reduced gradients in `parameters()` order; they are the caller's afterwards, and cleared here."""
+        taken = []
+        for name, parameter in self.parameters().items():
+            if parameter.grad is None:
+                raise RuntimeError(f"{name} has no gradient after a backward pass")
+            taken.append(parameter.grad.clone())
+        self.zero_grad()
+        return taken
 
     def parameters(self) -> dict[str, Tensor]:
         """The parameters by name, in the model's order; shards where the strategy shards."""

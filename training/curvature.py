@@ -1,0 +1,189 @@
+"""The curvature pass: every k steps, before the step, an estimate of the Hessian's diagonal on a share of the batch.
+
+    slice: the batch's sequences i < max(1, round(batch_fraction · B)); a rank without one takes part with weight zero
+    gnb                    sampled labels, backward of their mean loss, ĥ = N ĝ ⊙ ĝ
+    empirical_fisher       the same with the training labels
+    hutchinson             ĥ = u ⊙ (∇²L u), the product by double backward
+    hutchinson_differences ĥ = u ⊙ (∇L(θ + δu) − ∇L(θ − δu)) / 2δ, in float32
+
+N is counted from the predictions that were really made. No norm clip touches the estimate. Formulas: Liu et al. 2024, section 2.3.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.batches import Batch
+from models import GPT2Config
+from models.flops import forward_backward_flops, hutchinson_differences_flops, hutchinson_product_flops
+from sophia import random
+from training.config import AdaHessianConfig, OptimizerConfig, SophiaConfig
+from training.strategies.base import Strategy
+
+
+class CurvatureSlice(NamedTuple):
+    """A micro-batch of the slice on this rank. Rows beyond the rank's share are padding, with weight zero."""
+
+    tokens: Tensor  # (b, T) int64
+    targets: Tensor  # (b, T) int64, -100 in padding
+    positions: Tensor  # (b, T) int64, global position in the batch: sequence index · T + position; -1 in padding
+
+
+class CurvaturePass:
+    """Runs the pass of one optimizer configuration under any strategy.
+
+    Args:
+        config: an optimizer with `hessian_interval`, `estimator` and `batch_fraction`.
+        seed: the curvature seed; labels and noise are pure functions of it, the step and the global position.
+        global_batch_size: sequences of a training batch, B.
+        micro_batch_size: the most sequences per forward on a rank.
+    """
+
+    def __init__(
+        self,
+        config: SophiaConfig | AdaHessianConfig,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+    ) -> None:
+        self.interval = config.hessian_interval
+        self.estimator = config.estimator
+        self._seed = seed
+        self.sequences = max(1, round(config.batch_fraction * global_batch_size))
+        self._micro_batch_size = micro_batch_size
+
+    @classmethod
+    def of(
+        cls, config: OptimizerConfig, seed: int, global_batch_size: int, micro_batch_size: int
+    ) -> "CurvaturePass | None":
+        """The pass of the configuration, None for a method without one."""
+        if isinstance(config, (SophiaConfig, AdaHessianConfig)):
+            return cls(config, seed, global_batch_size, micro_batch_size)
+        return None
+
+    def due(self, step: int) -> bool:
+        """Before the steps t = 1, 1 + k, 1 + 2k, …"""
+        return (step - 1) % self.interval == 0
+
+    def run(self, strategy: Strategy, batch: Batch, step: int) -> Tensor:
+        """Estimate at the current weights and fold into h; gradients are clear before and after.
+
+        Returns 1 (0-D, on the device) where a non-finite estimate was held back.
+        """
+        slices = list(self.slices(strategy, batch))
+        num_predictions = self._count_predictions(strategy, slices)
+        match self.estimator:
+            case "gnb" | "empirical_fisher":
+                self._backward(strategy, slices, self._loss(step), num_predictions)
+                skipped = strategy.update_hessian(num_predictions=num_predictions)
+            case "hutchinson":
+                skipped = strategy.update_hessian(estimates=self._product(strategy, slices, step, num_predictions))
+            case "hutchinson_differences":
+                skipped = strategy.update_hessian(estimates=self._differences(strategy, slices, step, num_predictions))
+        strategy.zero_grad()
+        return skipped
+
+    def slices(self, strategy: Strategy, batch: Batch) -> Iterator[CurvatureSlice]:
+        """This rank's micro-batches: as many, of the same shape, on every rank."""
+        rank, world_size = strategy.distributed.rank, strategy.distributed.world_size
+        rows = -(-self.sequences // world_size)  # the largest share of a rank
+        mine = len(range(rank, self.sequences, world_size))
+        count = -(-rows // self._micro_batch_size)
+        size = -(-rows // count)
+        length = batch.tokens.shape[1]
+        offsets = torch.arange(length, device=strategy.device)
+        for first in range(0, rows, size):
+            row = torch.arange(first, first + size)
+            real = (row < mine)[:, None].to(strategy.device)
+            row = row.clamp(max=len(batch.indices) - 1)
+            tokens = torch.from_numpy(batch.tokens[row]).to(strategy.device)
+            targets = torch.from_numpy(batch.targets[row]).to(strategy.device)
+            indices = torch.from_numpy(batch.indices[row])[:, None].to(strategy.device)
+            yield CurvatureSlice(
+                tokens, torch.where(real, targets, -100), torch.where(real, indices * length + offsets, -1)
+            )
+
+    def _count_predictions(self, strategy: Strategy, slices: list[CurvatureSlice]) -> int:
+        local = torch.stack([(s.positions >= 0).sum() for s in slices]).sum()
+        return int(strategy.distributed.all_reduce(local).item())
+
+    def _loss(self, step: int) -> "Callable[[Strategy, CurvatureSlice], Tensor]":
+        """The sum of the losses over a micro-batch: of sampled labels, or of the training labels."""
+
+        def sampled(strategy: Strategy, part: CurvatureSlice) -> Tensor:
+            draws = random.uniforms(self._seed, step, part.positions.clamp(min=0))
+            uniforms = torch.where(part.positions >= 0, draws, -1.0)
+            loss = strategy.forward(part.tokens, None, uniforms).sampled_loss_sum
+            assert loss is not None
+            return loss
+
+        return sampled if self.estimator == "gnb" else _training_loss
+
+    @staticmethod
+    def _backward(
+        strategy: Strategy,
+        slices: list[CurvatureSlice],
+        loss: Callable[[Strategy, CurvatureSlice], Tensor],
+        num_predictions: int,
+    ) -> None:
+        """Leave the gradient of the mean loss over all ranks' predictions in the parameters' gradients."""
+        for index, part in enumerate(slices):
+            with strategy.micro_batch(last=index == len(slices) - 1):
+                strategy.backward(loss(strategy, part) / num_predictions)
+
+    def _noise(self, parameters: dict[str, Tensor], step: int) -> list[Tensor]:
+        return [random.normals_like(p, self._seed, step, name) for name, p in parameters.items()]
+
+    def _product(
+        self, strategy: Strategy, slices: list[CurvatureSlice], step: int, num_predictions: int
+    ) -> list[Tensor]:
+        """u ⊙ (∇²L u) by double backward through the whole model on every rank, then a sum over the ranks."""
+        parameters = strategy.parameters()
+        noise = self._noise(parameters, step)
+        products = [torch.zeros_like(p) for p in parameters.values()]
+        with strategy.model.maths_attention(), strategy.autocast():
+            for part in slices:
+                loss_sum = strategy.model(part.tokens, part.targets).loss_sum
+                first = torch.autograd.grad(loss_sum / num_predictions, list(parameters.values()), create_graph=True)
+                second = torch.autograd.grad(first, list(parameters.values()), grad_outputs=noise)
+                torch._foreach_add_(products, [s.to(p.dtype) for s, p in zip(second, products, strict=True)])
+        for product in products:
+            strategy.distributed.all_reduce(product)
+        torch._foreach_mul_(products, noise)
+        return products
+
+    def _differences(
+        self, strategy: Strategy, slices: list[CurvatureSlice], step: int, num_predictions: int
+    ) -> list[Tensor]:
+        """u ⊙ (∇L(θ + δu) − ∇L(θ − δu)) / 2δ; θ comes back bit for bit from a copy."""
+        noise = self._noise(strategy.parameters(), step)
+        with strategy.full_precision():
+            delta = strategy.difference_step(noise)
+            gradients: list[list[Tensor]] = []
+            for sign in (1.0, -1.0):
+                with strategy.perturbed(noise, sign * delta):
+                    self._backward(strategy, slices, _training_loss, num_predictions)
+                    gradients.append(strategy.take_gradients())
+        estimates = torch._foreach_sub(gradients[0], gradients[1])
+        torch._foreach_mul_(estimates, noise)
+        torch._foreach_div_(estimates, 2 * delta)
+        return list(estimates)
+
+    def flops(self, shape: GPT2Config, sequence_length: int) -> int:
+        """Model FLOPs of one pass over all ranks, forward included."""
+        tokens = self.sequences * sequence_length
+        match self.estimator:
+            case "hutchinson":
+                return hutchinson_product_flops(shape, tokens, sequence_length)
+            case "hutchinson_differences":
+                return hutchinson_differences_flops(shape, tokens, sequence_length)
+            case _:
+                return forward_backward_flops(shape, tokens, sequence_length)
+
+
+def _training_loss(strategy: Strategy, part: CurvatureSlice) -> Tensor:
+    loss = strategy.forward(part.tokens, part.targets).loss_sum
+    assert loss is not None
+    return loss

@@ -1,0 +1,82 @@
+"""Replicas with averaged gradients (DistributedDataParallel); a plain single process at world size 1."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from models import GPT2, GPT2Output
+from training.strategies.base import Piece, PieceReader, StepStatistics, Strategy
+from training.strategies.gradients import clip_and_step, update_hessian
+from training.strategies.state import assigned_pieces, load_state, state_tensors
+from training.weights import InitialWeights
+
+
+class DDP(Strategy):
+    """Every rank holds the whole model and the whole optimizer state."""
+
+    def prepare(
+        self,
+        model: GPT2,
+        weights: InitialWeights,
+        build_optimizers: Callable[[Mapping[str, Tensor]], list[Optimizer]],
+    ) -> None:
+        self.model = model.to_empty(device=self.device)
+        weights.apply(self.model)
+        if self.compile_model:
+            self.model.compile()
+        self.optimizers = build_optimizers(self.parameters())
+        self._wrapped: nn.Module = self.model
+        if self.distributed.world_size > 1:
+            device_ids = [self.device] if self.device.type == "cuda" else None
+            self._wrapped = DistributedDataParallel(
+                self.model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> GPT2Output:
+        # Without gradients there is nothing to reduce: evaluation goes past the wrapper.
+        module = self._wrapped if torch.is_grad_enabled() else self.model
+        with self.autocast():
+            return module(tokens, targets, uniforms)
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
+        if last or not isinstance(self._wrapped, DistributedDataParallel):
+            return nullcontext()
+        return self._wrapped.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        (loss * self.distributed.world_size).backward()  # DDP averages over the ranks; the shares are to be summed
+
+    def update_hessian(
+        self, *, num_predictions: int | None = None, estimates: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        return update_hessian(self.optimizers, num_predictions, estimates)
+
+    def step(self, max_norm: float | None) -> StepStatistics:
+        statistics = clip_and_step(self.optimizers, max_norm)
+        self.zero_grad()
+        optimizer = self.optimizers[0]
+        if hasattr(optimizer, "unclipped_count"):
+            statistics = statistics._replace(unclipped_fraction=optimizer.unclipped_count / optimizer.numel)
+        return statistics
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def pieces(self) -> Iterator[Piece]:
+        tensors = state_tensors(self.parameters(), self.optimizers)
+        return assigned_pieces(tensors, self.distributed.rank, self.distributed.world_size)
+
+    def load(self, reader: PieceReader) -> None:
+        load_state(self.parameters(), self.optimizers, reader)
+
+    @property
+    def bytes_per_reduction(self) -> int:
+        world_size = self.distributed.world_size
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return 2 * (world_size - 1) * size // world_size

@@ -1,0 +1,50 @@
+"""The step over gradients that lie in `.grad`, whole or sharded (DTensor): norm, clip and update without waiting.
+
+The clip is not a pass of its own: optimizers with torch's AMP protocol divide the gradient by `grad_scale` inside their
+kernel and leave everything alone where `found_inf` is 1. torch.optim.Muon has no such protocol; it gets a pass, and a wait.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from training.strategies.base import StepStatistics, total_norm
+
+
+def gradients(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    return [p.grad for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
+
+
+def clip_and_step(optimizers: Sequence[Optimizer], max_norm: float | None) -> StepStatistics:
+    """Clip the global gradient norm to `max_norm`, step; a non-finite norm skips the step on the device."""
+    norm = total_norm(gradients(optimizers)).float()
+    skipped = (~torch.isfinite(norm)).float()
+    limit = float("inf") if max_norm is None else max_norm
+    scale = torch.clamp(norm / limit, min=1.0).nan_to_num(nan=1.0, posinf=1.0)
+    for optimizer in optimizers:
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.grad_scale, optimizer.found_inf = scale, skipped  # type: ignore[attr-defined]
+            optimizer.step()
+            optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
+        elif not skipped:
+            torch._foreach_div_(gradients([optimizer]), scale)
+            optimizer.step()
+    return StepStatistics(norm, (norm > limit).float(), skipped, None)
+
+
+def update_hessian(
+    optimizers: Sequence[Optimizer], num_predictions: int | None, estimates: Sequence[Tensor] | None
+) -> Tensor:
+    """`update_hessian` of the one optimizer that has it; a non-finite estimate is held back on the device."""
+    (optimizer,) = optimizers
+    finite = torch.isfinite(total_norm(gradients(optimizers) if estimates is None else estimates))
+    skipped = (~finite).float()
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]
+    if estimates is None:
+        optimizer.update_hessian(num_predictions=num_predictions)  # type: ignore[attr-defined]
+    else:
+        optimizer.update_hessian(estimates=estimates)  # type: ignore[attr-defined]
+    optimizer.found_inf = None  # type: ignore[attr-defined]
+    return skipped
