@@ -1,0 +1,128 @@
+"""What this machine can do, found out rather than assumed: bf16 units, a working compiler; and its description."""
+
+import functools
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.config import ConfigurationError, TrainConfig
+
+PACKAGES = ("torch", "numpy", "transformers", "datasets", "tiktoken", "tokenizers", "deepspeed", "hydra-core", "wandb")
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether bf16 products run on units of their own: CUDA from Ampere on; CPUs with AMX tiles or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def resolve_precision(train: TrainConfig, device: torch.device) -> str:
+    """"fp32" or "bf16" for "auto"; what was asked for otherwise."""
+    if train.precision != "auto":
+        return train.precision
+    return "bf16" if has_bf16_units(device) else "fp32"
+
+
+@functools.cache
+def compiler_failure() -> str | None:
+    """None where torch.compile works on the CPU or the GPU of this process, else the reason in a line."""
+    try:
+        torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(4))
+    except Exception as error:  # whatever a broken tool chain raises
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    finally:
+        torch._dynamo.reset()
+    return None
+
+
+def resolve_compile(train: TrainConfig, *, warn: bool) -> bool:
+    """Whether to compile. "auto" is yes where a compiler works, and one warning where none does.
+
+    Raises:
+        ConfigurationError: train.compile=true and no compiler works.
+    """
+    if train.compile is False:
+        return False
+    failure = compiler_failure()
+    if failure is None:
+        return True
+    if train.compile is True:
+        raise ConfigurationError(f"train.compile=True: no compiler works here ({failure}); install g++ or use train.compile=auto")
+    if warn:
+        warnings.warn(f"torch.compile does not work here ({failure}); running without it", stacklevel=2)
+    return False
+
+
+def make_deterministic() -> None:
+    """The same bits for the same run on CUDA; the CPU has them anyway."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The hardware of this process, for the record."""
+    description: dict[str, Any] = {
+        "platform": platform.platform(),
+        "hostname": platform.node(),
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "bf16_units": has_bf16_units(device),
+        "device": str(device.type),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        description |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    return description
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> dict[str, Any]:
+    """The commit of the code and whether the working tree differs from it; nulls outside a repository."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: on the GPU its own, on the CPU the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

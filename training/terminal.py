@@ -1,0 +1,96 @@
+"""What a person sees of a run: a progress display on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+SECONDS_BETWEEN_PLAIN_LINES = 15.0
+
+
+class _Metrics(ProgressColumn):
+    """Loss, validation loss, tokens per second and, for Sophia, the unclipped fraction."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("metrics", ""), style="cyan")
+
+
+def describe_step(line: Mapping[str, Any]) -> str:
+    """`loss 3.2104  12.3k tok/s  unclipped 0.21`."""
+    loss = line["loss"]
+    parts = [f"loss {loss:.4f}" if loss is not None else "loss not finite", f"{_thousands(line['tokens_per_second'])} tok/s"]
+    if line.get("unclipped_fraction") is not None:
+        parts.append(f"unclipped {line['unclipped_fraction']:.2f}")
+    return "  ".join(parts)
+
+
+def _thousands(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
+
+
+class Display:
+    """Progress of one run. Silent on all ranks but the first.
+
+    Args:
+        name: the run's name.
+        steps: the run's length.
+        done: steps that an earlier sitting has made.
+        enabled: false on ranks other than 0.
+    """
+
+    def __init__(self, name: str, steps: int, done: int, *, enabled: bool) -> None:
+        self._enabled = enabled
+        self._steps = steps
+        self._console = Console(stderr=True)
+        self._last_plain = 0.0
+        self._started, self._first = time.monotonic(), done
+        self._validation = ""
+        self._progress: Progress | None = None
+        if enabled and self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                _Metrics(),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=self._console,
+            )
+            self._task = self._progress.add_task(name, total=steps, completed=done)
+            self._progress.start()
+
+    def message(self, text: str) -> None:
+        """A line of its own, above the progress."""
+        if self._enabled:
+            if self._progress is not None:
+                self._progress.console.print(text, highlight=False, markup=False)
+            else:
+                print(text, file=sys.stderr, flush=True)
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        if not self._enabled:
+            return
+        if self._progress is not None:
+            metrics = "  ".join(filter(None, (describe_step(line), self._validation)))
+            self._progress.update(self._task, completed=line["step"], metrics=metrics)
+        elif line["step"] in (1, self._steps) or time.monotonic() - self._last_plain > SECONDS_BETWEEN_PLAIN_LINES:
+            self._last_plain = time.monotonic()
+            self.message(f"step {line['step']}/{self._steps}  {describe_step(line)}  {self._time_left(line['step'])}")
+
+    def _time_left(self, step: int) -> str:
+        elapsed = time.monotonic() - self._started
+        left = elapsed / max(1, step - self._first) * (self._steps - step)
+        hours, rest = divmod(round(left), 3600)
+        return f"{hours}:{rest // 60:02d}:{rest % 60:02d} left"
+
+    def evaluation(self, line: Mapping[str, Any]) -> None:
+        value = line["val_loss"]
+        self._validation = f"val {value:.4f}" if value is not None else "val not finite"
+        self.message(f"step {line['step']}/{self._steps}  {self._validation}")
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
