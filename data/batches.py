@@ -1,0 +1,252 @@
+"""Batches: the training batch of a step, and the fixed set of validation windows.
+
+The training stream of N tokens has (N - 1) // T windows of T tokens, each with the T tokens that follow by one place
+as its targets. Training takes windows without replacement: sequence number s = (step - 1) · B + i, of epoch
+s // windows, is the window to which that epoch's permutation sends s % windows. Nothing is stored and nothing is
+drawn in order, so a batch is a pure function of (manifest, seed, step, B, T): resumption needs the step alone, and
+the number of ranks decides only who reads which row.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from data.dataset import TokenDataset
+from data.errors import DataError
+from data.permutation import permute
+
+IGNORED_TARGET = -100  # torch's ignore_index: a target that is not predicted
+
+
+class Batch(NamedTuple):
+    tokens: np.ndarray  # (b, T) int64
+    targets: np.ndarray  # (b, T) int64; IGNORED_TARGET where there is nothing to predict
+    indices: np.ndarray  # (b,) int64, each row's place i in the global batch; -1 for a row of padding
+
+
+class Batches:
+    """The training batches of one rank: global sequence i goes to rank i mod W.
+
+    Args:
+        dataset: the training split.
+        seed: the data seed, 0 ≤ seed < 2^64; decides the order of the windows and nothing else.
+        global_batch_size: B, in sequences, over all ranks.
+        sequence_length: T, in tokens.
+        rank, world_size: which of the W ranks this one is.
+
+    Raises:
+        DataError: the split has fewer tokens than one sequence and its successor, T + 1.
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        seed: int,
+        global_batch_size: int,
+        sequence_length: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed={seed}: expected 0 ≤ seed < 2^64")
+        if global_batch_size < 1 or sequence_length < 1:
+            raise ValueError(
+                f"global_batch_size={global_batch_size}, sequence_length={sequence_length}: both must be at least 1"
+            )
+        _check_rank(rank, world_size)
+        self.windows_per_epoch = (dataset.tokens - 1) // sequence_length
+        if self.windows_per_epoch < 1:
+            raise DataError(
+                f"the {dataset.split} split of {dataset.directory} has {dataset.tokens} tokens and one sequence of "
+                f"{sequence_length} needs {sequence_length + 1}; choose a larger corpus or a smaller "
+                "train.sequence_length"
+            )
+        self.dataset = dataset
+        self.seed = seed
+        self.global_batch_size = global_batch_size
+        self.sequence_length = sequence_length
+        self._indices = np.arange(rank, global_batch_size, world_size, dtype=np.int64)
+
+    def at(self, step: int, out: Batch | None = None) -> Batch:
+        """This rank's rows of the batch of update `step` ≥ 1.
+
+        Args:
+            out: arrays to write into (pinned memory, say) in place of new ones: tokens and targets (b, T) int64.
+
+        Raises:
+            DataError: a token is outside of the vocabulary.
+        """
+        if step < 1:
+            raise ValueError(f"step={step}: updates are counted from 1")
+        sequences = (step - 1) * self.global_batch_size + self._indices
+        epochs = sequences // self.windows_per_epoch
+        windows = np.empty_like(sequences)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            windows[here] = permute(
+                sequences[here] % self.windows_per_epoch, self.windows_per_epoch, self.seed, int(epoch)
+            )
+        tokens, targets = (out.tokens, out.targets) if out is not None else self._new_arrays()
+        self.dataset.read(windows * self.sequence_length, tokens, targets)
+        return Batch(tokens, targets, self._indices)
+
+    def epochs(self, step: int) -> float:
+        """How many times the split has been read, on average, once update `step` is done."""
+        return step * self.global_batch_size / self.windows_per_epoch
+
+    def prefetch(self, first_step: int, last_step: int | None = None, depth: int = 2) -> Prefetcher:
+        """Iterate over the batches of first_step, first_step + 1, …, last_step (without end if None), read ahead."""
+        return Prefetcher(self, first_step, last_step, depth)
+
+    def _new_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        shape = (self._indices.size, self.sequence_length)
+        return np.empty(shape, np.int64), np.empty(shape, np.int64)
+
+
+class Prefetcher:
+    """An iterator over batches that a thread reads `depth` ahead; also a context manager that ends the thread.
+
+    The copies release the interpreter's lock, so reading overlaps with the step. An error of the thread is raised
+    by the `next` that would have returned the batch.
+    """
+
+    def __init__(self, batches: Batches, first_step: int, last_step: int | None, depth: int) -> None:
+        if depth < 1:
+            raise ValueError(f"depth={depth}: at least one batch must be read ahead")
+        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
+        self._closed = threading.Event()
+        self._finished = False
+        self._thread = threading.Thread(
+            target=_fill, args=(batches, first_step, last_step, self._ready, self._closed), name="batches", daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._finished:
+            raise StopIteration
+        item = self._ready.get()
+        if isinstance(item, Batch):
+            return item
+        self._finished = True
+        if item is None:
+            raise StopIteration
+        raise item
+
+    def close(self) -> None:
+        """End the thread; may be called more than once."""
+        self._finished = True
+        self._closed.set()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _fill(
+    batches: Batches,
+    first_step: int,
+    last_step: int | None,
+    ready: queue.Queue[Batch | BaseException | None],
+    closed: threading.Event,
+) -> None:
+    step = first_step
+    item: Batch | BaseException | None
+    while True:
+        try:
+            item = batches.at(step) if last_step is None or step <= last_step else None
+        except BaseException as error:
+            item = error
+        while not closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                break
+            except queue.Full:
+                continue
+        if closed.is_set() or not isinstance(item, Batch):
+            return
+        step += 1
+
+
+class ValidationWindows:
+    """The fixed validation set: the first `tokens_limit` tokens of the split, in order, each token predicted once.
+
+    The last window is padded with ignored targets, so that no token is left out; and every rank gets the same number
+    of batches of the same shape, some rows of padding alone, so that collectives match and nothing is recompiled.
+    Window w goes to rank w mod W.
+
+    Args:
+        dataset: the validation split.
+        tokens_limit: how many tokens are predicted at most; None for the whole split.
+        sequence_length: T, in tokens.
+
+    Raises:
+        DataError: the split has fewer than two tokens.
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        tokens_limit: int | None,
+        sequence_length: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if tokens_limit is not None and tokens_limit < 1:
+            raise ValueError(f"tokens_limit={tokens_limit}: expected at least 1, or None for the whole split")
+        if sequence_length < 1:
+            raise ValueError(f"sequence_length={sequence_length}: expected at least 1")
+        _check_rank(rank, world_size)
+        if dataset.tokens < 2:
+            raise DataError(
+                f"the {dataset.split} split of {dataset.directory} has {dataset.tokens} tokens, too few to evaluate "
+                "on; prepare the corpus with a larger data.validation.fraction"
+            )
+        self.dataset = dataset
+        self.sequence_length = sequence_length
+        self.rank = rank
+        self.world_size = world_size
+        #: How many tokens the whole set predicts, over all ranks.
+        self.predictions = dataset.tokens - 1 if tokens_limit is None else min(tokens_limit, dataset.tokens - 1)
+        self.windows = -(-self.predictions // sequence_length)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """This rank's windows in batches of exactly `batch_size` rows; `indices` are the windows' numbers."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: expected at least 1")
+        per_rank = -(-self.windows // self.world_size)
+        for first in range(0, per_rank, batch_size):
+            numbers = (first + np.arange(batch_size, dtype=np.int64)) * self.world_size + self.rank
+            yield self._batch(np.where(numbers < self.windows, numbers, -1))
+
+    def _batch(self, numbers: np.ndarray) -> Batch:
+        length = self.sequence_length
+        tokens = np.zeros((numbers.size, length), np.int64)
+        targets = np.full((numbers.size, length), IGNORED_TARGET, np.int64)
+        full = int(np.count_nonzero((numbers >= 0) & ((numbers + 1) * length <= self.predictions)))
+        self.dataset.read(numbers[:full] * length, tokens[:full], targets[:full])
+        if full < numbers.size and numbers[full] >= 0:
+            start = int(numbers[full]) * length
+            rest = self.predictions - start
+            self.dataset.read(np.array([start]), tokens[full : full + 1, :rest], targets[full : full + 1, :rest])
+        return Batch(tokens, targets, numbers)
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank}, world_size={world_size}: expected 0 ≤ rank < world_size")

@@ -1,0 +1,193 @@
+"""The manifest of a token directory: what the tokens are, where they come from, and how each shard is known again.
+
+    tokens/<source>-<tokenizer>/manifest.json           written last: a directory without it is unfinished
+    tokens/<source>-<tokenizer>/tokenizer.json          the trained tokenizer (tokenizer=bpe alone)
+    tokens/<source>-<tokenizer>/train-00000.npy         one-dimensional uint16 or uint32 arrays in NumPy's own format
+    tokens/<source>-<tokenizer>/validation-00000.npy
+
+The shards of a split, in the order of the manifest, are one stream of tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.errors import DataError
+from data.files import canonical_json, write_json
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+SPLITS = ("train", "validation")
+
+# A manifest names files inside of its own directory and nowhere else.
+_SHARD_NAME = re.compile(r"(train|validation)-\d{5,}\.npy")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    file: str
+    tokens: int
+    documents: int  # documents that end in this shard
+    sha256: str  # of the whole file
+
+
+@dataclass(frozen=True)
+class Split:
+    shards: tuple[Shard, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def documents(self) -> int:
+        return sum(shard.documents for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    name: str  # "gpt2" or "bpe"
+    vocab_size: int
+    end_of_text: int  # the id that ends each document
+    sha256: str  # of the tokenizer's canonical form
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a token directory holds.
+
+    `source` and `split_rule` describe the corpus and its division, free of anything that depends on the machine
+    (absolute paths, times); so two preparations of the same text with the same tokenizer have the same `sha256`.
+    """
+
+    source: dict[str, Any]
+    split_rule: dict[str, Any]
+    tokenizer: TokenizerInfo
+    splits: dict[str, Split]  # "train" and "validation"
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return token_dtype(self.tokenizer.vocab_size)
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(canonical_json(self._content())).hexdigest()
+
+    def write(self, directory: Path) -> None:
+        write_json(directory / MANIFEST_FILE, {**self._content(), "sha256": self.sha256})
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "source": self.source,
+            "split_rule": self.split_rule,
+            "tokenizer": asdict(self.tokenizer),
+            "dtype": self.dtype.name,
+            "splits": {
+                name: {
+                    "tokens": split.tokens,
+                    "documents": split.documents,
+                    "shards": [asdict(shard) for shard in split.shards],
+                }
+                for name, split in self.splits.items()
+            },
+        }
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Little-endian uint16 while every id fits, else uint32."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+def load_manifest(directory: str | Path) -> Manifest:
+    """Read and check `directory/manifest.json`.
+
+    Raises:
+        DataError: there is none, it is not one of this format, or its content does not have the hash written in it.
+    """
+    path = Path(directory) / MANIFEST_FILE
+    remedy = f"remove {path.parent} and prepare it again with scripts/prepare_data.py"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path.parent} holds no prepared tokens: there is no {MANIFEST_FILE} in it; "
+            "run scripts/prepare_data.py, which also goes on with a preparation that was interrupted"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: not JSON ({error}); {remedy}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        given = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise DataError(f"{path} has format {given!r} and this version reads format {FORMAT}; {remedy}")
+    try:
+        manifest = _parse(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {error!r}; {remedy}") from error
+    if content.get("sha256") != manifest.sha256:
+        raise DataError(
+            f"{path} was changed after it was written: its content has sha256 {manifest.sha256}, "
+            f"recorded is {content.get('sha256')}; {remedy}"
+        )
+    return manifest
+
+
+def _parse(content: dict[str, Any]) -> Manifest:
+    tokenizer = TokenizerInfo(**content["tokenizer"])
+    if not 0 <= tokenizer.end_of_text < tokenizer.vocab_size:
+        raise ValueError(f"end_of_text {tokenizer.end_of_text} is not in a vocabulary of {tokenizer.vocab_size}")
+    splits = {}
+    for name in SPLITS:
+        shards = tuple(Shard(**shard) for shard in content["splits"][name]["shards"])
+        for shard in shards:
+            if not _SHARD_NAME.fullmatch(shard.file):
+                raise ValueError(f"{shard.file!r} is not the name of a shard")
+            if not _SHA256.fullmatch(shard.sha256) or shard.tokens <= 0 or shard.documents < 0:
+                raise ValueError(f"the entry of {shard.file} is not valid")
+        splits[name] = Split(shards)
+    return Manifest(content["source"], content["split_rule"], tokenizer, splits)
+
+
+def verify(directory: str | Path, report: Callable[[str], None] | None = None) -> Manifest:
+    """Read every shard whole and compare it with its recorded sha256; `report` is called with each file's name.
+
+    Raises:
+        DataError: the first file that is missing or differs.
+    """
+    directory = Path(directory)
+    manifest = load_manifest(directory)
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            path = directory / shard.file
+            if report is not None:
+                report(shard.file)
+            try:
+                with path.open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise DataError(f"{path} cannot be read: {error.strerror}; {shard_remedy(directory)}") from error
+            if found != shard.sha256:
+                raise DataError(
+                    f"{path} is damaged: its sha256 is {found}, the manifest has {shard.sha256}; "
+                    f"{shard_remedy(directory)}"
+                )
+    return manifest
+
+
+def shard_remedy(directory: Path) -> str:
+    return f"restore the file from a copy, or remove {directory} and prepare it again with scripts/prepare_data.py"

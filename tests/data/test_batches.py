@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data import IGNORED_TARGET, Batch, Batches, DataError, TokenDataset, ValidationWindows
+from tests.data.token_directory import write_token_directory
+
+
+def counting(directory: Path, tokens: int, shards: int = 3, split: str = "train") -> TokenDataset:
+    """A split whose token at position p is p, in shards of unequal sizes."""
+    cuts = np.sort(np.random.default_rng(tokens).choice(np.arange(1, tokens), size=shards - 1, replace=False))
+    arrays = np.split(np.arange(tokens), cuts)
+    write_token_directory(directory, arrays, arrays)
+    return TokenDataset(directory, split)
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
+    return counting(tmp_path_factory.mktemp("tokens"), 1003)
+
+
+def test_targets_are_the_tokens_one_place_further_across_shards(stream: TokenDataset) -> None:
+    batches = Batches(stream, seed=0, global_batch_size=100, sequence_length=10)
+    batch = batches.at(1)
+    assert batch.tokens.dtype == batch.targets.dtype == np.int64
+    assert batch.tokens.flags.c_contiguous
+    assert batch.targets.flags.c_contiguous
+    assert np.array_equal(batch.tokens, batch.tokens[:, :1] + np.arange(10))
+    assert np.array_equal(batch.targets, batch.tokens + 1)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    seed=st.integers(0, (1 << 64) - 1),
+    batch_size=st.integers(1, 40),
+    length=st.integers(1, 120),
+)
+def test_each_epoch_has_every_window_once_also_where_a_batch_straddles_epochs(
+    stream: TokenDataset, seed: int, batch_size: int, length: int
+) -> None:
+    batches = Batches(stream, seed, batch_size, length)
+    windows = batches.windows_per_epoch
+    steps = -(-3 * windows // batch_size)
+    starts = np.concatenate([batches.at(step).tokens[:, 0] for step in range(1, steps + 1)])
+    for epoch in range(3):
+        seen = starts[epoch * windows : (epoch + 1) * windows]
+        assert np.array_equal(np.sort(seen), np.arange(windows) * length)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    world_size=st.integers(1, 9), batch_size=st.integers(1, 20), step=st.integers(1, 1000), seed=st.integers(0, 1 << 32)
+)
+def test_the_global_batch_does_not_depend_on_the_number_of_ranks(
+    stream: TokenDataset, world_size: int, batch_size: int, step: int, seed: int
+) -> None:
+    whole = Batches(stream, seed, batch_size, 16).at(step)
+    assert whole.indices.tolist() == list(range(batch_size))
+    for rank in range(world_size):
+        part = Batches(stream, seed, batch_size, 16, rank, world_size).at(step)
+        assert part.indices.tolist() == list(range(rank, batch_size, world_size))
+        assert np.array_equal(part.tokens, whole.tokens[rank::world_size])
+        assert np.array_equal(part.targets, whole.targets[rank::world_size])
+
+
+def test_the_batch_does_not_depend_on_how_the_stream_is_cut_into_shards(tmp_path: Path) -> None:
+    one = Batches(counting(tmp_path / "one", 500, shards=1), 7, 30, 16).at(3)
+    many = Batches(counting(tmp_path / "many", 500, shards=40), 7, 30, 16).at(3)
+    assert np.array_equal(one.tokens, many.tokens)
+    assert np.array_equal(one.targets, many.targets)
+
+
+def test_the_seed_changes_the_order_and_not_the_windows(stream: TokenDataset) -> None:
+    orders = [Batches(stream, seed, 100, 10).at(1).tokens[:, 0] for seed in (1, 2)]
+    assert not np.array_equal(*orders)
+    assert np.array_equal(*[np.sort(order) for order in orders])
+
+
+def test_given_arrays_are_written_in_place(stream: TokenDataset) -> None:
+    batches = Batches(stream, 0, 8, 16)
+    out = Batch(np.zeros((8, 16), np.int64), np.zeros((8, 16), np.int64), np.zeros(8, np.int64))
+    batch = batches.at(2, out)
+    assert batch.tokens is out.tokens
+    assert batch.targets is out.targets
+    assert np.array_equal(out.tokens, batches.at(2).tokens)
+
+
+def test_prefetched_batches_are_those_of_their_steps(stream: TokenDataset) -> None:
+    batches = Batches(stream, 0, 8, 16)
+    with batches.prefetch(5, last_step=30, depth=3) as ahead:
+        read = list(ahead)
+    assert len(read) == 26
+    for step, batch in enumerate(read, start=5):
+        assert np.array_equal(batch.tokens, batches.at(step).tokens)
+
+
+def test_a_closed_prefetcher_leaves_no_thread_behind(stream: TokenDataset) -> None:
+    before = threading.active_count()
+    ahead = Batches(stream, 0, 8, 16).prefetch(1)
+    next(ahead)
+    ahead.close()
+    ahead.close()
+    assert threading.active_count() == before
+    with pytest.raises(StopIteration):
+        next(ahead)
+
+
+def test_an_error_while_reading_ahead_reaches_the_reader(tmp_path: Path) -> None:
+    write_token_directory(tmp_path, [np.array([1, 2, 3, 900, 4])], vocab_size=512)
+    with (
+        Batches(TokenDataset(tmp_path, "train"), 0, 1, 4).prefetch(1) as ahead,
+        pytest.raises(DataError, match="token 3 is 900"),
+    ):
+        next(ahead)
+
+
+def test_a_split_shorter_than_a_sequence_is_refused(stream: TokenDataset) -> None:
+    with pytest.raises(DataError, match=r"has 1003 tokens and one sequence of 1003 needs 1004; .*sequence_length"):
+        Batches(stream, 0, 1, 1003)
+    assert Batches(stream, 0, 1, 1002).at(1).targets[0, -1] == 1002
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"seed": -1},
+        {"seed": 1 << 64},
+        {"global_batch_size": 0},
+        {"sequence_length": 0},
+        {"rank": 2, "world_size": 2},
+        {"rank": -1},
+    ],
+)
+def test_arguments_out_of_range_are_refused(stream: TokenDataset, arguments: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"expected|at least"):
+        Batches(stream, **{"seed": 0, "global_batch_size": 4, "sequence_length": 8, **arguments})
+
+
+def test_steps_are_counted_from_one(stream: TokenDataset) -> None:
+    with pytest.raises(ValueError, match="step=0"):
+        Batches(stream, 0, 4, 8).at(0)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    limit=st.none() | st.integers(1, 1100),
+    length=st.integers(1, 300),
+    world_size=st.integers(1, 5),
+    batch_size=st.integers(1, 12),
+)
+def test_validation_predicts_each_of_the_first_tokens_exactly_once_over_all_ranks(
+    stream: TokenDataset, limit: int | None, length: int, world_size: int, batch_size: int
+) -> None:
+    predicted: list[int] = []
+    counts = set()
+    for rank in range(world_size):
+        windows = ValidationWindows(stream, limit, length, rank, world_size)
+        batches = list(windows.batches(batch_size))
+        counts.add(len(batches))
+        for batch in batches:
+            assert batch.tokens.shape == batch.targets.shape == (batch_size, length)
+            real = batch.targets != IGNORED_TARGET
+            assert np.array_equal(batch.tokens[real] + 1, batch.targets[real])
+            assert not real[batch.indices < 0].any()
+            assert real[batch.indices >= 0].any(axis=1).all()
+            predicted.extend(batch.targets[real].tolist())
+    expected = 1002 if limit is None else min(limit, 1002)
+    assert sorted(predicted) == list(range(1, expected + 1))
+    assert windows.predictions == expected
+    assert len(counts) == 1, "ranks with unequal numbers of batches would hang in a collective"
+
+
+def test_an_empty_validation_split_is_refused(tmp_path: Path) -> None:
+    write_token_directory(tmp_path, [np.arange(10)])
+    with pytest.raises(DataError, match=r"validation split of .* has 0 tokens.*validation.fraction"):
+        ValidationWindows(TokenDataset(tmp_path, "validation"), None, 4)
+
+
+def test_the_package_does_not_import_torch_or_what_preparation_needs() -> None:
+    heavy = ("torch", "datasets", "pyarrow", "pandas", "transformers")
+    command = f"import sys, data; print([m for m in {heavy!r} if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
