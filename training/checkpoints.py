@@ -267,6 +267,15 @@ def newest_valid(root: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, rejected
 
 
+def set_aside_newer(root: Path, step: int) -> None:
+    """Rename the checkpoints beyond `step`: a run that goes on from there must not find them again."""
+    for path in available(root):
+        if int(path.name.removeprefix("step-")) > step:
+            aside = path.with_name(f"superseded-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
 def prune(root: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and what unfinished saves left behind."""
     for path in available(root)[keep:]:

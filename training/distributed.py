@@ -56,10 +56,10 @@ class Distributed:
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is raised on any rank: how ranks agree before anyone acts."""
+        """Whether the flag is raised on any rank: how ranks agree before anyone acts. On the CPU: no device waits."""
         if self.world_size == 1:
             return flag
-        tensor = torch.tensor(int(flag), device=self.device)
+        tensor = torch.tensor(int(flag))
         return bool(self.all_reduce(tensor, dist.ReduceOp.MAX).item())
 
     def barrier(self) -> None:

@@ -5,6 +5,7 @@ compilation are booked apart, so that a comparison of optimizers does not depend
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -32,11 +33,16 @@ class CompilationClock:
         self.count = 0
         self._started = 0.0
 
-    def install(self) -> None:
+    @classmethod
+    @functools.cache
+    def installed(cls) -> "CompilationClock":
+        """This process's clock, hooked into torch.compile once."""
         from torch._dynamo.callback import on_compile_end, on_compile_start
 
-        on_compile_start(self._start)
-        on_compile_end(self._end)
+        clock = cls()
+        on_compile_start(clock._start)
+        on_compile_end(clock._end)
+        return clock
 
     def _start(self, *_: Any) -> None:
         self._started = time.perf_counter()

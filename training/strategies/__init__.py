@@ -1,0 +1,23 @@
+"""Ways of running a model over ranks, behind one interface (training/strategies/base.py)."""
+
+from training.config import DDPConfig, DeepSpeedConfig, FSDPConfig, RunConfig
+from training.distributed import Distributed
+from training.strategies.base import Strategy
+
+
+def build_strategy(config: RunConfig, distributed: Distributed) -> Strategy:
+    """The strategy that `strategy=` names. Each engine is imported only when it is chosen."""
+    bf16, compile_model = config.train.precision == "bf16", config.train.compile is True
+    match config.strategy:
+        case DDPConfig():
+            from training.strategies.ddp import DDP
+
+            return DDP(distributed, bf16=bf16, compile_model=compile_model)
+        case FSDPConfig():
+            from training.strategies.fsdp import FSDP
+
+            return FSDP(distributed, config.strategy, bf16=bf16, compile_model=compile_model)
+        case DeepSpeedConfig():
+            from training.strategies.deepspeed import DeepSpeed
+
+            return DeepSpeed(distributed, config.strategy, config.train, bf16=bf16, compile_model=compile_model)

@@ -165,6 +165,17 @@ class Strategy(ABC):
         """The parameters by name, in the model's order; shards where the strategy shards."""
         return dict(self.model.named_parameters())
 
+    #: Whether each rank holds only a part of `curvature_state()`.
+    shards_optimizer_state: bool = False
+
+    def curvature_state(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, h, m) of each parameter, whole or this rank's part of it."""
+        (optimizer,) = self.optimizers
+        for name, parameter in self.parameters().items():
+            state = optimizer.state[parameter]
+            if "hessian" in state:
+                yield name, state["hessian"], state["exp_avg"]
+
     def set_learning_rate(self, factor: float) -> None:
         """Every group's rate to its peak times the factor, in place."""
         for optimizer in self.optimizers:

@@ -1,0 +1,19 @@
+"""Train a GPT-2 with the optimizer that the configuration names.
+
+    python train.py optimizer=sophiag                                  one process
+    python train.py optimizer=sophiag launcher.nproc_per_node=8        eight ranks, started here
+    torchrun --nproc_per_node=8 train.py optimizer=sophiag             eight ranks, started by torchrun
+    python train.py -m optimizer=adamw,lion,sophiag seed=0,1,2         a sweep
+    python train.py experiment=paper/125m_sophiag                      a complete recipe
+    python train.py --help                                             every group and key
+
+Exit codes: 0 finished, 1 failed, 2 the configuration cannot be run (one line says why), 3 diverged, 75 preempted (start the same
+command again and it goes on).
+"""
+
+import sys
+
+from training.command import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,29 @@
+"""The loss on the fixed validation set: the same windows for every run, rank count and micro-batch."""
+
+import torch
+
+from data.batches import ValidationWindows
+from training.strategies.base import Strategy
+
+
+@torch.no_grad()
+def validation_loss(strategy: Strategy, windows: ValidationWindows, micro_batch_size: int) -> tuple[float, int]:
+    """Mean cross entropy in nats per token over the whole set, and the number of tokens, over all ranks.
+
+    Args:
+        strategy: holds the model; every rank takes part, with the same number of forwards.
+        windows: this rank's share of the fixed windows; padding has targets of -100.
+        micro_batch_size: windows per forward.
+    """
+    strategy.model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=strategy.device)
+    for batch in windows.batches(micro_batch_size):
+        tokens = torch.from_numpy(batch.tokens).to(strategy.device)
+        targets = torch.from_numpy(batch.targets).to(strategy.device)
+        loss_sum = strategy.forward(tokens, targets).loss_sum
+        assert loss_sum is not None
+        total += torch.stack((loss_sum.double(), (targets >= 0).sum().double()))
+    strategy.distributed.all_reduce(total)
+    strategy.model.train()
+    loss, count = total.tolist()
+    return loss / count, int(count)

@@ -1,0 +1,35 @@
+"""A torch.profiler trace of a few steps of a run, on demand: profile.enabled=true."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from training.config import ProfileConfig
+from training.records import write_atomically
+
+
+@contextlib.contextmanager
+def profiler(config: ProfileConfig, directory: Path, *, enabled: bool) -> Iterator[Callable[[], None]]:
+    """A function to call after every step.
+
+    Writes <run>/profile/trace.json (chrome://tracing, Perfetto) and table.txt, the ten costliest kinds of operation.
+    """
+    if not (config.enabled and enabled):
+        yield lambda: None
+        return
+    folder = directory / "profile"
+
+    def write(finished: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        finished.export_chrome_trace(str(folder / "trace.json"))
+        sort = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        write_atomically(folder / "table.txt", finished.key_averages().table(sort_by=sort, row_limit=10) + "\n")
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    steps = schedule(wait=max(0, config.after - 1), warmup=1, active=config.steps, repeat=1)
+    with profile(activities=activities, schedule=steps, on_trace_ready=write, record_shapes=True) as active:
+        yield active.step
