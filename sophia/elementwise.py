@@ -1,0 +1,141 @@
+"""What the optimizers of this package share: validation, state in float32, torch's protocol for loss scaling."""
+
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import Optimizer
+
+from sophia.kernels import local
+
+ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class ElementwiseOptimizer(Optimizer):
+    """An optimizer whose update of a coordinate depends on that coordinate alone, so that shards of any shape work.
+
+    State is kept per tensor and created at first use: float32 for parameters of half precision, otherwise the
+    parameter's dtype. `step` may be called several times per training step on different groups, on empty groups,
+    and with zero gradients; parameters without a gradient are left out.
+
+    If the attributes `grad_scale` and `found_inf` (0-D float32 tensors or None) are set, as `torch.amp.GradScaler`
+    does for torch's fused optimizers, the gradient is divided by the first, and where the second is 1 neither
+    weights nor state change; no value is read back to the host.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        self._set_transient_attributes()
+
+    def _set_transient_attributes(self) -> None:
+        """Host-side counters that are no part of the state, set anew at construction and whenever a state is loaded."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._set_transient_attributes()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._validate_group(group)
+            for index, p in enumerate(group["params"]):
+                if not p.is_floating_point():
+                    raise TypeError(
+                        f"parameter {index} of shape {tuple(p.shape)} has dtype {p.dtype}, expected a real floating "
+                        "dtype: pass torch.view_as_real(p) of a complex parameter"
+                    )
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _validate_group(self, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """grad_scale and found_inf on the device of the parameters (a copy that the host does not wait for)."""
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        return (
+            None if grad_scale is None else local(grad_scale).to(device, non_blocking=True),
+            None if found_inf is None else local(found_inf).to(device, non_blocking=True),
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but the state of half-precision parameters stays in float32, where torch casts it to the
+        parameter's dtype."""
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(saved, params, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and value.shape == p.shape and p.dtype in (torch.bfloat16, torch.float16):
+                    self.state[p][key] = value.to(device=p.device, dtype=torch.float32)
+
+
+def state_like(p: Tensor) -> Tensor:
+    """Zeros in the shape, layout and placement of p, in the dtype of the arithmetic."""
+    dtype = torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
+    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def advance(steps: list[Tensor], found_inf: Tensor | None) -> None:
+    """Add 1 to each 0-D step count, or nothing where found_inf is 1."""
+    if not steps:
+        return
+    if steps[0].device.type == "cpu":  # as torch.optim: a Python number would be wrapped into a tensor once per entry
+        torch._foreach_add_(steps, torch.ones(()))
+    else:
+        torch._foreach_add_(steps, 1)
+    if found_inf is not None:
+        torch._foreach_sub_(steps, [found_inf.to(steps[0].dtype)] * len(steps))
+
+
+def checked_grad(p: Tensor) -> Tensor:
+    """p.grad, dense and in the placement of p. Raises RuntimeError for a sparse gradient."""
+    grad = p.grad
+    assert grad is not None
+    if grad.is_sparse or grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"the gradient of a parameter of shape {tuple(p.shape)} has layout {grad.layout}, expected a dense one: "
+            "build the embedding with sparse=False, or give its parameters to torch.optim.SparseAdam"
+        )
+    if isinstance(p, DTensor) and isinstance(grad, DTensor) and grad.placements != p.placements:
+        grad = grad.redistribute(placements=p.placements)
+    return grad
+
+
+def check_number(
+    name: str,
+    value: object,
+    expected: str,
+    valid: Callable[[float], bool],
+    remedy: str,
+) -> None:
+    """Raises ValueError that names the value, what was expected and the remedy. A 0-D tensor is taken on trust:
+    reading it would stall the device."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}, expected a number or a 0-D tensor")
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not valid(float(value)):
+        raise ValueError(f"{name} = {value!r}, expected {expected}: {remedy}")
+
+
+def check_betas(group: Mapping[str, Any]) -> None:
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas = {betas!r}, expected a pair such as (0.96, 0.99)")
+    for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
+        check_number(
+            name,
+            beta,
+            "a number in [0, 1)",
+            lambda b: 0 <= b < 1,
+            "1 would never forget, and a negative decay alternates",
+        )
