@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.batches import Batch
 from models import GPT2Config
-from models.flops import forward_backward_flops, hutchinson_differences_flops, hutchinson_product_flops
+from models.flops import forward_backward_flops, hutchinson_differences_flops, hutchinson_exact_flops
 from sophia import random
 from training.config import AdaHessianConfig, OptimizerConfig, SophiaConfig
 from training.strategies.base import Strategy
@@ -176,7 +176,7 @@ class CurvaturePass:
         tokens = self.sequences * sequence_length
         match self.estimator:
             case "hutchinson":
-                return hutchinson_product_flops(shape, tokens, sequence_length)
+                return hutchinson_exact_flops(shape, tokens, sequence_length)
             case "hutchinson_differences":
                 return hutchinson_differences_flops(shape, tokens, sequence_length)
             case _:

@@ -63,10 +63,10 @@ def _construct(config: OptimizerConfig, parameters: Named, compile_step: bool) -
         case AdamWConfig():
             return [_adamw(groups, config.lr, config.betas, config.eps)]
         case LionConfig():
-            return [Lion(groups, lr=config.lr, betas=config.betas, compile=compile_step)]
+            return [Lion(groups, lr=config.lr, betas=config.betas)]
         case SignumConfig():
             momentum = (config.betas[0], 0.0)
-            return [Sophia(groups, lr=config.lr, betas=momentum, hessian_interval=None, compile=compile_step)]
+            return [Sophia(groups, lr=config.lr, betas=momentum, hessian_interval=None)]
         case SophiaConfig():
             return [
                 Sophia(
@@ -77,7 +77,6 @@ def _construct(config: OptimizerConfig, parameters: Named, compile_step: bool) -
                     eps=config.eps,
                     hessian_interval=config.hessian_interval,
                     clip=config.clip,
-                    compile=compile_step,
                 )
             ]
         case AdaHessianConfig():
@@ -88,7 +87,6 @@ def _construct(config: OptimizerConfig, parameters: Named, compile_step: bool) -
                     betas=config.betas,
                     eps=config.eps,
                     hessian_interval=config.hessian_interval,
-                    compile=compile_step,
                 )
             ]
         case MuonConfig():

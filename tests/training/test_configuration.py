@@ -1,0 +1,110 @@
+"""Composition and validation: every choice composes, every mistake is one line that names key, value and remedy."""
+
+import pytest
+
+from training.compose import CONFIG_DIRECTORY, compose, compose_dictionary, group_options
+from training.config import ConfigurationError, micro_batch_size, nearest_batches
+
+GROUPS = ("model", "data", "tokenizer", "optimizer", "schedule", "strategy", "tracker", "launcher", "experiment")
+CHOICES = [f"{group}={choice}" for group in GROUPS for choice in group_options(group)]
+# What a choice needs besides itself.
+NEEDS = {"data=text": ["data.paths=[corpus/*.txt]"]}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_group_option_composes_and_validates(choice: str) -> None:
+    compose([choice, *NEEDS.get(choice, [])])
+
+
+def test_every_config_folder_is_a_tested_group() -> None:
+    folders = {path.name for path in CONFIG_DIRECTORY.iterdir() if path.is_dir() and list(path.rglob("*.yaml"))}
+    assert folders - {"study"} == set(GROUPS) - {group for group in GROUPS if not group_options(group)}
+
+
+MISTAKES = [
+    (["optimizer.lr=abc"], ["optimizer.lr=abc", "number"]),
+    (["+optimizer.gama=1"], ["optimizer.gama=1", "did you mean optimizer.gamma"]),
+    (["optimizer.gama=1"], ["optimizer.gama", "did you mean optimizer.gamma"]),
+    (["model=gpt5"], ["model=gpt5", "choose one of", "gpt2_small"]),
+    (["optimizer=adam"], ["optimizer=adam", "did you mean adamw"]),
+    (["optimizer=adamw", "optimizer.gamma=1"], ["optimizer.gamma", "another choice of optimizer"]),
+    (["train.steps=-1"], ["train.steps=-1", "above 0"]),
+    (["train.steps=1.5"], ["train.steps=1.5", "whole number"]),
+    (["train.steps=null"], ["train.steps=None", "whole number"]),
+    (["~train.steps"], ["train.steps", "missing"]),
+    (["train.precision=fp8"], ["train.precision=fp8", "'bf16'"]),
+    (["train.compile=maybe"], ["train.compile=maybe", "auto"]),
+    (["optimizer.betas=[0.9,1.5]"], ["optimizer.betas.1=1.5", "below 1"]),
+    (["optimizer.lr=nan"], ["optimizer.lr=nan", "finite"]),
+    (["train.micro_batch_size=3"], ["train.micro_batch_size=3", "train.micro_batch_size=2 or 4", "=15 or 18"]),
+    (["train.sequence_length=4096"], ["train.sequence_length=4096", "model.block_size"]),
+    (["schedule.warmup_steps=500"], ["schedule.warmup_steps=500", "train.steps=200"]),
+    (["strategy=fsdp", "optimizer=sophiah"], ["hutchinson", "strategy=fsdp", "hutchinson_differences", "gnb"]),
+    (
+        ["strategy=deepspeed", "strategy.zero_stage=3", "optimizer=sophiah"],
+        ["zero_stage=3", "hutchinson_differences"],
+    ),
+    (["strategy=deepspeed", "optimizer=muon"], ["optimizer=muon", "strategy=ddp"]),
+    (["strategy.zero_stage=2"], ["strategy.zero_stage", "another choice of strategy"]),
+    (["tokenizer=bpe", "tokenizer.vocab_size=100"], ["tokenizer.vocab_size=100", "above 256"]),
+    (["tokenizer.vocab_size=4096"], ["tokenizer.vocab_size=4096", "tokenizer=bpe"]),
+    (["data=text"], ["data.paths=[]"]),
+    (["name=../elsewhere"], ["name=../elsewhere", "letters"]),
+    (["nosuch=1"], ["nosuch", "known keys"]),
+    (["optimizer.betas=[0.9"], ["key=value"]),
+    (["train=5"], ["train=5", "section"]),
+    (["model.n_head=3"], ["model.n_embd=128", "model.n_head=3"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), MISTAKES, ids=lambda value: " ".join(value)[:40])
+def test_a_mistake_is_one_line_with_key_value_and_remedy(overrides: list[str], expected: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        compose(overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in expected:
+        assert part in message
+
+
+def test_seed_sets_the_three_seeds_unless_they_are_given() -> None:
+    config = compose(["seed=7", "seeds.data=3"])
+    assert (config.seeds.model, config.seeds.data, config.seeds.curvature) == (7, 3, 7)
+
+
+def test_default_name_has_model_data_optimizer_hash_and_seed() -> None:
+    config = compose(["optimizer=lion", "seed=4"])
+    model, data, optimizer, digest, seed = config.run_name.split("-")
+    assert (model, data, optimizer, seed) == ("gpt2_micro", "sample", "lion", "s4")
+    assert len(digest) == 8
+
+
+def test_seeds_of_one_configuration_share_the_hash_of_its_name() -> None:
+    names = {compose([f"seed={seed}"]).run_name.rsplit("-s", 1)[0] for seed in (0, 1, 2)}
+    assert len(names) == 1
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["strategy=fsdp", "tracker=wandb", "train.micro_batch_size=4", "output_dir=x", "checkpoint.interval=7"],
+)
+def test_what_does_not_change_the_curve_does_not_change_the_name(override: str) -> None:
+    assert compose([override]).run_name == compose([]).run_name
+
+
+@pytest.mark.parametrize(
+    "override", ["optimizer.lr=1e-3", "train.steps=300", "data=openwebtext", "train.precision=fp32", "seeds.data=1"]
+)
+def test_what_changes_the_curve_changes_the_name(override: str) -> None:
+    assert compose([override]).run_name != compose([]).run_name
+
+
+def test_optimizer_alone_changes_nothing_but_the_optimizer_section() -> None:
+    adamw, sophia = compose_dictionary(["optimizer=adamw"]), compose_dictionary(["optimizer=sophiag"])
+    assert {key for key in adamw if adamw[key] != sophia[key]} == {"optimizer"}
+
+
+def test_a_batch_that_does_not_divide_over_ranks_proposes_the_nearest() -> None:
+    with pytest.raises(ConfigurationError, match=r"3 ranks; choose train.global_batch_size=12 or 18"):
+        micro_batch_size(compose(["train.global_batch_size=16", "train.micro_batch_size=2"]), world_size=3)
+    assert "train.micro_batch_size=4 or 8," in nearest_batches(16, 6, 2)

@@ -1,0 +1,34 @@
+"""Learning-rate schedules at the points where their definition is exact."""
+
+import pytest
+
+from training.config import ScheduleConfig
+from training.schedule import learning_rate_factor
+
+
+def schedule(**values: object) -> ScheduleConfig:
+    return ScheduleConfig.model_validate({"name": "cosine", "warmup_steps": 10, "final_ratio": 0.05, **values})
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+def test_warmup_is_linear_and_ends_at_the_peak(name: str) -> None:
+    factors = [learning_rate_factor(schedule(name=name), step, 100) for step in range(1, 11)]
+    assert factors == pytest.approx([step / 10 for step in range(1, 11)])
+
+
+def test_cosine_is_half_way_in_the_middle_and_final_at_the_end() -> None:
+    assert learning_rate_factor(schedule(), 55, 100) == pytest.approx((1 + 0.05) / 2)
+    assert learning_rate_factor(schedule(), 100, 100) == pytest.approx(0.05)
+
+
+def test_wsd_is_flat_then_linear_to_the_final_ratio() -> None:
+    config = schedule(name="wsd", decay_share=0.2)
+    assert learning_rate_factor(config, 80, 100) == 1.0
+    assert learning_rate_factor(config, 90, 100) == pytest.approx((1 + 0.05) / 2)
+    assert learning_rate_factor(config, 100, 100) == pytest.approx(0.05)
+
+
+def test_warmup_steps_win_over_the_share() -> None:
+    assert schedule(warmup_steps=None, warmup_share=0.25).warmup(100) == 25
+    assert schedule(warmup_steps=3, warmup_share=0.25).warmup(100) == 3
+    assert learning_rate_factor(schedule(warmup_steps=0), 1, 100) == pytest.approx(1.0, abs=1e-3)
