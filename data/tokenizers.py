@@ -1,0 +1,231 @@
+"""Text → token ids: GPT-2's own vocabulary, or a byte-level BPE trained on the corpus.
+
+Both are the same algorithm, GPT-2's pre-tokenisation followed by byte-pair merges, and both are run by tiktoken, which
+is several times faster than the `tokenizers` library that trains the second. GPT-2's is built offline from OpenAI's
+`vocab.bpe`: the order of the bytes and the list of merges determine every id.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from data.errors import DataError
+from data.files import written_beside
+from data.manifest import TokenizerInfo, load_manifest
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILE = "tokenizer.json"
+
+_VOCAB_BPE = Path(__file__).parent / "sample" / "gpt2_vocab.bpe"
+_VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # as tiktoken pins it
+
+# GPT-2's pre-tokenisation, 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+, in the
+# equivalent form that tiktoken ships for speed.
+_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+# Longer texts are encoded in pieces: memory stays constant, and the pattern's engine refuses long runs of white space.
+# No pre-token goes from a character that is not white space to one that is, so a cut between the two changes nothing.
+_PIECE_CHARACTERS = 1 << 16
+_CUT = re.compile(r"\S(?=[ \n])")
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """Which tokenizer is wanted: GPT-2's, or a BPE of `vocab_size` ids, end of text included, trained on the corpus."""
+
+    name: str = "gpt2"  # "gpt2" | "bpe"
+    vocab_size: int | None = None  # for "bpe" alone
+
+    def __post_init__(self) -> None:
+        if self.name not in ("gpt2", "bpe"):
+            raise DataError(f"tokenizer.name={self.name!r} is unknown; choose gpt2 or bpe")
+        if self.name == "bpe" and not (isinstance(self.vocab_size, int) and self.vocab_size > 256 + 1):
+            raise DataError(
+                f"tokenizer.vocab_size={self.vocab_size}: a trained tokenizer needs more than 257 ids "
+                "(the 256 bytes, the end of text, and at least one merge)"
+            )
+
+    @property
+    def label(self) -> str:
+        """Short name for directories: "gpt2", "bpe4096"."""
+        return self.name if self.name == "gpt2" else f"{self.name}{self.vocab_size}"
+
+
+class Tokenizer:
+    """A byte-level BPE with ids 0 … vocab_size - 2 for byte strings, and the last id for the end of a text.
+
+    Args:
+        name: "gpt2" or "bpe".
+        ranks: each token's bytes and its id; ids are consecutive from 0 and are the priority of the merges.
+    """
+
+    def __init__(self, name: str, ranks: dict[bytes, int]) -> None:
+        self.name = name
+        self.end_of_text = len(ranks)
+        self.vocab_size = len(ranks) + 1
+        self._ranks = ranks
+        self._encoding = tiktoken.Encoding(
+            name,
+            pat_str=_PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens={END_OF_TEXT: self.end_of_text},
+            explicit_n_vocab=self.vocab_size,
+        )
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The hash of the vocabulary in tiktoken's file format (for GPT-2's, the hash that tiktoken pins)."""
+        lines = (
+            base64.b64encode(token) + b" %d\n" % rank
+            for token, rank in sorted(self._ranks.items(), key=lambda item: item[1])
+        )
+        return hashlib.sha256(b"".join(lines)).hexdigest()
+
+    @property
+    def info(self) -> TokenizerInfo:
+        return TokenizerInfo(self.name, self.vocab_size, self.end_of_text, self.sha256)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, (n,) uint32. Special tokens written out in the text are ordinary characters."""
+        if len(text) <= _PIECE_CHARACTERS:
+            return self._encode_piece(text)
+        return np.concatenate([self._encode_piece(piece) for piece in _pieces(text)])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+        return self._encoding.decode([int(token) for token in ids])
+
+    def _encode_piece(self, text: str) -> np.ndarray:
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            # Half of a surrogate pair, which JSON can escape and UTF-8 cannot hold: U+FFFD, as in tiktoken's encode.
+            repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return self._encoding.encode_to_numpy(repaired, disallowed_special=())
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a long text where no token can span, or, failing that, at twice the length of a piece."""
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS:
+        limit = start + 2 * _PIECE_CHARACTERS
+        found = _CUT.search(text, start + _PIECE_CHARACTERS - 1, limit + 1)
+        stop = found.end() if found else limit
+        yield text[start:stop]
+        start = stop
+    if start < len(text):
+        yield text[start:]
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The characters in which GPT-2's files write the 256 bytes, in the order of their ids."""
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+@functools.cache
+def gpt2() -> Tokenizer:
+    """GPT-2's tokenizer, id for id that of `tiktoken.get_encoding("gpt2")`, without a network.
+
+    Raises:
+        DataError: data/sample/gpt2_vocab.bpe is missing or is not OpenAI's.
+    """
+    try:
+        content = _VOCAB_BPE.read_bytes()
+    except OSError as error:
+        raise DataError(f"{_VOCAB_BPE} cannot be read: {error.strerror}; restore it from the repository") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != _VOCAB_BPE_SHA256:
+        raise DataError(
+            f"{_VOCAB_BPE} is not GPT-2's vocab.bpe: its sha256 is {found} and should be {_VOCAB_BPE_SHA256}; "
+            "restore it from the repository"
+        )
+    to_byte = _byte_of_character()
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(to_byte.values())}
+    for line in content.decode().splitlines()[1:]:  # the first line is "#version: 0.2"
+        first, second = line.split()
+        ranks[bytes(to_byte[character] for character in first + second)] = len(ranks)
+    return Tokenizer("gpt2", ranks)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path) -> Tokenizer:
+    """Train a byte-level BPE with GPT-2's pre-tokenisation and write it to `directory/tokenizer.json`.
+
+    The result depends on the texts and the size alone, not on the number of threads. The file is in the format of
+    Hugging Face's `tokenizers`, so that transformers can use it as well.
+
+    Raises:
+        DataError: the texts have too few distinct pairs for so large a vocabulary.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator(texts, trainer)
+    found = trained.get_vocab_size()
+    if found < vocab_size - 1:
+        raise DataError(
+            f"tokenizer.vocab_size={vocab_size} is too large for this corpus, whose repeated pairs give {found + 1} "
+            f"ids; choose at most {found + 1}, or a larger corpus"
+        )
+    trained.add_special_tokens([END_OF_TEXT])
+    with written_beside(directory / TOKENIZER_FILE) as file:
+        file.write(trained.to_str(pretty=True).encode())
+    return _read_bpe(directory / TOKENIZER_FILE)
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer of a prepared token directory.
+
+    Raises:
+        DataError: the directory is not prepared, or its tokenizer is not the one that made the tokens.
+    """
+    expected = load_manifest(directory).tokenizer
+    tokenizer = gpt2() if expected.name == "gpt2" else _read_bpe(Path(directory) / TOKENIZER_FILE)
+    if tokenizer.sha256 != expected.sha256:
+        raise DataError(
+            f"{directory} was prepared with a tokenizer of sha256 {expected.sha256}, and {tokenizer.name} here has "
+            f"{tokenizer.sha256}; restore {TOKENIZER_FILE}, or remove the directory and prepare it again"
+        )
+    return tokenizer
+
+
+def _read_bpe(path: Path) -> Tokenizer:
+    to_byte = _byte_of_character()
+    try:
+        vocabulary: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+        ranks = {
+            bytes(to_byte[character] for character in token): rank
+            for token, rank in vocabulary.items()
+            if token != END_OF_TEXT
+        }
+        if sorted(ranks.values()) != list(range(len(ranks))):
+            raise ValueError("its ids are not consecutive")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; prepare the corpus again") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged or no byte-level BPE: {error!r}; prepare the corpus again") from error
+    return Tokenizer("bpe", ranks)
