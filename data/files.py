@@ -13,16 +13,18 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
+from data.errors import DataError
+
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[BufferedRandom]:
-    """Open `<path>.partial` for writing and reading; on a clean exit sync it and rename it to `path`.
+    """Open `<path>.<process id>.partial` for writing and reading; on a clean exit sync it and rename it to `path`.
 
-    On an exception nothing appears at `path` and the partial file is removed. Safe for one writer per path.
+    On an exception nothing appears at `path` and the partial file is removed.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb+") as file:
+        with BufferedRandom(partial.open("wb+", buffering=0), 1 << 20) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -42,6 +44,14 @@ def sync_directory(directory: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def cannot_write(error: OSError, directory: Path) -> DataError:
+    """The error for a disk that is full, read-only or gone while `directory` was being written."""
+    return DataError(
+        f"{error.filename or directory} cannot be written: {error.strerror or error}; make room or correct the "
+        "permissions and run the same command again: what was finished is kept"
+    )
 
 
 def canonical_json(content: Any) -> bytes:

@@ -32,13 +32,18 @@ class ShardWriter:
         self._stack = ExitStack()
         self._file: BufferedRandom | None = None
 
-    def append(self, tokens: np.ndarray) -> None:
-        """Append (n,) token ids."""
+    def append(self, tokens: np.ndarray, end_of_text: int | None = None) -> None:
+        """Append (n,) token ids and, if these end a document, the id that says so."""
         if self._file is None:
             self._file = self._stack.enter_context(written_beside(self.path))
             self._write_header(self._file)
-        self._file.write(tokens.astype(self.dtype, copy=False).tobytes())
-        self.tokens += tokens.size
+        stored = np.empty(tokens.size + (end_of_text is not None), self.dtype)
+        stored[: tokens.size] = tokens
+        if end_of_text is not None:
+            stored[-1] = end_of_text
+            self.documents += 1
+        self._file.write(stored.data)
+        self.tokens += stored.size
 
     def __enter__(self) -> Self:
         return self

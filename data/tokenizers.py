@@ -194,7 +194,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path) -> Tokeniz
     trained.add_special_tokens([END_OF_TEXT])
     with written_beside(directory / TOKENIZER_FILE) as file:
         file.write(trained.to_str(pretty=True).encode())
-    return _read_bpe(directory / TOKENIZER_FILE)
+    return read_bpe(directory / TOKENIZER_FILE)
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -203,8 +203,16 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     Raises:
         DataError: the directory is not prepared, or its tokenizer is not the one that made the tokens.
     """
-    expected = load_manifest(directory).tokenizer
-    tokenizer = gpt2() if expected.name == "gpt2" else _read_bpe(Path(directory) / TOKENIZER_FILE)
+    return open_tokenizer(load_manifest(directory).tokenizer, Path(directory))
+
+
+def open_tokenizer(expected: TokenizerInfo, directory: Path) -> Tokenizer:
+    """The tokenizer that `expected` describes; a trained one is read from `directory`.
+
+    Raises:
+        DataError: it cannot be read, or is another.
+    """
+    tokenizer = gpt2() if expected.name == "gpt2" else read_bpe(directory / TOKENIZER_FILE)
     if tokenizer.sha256 != expected.sha256:
         raise DataError(
             f"{directory} was prepared with a tokenizer of sha256 {expected.sha256}, and {tokenizer.name} here has "
@@ -213,7 +221,12 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def _read_bpe(path: Path) -> Tokenizer:
+def read_bpe(path: Path) -> Tokenizer:
+    """A trained tokenizer from its file.
+
+    Raises:
+        DataError: the file is missing, damaged, or holds another kind of tokenizer.
+    """
     to_byte = _byte_of_character()
     try:
         vocabulary: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
