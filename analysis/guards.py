@@ -5,11 +5,11 @@ A comparison of optimizers is fair when the runs differ in the optimizer and its
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from analysis.records import Run
+from analysis.records import Run, flatten
 
 # Keys (and all below them) that change nothing that is measured.
 INCIDENTAL = (
@@ -78,18 +78,6 @@ def require_fair(runs: Sequence[Run], *, by_design: Iterable[str] = OPTIMIZER) -
     found = [difference for difference in differences(runs, by_design=by_design) if difference.affects == "loss"]
     if found:
         raise UnfairComparisonError(found)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists count as values."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{path}."))
-        else:
-            flat[path] = value
-    return flat
 
 
 def _comparable_values(run: Run) -> dict[str, Any]:

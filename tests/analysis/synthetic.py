@@ -82,8 +82,15 @@ def write_run(
         if step in at:
             lines.append({"kind": "eval", **counters(step), "val_loss": curve(step / steps)})
         if optimizer.startswith("sophia") and step % 50 == 1:
-            histogram = {"log10_edges": [-12, -9, -6, -3, 0], "counts": [10, 40, 30, 5]}
-            lines.append({"kind": "hessian", **counters(step), "norm": 0.1, "positive": 0.9, "histogram": histogram})
+            described = {
+                "hessian_norm": 0.1,
+                "momentum_norm": 0.01,
+                "positive_fraction": 0.9,
+                "histogram": [0, 0, 0, 10, 40, 90, 300, 200, 80, 30, 5, 0, 0, 0, 0, 0, 0, 0],
+            }
+            by_kind = {"embedding": described, "mlp": described}
+            decades = list(range(-12, 5))
+            lines.append({"kind": "hessian", **counters(step), **described, "decades": decades, "by_kind": by_kind})
 
     ledger = {
         "forward_backward": _entry(tokens, FLOPS_PER_TOKEN * tokens, seconds_per_step * steps * 0.9, steps),

@@ -1,0 +1,240 @@
+"""Intervals, tests and power for a handful of paired seeds.
+
+With 3 or 5 seeds a bootstrap interval covers too little (95 % intervals covered 75 % and 84 % in a simulation, paired t
+intervals 95 %), so everything here is Student's t on paired differences; the bootstrap is refused below 20 seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, special, stats
+
+BOOTSTRAP_MINIMUM = 20
+
+# Gauss-Legendre nodes and weights on (0, 1).
+_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(96)
+_NODES, _NODE_WEIGHTS = (_NODES + 1) / 2, _NODE_WEIGHTS / 2
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its two-sided confidence interval, in the unit of the differences (nats for losses)."""
+
+    estimate: float
+    low: float
+    high: float
+    level: float
+    standard_error: float
+    degrees_of_freedom: float
+
+    def excludes(self, value: float) -> bool:
+        return not self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Variance:
+    """Variance of one difference (not of their mean), and what it was estimated from."""
+
+    value: float
+    degrees_of_freedom: float
+    pooled_over: int  # groups; 1 = the group's own variance
+    homogeneity_p: float  # Bartlett's test over the groups; NaN where there was nothing to test
+
+    @property
+    def standard_deviation(self) -> float:
+        return math.sqrt(self.value)
+
+
+def own_variance(differences: ArrayLike) -> Variance:
+    """The sample variance; NaN with no degrees of freedom for fewer than two differences."""
+    values = _vector(differences)
+    if len(values) < 2:
+        return Variance(float("nan"), 0.0, 1, float("nan"))
+    return Variance(float(values.var(ddof=1)), len(values) - 1.0, 1, float("nan"))
+
+
+def pooled_variance(groups: Sequence[ArrayLike], *, significance: float = 0.05) -> Variance | None:
+    """One variance for several groups of differences (a group is a horizon), if Bartlett's test lets them share it.
+
+    Args:
+        groups: (n_i,) differences each; groups of fewer than two say nothing about the variance and are left out.
+        significance: at a smaller p of Bartlett's test the groups are taken to differ.
+
+    Returns:
+        The pooled variance with Σ(n_i - 1) degrees of freedom, or None where the groups' variances differ.
+    """
+    usable = [values for values in map(_vector, groups) if len(values) >= 2]
+    if len(usable) < 2:
+        return own_variance(usable[0]) if usable else own_variance([])
+    variances = np.array([values.var(ddof=1) for values in usable])
+    freedom = np.array([len(values) - 1.0 for values in usable])
+    p = bartlett_p(variances, freedom)
+    if p < significance:
+        return None
+    return Variance(float(variances @ freedom / freedom.sum()), float(freedom.sum()), len(usable), p)
+
+
+def bartlett_p(variances: ArrayLike, freedom: ArrayLike) -> float:
+    """p of Bartlett's test that normal samples with these variances and degrees of freedom share one variance.
+
+    Two groups whose variances are both zero agree; a zero variance beside another that is not does not.
+    """
+    s2, nu = _vector(variances), _vector(freedom)
+    if np.all(s2 == 0):
+        return 1.0
+    if np.any(s2 == 0):
+        return 0.0
+    total = nu.sum()
+    pooled = s2 @ nu / total
+    statistic = total * math.log(pooled) - float(nu @ np.log(s2))
+    correction = 1 + (float(np.sum(1 / nu)) - 1 / total) / (3 * (len(s2) - 1))
+    return float(stats.chi2.sf(statistic / correction, len(s2) - 1))
+
+
+def paired_interval(differences: ArrayLike, *, level: float = 0.95, variance: Variance | None = None) -> Interval:
+    """Student's t interval for the mean of paired differences.
+
+    Args:
+        differences: (n,) one per seed, arm minus baseline with the same initial weights and the same data.
+        level: confidence, 0 < level < 1.
+        variance: a pooled variance; the differences' own by default. Without a variance the interval is infinite.
+    """
+    values = _vector(differences)
+    if len(values) == 0:
+        raise ValueError("no differences: an interval needs at least one pair of runs")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} is no confidence: expected a number between 0 and 1, such as 0.95")
+    variance = variance or own_variance(values)
+    mean = float(values.mean())
+    if variance.degrees_of_freedom <= 0:
+        return Interval(mean, -math.inf, math.inf, level, math.inf, 0.0)
+    error = math.sqrt(variance.value / len(values))
+    reach = float(stats.t.ppf((1 + level) / 2, variance.degrees_of_freedom)) * error
+    return Interval(mean, mean - reach, mean + reach, level, error, variance.degrees_of_freedom)
+
+
+def paired_p(differences: ArrayLike, *, null: float = 0.0, variance: Variance | None = None) -> float:
+    """Two-sided p of Student's t test that the mean of paired differences is `null`; 1 without a variance."""
+    interval = paired_interval(differences, variance=variance)
+    if interval.degrees_of_freedom <= 0:
+        return 1.0
+    distance = abs(interval.estimate - null)
+    if interval.standard_error == 0:
+        return 1.0 if distance == 0 else 0.0
+    return float(2 * stats.t.sf(distance / interval.standard_error, interval.degrees_of_freedom))
+
+
+def bootstrap_interval(
+    differences: ArrayLike, *, level: float = 0.95, resamples: int = 9999, seed: int = 0
+) -> Interval:
+    """Bias-corrected and accelerated bootstrap interval for the mean; makes no assumption of normality.
+
+    Raises:
+        ValueError: fewer than 20 differences, where such intervals cover too little.
+    """
+    values = _vector(differences)
+    if len(values) < BOOTSTRAP_MINIMUM:
+        raise ValueError(
+            f"{len(values)} seeds are too few for a bootstrap interval, which would cover too little: "
+            f"have at least {BOOTSTRAP_MINIMUM}, or use paired_interval"
+        )
+    result = stats.bootstrap(
+        (values,), np.mean, confidence_level=level, n_resamples=resamples, rng=np.random.default_rng(seed)
+    )
+    low, high = result.confidence_interval
+    return Interval(
+        float(values.mean()), float(low), float(high), level, float(result.standard_error), len(values) - 1.0
+    )
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """Holm's step-down adjusted p-values, (m,) in the order given: compare each with the family's error rate."""
+    p = _vector(p_values)
+    order = np.argsort(p, kind="stable")
+    stepped = np.minimum(1.0, p[order] * (len(p) - np.arange(len(p))))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(stepped) if len(p) else stepped
+    return adjusted
+
+
+def power(effect: float, standard_deviation: float, seeds: int, *, level: float = 0.95, freedom: float = 0.0) -> float:
+    """Chance that a paired t test finds a true mean difference of `effect`.
+
+    Args:
+        effect: true mean of the differences, in their unit.
+        standard_deviation: of one difference.
+        seeds: pairs.
+        freedom: degrees of freedom of the variance; seeds - 1 if not given (more where it is pooled).
+    """
+    nu = freedom or seeds - 1
+    if nu <= 0:
+        return 0.0
+    if standard_deviation == 0:
+        return 1.0 if effect else 0.0
+    return _power_of(nu, level)(abs(effect) * math.sqrt(seeds) / standard_deviation)
+
+
+def _power_of(freedom: float, level: float) -> Callable[[float], float]:
+    """P(|T| > critical) of a noncentral t as a function of its shift.
+
+    The normal probability averaged over quantiles of the chi distribution: scipy's noncentral t returns NaN at
+    shifts and degrees of freedom that occur here.
+    """
+    critical = float(special.stdtrit(freedom, (1 + level) / 2))
+    spread = critical * np.sqrt(2 * special.gammaincinv(freedom / 2, _NODES) / freedom)
+    return lambda shift: float(_NODE_WEIGHTS @ (special.ndtr(shift - spread) + special.ndtr(-shift - spread)))
+
+
+def smallest_detectable_difference(
+    standard_deviation: float, seeds: int, *, level: float = 0.95, target: float = 0.8, freedom: float = 0.0
+) -> float:
+    """The true difference that a paired t test of so many seeds would find with probability `target`.
+
+    Infinite for a single seed.
+    """
+    if (freedom or seeds - 1) <= 0 or not math.isfinite(standard_deviation):
+        return math.inf
+    if standard_deviation == 0:
+        return 0.0
+    power_at = _power_of(freedom or seeds - 1, level)
+    upper = 4.0
+    while power_at(upper) < target:
+        upper *= 2
+    shift = optimize.brentq(lambda value: power_at(value) - target, 0.0, upper, rtol=1e-6)
+    return float(shift) * standard_deviation / math.sqrt(seeds)
+
+
+def seeds_to_decide(
+    effect: float, standard_deviation: float, *, level: float = 0.95, target: float = 0.8, limit: int = 1000
+) -> int | None:
+    """The fewest seeds with which a paired t test would find a difference of `effect` with probability `target`.
+
+    None where more than `limit` would be needed: the difference is then too small to matter, or there is none.
+    """
+    if not (math.isfinite(effect) and math.isfinite(standard_deviation)):
+        return None
+
+    def enough(seeds: int) -> bool:
+        return power(effect, standard_deviation, seeds, level=level) >= target
+
+    if effect == 0 or not enough(limit):
+        return None
+    low, high = 1, limit  # one seed is never enough, `limit` is
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def _vector(values: ArrayLike) -> NDArray[np.float64]:
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.ndim != 1:
+        raise ValueError(f"expected a vector of values, got the shape {vector.shape}")
+    if not np.all(np.isfinite(vector)):
+        raise ValueError("a value is not finite: a diverged run has no final loss; leave its cell undecided instead")
+    return vector
