@@ -12,6 +12,7 @@ N is counted from the predictions that were really made. No norm clip touches th
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,9 +96,9 @@ class CurvaturePass:
         length = batch.tokens.shape[1]
         offsets = torch.arange(length, device=strategy.device)
         for first in range(0, rows, size):
-            row = torch.arange(first, first + size)
-            real = (row < mine)[:, None].to(strategy.device)
-            row = row.clamp(max=len(batch.indices) - 1)
+            row = np.arange(first, first + size)
+            real = torch.from_numpy(row < mine)[:, None].to(strategy.device)
+            row = row.clip(max=len(batch.indices) - 1)
             tokens = torch.from_numpy(batch.tokens[row]).to(strategy.device)
             targets = torch.from_numpy(batch.targets[row]).to(strategy.device)
             indices = torch.from_numpy(batch.indices[row])[:, None].to(strategy.device)

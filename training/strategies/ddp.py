@@ -54,7 +54,7 @@ class DDP(Strategy):
     def update_hessian(
         self, *, num_predictions: int | None = None, estimates: Sequence[Tensor] | None = None
     ) -> Tensor:
-        return update_hessian(self.optimizers, num_predictions, estimates)
+        return update_hessian(self.optimizers, self.parameters().values(), num_predictions, estimates)
 
     def step(self, max_norm: float | None) -> StepStatistics:
         statistics = clip_and_step(self.optimizers, max_norm)

@@ -4,7 +4,7 @@ The clip is not a pass of its own: optimizers with torch's AMP protocol divide t
 kernel and leave everything alone where `found_inf` is 1. torch.optim.Muon has no such protocol; it gets a pass, and a wait.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,9 +35,15 @@ def clip_and_step(optimizers: Sequence[Optimizer], max_norm: float | None) -> St
 
 
 def update_hessian(
-    optimizers: Sequence[Optimizer], num_predictions: int | None, estimates: Sequence[Tensor] | None
+    optimizers: Sequence[Optimizer],
+    parameters: Iterable[Tensor],
+    num_predictions: int | None,
+    estimates: Sequence[Tensor] | None,
 ) -> Tensor:
-    """`update_hessian` of the one optimizer that has it; a non-finite estimate is held back on the device."""
+    """`update_hessian` of the one optimizer that has it; a non-finite estimate is held back on the device.
+
+    `estimates` stand in the order of `parameters`, which need not be that of the optimizer's groups.
+    """
     (optimizer,) = optimizers
     finite = torch.isfinite(total_norm(gradients(optimizers) if estimates is None else estimates))
     skipped = (~finite).float()
@@ -45,6 +51,8 @@ def update_hessian(
     if estimates is None:
         optimizer.update_hessian(num_predictions=num_predictions)  # type: ignore[attr-defined]
     else:
-        optimizer.update_hessian(estimates=estimates)  # type: ignore[attr-defined]
+        of = {id(parameter): estimate for parameter, estimate in zip(parameters, estimates, strict=True)}
+        ordered = [of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+        optimizer.update_hessian(estimates=ordered)  # type: ignore[attr-defined]
     optimizer.found_inf = None  # type: ignore[attr-defined]
     return skipped
