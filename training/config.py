@@ -71,7 +71,7 @@ class HubDataConfig(Section):
     revision: str
     files: str
     text_column: str = "text"
-    local_directory: str | None = None
+    local: str | None = None
     validation: ValidationSplitConfig
     directory: str = "tokens"
 
@@ -328,7 +328,7 @@ class RunConfig(Section):
             del full["train"][key]
         del full["eval"]["micro_batch_size"]
         del full["data"]["directory"]
-        full["data"].pop("local_directory", None)
+        full["data"].pop("local", None)
         if set(full["seeds"].values()) == {self.seed}:
             del full["seeds"]
         return full

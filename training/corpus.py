@@ -1,1 +1,76 @@
-def open_corpus(config, distributed): ...
+"""From the configuration to a corpus: its source, its tokenizer, and the directory of its tokens."""
+
+from pathlib import Path
+
+from data import (
+    DataError,
+    FileSource,
+    HubSource,
+    Manifest,
+    SampleSource,
+    Source,
+    SplitRule,
+    TokenizerSpec,
+    ensure_prepared,
+    load_manifest,
+    progress_display,
+    token_directory,
+)
+from training.config import FilesDataConfig, HubDataConfig, RunConfig, SampleDataConfig, ValidationSplitConfig
+from training.distributed import Distributed
+
+
+def source_of(config: RunConfig) -> Source:
+    """The source that the `data` section describes."""
+    match config.data:
+        case SampleDataConfig():
+            return SampleSource()
+        case HubDataConfig() as data:
+            return HubSource(
+                name=data.name,
+                repository=data.repository,
+                revision=data.revision,
+                files=data.files,
+                text_column=data.text_column,
+                split=_split(data.validation),
+                local=None if data.local is None else Path(data.local),
+            )
+        case FilesDataConfig() as data:
+            return FileSource(
+                paths=data.paths, name=data.name, text_column=data.text_column, split=_split(data.validation)
+            )
+
+
+def _split(validation: ValidationSplitConfig) -> SplitRule:
+    return SplitRule(validation.rule, validation.fraction, validation.seed)
+
+
+def tokenizer_of(config: RunConfig) -> TokenizerSpec:
+    size = config.tokenizer.vocab_size if config.tokenizer.name == "bpe" else None
+    return TokenizerSpec(config.tokenizer.name, size)
+
+
+def token_directory_of(config: RunConfig) -> Path:
+    """Where the tokens of the configuration's corpus are, or will be: <data.directory>/<source>-<tokenizer>."""
+    return token_directory(config.data.directory, source_of(config), tokenizer_of(config))
+
+
+def open_corpus(config: RunConfig, distributed: Distributed) -> tuple[Path, Manifest]:
+    """The prepared tokens; rank 0 prepares the embedded sample on first use while the others wait.
+
+    Raises:
+        DataError: on every rank, if the tokens are missing (with the command that prepares them) or damaged.
+    """
+    failure: str | None = None
+    if distributed.is_main:
+        try:
+            ensure_prepared(
+                config.data.directory, source_of(config), tokenizer_of(config), progress=progress_display()
+            )
+        except DataError as error:
+            failure = str(error)
+    failure = distributed.broadcast_object(failure)
+    if failure is not None:
+        raise DataError(failure)
+    directory = token_directory_of(config)
+    return directory, load_manifest(directory)
