@@ -59,3 +59,8 @@ def gauss_newton_bartlett_flops(
 def hutchinson_differences_flops(config: GPT2Config, tokens: int, sequence_length: int) -> int:
     """A Hessian-vector product by a central difference: two first-order gradients."""
     return 2 * forward_backward_flops(config, tokens, sequence_length)
+
+
+def hutchinson_exact_flops(config: GPT2Config, tokens: int, sequence_length: int) -> int:
+    """An exact Hessian-vector product by double backward: a forward, a backward, and a backward through both."""
+    return 3 * forward_backward_flops(config, tokens, sequence_length)
