@@ -199,7 +199,7 @@ class GPT2(nn.Module):
         and the embedding's padding rows zero; norms one.
         """
         for name, parameter in self.named_parameters():
-            initial = self._initial(name, parameter.shape, seed).to(parameter.dtype)
+            initial = self.initial_tensor(name, parameter.shape, seed).to(parameter.dtype)
             if isinstance(parameter, DTensor):
                 # Each rank has generated the whole tensor: it keeps its shard, and nothing is sent.
                 sharded = distribute_tensor(initial, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -207,7 +207,7 @@ class GPT2(nn.Module):
             else:
                 parameter.copy_(initial)
 
-    def _initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+    def initial_tensor(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         if name.endswith("bias"):
             return torch.zeros(shape)
         if parameter_kind(name) == "norm":
