@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sophia.elementwise import ParamsT, check_betas, check_number
-from sophia.kernels import apply, local, scalar
+from sophia.elementwise import ParamsT, advance, check_betas, check_number
+from sophia.kernels import apply, local
 from sophia.rules import adahessian_update, squared_hessian_update
-from sophia.second_order import SecondOrderOptimizer, _advance_steps
+from sophia.second_order import SecondOrderOptimizer
 
 
 class AdaHessian(SecondOrderOptimizer):
@@ -29,6 +29,7 @@ class AdaHessian(SecondOrderOptimizer):
         eps: ε, added to √v̂.
         weight_decay: λ, decoupled from the gradient and multiplied by η.
         hessian_interval: k, the steps from one estimate to the next.
+        foreach, compile: the form of the step, as in `Sophia`.
 
     Raises:
         ValueError: a hyper-parameter out of its range, by name.
@@ -43,6 +44,9 @@ class AdaHessian(SecondOrderOptimizer):
         eps: float = 1e-4,
         weight_decay: float = 0.0,
         hessian_interval: int = 1,
+        *,
+        foreach: bool | None = None,
+        compile: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -51,7 +55,7 @@ class AdaHessian(SecondOrderOptimizer):
             "weight_decay": weight_decay,
             "hessian_interval": hessian_interval,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, foreach=foreach, compile=compile)
 
     def _validate_group(self, group: dict[str, Any]) -> None:
         check_number("lr", group["lr"], "a number >= 0", lambda x: 0 <= x < float("inf"), "the paper uses 0.15")
@@ -66,8 +70,8 @@ class AdaHessian(SecondOrderOptimizer):
             )
         super()._validate_group(group)
 
-    def _state(self, p: Tensor) -> dict[str, Tensor]:
-        state = super()._state(p)
+    def _state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        state = super()._state(p, group)
         if "hessian_step" not in state:
             state["hessian_step"] = torch.zeros((), dtype=torch.float32)
         return state
@@ -81,16 +85,17 @@ class AdaHessian(SecondOrderOptimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        beta1, beta2 = (scalar(beta) for beta in group["betas"])
-        fixed = [scalar(group["lr"]), beta1, scalar(group["eps"]), scalar(group["weight_decay"])]
+        lr, (beta1, beta2), eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
         for p, grad, state in zip(params, grads, states, strict=True):
-            # Counts of 0 (nothing yet, or held back so far) have v = 0 or move nothing: 1 avoids 0/0.
-            corrections = [
-                1 - beta1 ** state["step"].clamp_min(1),
-                1 - beta2 ** state["hessian_step"].clamp_min(1),
-            ]
-            arguments = [[p], [grad], [local(state["exp_avg"])], [local(state["hessian"])]]
-            apply(adahessian_update, arguments, [*fixed, *corrections, grad_scale, found_inf])
+            # Where a count is still 0, m or v is zero whatever divides it: 1 avoids 0/0.
+            correction1 = 1 - beta1 ** state["step"].double().clamp_min(1)
+            correction2 = 1 - beta2 ** state["hessian_step"].double().clamp_min(1)
+            apply(
+                adahessian_update,
+                [[p], [grad], [local(state["exp_avg"])], [local(state["hessian"])]],
+                [lr, beta1, eps, weight_decay, correction1, correction2, grad_scale, found_inf],
+                self._form,
+            )
 
     def _update_group(
         self,
@@ -98,13 +103,15 @@ class AdaHessian(SecondOrderOptimizer):
         states: list[dict[str, Tensor]],
         values: list[Tensor],
         num_predictions: int | Tensor | None,
+        weight: float,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
         if num_predictions is not None:
             raise TypeError(
-                "AdaHessian squares the estimate of the Hessian's diagonal: give update_hessian(estimates=…)"
+                f"update_hessian(num_predictions={num_predictions}) of AdaHessian, expected estimates=[…]: it "
+                "averages the square of the Hessian's diagonal, which hutchinson() estimates"
             )
-        _advance_steps(states, found_inf, "hessian_step")
-        hessians = [local(state["hessian"]) for state in states]
-        apply(squared_hessian_update, [hessians, values], [scalar(1 - group["betas"][1]), grad_scale, found_inf])
+        advance(states, "hessian_step", found_inf)
+        tensors = [[local(state["hessian"]) for state in states], values]
+        apply(squared_hessian_update, tensors, [weight, grad_scale, found_inf], self._form)

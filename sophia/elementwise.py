@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
-from sophia.kernels import local
+from sophia.kernels import Form, local
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -28,9 +28,22 @@ class ElementwiseOptimizer(Optimizer):
 
     _step_supports_amp_scaling = True
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        foreach: bool | None = None,
+        compile: bool | None = None,
+    ) -> None:
+        if foreach and compile:
+            raise ValueError("foreach = True and compile = True, expected at most one: they are two forms of one step")
+        self._form = Form(foreach, compile)
         super().__init__(params, defaults)
         self._set_transient_attributes()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_form": self._form}
 
     def _set_transient_attributes(self) -> None:
         """Host-side counters that are no part of the state, set anew at construction and whenever a state is loaded."""
@@ -58,13 +71,15 @@ class ElementwiseOptimizer(Optimizer):
         raise NotImplementedError
 
     def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """grad_scale and found_inf on the device of the parameters (a copy that the host does not wait for)."""
+        """grad_scale, and found_inf as 0.0 or 1.0, on the device of the parameters; the host does not wait for them."""
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        return (
-            None if grad_scale is None else local(grad_scale).to(device, non_blocking=True),
-            None if found_inf is None else local(found_inf).to(device, non_blocking=True),
-        )
+        if grad_scale is not None:
+            grad_scale = local(grad_scale).to(device, non_blocking=True)
+        if found_inf is not None:  # a GradScaler adds up the flags of several devices
+            found_inf = (local(found_inf) > 0).to(device, non_blocking=True)
+            found_inf = found_inf.to(torch.float32 if device.type == "mps" else torch.float64)
+        return grad_scale, found_inf
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the state of half-precision parameters stays in float32, where torch casts it to the
@@ -84,16 +99,21 @@ def state_like(p: Tensor) -> Tensor:
     return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
 
-def advance(steps: list[Tensor], found_inf: Tensor | None) -> None:
-    """Add 1 to each 0-D step count, or nothing where found_inf is 1."""
-    if not steps:
-        return
-    if steps[0].device.type == "cpu":  # as torch.optim: a Python number would be wrapped into a tensor once per entry
-        torch._foreach_add_(steps, torch.ones(()))
-    else:
-        torch._foreach_add_(steps, 1)
+def advance(states: list[dict[str, Tensor]], key: str, found_inf: Tensor | None) -> None:
+    """Add 1 to the 0-D count state[key], but nothing where found_inf is 1.
+
+    The counts live on the CPU, and move for good to the device of found_inf so that the host need not wait for it.
+    """
     if found_inf is not None:
-        torch._foreach_sub_(steps, [found_inf.to(steps[0].dtype)] * len(steps))
+        for state in states:
+            state[key] = state[key].to(found_inf.device, non_blocking=True)
+    counts = [state[key] for state in states]
+    if counts[0].device.type == "cpu":  # as torch.optim: a Python number would be wrapped into a tensor once per count
+        torch._foreach_add_(counts, torch.ones(()))
+    else:
+        torch._foreach_add_(counts, 1)
+    if found_inf is not None:
+        torch._foreach_sub_(counts, [found_inf.to(counts[0].dtype)] * len(counts))
 
 
 def checked_grad(p: Tensor) -> Tensor:

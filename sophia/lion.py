@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sophia.elementwise import ElementwiseOptimizer, ParamsT, check_betas, check_number, checked_grad, state_like
-from sophia.kernels import apply, local, scalar
+from sophia.kernels import apply, local
 from sophia.rules import lion_update
 
 
@@ -22,6 +22,7 @@ class Lion(ElementwiseOptimizer):
         lr: η, a float or a 0-D tensor; a third to a tenth of AdamW's.
         betas: (β1, β2), the decay in the update and that of the momentum.
         weight_decay: λ, decoupled from the gradient and multiplied by η.
+        foreach, compile: the form of the step, as in `Sophia`.
 
     Raises:
         ValueError: a hyper-parameter out of its range, by name.
@@ -34,8 +35,12 @@ class Lion(ElementwiseOptimizer):
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.95, 0.98),
         weight_decay: float = 0.2,
+        *,
+        foreach: bool | None = None,
+        compile: bool | None = None,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+        super().__init__(params, defaults, foreach=foreach, compile=compile)
 
     def _validate_group(self, group: dict[str, Any]) -> None:
         check_number("lr", group["lr"], "a number >= 0", lambda x: 0 <= x < float("inf"), "the paper uses 1e-4")
@@ -64,11 +69,12 @@ class Lion(ElementwiseOptimizer):
                     [local(self.state[p]["exp_avg"]) for p in params],
                 ],
                 [
-                    scalar(group["lr"]),
-                    scalar(group["betas"][0]),
-                    scalar(group["betas"][1]),
-                    scalar(group["weight_decay"]),
+                    group["lr"],
+                    group["betas"][0],
+                    group["betas"][1],
+                    group["weight_decay"],
                     *self._amp(local(params[0]).device),
                 ],
+                self._form,
             )
         return loss

@@ -1,39 +1,64 @@
 """The update rules: one elementwise function per method, the only place where its arithmetic is written.
 
-Each takes tensors of one shape, and its hyper-parameters as 0-D tensors, so that neither a schedule nor a
-controller recompiles a compiled form. The hyper-parameters are float64: 1 - β2 then loses nothing.
+Each takes tensors of one shape, then hyper-parameters: floats, or 0-D float64 tensors (a compiled form takes only
+these, so that neither a schedule nor a controller compiles anew). `sophia.kernels` carries the rules out.
 
-The state (m, h) has the precision of the arithmetic: float32, also for bfloat16 and float16 parameters.
-`grad_scale` () divides the gradient; `found_inf` (), 0 or 1, holds weights and state back, bit for bit, where it is
-1. Either may be None.
+The arithmetic has the precision of the state (m, h): float32, also for bfloat16 and float16 parameters. `grad_scale` ()
+divides the gradient; `found_inf` (), 0 or 1, holds weights and state back, bit for bit, where it is 1. Both may be
+None.
 """
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Scalar = float | Tensor
+F = TypeVar("F", bound=Callable[..., Tensor | None])
 
-def _unscaled(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None) -> Tensor:
-    grad = grad.to(dtype)
+
+def updates(*indices: int) -> Callable[[F], F]:
+    """Marks which tensor arguments a rule changes, in the attribute `updated`."""
+
+    def mark(rule: F) -> F:
+        rule.updated = indices  # type: ignore[attr-defined]
+        return rule
+
+    return mark
+
+
+def _unscaled(
+    grad: Tensor,  # (*) any floating dtype
+    state: Tensor,  # (*) whose dtype the arithmetic has
+    grad_scale: Tensor | None,  # ()
+) -> Tensor:  # (*)
+    grad = grad.to(state.dtype)
     return grad if grad_scale is None else grad / grad_scale
+
+
+def _unless(found_inf: Tensor | None, value: Tensor, average: Tensor) -> Tensor:
+    """What enters the average: value, or on an overflow the average itself, which then stays as it is."""
+    return value if found_inf is None else torch.where(found_inf > 0, average, value)
 
 
 def _average(
     average: Tensor,  # (*) updated in place
     value: Tensor,  # (*)
-    weight: Tensor,  # () share of the new value
-    found_inf: Tensor | None,  # ()
+    weight: Scalar,  # () share of the new value
 ) -> None:
-    """average ← (1 - weight) · average + weight · value; average + weight · (average - average) is exact, so
-    nothing moves on an
-    overflow."""
-    average.lerp_(value if found_inf is None else torch.where(found_inf > 0, average, value), weight)
+    """average ← (1 - weight) · average + weight · value, written so that value = average leaves it exactly as it is.
+
+    Not lerp_, which rounds once where it is one instruction and twice where it is compiled.
+    """
+    average.add_((value - average) * weight)
 
 
 def _descend(
     param: Tensor,  # (*) updated in place
     update: Tensor,  # (*)
-    lr: Tensor,  # () η
-    weight_decay: Tensor,  # () λ
+    lr: Scalar,  # () η
+    weight_decay: Scalar,  # () λ
     found_inf: Tensor | None,  # ()
 ) -> None:
     """θ ← θ - ηλθ - ηu, rounded once to the parameter's dtype."""
@@ -42,115 +67,122 @@ def _descend(
     param.copy_(param.to(update.dtype) * (1 - lr * weight_decay) - update * lr)
 
 
+@updates(0, 2)
 def sophia_update(
     param: Tensor,  # (*) θ, updated in place
     grad: Tensor,  # (*) g
     exp_avg: Tensor,  # (*) m, updated in place
     hessian: Tensor,  # (*) h, read only
-    lr: Tensor,  # () η
-    beta1: Tensor,  # ()
-    gamma: Tensor,  # () γ
-    eps: Tensor,  # () ε
-    weight_decay: Tensor,  # () λ
+    lr: Scalar,  # () η
+    beta1: Scalar,  # ()
+    gamma: Scalar,  # () γ
+    eps: Scalar,  # () ε
+    weight_decay: Scalar,  # () λ
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
 ) -> Tensor:  # () int64, the number of coordinates with |m| < γh
     """m ← β1 m + (1-β1) g;  θ ← θ - ηλθ - η · clip(m / max(γh, ε), 1)   (Liu et al. 2024, Algorithm 3)."""
-    _average(exp_avg, _unscaled(grad, exp_avg.dtype, grad_scale), 1 - beta1, found_inf)
+    _average(exp_avg, _unless(found_inf, _unscaled(grad, exp_avg, grad_scale), exp_avg), 1 - beta1)
     curvature = hessian * gamma
     _descend(param, (exp_avg / curvature.clamp_min(eps)).clamp(-1, 1), lr, weight_decay, found_inf)
     return (exp_avg.abs() < curvature).sum()
 
 
+@updates(0, 2)
 def sophia_unclipped_update(
     param: Tensor,  # (*) θ, updated in place
     grad: Tensor,  # (*) g
     exp_avg: Tensor,  # (*) m, updated in place
     hessian: Tensor,  # (*) h, read only
-    lr: Tensor,  # () η
-    beta1: Tensor,  # ()
-    gamma: Tensor,  # () γ
-    eps: Tensor,  # () ε
-    weight_decay: Tensor,  # () λ
+    lr: Scalar,  # () η
+    beta1: Scalar,  # ()
+    gamma: Scalar,  # () γ
+    eps: Scalar,  # () ε
+    weight_decay: Scalar,  # () λ
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
 ) -> Tensor:  # () int64, the number of coordinates with |m| < γh
     """`sophia_update` without its clip, the paper's ablation: θ ← θ - ηλθ - η · m / max(γh, ε)."""
-    _average(exp_avg, _unscaled(grad, exp_avg.dtype, grad_scale), 1 - beta1, found_inf)
+    _average(exp_avg, _unless(found_inf, _unscaled(grad, exp_avg, grad_scale), exp_avg), 1 - beta1)
     curvature = hessian * gamma
     _descend(param, exp_avg / curvature.clamp_min(eps), lr, weight_decay, found_inf)
     return (exp_avg.abs() < curvature).sum()
 
 
+@updates(0)
 def gauss_newton_update(
     hessian: Tensor,  # (*) h, updated in place
     grad: Tensor,  # (*) ĝ, the gradient of the mean loss of sampled labels
-    num_predictions: Tensor,  # () N
-    weight: Tensor,  # () 1 - β2
+    num_predictions: Scalar,  # () N
+    weight: Scalar,  # () 1 - β2
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
 ) -> None:
     """h ← β2 h + (1-β2) N ĝ ⊙ ĝ   (Liu et al. 2024, Algorithm 2 and Algorithm 3)."""
-    grad = _unscaled(grad, hessian.dtype, grad_scale)
-    _average(hessian, grad * grad * num_predictions, weight, found_inf)
+    grad = _unscaled(grad, hessian, grad_scale)
+    _average(hessian, _unless(found_inf, grad * grad * num_predictions, hessian), weight)
 
 
+@updates(0)
 def hessian_update(
     hessian: Tensor,  # (*) h, updated in place
     estimate: Tensor,  # (*) ĥ
-    weight: Tensor,  # () 1 - β2
+    weight: Scalar,  # () 1 - β2
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
 ) -> None:
     """h ← β2 h + (1-β2) ĥ   (Liu et al. 2024, Algorithm 3). ĥ is linear in the loss, so `grad_scale` divides it
     once."""
-    _average(hessian, _unscaled(estimate, hessian.dtype, grad_scale), weight, found_inf)
+    _average(hessian, _unless(found_inf, _unscaled(estimate, hessian, grad_scale), hessian), weight)
 
 
+@updates(0, 2)
 def lion_update(
     param: Tensor,  # (*) θ, updated in place
     grad: Tensor,  # (*) g
     exp_avg: Tensor,  # (*) m, updated in place
-    lr: Tensor,  # () η
-    beta1: Tensor,  # () of the update
-    beta2: Tensor,  # () of the momentum
-    weight_decay: Tensor,  # () λ
+    lr: Scalar,  # () η
+    beta1: Scalar,  # () of the update
+    beta2: Scalar,  # () of the momentum
+    weight_decay: Scalar,  # () λ
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
 ) -> None:
     """θ ← θ - η (sign(β1 m + (1-β1) g) + λθ);  m ← β2 m + (1-β2) g   (Chen et al. 2023, Algorithm 2)."""
-    grad = _unscaled(grad, exp_avg.dtype, grad_scale)
+    grad = _unless(found_inf, _unscaled(grad, exp_avg, grad_scale), exp_avg)
     _descend(param, (exp_avg * beta1 + grad * (1 - beta1)).sign(), lr, weight_decay, found_inf)
-    _average(exp_avg, grad, 1 - beta2, found_inf)
+    _average(exp_avg, grad, 1 - beta2)
 
 
+@updates(0, 2)
 def adahessian_update(
     param: Tensor,  # (*) θ, updated in place
     grad: Tensor,  # (*) g
     exp_avg: Tensor,  # (*) m, updated in place
     hessian: Tensor,  # (*) v, the average of ĥ ⊙ ĥ, read only
-    lr: Tensor,  # () η
-    beta1: Tensor,  # ()
-    eps: Tensor,  # () ε
-    weight_decay: Tensor,  # () λ
-    correction1: Tensor,  # () 1 - β1^t
-    correction2: Tensor,  # () 1 - β2^n after n estimates
+    lr: Scalar,  # () η
+    beta1: Scalar,  # ()
+    eps: Scalar,  # () ε
+    weight_decay: Scalar,  # () λ
+    correction1: Scalar,  # () 1 - β1^t
+    correction2: Scalar,  # () 1 - β2^n after n estimates
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
 ) -> None:
     """m ← β1 m + (1-β1) g;  θ ← θ - ηλθ - η · m̂ / (√v̂ + ε)   (Yao et al. 2021, Algorithm 1, Hessian power 1)."""
-    _average(exp_avg, _unscaled(grad, exp_avg.dtype, grad_scale), 1 - beta1, found_inf)
+    _average(exp_avg, _unless(found_inf, _unscaled(grad, exp_avg, grad_scale), exp_avg), 1 - beta1)
     update = (exp_avg / correction1) / ((hessian / correction2).sqrt() + eps)
     _descend(param, update, lr, weight_decay, found_inf)
 
 
+@updates(0)
 def squared_hessian_update(
     hessian: Tensor,  # (*) v, updated in place
     estimate: Tensor,  # (*) ĥ
-    weight: Tensor,  # () 1 - β2
+    weight: Scalar,  # () 1 - β2
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
 ) -> None:
     """v ← β2 v + (1-β2) ĥ ⊙ ĥ   (Yao et al. 2021, equation 10)."""
-    estimate = _unscaled(estimate, hessian.dtype, grad_scale)
-    _average(hessian, estimate * estimate, weight, found_inf)
+    estimate = _unscaled(estimate, hessian, grad_scale)
+    _average(hessian, _unless(found_inf, estimate * estimate, hessian), weight)

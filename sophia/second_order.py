@@ -1,7 +1,7 @@
 """What optimizers with a diagonal curvature estimate share: when a new estimate is due, and how it enters the state."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
     def _set_transient_attributes(self) -> None:
         self._round: dict[int, int] = {}  # id(parameter) -> coordinates, since the training step began
         self._steps_since_refresh = 0
+        self._refreshed = False
+        self._warm_starts = 0
         self._warned = False
 
     def _validate_group(self, group: dict[str, Any]) -> None:
@@ -67,9 +69,9 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if params:
                 self._enter_round(params)
-                states = [self._state(p) for p in params]
+                states = [self._state(p, group) for p in params]
                 grad_scale, found_inf = self._amp(local(params[0]).device)
-                _advance_steps(states, found_inf)
+                advance(states, "step", found_inf)
                 grads = [local(checked_grad(p)) for p in params]
                 self._step_group(group, [local(p) for p in params], grads, states, grad_scale, found_inf)
         return loss
@@ -134,6 +136,45 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
             ValueError: N < 1, a wrong number of estimates, or one of the wrong shape.
             RuntimeError: a parameter without a gradient, or hessian_interval is None.
         """
+        if self._refresh(num_predictions, estimates, grad_scaler, None):
+            self._refreshed = True
+            self._steps_since_refresh = 0
+
+    @torch.no_grad()
+    def warm_start_hessian(
+        self,
+        num_predictions: int | Tensor | None = None,
+        *,
+        estimates: Sequence[Tensor | None] | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """Before the first step, h_0 ← the mean of the estimates given by this call so far, instead of h_0 = 0.
+
+        Not in the paper, where h takes some k / (1 - β2) steps to grow to its size. Arguments and errors as in
+        `update_hessian`; several estimates, each from other data, make a less noisy start.
+
+        Raises:
+            RuntimeError: after a step, after `update_hessian`, or with bias_correction, which mends the same thing.
+        """
+        if self._refreshed or any(int(state["step"]) > 0 for state in self.state.values() if "step" in state):
+            raise RuntimeError(
+                "warm_start_hessian() after a step or update_hessian(), expected before both: h is in use"
+            )
+        if any(group.get("bias_correction", True) for group in self.param_groups):
+            raise RuntimeError(
+                f"warm_start_hessian() of a bias-corrected {type(self).__name__}: a correction for h_0 = 0 would "
+                "blow up an h_0 that is not; choose one of the two"
+            )
+        if self._refresh(num_predictions, estimates, grad_scaler, 1 / (self._warm_starts + 1)):
+            self._warm_starts += 1
+
+    def _refresh(
+        self,
+        num_predictions: int | Tensor | None,
+        estimates: Sequence[Tensor | None] | None,
+        grad_scaler: torch.amp.GradScaler | None,
+        weight: float | None,  # of the new estimate, by default 1 - β2
+    ) -> bool:  # whether the estimate came in; an overflow that only the device knows of counts as true
         if self.param_groups[0]["hessian_interval"] is None:
             raise RuntimeError(
                 "update_hessian() of an optimizer with hessian_interval=None, which means a run without curvature: "
@@ -150,31 +191,34 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
             values = self._gradients()
         else:
             values = self._checked_estimates(estimates)
-        unscale = self._loss_scale(grad_scaler, list(values.values()))
-        if unscale is _OVERFLOW:
-            warnings.warn(
-                "the curvature estimate overflowed under loss scaling: this refresh is skipped and h keeps its "
-                "last value. The scaler lowers its scale when a training step overflows; if this recurs, start "
-                "from a smaller init_scale.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            return
+        scale: Tensor | None = None
+        if grad_scaler is not None and grad_scaler.is_enabled():
+            if not _all_finite(values.values()):
+                warnings.warn(
+                    "the curvature estimate overflowed under loss scaling: this refresh is skipped and h keeps its "
+                    "last value. The scaler lowers its scale when a training step overflows; if this recurs, start "
+                    "from a smaller init_scale.",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
+                return False
+            scale = torch.tensor(grad_scaler.get_scale())
         for group in self.param_groups:
             params = [p for p in group["params"] if p in values]
             if not params:
                 continue
             device = local(params[0]).device
-            grad_scale, found_inf = self._amp(device) if unscale is None else (unscale.to(device), None)
+            grad_scale, found_inf = self._amp(device) if scale is None else (scale.to(device), None)
             self._update_group(
                 group,
-                [self._state(p) for p in params],
+                [self._state(p, group) for p in params],
                 [local(values[p]) for p in params],
                 num_predictions,
+                1 - group["betas"][1] if weight is None else weight,
                 grad_scale,
                 found_inf,
             )
-        self._steps_since_refresh = 0
+        return True
 
     def _update_group(
         self,
@@ -182,6 +226,7 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
         states: list[dict[str, Tensor]],
         values: list[Tensor],  # .grad if num_predictions is given, else ĥ
         num_predictions: int | Tensor | None,
+        weight: float,  # of the new estimate
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
@@ -230,15 +275,7 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
             checked[p] = estimate
         return checked
 
-    @staticmethod
-    def _loss_scale(grad_scaler: torch.amp.GradScaler | None, values: list[Tensor]) -> Tensor | None:
-        """The scale to divide by, None without a scaler, or _OVERFLOW if some value is not finite."""
-        if grad_scaler is None or not grad_scaler.is_enabled() or not values:
-            return None
-        finite = torch.stack([local(value).isfinite().all().cpu() for value in values]).all()
-        return torch.tensor(grad_scaler.get_scale()) if finite else _OVERFLOW
-
-    def _state(self, p: Tensor) -> dict[str, Tensor]:
+    def _state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -247,15 +284,10 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
         return state
 
 
-_OVERFLOW = torch.tensor(float("inf"))
-
-
-def _advance_steps(states: list[dict[str, Tensor]], found_inf: Tensor | None, key: str = "step") -> None:
-    """t ← t + 1, held back on the device of found_inf, to which the counts move, so that the host need not wait."""
-    if found_inf is not None:
-        for state in states:
-            state[key] = state[key].to(found_inf.device, non_blocking=True)
-    advance([state[key] for state in states], found_inf)
+def _all_finite(values: Iterable[Tensor]) -> bool:
+    """Whether every value is finite, on all ranks that share a DTensor; waits for the device."""
+    bad = [value.isfinite().logical_not().sum() for value in values]
+    return not any(int(count.full_tensor() if isinstance(count, DTensor) else count) for count in bad)
 
 
 def _check_num_predictions(num_predictions: object) -> None:
