@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 
 PIECE_WORDS = 2000
 
-# The longest paragraph that is kept whole, in characters (about three pieces). It bounds a piece and the memory of
-# the cutter for text with no paragraphs, lines or even words in it.
+# The longest paragraph that is kept whole, in characters: about three pieces of English. A piece ends at this length
+# too, so that text without paragraphs, lines or spaces between words is cut all the same, in bounded memory.
 _LONGEST_PARAGRAPH = 1 << 15
-_PARAGRAPH_END = re.compile(r"\n(?:[ \t]*\n)+")
+_PARAGRAPH_END = re.compile(r"\n(?:[ \t]*+\n)++")
 
 
 def cut_documents(chunks: Iterable[str], words: int = PIECE_WORDS) -> Iterator[str]:
@@ -24,13 +24,15 @@ def cut_documents(chunks: Iterable[str], words: int = PIECE_WORDS) -> Iterator[s
     so are documents of white space alone.
     """
     paragraphs: list[str] = []
-    found = 0
+    found, characters = 0, 0
     for paragraph in _paragraphs(chunks):
         paragraphs.append(paragraph)
         found += len(paragraph.split())
-        if found >= words:
-            yield "".join(paragraphs).strip("\n")
-            paragraphs, found = [], 0
+        characters += len(paragraph)
+        if found >= words or characters >= _LONGEST_PARAGRAPH:
+            if found:
+                yield "".join(paragraphs).strip("\n")
+            paragraphs, found, characters = [], 0, 0
     if found:
         yield "".join(paragraphs).strip("\n")
 

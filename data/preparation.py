@@ -70,7 +70,7 @@ def ensure_prepared(
     options += "" if tokenizer.vocab_size is None else f" tokenizer.vocab_size={tokenizer.vocab_size}"
     raise DataError(
         f"{directory} holds no prepared tokens; make them once with: "
-        f"python scripts/prepare_data.py data={source.name}{options}"
+        f"python scripts/prepare_data.py {source.overrides}{options}"
     )
 
 
@@ -102,15 +102,16 @@ def prepare(
         raise ValueError(f"workers={workers}: at least one is needed")
     directory = Path(directory)
     display = progress if progress is not None else Progress()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with _exclusive(directory, display) as lock:
-            if not (directory / MANIFEST_FILE).exists():
-                _prepare(source, tokenizer, directory, workers or _usable_cores(), display, lock)
-    except OSError as error:
-        raise cannot_write(error, directory) from error
-    finally:
-        display.end()
+    if not (directory / MANIFEST_FILE).exists():  # else it may be a read-only copy, with no place for a lock
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with _exclusive(directory, display) as lock:
+                if not (directory / MANIFEST_FILE).exists():
+                    _prepare(source, tokenizer, directory, workers or _usable_cores(), display, lock)
+        except OSError as error:
+            raise cannot_write(error, directory) from error
+        finally:
+            display.end()
     manifest = load_manifest(directory)
     _check_request(directory, manifest, source, tokenizer)
     return manifest

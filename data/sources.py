@@ -50,6 +50,11 @@ class Source(ABC):
             DataError: there are none, or they cannot be had.
         """
 
+    @property
+    def overrides(self) -> str:
+        """How the source is chosen on the command line of scripts/prepare_data.py."""
+        return f"data={self.name}"
+
     @abstractmethod
     def request(self) -> dict[str, Any]:
         """What was asked for: two requests that may give different tokens differ. Needs neither files nor network."""
@@ -175,6 +180,10 @@ class FileSource(Source):
                 "listing": _listing([Path(os.path.relpath(file, root)).as_posix() for file in files], files),
             },
         )
+
+    @property
+    def overrides(self) -> str:
+        return f"data={self.name} 'data.paths=[{','.join(self.paths)}]'"
 
     def request(self) -> dict[str, Any]:
         return {
