@@ -1,15 +1,21 @@
-"""What makes a comparison unfair, found in the records: a warning that the reader of a report sees first.
+"""What makes a comparison unfair or a number doubtful, found in the records: what the reader of a report sees first.
 
-A comparison of optimizers is fair when the runs differ in the optimizer and its own hyper-parameters alone.
+A comparison of optimizers is fair when the runs differ in the optimizer and its own hyper-parameters alone, when both
+arms were tuned with the same effort, and when no reading is taken in the middle of a schedule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from analysis.colours import label
 from analysis.records import Run, flatten
+from analysis.target import time_to_target
+from analysis.trials import Study, Trial
+from analysis.tuning import Tuning, predicted_gain, tunings
 
 # Keys (and all below them) that change nothing that is measured.
 INCIDENTAL = (
@@ -24,7 +30,15 @@ TIMING = (
 # What the arms of a comparison are.
 OPTIMIZER = ("optimizer",)
 
+# What may differ between the horizons of an arm.
+HORIZON = ("train.steps", "eval.interval", "schedule.warmup_steps", "schedule.warmup_share")
+SEED = ("seed", "seeds", "environment.initial_weights_sha256")
+
+# A loss difference (nats) that nobody would tune for, however small the noise of a seed.
+_MATTERS = 0.002
+
 Affects = Literal["loss", "seconds"]
+Severity = Literal["serious", "note"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,20 @@ class Difference:
             runs_of.setdefault(repr(value), []).append(run)
         shown = "; ".join(f"{value} in {_some(runs)}" for value, runs in runs_of.items())
         return f"{self.key}: {shown}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that the reader must know before believing a number.
+
+    A serious finding puts the verdict itself in doubt; a note qualifies it.
+    """
+
+    guard: str  # which check spoke: "fairness", "edge", "budget", "tuning", "diverged", "seeds", …
+    severity: Severity
+    title: str
+    detail: str
+    runs: tuple[Path, ...] = ()
 
 
 class UnfairComparisonError(ValueError):
@@ -78,6 +106,332 @@ def require_fair(runs: Sequence[Run], *, by_design: Iterable[str] = OPTIMIZER) -
     found = [difference for difference in differences(runs, by_design=by_design) if difference.affects == "loss"]
     if found:
         raise UnfairComparisonError(found)
+
+
+def inspect(study: Study) -> list[Finding]:
+    """Every guard over a study; serious findings first."""
+    searches = tunings(study)
+    found = [
+        *_fairness(study),
+        *_decayed(study),
+        *_seeds(study),
+        *_diverged(study),
+        *_edges(study, searches),
+        *_budgets(study),
+        *_under_tuned(study, searches),
+        *_degenerate(study),
+        *_code(study),
+    ]
+    return sorted(found, key=lambda finding: finding.severity != "serious")
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where an arm's curve passes the baseline's final loss of the *same* horizon: never a speed-up.
+
+    The schedule decays the loss, and curves of one horizon cross; what counts is where runs end.
+    """
+
+    arm: str
+    model: str
+    horizon: int
+    seed: int
+    share: float | None  # of the baseline's steps; None where it is not reached
+
+
+def mid_run_crossings(study: Study) -> list[Crossing]:
+    """The crossings of all arms at all horizons, paired by seed, labelled for what they are."""
+    baseline = {
+        (trial.model, trial.horizon, trial.seed): trial.run
+        for trial in study.reporting
+        if trial.arm == study.baseline and trial.run is not None and trial.run.completed
+    }
+    crossings = []
+    for trial in study.reporting:
+        reference = baseline.get((trial.model, trial.horizon, trial.seed))
+        if trial.arm == study.baseline or reference is None or trial.run is None or not len(trial.run.evaluations):
+            continue
+        time = time_to_target(trial.run.evaluations, reference.final_val_loss, "steps")
+        share = time.spent / reference.total("steps") if time.reached else None
+        crossings.append(Crossing(trial.arm, trial.model, trial.horizon, trial.seed, share))
+    return crossings
+
+
+def _fairness(study: Study) -> list[Finding]:
+    """Differences beside the optimizer within each cell, and beside the horizon between the cells of a model."""
+    declared = tuple(sorted({key.split("[")[0] for arm in study.arms.values() for key in arm.search}))
+    cells: dict[tuple[Any, ...], list[Trial]] = {}
+    for trial in study.reporting:
+        if trial.run is None:
+            continue
+        arm = study.arms[trial.arm]
+        if arm.role == "arm":
+            cells.setdefault((trial.model, trial.horizon, trial.seed), []).append(trial)
+            cells.setdefault((trial.model,), []).append(trial)
+    groups: list[tuple[list[Run], tuple[str, ...]]] = []
+    for cell, members in cells.items():
+        allowed = (*OPTIMIZER, *declared) if len(cell) == 3 else (*OPTIMIZER, *declared, *HORIZON, *SEED)
+        groups.append(([trial.run for trial in members if trial.run is not None], allowed))
+    for name, arm in study.arms.items():
+        if arm.role == "ablation" and arm.of is not None:
+            varied = study.runs(arm=name) + study.runs(arm=arm.of)
+            groups.append((varied, (*OPTIMIZER, *declared, *HORIZON, *SEED, "model", *arm.varies)))
+    by_key: dict[str, Difference] = {}
+    for runs, allowed in groups:
+        for difference in differences(runs, by_design=allowed):
+            known = by_key.get(difference.key)
+            values = {**(known.values if known else {}), **difference.values}
+            by_key[difference.key] = Difference(difference.key, values, difference.affects)
+    directories = {trial.run.name: trial.directory for trial in study.reporting if trial.run is not None}
+    findings = []
+    for difference in by_key.values():
+        loss = difference.affects == "loss"
+        findings.append(
+            Finding(
+                guard="fairness",
+                severity="serious" if loss else "note",
+                title=f"Runs differ in more than the optimizer: {difference.key}"
+                if loss
+                else f"Runs differ in what the clock depends on: {difference.key}",
+                detail=f"{difference}. "
+                + (
+                    "No difference of loss between them can be put down to the optimizer."
+                    if loss
+                    else "Losses are not affected; compare seconds by the reference-time model."
+                ),
+                runs=tuple(directories[name] for name in difference.values if name in directories),
+            )
+        )
+    tuned = [key for key in declared if not _under(key, OPTIMIZER)]
+    if tuned:
+        title = f"Tuned for each arm beside the optimizer's own hyper-parameters: {', '.join(tuned)}"
+        findings.append(Finding("fairness", "note", title, "Declared in the study's search spaces."))
+    return findings
+
+
+def _decayed(study: Study) -> list[Finding]:
+    constant = [
+        trial
+        for trial in study.reporting
+        if trial.run is not None and float(trial.run.config["schedule"].get("final_ratio", 0.0)) > 0.5
+    ]
+    if not constant:
+        return []
+    return [
+        Finding(
+            "schedule",
+            "serious",
+            "Runs whose learning rate does not decay",
+            "The comparison is of the ends of fully decayed runs; these end at more than half of the peak rate.",
+            tuple(trial.directory for trial in constant),
+        )
+    ]
+
+
+def _seeds(study: Study) -> list[Finding]:
+    findings = []
+    both = sorted({trial.seed for trial in study.tuning} & {trial.seed for trial in study.reporting})
+    if both:
+        findings.append(
+            Finding(
+                "seeds",
+                "serious",
+                f"Seeds used for tuning are reported: {', '.join(map(str, both))}",
+                "Hyper-parameters chosen on a seed fit its noise; report on seeds that the search has not seen.",
+            )
+        )
+    cells: dict[tuple[str, str, int], list[Trial]] = {}
+    for trial in study.reporting:
+        cells.setdefault((trial.arm, trial.model, trial.horizon), []).append(trial)
+    for (arm, model, horizon), members in sorted(cells.items()):
+        ended = [trial for trial in members if trial.status in ("completed", "diverged")]
+        if study.planned and len(ended) < len(members):
+            missing = [trial for trial in members if trial not in ended]
+            findings.append(
+                Finding(
+                    "seeds",
+                    "serious",
+                    f"{label(arm)}, {model}, {horizon:,} steps: {len(ended)} of {len(members)} seeds have ended",
+                    "The number of seeds was fixed beforehand; a verdict on fewer is provisional: "
+                    + ", ".join(f"seed {trial.seed} {trial.status}" for trial in missing),
+                    tuple(trial.directory for trial in missing),
+                )
+            )
+    sizes = {len(members) for members in cells.values()}
+    if not study.planned and len(sizes) > 1:
+        shown = "; ".join(f"{label(a)}, {m}, {h:,} steps: {len(c)}" for (a, m, h), c in sorted(cells.items()))
+        findings.append(Finding("seeds", "note", "Cells have different numbers of seeds", shown))
+    return findings
+
+
+def _diverged(study: Study) -> list[Finding]:
+    findings = []
+    for phase, severity in (("reporting", "serious"), ("tuning", "note")):
+        for arm in study.arms:
+            trials = [trial for trial in study.trials if trial.arm == arm and trial.phase == phase]
+            lost = [trial for trial in trials if trial.status == "diverged"]
+            if lost:
+                findings.append(
+                    Finding(
+                        "diverged",
+                        "serious" if severity == "serious" else "note",
+                        f"{label(arm)}: {len(lost)} of {len(trials)} {phase} runs diverged",
+                        "A diverged reported run leaves its cell undecided; it is not dropped."
+                        if phase == "reporting"
+                        else "Diverged trials count against the arm's budget.",
+                        tuple(trial.directory for trial in lost),
+                    )
+                )
+    return findings
+
+
+def _edges(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
+    findings = []
+    for search in searches:
+        for edge in search.edges:
+            baseline = search.arm == study.baseline
+            findings.append(
+                Finding(
+                    "edge",
+                    "serious" if baseline else "note",
+                    f"{label(search.arm)}, {search.model}, {search.horizon:,} steps: the best {edge.key} is the "
+                    f"{edge.side} that was tried, {edge.value:g}",
+                    "The optimum may lie outside: widen the search"
+                    + (". An under-tuned baseline makes every other arm look good." if baseline else "."),
+                    tuple(trial.directory for trial in search.best.trials),
+                )
+            )
+    return findings
+
+
+def _budgets(study: Study) -> list[Finding]:
+    """Tuning trials of each arm on each model and horizon: equal, and within what was granted."""
+    counts: dict[tuple[str, int], dict[str, int]] = {}
+    for trial in study.tuning:
+        if trial.run is not None and study.arms[trial.arm].role == "arm":
+            cell = counts.setdefault((trial.model, trial.horizon), {})
+            cell[trial.arm] = cell.get(trial.arm, 0) + 1
+    findings = []
+    for (model, horizon), by_arm in sorted(counts.items()):
+        arms = {arm: by_arm.get(arm, 0) for arm in {*by_arm, study.baseline}}
+        shown = ", ".join(f"{label(arm)} {count}" for arm, count in sorted(arms.items()))
+        if len(set(arms.values())) > 1:
+            short = arms[study.baseline] < max(arms.values())
+            findings.append(
+                Finding(
+                    "budget",
+                    "serious" if short else "note",
+                    f"{model}, {horizon:,} steps: the arms were not tuned with the same number of trials",
+                    f"Trials: {shown}."
+                    + (f" {label(study.baseline)}, the baseline, had fewer than another arm." if short else ""),
+                )
+            )
+        over = [arm for arm, count in arms.items() if (granted := study.arms[arm].budget) and count > granted]
+        if over:
+            findings.append(
+                Finding(
+                    "budget",
+                    "serious",
+                    f"{model}, {horizon:,} steps: more tuning trials than granted for {', '.join(map(label, over))}",
+                    f"Trials: {shown}.",
+                )
+            )
+    return findings
+
+
+def _under_tuned(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
+    """Cheap signs that the baseline could do better: a parabola in the learning rate, and any better run on record."""
+    findings = []
+    for model in study.models:
+        for end in study.endpoints(study.baseline, model):
+            if end.diverged or len(end.seeds) < 1:
+                continue
+            spread = float(end.losses.std(ddof=1)) if len(end.seeds) > 1 else 0.0
+            reported = float(end.losses.mean())
+            better = [
+                trial
+                for trial in study.trials
+                if trial.arm == study.baseline
+                and (trial.model, trial.horizon) == (model, end.horizon)
+                and trial.phase == "tuning"
+                and trial.loss < reported - max(4 * spread, _MATTERS)
+            ]
+            where = f"{label(study.baseline)}, {model}, {end.horizon:,} steps"
+            if better:
+                best = min(trial.loss for trial in better)
+                findings.append(
+                    Finding(
+                        "tuning",
+                        "serious",
+                        f"{where}: a tuning trial ended lower than the reported runs",
+                        f"{best:.4f} against a reported mean of {reported:.4f} nats: the reported runs do not use the "
+                        "best hyper-parameters that were found, or the seed of the trial was lucky.",
+                        tuple(trial.directory for trial in better),
+                    )
+                )
+            for search in searches:
+                if (search.arm, search.model, search.horizon) != (study.baseline, model, end.horizon):
+                    continue
+                gain = predicted_gain(search.candidates, "optimizer.lr")
+                if gain is not None and gain > max(2 * spread, _MATTERS):
+                    findings.append(
+                        Finding(
+                            "tuning",
+                            "serious",
+                            f"{where}: the learning rate looks under-tuned",
+                            f"A parabola through the best rate and its neighbours promises {gain:.4f} nats more, "
+                            f"beyond the noise of a seed ({spread:.4f}): try rates in between.",
+                            tuple(trial.directory for trial in search.best.trials),
+                        )
+                    )
+    return findings
+
+
+def _degenerate(study: Study) -> list[Finding]:
+    """Sophia whose every coordinate is clipped for longer than a refresh interval is momentum-sign descent."""
+    lost = []
+    for trial in study.reporting:
+        if trial.run is None or not trial.run.optimizer.startswith("sophia") or len(trial.run.training) < 2:
+            continue
+        fraction, steps = trial.run.training["unclipped_fraction"], trial.run.training.steps
+        interval = int(trial.run.config["optimizer"].get("hessian_interval", 10))
+        run_length, previous = 0.0, 0.0
+        for zero, step in zip(fraction == 0, steps, strict=True):
+            run_length = run_length + step - previous if zero else 0.0
+            previous = step
+            if run_length > interval:
+                lost.append(trial)
+                break
+    if not lost:
+        return []
+    return [
+        Finding(
+            "degenerate",
+            "serious",
+            f"{len(lost)} Sophia runs had no unclipped coordinate for longer than a refresh interval",
+            "There Sophia is momentum-sign descent: γ is too small, or the curvature estimate is broken.",
+            tuple(trial.directory for trial in lost),
+        )
+    ]
+
+
+def _code(study: Study) -> list[Finding]:
+    commits: dict[str, list[Path]] = {}
+    dirty = []
+    for trial in study.reporting:
+        git = {} if trial.run is None else trial.run.record.environment.get("git") or {}
+        if git.get("commit"):
+            commits.setdefault(str(git["commit"])[:10], []).append(trial.directory)
+        if git.get("dirty"):
+            dirty.append(trial.directory)
+    findings = []
+    if len(commits) > 1:
+        shown = "; ".join(f"{commit}: {len(runs)} runs" for commit, runs in commits.items())
+        findings.append(Finding("code", "note", "The runs were made with different commits", shown))
+    if dirty:
+        detail = "Their code cannot be checked out again."
+        findings.append(Finding("code", "note", f"{len(dirty)} runs had uncommitted changes", detail, tuple(dirty)))
+    return findings
 
 
 def _comparable_values(run: Run) -> dict[str, Any]:

@@ -31,8 +31,8 @@ class Arm:
     """One arm of a study.
 
     An ablation is reported like an arm but takes no part in the verdict: it inherits its hyper-parameters from the arm
-    that it varies. `search` maps a configuration key to the description of its search space; `budget` is the number of
-    tuning trials granted on each model.
+    that it varies. `search` maps a configuration key ("optimizer.lr", "optimizer.betas[0]") to its search space;
+    `budget` is the number of tuning trials granted for each model and horizon.
     """
 
     name: str
@@ -40,7 +40,8 @@ class Arm:
     search: Mapping[str, Any] = field(default_factory=dict)
     budget: int | None = None
     method: str = ""
-    of: str | None = None  # the arm that an ablation varies
+    of: str | None = None  # the arm that an ablation varies,
+    varies: tuple[str, ...] = ()  # and the keys in which it does
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,7 @@ def _from_index(directory: Path, train_points: int) -> Study:
             budget=arm.get("budget"),
             method=arm.get("method", ""),
             of=arm.get("of"),
+            varies=tuple(arm.get("varies") or ()),
         )
         for name, arm in index["arms"].items()
     }

@@ -39,6 +39,7 @@ def write_run(
     config: Mapping[str, Any] | None = None,
     environment: Mapping[str, Any] | None = None,
     train_lines: bool = True,
+    unclipped: float | None = None,
     curve: Callable[[float], float] | None = None,
 ) -> Path:
     """One run record; `config` and `environment` hold dotted keys to override.
@@ -77,7 +78,7 @@ def write_run(
             line = {"kind": "train", **counters(step), "loss": curve((step - 1) / steps), "lr": 1e-3}
             line |= {"grad_norm": 1.0 + step % 2, "clipped_norm": step % 2 == 1, "tokens_per_second": 2e4}
             if optimizer.startswith("sophia"):
-                line["unclipped_fraction"] = 0.3 * step / steps
+                line["unclipped_fraction"] = 0.3 * step / steps if unclipped is None else unclipped
             lines.append(line)
         if step in at:
             lines.append({"kind": "eval", **counters(step), "val_loss": curve(step / steps)})

@@ -1,0 +1,132 @@
+"""What the search for hyper-parameters tried, what it found, and whether it stopped at an edge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from analysis.trials import Arm, Study, Trial
+
+# A random or Halton point this near to the end of its range (in units of the range) counts as at the edge.
+_NEAR = 0.05
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting of the searched hyper-parameters, over the seeds that it was tried with."""
+
+    values: Mapping[str, Any]
+    loss: float  # mean final validation loss, nats; infinite if any of its runs did not end well
+    trials: tuple[Trial, ...]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The best setting lies at the end of what was searched."""
+
+    key: str
+    value: float
+    side: str  # "lowest" or "highest"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One arm's search on one model at one horizon, best candidate first."""
+
+    arm: str
+    model: str
+    horizon: int
+    candidates: tuple[Candidate, ...]
+    edges: tuple[Edge, ...]
+
+    @property
+    def best(self) -> Candidate:
+        return self.candidates[0]
+
+    @property
+    def diverged(self) -> int:
+        return sum(trial.status == "diverged" for candidate in self.candidates for trial in candidate.trials)
+
+
+def tunings(study: Study) -> list[Tuning]:
+    """The searches of a study, one for each arm, model and horizon that has finished tuning trials."""
+    cells: dict[tuple[str, str, int], list[Trial]] = {}
+    for trial in study.tuning:
+        if trial.run is not None and trial.status in ("completed", "diverged"):
+            cells.setdefault((trial.arm, trial.model, trial.horizon), []).append(trial)
+    return [_tuning(study.arms[arm], model, horizon, trials) for (arm, model, horizon), trials in sorted(cells.items())]
+
+
+def candidates(trials: Sequence[Trial]) -> list[Candidate]:
+    """Trials with the same values taken together, best first."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(repr(sorted(trial.values.items())), []).append(trial)
+    found = []
+    for members in groups.values():
+        losses = [trial.loss for trial in members]
+        loss = float(np.mean(losses)) if np.all(np.isfinite(losses)) else math.inf
+        found.append(Candidate(members[0].values, loss, tuple(members)))
+    return sorted(found, key=lambda candidate: candidate.loss)
+
+
+def explored(found: Sequence[Candidate], key: str) -> list[float]:
+    """The distinct numeric values that were tried for a key, ascending."""
+    values = {candidate.values.get(key) for candidate in found}
+    return sorted(float(value) for value in values if isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def predicted_gain(found: Sequence[Candidate], key: str) -> float | None:
+    """What a parabola through the best candidate and its two neighbours in the logarithm of `key` promises, in nats.
+
+    The neighbours agree with the best in all other values. None where the best has no neighbour on one of its sides.
+    """
+    best = found[0]
+    others = {name: value for name, value in best.values.items() if name != key}
+    line = sorted(
+        (float(one.values[key]), one.loss)
+        for one in found
+        if key in one.values and {n: v for n, v in one.values.items() if n != key} == others and math.isfinite(one.loss)
+    )
+    at = next((i for i, (value, _) in enumerate(line) if value == float(best.values.get(key, math.nan))), None)
+    if at is None or at == 0 or at == len(line) - 1 or line[at - 1][0] <= 0:
+        return None
+    x = np.log([value for value, _ in line[at - 1 : at + 2]])
+    a, b, c = np.polyfit(x - x[1], [loss for _, loss in line[at - 1 : at + 2]], 2)
+    return 0.0 if a <= 0 else max(0.0, best.loss - float(c - b * b / (4 * a)))
+
+
+def _tuning(arm: Arm, model: str, horizon: int, trials: Sequence[Trial]) -> Tuning:
+    found = candidates(trials)
+    keys = sorted({key for candidate in found for key in candidate.values})
+    edges = [edge for key in keys if (edge := _edge(arm, found, key)) is not None]
+    return Tuning(arm.name, model, horizon, tuple(found), tuple(edges))
+
+
+def _edge(arm: Arm, found: Sequence[Candidate], key: str) -> Edge | None:
+    value = found[0].values.get(key)
+    values = explored(found, key)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or len(values) < 2:
+        return None
+    value = float(value)
+    space = arm.search.get(key)
+    if isinstance(space, Mapping) and "low" in space and "high" in space:
+        low, high = float(space["low"]), float(space["high"])
+        place = _place(value, low, high, space.get("scale") == "log")
+        if place <= _NEAR or place >= 1 - _NEAR:
+            return Edge(key, value, "lowest" if place < 0.5 else "highest")
+        return None
+    # Zero (no weight decay, no warm-up) is an end of the world, not of the search.
+    if value == values[0] and value != 0:
+        return Edge(key, value, "lowest")
+    return Edge(key, value, "highest") if value == values[-1] else None
+
+
+def _place(value: float, low: float, high: float, logarithmic: bool) -> float:
+    if logarithmic:
+        return math.log(value / low) / math.log(high / low)
+    return (value - low) / (high - low)
