@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+from data.files import cannot_write
 from data.manifest import TokenizerInfo
 from data.plan import Unit
 from data.tokenise import make_shards
@@ -33,22 +34,22 @@ def main() -> None:
         channel.write(json.dumps(message) + "\n")
         channel.flush()
 
+    def report(read: int, tokens: int, documents: int) -> None:
+        send(bytes=read, tokens=tokens, documents=documents)
+
     try:
         job = json.loads(sys.stdin.readline())
         tokenizer = open_tokenizer(TokenizerInfo(**job["tokenizer"]), Path(job["directory"]))
         for line in sys.stdin:
             unit = Unit.from_json(json.loads(line))
-            make_shards(
-                unit,
-                job,
-                tokenizer,
-                lambda read, tokens, documents: send(bytes=read, tokens=tokens, documents=documents),
-            )
+            make_shards(unit, job, tokenizer, report)
             send(done=unit.number)
-    except DataError as error:
-        send(error=str(error))
     except BrokenPipeError:
         os._exit(1)  # the parent is gone; nobody is left to tell
+    except DataError as error:
+        send(error=str(error))
+    except OSError as error:
+        send(error=str(cannot_write(error, Path(job["directory"]))))
 
 
 if __name__ == "__main__":
