@@ -1,24 +1,51 @@
-"""Sophia, the scalable stochastic second-order optimizer; its curvature estimators; the baselines Lion, AdaHessian."""
+"""Sophia, the scalable stochastic second-order optimizer; its curvature estimators; the baselines Lion and AdaHessian.
+
+optimizer = SophiaG(model.parameters(), lr=6e-4)
+for step, (x, y) in enumerate(batches, start=1):
+    if optimizer.hessian_due:
+        n = gauss_newton_bartlett(lambda: model(x), seed=0, step=step)
+        optimizer.update_hessian(num_predictions=n)
+        optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
 
 from sophia.adahessian import AdaHessian
+from sophia.diagnostics import ConsecutiveCosine, Diagnostics, UnclippedAlarm, cosine_of, diagnostics
 from sophia.estimators import (
     empirical_fisher,
     gauss_newton_bartlett,
+    gauss_newton_bartlett_mean,
     hutchinson,
     hutchinson_differences,
-    sample_labels,
 )
+from sophia.gamma import GammaController
+from sophia.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, sample_labels
 from sophia.lion import Lion
 from sophia.optimizer import Sophia, SophiaG, SophiaH
+from sophia.reference import ReferenceSophiaG
 
 __all__ = [
     "AdaHessian",
+    "Bernoulli",
+    "Categorical",
+    "ConsecutiveCosine",
+    "Diagnostics",
+    "GammaController",
+    "Gaussian",
+    "Likelihood",
     "Lion",
+    "ReferenceSophiaG",
     "Sophia",
     "SophiaG",
     "SophiaH",
+    "UnclippedAlarm",
+    "cosine_of",
+    "diagnostics",
     "empirical_fisher",
     "gauss_newton_bartlett",
+    "gauss_newton_bartlett_mean",
     "hutchinson",
     "hutchinson_differences",
     "sample_labels",

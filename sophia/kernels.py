@@ -156,7 +156,7 @@ def _call_compiled(rule: Rule, arguments: Sequence[Tensor], scalars: Sequence[fl
         # Compilation fails before anything has been written. An error of the rule itself comes again below.
         result = _total(_call_in_pieces(rule, arguments, scalars))
         _compiler_failed = True
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         warnings.warn(
             f"the optimizer step runs uncompiled, several times slower: torch.compile failed ({reason}). Install a C++ "
             "compiler (on a GPU Triton), or pass compile=False to say that this is meant.",
@@ -232,8 +232,12 @@ class TensorList:
 
     def clamp_min(self, low: float | Tensor) -> "TensorList":
         if isinstance(low, Tensor):
+            low = self._operand(low)
             return TensorList([t.clamp_min(low) for t in self.tensors])
         return TensorList(torch._foreach_clamp_min(self.tensors, low))
+
+    def clamp_max(self, high: float) -> "TensorList":
+        return TensorList(torch._foreach_clamp_max(self.tensors, high))
 
     def add_(self, other: "TensorList") -> "TensorList":
         torch._foreach_add_(self.tensors, other.tensors)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sophia.elementwise import ParamsT, advance, check_betas, check_number
-from sophia.kernels import apply, local
+from sophia.kernels import Rule, apply, local
 from sophia.rules import gauss_newton_update, hessian_update, sophia_unclipped_update, sophia_update
 from sophia.second_order import SecondOrderOptimizer
 
@@ -128,6 +128,9 @@ class Sophia(SecondOrderOptimizer):
     def _begin_round(self) -> None:
         self._counts = []
 
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        return sophia_update if group["clip"] else sophia_unclipped_update
+
     def _step_group(
         self,
         group: dict[str, Any],
@@ -137,7 +140,7 @@ class Sophia(SecondOrderOptimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        rule = sophia_update if group["clip"] else sophia_unclipped_update
+        rule = self._rule(group)
         tensors = [
             params,
             grads,

@@ -109,6 +109,28 @@ def sophia_unclipped_update(
     return (exp_avg.abs() < curvature).sum()
 
 
+@updates(0, 2)
+def sophia_reference_update(
+    param: Tensor,  # (*) θ, updated in place
+    grad: Tensor,  # (*) g
+    exp_avg: Tensor,  # (*) m, updated in place
+    hessian: Tensor,  # (*) h, read only
+    lr: Scalar,  # () η
+    beta1: Scalar,  # ()
+    gamma: Scalar,  # () ρ·bs
+    eps: Scalar,  # () 1e-15
+    weight_decay: Scalar,  # () λ
+    grad_scale: Tensor | None = None,  # ()
+    found_inf: Tensor | None = None,  # ()
+) -> Tensor:  # () int64, the number of coordinates with |m| < ρ·bs·h + 1e-15
+    """θ ← θ - ηλθ - η · sign(m) · min(|m| / (ρ·bs·h + 1e-15), 1), the authors' code (sophia.py,
+    _single_tensor_sophiag)."""
+    _average(exp_avg, _unless(found_inf, _unscaled(grad, exp_avg, grad_scale), exp_avg), 1 - beta1)
+    curvature = hessian * gamma + eps
+    _descend(param, exp_avg.sign() * (exp_avg.abs() / curvature).clamp_max(1), lr, weight_decay, found_inf)
+    return (exp_avg.abs() < curvature).sum()
+
+
 @updates(0)
 def gauss_newton_update(
     hessian: Tensor,  # (*) h, updated in place

@@ -51,6 +51,12 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
         return not steps or int(torch.stack(steps).max()) % interval == 0
 
     @property
+    def hessian_age(self) -> int | None:
+        """Training steps since an estimate last came in, 0 right after; None if none has, since construction or
+        loading."""
+        return self._steps_since_refresh if self._refreshed else None
+
+    @property
     def numel(self) -> int:
         """Coordinates on this rank that the last training step has updated, over all its calls of `step`."""
         return sum(self._round.values())

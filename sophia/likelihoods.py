@@ -1,0 +1,141 @@
+"""What a model's outputs mean as a distribution: how the Gauss-Newton-Bartlett estimator samples labels and scores
+them.
+
+The estimate is of the Gauss-Newton matrix of the mean loss only if the likelihood is the one behind that loss:
+
+| training loss | likelihood | one prediction is |
+|---|---|---|
+| `F.cross_entropy(logits, y)` | `Categorical()` | a position |
+| `F.mse_loss(outputs, y)` | `Gaussian(variance=0.5)` | an element |
+| ½ · mean of squares | `Gaussian(variance=1.0)` | an element |
+| squares summed over the last dimension, then the mean | `Gaussian(variance=0.5, event_dims=1)` | a row |
+| `F.binary_cross_entropy_with_logits(logits, y)` | `Bernoulli()` | an element |
+| the same, summed over the labels of an example, then the mean | `Bernoulli(event_dims=1)` | an example |
+
+Labels, softmax and loss are in float32 (float64 for float64 outputs), whatever autocast did to the outputs.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sophia.random import normals_at, uniforms
+
+# Rows of logits whose cumulative distribution is held in float64 at once.
+_ROWS = 1024
+
+
+class Likelihood(Protocol):
+    """A family of distributions over labels, one for each prediction."""
+
+    @property
+    def event_dims(self) -> int:
+        """How many trailing dimensions of the outputs belong to one prediction."""
+        ...
+
+    def sample(
+        self,
+        outputs: Tensor,  # (n, *event)
+        positions: Tensor,  # (n,) int64, not negative
+        seed: int,
+        step: int,
+        draw: int,
+    ) -> Tensor:
+        """Labels drawn from the distribution, a function of (seed, step, position, draw) and the outputs. No
+        gradient."""
+        ...
+
+    def loss_sum(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """() -log p(labels), up to a constant, summed over the predictions."""
+        ...
+
+
+@torch.no_grad()
+def sample_labels(
+    logits: Tensor,  # (n, V) any floating dtype
+    uniform: Tensor,  # (n,) float32 in [0, 1)
+) -> Tensor:  # (n,) int64
+    """Labels drawn from softmax(logits) by inverting its distribution function: the smallest y with F(y) > u.
+
+    The softmax is summed in float64, so that the probabilities hold to 2^-24, the resolution of u, and a class of
+    probability zero is never drawn.
+    """
+    labels = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    for rows, u, out in zip(logits.split(_ROWS), uniform.split(_ROWS), labels.split(_ROWS), strict=True):
+        cumulative = F.softmax(rows.float(), dim=-1).double().cumsum(dim=-1)
+        threshold = u.double().unsqueeze(-1) * cumulative[:, -1:]
+        out.copy_(torch.searchsorted(cumulative, threshold, right=True).squeeze(-1))
+    return labels
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """One of V classes, with logits in the last dimension."""
+
+    event_dims: int = 1
+
+    def __post_init__(self) -> None:
+        if self.event_dims != 1:
+            raise ValueError(
+                f"event_dims = {self.event_dims}, expected 1: the last dimension holds the logits of the classes"
+            )
+
+    def sample(self, outputs: Tensor, positions: Tensor, seed: int, step: int, draw: int) -> Tensor:
+        return sample_labels(outputs, uniforms(seed, step, positions, _stream(draw)))
+
+    def loss_sum(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, labels, reduction="sum")
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Independent normal labels around the outputs, -log p = (f - y)² / 2σ², with a given variance σ²."""
+
+    variance: float
+    event_dims: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.variance < math.inf:
+            raise ValueError(f"variance = {self.variance}, expected a number > 0: 0.5 is that of F.mse_loss")
+
+    @torch.no_grad()
+    def sample(self, outputs: Tensor, positions: Tensor, seed: int, step: int, draw: int) -> Tensor:
+        noise = normals_at(seed, step, _stream(draw), _element_positions(outputs, positions))
+        return outputs + noise.to(outputs.dtype) * math.sqrt(self.variance)
+
+    def loss_sum(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return (outputs - labels).square().sum() / (2 * self.variance)
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Independent yes or no for each logit: multi-label classification."""
+
+    event_dims: int = 0
+
+    @torch.no_grad()
+    def sample(self, outputs: Tensor, positions: Tensor, seed: int, step: int, draw: int) -> Tensor:
+        u = uniforms(seed, step, _element_positions(outputs, positions), _stream(draw))
+        return (u < outputs.sigmoid()).to(outputs.dtype)
+
+    def loss_sum(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(outputs, labels, reduction="sum")
+
+
+def _stream(draw: int) -> str:
+    return "label" if draw == 0 else f"label/{draw}"
+
+
+def _element_positions(
+    outputs: Tensor,  # (n, *event)
+    positions: Tensor,  # (n,)
+) -> Tensor:  # (n, *event)
+    """A number of its own for each element of each prediction."""
+    event = outputs.shape[1:]
+    size = math.prod(event)
+    within = torch.arange(size, device=outputs.device).view(event)
+    return positions.view(-1, *(1 for _ in event)) * size + within

@@ -1,0 +1,91 @@
+"""The numerics of the authors' published code (github.com/Liuhong99/Sophia, sophia.py and train_sophiag.py).
+
+For repeating old runs. It differs from the paper, and from `SophiaG`, in these points:
+
+- the denominator is ρ·bs·h + 1e-15 instead of max(γh, ε), so γ = ρ·bs/N: a *constant* bs, whatever N the estimate had;
+- h is the average of ĝ ⊙ ĝ without N, so that a change of batch size makes old history wrong;
+- h is refreshed *after* the steps t with t mod k == 0, at the weights after the update, so the first k steps have h
+= 0; - the gradient of the estimator is clipped to norm 1, which makes h depend on the whole gradient's size; - β1 =
+0.965.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sophia.elementwise import ParamsT
+from sophia.kernels import Rule
+from sophia.optimizer import Sophia
+from sophia.rules import sophia_reference_update
+
+
+class ReferenceSophiaG(Sophia):
+    """Sophia-G as the authors' code computes it.
+
+        for step in range(1, steps + 1):
+            loss(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if optimizer.hessian_due:                    # after the steps k, 2k, …
+                gauss_newton_bartlett(lambda: model(x), seed=0, step=step)
+                optimizer.update_hessian()               # clips .grad to estimator_clip first
+                optimizer.zero_grad()
+
+    Args:
+        params: tensors, named tensors or parameter groups.
+        lr: η.
+        betas: (β1, β2).
+        rho: ρ.
+        bs: the constant in ρ·bs, in their training script total batch size × block size, in tokens.
+        weight_decay: λ.
+        hessian_interval: k.
+        estimator_clip: the norm to which .grad is clipped before it is squared.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.965, 0.99),
+        rho: float = 0.04,
+        bs: int = 5120,
+        weight_decay: float = 0.1,
+        hessian_interval: int = 10,
+        estimator_clip: float = 1.0,
+        *,
+        foreach: bool | None = None,
+        compile: bool | None = None,
+    ) -> None:
+        for name, value in (("rho", rho), ("bs", bs), ("estimator_clip", estimator_clip)):
+            if not value > 0:
+                raise ValueError(f"{name} = {value}, expected a number > 0")
+        self._estimator_clip = estimator_clip
+        super().__init__(
+            params, lr, betas, rho * bs, 1e-15, weight_decay, hessian_interval, foreach=foreach, compile=compile
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_estimator_clip": self._estimator_clip}
+
+    @property
+    def hessian_due(self) -> bool:
+        """True after the steps t with t mod k == 0."""
+        return any(self.state.values()) and super().hessian_due
+
+    def update_hessian(self, num_predictions: Any = None, *, estimates: Any = None, grad_scaler: Any = None) -> None:
+        """h ← β2 h + (1-β2) ĝ ⊙ ĝ with ĝ from .grad, clipped in place. No argument: bs stands for N and is fixed.
+
+        Raises TypeError for any argument, RuntimeError for a parameter without a gradient.
+        """
+        if num_predictions is not None or estimates is not None or grad_scaler is not None:
+            raise TypeError(
+                "update_hessian() of ReferenceSophiaG takes no argument: the constant bs stands for N, as there"
+            )
+        torch.nn.utils.clip_grad_norm_(
+            [p for group in self.param_groups for p in group["params"]], self._estimator_clip
+        )
+        super().update_hessian(num_predictions=1)
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        return sophia_reference_update
