@@ -128,6 +128,7 @@ class SpeedUp:
     high: float
     high_censored: bool
     level: float
+    log_standard_error: float  # of the logarithm of the estimate; NaN where there is none
     range: tuple[float, float]  # speed-ups that this horizon could be tested for
     method: str
     smallest_detectable: float  # loss difference, nats, that this many seeds find 4 times in 5
@@ -291,34 +292,39 @@ def end_of_runs(
                 runs=(*short.runs, *long.runs),
             )
         )
-    adjusted = statistics.holm([result.p for result in results])
+    return correct_ends(results, level)
+
+
+def correct_ends(ends: Sequence[EndOfRuns], level: float = 0.95) -> list[EndOfRuns]:
+    """The same comparisons with p-values corrected over all of them (Holm) and verdicts to match."""
+    adjusted = statistics.holm([end.p for end in ends])
     return [
         replace(
-            result,
+            end,
             adjusted_p=float(p),
-            verdict=_verdict(float(p), level, "above" if result.difference.estimate < 0 else "below"),
+            verdict=_verdict(float(p), level, "above" if end.difference.estimate < 0 else "below"),
         )
-        for result, p in zip(results, adjusted, strict=True)
+        for end, p in zip(ends, adjusted, strict=True)
     ]
 
 
-def headline(results: Sequence[SpeedUp], threshold: float) -> SpeedUp:
-    """The horizon of one arm, model and currency that speaks for a claim.
+def headline(results: Sequence[SpeedUp]) -> SpeedUp:
+    """The horizon that speaks for one arm on one model in one currency.
 
-    The longest at which the threshold can be tested at all; where it can at none, the one whose range reaches nearest
-    to the threshold (which can still refute it). The choice depends on the design alone, not on the losses.
+    The longest at which all thresholds can be tested; where they can at none, the one whose range misses them by least
+    (it can still refute a claim). The choice depends on the design alone, not on the losses.
     """
     if not results:
         raise ValueError("no speed-up to choose from: the arm has no finished horizon")
-    testable = [one for one in results if one.claim(threshold).testable]
-    if testable:
-        return max(testable, key=lambda one: one.horizon)
 
-    def shortfall(one: SpeedUp) -> float:
+    def missed(one: SpeedUp) -> float:
         low, high = one.range
-        return math.inf if math.isnan(low) else max(math.log(low / threshold), math.log(threshold / high))
+        if math.isnan(low):
+            return math.inf
+        beyond = (max(math.log(low / c.threshold), math.log(c.threshold / high)) for c in one.claims if not c.testable)
+        return sum(beyond)
 
-    return min(results, key=lambda one: (shortfall(one), -one.horizon))
+    return min(results, key=lambda one: (missed(one), -one.horizon))
 
 
 def correct(claims: Sequence[Claim], level: float = 0.95) -> list[Claim]:
@@ -522,6 +528,7 @@ def _speed_up(
         high=math.exp(found.high),
         high_censored=found.high_censored,
         level=level,
+        log_standard_error=float(test.standard_error[nearest]) / slope if slope > 0 else math.nan,
         range=(math.exp(low_end), math.exp(high_end)),
         method=baseline.curve.method,
         smallest_detectable=detectable,
@@ -630,6 +637,7 @@ def _without_estimate(
         high=math.inf,
         high_censored=True,
         level=level,
+        log_standard_error=nan,
         range=(nan, nan),
         method=baseline.curve.method,
         smallest_detectable=math.inf,

@@ -1,0 +1,506 @@
+"""From a study's records to everything that its report says, as data: verdicts, speed-ups, differences, costs,
+findings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.colours import label
+from analysis.guards import Crossing, Finding, inspect, mid_run_crossings
+from analysis.records import CURRENCIES, Currency, Run
+from analysis.scaling import ScalingLaw, Trend, scaling_law, trend
+from analysis.speedup import (
+    CLAIM_CURRENCIES,
+    THRESHOLDS,
+    Baseline,
+    Claim,
+    EndOfRuns,
+    Endpoints,
+    SpeedUp,
+    correct,
+    correct_ends,
+    end_of_runs,
+    fit_baseline,
+    headline,
+    speed_ups,
+)
+from analysis.statistics import Interval
+from analysis.target import time_to_target
+from analysis.trials import Study
+from analysis.tuning import Tuning, tunings
+from analysis.wallclock import TRAINING_KINDS
+from training.records import write_atomically
+
+CURRENCY_NAMES: Mapping[Currency, str] = {"steps": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
+CLAIM_NAMES: Mapping[Currency, str] = {
+    "steps": "steps",
+    "tokens": "tokens",
+    "flops": "compute",
+    "seconds": "wall-clock",
+}
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One claim about one arm on one model, at the horizon that the design gives it; corrected for the family."""
+
+    arm: str
+    model: str
+    currency: Currency
+    speed_up: SpeedUp
+    claim: Claim
+    family: int  # claims on this model that were corrected together
+
+
+@dataclass(frozen=True)
+class FinalLoss:
+    """The ends of an arm's runs at one horizon, and their paired difference from the baseline's at the same horizon."""
+
+    endpoints: Endpoints
+    mean: float  # nats; NaN where a run diverged
+    standard_deviation: float  # over seeds
+    difference: Interval | None  # None for the baseline itself and where nothing can be paired
+    p: float
+
+
+@dataclass(frozen=True)
+class TargetTime:
+    """When the runs of one cell first reached a target loss: the geometric mean over those that did."""
+
+    arm: str
+    model: str
+    horizon: int
+    target: float  # nats
+    reached: int
+    runs: int
+    spent: Mapping[Currency, float]  # of the runs that reached it; a lower bound (all that was spent) if none did
+
+
+@dataclass(frozen=True)
+class ArmCost:
+    """What one arm's reported runs cost on one model, means over runs."""
+
+    arm: str
+    model: str
+    runs: int
+    seconds_per_step: float
+    seconds_by_kind: Mapping[str, float]  # per step
+    flops_per_token: float
+    curvature_seconds_share: float
+    curvature_flops_share: float
+    clipped_norm_share: float  # steps whose gradient was norm-clipped
+    peak_memory_bytes: float
+    tuning_trials: int
+    tuning_diverged: int
+    tuning_seconds: float
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that a report says about a study."""
+
+    study: Study
+    findings: Sequence[Finding]
+    headlines: Sequence[Headline]
+    speed_ups: Sequence[SpeedUp]
+    reference_speed_ups: Sequence[SpeedUp]  # seconds by the reference-time model; empty where there is none
+    finals: Sequence[FinalLoss]
+    ends: Sequence[EndOfRuns]  # the paper's rule, at half the baseline's steps
+    crossings: Sequence[Crossing]
+    target_times: Sequence[TargetTime]
+    tunings: Sequence[Tuning]
+    costs: Sequence[ArmCost]
+    baselines: Mapping[str, Baseline]  # by model
+    token_laws: Sequence[ScalingLaw]
+    size_laws: Sequence[ScalingLaw]
+    trends: Sequence[Trend]
+
+    def headline(self, arm: str, model: str, currency: Currency, threshold: float) -> Headline:
+        return next(
+            one
+            for one in self.headlines
+            if (one.arm, one.model, one.currency, one.claim.threshold) == (arm, model, currency, threshold)
+        )
+
+    def sentences(self, arm: str, model: str) -> list[str]:
+        """The verdict on one arm in words, a sentence for each currency."""
+        return [self._sentence(arm, model, currency) for currency in CLAIM_CURRENCIES]
+
+    def _sentence(self, arm: str, model: str, currency: Currency) -> str:
+        parts = []
+        for threshold in THRESHOLDS:
+            one = self.headline(arm, model, currency, threshold)
+            words = "faster at all" if threshold == 1 else f"the paper's {threshold:g}×"
+            parts.append(f"{words} is {one.claim.verdict}{_why_undecided(one)}")
+        at = self.headline(arm, model, currency, 1.0).speed_up
+        level = f"{at.level:.0%} interval"
+        ratio = at.text if math.isnan(at.estimate) else f"{at.text} times as fast as {label(self.study.baseline)}"
+        return (
+            f"In {CLAIM_NAMES[currency]}, {label(arm)} on {model} is {ratio} "
+            f"({at.horizon:,} steps, {at.seeds} seeds, {level}): {'; '.join(parts)}."
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for machines; run directories relative to the study's where they lie inside."""
+        return {
+            "study": self.study.name,
+            "baseline": self.study.baseline,
+            "level": self.study.level,
+            "seeds": list(self.study.seeds),
+            "verdict": [
+                {
+                    "arm": one.arm,
+                    "model": one.model,
+                    "currency": one.currency,
+                    "threshold": one.claim.threshold,
+                    "verdict": one.claim.verdict,
+                    "p": one.claim.p,
+                    "adjusted_p": one.claim.adjusted_p,
+                    "family": one.family,
+                    "horizon": one.speed_up.horizon,
+                    "estimate": _number(one.speed_up.estimate),
+                    "estimate_censored": one.speed_up.estimate_censored,
+                    "low": _number(one.speed_up.low),
+                    "low_censored": one.speed_up.low_censored,
+                    "high": _number(one.speed_up.high),
+                    "high_censored": one.speed_up.high_censored,
+                    "seeds": one.speed_up.seeds,
+                    "seeds_to_decide": one.claim.seeds_to_decide,
+                    "testable": one.claim.testable,
+                }
+                for one in self.headlines
+            ],
+            "findings": [self._plain(finding) for finding in self.findings],
+            "final_losses": [
+                {
+                    "arm": one.endpoints.arm,
+                    "model": one.endpoints.model,
+                    "horizon": one.endpoints.horizon,
+                    "seeds": list(one.endpoints.seeds),
+                    "losses": [_number(loss) for loss in one.endpoints.losses],
+                    "mean": _number(one.mean),
+                    "standard_deviation": _number(one.standard_deviation),
+                    "difference": self._plain(one.difference),
+                    "p": _number(one.p),
+                    "runs": [self.link(run) for run in one.endpoints.runs],
+                }
+                for one in self.finals
+            ],
+            "speed_ups": [self._plain(one) for one in self.speed_ups],
+            "reference_speed_ups": [self._plain(one) for one in self.reference_speed_ups],
+            "end_of_runs": [self._plain(one) for one in self.ends],
+            "mid_run_crossings_not_speed_ups": [self._plain(one) for one in self.crossings],
+            "time_to_target": [self._plain(one) for one in self.target_times],
+            "costs": [self._plain(one) for one in self.costs],
+        }
+
+    def link(self, run: Path) -> str:
+        """A run's directory as the report names it: relative to the study, or as given for bare runs."""
+        root = self.study.directory
+        return run.as_posix() if root is None else Path(os.path.relpath(run, root)).as_posix()
+
+    def _plain(self, value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {field.name: self._plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if isinstance(value, Path):
+            return self.link(value)
+        if isinstance(value, Mapping):
+            return {str(key): self._plain(member) for key, member in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._plain(member) for member in value]
+        return _number(value) if isinstance(value, float) else value
+
+
+def analyse(study: Study) -> Results:
+    """All of the analysis of a study.
+
+    Raises:
+        ValueError: the baseline has no finished reported run.
+    """
+    if not any(study.endpoints(study.baseline, model) for model in study.models):
+        raise ValueError(
+            f"no finished reported run of the baseline {study.baseline!r} in {study.name}: run it first, or name "
+            f"another baseline (arms: {', '.join(study.arms) or 'none'})"
+        )
+    baselines: dict[str, Baseline] = {}
+    findings = list(inspect(study))
+    measured: list[SpeedUp] = []
+    modelled: list[SpeedUp] = []
+    headlines: list[Headline] = []
+    ends: list[EndOfRuns] = []
+    for model in study.models:
+        cells = study.endpoints(study.baseline, model)
+        if not cells:
+            continue
+        try:
+            baselines[model] = fit_baseline(cells)
+        except ValueError as error:
+            findings.insert(0, Finding("baseline", "serious", f"{model}: the baseline cannot be used", str(error)))
+            continue
+        findings += _curve_findings(study, model, baselines[model])
+        model_ends: list[EndOfRuns] = []
+        chosen: list[tuple[SpeedUp, Claim]] = []
+        for arm in [*study.arm_names(), *study.arm_names("ablation")]:
+            arm_cells = study.endpoints(arm, model)
+            if arm == study.baseline or not arm_cells:
+                continue
+            by_currency = {
+                currency: speed_ups(arm_cells, baselines[model], currency, level=study.level) for currency in CURRENCIES
+            }
+            measured += [one for results in by_currency.values() for one in results]
+            modelled += _modelled(study, arm, model)
+            if study.arms[arm].role == "arm":
+                model_ends += end_of_runs(arm_cells, cells, level=study.level)
+                for currency in CLAIM_CURRENCIES:
+                    one = headline(by_currency[currency])
+                    chosen += [(one, claim) for claim in one.claims]
+        corrected = correct([claim for _, claim in chosen], study.level)
+        headlines += [
+            Headline(one.arm, model, one.currency, one, claim, len(chosen))
+            for (one, _), claim in zip(chosen, corrected, strict=True)
+        ]
+        ends += correct_ends(model_ends, study.level)
+    findings.sort(key=lambda finding: finding.severity != "serious")
+    return Results(
+        study=study,
+        findings=findings,
+        headlines=headlines,
+        speed_ups=measured,
+        reference_speed_ups=modelled,
+        finals=_finals(study),
+        ends=ends,
+        crossings=mid_run_crossings(study),
+        target_times=_target_times(study),
+        tunings=tunings(study),
+        costs=_costs(study),
+        baselines=baselines,
+        token_laws=_token_laws(study),
+        size_laws=_size_laws(study),
+        trends=_trends(study, measured),
+    )
+
+
+def write_json(results: Results, path: Path) -> None:
+    """The results for machines. Strict JSON: what is not finite is null."""
+    write_atomically(path, json.dumps(results.as_json(), indent=1, allow_nan=False) + "\n")
+
+
+def model_sizes(study: Study) -> dict[str, float]:
+    """Parameters of each model, from the records."""
+    sizes: dict[str, float] = {}
+    for trial in study.reporting:
+        summary = {} if trial.run is None else trial.run.record.summary or {}
+        if summary.get("parameters"):
+            sizes[trial.model] = float(summary["parameters"])
+    return sizes
+
+
+def _why_undecided(one: Headline) -> str:
+    if one.claim.verdict != "undecided":
+        return ""
+    if one.speed_up.reason:
+        return f" ({one.speed_up.reason})"
+    if not one.claim.testable:
+        low, high = one.speed_up.range
+        return f" (the baseline's horizons allow ratios from {low:.2f} to {high:.2f} to be tested)"
+    if one.claim.p < 1 - one.speed_up.level:
+        return f" (p = {one.claim.p:.3f} alone, {one.claim.adjusted_p:.3f} among {one.family} claims)"
+    if one.claim.seeds_to_decide is None:
+        return " (more than 1,000 seeds would be needed: too small an effect to matter)"
+    return f" (about {one.claim.seeds_to_decide} seeds would decide)"
+
+
+def _curve_findings(study: Study, model: str, baseline: Baseline) -> list[Finding]:
+    findings = []
+    count = len(baseline.endpoints)
+    if count < 4:
+        findings.append(
+            Finding(
+                "curve",
+                "note",
+                f"{model}: {label(study.baseline)} has {count} horizons, so its loss is interpolated between them",
+                "A line above a convex curve flatters the arms between two horizons; four horizons allow a fit.",
+            )
+        )
+    elif baseline.lack_of_fit_p < 0.01:
+        findings.append(
+            Finding(
+                "curve",
+                "serious",
+                f"{model}: the losses of {label(study.baseline)} do not follow the power law",
+                f"Its misfit is beyond the noise of the seeds (p = {baseline.lack_of_fit_p:.2g}): trust the comparison "
+                "of ends of runs more than the D-equivalent ratio.",
+            )
+        )
+    return findings
+
+
+def _modelled(study: Study, arm: str, model: str) -> list[SpeedUp]:
+    times = study.reference_times
+    if times is None:
+        return []
+    arm_cells = study.endpoints(arm, model, times=times)
+    baseline_cells = study.endpoints(study.baseline, model, times=times)
+    if not _finite_seconds(arm_cells) or not _finite_seconds(baseline_cells):
+        return []
+    return speed_ups(arm_cells, fit_baseline(baseline_cells), "seconds", level=study.level)
+
+
+def _finite_seconds(cells: Sequence[Endpoints]) -> bool:
+    return all(np.all(np.isfinite(end.seconds)) for end in cells)
+
+
+def _finals(study: Study) -> list[FinalLoss]:
+    finals = []
+    for model in study.models:
+        baseline = study.endpoints(study.baseline, model)
+        for arm in [*study.arm_names(), *study.arm_names("ablation")]:
+            cells = study.endpoints(arm, model)
+            same = {one.arm_horizon: one for one in end_of_runs(cells, baseline, ratio=1.0, level=study.level)}
+            for end in cells:
+                complete = not end.diverged
+                paired = same.get(end.horizon) if arm != study.baseline else None
+                finals.append(
+                    FinalLoss(
+                        endpoints=end,
+                        mean=float(end.losses.mean()) if complete else math.nan,
+                        standard_deviation=float(end.losses.std(ddof=1))
+                        if complete and len(end.seeds) > 1
+                        else math.nan,
+                        difference=paired.difference if paired else None,
+                        p=paired.p if paired else math.nan,
+                    )
+                )
+    return finals
+
+
+def _target_times(study: Study) -> list[TargetTime]:
+    """Targets are the baseline's mean final losses; every cell's runs are read along their curves."""
+    rows = []
+    for model in study.models:
+        ends = [end for end in study.endpoints(study.baseline, model) if not end.diverged]
+        for target in (float(end.losses.mean()) for end in ends):
+            for arm in study.arm_names():
+                by_horizon: dict[int, list[Run]] = {}
+                for run in study.runs(arm=arm, model=model):
+                    if len(run.evaluations):
+                        by_horizon.setdefault(run.horizon, []).append(run)
+                for horizon, runs in sorted(by_horizon.items()):
+                    rows.append(_target_time(arm, model, horizon, target, runs))
+    return rows
+
+
+def _target_time(arm: str, model: str, horizon: int, target: float, runs: Sequence[Run]) -> TargetTime:
+    spent: dict[Currency, float] = {}
+    reached = 0
+    for currency in CURRENCIES:
+        times = [time_to_target(run.evaluations, target, currency) for run in runs]
+        done = [time.spent for time in times if time.reached and time.spent > 0]
+        reached = sum(time.reached for time in times)
+        spent[currency] = geometric_mean(done) if done else max(time.spent for time in times)
+    return TargetTime(arm, model, horizon, target, reached, len(runs), spent)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Geometric mean."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _costs(study: Study) -> list[ArmCost]:
+    costs = []
+    for model in study.models:
+        for arm in [*study.arm_names(), *study.arm_names("ablation")]:
+            runs = [run for run in study.runs(arm=arm, model=model) if run.record.summary]
+            if not runs:
+                continue
+            tuning = [trial for trial in study.tuning if trial.arm == arm and trial.model == model and trial.run]
+            steps = sum(run.total("steps") for run in runs)
+            seconds = {kind: sum(_entry(run, kind, "seconds") for run in runs) for kind in TRAINING_KINDS}
+            flops = sum(run.total("flops") for run in runs)
+            lines = sum(run.train_line_count for run in runs)
+            total = sum(seconds.values()) or sum(run.total("seconds") for run in runs)
+            costs.append(
+                ArmCost(
+                    arm=arm,
+                    model=model,
+                    runs=len(runs),
+                    seconds_per_step=total / steps if steps else math.nan,
+                    seconds_by_kind={kind: value / steps if steps else math.nan for kind, value in seconds.items()},
+                    flops_per_token=flops / max(sum(run.total("tokens") for run in runs), 1.0),
+                    curvature_seconds_share=seconds["curvature"] / total if total else math.nan,
+                    curvature_flops_share=sum(_entry(run, "curvature", "flops") for run in runs) / flops
+                    if flops
+                    else math.nan,
+                    clipped_norm_share=sum(run.clipped_norm_count for run in runs) / lines if lines else math.nan,
+                    peak_memory_bytes=max(
+                        float((run.record.summary or {}).get("peak_memory_bytes") or 0) for run in runs
+                    ),
+                    tuning_trials=len(tuning),
+                    tuning_diverged=sum(trial.status == "diverged" for trial in tuning),
+                    tuning_seconds=sum(trial.seconds for trial in tuning),
+                )
+            )
+    return costs
+
+
+def _entry(run: Run, kind: str, what: str) -> float:
+    ledger = (run.record.summary or {}).get("ledger") or {}
+    return float((ledger.get(kind) or {}).get(what, 0.0))
+
+
+def _token_laws(study: Study) -> list[ScalingLaw]:
+    laws = []
+    for model in study.models:
+        for arm in study.arm_names():
+            ends = [end for end in study.endpoints(arm, model) if not end.diverged]
+            law = scaling_law(arm, "tokens", [float(end.tokens.mean()) for end in ends], ends, study.level)
+            if law is not None and len(ends) >= 4:
+                laws.append(dataclasses.replace(law, arm=f"{arm} on {model}" if len(study.models) > 1 else arm))
+    return laws
+
+
+def _size_laws(study: Study) -> list[ScalingLaw]:
+    """At the longest horizon of each model, for arms with three models or more."""
+    sizes = model_sizes(study)
+    laws = []
+    for arm in study.arm_names():
+        points = []
+        for model in study.models:
+            ends = [end for end in study.endpoints(arm, model) if not end.diverged]
+            if ends and model in sizes:
+                points.append((sizes[model], ends[-1]))
+        law = scaling_law(arm, "parameters", [size for size, _ in points], [end for _, end in points], study.level)
+        if law is not None:
+            laws.append(law)
+    return laws
+
+
+def _trends(study: Study, results: Sequence[SpeedUp]) -> list[Trend]:
+    sizes = model_sizes(study)
+    tokens = {
+        (arm, model, end.horizon): float(end.tokens.mean())
+        for arm in study.arm_names()
+        for model in study.models
+        for end in study.endpoints(arm, model)
+    }
+    trends = []
+    for arm in study.arm_names():
+        for currency in CLAIM_CURRENCIES:
+            own = [one for one in results if (one.arm, one.currency) == (arm, currency) and one.model in sizes]
+            found = trend(own, [tokens[arm, one.model, one.horizon] for one in own], [sizes[one.model] for one in own])
+            if found is not None:
+                trends.append(found)
+    return trends
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,59 @@
+"""Wall-clock time counts training alone, from the clock or from reference times that a noisy machine cannot touch."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from analysis.records import load_run
+from analysis.trials import study_of_runs
+from analysis.wallclock import ReferenceTimes, reference_times, training_seconds
+from tests.analysis.synthetic import write_run
+
+
+def test_compilation_evaluation_and_checkpoints_do_not_count(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path / "r", optimizer="sophiag", steps=100, curvature_share=0.05, train_lines=False))
+    assert training_seconds(run) == pytest.approx(100 * 0.05 * 1.05)
+    ledger = run.record.summary["ledger"]  # type: ignore[index]
+    assert ledger["compilation"]["seconds"] == 30.0
+
+
+def test_reference_times_make_a_noisy_machine_irrelevant(tmp_path: Path) -> None:
+    """The forward and backward pass is one computation under every optimizer: one measurement serves both arms."""
+    quiet = {
+        "adamw": load_run(write_run(tmp_path / "qa", steps=10, seconds_per_step=0.05)),
+        "sophiag": load_run(write_run(tmp_path / "qs", optimizer="sophiag", steps=10, curvature_share=0.1)),
+    }
+    times = reference_times(quiet.items(), "test")
+    noisy = load_run(
+        write_run(tmp_path / "n", optimizer="sophiag", steps=40, curvature_share=0.1, seconds_per_step=0.4)
+    )
+    assert training_seconds(noisy) == pytest.approx(40 * 0.4 * 1.1)
+    # 40 steps at 0.05 s, and 4 refreshes at what one cost on the quiet machine (0.05 · 10 · 0.1 s for its single one).
+    assert times.training_seconds(noisy, "sophiag") == pytest.approx(40 * 0.05 + 4 * 0.05)
+    shared = {arm: kinds["forward_backward"] for arm, kinds in times.seconds["tiny"].items()}
+    assert shared["adamw"] == shared["sophiag"]
+
+
+def test_an_arm_that_was_not_measured_has_no_reference_time(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path / "a", steps=10))
+    times = reference_times([("adamw", run)], "test")
+    assert times.training_seconds(run, "lion") is None
+
+
+def test_reference_times_survive_the_disk(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path / "a", steps=10))
+    times = reference_times([("adamw", run)], "idle machine")
+    times.save(tmp_path / "times.json")
+    assert ReferenceTimes.load(tmp_path / "times.json") == times
+    assert json.loads((tmp_path / "times.json").read_text())["source"] == "idle machine"
+
+
+def test_endpoints_count_seconds_by_the_model_when_asked(tmp_path: Path) -> None:
+    quiet = load_run(write_run(tmp_path / "quiet", steps=10, seconds_per_step=0.05))
+    slow = load_run(write_run(tmp_path / "slow", steps=40, seconds_per_step=0.5))
+    study = study_of_runs([slow])
+    (measured,) = study.endpoints("adamw", "tiny")
+    (modelled,) = study.endpoints("adamw", "tiny", times=reference_times([("adamw", quiet)], "test"))
+    assert measured.seconds[0] == pytest.approx(20.0)
+    assert modelled.seconds[0] == pytest.approx(2.0)
