@@ -59,14 +59,15 @@ def build_optimizers(config: OptimizerConfig, *, compile_step: bool) -> Callable
 
 def _construct(config: OptimizerConfig, parameters: Named, compile_step: bool) -> list[Optimizer]:
     groups = parameter_groups(parameters, config.weight_decay)
+    form = None if compile_step else False  # None: compiled where it is worth the compiling
     match config:
         case AdamWConfig():
             return [_adamw(groups, config.lr, config.betas, config.eps)]
         case LionConfig():
-            return [Lion(groups, lr=config.lr, betas=config.betas)]
+            return [Lion(groups, lr=config.lr, betas=config.betas, compile=form)]
         case SignumConfig():
             momentum = (config.betas[0], 0.0)
-            return [Sophia(groups, lr=config.lr, betas=momentum, hessian_interval=None)]
+            return [Sophia(groups, lr=config.lr, betas=momentum, hessian_interval=None, compile=form)]
         case SophiaConfig():
             return [
                 Sophia(
@@ -77,6 +78,7 @@ def _construct(config: OptimizerConfig, parameters: Named, compile_step: bool) -
                     eps=config.eps,
                     hessian_interval=config.hessian_interval,
                     clip=config.clip,
+                    compile=form,
                 )
             ]
         case AdaHessianConfig():
@@ -87,6 +89,7 @@ def _construct(config: OptimizerConfig, parameters: Named, compile_step: bool) -
                     betas=config.betas,
                     eps=config.eps,
                     hessian_interval=config.hessian_interval,
+                    compile=form,
                 )
             ]
         case MuonConfig():
