@@ -1,0 +1,144 @@
+"""The curvature pass of the loop: equal to the library's estimator, whatever the split; never clipped; weight zero for padding."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import sophia
+from data.batches import Batch
+from models import GPT2, GPT2Config
+from sophia import random
+from training.config import SophiaConfig
+from training.curvature import CurvaturePass
+from training.distributed import Distributed
+from training.optimizers import build_optimizers
+from training.strategies.ddp import DDP
+
+SHAPE = GPT2Config(vocab_size=61, n_layer=2, n_head=2, n_embd=16, block_size=12)
+BATCH, LENGTH, SEED, STEP = 8, 12, 3, 11
+CONFIG = SophiaConfig(name="sophiag", lr=1e-3, gamma=0.05, estimator="gnb", batch_fraction=0.5, betas=(0.96, 0.0))
+
+
+class SeededWeights:
+    """Stands in for InitialWeights: GPT-2's initialisation of seed 0, scaled up so that the curvature is no rounding."""
+
+    def apply(self, model: GPT2) -> None:
+        model.initialize(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.mul_(8)
+
+
+def strategy(rank: int = 0, world_size: int = 1, config: SophiaConfig = CONFIG) -> DDP:
+    made = DDP(Distributed(rank, rank, 1, torch.device("cpu")), bf16=False, compile_model=False)
+    with torch.device("meta"):
+        model = GPT2(SHAPE)
+    made.prepare(model, SeededWeights(), build_optimizers(config, compile_step=False))
+    made.distributed = Distributed(rank, rank, world_size, torch.device("cpu"))
+    return made
+
+
+def batch(rank: int = 0, world_size: int = 1) -> Batch:
+    tokens = np.random.default_rng(0).integers(0, SHAPE.vocab_size, (BATCH, LENGTH + 1))
+    mine = np.arange(rank, BATCH, world_size)
+    return Batch(tokens[mine, :-1], tokens[mine, 1:], mine)
+
+
+def hessians(made: DDP) -> list[Tensor]:
+    return [h for _, h, _ in made.curvature_state()]
+
+
+def run(config: SophiaConfig = CONFIG, micro_batch_size: int = BATCH) -> list[Tensor]:
+    made = strategy(config=config)
+    CurvaturePass(config, SEED, BATCH, micro_batch_size).run(made, batch(), STEP)
+    assert all(p.grad is None for p in made.model.parameters())
+    return hessians(made)
+
+
+def assert_close(got: list[Tensor], expected: list[Tensor], rtol: float = 1e-4) -> None:
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=rtol, atol=rtol * float(e.abs().max()) * 1e-2)
+
+
+def test_gnb_equals_the_librarys_estimator_on_the_same_seeds() -> None:
+    model = strategy().model
+    tokens = torch.from_numpy(batch().tokens[: BATCH // 2])
+    n = sophia.gauss_newton_bartlett(lambda: model.logits(tokens), seed=SEED, step=STEP)
+    assert n == BATCH // 2 * LENGTH
+    expected = [n * p.grad.square() for p in model.parameters()]
+    assert_close(run(), expected)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("estimator", ["gnb", "empirical_fisher", "hutchinson"])
+def test_the_estimate_does_not_depend_on_the_micro_batch(estimator: str, micro_batch_size: int) -> None:
+    config = CONFIG.model_copy(update={"estimator": estimator})
+    assert_close(run(config, micro_batch_size), run(config))
+
+
+def test_empirical_fisher_is_n_times_the_squared_training_gradient() -> None:
+    model = strategy().model
+    half = BATCH // 2
+    model.loss(torch.from_numpy(batch().tokens[:half]), torch.from_numpy(batch().targets[:half])).backward()
+    expected = [half * LENGTH * p.grad.square() for p in model.parameters()]
+    assert_close(run(CONFIG.model_copy(update={"estimator": "empirical_fisher"})), expected)
+
+
+def test_gnb_is_not_the_empirical_fisher() -> None:
+    sampled, fisher = run(), run(CONFIG.model_copy(update={"estimator": "empirical_fisher"}))
+    assert not torch.allclose(sampled[0], fisher[0], rtol=0.05)
+
+
+def test_central_differences_agree_with_the_exact_product() -> None:
+    exact = run(CONFIG.model_copy(update={"estimator": "hutchinson"}))
+    differences = run(CONFIG.model_copy(update={"estimator": "hutchinson_differences"}))
+    error = torch.cat([(d - e).flatten() for d, e in zip(differences, exact, strict=True)]).norm()
+    assert error < 5e-3 * torch.cat([e.flatten() for e in exact]).norm()
+
+
+def test_weights_are_bit_for_bit_what_they_were_after_central_differences() -> None:
+    made = strategy(config=CONFIG.model_copy(update={"estimator": "hutchinson_differences"}))
+    before = [p.detach().clone() for p in made.model.parameters()]
+    config = CONFIG.model_copy(update={"estimator": "hutchinson_differences"})
+    CurvaturePass(config, SEED, BATCH, 2).run(made, batch(), STEP)
+    assert all(torch.equal(b, p) for b, p in zip(before, made.model.parameters(), strict=True))
+
+
+def test_hutchinson_noise_is_shared_by_name_not_by_order() -> None:
+    model = strategy().model
+    name, parameter = list(model.named_parameters())[2]
+    expected = random.normals(SEED, STEP, name, 0, parameter.numel())
+    assert torch.equal(random.normals_like(parameter, SEED, STEP, name).flatten(), expected)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_ranks_cover_the_slice_once_with_the_labels_of_their_global_position(world_size: int) -> None:
+    config = CONFIG.model_copy(update={"batch_fraction": 0.375})  # 3 of 8 sequences: some ranks have none
+    whole = CurvaturePass(config, SEED, BATCH, BATCH)
+    positions: list[int] = []
+    shapes = set()
+    for rank in range(world_size):
+        for part in whole.slices(strategy(rank, world_size), batch(rank, world_size)):
+            shapes.add(tuple(part.tokens.shape))
+            assert torch.equal(part.targets >= 0, part.positions >= 0)
+            positions += part.positions[part.positions >= 0].tolist()
+    assert sorted(positions) == list(range(3 * LENGTH))
+    assert len(shapes) == 1
+
+
+def test_refreshes_come_before_the_first_step_and_every_k_steps() -> None:
+    due = [step for step in range(1, 32) if CurvaturePass(CONFIG, SEED, BATCH, BATCH).due(step)]
+    assert due == [1, 11, 21, 31]
+
+
+def test_a_non_finite_estimate_never_enters_h() -> None:
+    made = strategy()
+    CurvaturePass(CONFIG, SEED, BATCH, BATCH).run(made, batch(), 1)
+    before = [h.clone() for h in hessians(made)]
+    with torch.no_grad():
+        made.model.final_norm.weight[0] = float("nan")
+    held_back = CurvaturePass(CONFIG, SEED, BATCH, BATCH).run(made, batch(), 11)
+    assert held_back == 1
+    assert all(torch.equal(b, h) for b, h in zip(before, hessians(made), strict=True))

@@ -1,0 +1,82 @@
+"""Parameter groups by rule, and the clip that is fused into the step."""
+
+import pytest
+import torch
+
+from models import GPT2, GPT2Config
+from training.compose import compose
+from training.optimizers import build_optimizers, parameter_groups
+from training.strategies.gradients import clip_and_step
+
+SHAPE = GPT2Config(vocab_size=61, n_layer=2, n_head=2, n_embd=16, block_size=12, bias=True)
+ARMS = ["adamw", "lion", "sophiag", "muon", "signum", "adahessian"]
+
+
+def gradients_of(model: GPT2, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator) * scale
+
+
+def stepped(arm: str, scale: float, max_norm: float | None, steps: int = 2) -> tuple[GPT2, torch.Tensor]:
+    model = GPT2(SHAPE)
+    parameters = dict(model.named_parameters())
+    optimizers = build_optimizers(compose([f"optimizer={arm}"]).optimizer, compile_step=False)(parameters)
+    for _ in range(steps):
+        gradients_of(model, scale)
+        statistics = clip_and_step(optimizers, max_norm)
+    return model, statistics.grad_norm
+
+
+def test_matrices_decay_and_the_rest_does_not() -> None:
+    groups = parameter_groups(dict(GPT2(SHAPE).named_parameters()), 0.1)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert all(p.dim() == 2 for p in groups[0]["params"])
+    assert all(p.dim() == 1 for p in groups[1]["params"])
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_parameter_is_stepped_exactly_once(arm: str) -> None:
+    parameters = dict(GPT2(SHAPE).named_parameters())
+    optimizers = build_optimizers(compose([f"optimizer={arm}"]).optimizer, compile_step=False)(parameters)
+    owned = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert sorted(owned) == sorted(id(p) for p in parameters.values())
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_fused_clip_equals_clipping_first(arm: str) -> None:
+    fused, norm = stepped(arm, scale=3.0, max_norm=0.5)
+    first, _ = stepped(arm, scale=3.0 * 0.5 / float(norm), max_norm=None)
+    for got, expected in zip(fused.parameters(), first.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_norm_below_the_limit_is_left_alone(arm: str) -> None:
+    clipped, _ = stepped(arm, scale=1e-3, max_norm=1.0)
+    free, _ = stepped(arm, scale=1e-3, max_norm=None)
+    assert all(torch.equal(a, b) for a, b in zip(clipped.parameters(), free.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_non_finite_gradient_changes_neither_weights_nor_state(arm: str) -> None:
+    model = GPT2(SHAPE)
+    parameters = dict(model.named_parameters())
+    optimizers = build_optimizers(compose([f"optimizer={arm}"]).optimizer, compile_step=False)(parameters)
+    gradients_of(model)
+    clip_and_step(optimizers, 1.0)
+    weights = [p.detach().clone() for p in parameters.values()]
+    states = [
+        {key: value.clone() for key, value in o.state[p].items() if isinstance(value, torch.Tensor)}
+        for o in optimizers
+        for p in parameters.values()
+        if p in o.state
+    ]
+    gradients_of(model)
+    parameters["blocks.1.mlp.up.weight"].grad[0, 0] = float("inf")
+    statistics = clip_and_step(optimizers, 1.0)
+    assert statistics.skipped == 1
+    assert all(torch.equal(w, p) for w, p in zip(weights, parameters.values(), strict=True))
+    after = [o.state[p] for o in optimizers for p in parameters.values() if p in o.state]
+    for before, now in zip(states, after, strict=True):
+        assert all(torch.equal(value, now[key]) for key, value in before.items())
