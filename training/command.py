@@ -22,9 +22,9 @@ HYDRA_FLAGS += ("--resolve", "-sc", "--shell-completion", "--version", "-cp", "-
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code. Rank 0 speaks."""
     logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.WARNING, format="%(message)s")
-    if any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
-        return _hydra(arguments)
     try:
+        if any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
+            return _hydra(arguments)
         overrides, config_name = _split_config_name(arguments)
         return start(validate(compose_dictionary(overrides, config_name)))
     except (ConfigurationError, DataError) as error:
