@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from data.splits import SplitRule
 
 # Small enough that a kill loses little and the work spreads, large enough that a corpus has at most some 130 shards a
 # split: each is an open file in every training process, and the usual limit is 1024.
-_SMALLEST_UNIT = 4 << 20
+SMALLEST_UNIT = 4 << 20
 _UNITS = 128
 
 
@@ -57,15 +57,24 @@ class Unit:
         )
 
 
-def plan_units(files: Sequence[Path], text_column: str, split: SplitRule) -> list[Unit]:
-    """Cut the files into units of about equal size, in the order of the files.
+def plan_units(
+    files: Sequence[Path],
+    text_column: str,
+    split: SplitRule,
+    smallest_unit: int,
+    reading: Callable[[str], None],
+) -> list[Unit]:
+    """Cut the files into units of about equal size, in the order of the files; `reading` is told each file's name.
 
     Raises:
         DataError: a file cannot be used (data/readers.py), or the split rule needs a number of documents that the
             files do not tell.
     """
-    total = sum(text_bytes(file, text_column) for file in files)
-    limit = max(_SMALLEST_UNIT, -(-total // _UNITS))
+    total = 0
+    for file in files:
+        reading(os.fspath(file))
+        total += text_bytes(file, text_column)
+    limit = max(smallest_unit, -(-total // _UNITS))
     groups: list[list[Segment]] = [[]]
     for file in files:
         for segment in segments(file, text_column, limit):

@@ -13,26 +13,23 @@ import os
 import platform
 import re
 import shutil
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from data import plan
 from data.errors import DataError
 from data.files import cannot_write, write_json
-from data.manifest import FORMAT, MANIFEST_FILE, SPLITS, Manifest, Shard, Split, load_manifest
-from data.plan import Unit, plan_units
+from data.manifest import FORMAT, MANIFEST_FILE, SPLITS, Manifest, Shard, Split, TokenizerInfo, load_manifest
 from data.progress import Progress
 from data.sources import SampleSource, Source
-from data.tokenise import RECEIPTS, receipt_path, split_documents
-from data.tokenizers import TOKENIZER_FILE, Tokenizer, TokenizerSpec, gpt2, read_bpe, train_bpe
+from data.tokenise import RECEIPTS, receipt_path
+from data.tokenizers import TOKENIZER_FILE, TokenizerSpec, gpt2, open_tokenizer
+from data.workers import Worker, run_requests
 
 PREPARATION_FILE = "preparation.json"  # what was asked for and with which versions; for people, not hashed
 LOCK_FILE = ".lock"
@@ -120,22 +117,28 @@ def prepare(
 def _prepare(source: Source, spec: TokenizerSpec, directory: Path, workers: int, display: Progress, lock: int) -> None:
     (directory / RECEIPTS).mkdir(exist_ok=True)
     corpus = source.fetch(display.message)
-    units = plan_units(corpus.files, source.text_column, source.split)
-    tokenizer = gpt2() if spec.name == "gpt2" else _trained(source, units, spec, directory, display)
-    job = {
-        "format": FORMAT,
-        "directory": os.fspath(directory.resolve()),
-        "text_column": source.text_column,
-        "split": source.split.describe(),
-        "tokenizer": asdict(tokenizer.info),
-    }
-    made = {unit.number: _receipt(unit, job) for unit in units}
-    missing = [unit for unit in units if made[unit.number] is None]
+    reading = {"text_column": source.text_column, "split": source.split.describe()}
+    common = {**reading, "directory": os.fspath(directory)}
+    with Worker(lock) as worker:
+        files = [os.fspath(file) for file in corpus.files]
+        found = worker.result({"task": "plan", **common, "files": files, "smallest_unit": plan.SMALLEST_UNIT})
+        units = [plan.Unit.from_json(unit) for unit in found]
+        tokenizer = gpt2().info if spec.name == "gpt2" else _train(worker, units, common, spec, display)
+    fingerprints = [unit.fingerprint({"format": FORMAT, **reading, "tokenizer": tokenizer.sha256}) for unit in units]
+    missing = [
+        (unit, fingerprint)
+        for unit, fingerprint in zip(units, fingerprints, strict=True)
+        if _receipt(directory, unit, fingerprint) is None
+    ]
     total = sum(unit.bytes for unit in units)
-    display.begin(total, total - sum(unit.bytes for unit in missing))
+    sizes = [unit.bytes for unit, _ in missing]
+    display.begin(total, total - sum(sizes))
     if missing:
-        _run_workers(missing, job, min(workers, len(missing)), display, lock)
-    manifest = _assemble(corpus.description, source, tokenizer, [_receipt(unit, job) for unit in units])
+        job = {"task": "shards", **common, "tokenizer": asdict(tokenizer)}
+        requests = [{**job, "unit": unit.to_json(), "fingerprint": fingerprint} for unit, fingerprint in missing]
+        run_requests(requests, sizes, min(workers, len(missing)), lock, display)
+    made = [_receipt(directory, unit, fingerprint) for unit, fingerprint in zip(units, fingerprints, strict=True)]
+    manifest = _assemble(corpus.description, source, tokenizer, made)
     _remove_stale(directory, manifest)
     versions = {package: metadata.version(package) for package in ("numpy", "tiktoken", "tokenizers", "pyarrow")}
     write_json(
@@ -146,127 +149,42 @@ def _prepare(source: Source, spec: TokenizerSpec, directory: Path, workers: int,
     shutil.rmtree(directory / RECEIPTS, ignore_errors=True)
 
 
-def _trained(
-    source: Source, units: Sequence[Unit], spec: TokenizerSpec, directory: Path, display: Progress
-) -> Tokenizer:
+def _train(
+    worker: Worker,
+    units: Sequence[plan.Unit],
+    common: dict[str, Any],
+    spec: TokenizerSpec,
+    display: Progress,
+) -> TokenizerInfo:
     """The trained tokenizer: that of an earlier run if it was made of the same corpus, else a new one."""
-    assert spec.vocab_size is not None
-    job = {"vocab_size": spec.vocab_size, "text_column": source.text_column, "split": source.split.describe()}
-    fingerprint = [unit.fingerprint(job) for unit in units]
-    receipt = directory / RECEIPTS / "tokenizer.json"
+    directory = Path(common["directory"])
+    fingerprint = [unit.fingerprint({**common, "vocab_size": spec.vocab_size}) for unit in units]
+    receipt = directory / RECEIPTS / TOKENIZER_FILE
     with suppress(OSError, ValueError, KeyError, TypeError, DataError):
         content = json.loads(receipt.read_text(encoding="utf-8"))
-        kept = read_bpe(directory / TOKENIZER_FILE)
-        if content["fingerprint"] == fingerprint and content["sha256"] == kept.sha256:
-            return kept
+        if content["fingerprint"] == fingerprint:
+            return open_tokenizer(TokenizerInfo(**content["tokenizer"]), directory).info
     total = sum(unit.bytes for unit in units)
     share = min(1.0, _TRAINING_BYTES / total)
-    display.message(
-        f"training a tokenizer of {spec.vocab_size} ids on about {share * total / 1e6:.1f} MB of the corpus"
+    display.message(f"training a tokenizer of {spec.vocab_size} ids on about {share * total / 1e6:.1f} MB of text")
+    info = worker.result(
+        {
+            "task": "train",
+            **common,
+            "units": [unit.to_json() for unit in units],
+            "share": share,
+            "vocab_size": spec.vocab_size,
+        }
     )
-    tokenizer = train_bpe(_training_texts(source, units, share), spec.vocab_size, directory)
-    write_json(receipt, {"fingerprint": fingerprint, "sha256": tokenizer.sha256})
-    return tokenizer
+    write_json(receipt, {"fingerprint": fingerprint, "tokenizer": info})
+    return TokenizerInfo(**info)
 
 
-def _training_texts(source: Source, units: Sequence[Unit], share: float) -> Iterator[str]:
-    """The first `share` of every unit's training documents, by bytes."""
-    for unit in units:
-        wanted = share * unit.bytes
-        taken = 0
-        for split, text in split_documents(unit, source.text_column, source.split, lambda _: None):
-            if split == "train":
-                yield text
-                taken += len(text)
-            if share < 1 and taken >= wanted:
-                break
-
-
-def _run_workers(units: Sequence[Unit], job: dict[str, Any], workers: int, display: Progress, lock: int) -> None:
-    """Give the units to worker processes, one thread minding each, and stop them all at the first error."""
-    pending = iter(sorted(units, key=lambda unit: -unit.bytes))  # large ones first, so that all end together
-    mutex = threading.Lock()
-    processes: list[subprocess.Popen[str]] = []
-
-    def mind() -> None:
-        with mutex:
-            process = _start_worker(job, lock)
-            processes.append(process)
-        with process:
-            while True:
-                with mutex:
-                    unit = next(pending, None)
-                if unit is None:
-                    return
-                _follow(process, unit, display, mutex)
-
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for future in as_completed([pool.submit(mind) for _ in range(workers)]):
-                future.result()
-        except BaseException:
-            with mutex:
-                pending = iter(())
-                for process in processes:
-                    process.kill()
-            raise
-
-
-def _start_worker(job: dict[str, Any], lock: int) -> subprocess.Popen[str]:
-    root = os.fspath(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "data.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"},
-        # Inheriting the lock's descriptor, a worker that outlives a killed parent by a moment still holds the lock.
-        pass_fds=(lock,),
-    )
-    assert process.stdin is not None
-    with suppress(BrokenPipeError):
-        process.stdin.write(json.dumps(job) + "\n")
-    return process
-
-
-def _follow(process: subprocess.Popen[str], unit: Unit, display: Progress, mutex: threading.Lock) -> None:
-    """Have the worker make one unit, passing on what it reports."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with suppress(BrokenPipeError):
-        process.stdin.write(json.dumps(unit.to_json()) + "\n")
-        process.stdin.flush()
-    shown = 0
-    for line in process.stdout:
-        message = json.loads(line)
-        if "error" in message:
-            raise DataError(message["error"])
-        with mutex:
-            if "done" in message:
-                display.advance(unit.bytes - shown, 0, 0)  # sizes are estimates until a unit is done
-                return
-            shown += message["bytes"]
-            display.advance(message["bytes"], message["tokens"], message["documents"])
-    files = ", ".join(dict.fromkeys(segment.path for segment in unit.segments[:3]))
-    raise DataError(
-        f"a worker {_ending(process.wait())} while it read {files}; what was done is kept: run the same command "
-        "again, with fewer workers if memory was short"
-    )
-
-
-def _ending(code: int) -> str:
-    if code == -9:
-        return "was killed (signal 9, most often for want of memory)"
-    return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-
-
-def _receipt(unit: Unit, job: dict[str, Any]) -> dict[str, Shard] | None:
-    """What an earlier run made of the unit, by split; None if nothing, or of something else, or if it is damaged."""
-    directory = Path(job["directory"])
+def _receipt(directory: Path, unit: plan.Unit, fingerprint: str) -> dict[str, Shard] | None:
+    """What was made of the unit, by split; None if nothing, or of something else, or if it is damaged."""
     try:
         content = json.loads(receipt_path(directory, unit).read_text(encoding="utf-8"))
-        if content["fingerprint"] != unit.fingerprint(job):
+        if content["fingerprint"] != fingerprint:
             return None
         shards = {split: Shard(**content["shards"][split]) for split in SPLITS if content["shards"][split] is not None}
         if any((directory / shard.file).stat().st_size <= shard.tokens for shard in shards.values()):
@@ -277,7 +195,7 @@ def _receipt(unit: Unit, job: dict[str, Any]) -> dict[str, Shard] | None:
 
 
 def _assemble(
-    description: dict[str, Any], source: Source, tokenizer: Tokenizer, made: Sequence[dict[str, Shard] | None]
+    description: dict[str, Any], source: Source, tokenizer: TokenizerInfo, made: Sequence[dict[str, Shard] | None]
 ) -> Manifest:
     receipts = [shards for shards in made if shards is not None]
     if len(receipts) < len(made):
@@ -297,7 +215,7 @@ def _assemble(
                 f"none of the {documents} documents falls to {name} (data.validation.rule={source.split.rule}, "
                 f"fraction={source.split.fraction}); change data.validation.fraction or take a larger corpus"
             )
-    return Manifest(description, source.split.describe(), tokenizer.info, splits)
+    return Manifest(description, source.split.describe(), tokenizer, splits)
 
 
 def _remove_stale(directory: Path, manifest: Manifest) -> None:

@@ -273,8 +273,8 @@ def _open_parquet(path: Path, text_column: str) -> pyarrow.parquet.ParquetFile:
     import pyarrow.types
 
     try:
-        file = pyarrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False)
-    except pyarrow.ArrowInvalid as error:
+        file = pyarrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False, page_checksum_verification=True)
+    except pyarrow.ArrowException as error:
         raise DataError(
             f"{path} is truncated or is no parquet file ({_first_line(error)}); fetch or write it again"
         ) from error
@@ -291,34 +291,41 @@ def _open_parquet(path: Path, text_column: str) -> pyarrow.parquet.ParquetFile:
 
 
 def _row_groups(path: Path, text_column: str) -> list[Segment]:
-    with _faults_named(path), _open_parquet(path, text_column) as file:
+    with _faults_named(path), _arrow_faults_named(path), _open_parquet(path, text_column) as file:
         metadata: Any = file.metadata
-        column = next(
-            place for place in range(metadata.num_columns) if metadata.schema.column(place).path == text_column
-        )
+        places = [place for place in range(metadata.num_columns) if metadata.schema.column(place).path == text_column]
+        if len(places) != 1:
+            raise DataError(f"{path} is damaged: {len(places)} columns are called {text_column!r}; write it again")
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         return [
-            Segment(os.fspath(path), number, number + 1, group.column(column).total_uncompressed_size, group.num_rows)
+            Segment(
+                os.fspath(path), number, number + 1, group.column(places[0]).total_uncompressed_size, group.num_rows
+            )
             for number, group in enumerate(groups)
         ]
 
 
 def _read_parquet(path: Path, segment: Segment, text_column: str, advance: Advance) -> Iterator[str | None]:
+    with _arrow_faults_named(path), _open_parquet(path, text_column) as file:
+        batches = file.iter_batches(
+            batch_size=_BATCH_ROWS,
+            row_groups=range(segment.start, segment.stop),
+            columns=[text_column],
+            use_threads=False,
+        )
+        for batch in batches:
+            column = batch.column(0)
+            for place in range(len(column)):
+                yield _text_of_cell(path, column[place], text_column)
+            advance(column.nbytes)
+
+
+@contextmanager
+def _arrow_faults_named(path: Path) -> Iterator[None]:
     import pyarrow
 
     try:
-        with _open_parquet(path, text_column) as file:
-            batches = file.iter_batches(
-                batch_size=_BATCH_ROWS,
-                row_groups=range(segment.start, segment.stop),
-                columns=[text_column],
-                use_threads=False,
-            )
-            for batch in batches:
-                column = batch.column(0)
-                for place in range(len(column)):
-                    yield _text_of_cell(path, column[place], text_column)
-                advance(column.nbytes)
+        yield
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is damaged ({_first_line(error)}); fetch or write it again") from error
 

@@ -1,17 +1,17 @@
-"""One unit of work: its documents → a shard a split, and a receipt."""
+"""One unit of work: its documents → a shard a split, and a receipt; or → the texts that a tokenizer is trained on."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from data.files import write_json
 from data.manifest import token_dtype
 from data.plan import Unit
-from data.readers import read_documents
+from data.readers import Advance, read_documents
 from data.shards import ShardWriter, shard_name
 from data.splits import SplitRule
 from data.tokenizers import Tokenizer
@@ -20,8 +20,13 @@ RECEIPTS = "units"  # the directory of what each finished unit made, until the m
 
 _REPORT_SECONDS = 0.2
 
-#: Told what was read and written since the last call: bytes of text, tokens, documents.
-Report = Callable[[int, int, int], None]
+
+class Listener(Protocol):
+    def reading(self, path: str) -> None:
+        """A file is about to be opened."""
+
+    def progress(self, text_bytes: int, tokens: int, documents: int) -> None:
+        """So much was done since the last call."""
 
 
 def receipt_path(directory: Path, unit: Unit) -> Path:
@@ -29,12 +34,13 @@ def receipt_path(directory: Path, unit: Unit) -> Path:
 
 
 def split_documents(
-    unit: Unit, text_column: str, split: SplitRule, advance: Callable[[int], None]
+    unit: Unit, text_column: str, split: SplitRule, advance: Advance, reading: Callable[[str], None]
 ) -> Iterator[tuple[str, str]]:
     """The unit's documents in order, each with its split."""
     validation_rows = None if unit.validation_rows is None else set(unit.validation_rows)
     number = 0
     for segment in unit.segments:
+        reading(segment.path)
         for text in read_documents(segment, text_column, advance):
             if text is not None:
                 validation = split.is_validation(text) if validation_rows is None else number in validation_rows
@@ -42,9 +48,16 @@ def split_documents(
             number += 1
 
 
-def make_shards(unit: Unit, job: dict[str, Any], tokenizer: Tokenizer, report: Report) -> None:
-    """Tokenise one unit into a shard a split, and then write its receipt."""
-    directory = Path(job["directory"])
+def make_shards(
+    unit: Unit,
+    directory: Path,
+    text_column: str,
+    split: SplitRule,
+    tokenizer: Tokenizer,
+    fingerprint: str,
+    listener: Listener,
+) -> None:
+    """Tokenise one unit into a shard a split, and then write its receipt, with the fingerprint in it."""
     dtype = token_dtype(tokenizer.vocab_size)
     read = 0
 
@@ -58,13 +71,27 @@ def make_shards(unit: Unit, job: dict[str, Any], tokenizer: Tokenizer, report: R
     ):
         writers = {"train": train, "validation": validation}
         tokens, documents, last = 0, 0, time.monotonic()
-        for split, text in split_documents(unit, job["text_column"], SplitRule(**job["split"]), advance):
+        for name, text in split_documents(unit, text_column, split, advance, listener.reading):
             ids = tokenizer.encode(text)
-            writers[split].append(ids, tokenizer.end_of_text)
+            writers[name].append(ids, tokenizer.end_of_text)
             tokens, documents = tokens + ids.size + 1, documents + 1
             if time.monotonic() - last > _REPORT_SECONDS:
-                report(read, tokens, documents)
+                listener.progress(read, tokens, documents)
                 read, tokens, documents, last = 0, 0, 0, time.monotonic()
-        report(read, tokens, documents)
-    receipt = {name: None if writer.shard is None else asdict(writer.shard) for name, writer in writers.items()}
-    write_json(receipt_path(directory, unit), {"fingerprint": unit.fingerprint(job), "shards": receipt})
+        listener.progress(read, tokens, documents)
+    shards = {name: None if writer.shard is None else asdict(writer.shard) for name, writer in writers.items()}
+    write_json(receipt_path(directory, unit), {"fingerprint": fingerprint, "shards": shards})
+
+
+def training_texts(
+    units: Sequence[Unit], text_column: str, split: SplitRule, share: float, reading: Callable[[str], None]
+) -> Iterator[str]:
+    """The first `share` of every unit's training documents, by bytes."""
+    for unit in units:
+        taken = 0
+        for name, text in split_documents(unit, text_column, split, lambda _: None, reading):
+            if name == "train":
+                yield text
+                taken += len(text)
+            if share < 1 and taken >= share * unit.bytes:
+                break

@@ -1,55 +1,92 @@
-"""One process of a preparation: `python -m data.worker`, started by data/preparation.py.
+"""A process of a preparation, the child's side: `python -m data.worker`, started by data/workers.py.
 
-A plain child process and not multiprocessing's: that would import the program that asked for the preparation, torch
-and all, once more in every worker, and leave orphans when it is killed. Here the pipe closes and the worker ends.
+Everything that opens a file of the corpus runs here. A damaged file can bring a library down with it (pyarrow ends
+the process on some broken footers); then a child is lost and not the program that asked for the tokens.
 
-Standard input has a JSON line with the job, then one for each unit; on standard output come lines with what was done
-since the last, {"bytes", "tokens", "documents"}, and at the end of a unit {"done"} or {"error"}.
+Standard input has a JSON object a line, a request each. On standard output come, a line each, {"reading": path} when
+a file is opened, {"bytes", "tokens", "documents"} with what was done since the last, and at the end of the request
+{"done": its result} or {"error": the message of a DataError}.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
 from data.files import cannot_write
 from data.manifest import TokenizerInfo
-from data.plan import Unit
-from data.tokenise import make_shards
-from data.tokenizers import open_tokenizer
+from data.plan import Unit, plan_units
+from data.splits import SplitRule
+from data.tokenise import make_shards, training_texts
+from data.tokenizers import open_tokenizer, train_bpe
+
+_opened = functools.cache(open_tokenizer)  # one for all units
+
+
+class Channel:
+    """What a request tells the parent while it works."""
+
+    def __init__(self) -> None:
+        # The pipe is for messages alone: whatever a library prints goes to standard error.
+        self._stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+
+    def send(self, **message: Any) -> None:
+        self._stream.write(json.dumps(message) + "\n")
+        self._stream.flush()
+
+    def reading(self, path: str) -> None:
+        self.send(reading=path)
+
+    def progress(self, text_bytes: int, tokens: int, documents: int) -> None:
+        self.send(bytes=text_bytes, tokens=tokens, documents=documents)
+
+
+def answer(request: dict[str, Any], channel: Channel) -> Any:
+    split = SplitRule(**request["split"])
+    text_column = request["text_column"]
+    match request["task"]:
+        case "plan":
+            files = [Path(file) for file in request["files"]]
+            units = plan_units(files, text_column, split, request["smallest_unit"], channel.reading)
+            return [unit.to_json() for unit in units]
+        case "train":
+            units = [Unit.from_json(unit) for unit in request["units"]]
+            texts = training_texts(units, text_column, split, request["share"], channel.reading)
+            return asdict(train_bpe(texts, request["vocab_size"], Path(request["directory"])).info)
+        case "shards":
+            directory = Path(request["directory"])
+            tokenizer = _opened(TokenizerInfo(**request["tokenizer"]), directory)
+            unit = Unit.from_json(request["unit"])
+            make_shards(unit, directory, text_column, split, tokenizer, request["fingerprint"], channel)
+            return None
+        case task:
+            raise ValueError(f"unknown task {task!r}")
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it too and decides
-    # The pipe is for messages alone: whatever a library prints goes to standard error.
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def send(**message: Any) -> None:
-        channel.write(json.dumps(message) + "\n")
-        channel.flush()
-
-    def report(read: int, tokens: int, documents: int) -> None:
-        send(bytes=read, tokens=tokens, documents=documents)
-
+    channel = Channel()
     try:
-        job = json.loads(sys.stdin.readline())
-        tokenizer = open_tokenizer(TokenizerInfo(**job["tokenizer"]), Path(job["directory"]))
         for line in sys.stdin:
-            unit = Unit.from_json(json.loads(line))
-            make_shards(unit, job, tokenizer, report)
-            send(done=unit.number)
+            request = json.loads(line)
+            try:
+                channel.send(done=answer(request, channel))
+            except BrokenPipeError:
+                raise
+            except DataError as error:
+                channel.send(error=str(error))
+            except OSError as error:
+                channel.send(error=str(cannot_write(error, Path(request["directory"]))))
     except BrokenPipeError:
         os._exit(1)  # the parent is gone; nobody is left to tell
-    except DataError as error:
-        send(error=str(error))
-    except OSError as error:
-        send(error=str(cannot_write(error, Path(job["directory"]))))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ GPT2 = TokenizerSpec("gpt2")
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_SMALLEST_UNIT", 20_000)
+    monkeypatch.setattr(plan, "SMALLEST_UNIT", 20_000)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -140,7 +140,7 @@ def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path: Path, cor
 DRIVER = """
 import sys
 import data, data.plan
-data.plan._SMALLEST_UNIT = 20_000
+data.plan.SMALLEST_UNIT = 20_000
 data.prepare(data.FileSource(paths=[sys.argv[1]]), data.TokenizerSpec(), sys.argv[2], workers=2)
 """
 
@@ -227,12 +227,12 @@ def test_what_an_interrupted_preparation_made_of_other_text_is_made_again(tmp_pa
 
 def test_a_killed_worker_is_one_clear_error(tmp_path: Path, corpus: FileSource) -> None:
     process = start(corpus, tmp_path / "t", stderr=subprocess.PIPE)
-    wait_for(lambda: bool(psutil.Process(process.pid).children()))
+    wait_for(lambda: len(psutil.Process(process.pid).children()) == 2)
     psutil.Process(process.pid).children()[0].send_signal(signal.SIGKILL)
     errors = process.communicate()[1]
     assert process.returncode == 1
     assert "DataError: a worker was killed (signal 9, most often for want of memory) while it read" in errors
-    assert "run the same command again, with fewer workers" in errors
+    assert "the same command goes on, with fewer workers" in errors
 
 
 def test_a_full_disk_is_one_clear_error_and_what_was_done_is_kept(tmp_path: Path, corpus: FileSource) -> None:
@@ -343,7 +343,7 @@ def test_a_tokenizer_trained_before_an_interruption_is_used_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "_run_workers", interrupt)
+        patch.setattr(preparation, "run_requests", interrupt)
         with pytest.raises(KeyboardInterrupt):
             data.prepare(corpus, spec, tmp_path / "t")
     trained = (tmp_path / "t" / "tokenizer.json").stat().st_mtime_ns

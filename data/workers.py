@@ -1,0 +1,143 @@
+"""The processes of a preparation, the parent's side.
+
+Plain child processes and not multiprocessing's: those import the program that asked for the preparation, torch and
+all, once more in each, and stay behind as orphans when it is killed. These end when their pipe closes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from data.errors import DataError
+from data.progress import Progress
+
+
+class Worker:
+    """One process (data/worker.py) that answers requests; a context manager that ends it.
+
+    Args:
+        lock: the descriptor of the directory's lock. The child inherits it, so that one which outlives a killed
+            parent by a moment still keeps others out.
+    """
+
+    def __init__(self, lock: int) -> None:
+        root = os.fspath(Path(__file__).resolve().parents[1])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "data.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": path},
+            pass_fds=(lock,),
+        )
+
+    def messages(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Send a request and yield what comes back, up to {"done": result}.
+
+        Raises:
+            DataError: the request failed, or the process died of it.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        reading = "the corpus"
+        for line in self._process.stdout:
+            message = json.loads(line)
+            if "error" in message:
+                raise DataError(message["error"])
+            reading = message.get("reading", reading)
+            yield message
+            if "done" in message:
+                return
+        raise DataError(
+            f"a worker {_ending(self._process.wait())} while it read {reading}; check that file, and the memory that "
+            "is free; what was done is kept: the same command goes on, with fewer workers if memory was short"
+        )
+
+    def result(self, request: dict[str, Any]) -> Any:
+        """Send a request and wait for its result; raises as `messages`."""
+        for message in self.messages(request):
+            if "done" in message:
+                return message["done"]
+        raise AssertionError("messages ends with a result or an error")
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.kill()
+        self._process.__exit__(kind, error, trace)
+
+
+def run_requests(
+    requests: Sequence[dict[str, Any]],
+    sizes: Sequence[int],  # bytes of text that each request reads
+    workers: int,
+    lock: int,
+    display: Progress,
+) -> None:
+    """Spread the requests over worker processes, showing progress, and stop all of them at the first error.
+
+    Raises:
+        DataError: as `Worker.messages`.
+    """
+    # The large ones first, so that all workers end at about the same time.
+    order = sorted(range(len(requests)), key=lambda place: -sizes[place])
+    pending = iter(order)
+    mutex = threading.Lock()
+    running: list[Worker] = []
+
+    def mind() -> None:
+        with mutex:
+            worker = Worker(lock)
+            running.append(worker)
+        with worker:
+            while True:
+                with mutex:
+                    place = next(pending, None)
+                if place is None:
+                    return
+                shown = 0
+                for message in worker.messages(requests[place]):
+                    with mutex:
+                        if "done" in message:
+                            display.advance(sizes[place] - shown, 0, 0)  # until then sizes are estimates
+                        elif "bytes" in message:
+                            shown += message["bytes"]
+                            display.advance(message["bytes"], message["tokens"], message["documents"])
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for future in as_completed([pool.submit(mind) for _ in range(workers)]):
+                future.result()
+        except BaseException:
+            with mutex:
+                pending = iter(())
+                for worker in running:
+                    worker.kill()
+            raise
+
+
+def _ending(code: int) -> str:
+    if code == -9:
+        return "was killed (signal 9, most often for want of memory)"
+    return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data import DataError
+from data.tokenizers import gpt2
+from data.workers import Worker
+from tests.data.corpora import texts, write_parquet
+
+SPLIT = {"rule": "hash", "fraction": 0.05, "seed": 0}
+
+
+@pytest.fixture
+def lock(tmp_path: Path) -> Iterator[int]:
+    descriptor = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
+    yield descriptor
+    os.close(descriptor)
+
+
+def prepare_file(worker: Worker, path: Path, directory: Path) -> list[Any]:
+    common = {"text_column": "text", "split": SPLIT, "directory": os.fspath(directory)}
+    units = worker.result({"task": "plan", **common, "files": [os.fspath(path)], "smallest_unit": 1 << 20})
+    for unit in units:
+        tokenizer = asdict(gpt2().info)
+        worker.result({"task": "shards", **common, "tokenizer": tokenizer, "unit": unit, "fingerprint": ""})
+    return units
+
+
+@pytest.mark.parametrize("cases", [150, pytest.param(5000, marks=pytest.mark.faults)])
+def test_any_damage_to_a_parquet_file_is_an_error_that_names_it_even_where_it_kills_the_reader(
+    tmp_path: Path, lock: int, cases: int
+) -> None:
+    path = write_parquet(tmp_path / "a.parquet", texts(300), 60)
+    original = path.read_bytes()
+    (tmp_path / "units").mkdir()
+    messages: list[str] = []
+    worker = Worker(lock)
+    for seed in range(cases):
+        generator = random.Random(seed)
+        content = bytearray(original)
+        for _ in range(generator.randint(1, 5)):  # half of them near the end, in the footer
+            first = 0 if generator.random() < 0.5 else len(content) - 3000
+            content[generator.randrange(first, len(content))] = generator.randrange(256)
+        path.write_bytes(content)
+        try:
+            prepare_file(worker, path, tmp_path)
+        except DataError as error:
+            messages.append(str(error))
+            if "a worker" in str(error):  # pyarrow ended the process
+                worker.__exit__(None, None, None)
+                worker = Worker(lock)
+    worker.kill()
+    worker.__exit__(None, None, None)
+    assert len(messages) > cases // 2
+    assert all(str(path) in message for message in messages)
+
+
+def test_a_worker_goes_on_after_a_refused_request(tmp_path: Path, lock: int) -> None:
+    (tmp_path / "units").mkdir()
+    bad, good = tmp_path / "bad.txt", write_parquet(tmp_path / "good.parquet", texts(10))
+    bad.write_bytes(b"\xff")
+    with Worker(lock) as worker:
+        with pytest.raises(DataError, match=r"bad\.txt is not UTF-8"):
+            prepare_file(worker, bad, tmp_path)
+        assert len(prepare_file(worker, good, tmp_path)) == 1
+
+
+def test_a_parquet_page_that_no_longer_has_its_checksum_is_refused(tmp_path: Path, lock: int) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": texts(300)})
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"299. ", b"298. ", 1))
+    with Worker(lock) as worker, pytest.raises(DataError, match=r"a\.parquet .*CRC"):
+        prepare_file(worker, path, tmp_path)
