@@ -103,7 +103,7 @@ class AdaHessian(SecondOrderOptimizer):
         states: list[dict[str, Tensor]],
         values: list[Tensor],
         num_predictions: int | Tensor | None,
-        weight: float,
+        beta2: float,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
@@ -114,4 +114,4 @@ class AdaHessian(SecondOrderOptimizer):
             )
         advance(states, "hessian_step", found_inf)
         tensors = [[local(state["hessian"]) for state in states], values]
-        apply(squared_hessian_update, tensors, [weight, grad_scale, found_inf], self._form)
+        apply(squared_hessian_update, tensors, [beta2, grad_scale, found_inf], self._form)

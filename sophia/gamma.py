@@ -1,7 +1,6 @@
 """γ held at a target unclipped fraction: the advice to keep the fraction between 0.1 and 0.5, followed by a
 controller."""
 
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

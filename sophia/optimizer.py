@@ -166,7 +166,7 @@ class Sophia(SecondOrderOptimizer):
         states: list[dict[str, Tensor]],
         values: list[Tensor],
         num_predictions: int | Tensor | None,
-        weight: float,
+        beta2: float,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
@@ -174,9 +174,9 @@ class Sophia(SecondOrderOptimizer):
         if group["bias_correction"]:
             advance(states, "hessian_step", found_inf)
         if num_predictions is None:
-            apply(hessian_update, tensors, [weight, grad_scale, found_inf], self._form)
+            apply(hessian_update, tensors, [beta2, grad_scale, found_inf], self._form)
         else:
-            apply(gauss_newton_update, tensors, [num_predictions, weight, grad_scale, found_inf], self._form)
+            apply(gauss_newton_update, tensors, [num_predictions, beta2, grad_scale, found_inf], self._form)
 
     def _state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = super()._state(p, group)

@@ -37,21 +37,15 @@ def _unscaled(
     return grad if grad_scale is None else grad / grad_scale
 
 
-def _unless(found_inf: Tensor | None, value: Tensor, average: Tensor) -> Tensor:
-    """What enters the average: value, or on an overflow the average itself, which then stays as it is."""
-    return value if found_inf is None else torch.where(found_inf > 0, average, value)
-
-
 def _average(
     average: Tensor,  # (*) updated in place
     value: Tensor,  # (*)
-    weight: Scalar,  # () share of the new value
+    decay: Scalar,  # () β
+    found_inf: Tensor | None,  # ()
 ) -> None:
-    """average ← (1 - weight) · average + weight · value, written so that value = average leaves it exactly as it is.
-
-    Not lerp_, which rounds once where it is one instruction and twice where it is compiled.
-    """
-    average.add_((value - average) * weight)
+    """average ← β average + (1-β) value. Not lerp_, which rounds otherwise where it is compiled."""
+    new = average * decay + value * (1 - decay)
+    average.copy_(new if found_inf is None else torch.where(found_inf > 0, average, new))
 
 
 def _descend(
@@ -82,7 +76,7 @@ def sophia_update(
     found_inf: Tensor | None = None,  # ()
 ) -> Tensor:  # () int64, the number of coordinates with |m| < γh
     """m ← β1 m + (1-β1) g;  θ ← θ - ηλθ - η · clip(m / max(γh, ε), 1)   (Liu et al. 2024, Algorithm 3)."""
-    _average(exp_avg, _unless(found_inf, _unscaled(grad, exp_avg, grad_scale), exp_avg), 1 - beta1)
+    _average(exp_avg, _unscaled(grad, exp_avg, grad_scale), beta1, found_inf)
     curvature = hessian * gamma
     _descend(param, (exp_avg / curvature.clamp_min(eps)).clamp(-1, 1), lr, weight_decay, found_inf)
     return (exp_avg.abs() < curvature).sum()
@@ -103,7 +97,7 @@ def sophia_unclipped_update(
     found_inf: Tensor | None = None,  # ()
 ) -> Tensor:  # () int64, the number of coordinates with |m| < γh
     """`sophia_update` without its clip, the paper's ablation: θ ← θ - ηλθ - η · m / max(γh, ε)."""
-    _average(exp_avg, _unless(found_inf, _unscaled(grad, exp_avg, grad_scale), exp_avg), 1 - beta1)
+    _average(exp_avg, _unscaled(grad, exp_avg, grad_scale), beta1, found_inf)
     curvature = hessian * gamma
     _descend(param, exp_avg / curvature.clamp_min(eps), lr, weight_decay, found_inf)
     return (exp_avg.abs() < curvature).sum()
@@ -125,7 +119,7 @@ def sophia_reference_update(
 ) -> Tensor:  # () int64, the number of coordinates with |m| < ρ·bs·h + 1e-15
     """θ ← θ - ηλθ - η · sign(m) · min(|m| / (ρ·bs·h + 1e-15), 1), the authors' code (sophia.py,
     _single_tensor_sophiag)."""
-    _average(exp_avg, _unless(found_inf, _unscaled(grad, exp_avg, grad_scale), exp_avg), 1 - beta1)
+    _average(exp_avg, _unscaled(grad, exp_avg, grad_scale), beta1, found_inf)
     curvature = hessian * gamma + eps
     _descend(param, exp_avg.sign() * (exp_avg.abs() / curvature).clamp_max(1), lr, weight_decay, found_inf)
     return (exp_avg.abs() < curvature).sum()
@@ -136,26 +130,26 @@ def gauss_newton_update(
     hessian: Tensor,  # (*) h, updated in place
     grad: Tensor,  # (*) ĝ, the gradient of the mean loss of sampled labels
     num_predictions: Scalar,  # () N
-    weight: Scalar,  # () 1 - β2
+    beta2: Scalar,  # ()
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
 ) -> None:
     """h ← β2 h + (1-β2) N ĝ ⊙ ĝ   (Liu et al. 2024, Algorithm 2 and Algorithm 3)."""
     grad = _unscaled(grad, hessian, grad_scale)
-    _average(hessian, _unless(found_inf, grad * grad * num_predictions, hessian), weight)
+    _average(hessian, grad * grad * num_predictions, beta2, found_inf)
 
 
 @updates(0)
 def hessian_update(
     hessian: Tensor,  # (*) h, updated in place
     estimate: Tensor,  # (*) ĥ
-    weight: Scalar,  # () 1 - β2
+    beta2: Scalar,  # ()
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
 ) -> None:
     """h ← β2 h + (1-β2) ĥ   (Liu et al. 2024, Algorithm 3). ĥ is linear in the loss, so `grad_scale` divides it
     once."""
-    _average(hessian, _unless(found_inf, _unscaled(estimate, hessian, grad_scale), hessian), weight)
+    _average(hessian, _unscaled(estimate, hessian, grad_scale), beta2, found_inf)
 
 
 @updates(0, 2)
@@ -171,9 +165,11 @@ def lion_update(
     found_inf: Tensor | None = None,  # ()
 ) -> None:
     """θ ← θ - η (sign(β1 m + (1-β1) g) + λθ);  m ← β2 m + (1-β2) g   (Chen et al. 2023, Algorithm 2)."""
-    grad = _unless(found_inf, _unscaled(grad, exp_avg, grad_scale), exp_avg)
+    grad = _unscaled(grad, exp_avg, grad_scale)
+    if found_inf is not None:
+        grad = torch.where(found_inf > 0, exp_avg, grad)  # 0 · nan would reach the weights
     _descend(param, (exp_avg * beta1 + grad * (1 - beta1)).sign(), lr, weight_decay, found_inf)
-    _average(exp_avg, grad, 1 - beta2)
+    _average(exp_avg, grad, beta2, found_inf)
 
 
 @updates(0, 2)
@@ -192,7 +188,7 @@ def adahessian_update(
     found_inf: Tensor | None = None,  # ()
 ) -> None:
     """m ← β1 m + (1-β1) g;  θ ← θ - ηλθ - η · m̂ / (√v̂ + ε)   (Yao et al. 2021, Algorithm 1, Hessian power 1)."""
-    _average(exp_avg, _unless(found_inf, _unscaled(grad, exp_avg, grad_scale), exp_avg), 1 - beta1)
+    _average(exp_avg, _unscaled(grad, exp_avg, grad_scale), beta1, found_inf)
     update = (exp_avg / correction1) / ((hessian / correction2).sqrt() + eps)
     _descend(param, update, lr, weight_decay, found_inf)
 
@@ -201,10 +197,10 @@ def adahessian_update(
 def squared_hessian_update(
     hessian: Tensor,  # (*) v, updated in place
     estimate: Tensor,  # (*) ĥ
-    weight: Scalar,  # () 1 - β2
+    beta2: Scalar,  # ()
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
 ) -> None:
     """v ← β2 v + (1-β2) ĥ ⊙ ĥ   (Yao et al. 2021, equation 10)."""
     estimate = _unscaled(estimate, hessian, grad_scale)
-    _average(hessian, _unless(found_inf, estimate * estimate, hessian), weight)
+    _average(hessian, estimate * estimate, beta2, found_inf)

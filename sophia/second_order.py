@@ -171,7 +171,7 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
                 f"warm_start_hessian() of a bias-corrected {type(self).__name__}: a correction for h_0 = 0 would "
                 "blow up an h_0 that is not; choose one of the two"
             )
-        if self._refresh(num_predictions, estimates, grad_scaler, 1 / (self._warm_starts + 1)):
+        if self._refresh(num_predictions, estimates, grad_scaler, 1 - 1 / (self._warm_starts + 1)):
             self._warm_starts += 1
 
     def _refresh(
@@ -179,7 +179,7 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
         num_predictions: int | Tensor | None,
         estimates: Sequence[Tensor | None] | None,
         grad_scaler: torch.amp.GradScaler | None,
-        weight: float | None,  # of the new estimate, by default 1 - β2
+        beta2: float | None,  # by default that of the group
     ) -> bool:  # whether the estimate came in; an overflow that only the device knows of counts as true
         if self.param_groups[0]["hessian_interval"] is None:
             raise RuntimeError(
@@ -220,7 +220,7 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
                 [self._state(p, group) for p in params],
                 [local(values[p]) for p in params],
                 num_predictions,
-                1 - group["betas"][1] if weight is None else weight,
+                group["betas"][1] if beta2 is None else beta2,
                 grad_scale,
                 found_inf,
             )
@@ -232,7 +232,7 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
         states: list[dict[str, Tensor]],
         values: list[Tensor],  # .grad if num_predictions is given, else ĥ
         num_predictions: int | Tensor | None,
-        weight: float,  # of the new estimate
+        beta2: float,  # 1 - the weight of the new estimate
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:

@@ -1,0 +1,273 @@
+"""Sophia's update against an implementation in NumPy float64 written from the formulas alone."""
+
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sophia import AdaHessian, Sophia, SophiaG, SophiaH
+
+
+@dataclass
+class NumpySophia:
+    """m_t, h_t, θ_t as in the paper; refreshes before the steps with (t-1) mod k == 0."""
+
+    theta: list[np.ndarray]
+    lr: float
+    betas: tuple[float, float]
+    gamma: float
+    eps: float
+    weight_decay: float
+    interval: int
+    clip: bool = True
+    t: int = 0
+    m: list[np.ndarray] = field(init=False)
+    h: list[np.ndarray] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.m = [np.zeros_like(x) for x in self.theta]
+        self.h = [np.zeros_like(x) for x in self.theta]
+
+    @property
+    def due(self) -> bool:
+        return self.t % self.interval == 0
+
+    def refresh(self, estimates: list[np.ndarray]) -> None:
+        self.h = [self.betas[1] * h + (1 - self.betas[1]) * e for h, e in zip(self.h, estimates, strict=True)]
+
+    def step(self, grads: list[np.ndarray]) -> None:
+        self.t += 1
+        for i, g in enumerate(grads):
+            self.m[i] = self.betas[0] * self.m[i] + (1 - self.betas[0]) * g
+            update = self.m[i] / np.maximum(self.gamma * self.h[i], self.eps)
+            if self.clip:
+                update = np.maximum(np.minimum(update, 1), -1)
+            self.theta[i] = self.theta[i] - self.lr * self.weight_decay * self.theta[i]
+            self.theta[i] = self.theta[i] - self.lr * update
+
+    def unclipped(self) -> int:
+        return sum(int((np.abs(m) < self.gamma * h).sum()) for m, h in zip(self.m, self.h, strict=True))
+
+
+hyperparameters = st.fixed_dictionaries(
+    {
+        "lr": st.floats(0, 1),
+        "betas": st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
+        "gamma": st.floats(1e-3, 10),
+        "eps": st.sampled_from([1e-15, 1e-12, 1e-7, 1e-3]),
+        "weight_decay": st.floats(0, 0.5),
+        "hessian_interval": st.integers(1, 7),
+        "clip": st.booleans(),
+    }
+)
+shapes = st.lists(
+    st.sampled_from([(), (1,), (3,), (2, 3), (1, 4, 2), (0, 3), (5, 5)]), min_size=1, max_size=4
+).filter(lambda chosen: any(0 not in shape for shape in chosen))
+
+
+@given(hyper=hyperparameters, shapes=shapes, seed=st.integers(0, 2**31), gnb=st.booleans(), foreach=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_fifty_steps_equal_the_formulas(
+    hyper: dict, shapes: list[tuple[int, ...]], seed: int, gnb: bool, foreach: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    draw = lambda scale: [np.asarray(rng.normal(size=shape)) * scale for shape in shapes]  # noqa: E731
+    theta = draw(1)
+    params = [torch.nn.Parameter(torch.tensor(x)) for x in theta]
+    optimizer = Sophia(params, **hyper, foreach=foreach, compile=False)
+    hyper["interval"] = hyper.pop("hessian_interval")
+    reference = NumpySophia(theta, **hyper)
+    for _ in range(50):
+        assert optimizer.hessian_due == reference.due
+        if reference.due:
+            n = int(rng.integers(1, 10_000))
+            given_values = draw(10.0 ** rng.uniform(-3, 1))
+            for p, value in zip(params, given_values, strict=True):
+                p.grad = torch.tensor(value)
+            if gnb:
+                optimizer.update_hessian(num_predictions=n)
+                reference.refresh([n * g * g for g in given_values])
+            else:
+                optimizer.update_hessian(estimates=[torch.tensor(value) for value in given_values])
+                reference.refresh(given_values)
+        grads = draw(10.0 ** rng.uniform(-4, 2))
+        for p, g in zip(params, grads, strict=True):
+            p.grad = torch.tensor(g)
+        optimizer.step()
+        reference.step(grads)
+        assert int(optimizer.unclipped_count) == reference.unclipped()
+        assert optimizer.numel == sum(p.numel() for p in params)
+    for p, x, m, h in zip(params, reference.theta, reference.m, reference.h, strict=True):
+        # Without the clip a step may be as large as lr · m / ε, whose rounding error stays when θ comes back.
+        atol = 1e-12 if hyper["clip"] else 1e-13 / hyper["eps"]
+        torch.testing.assert_close(p.detach(), torch.tensor(x), rtol=1e-9, atol=atol)
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.tensor(m), rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(optimizer.state[p]["hessian"], torch.tensor(h), rtol=1e-10, atol=1e-14)
+        assert optimizer.state[p]["step"] == 50 or p.numel() == 0
+
+
+def test_float32_stays_within_rounding_of_the_formulas() -> None:
+    rng = np.random.default_rng(0)
+    theta = [rng.normal(size=(40, 30))]
+    p = torch.nn.Parameter(torch.tensor(theta[0], dtype=torch.float32))
+    hyper = {"lr": 1e-2, "betas": (0.96, 0.99), "gamma": 0.05, "eps": 1e-3, "weight_decay": 0.2}
+    optimizer = Sophia([p], **hyper, hessian_interval=3)
+    reference = NumpySophia(theta, **hyper, interval=3)
+    for _ in range(50):
+        if optimizer.hessian_due:
+            estimate = rng.normal(size=(40, 30))
+            optimizer.update_hessian(estimates=[torch.tensor(estimate)])
+            reference.refresh([estimate])
+        grad = rng.normal(size=(40, 30))
+        p.grad = torch.tensor(grad, dtype=torch.float32)
+        optimizer.step()
+        reference.step([grad])
+    torch.testing.assert_close(p.detach().double(), torch.tensor(reference.theta[0]), rtol=1e-5, atol=1e-6)
+
+
+def test_without_curvature_the_step_is_the_sign_of_the_momentum() -> None:
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0, 0.0]))
+    optimizer = Sophia([p], lr=0.1, weight_decay=0.0, hessian_interval=None)
+    p.grad = torch.tensor([5.0, -1e-3, 0.0, 2.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(30):
+            assert not optimizer.hessian_due
+            optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([-2.0, 1.0, 3.0, -3.0]))
+    assert optimizer.unclipped_count == 0
+
+
+def test_a_negative_curvature_gives_the_sign_step_and_counts_as_clipped() -> None:
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = Sophia([p], lr=0.1, weight_decay=0.0)
+    optimizer.update_hessian(estimates=[torch.tensor([-1e3, 1e3])])
+    p.grad = torch.tensor([1e-3, 1e-3])
+    optimizer.step()
+    assert p[0] == -0.1
+    assert -1e-5 < p[1] < 0
+    assert optimizer.unclipped_count == 1
+
+
+def test_the_estimate_of_a_step_is_used_in_that_step() -> None:
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimizer = Sophia([p], lr=1.0, betas=(0.0, 0.0), gamma=1.0, weight_decay=0.0)
+    optimizer.update_hessian(estimates=[torch.tensor([4.0])])
+    p.grad = torch.tensor([1.0])
+    optimizer.step()
+    assert p.item() == pytest.approx(-0.25)
+
+
+def test_v1_notation_converts_as_the_documentation_says() -> None:
+    """clip(m / max(h, ε), ρ) with (η, ρ, ε, λ) equals the form here with (ηρ, γ=ρ, ερ, λ/ρ)."""
+    lr, rho, eps, decay = 0.02, 0.04, 1e-9, 0.3
+    rng = torch.Generator().manual_seed(0)
+    theta = torch.randn(50, generator=rng, dtype=torch.float64)
+    m, h = torch.zeros_like(theta), torch.zeros_like(theta)
+    p = torch.nn.Parameter(theta.clone())
+    optimizer = Sophia([p], lr=lr * rho, gamma=rho, eps=eps * rho, weight_decay=decay / rho)
+    for t in range(30):
+        if t % 10 == 0:
+            estimate = torch.randn(50, generator=rng, dtype=torch.float64).square()
+            h = 0.99 * h + 0.01 * estimate
+            optimizer.update_hessian(estimates=[estimate])
+        p.grad = torch.randn(50, generator=rng, dtype=torch.float64)
+        m = 0.96 * m + 0.04 * p.grad
+        theta = theta * (1 - lr * decay) - lr * (m / h.clamp_min(eps)).clamp(-rho, rho)
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), theta)
+
+
+def test_bias_correction_divides_by_what_the_averages_lack() -> None:
+    rng = np.random.default_rng(0)
+    beta1, beta2, gamma, lr = 0.9, 0.95, 0.5, 0.1
+    theta, m, h, n = rng.normal(size=20), np.zeros(20), np.zeros(20), 0
+    p = torch.nn.Parameter(torch.tensor(theta))
+    optimizer = Sophia(
+        [p], lr, (beta1, beta2), gamma, 1e-12, 0.0, hessian_interval=3, bias_correction=True, compile=False
+    )
+    for t in range(1, 11):
+        if optimizer.hessian_due:
+            estimate = rng.normal(size=20) ** 2
+            h, n = beta2 * h + (1 - beta2) * estimate, n + 1
+            optimizer.update_hessian(estimates=[torch.tensor(estimate)])
+        g = rng.normal(size=20)
+        m = beta1 * m + (1 - beta1) * g
+        m_hat, h_hat = m / (1 - beta1**t), h / (1 - beta2**n)
+        theta = theta - lr * np.clip(m_hat / np.maximum(gamma * h_hat, 1e-12), -1, 1)
+        p.grad = torch.tensor(g)
+        optimizer.step()
+        assert int(optimizer.unclipped_count) == int((np.abs(m_hat) < gamma * h_hat).sum())
+    torch.testing.assert_close(p.detach(), torch.tensor(theta))
+    assert optimizer.state[p]["hessian_step"] == 4
+
+
+def test_bias_correction_before_any_estimate_is_the_sign_step() -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = Sophia([p], lr=0.1, weight_decay=0.0, bias_correction=True)
+    p.grad = torch.tensor([1.0, -1.0, 0.0])
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([-0.1, 0.1, 0.0]))
+
+
+def test_warm_start_is_the_mean_of_its_estimates() -> None:
+    p = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    optimizer = SophiaH([p])
+    estimates = torch.randn(3, 4, dtype=torch.float64)
+    for estimate in estimates:
+        optimizer.warm_start_hessian(estimates=[estimate])
+    torch.testing.assert_close(optimizer.state[p]["hessian"], estimates.mean(0))
+    assert optimizer.hessian_due
+    optimizer.update_hessian(estimates=[torch.ones(4, dtype=torch.float64)])
+    torch.testing.assert_close(optimizer.state[p]["hessian"], 0.99 * estimates.mean(0) + 0.01)
+
+
+def test_defaults_are_the_papers() -> None:
+    p = torch.nn.Parameter(torch.zeros(1))
+    for optimizer, gamma in ((SophiaG([p]), 0.05), (SophiaH([p]), 0.01)):
+        group = optimizer.param_groups[0]
+        assert group["betas"] == (0.96, 0.99)
+        assert group["gamma"] == gamma
+        assert group["eps"] == 1e-12
+        assert group["hessian_interval"] == 10
+
+
+def test_adahessian_equals_its_formulas() -> None:
+    rng = np.random.default_rng(1)
+    beta1, beta2, lr, eps, decay = 0.9, 0.99, 0.15, 1e-4, 0.01
+    theta, m, v, n = rng.normal(size=20), np.zeros(20), np.zeros(20), 0
+    p = torch.nn.Parameter(torch.tensor(theta))
+    optimizer = AdaHessian([p], lr, (beta1, beta2), eps, decay, hessian_interval=2)
+    for t in range(1, 21):
+        if optimizer.hessian_due:
+            estimate = rng.normal(size=20)
+            v, n = beta2 * v + (1 - beta2) * estimate**2, n + 1
+            optimizer.update_hessian(estimates=[torch.tensor(estimate)])
+        g = rng.normal(size=20)
+        m = beta1 * m + (1 - beta1) * g
+        theta = theta * (1 - lr * decay) - lr * (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**n)) + eps)
+        p.grad = torch.tensor(g)
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.tensor(theta))
+
+
+def test_lr_may_be_a_scheduled_tensor_or_any_torch_schedule() -> None:
+    def run(lr: float | Tensor, scheduled: bool) -> Tensor:
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = SophiaG([p], lr=lr, hessian_interval=None)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10) if scheduled else None
+        for _ in range(10):
+            p.grad = p.detach().clone()
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+        return p.detach()
+
+    torch.testing.assert_close(run(torch.tensor(0.01), False), run(0.01, False))
+    torch.testing.assert_close(run(torch.tensor(0.01), True), run(0.01, True))
+    assert not torch.equal(run(0.01, True), run(0.01, False))
