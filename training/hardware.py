@@ -1,11 +1,11 @@
 """What this machine can do, found out rather than assumed: bf16 units, a working compiler; and its description."""
 
 import functools
+import logging
 import os
 import platform
 import subprocess
 import sys
-import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from training.config import ConfigurationError, TrainConfig
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "numpy", "transformers", "datasets", "tiktoken", "tokenizers", "deepspeed", "hydra-core", "wandb")
 
@@ -58,7 +60,7 @@ def resolve_compile(train: TrainConfig, *, warn: bool) -> bool:
     if train.compile is True:
         raise ConfigurationError(f"train.compile=True: no compiler works here ({failure}); install g++ or use train.compile=auto")
     if warn:
-        warnings.warn(f"torch.compile does not work here ({failure}); running without it", stacklevel=2)
+        log.warning("torch.compile does not work here (%s); running without it", failure)
     return False
 
 
