@@ -20,6 +20,7 @@ class Distributed:
     local_rank: int
     world_size: int
     device: torch.device
+    joined: bool = False  # the process group was there before: `stop` leaves it to whoever started it
 
     @classmethod
     def start(cls, device: str, timeout: datetime.timedelta = datetime.timedelta(minutes=10)) -> "Distributed":
@@ -40,10 +41,16 @@ class Distributed:
         place = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
         if on_cuda:
             torch.cuda.set_device(place)
-        if world_size > 1 and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-            dist.init_process_group(backend, timeout=timeout, device_id=place if on_cuda else None)
-        return cls(rank, local_rank, world_size, place)
+        joined = dist.is_initialized()
+        if world_size > 1 and not joined:
+            dist.init_process_group(_backend(place), timeout=timeout, device_id=place if on_cuda else None)
+        return cls(rank, local_rank, world_size, place, joined)
+
+    def ensure_group(self) -> None:
+        """A process group also in a world of one, for engines that cannot do without."""
+        if not dist.is_initialized():
+            store = dist.HashStore()
+            dist.init_process_group(_backend(self.device), store=store, rank=0, world_size=1)
 
     @property
     def is_main(self) -> bool:
@@ -83,5 +90,9 @@ class Distributed:
         return values
 
     def stop(self) -> None:
-        if self.world_size > 1 and dist.is_initialized():
+        if dist.is_initialized() and not self.joined:
             dist.destroy_process_group()
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -23,9 +24,19 @@ DIFFERENCE_SHARE = 1e-3
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """() float32, the Euclidean norm over all elements of all tensors, reduced over the ranks where they are sharded."""
-    norm = torch.nn.utils.get_total_norm(list(tensors), foreach=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    """() float32, the Euclidean norm over all elements of all tensors: of shards (DTensor) by one sum over their ranks.
+
+    Tensors are either all whole or all sharded over one mesh dimension. torch.nn.utils.get_total_norm would reduce shards
+    tensor by tensor.
+    """
+    listed = list(tensors)
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in listed]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(local)).float())
+    if isinstance(listed[0], DTensor):
+        square = norm.square()
+        dist.all_reduce(square, group=listed[0].device_mesh.get_group())
+        norm = square.sqrt()
+    return norm
 
 
 class Piece(NamedTuple):
