@@ -166,7 +166,7 @@ class AdaHessianConfig(CurvatureSettings):
     name: Literal["adahessian"]
     lr: PositiveFloat
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
+    eps: PositiveFloat = 1e-4
     weight_decay: NonNegativeFloat = 0.1
     estimator: Literal["hutchinson", "hutchinson_differences"] = "hutchinson"
 
