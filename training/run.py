@@ -312,7 +312,7 @@ class Recorder:
         state: TrainingState,
     ) -> "Recorder":
         """Create or reopen the run directory; the first writes of a run happen here."""
-        display = Display(config.run_name, config.train.steps, state.step, enabled=distributed.is_main)
+        display = Display(config.train.steps, state.step, enabled=distributed.is_main)
         if not distributed.is_main:
             return cls(directory, None, display, NoTracker())
         if not plan.own_checkpoint and directory.exists():

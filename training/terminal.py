@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
 
 SECONDS_BETWEEN_PLAIN_LINES = 15.0
@@ -16,7 +16,7 @@ class _Metrics(ProgressColumn):
     """Loss, validation loss, tokens per second and, for Sophia, the unclipped fraction."""
 
     def render(self, task: Task) -> Text:
-        return Text(task.fields.get("metrics", ""), style="cyan")
+        return Text(task.fields.get("metrics", ""), style="cyan", no_wrap=True, overflow="ellipsis")
 
 
 def describe_step(line: Mapping[str, Any]) -> str:
@@ -36,13 +36,12 @@ class Display:
     """Progress of one run. Silent on all ranks but the first.
 
     Args:
-        name: the run's name.
         steps: the run's length.
         done: steps that an earlier sitting has made.
         enabled: false on ranks other than 0.
     """
 
-    def __init__(self, name: str, steps: int, done: int, *, enabled: bool) -> None:
+    def __init__(self, steps: int, done: int, *, enabled: bool) -> None:
         self._enabled = enabled
         self._steps = steps
         self._console = Console(stderr=True)
@@ -52,14 +51,13 @@ class Display:
         self._progress: Progress | None = None
         if enabled and self._console.is_terminal:
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=12),
                 MofNCompleteColumn(),
                 _Metrics(),
                 TimeRemainingColumn(elapsed_when_finished=True),
                 console=self._console,
             )
-            self._task = self._progress.add_task(name, total=steps, completed=done)
+            self._task = self._progress.add_task("", total=steps, completed=done)
             self._progress.start()
 
     def message(self, text: str) -> None:
@@ -74,7 +72,7 @@ class Display:
         if not self._enabled:
             return
         if self._progress is not None:
-            metrics = "  ".join(filter(None, (describe_step(line), self._validation)))
+            metrics = "  ".join(filter(None, (self._validation, describe_step(line))))
             self._progress.update(self._task, completed=line["step"], metrics=metrics)
         elif line["step"] in (1, self._steps) or time.monotonic() - self._last_plain > SECONDS_BETWEEN_PLAIN_LINES:
             self._last_plain = time.monotonic()
