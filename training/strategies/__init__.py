@@ -8,6 +8,8 @@ from training.strategies.base import Strategy
 def build_strategy(config: RunConfig, distributed: Distributed) -> Strategy:
     """The strategy that `strategy=` names. Each engine is imported only when it is chosen."""
     bf16, compile_model = config.train.precision == "bf16", config.train.compile is True
+    # A central difference moves the weights by less than bf16 resolves.
+    needs_float32 = getattr(config.optimizer, "estimator", None) == "hutchinson_differences"
     match config.strategy:
         case DDPConfig():
             from training.strategies.ddp import DDP
@@ -16,8 +18,12 @@ def build_strategy(config: RunConfig, distributed: Distributed) -> Strategy:
         case FSDPConfig():
             from training.strategies.fsdp import FSDP
 
-            return FSDP(distributed, config.strategy, bf16=bf16, compile_model=compile_model)
+            return FSDP(
+                distributed, config.strategy, bf16=bf16, compile_model=compile_model, gather_bf16=not needs_float32
+            )
         case DeepSpeedConfig():
             from training.strategies.deepspeed import DeepSpeed
 
-            return DeepSpeed(distributed, config.strategy, config.train, bf16=bf16, compile_model=compile_model)
+            return DeepSpeed(
+                distributed, config.strategy, bf16=bf16, compile_model=compile_model, engine_bf16=not needs_float32
+            )

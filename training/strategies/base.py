@@ -19,15 +19,16 @@ from models import GPT2, GPT2Output
 from training.distributed import Distributed
 from training.weights import InitialWeights
 
-# Share of ‖θ‖ by which a central difference moves the weights: smaller drowns in float32's rounding, larger in the cubic term.
+# Share of ‖θ‖ by which a central difference moves the weights: smaller drowns in float32's rounding, larger in the
+# cubic term.
 DIFFERENCE_SHARE = 1e-3
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """() float32, the Euclidean norm over all elements of all tensors: of shards (DTensor) by one sum over their ranks.
+    """() float32, the Euclidean norm over all elements of all tensors: of shards (DTensor) by one sum over ranks.
 
-    Tensors are either all whole or all sharded over one mesh dimension. torch.nn.utils.get_total_norm would reduce shards
-    tensor by tensor.
+    Tensors are either all whole or all sharded over one mesh dimension. torch.nn.utils.get_total_norm would reduce
+    shards tensor by tensor.
     """
     listed = list(tensors)
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in listed]
@@ -125,7 +126,8 @@ class Strategy(ABC):
     ) -> Tensor:
         """Fold an estimate into h: from the gradients and N, or from one tensor a parameter in `parameters()` order.
 
-        A non-finite estimate never enters h. Returns 1 (0-D, on the device) where one was held back. Gradients are left.
+        A non-finite estimate never enters h. Returns 1 (0-D, on the device) where one was held back. What is left of
+        the gradients is for `zero_grad` to clear.
         """
 
     @abstractmethod

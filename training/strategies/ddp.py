@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from models import GPT2, GPT2Output
 from training.strategies.base import Piece, PieceReader, StepStatistics, Strategy
-from training.strategies.gradients import clip_and_step, update_hessian
+from training.strategies.gradients import clip_and_step, unclipped, update_hessian
 from training.strategies.state import assigned_pieces, load_state, state_tensors
 from training.weights import InitialWeights
 
@@ -59,10 +59,8 @@ class DDP(Strategy):
     def step(self, max_norm: float | None) -> StepStatistics:
         statistics = clip_and_step(self.optimizers, max_norm)
         self.zero_grad()
-        optimizer = self.optimizers[0]
-        if hasattr(optimizer, "unclipped_count"):
-            statistics = statistics._replace(unclipped_fraction=optimizer.unclipped_count / optimizer.numel)
-        return statistics
+        counts = unclipped(self.optimizers)
+        return statistics if counts is None else statistics._replace(unclipped_fraction=counts[0] / counts[1])
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:

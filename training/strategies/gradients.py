@@ -1,7 +1,8 @@
 """The step over gradients that lie in `.grad`, whole or sharded (DTensor): norm, clip and update without waiting.
 
 The clip is not a pass of its own: optimizers with torch's AMP protocol divide the gradient by `grad_scale` inside their
-kernel and leave everything alone where `found_inf` is 1. torch.optim.Muon has no such protocol; it gets a pass, and a wait.
+kernel and leave everything alone where `found_inf` is 1. torch.optim.Muon has no such protocol; it gets a pass, and a
+wait.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sophia import Sophia
 from training.strategies.base import StepStatistics, total_norm
 
 
@@ -32,6 +34,14 @@ def clip_and_step(optimizers: Sequence[Optimizer], max_norm: float | None) -> St
             torch._foreach_div_(gradients([optimizer]), scale)
             optimizer.step()
     return StepStatistics(norm, (norm > limit).float(), skipped, None)
+
+
+def unclipped(optimizers: Sequence[Optimizer]) -> Tensor | None:
+    """(2,) float64: coordinates with |m| < γh in this rank's last step, and coordinates stepped; None without h."""
+    if not isinstance(optimizers[0], Sophia):
+        return None
+    count = optimizers[0].unclipped_count.double()
+    return torch.stack((count, torch.full_like(count, optimizers[0].numel)))
 
 
 def update_hessian(

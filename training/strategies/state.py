@@ -30,6 +30,17 @@ def assigned_pieces(tensors: Iterator[tuple[str, Tensor]], rank: int, world_size
             yield Piece(name, tuple(tensor.shape), 0, tensor.reshape(-1))
 
 
+def sharded_pieces(tensors: Iterator[tuple[str, Tensor]], *, is_main: bool) -> Iterator[Piece]:
+    """This rank's shards; what is no DTensor (step counts) every rank holds, and rank 0 writes."""
+    for name, tensor in tensors:
+        if isinstance(tensor, DTensor):
+            start, stop = shard_range(tensor)
+            if start < stop:
+                yield Piece(name, tuple(tensor.shape), start, tensor.to_local().reshape(-1))
+        elif is_main:
+            yield Piece(name, tuple(tensor.shape), 0, tensor.reshape(-1))
+
+
 @torch.no_grad()
 def load_state(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer], reader: PieceReader) -> None:
     """Copy a checkpoint into parameters and optimizer state; sharded parameters read their own range only."""

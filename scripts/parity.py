@@ -1,0 +1,284 @@
+"""One run, one curve: each strategy held against the single process, optimizer by optimizer.
+
+    python scripts/parity.py                          the table, in results/parity/parity.md and parity.json
+    python scripts/parity.py --steps 10 --optimizers sophiag --strategies single fsdp×2
+
+Every cell is a whole run of the same configuration: float32, gradient clip active, 1 and 2 micro-batches a step.
+Compared are the loss before each update and, at the end, the curvature h in the checkpoint. Ranks are processes of this
+machine (gloo).
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.checkpoints import newest_valid
+from training.compose import compose
+from training.config import ConfigurationError
+from training.records import RunRecord, write_atomically
+
+#: The worlds: name, ranks, overrides.
+STRATEGIES: dict[str, tuple[int, list[str]]] = {
+    "single": (1, ["strategy=single"]),
+    "ddp×2": (2, ["strategy=ddp"]),
+    "ddp×4": (4, ["strategy=ddp"]),
+    "fsdp×2": (2, ["strategy=fsdp"]),
+    "zero1×2": (2, ["strategy=deepspeed", "strategy.zero_stage=1"]),
+    "zero2×2": (2, ["strategy=deepspeed", "strategy.zero_stage=2"]),
+    "zero3×2": (2, ["strategy=deepspeed", "strategy.zero_stage=3"]),
+}
+OPTIMIZERS: dict[str, list[str]] = {
+    "adamw": ["optimizer=adamw"],
+    "lion": ["optimizer=lion"],
+    "sophiag": ["optimizer=sophiag"],
+    "sophiah": ["optimizer=sophiah"],
+    "sophiah, differences": ["optimizer=sophiah", "optimizer.estimator=hutchinson_differences"],
+}
+#: Largest relative differences that count as parity. Central differences divide rounding noise by a small δ.
+TOLERANCES = {"loss": 1e-5, "h": 1e-5, "h, differences": 1e-3}
+GLOBAL_BATCH_SIZE = 8
+CLIP = 0.5  # below the gradient norms of the first steps: the clip acts
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One strategy, optimizer and accumulation against the single process."""
+
+    strategy: str
+    optimizer: str
+    accumulation: int
+    refused: str | None = None  # why the pair is impossible
+    steps: int = 0
+    clipped_steps: int = 0
+    loss_difference: float | None = None  # largest |Δ loss| over the steps, in nats
+    h_difference: float | None = None  # ‖h - h_single‖ / ‖h_single‖ over all parameters
+
+    @property
+    def within(self) -> bool | None:
+        """Whether the cell shows parity; None for a refused pair."""
+        if self.refused is not None:
+            return None
+        key = "h, differences" if "differences" in self.optimizer else "h"
+        return (self.loss_difference or 0.0) <= TOLERANCES["loss" if key == "h" else key] and (
+            self.h_difference or 0.0
+        ) <= TOLERANCES[key]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    parser.add_argument("--output", type=Path, default=Path("results/parity"))
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker is not None:
+        return work(arguments.worker)
+    corpus = ["data=sample", "tokenizer=bpe", "tokenizer.vocab_size=1024", "model=gpt2_nano"]
+    with tempfile.TemporaryDirectory() as directory:
+        cells = measure(Path(directory), corpus, arguments.strategies, arguments.optimizers, arguments.steps)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    record = {"torch": torch.__version__, "tolerances": TOLERANCES, "cells": [asdict(cell) for cell in cells]}
+    write_atomically(arguments.output / "parity.json", json.dumps(record, indent=1) + "\n")
+    write_atomically(arguments.output / "parity.md", table(cells))
+    print(table(cells))
+    return 0 if all(cell.within is not False for cell in cells) else 1
+
+
+def measure(
+    directory: Path,
+    corpus: Sequence[str],
+    strategies: Iterable[str],
+    optimizers: Iterable[str],
+    steps: int,
+    accumulations: Sequence[int] = (1, 2),
+) -> list[Cell]:
+    """Run every cell below `directory`, one launch of ranks for each world size.
+
+    Args:
+        corpus: overrides that choose model, data and tokenizer.
+    """
+    cells: list[Cell] = []
+    jobs: dict[int, list[list[str]]] = {}
+    for strategy in dict.fromkeys(("single", *strategies)):
+        world_size, _ = STRATEGIES[strategy]
+        for optimizer in optimizers:
+            for accumulation in accumulations:
+                cell = Cell(strategy, optimizer, accumulation)
+                try:
+                    compose(overrides(cell, directory, corpus, steps))
+                except ConfigurationError as error:
+                    cells.append(Cell(strategy, optimizer, accumulation, refused=str(error)))
+                    continue
+                cells.append(cell)
+                jobs.setdefault(world_size, []).append(overrides(cell, directory, corpus, steps))
+    for world_size, listed in sorted(jobs.items()):
+        run_jobs(listed, world_size, directory)
+    return [cell if cell.refused else compared(cell, directory) for cell in cells]
+
+
+def overrides(cell: Cell, directory: Path, corpus: Sequence[str], steps: int) -> list[str]:
+    """The command line of a cell's run."""
+    world_size, strategy = STRATEGIES[cell.strategy]
+    micro = GLOBAL_BATCH_SIZE // (world_size * cell.accumulation)
+    return [
+        *corpus,
+        *strategy,
+        *OPTIMIZERS[cell.optimizer],
+        f"name={run_name(cell)}",
+        f"output_dir={directory}",
+        f"train.steps={steps}",
+        f"train.global_batch_size={GLOBAL_BATCH_SIZE}",
+        f"train.micro_batch_size={micro}",
+        "train.sequence_length=64",
+        "train.precision=fp32",
+        "train.compile=false",
+        "train.device=cpu",
+        f"train.grad_clip={CLIP}",
+        f"eval.interval={steps}",
+        "eval.tokens=1024",
+        "checkpoint.interval=null",
+        *(
+            []
+            if "lion" in OPTIMIZERS[cell.optimizer][0] or "adamw" in cell.optimizer
+            else ["optimizer.hessian_interval=5"]
+        ),
+    ]
+
+
+def run_name(cell: Cell) -> str:
+    words = f"{cell.strategy}-{cell.optimizer}-{cell.accumulation}".replace("×", "x").replace(",", "")
+    return words.replace(" ", "-")
+
+
+def run_jobs(jobs: list[list[str]], world_size: int, directory: Path, timeout: float = 3600) -> None:
+    """Run command lines one after another in one launch of `world_size` ranks.
+
+    Raises:
+        RuntimeError: a job or a rank failed; the message ends with what the ranks said.
+    """
+    listing = directory / f"jobs-{world_size}.json"
+    write_atomically(listing, json.dumps(jobs))
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"] if world_size > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        (str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", ""))
+    )
+    done = subprocess.run(
+        [sys.executable, *launch, __file__, "--worker", str(listing)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"{world_size} ranks failed (exit code {done.returncode}):\n{(done.stdout + done.stderr)[-6000:]}"
+        )
+
+
+def work(listing: Path) -> int:
+    """A rank: joins the others once and runs every job of the listing. Returns the first exit code that is not 0."""
+    import torch.distributed as dist
+
+    from training.run import execute
+
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    try:
+        for job in json.loads(listing.read_text()):
+            outcome = execute(compose(job))
+            if outcome.status != "completed":
+                print(f"{' '.join(job)}: {outcome.status}", file=sys.stderr)
+                return outcome.exit_code
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def compared(cell: Cell, directory: Path) -> Cell:
+    """The cell with its differences from the single process without accumulation."""
+    run = directory / run_name(cell)
+    reference = directory / run_name(Cell("single", cell.optimizer, 1))
+    losses, there = train_lines(run), train_lines(reference)
+    return Cell(
+        cell.strategy,
+        cell.optimizer,
+        cell.accumulation,
+        steps=len(losses),
+        clipped_steps=sum(line["clipped_norm"] for line in losses),
+        loss_difference=max(abs(a["loss"] - b["loss"]) for a, b in zip(losses, there, strict=True)),
+        h_difference=relative_difference(curvature(run), curvature(reference)),
+    )
+
+
+def train_lines(run: Path) -> list[dict[str, Any]]:
+    return list(RunRecord.open(run).metrics("train"))
+
+
+def curvature(run: Path) -> dict[str, torch.Tensor]:
+    """h by parameter name, from the run's checkpoint; empty for a method without one."""
+    checkpoint, rejected = newest_valid(run / "checkpoints")
+    if checkpoint is None:
+        raise RuntimeError(f"{run} has no checkpoint: {rejected}")
+    return {name: checkpoint.tensor(name) for name in checkpoint.names() if name.endswith(".hessian")}
+
+
+def relative_difference(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float | None:
+    """‖a - b‖ / ‖b‖ over all tensors; None where there are none."""
+    if not reference:
+        return None
+    if values.keys() != reference.keys():
+        raise RuntimeError(f"curvature of other parameters: {values.keys() ^ reference.keys()}")
+    square = sum(float((values[name] - reference[name]).double().square().sum()) for name in reference)
+    return math.sqrt(square / sum(float(h.double().square().sum()) for h in reference.values()))
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """Markdown: a row for each strategy and accumulation, a column for each optimizer."""
+    optimizers = list(dict.fromkeys(cell.optimizer for cell in cells))
+    by_place = {(cell.strategy, cell.accumulation, cell.optimizer): cell for cell in cells}
+    steps = max(cell.steps for cell in cells)
+    lines = [
+        "# Parity of the strategies",
+        "",
+        f"Each cell: the largest difference of the loss over {steps} steps (nats) / relative difference of h at the "
+        "end, both against `single` without accumulation. Float32, gradient clip active, ranks on one CPU. "
+        f"Within tolerance: loss and h {TOLERANCES['h']:g}, central differences {TOLERANCES['h, differences']:g}; "
+        "a cell beyond is marked ✗.",
+        "",
+        "| strategy | accumulation | " + " | ".join(optimizers) + " |",
+        "|---|---|" + "---|" * len(optimizers),
+    ]
+    rows = dict.fromkeys((cell.strategy, cell.accumulation) for cell in cells)
+    for strategy, accumulation in rows:
+        entries = [entry(by_place[strategy, accumulation, optimizer]) for optimizer in optimizers]
+        lines.append(f"| {strategy} | {accumulation} | " + " | ".join(entries) + " |")
+    refusals = list(dict.fromkeys(cell.refused for cell in cells if cell.refused))
+    if refusals:
+        lines += ["", "Refused when the configuration is validated:", "", *(f"- {reason}" for reason in refusals)]
+    return "\n".join(lines) + "\n"
+
+
+def entry(cell: Cell) -> str:
+    if cell.refused is not None:
+        return "refused"
+    text = f"{cell.loss_difference:.1e}"
+    if cell.h_difference is not None:
+        text += f" / {cell.h_difference:.1e}"
+    return text if cell.within else f"{text} ✗"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Parameters, gradients and optimizer state sharded over the ranks (FSDP2, `fully_shard`), block by block.
+
+Each parameter is a DTensor whose dimension 0 is split; the optimizers step the shards, and state is sharded like them.
+The embeddings and the final norm are one group, gathered for the whole forward and backward: the head uses the token
+embedding.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from models import GPT2, GPT2Output
+from training.config import FSDPConfig
+from training.distributed import Distributed
+from training.strategies.base import Piece, PieceReader, StepStatistics, Strategy
+from training.strategies.gradients import clip_and_step, unclipped, update_hessian
+from training.strategies.state import load_state, sharded_pieces, state_tensors
+from training.weights import InitialWeights
+
+
+class FSDP(Strategy):
+    """Every rank holds 1/W of weights, gradients and optimizer state.
+
+    Args:
+        config: whether blocks keep their activations and their gathered weights from forward to backward.
+        gather_bf16: under bf16, gather the blocks' weights in bf16, half of the bytes. The products see the same
+            numbers: autocast rounds the weights in any case. Not where the curvature pass needs a float32 forward.
+    """
+
+    shards_optimizer_state = True
+
+    def __init__(
+        self,
+        distributed: Distributed,
+        config: FSDPConfig,
+        *,
+        bf16: bool,
+        compile_model: bool,
+        gather_bf16: bool,
+    ) -> None:
+        super().__init__(distributed, bf16=bf16, compile_model=compile_model)
+        self._config = config
+        self._gather_bf16 = bf16 and gather_bf16
+
+    def prepare(
+        self,
+        model: GPT2,
+        weights: InitialWeights,
+        build_optimizers: Callable[[Mapping[str, Tensor]], list[Optimizer]],
+    ) -> None:
+        self.distributed.ensure_group()
+        mesh = init_device_mesh(self.device.type, (self.distributed.world_size,))
+        # Gradients are reduced in float32 whatever the weights are gathered in, and inputs stay as autocast leaves
+        # them: the residual stream in float32, as without sharding.
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if self._gather_bf16 else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+        if self.compile_model:
+            model.head.compile()
+        for block in model.blocks:
+            # The engine's hooks stay outside of what is compiled or computed again.
+            block.forward = _forward_of(  # type: ignore[method-assign]
+                block, compiled=self.compile_model, checkpointed=self._config.activation_checkpointing
+            )
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=self._config.reshard_after_forward)
+        root = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        self._sharded: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=root)
+        # A loss is a rank's share of the mean: shares are summed, not averaged.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        self.model = model.to_empty(device=self.device)
+        weights.apply(self.model)
+        self._parameters = dict(self.model.named_parameters())
+        self.optimizers = build_optimizers(self._parameters)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> GPT2Output:
+        with self.autocast():
+            output: GPT2Output = self.model(tokens, targets, uniforms)
+        if not torch.is_grad_enabled():
+            self._sharded.reshard()  # no backward will come to release the root's gathered weights
+        return output
+
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        self._sharded.set_requires_gradient_sync(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def update_hessian(
+        self, *, num_predictions: int | None = None, estimates: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        return update_hessian(self.optimizers, self._parameters.values(), num_predictions, estimates)
+
+    def step(self, max_norm: float | None) -> StepStatistics:
+        statistics = clip_and_step(self.optimizers, max_norm)
+        self.zero_grad()
+        counts = unclipped(self.optimizers)
+        if counts is not None:
+            self.distributed.all_reduce(counts)
+            statistics = statistics._replace(unclipped_fraction=counts[0] / counts[1])
+        return statistics
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def parameters(self) -> dict[str, Tensor]:
+        # Not asked of the module anew: while weights are gathered, it shows whole tensors in place of the shards.
+        return dict(self._parameters)
+
+    def pieces(self) -> Iterator[Piece]:
+        return sharded_pieces(state_tensors(self._parameters, self.optimizers), is_main=self.distributed.is_main)
+
+    def load(self, reader: PieceReader) -> None:
+        load_state(self._parameters, self.optimizers, reader)
+
+    @property
+    def bytes_per_reduction(self) -> int:
+        world_size = self.distributed.world_size
+        size = sum(p.numel() * p.element_size() for p in self._parameters.values())
+        return (world_size - 1) * size // world_size
+
+
+def _forward_of(block: nn.Module, *, compiled: bool, checkpointed: bool) -> Callable[..., Any]:
+    forward: Callable[..., Any] = block.forward
+    if compiled:
+        forward = torch.compile(forward)
+    if checkpointed:
+        forward = partial(checkpoint, forward, use_reentrant=False)
+    return forward
