@@ -21,6 +21,10 @@ from data.dataset import TokenDataset
 from data.errors import DataError
 from data.permutation import permute
 
+# The permutation is computed for about this many sequences at a time: for one step's alone, NumPy's cost per call would
+# be most of the time of a small batch.
+_BLOCK_SEQUENCES = 4096
+
 IGNORED_TARGET = -100  # torch's ignore_index: a target that is not predicted
 
 
@@ -73,6 +77,8 @@ class Batches:
         self.global_batch_size = global_batch_size
         self.sequence_length = sequence_length
         self._indices = np.arange(rank, global_batch_size, world_size, dtype=np.int64)
+        self._block_steps = max(1, _BLOCK_SEQUENCES // global_batch_size)
+        self._block: tuple[int, np.ndarray] = (-1, np.empty((0, 0), np.int64))
 
     def at(self, step: int, out: Batch | None = None) -> Batch:
         """This rank's rows of the batch of update `step` ≥ 1.
@@ -85,17 +91,26 @@ class Batches:
         """
         if step < 1:
             raise ValueError(f"step={step}: updates are counted from 1")
-        sequences = (step - 1) * self.global_batch_size + self._indices
-        epochs = sequences // self.windows_per_epoch
-        windows = np.empty_like(sequences)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            windows[here] = permute(
-                sequences[here] % self.windows_per_epoch, self.windows_per_epoch, self.seed, int(epoch)
-            )
+        block, row = divmod(step - 1, self._block_steps)
+        windows = self._windows(block)[row]
         tokens, targets = (out.tokens, out.targets) if out is not None else self._new_arrays()
         self.dataset.read(windows * self.sequence_length, tokens, targets)
         return Batch(tokens, targets, self._indices)
+
+    def _windows(self, block: int) -> np.ndarray:  # (steps of the block, b)
+        """This rank's windows of a block of steps; the last block is kept, since steps come in order."""
+        number, windows = self._block
+        if number == block:
+            return windows
+        steps = block * self._block_steps + np.arange(self._block_steps, dtype=np.int64)
+        sequences = steps[:, None] * self.global_batch_size + self._indices
+        epochs = sequences // self.windows_per_epoch
+        windows = np.empty_like(sequences)
+        for epoch in range(int(epochs.min(initial=0)), int(epochs.max(initial=-1)) + 1):
+            here = epochs == epoch
+            windows[here] = permute(sequences[here] % self.windows_per_epoch, self.windows_per_epoch, self.seed, epoch)
+        self._block = (block, windows)
+        return windows
 
     def epochs(self, step: int) -> float:
         """How many times the split has been read, on average, once update `step` is done."""

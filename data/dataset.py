@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import mmap
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,9 @@ import numpy as np
 from data.errors import DataError
 from data.manifest import Manifest, Shard, load_manifest, shard_remedy
 
-# Windows are gathered in blocks of about this many tokens: as uint16 a block stays in the first-level cache, so that
-# memory is crossed once, from the page cache to the int64 arrays. Casting whole blocks, and not each window by itself,
-# reads twice as fast (benchmarks/data.py).
+# Windows are gathered in blocks of about this many tokens, and a block is cast to int64 at once. As stored, a block
+# stays in the first-level cache, so memory is crossed once, from the page cache to the int64 arrays; and joining
+# slices of the maps costs a third of NumPy's slicing and assignment, window by window.
 _BLOCK_TOKENS = 16 * 1024
 
 
@@ -34,22 +36,20 @@ class TokenDataset:
         self.directory = Path(directory)
         self.split = split
         self.manifest: Manifest = load_manifest(directory)
+        self.vocab_size = self.manifest.vocab_size
         if split not in self.manifest.splits:
             raise DataError(f"split {split!r} does not exist; choose one of {', '.join(self.manifest.splits)}")
         shards = self.manifest.splits[split].shards
         self._names = [shard.file for shard in shards]
-        self._shards = [_map_shard(self.directory, shard, self.manifest.dtype) for shard in shards]
+        self._dtype = self.manifest.dtype
+        self._maps = [_map_shard(self.directory, shard, self._dtype) for shard in shards]
         # Shard j holds the stream's positions [bounds[j], bounds[j+1]).
-        self._bounds = np.concatenate(([0], np.cumsum([shard.tokens for shard in shards], dtype=np.int64)))
+        self._bounds = list(itertools.accumulate((shard.tokens for shard in shards), initial=0))
 
     @property
     def tokens(self) -> int:
         """How many tokens the stream has."""
-        return int(self._bounds[-1])
-
-    @property
-    def vocab_size(self) -> int:
-        return self.manifest.vocab_size
+        return self._bounds[-1]
 
     def read(
         self,
@@ -64,47 +64,47 @@ class TokenDataset:
             IndexError: a window does not lie in the stream.
         """
         length = tokens.shape[1] + 1
-        starts = np.asarray(starts, dtype=np.int64)
-        if starts.size and (starts.min() < 0 or starts.max() + length > self.tokens):
+        places: list[int] = starts.tolist()
+        if places and (min(places) < 0 or max(places) + length > self.tokens):
             raise IndexError(f"windows of {length} tokens from {starts} do not lie in a stream of {self.tokens} tokens")
-        shards = np.searchsorted(self._bounds, starts, side="right") - 1
-        places = list(zip(shards.tolist(), (starts - self._bounds[shards]).tolist(), strict=True))
         rows = max(1, _BLOCK_TOKENS // length)
-        block = np.empty((rows, length), dtype=self.manifest.dtype)
         for first in range(0, len(places), rows):
             chosen = places[first : first + rows]
-            for row, (shard, offset) in zip(block, chosen, strict=False):
-                window = self._shards[shard][offset : offset + length]
-                if window.size == length:
-                    row[:] = window
-                else:
-                    self._read_across(shard, offset, row)
-            filled = block[: len(chosen)]
-            if filled.max() >= self.vocab_size:
-                self._refuse(starts[first : first + rows], filled)
-            tokens[first : first + rows] = filled[:, :-1]
-            targets[first : first + rows] = filled[:, 1:]
+            block = np.frombuffer(b"".join(self._slices(chosen, length)), self._dtype).reshape(-1, length)
+            if block.max() >= self.vocab_size:
+                self._refuse(chosen, block)
+            tokens[first : first + rows] = block[:, :-1]
+            targets[first : first + rows] = block[:, 1:]
 
-    def _read_across(self, shard: int, offset: int, row: np.ndarray) -> None:
-        filled = 0
-        while filled < row.size:
-            piece = self._shards[shard][offset : offset + row.size - filled]
-            row[filled : filled + piece.size] = piece
-            filled += piece.size
-            shard, offset = shard + 1, 0
+    def _slices(self, starts: list[int], length: int) -> list[memoryview]:
+        """The stored bytes of windows, one after the other: one slice a window, and more where it crosses shards."""
+        size = self._dtype.itemsize
+        slices = []
+        for start in starts:
+            shard = bisect.bisect_right(self._bounds, start) - 1
+            offset = (start - self._bounds[shard]) * size
+            wanted = length * size
+            while True:
+                found = self._maps[shard][offset : offset + wanted]
+                slices.append(found)
+                wanted -= len(found)
+                if not wanted:
+                    break
+                shard, offset = shard + 1, 0
+        return slices
 
-    def _refuse(self, starts: np.ndarray, windows: np.ndarray) -> None:
+    def _refuse(self, starts: list[int], windows: np.ndarray) -> None:
         row, column = np.argwhere(windows >= self.vocab_size)[0].tolist()
-        position = int(starts[row]) + column
-        shard = int(np.searchsorted(self._bounds, position, side="right")) - 1
+        position = starts[row] + column
+        shard = bisect.bisect_right(self._bounds, position) - 1
         raise DataError(
-            f"{self.directory / self._names[shard]} is damaged: token {position - int(self._bounds[shard])} is "
+            f"{self.directory / self._names[shard]} is damaged: token {position - self._bounds[shard]} is "
             f"{int(windows[row, column])} and the vocabulary has {self.vocab_size}; {shard_remedy(self.directory)}"
         )
 
 
-def _map_shard(directory: Path, shard: Shard, dtype: np.dtype[Any]) -> np.ndarray:
-    """Map one shard, read only: (tokens,) of the given type."""
+def _map_shard(directory: Path, shard: Shard, dtype: np.dtype[Any]) -> memoryview:
+    """Map one shard, read only: the bytes of its tokens."""
     path = directory / shard.file
     try:
         with path.open("rb") as file:
@@ -124,4 +124,4 @@ def _map_shard(directory: Path, shard: Shard, dtype: np.dtype[Any]) -> np.ndarra
     expected = header_bytes + shard.tokens * dtype.itemsize
     if len(mapped) != expected:
         raise DataError(f"{path} has {len(mapped)} bytes and should have {expected}; {shard_remedy(directory)}")
-    return np.frombuffer(mapped, dtype=dtype, offset=header_bytes)
+    return memoryview(mapped)[header_bytes:]

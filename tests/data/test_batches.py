@@ -37,7 +37,7 @@ def test_targets_are_the_tokens_one_place_further_across_shards(stream: TokenDat
     assert np.array_equal(batch.targets, batch.tokens + 1)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, (1 << 64) - 1),
     batch_size=st.integers(1, 40),
@@ -55,7 +55,7 @@ def test_each_epoch_has_every_window_once_also_where_a_batch_straddles_epochs(
         assert np.array_equal(np.sort(seen), np.arange(windows) * length)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
 @given(
     world_size=st.integers(1, 9), batch_size=st.integers(1, 20), step=st.integers(1, 1000), seed=st.integers(0, 1 << 32)
 )

@@ -1,0 +1,315 @@
+"""Data: how fast a corpus becomes tokens, and tokens become batches.
+
+    python benchmarks/data_pipeline.py                      the embedded corpus repeated to 200 MB: some five minutes
+    python benchmarks/data_pipeline.py --megabytes 50 --repeats 1
+
+Preparation is measured against what most projects do: `datasets.map(num_proc=…)` with tiktoken and then a loop that
+writes document after document into one array. Both start from the same parquet file and end with tokens on the disk,
+take turns, and use as many processes. Reading a batch is measured against a copy of as many bytes in memory.
+Prints tables and writes them, with the hardware, to results/benchmarks/data.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from data import Batch, Batches, FileSource, SampleSource, TokenDataset, TokenizerSpec, prepare
+from data.files import write_json
+from data.manifest import Manifest, Split, token_dtype
+from data.readers import read_documents, segments
+from data.shards import ShardWriter, shard_name
+from data.tokenizers import gpt2
+from training import hardware
+
+OUTPUT = Path(__file__).resolve().parents[1] / "results" / "benchmarks" / "data.json"
+
+PREPARATION_TARGET = 2.0
+READING_TARGET = 0.5
+STEP_TARGET = 0.01
+
+#: Tokens a second of one rank, faster than any of GPT-2's sizes trains on one accelerator of today.
+FAST_RANK = 1_000_000
+
+
+def repeated_sample(path: Path, megabytes: float) -> None:
+    """The sample's documents, over and over, as one parquet file laid out like OpenWebText's (1000 rows a group)."""
+    documents = [
+        text
+        for file in SampleSource().fetch(lambda _: None).files
+        for segment in segments(file, "text", 1 << 30)
+        for text in read_documents(segment, "text", lambda _: None)
+        if text is not None
+    ]
+    schema = pa.schema([("text", pa.string())])
+    written = 0
+    with pq.ParquetWriter(path, schema) as writer:
+        rows: list[str] = []
+        while written < megabytes * 1e6:
+            text = documents[len(rows) % len(documents)] if len(rows) < len(documents) else rows[-len(documents)]
+            rows.append(text)
+            written += len(text.encode())
+        for first in range(0, len(rows), 1000):
+            writer.write_table(pa.table({"text": rows[first : first + 1000]}, schema=schema))
+
+
+# Preparation
+
+
+def prepare_plainly(corpus: Path, directory: Path, processes: int) -> int:
+    """What is done elsewhere: map over the dataset, then write one document after the other. Returns the tokens."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    encoding = gpt2()._encoding
+    end_of_text = gpt2().end_of_text
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        ids = encoding.encode_ordinary(row["text"])
+        ids.append(end_of_text)
+        return {"ids": ids, "length": len(ids)}
+
+    loaded = datasets.load_dataset("parquet", data_files=str(corpus), split="train", cache_dir=str(directory / "cache"))
+    encoded = loaded.map(encode, remove_columns=["text"], num_proc=processes, load_from_cache_file=False)
+    total = sum(encoded["length"])
+    tokens = np.memmap(directory / "train.bin", dtype=np.uint16, mode="w+", shape=(total,))
+    place = 0
+    for row in encoded:
+        tokens[place : place + row["length"]] = row["ids"]
+        place += row["length"]
+    tokens.flush()
+    return total
+
+
+def prepare_here(corpus: Path, directory: Path, processes: int) -> int:
+    manifest = prepare(FileSource(paths=[str(corpus)]), TokenizerSpec(), directory / "tokens", workers=processes)
+    return sum(split.tokens for split in manifest.splits.values())
+
+
+class PeakMemory:
+    """The largest memory, in bytes, that all child processes had together, by samples."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.05):
+                total = 0
+                for child in psutil.Process().children(recursive=True):
+                    try:
+                        total += child.memory_full_info().uss
+                    except psutil.Error:
+                        continue
+                self.peak = max(self.peak, total)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+def measure_preparation(root: Path, megabytes: float, repeats: int, processes: int) -> dict[str, Any]:
+    corpus = root / "corpus.parquet"
+    repeated_sample(corpus, megabytes)
+    seconds: dict[str, list[float]] = {"plain": [], "here": []}
+    tokens = {}
+    for number in range(repeats):
+        for name, run in (("plain", prepare_plainly), ("here", prepare_here)):
+            directory = root / f"{name}-{number}"
+            directory.mkdir()
+            began = time.perf_counter()
+            tokens[name] = run(corpus, directory, processes)
+            seconds[name].append(time.perf_counter() - began)
+            shutil.rmtree(directory)
+    if len(set(tokens.values())) != 1:
+        raise AssertionError(f"the two ways made different numbers of tokens: {tokens}")
+    rates = {name: tokens[name] / statistics.median(times) for name, times in seconds.items()}
+    peaks = {}
+    for share in (0.25, 1.0):
+        part = root / f"part-{share}.parquet"
+        repeated_sample(part, share * megabytes)
+        memory = PeakMemory()
+        with memory.watched():
+            prepare_here(part, root / f"memory-{share}", processes)
+        peaks[f"{share * megabytes:.0f} MB"] = memory.peak
+    return {
+        "megabytes": megabytes,
+        "processes": processes,
+        "tokens": tokens["here"],
+        "seconds": seconds,
+        "tokens_per_second": rates,
+        "ratio": rates["here"] / rates["plain"],
+        "target": PREPARATION_TARGET,
+        "workers_peak_bytes": peaks,
+    }
+
+
+# Reading
+
+
+def random_tokens(directory: Path, tokens: int) -> TokenDataset:
+    """A token directory of ten shards, its pages in the cache."""
+    generator = np.random.default_rng(0)
+    vocab_size = gpt2().vocab_size
+    shards = []
+    directory.mkdir()
+    for number in range(10):
+        with ShardWriter(directory / shard_name("train", number), token_dtype(vocab_size)) as writer:
+            writer.append(generator.integers(0, vocab_size, tokens // 10, dtype=np.uint16))
+        assert writer.shard is not None
+        shards.append(writer.shard)
+    manifest = Manifest(
+        {"kind": "random"}, {"rule": "none"}, gpt2().info, {"train": Split(tuple(shards)), "validation": Split(())}
+    )
+    manifest.write(directory)
+    return TokenDataset(directory, "train")
+
+
+def median_seconds(run: Callable[[int], object], repeats: int) -> float:
+    times = []
+    for number in range(1, repeats + 1):
+        began = time.perf_counter()
+        run(number)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def measure_reading(root: Path, tokens: int) -> list[dict[str, Any]]:
+    """Batches at random places of a split far larger than the processor's caches, against memcpy of as many bytes."""
+    dataset = random_tokens(root / "random", tokens)
+    source = np.zeros(256 << 20, np.uint8)
+    source += 1  # its pages exist
+    rows = []
+    for batch_size, length in ((480, 1024), (64, 1024), (16, 512), (32, 256)):
+        batches = Batches(dataset, 0, batch_size, length)
+        shape = (batch_size, length)
+        kept = Batch(np.ones(shape, np.int64), np.ones(shape, np.int64), np.arange(batch_size))
+        size = kept.tokens.nbytes + kept.targets.nbytes
+        target = np.ones(size, np.uint8)
+        places = np.random.default_rng(0).integers(0, source.size - size, 10_000)
+        repeats = max(30, min(1000, (1 << 30) // size))
+
+        def copy(number: int, target: np.ndarray = target, places: np.ndarray = places, size: int = size) -> None:
+            place = places[number % places.size]
+            np.copyto(target, source[place : place + size])
+
+        def read(number: int, batches: Batches = batches, kept: Batch = kept) -> None:
+            batches.at(number, out=kept)
+
+        for number in range(1, 4):
+            read(number)
+            copy(number)
+        reading, copying = [], []
+        for _ in range(5):  # take turns
+            reading.append(median_seconds(read, repeats))
+            copying.append(median_seconds(copy, repeats))
+        seconds = statistics.median(reading)
+        rows.append(
+            {
+                "batch_size": batch_size,
+                "sequence_length": length,
+                "seconds": seconds,
+                "bytes_per_second": size / seconds,
+                "memcpy_bytes_per_second": size / statistics.median(copying),
+                "ratio": statistics.median(copying) / seconds,
+                "target": READING_TARGET,
+                "share_of_step": seconds * FAST_RANK / (batch_size * length),
+                "share_target": STEP_TARGET,
+            }
+        )
+    return rows
+
+
+def show(results: dict[str, Any]) -> None:
+    console = Console()
+    preparation = results["preparation"]
+    table = Table(title=f"Preparation of {preparation['megabytes']:.0f} MB, {preparation['processes']} processes")
+    for column in ("", "seconds", "M tokens/s", "ratio", "target", ""):
+        table.add_column(column, justify="left" if column == "" else "right")
+    names = {"plain": "datasets.map + tiktoken + a loop over documents", "here": "data.prepare"}
+    for key, name in names.items():
+        ratio = preparation["tokens_per_second"][key] / preparation["tokens_per_second"]["plain"]
+        table.add_row(
+            name,
+            " ".join(f"{seconds:.1f}" for seconds in preparation["seconds"][key]),
+            f"{preparation['tokens_per_second'][key] / 1e6:.2f}",
+            f"{ratio:.2f}",
+            f"≥ {PREPARATION_TARGET:.1f}" if key == "here" else "",
+            verdict(ratio >= PREPARATION_TARGET) if key == "here" else "",
+        )
+    console.print(table)
+    peaks = ", ".join(f"{size}: {peak / 2**20:.0f} MiB" for size, peak in preparation["workers_peak_bytes"].items())
+    console.print(f"peak memory of all workers together, by size of the corpus: {peaks}\n")
+    table = Table(title="Reading a batch, tokens and targets in int64, from the page cache")
+    for column in ("batch", "µs", "GB/s", "memcpy GB/s", "ratio", "target", "", "share of a step*", "target", ""):
+        table.add_column(column, justify="right")
+    for row in results["reading"]:
+        table.add_row(
+            f"{row['batch_size']} × {row['sequence_length']}",
+            f"{row['seconds'] * 1e6:.0f}",
+            f"{row['bytes_per_second'] / 1e9:.1f}",
+            f"{row['memcpy_bytes_per_second'] / 1e9:.1f}",
+            f"{row['ratio']:.2f}",
+            f"≥ {READING_TARGET}",
+            verdict(row["ratio"] >= READING_TARGET),
+            f"{row['share_of_step']:.2%}",
+            f"< {STEP_TARGET:.0%}",
+            verdict(row["share_of_step"] < STEP_TARGET),
+        )
+    console.print(table)
+    console.print(f"* of a rank that trains on {FAST_RANK:,} tokens a second, without any reading ahead")
+
+
+def verdict(passed: bool) -> str:
+    return "pass" if passed else "falls short"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=200.0, help="size of the corpus")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each way to prepare")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--read-tokens", type=int, default=200_000_000, help="size of the split that is read")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="benchmark-data-") as root:
+        results: dict[str, Any] = {
+            "hardware": hardware.describe(torch.device("cpu")),
+            "versions": hardware.versions(),
+            "reading": measure_reading(Path(root), arguments.read_tokens),
+            "preparation": measure_preparation(Path(root), arguments.megabytes, arguments.repeats, arguments.processes),
+        }
+    show(results)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.output, results)
+    print(f"written to {os.path.relpath(arguments.output)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
