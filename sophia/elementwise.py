@@ -14,6 +14,12 @@ from sophia.kernels import Form, local
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
+HALF = (torch.bfloat16, torch.float16)
+
+# The 0-D float32 entries of a state: how many steps, and how many curvature estimates, it has taken in.
+COUNTS = ("step", "hessian_step")
+
+
 class ElementwiseOptimizer(Optimizer):
     """An optimizer whose update of a coordinate depends on that coordinate alone, so that shards of any shape work.
 
@@ -82,20 +88,23 @@ class ElementwiseOptimizer(Optimizer):
         return grad_scale, found_inf
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but the state of half-precision parameters stays in float32, where torch casts it to the
-        parameter's dtype."""
+        """As in torch.optim, but what torch casts to the parameter's dtype stays as it was: float32 for half
+        precision, and
+        the counts on their device."""
         super().load_state_dict(state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved, params, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and value.shape == p.shape and p.dtype in (torch.bfloat16, torch.float16):
+                if key in COUNTS:
+                    self.state[p][key] = value.clone()
+                elif p.dtype in HALF:
                     self.state[p][key] = value.to(device=p.device, dtype=torch.float32)
 
 
 def state_like(p: Tensor) -> Tensor:
     """Zeros in the shape, layout and placement of p, in the dtype of the arithmetic."""
-    dtype = torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
+    dtype = torch.float32 if p.dtype in HALF else p.dtype
     return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
 

@@ -110,7 +110,7 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
                 f"{interval} steps: without curvature Sophia is momentum-sign descent, with a stale one worse. Call "
                 "update_hessian() when hessian_due is true; hessian_interval=None is for a run without curvature.",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _begin_round(self) -> None:
@@ -205,7 +205,7 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
                     "last value. The scaler lowers its scale when a training step overflows; if this recurs, start "
                     "from a smaller init_scale.",
                     RuntimeWarning,
-                    stacklevel=5,
+                    stacklevel=4,
                 )
                 return False
             scale = torch.tensor(grad_scaler.get_scale())

@@ -65,9 +65,9 @@ hyperparameters = st.fixed_dictionaries(
         "clip": st.booleans(),
     }
 )
-shapes = st.lists(
-    st.sampled_from([(), (1,), (3,), (2, 3), (1, 4, 2), (0, 3), (5, 5)]), min_size=1, max_size=4
-).filter(lambda chosen: any(0 not in shape for shape in chosen))
+shapes = st.lists(st.sampled_from([(), (1,), (3,), (2, 3), (1, 4, 2), (0, 3), (5, 5)]), min_size=1, max_size=4).filter(
+    lambda chosen: any(0 not in shape for shape in chosen)
+)
 
 
 @given(hyper=hyperparameters, shapes=shapes, seed=st.integers(0, 2**31), gnb=st.booleans(), foreach=st.booleans())

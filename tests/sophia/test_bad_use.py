@@ -1,0 +1,246 @@
+"""Wrong use of the library is told: what was given, what was expected, what to do."""
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from sophia import (
+    AdaHessian,
+    Bernoulli,
+    Categorical,
+    GammaController,
+    Gaussian,
+    Lion,
+    ReferenceSophiaG,
+    Sophia,
+    SophiaG,
+    SophiaH,
+    UnclippedAlarm,
+    diagnostics,
+    empirical_fisher,
+    gauss_newton_bartlett,
+    gauss_newton_bartlett_mean,
+    hutchinson,
+    hutchinson_differences,
+)
+
+
+def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
+    p = torch.nn.Parameter(torch.ones(shape, dtype=dtype))
+    p.grad = torch.ones_like(p)
+    return p
+
+
+@pytest.mark.parametrize("cls", [Sophia, SophiaG, SophiaH, Lion, AdaHessian])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", -1e-3),
+        ("lr", float("nan")),
+        ("lr", float("inf")),
+        ("lr", "6e-4"),
+        ("lr", True),
+        ("lr", torch.ones(2)),
+        ("betas", (1.0, 0.99)),
+        ("betas", (0.9, -0.1)),
+        ("betas", (0.9,)),
+        ("betas", 0.9),
+        ("weight_decay", -0.1),
+    ],
+)
+def test_a_wrong_hyperparameter_is_named_with_its_value(cls: type, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{name}.*expected"):
+        cls([parameter(2)], **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gamma", 0.0),
+        ("gamma", -1.0),
+        ("eps", 0.0),
+        ("eps", -1e-12),
+        ("hessian_interval", 0),
+        ("hessian_interval", 2.5),
+        ("hessian_interval", True),
+        ("clip", 1.0),
+        ("bias_correction", None),
+    ],
+)
+def test_a_wrong_hyperparameter_of_sophia_is_named_with_its_value(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{name} = {re.escape(repr(value))}, expected"):
+        Sophia([parameter(2)], **{name: value})
+
+
+def test_a_wrong_group_is_refused_and_leaves_the_optimizer_as_it_was() -> None:
+    optimizer = SophiaG([parameter(2)])
+    with pytest.raises(ValueError, match="gamma = -1"):
+        optimizer.add_param_group({"params": [parameter(3)], "gamma": -1})
+    with pytest.raises(ValueError, match="hessian_interval = 5 in one group and 10 in another"):
+        optimizer.add_param_group({"params": [parameter(3)], "hessian_interval": 5})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_both_forms_at_once_are_refused() -> None:
+    with pytest.raises(ValueError, match="foreach = True and compile = True"):
+        SophiaG([parameter(2)], foreach=True, compile=True)
+
+
+@pytest.mark.parametrize("cls", [SophiaG, Lion, AdaHessian])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_complex_and_integer_parameters_are_refused(cls: type, dtype: torch.dtype) -> None:
+    p = torch.ones(2, dtype=dtype)
+    with pytest.raises(TypeError, match=f"parameter 0 of shape \\(2,\\) has dtype {dtype}"):
+        cls([p])
+
+
+@pytest.mark.parametrize("cls", [SophiaG, Lion, AdaHessian])
+def test_sparse_gradients_are_refused(cls: type) -> None:
+    embedding = torch.nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"layout torch.sparse_coo, expected a dense one: build the embedding with"):
+        cls(embedding.parameters()).step()
+
+
+def test_a_forgotten_num_predictions_is_told() -> None:
+    with pytest.raises(
+        TypeError, match="neither of num_predictions and estimates, expected exactly one: num_predictions=N"
+    ):
+        SophiaG([parameter(2)]).update_hessian()
+    with pytest.raises(TypeError, match="both of num_predictions and estimates"):
+        SophiaG([parameter(2)]).update_hessian(num_predictions=3, estimates=[torch.ones(2)])
+
+
+@pytest.mark.parametrize("n", [0, -5, 2.0, True, "8", torch.ones(2)])
+def test_an_impossible_num_predictions_is_told(n: Any) -> None:
+    with pytest.raises(ValueError, match="num_predictions"):
+        SophiaG([parameter(2)]).update_hessian(num_predictions=n)
+
+
+def test_a_parameter_without_a_gradient_is_named() -> None:
+    with_gradient, without = parameter(2), torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = SophiaG([with_gradient, without])
+    with pytest.raises(RuntimeError, match=r"parameter 1 of shape \(3, 4\) has no gradient: run the backward"):
+        optimizer.update_hessian(num_predictions=3)
+    assert not optimizer.state[with_gradient]
+    without.requires_grad_(False)
+    optimizer.update_hessian(num_predictions=3)
+
+
+def test_estimates_must_match_the_parameters() -> None:
+    optimizer = SophiaH([parameter(2), parameter(3)])
+    with pytest.raises(ValueError, match="1 estimates for 2 parameters"):
+        optimizer.update_hessian(estimates=[torch.ones(2)])
+    with pytest.raises(ValueError, match=r"estimate for parameter 1 has shape \(2,\), expected \(3,\)"):
+        optimizer.update_hessian(estimates=[torch.ones(2), torch.ones(2)])
+    with pytest.raises(ValueError, match="estimate for parameter 0 of shape \\(2,\\) is None"):
+        optimizer.update_hessian(estimates=[None, torch.ones(3)])
+
+
+def test_curvature_for_an_optimizer_without_curvature_is_told() -> None:
+    with pytest.raises(RuntimeError, match="hessian_interval=None"):
+        Sophia([parameter(2)], hessian_interval=None).update_hessian(num_predictions=1)
+    with pytest.raises(ValueError, match="AdaHessian has no step without curvature"):
+        AdaHessian([parameter(2)], hessian_interval=None)  # type: ignore[arg-type]
+
+
+def test_adahessian_refuses_squared_gradients() -> None:
+    with pytest.raises(TypeError, match="expected estimates="):
+        AdaHessian([parameter(2)]).update_hessian(num_predictions=3)
+
+
+@pytest.mark.parametrize("cls", [SophiaG, AdaHessian])
+def test_more_than_k_steps_without_a_refresh_warn_once(cls: type) -> None:
+    p = parameter(2)
+    optimizer = cls([p], hessian_interval=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.step()
+        assert not caught
+        for _ in range(9):
+            optimizer.step()
+    assert [str(w.message) for w in caught] == [str(caught[0].message)]
+    assert "4 steps without update_hessian(), expected one every hessian_interval = 3 steps" in str(caught[0].message)
+    assert caught[0].filename == __file__
+
+
+def test_refreshes_in_time_do_not_warn() -> None:
+    p = parameter(2)
+    optimizer = SophiaG([p], hessian_interval=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(10):
+            if optimizer.hessian_due:
+                optimizer.update_hessian(num_predictions=1)
+            optimizer.step()
+
+
+def test_warm_start_only_before_everything_else_and_without_bias_correction() -> None:
+    optimizer = SophiaG([parameter(2)])
+    optimizer.update_hessian(num_predictions=1)
+    with pytest.raises(RuntimeError, match="after a step or update_hessian"):
+        optimizer.warm_start_hessian(num_predictions=1)
+    with pytest.raises(RuntimeError, match="choose one of the two"):
+        SophiaG([parameter(2)], bias_correction=True).warm_start_hessian(num_predictions=1)
+
+
+def test_estimators_name_what_does_not_fit() -> None:
+    logits, w = torch.zeros(4, 3, requires_grad=True), torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"positions have shape \(3,\), expected \(4,\)"):
+        gauss_newton_bartlett(lambda: logits, seed=0, step=1, positions=torch.arange(3))
+    with pytest.raises(ValueError, match="no prediction"):
+        gauss_newton_bartlett(lambda: logits, seed=0, step=1, positions=torch.full((4,), -1))
+    with pytest.raises(ValueError, match="draws = 0"):
+        gauss_newton_bartlett_mean(lambda: logits, [logits], seed=0, step=1, draws=0)
+    with pytest.raises(ValueError, match="every target is ignore_index = -100"):
+        empirical_fisher(lambda: logits, torch.full((4,), -100))
+    with pytest.raises(ValueError, match=r"targets have shape \(3,\), expected \(4,\)"):
+        empirical_fisher(lambda: logits, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="1 different names for 2 parameters"):
+        hutchinson(lambda: (w * logits.sum()).sum(), [w, logits], seed=0, step=1, names=["a", "a"])
+    with pytest.raises(ValueError, match="variance = 0"):
+        Gaussian(variance=0)
+    with pytest.raises(ValueError, match="event_dims = 0"):
+        Categorical(event_dims=0)
+    assert Bernoulli().event_dims == 0
+
+
+def test_central_differences_refuse_half_precision() -> None:
+    w = parameter(3, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"parameter 0 has dtype torch.bfloat16, expected torch.float32"):
+        hutchinson_differences(lambda: w.float().square().sum(), [w], seed=0, step=1)
+    v = parameter(3)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(TypeError, match="autocast is on for cpu, expected float32"),
+    ):
+        hutchinson_differences(lambda: v.square().sum(), [v], seed=0, step=1)
+
+
+def test_diagnostics_want_each_parameter_in_one_kind() -> None:
+    p, q = parameter(2), parameter(3)
+    optimizer = SophiaG([p, q])
+    for kinds in ({"a": [p]}, {"a": [p, q], "b": [q]}, {"a": [p, parameter(3)]}):
+        with pytest.raises(ValueError, match="each parameter of the optimizer in exactly one kind"):
+            diagnostics(optimizer, kinds)
+
+
+def test_controller_alarm_and_reference_name_what_does_not_fit() -> None:
+    optimizer = SophiaG([parameter(2)])
+    for wrong in ({"target": 0.0}, {"rate": 2.0}, {"span": 1.0}):
+        name = next(iter(wrong))
+        with pytest.raises(ValueError, match=f"{name} ="):
+            GammaController(optimizer, **wrong)
+    two = SophiaG([{"params": [parameter(2)]}, {"params": [parameter(2)], "gamma": 0.1}])
+    with pytest.raises(ValueError, match=r"gamma = \[0.05, 0.1\]"):
+        GammaController(two)
+    with pytest.raises(ValueError, match="hessian_interval = 0"):
+        UnclippedAlarm(0)
+    with pytest.raises(ValueError, match="bs = 0"):
+        ReferenceSophiaG([parameter(2)], bs=0)
+    with pytest.raises(TypeError, match="takes no argument"):
+        ReferenceSophiaG([parameter(2)]).update_hessian(num_predictions=4)

@@ -1,0 +1,149 @@
+"""The forms of a step agree, small tensors are joined, a schedule compiles nothing, and no compiler means one
+warning."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+from sophia import AdaHessian, Lion, Sophia, SophiaG, kernels, rules
+
+SHAPES = [(70, 100), (7,), (3, 5), (2, 3, 4), (1,), (), (0, 3)]
+CASES: list[tuple[type, dict[str, Any]]] = [
+    (SophiaG, {}),
+    (SophiaG, {"clip": False, "eps": 1e-3}),
+    (SophiaG, {"bias_correction": True}),
+    (Lion, {}),
+    (AdaHessian, {"hessian_interval": 3}),
+]
+
+
+def run(
+    cls: type, options: dict[str, Any], dtype: torch.dtype = torch.float32, amp: bool = False, steps: int = 7
+) -> tuple[list[Tensor], list[dict[str, Tensor]], int]:
+    """Parameters, states and the last unclipped count of a run with a schedule, refreshes and, with amp, a held
+    step."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random_like(p: Tensor) -> Tensor:
+        return torch.randn(p.shape, generator=generator).to(dtype)
+
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    optimizer = cls(params, lr=3e-3, **options)
+    for t in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - t / 10)
+        if amp:
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.7), torch.tensor(float(t == 4))
+        if not isinstance(optimizer, Lion) and t % 3 == 0:
+            for p in params:
+                p.grad = random_like(p) * 0.1
+            if isinstance(optimizer, AdaHessian):
+                optimizer.update_hessian(estimates=[p.grad for p in params])
+            else:
+                optimizer.update_hessian(num_predictions=100)
+        for p in params:
+            p.grad = random_like(p)
+        optimizer.step()
+    count = int(optimizer.unclipped_count) if isinstance(optimizer, Sophia) else 0
+    return [p.detach() for p in params], [dict(optimizer.state[p]) for p in params], count
+
+
+def assert_identical(a: tuple, b: tuple, rtol: float = 0.0) -> None:
+    torch.testing.assert_close(a[0], b[0], rtol=rtol, atol=rtol)
+    torch.testing.assert_close(a[1], b[1], rtol=rtol, atol=rtol)
+    assert a[2] == b[2]
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("cls", "options"), CASES)
+def test_eager_and_foreach_forms_are_the_same_to_the_last_bit(
+    cls: type, options: dict[str, Any], dtype: torch.dtype, amp: bool
+) -> None:
+    eager = run(cls, {**options, "foreach": False, "compile": False}, dtype, amp)
+    assert_identical(eager, run(cls, {**options, "foreach": True}, dtype, amp))
+
+
+def test_compiled_form_is_the_same_to_the_last_bit_and_a_schedule_compiles_nothing_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "JOINED_BELOW", 5000)  # one tensor alone, the others joined
+    eager = run(SophiaG, {"compile": False}, amp=True)
+    torch._dynamo.utils.counters.clear()
+    compiled = run(SophiaG, {"compile": True}, amp=True, steps=1)
+    first = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert first > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # a compiler that fails would fall back to the eager form
+        compiled = run(SophiaG, {"compile": True}, amp=True)
+    assert_identical(eager, compiled)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == first
+
+
+def test_the_unclipped_count_comes_out_of_the_pass_that_updates_the_weights() -> None:
+    tensors = [torch.rand(1 << 17) for _ in range(4)]
+    scalars = [kernels._as_tensor(value) for value in (0.1, 0.9, 0.05, 1e-12, 0.1)]
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(kernels._compile(rules.sophia_update), *tensors, *scalars)
+    assert code.count("for(int64_t x0") == 1
+
+
+def test_a_failing_compiler_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no C++ compiler found")
+
+    monkeypatch.setattr(kernels, "_compile", lambda rule: broken)
+    monkeypatch.setattr(kernels, "_compiled", {})
+    monkeypatch.setattr(kernels, "_compiler_failed", False)
+    with pytest.warns(RuntimeWarning, match="several times slower.*no C\\+\\+ compiler found.*compile=False") as caught:
+        fallen_back = run(SophiaG, {"compile": True})
+    assert len(caught) == 1
+    assert_identical(run(SophiaG, {"compile": False}), fallen_back)
+
+
+def test_small_tensors_are_joined_into_one_call_and_large_ones_stay_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def rule(a: Tensor, b: Tensor) -> None:
+        calls.append(a.numel())
+        a.add_(b)
+
+    rule.updated = (0,)  # type: ignore[attr-defined]
+    monkeypatch.setattr(kernels, "JOINED_BELOW", 10)
+    monkeypatch.setattr(kernels, "EAGER_PIECE", 64)
+    sizes = [3, 20, 4, 100, 0, 1]
+    tensors = [torch.zeros(size) for size in sizes]
+    kernels.apply(rule, [tensors, [torch.full((size,), float(size)) for size in sizes]], [], kernels.Form(False, False))
+    assert sorted(calls) == [8, 20, 36, 64]
+    assert all(bool((t == size).all()) for t, size in zip(tensors, sizes, strict=True))
+
+
+def test_layout_of_the_parameters_does_not_matter() -> None:
+    torch.manual_seed(0)
+    weight, grad = torch.randn(8, 4, 3, 3), torch.randn(8, 4, 3, 3)
+    results = []
+    for layout in ("contiguous", "channels_last", "mixed", "holes"):
+        if layout == "holes":
+            p = torch.nn.Parameter(torch.empty(8, 4, 3, 6)[..., ::2].copy_(weight))
+        else:
+            channels_last = layout != "contiguous"
+            p = torch.nn.Parameter(weight.to(memory_format=torch.channels_last) if channels_last else weight.clone())
+        p.grad = grad.to(memory_format=torch.channels_last) if layout == "channels_last" else grad.clone()
+        optimizer = SophiaG([p], lr=0.1)
+        optimizer.update_hessian(num_predictions=7)
+        optimizer.step()
+        results.append(p.detach().contiguous())
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+def test_automatic_choice_compiles_only_what_is_large() -> None:
+    small, large = torch.zeros(10), torch.zeros(kernels.COMPILED_FROM)
+    assert kernels._choose(kernels.AUTOMATIC, [(small,)]) == (False, False)
+    assert kernels._choose(kernels.AUTOMATIC, [(large,)]) == (False, True)
+    assert kernels._choose(kernels.Form(compile=False), [(large,)]) == (False, False)
+    assert kernels._choose(kernels.Form(foreach=True), [(large,)]) == (True, False)
+    assert kernels._choose(kernels.AUTOMATIC, [(torch.zeros(10, device="meta"),)]) == (True, False)

@@ -1,0 +1,189 @@
+"""State: round trips, other people's calling patterns, and when an estimate is due."""
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from sophia import AdaHessian, Lion, ReferenceSophiaG, Sophia, SophiaG, SophiaH
+
+OPTIMIZERS: list[tuple[type, dict[str, Any]]] = [
+    (SophiaG, {}),
+    (SophiaH, {"bias_correction": True}),
+    (Lion, {}),
+    (AdaHessian, {}),
+    (ReferenceSophiaG, {}),
+]
+
+
+def model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2)).to(dtype)
+
+
+def train(m: torch.nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        generator = torch.Generator().manual_seed(step)
+        for p in m.parameters():
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        if isinstance(optimizer, AdaHessian):
+            if optimizer.hessian_due:
+                optimizer.update_hessian(estimates=[p.grad for p in m.parameters()])
+        elif isinstance(optimizer, ReferenceSophiaG):
+            if optimizer.hessian_due:
+                optimizer.update_hessian()
+        elif isinstance(optimizer, Sophia) and optimizer.hessian_due:
+            optimizer.update_hessian(num_predictions=5)
+        optimizer.step()
+
+
+def states_of(m: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    return [optimizer.state[p] for p in m.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("cls", "options"), OPTIMIZERS)
+@pytest.mark.parametrize("way", ["state_dict", "dcp", "deepcopy", "pickle"])
+def test_training_goes_on_after_a_round_trip_as_if_nothing_had_happened(
+    way: str, cls: type, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    a = model(dtype)
+    first = cls(a.parameters(), **options)
+    train(a, first, 1, 13)
+    if way == "deepcopy":
+        b, second = copy.deepcopy((a, first))
+    elif way == "pickle":
+        b, second = pickle.loads(pickle.dumps((a, first)))
+    else:
+        b = copy.deepcopy(a)
+        second = cls(b.parameters(), **options)
+        if way == "state_dict":
+            second.load_state_dict(copy.deepcopy(first.state_dict()))
+        else:  # makes the missing state by a step with lr = 0 and zero gradients
+            set_optimizer_state_dict(b, second, copy.deepcopy(get_optimizer_state_dict(a, first)))
+    for state in states_of(b, second):
+        assert all(value.dtype == torch.float32 for value in state.values())
+    train(a, first, 14, 25)
+    train(b, second, 14, 25)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    torch.testing.assert_close(states_of(a, first), states_of(b, second), rtol=0, atol=0)
+
+
+def test_the_state_has_the_names_of_the_contract() -> None:
+    m = model()
+    optimizer = SophiaG(m.parameters())
+    train(m, optimizer, 1, 1)
+    for p in m.parameters():
+        state = optimizer.state[p]
+        assert set(state) == {"exp_avg", "hessian", "step"}
+        assert state["exp_avg"].shape == state["hessian"].shape == p.shape
+        assert state["step"].shape == ()
+        assert state["step"].dtype == torch.float32
+
+
+@given(k=st.integers(1, 12), steps=st.integers(0, 40))
+@settings(max_examples=30, deadline=None)
+def test_an_estimate_is_due_before_the_steps_with_t_minus_1_mod_k_equal_to_0(k: int, steps: int) -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = SophiaG([p], hessian_interval=k)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for t in range(1, steps + 1):
+            assert optimizer.hessian_due == ((t - 1) % k == 0)
+            p.grad = torch.ones(2)
+            optimizer.step()
+    restored = SophiaG([p], hessian_interval=k)
+    restored.load_state_dict(optimizer.state_dict())
+    assert restored.hessian_due == (steps % k == 0)
+
+
+def test_steps_by_group_as_deepspeed_makes_them_equal_one_step() -> None:
+    """A call of step per group, the other groups' lists empty: counts add up, and no counter runs ahead."""
+    results = []
+    for split in (False, True):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(5)), torch.nn.Parameter(torch.randn(7))]
+        optimizer = SophiaG([{"params": [p]} for p in params], hessian_interval=4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(9):
+                for p in params:
+                    p.grad = torch.randn(p.shape)
+                groups = [list(group["params"]) for group in optimizer.param_groups]
+                due = optimizer.hessian_due
+                for turn in range(2) if split else [None]:
+                    for group, members, index in zip(optimizer.param_groups, groups, range(2), strict=True):
+                        group["params"] = members if turn in (None, index) else []
+                    if due:
+                        optimizer.update_hessian(num_predictions=100)
+                for turn in range(2) if split else [None]:
+                    for group, members, index in zip(optimizer.param_groups, groups, range(2), strict=True):
+                        group["params"] = members if turn in (None, index) else []
+                    optimizer.step()
+                for group, members in zip(optimizer.param_groups, groups, strict=True):
+                    group["params"] = members
+        assert optimizer.numel == 12
+        results.append((params, int(optimizer.unclipped_count), optimizer.hessian_age))
+    (a, *counts), (b, *split_counts) = results
+    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+    assert counts == split_counts
+
+
+def test_parameters_without_a_gradient_and_empty_shards_are_left_out() -> None:
+    p, unused, empty = (torch.nn.Parameter(torch.ones(shape)) for shape in (3, 4, 0))
+    p.grad, empty.grad = torch.ones(3), torch.ones(0)
+    optimizer = SophiaG([p, unused, empty])
+    optimizer.step()
+    assert bool((p != 1).all())
+    assert bool((unused == 1).all())
+    assert not optimizer.state[unused]
+    assert optimizer.numel == 3
+
+
+def test_a_zero_gradient_only_decays() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.zeros(3)
+    optimizer = SophiaG([p], lr=0.1, weight_decay=0.5)
+    optimizer.update_hessian(num_predictions=10)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.95))
+    assert optimizer.unclipped_count == 0
+
+
+def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    for optimizer in (SophiaG([p]), Lion([p])):
+
+        def closure() -> Tensor:
+            p.grad = None
+            loss = p.square().sum()
+            loss.backward()
+            return loss
+
+        before = p.detach().clone()
+        assert optimizer.step(closure) == before.square().sum()
+        assert not torch.equal(p, before)
+
+
+def test_groups_have_their_own_hyperparameters() -> None:
+    decayed, free = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = SophiaG([{"params": [decayed], "weight_decay": 0.5}, {"params": [free], "weight_decay": 0.0}], lr=0.1)
+    for p in (decayed, free):
+        p.grad = torch.zeros(2)
+    optimizer.step()
+    torch.testing.assert_close(decayed.detach(), torch.full((2,), 0.95))
+    torch.testing.assert_close(free.detach(), torch.ones(2))
+
+
+def test_named_parameters_are_taken() -> None:
+    m = model()
+    optimizer = SophiaG(m.named_parameters())
+    train(m, optimizer, 1, 3)
+    assert optimizer.state_dict()["param_groups"][0]["param_names"][0] == "0.weight"
