@@ -160,6 +160,7 @@ class SophiaConfig(CurvatureSettings):
     weight_decay: NonNegativeFloat = 0.2
     estimator: Estimator
     clip: bool = True
+    bias_correction: bool = False  # of m and h; not in the paper
 
 
 class AdaHessianConfig(CurvatureSettings):

@@ -78,6 +78,7 @@ def _construct(config: OptimizerConfig, parameters: Named, compile_step: bool) -
                     eps=config.eps,
                     hessian_interval=config.hessian_interval,
                     clip=config.clip,
+                    bias_correction=config.bias_correction,
                     compile=form,
                 )
             ]
