@@ -40,8 +40,8 @@ from analysis.tuning import Tuning, tunings
 from analysis.wallclock import TRAINING_KINDS
 from training.records import write_atomically
 
-CURRENCY_NAMES: Mapping[Currency, str] = {"steps": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
-CLAIM_NAMES: Mapping[Currency, str] = {
+CURRENCY_NAMES: Mapping[str, str] = {"steps": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
+CLAIM_NAMES: Mapping[str, str] = {
     "steps": "steps",
     "tokens": "tokens",
     "flops": "compute",

@@ -128,6 +128,78 @@ def write_run(
     return directory
 
 
+def write_study(directory: Path, *, speedup: float = 1.2, models: Mapping[str, float] | None = None) -> Path:
+    """A small complete study of AdamW, Lion (0.9 times as fast) and Sophia-G, with tuning, ablations and a (β2, γ)
+    grid.
+
+    AdamW has four horizons, the others the two longest; three reported seeds; two models of different size.
+    """
+    models = {"tiny": 1e6, "small": 4e6} if models is None else models
+    speeds = {"adamw": 1.0, "lion": 0.9, "sophiag": speedup}
+    search = {"optimizer.lr": {"values": [5e-4, 1e-3, 2e-3]}, "optimizer.betas[0]": {"values": [0.8, 0.9, 0.95]}}
+    arms: dict[str, Any] = {arm: {"search": search, "budget": 9, "method": "grid"} for arm in speeds}
+    trials: list[dict[str, Any]] = []
+
+    def add(arm: str, phase: str, model: str, horizon: int, seed: int, loss: float, **more: Any) -> None:
+        name = f"{model}-{arm}-{horizon}-{phase}-{len(trials)}"
+        values = more.pop("values", {})
+        optimizer = arm.split("_")[0]
+        config = {"model.name": model, **more.pop("config", {})}
+        options = {"evaluations": 8, "curvature_share": 0.05 if optimizer == "sophiag" else 0.0, **more}
+        run = write_run(
+            directory / "runs" / name,
+            optimizer=optimizer,
+            seed=seed,
+            steps=horizon,
+            final=loss - 0.3 * (model == "small"),
+            config=config,
+            train_lines=optimizer == "sophiag" and phase == "reporting",
+            **options,
+        )
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | {"parameters": models[model]}))
+        entry = {"arm": arm, "phase": phase, "model": model, "horizon": horizon, "seed": seed, "values": values}
+        trials.append({**entry, "run": f"runs/{name}"})
+
+    for model in models:
+        for arm, speed in speeds.items():
+            for horizon in (50, 100, 200, 400) if arm == "adamw" else (200, 400):
+                best = power_law(horizon * TOKENS_PER_STEP, speedup=speed)
+                for seed in (1, 2, 3):
+                    loss = best + noise(seed, horizon, scale=0.002) + noise(seed, horizon, len(arm), scale=0.002)
+                    add(arm, "reporting", model, horizon, seed, loss)
+                for rate, excess in zip((5e-4, 1e-3, 2e-3), (0.05, 0.0, 0.05), strict=True):
+                    for momentum, lag in zip((0.8, 0.9, 0.95), (0.02, 0.0, 0.02), strict=True):
+                        values = {"optimizer.lr": rate, "optimizer.betas[0]": momentum}
+                        config = {"optimizer.lr": rate, "optimizer.betas": [momentum, 0.95]}
+                        add(arm, "tuning", model, horizon, 100, best + excess + lag, values=values, config=config)
+    model = next(iter(models))
+    best = power_law(200 * TOKENS_PER_STEP, speedup=speedup)
+    for interval in (1, 100):
+        arm = f"sophiag_k{interval}"
+        arms[arm] = {"role": "ablation", "of": "sophiag", "varies": ["optimizer.hessian_interval"]}
+        for seed in (1, 2, 3):
+            config = {"optimizer.hessian_interval": interval}
+            add(arm, "reporting", model, 200, seed, best + 0.001 * interval + noise(seed, scale=0.002), config=config)
+    for gamma in (0.02, 0.1):
+        for beta in (0.9, 0.999):
+            arm = f"sophiag_g{gamma:g}_b{beta:g}"
+            arms[arm] = {"role": "ablation", "of": "sophiag", "varies": ["optimizer.gamma", "optimizer.betas"]}
+            config = {"optimizer.gamma": gamma, "optimizer.betas": [0.96, beta]}
+            add(arm, "reporting", model, 200, 1, best + gamma, config=config)
+    index = {
+        "name": "synthetic",
+        "description": "Records made with a known truth.",
+        "baseline": "adamw",
+        "level": 0.95,
+        "seeds": {"tuning": [100], "reporting": [1, 2, 3]},
+        "arms": arms,
+        "trials": trials,
+    }
+    (directory / "study.json").write_text(json.dumps(index))
+    return directory
+
+
 def noise(*key: int, scale: float) -> float:
     """A normal number (nats) that is a function of its key alone."""
     return float(np.random.default_rng([7, *key]).normal(0.0, scale))

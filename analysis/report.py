@@ -1,0 +1,415 @@
+"""The report of a study: one HTML page that needs no network, Markdown, JSON, and a summary on the terminal."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from analysis import tables
+from analysis.colours import colours, label
+from analysis.figures import FIGURES, NothingToShow, save, seed_curves
+from analysis.records import CURRENCIES, Currency
+from analysis.results import CLAIM_NAMES, CURRENCY_NAMES, Headline, Results, write_json
+from analysis.speedup import CLAIM_CURRENCIES, THRESHOLDS, SpeedUp
+from analysis.tables import Cell, CellKey, Table
+from training.records import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_AXES: dict[Currency, str] = {
+    "steps": "training steps",
+    "tokens": "training tokens",
+    "flops": "model FLOPs, curvature passes included",
+    "seconds": "training seconds",
+}
+# Points of a curve that the page carries; a screen has no more.
+_CURVE_POINTS = 150
+# Shown interactively at the top of the page, so not once more as pictures.
+_INTERACTIVE = ("curves", "tokens")
+_TONES = {"supported": "green", "not supported": "red", "undecided": "yellow", "serious": "red"}
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files of a report."""
+
+    html: Path
+    markdown: Path
+    json: Path
+    figures: tuple[Path, ...]
+
+
+def write_report(results: Results, directory: Path) -> Written:
+    """Write report.html, report.md, report.json and figures/*.png into a directory.
+
+    Links to run records are relative to it, so a study's directory can be moved as a whole.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for name, figure in draw_figures(results).items():
+        pictures.append(save(figure, directory / "figures" / f"{name}.png"))
+    written = Written(
+        html=directory / "report.html",
+        markdown=directory / "report.md",
+        json=directory / "report.json",
+        figures=tuple(pictures),
+    )
+    shown = {path.stem: path.read_bytes() for path in pictures if path.stem not in _INTERACTIVE}
+    write_atomically(written.html, render_html(results, directory, shown))
+    write_atomically(written.markdown, render_markdown(results, directory, pictures))
+    write_json(results, written.json)
+    return written
+
+
+def draw_figures(results: Results) -> dict[str, Figure]:
+    """Every figure that the records hold enough for, by name."""
+    figures = {}
+    for name, draw in FIGURES.items():
+        try:
+            figures[name] = draw(results)
+        except NothingToShow:
+            continue
+    return figures
+
+
+def render_html(results: Results, location: Path, pictures: dict[str, bytes] | None = None) -> str:
+    """The page, self-contained: plotly, data, styles and pictures are inside.
+
+    Args:
+        location: the directory that the page will lie in; links to run directories are relative to it.
+        pictures: PNG files by figure name.
+    """
+    from plotly.offline import get_plotlyjs
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    built = {name: make(results) for name, make in tables.TABLES.items()}
+    first_rows = _first_rows(built["runs"])
+    anchors = {key: _slug(key) for key in first_rows}
+    study = results.study
+    return environment.get_template("report.html.jinja").render(
+        title=_title(results),
+        description=study.description,
+        facts=_facts(results),
+        verdict=built["verdict"],
+        verdict_rows=_verdict_rows(results),
+        verdict_columns=[CLAIM_NAMES[currency] for currency in CLAIM_CURRENCIES],
+        sentences=_sentences(results),
+        findings=results.findings,
+        currencies=CURRENCY_NAMES,
+        tables=built,
+        figures=[
+            {"name": name, "caption": _caption(name), "png": base64.b64encode(png).decode()}
+            for name, png in (pictures or {}).items()
+        ],
+        method=method(results),
+        # Closing tags inside a script element would end it: plotly has none, the data must not.
+        plotly=Markup(get_plotlyjs()),
+        data=Markup(json.dumps(chart_data(results), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")),
+        link=lambda run: _relative(Path(run), location),
+        anchor=_slug,
+        anchored=lambda key: key in anchors,
+        row_anchor=lambda row: next((anchors[key] for key, first in first_rows.items() if first is row), ""),
+    )
+
+
+def render_markdown(results: Results, location: Path, pictures: Sequence[Path] = ()) -> str:
+    """The report as Markdown; pictures are linked where they lie."""
+    parts = [f"# {_title(results)}", results.study.description, _facts(results)]
+    parts += [tables.markdown(tables.verdict(results)).replace("###", "##", 1)]
+    parts += ["## Warnings"]
+    parts += [
+        "\n".join(
+            f"- **{'Serious' if finding.severity == 'serious' else 'Note'}: {finding.title}.** {finding.detail}"
+            for finding in results.findings
+        )
+        or "No guard had anything to say."
+    ]
+    parts += ["## The verdict in sentences", "\n".join(f"- {sentence}" for sentence in _sentences(results))]
+    parts += ["## Figures"] if pictures else []
+    parts += [f"![{_caption(path.stem)}]({_relative(path, location)})" for path in pictures]
+    parts += ["## Tables"]
+    for name, make in tables.TABLES.items():
+        table = make(results)
+        if table and name not in ("verdict", "runs"):
+            parts.append(tables.markdown(_relinked(table, location)))
+    parts += ["## How it was measured", *method(results)]
+    parts += [tables.markdown(_relinked(tables.runs(results), location)).replace("###", "##", 1)]
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def print_summary(results: Results, console: Console) -> None:
+    """The verdict, the warnings and the final losses, for a terminal."""
+    console.print(Text(_title(results), style="bold"))
+    console.print(Text(_facts(results), style="dim"))
+    shown = tables.verdict(results)
+    console.print(_rich(shown, (0, 1, 2, 3, 4, 5, 7)))
+    for finding in results.findings:
+        serious = finding.severity == "serious"
+        console.print(
+            Panel(
+                finding.detail,
+                title=finding.title,
+                title_align="left",
+                border_style="red" if serious else "yellow",
+                box=box.HEAVY if serious else box.ROUNDED,
+            )
+        )
+    if not results.findings:
+        console.print("[green]No guard had anything to say.[/]")
+    console.print(_rich(tables.final_losses(results), (0, 1, 2, 3, 4, 5, 7)))
+
+
+def method(results: Results) -> list[str]:
+    """How the numbers came about, in prose."""
+    study = results.study
+    baseline = label(study.baseline)
+    cells = [end for model in study.models for end in study.endpoints(study.baseline, model)]
+    seeds = sorted({len(end.seeds) for end in cells})
+    fitted = sorted({base.curve.method for base in results.baselines.values()})
+    paragraphs = [
+        "All arms ran through one training loop with the same model, data, batches, gradient clip and schedule shape; "
+        "they differ in the optimizer and its hyper-parameters, or a warning above says in what else. Runs of one "
+        "seed start from the same weights and see the same data in the same order under every optimizer, so that "
+        "differences are paired. The validation set is fixed and the same for all.",
+        f"What is compared are ends of runs whose learning rate has decayed to its end, at {_counts(seeds)} seeds"
+        + (f" ({', '.join(map(str, study.seeds))}), fixed before any of them was run" if study.planned else "")
+        + ". Where two curves of one length cross says nothing: the schedule decays the loss.",
+        f"The speed-up of an arm is what {baseline} would spend to end at the same loss, divided by what the arm "
+        f"spent. {baseline}'s loss as a function of the budget comes from the ends of its runs over the horizons "
+        f"({' and '.join(fitted) or 'none'}: from four horizons on a power law with a floor, else a straight line on "
+        "the logarithmic axis). Its interval holds the ratios that a paired t test does not reject, the variance over "
+        "seeds pooled over horizons where Bartlett's test finds it alike. Losses outside the range of the "
+        "baseline's are censored, not extrapolated. With few seeds a bootstrap interval covers too little; "
+        "none is used.",
+        "Compute counts model FLOPs without recomputation, curvature passes included. Wall-clock counts the seconds of "
+        "forward and backward passes, curvature passes, optimizer steps and waiting for data on the runs' own clocks; "
+        "compilation, evaluation and checkpoints are booked apart.",
+        "A claim is supported if the test puts the ratio above the threshold at the "
+        f"{1 - study.level:.0%} level after Holm's correction over all claims on a model, not supported if below, else "
+        "undecided, with the number of seeds that would decide (power 80 %, were the effect what was seen).",
+    ]
+    if study.reference_times is not None:
+        paragraphs.append(
+            "Reference times: counts of each kind of work times its cost on an idle machine "
+            f"({study.reference_times.source})."
+        )
+    return paragraphs
+
+
+def chart_data(results: Results) -> dict[str, Any]:
+    """What the page's charts draw: plain lists, numbers rounded to what a screen can show."""
+    study = results.study
+    palette = colours(study.arm_names())
+    curves, ranges = [], {}
+    for model in study.models:
+        for horizon in sorted({run.horizon for run in study.runs(model=model)}):
+            lows, highs = [], []
+            for arm in study.arm_names():
+                runs = [r for r in study.runs(arm=arm, model=model) if r.horizon == horizon and len(r.evaluations)]
+                if not runs:
+                    continue
+                evaluations = [run.evaluations for run in runs]
+                steps, losses = seed_curves(evaluations, "steps")
+                keep = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _CURVE_POINTS)).astype(int))
+                if not len(keep) or not np.isfinite(losses).any():
+                    continue
+                lost = ~np.isfinite(losses).all(axis=0)
+                mean = np.where(lost, np.nan, losses.mean(axis=0))[keep]
+                curves.append(
+                    {
+                        "arm": arm,
+                        "label": label(arm),
+                        "colour": palette[arm],
+                        "model": model,
+                        "horizon": horizon,
+                        "seeds": len(runs),
+                        "x": {c: _rounded(seed_curves(evaluations, c)[0][keep], 6) for c in CURRENCIES},
+                        "mean": _rounded(mean, 6),
+                        "low": _rounded(losses.min(axis=0)[keep], 6) if len(runs) > 1 else None,
+                        "high": _rounded(losses.max(axis=0)[keep], 6) if len(runs) > 1 else None,
+                    }
+                )
+                late = losses[:, steps >= 0.2 * steps[-1]]
+                lows.append(float(np.nanmin(late)))
+                highs.append(float(np.nanmax(late)))
+            if lows:
+                low, high = min(lows), sorted(highs)[len(highs) // 2]
+                ranges[f"{model}|{horizon}"] = [low - 0.06 * (high - low), high]
+    finals = []
+    for model in study.models:
+        for arm in study.arm_names():
+            ends = [end for end in study.endpoints(arm, model) if not end.diverged]
+            if ends:
+                means = np.array([end.losses.mean() for end in ends])
+                finals.append(
+                    {
+                        "arm": arm,
+                        "label": label(arm),
+                        "colour": palette[arm],
+                        "model": model,
+                        "horizons": [end.horizon for end in ends],
+                        "seeds": [len(end.seeds) for end in ends],
+                        "x": {c: _rounded([end.cost(c).mean() for end in ends], 6) for c in CURRENCIES},
+                        "mean": _rounded(means, 6),
+                        "below": _rounded(means - [end.losses.min() for end in ends], 4),
+                        "above": _rounded([end.losses.max() for end in ends] - means, 4),
+                    }
+                )
+    return {
+        "models": study.models,
+        "baseline": study.baseline,
+        "axes": _AXES,
+        "curves": curves,
+        "ranges": ranges,
+        "longest": {model: base.endpoints[-1].horizon for model, base in results.baselines.items()},
+        "finals": finals,
+        "baselines": {model: _baseline_line(results, model) for model in results.baselines},
+    }
+
+
+def _baseline_line(results: Results, model: str) -> dict[str, Any]:
+    baseline = results.baselines[model]
+    x = np.linspace(*baseline.range, 60)
+    return {
+        "arm": results.study.baseline,
+        "label": label(results.study.baseline),
+        "colour": colours(results.study.arm_names())[results.study.baseline],
+        "method": baseline.curve.method,
+        "x": {c: _rounded(np.exp(x) * baseline.cost_per_token(c).mean(), 6) for c in CURRENCIES},
+        "y": _rounded(baseline.curve.value(x), 6),
+    }
+
+
+def _verdict_rows(results: Results) -> list[dict[str, Any]]:
+    """The verdict as a matrix per model: a row per arm, a column per currency."""
+    palette = colours(results.study.arm_names())
+    found: dict[tuple[str, str], dict[Currency, list[Headline]]] = {}
+    for one in results.headlines:
+        found.setdefault((one.model, one.arm), {}).setdefault(one.currency, []).append(one)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for (model, arm), by_currency in found.items():
+        cells = [_verdict_cell(by_currency[c]) if c in by_currency else None for c in CLAIM_CURRENCIES]
+        # The same horizon in every currency is said once, beside the arm.
+        said = {cell["at"] for cell in cells if cell}
+        at = said.pop() if len(said) == 1 else ""
+        groups.setdefault(model, []).append({"label": label(arm), "colour": palette[arm], "cells": cells, "at": at})
+    return [{"model": model, "rows": rows} for model, rows in groups.items()]
+
+
+def _verdict_cell(claims: Sequence[Headline]) -> dict[str, Any]:
+    at: SpeedUp = claims[0].speed_up
+    ratio, _, interval = at.text.partition(" [")
+    known = math.isfinite(at.estimate)
+    names = {threshold: f"> {threshold:g}" if threshold == 1 else f"≥ {threshold:g}" for threshold in THRESHOLDS}
+    return {
+        "source": (at.arm, at.model, at.horizon),
+        "ratio": f"{ratio}×" if known else "–",
+        "interval": f"[{interval}" if known else at.text,
+        "at": f"{at.horizon:,} steps, {at.seeds} seeds",
+        "claims": [
+            {
+                "tone": one.claim.verdict.replace(" ", "-"),
+                "text": f"{names[one.claim.threshold]}: {one.claim.verdict}",
+                "why": f"p = {one.claim.p:.3g}, corrected over {one.family} claims {one.claim.adjusted_p:.3g}",
+            }
+            for one in claims
+        ],
+    }
+
+
+def _sentences(results: Results) -> list[str]:
+    pairs = dict.fromkeys((one.arm, one.model) for one in results.headlines)
+    return [sentence for arm, model in pairs for sentence in results.sentences(arm, model)]
+
+
+def _title(results: Results) -> str:
+    arms = [label(arm) for arm in results.study.arm_names() if arm != results.study.baseline]
+    others = f"{', '.join(arms[:-1])} and {arms[-1]}" if len(arms) > 1 else "".join(arms) or "nothing"
+    return f"{results.study.name}: {others} against {label(results.study.baseline)}"
+
+
+def _facts(results: Results) -> str:
+    study = results.study
+    ended = [trial for trial in study.reporting if trial.run is not None]
+    horizons = sorted({trial.horizon for trial in study.reporting})
+    steps = f"{horizons[0]:,} to {horizons[-1]:,} steps" if len(horizons) > 1 else f"{horizons[0]:,} steps"
+    tuning = len([trial for trial in study.tuning if trial.run is not None])
+    return (
+        f"{len(ended)} reported runs"
+        + (f", {tuning} tuning runs" if tuning else "")
+        + f"; {_counts([len(study.models)])} model{'s' if len(study.models) > 1 else ''} "
+        f"({', '.join(study.models)}); {steps}; {len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}."
+    )
+
+
+def _counts(numbers: Sequence[int]) -> str:
+    return " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1])))) if numbers else "no"
+
+
+def _caption(name: str) -> str:
+    return (FIGURES[name].__doc__ or name).strip().splitlines()[0]
+
+
+def _first_rows(runs: Table) -> dict[CellKey, tuple[Cell, ...]]:
+    """The first reported run of each cell, where links to the cell lead."""
+    first: dict[CellKey, tuple[Cell, ...]] = {}
+    for row in runs.rows:
+        source = row[3].source
+        if source is not None and row[1].text == "reporting":
+            first.setdefault(source, row)
+    return first
+
+
+def _slug(key: CellKey) -> str:
+    return "runs-" + re.sub(r"[^A-Za-z0-9]+", "-", "-".join(map(str, key))).strip("-").lower()
+
+
+def _relative(path: Path, location: Path) -> str:
+    return Path(os.path.relpath(path, location)).as_posix()
+
+
+def _relinked(table: Table, location: Path) -> Table:
+    rows = tuple(
+        tuple(
+            Cell(cell.text, cell.sort, cell.source, cell.tone, _relative(Path(cell.href), location))
+            if cell.href
+            else cell
+            for cell in row
+        )
+        for row in table.rows
+    )
+    return Table(table.name, table.title, table.columns, rows, table.note, table.numeric)
+
+
+def _rounded(values: Any, digits: int) -> list[float | None]:
+    """Lists for JSON: so many significant digits, null for what is not finite."""
+    return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in np.asarray(values, float)]
+
+
+def _rich(table: Table, columns: Sequence[int]) -> RichTable:
+    """A table for the terminal, with the columns that fit."""
+    shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    for column in columns:
+        shown.add_column(table.columns[column], justify="right" if column in table.numeric else "left")
+    for row in table.rows:
+        shown.add_row(*(Text(row[column].text, style=_TONES.get(row[column].tone, "")) for column in columns))
+    return shown

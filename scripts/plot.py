@@ -1,0 +1,54 @@
+"""One of the paper's figures or tables from records: `python scripts/plot.py curves results/cpu_scale`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from analysis.figures import FIGURES, NothingToShow, save
+from analysis.results import analyse
+from analysis.tables import TABLES, markdown
+from analysis.trials import load_study
+from training.records import RecordError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    named = "\n".join(f"  {name:<10} {(draw.__doc__ or '').splitlines()[0]}" for name, draw in FIGURES.items())
+    parser = argparse.ArgumentParser(
+        description=f"figures:\n{named}\ntables (--table): {', '.join(TABLES)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", help="a figure, or with --table a table; `all` draws every figure there is data for")
+    parser.add_argument("paths", nargs="+", type=Path, help="a study directory, or directories that hold runs")
+    parser.add_argument("--output", type=Path, help="a file (.png, .svg, .pdf), for `all` a directory")
+    parser.add_argument("--table", action="store_true", help="print the table of this name as Markdown")
+    parser.add_argument("--baseline", default="adamw", help="for bare runs: the arm that others are held against")
+    options = parser.parse_args(arguments)
+    known = TABLES if options.table else {**FIGURES, "all": None}
+    if options.name not in known:
+        parser.error(
+            f"{options.name}: there is no such {'table' if options.table else 'figure'}; "
+            f"choose one of {', '.join(known)}"
+        )
+    try:
+        results = analyse(load_study(options.paths, baseline=options.baseline))
+        if options.table:
+            print(markdown(TABLES[options.name](results)))
+            return 0
+        for name in FIGURES if options.name == "all" else [options.name]:
+            output = options.output or Path(f"{name}.png")
+            if options.name == "all":
+                output = (options.output or Path("figures")) / f"{name}.png"
+            try:
+                print(save(FIGURES[name](results), output))
+            except NothingToShow as reason:
+                if options.name != "all":
+                    raise
+                print(f"{name}: {reason}", file=sys.stderr)
+    except (FileNotFoundError, RecordError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

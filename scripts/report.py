@@ -1,0 +1,35 @@
+"""The report of a study or of any runs: `python scripts/report.py results/cpu_scale` or `... runs --output report`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from analysis.report import print_summary, write_report
+from analysis.results import analyse
+from analysis.trials import INDEX_FILE, load_study
+from training.records import RecordError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="HTML, Markdown and JSON from run records, and a summary here.")
+    parser.add_argument("paths", nargs="+", type=Path, help="a study directory, or directories that hold runs")
+    parser.add_argument("--output", type=Path, help="where to write (default: the study directory, or ./report)")
+    parser.add_argument("--baseline", default="adamw", help="for bare runs: the arm that others are held against")
+    options = parser.parse_args(arguments)
+    study_directory = options.paths[0] if (options.paths[0] / INDEX_FILE).is_file() else None
+    try:
+        results = analyse(load_study(options.paths, baseline=options.baseline))
+    except (FileNotFoundError, RecordError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    written = write_report(results, options.output or study_directory or Path("report"))
+    console = Console()
+    print_summary(results, console)
+    console.print(f"report: {written.html}  {written.markdown}  {written.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

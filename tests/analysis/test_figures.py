@@ -1,0 +1,73 @@
+"""Every figure of the paper comes from records by one command, and says what it misses where it cannot."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from analysis.figures import FIGURES, NothingToShow, save
+from analysis.reference import load_reference
+from analysis.results import Results, analyse
+from analysis.trials import load_study
+from scripts.plot import main as plot
+from tests.analysis.synthetic import write_run, write_study
+
+
+@pytest.fixture(scope="module")
+def study_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study(tmp_path_factory.mktemp("study") / "synthetic")
+
+
+@pytest.fixture(scope="module")
+def results(study_directory: Path) -> Results:
+    return analyse(load_study([study_directory]))
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_complete_study_gives_every_figure(results: Results, name: str, tmp_path: Path) -> None:
+    path = save(FIGURES[name](results), tmp_path / f"{name}.png")
+    with Image.open(path) as image:
+        extremes = image.convert("L").getextrema()
+    assert extremes[0] < 100 < 250 < extremes[1], "something dark on something light"
+
+
+def test_the_same_records_give_the_same_bytes(results: Results, tmp_path: Path) -> None:
+    first = save(FIGURES["tokens"](results), tmp_path / "a.png").read_bytes()
+    assert save(FIGURES["tokens"](results), tmp_path / "b.png").read_bytes() == first
+
+
+def test_a_figure_without_its_records_says_what_it_needs(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", steps=4, train_lines=False)
+    results = analyse(load_study([tmp_path]))
+    needs = {
+        "size": "at least two models",
+        "grid": "two β2 and two γ",
+        "interval": "two hessian_interval",
+        "unclipped": "unclipped_fraction",
+        "hessian": "histogram",
+        "stability": "three learning rates",
+    }
+    for name, words in needs.items():
+        with pytest.raises(NothingToShow, match=words):
+            FIGURES[name](results)
+
+
+def test_the_command_draws_a_figure_and_prints_a_table(
+    study_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plot(["grid", str(study_directory), "--output", str(tmp_path / "grid.svg")]) == 0
+    assert (tmp_path / "grid.svg").read_text().startswith("<?xml")
+    assert plot(["times", str(study_directory), "--table"]) == 0
+    assert "| curvature |" in capsys.readouterr().out
+
+
+def test_published_numbers_are_those_of_the_paper() -> None:
+    reference = load_reference()
+    paper = {(one.model, one.arm): one.loss for one in reference.losses if one.source == "paper"}
+    assert paper["gpt2_small", "adamw"] == 2.921
+    assert paper["gpt2_small", "sophiag"] == 2.895
+    assert paper["gpt2_medium", "sophiah"] == 2.645
+    assert len(paper) == 9
+    assert {one.source for one in reference.losses} <= set(reference.sources)
+    wen = {one.chinchilla: one.loss for one in reference.losses if one.source == "wen 2025" and one.arm == "adamw"}
+    assert wen == {1: 3.529, 2: 3.408, 4: 3.322, 8: 3.261}

@@ -1,0 +1,218 @@
+"""The report: complete in every format, and a page that works in a real browser with nothing loaded from elsewhere."""
+
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from analysis.report import Written, print_summary, render_html, write_report
+from analysis.results import Results, analyse
+from analysis.trials import load_study
+from scripts.report import main as report
+from tests.analysis.browser import Page, find_chromium
+from tests.analysis.synthetic import write_run, write_study
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return analyse(load_study([write_study(tmp_path_factory.mktemp("study") / "synthetic")]))
+
+
+@pytest.fixture(scope="module")
+def written(results: Results) -> Written:
+    assert results.study.directory is not None
+    return write_report(results, results.study.directory)
+
+
+class Collector(HTMLParser):
+    """Links, anchors and sources of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.sources: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name == "id" and value:
+                self.ids.append(value)
+            if name == "href" and tag == "a" and value:
+                self.links.append(value)
+            if (name == "src" or (name == "href" and tag == "link")) and value:
+                self.sources.append(value)
+
+
+@pytest.fixture(scope="module")
+def parsed(written: Written) -> Collector:
+    collector = Collector()
+    collector.feed(written.html.read_text())
+    return collector
+
+
+def test_every_link_leads_somewhere(written: Written, parsed: Collector) -> None:
+    """To an anchor of the page, or to a run directory that exists relative to it."""
+    assert len(parsed.links) > 100
+    for link in set(parsed.links):
+        if link.startswith("#"):
+            assert link[1:] in parsed.ids, link
+        else:
+            assert (written.html.parent / link / "config.yaml").is_file(), link
+
+
+def test_numbers_are_linked_to_the_runs_that_they_come_from(written: Written) -> None:
+    page = written.html.read_text()
+    assert re.search(r'<a href="#runs-sophiag-tiny-200"[^>]*><span class="ratio">1\.\d\d×', page)
+    assert 'id="runs-sophiag-tiny-200"' in page
+
+
+def test_ids_are_unique_and_everything_is_inlined(parsed: Collector) -> None:
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert all(source.startswith("data:") for source in parsed.sources)
+
+
+def test_markdown_holds_verdict_tables_figures_and_method(written: Written) -> None:
+    text = written.markdown.read_text()
+    assert "| tiny | Sophia-G | steps |" in text
+    assert "**supported**" in text
+    assert "## How it was measured" in text
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert len(pictures) > 5
+    assert all((written.markdown.parent / picture).is_file() for picture in pictures)
+
+
+def test_the_terminal_summary_holds_the_verdict_and_the_warnings(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        for steps in (50, 100):
+            write_run(tmp_path / f"a{steps}{seed}", seed=seed, steps=steps, train_lines=False)
+            options = {"config": {"train.grad_clip": 9.0}} if (steps, seed) == (50, 1) else {}
+            write_run(
+                tmp_path / f"l{steps}{seed}", optimizer="lion", seed=seed, steps=steps, train_lines=False, **options
+            )
+    console = Console(width=140, record=True, force_terminal=False)
+    with console.capture() as capture:
+        print_summary(analyse(load_study([tmp_path])), console)
+    text = capture.get()
+    assert "Runs differ in more than the optimizer: train.grad_clip" in text
+    assert "Lion" in text
+    assert "wall-clock" in text
+
+
+def test_the_command_writes_all_formats_and_names_its_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = write_study(tmp_path / "synthetic", models={"tiny": 1e6})
+    assert report([str(study)]) == 0
+    assert {"report.html", "report.md", "report.json", "figures"} <= {path.name for path in study.iterdir()}
+    assert report([str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_text_that_looks_like_markup_stays_text(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "synthetic", models={"tiny": 1e6})
+    index = json.loads((study / "study.json").read_text())
+    index["description"] = "</script><script>alert(1)</script>"
+    (study / "study.json").write_text(json.dumps(index))
+    page = render_html(analyse(load_study([study])), study)
+    assert "<script>alert(1)" not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+@pytest.fixture(scope="module")
+def page(written: Written, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    chromium = find_chromium()
+    if chromium is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    with Page(chromium, tmp_path_factory.mktemp("profile")) as page:
+        page.resize(1200, 900)
+        page.open(written.html.as_uri())
+        page.wait_for("document.querySelectorAll('#chart-curves .scatterlayer .trace').length >= 3")
+        yield page
+
+
+# The tests that follow share one page, in this order.
+
+
+def test_in_a_browser_the_page_draws_its_charts_without_errors_or_requests(page: Page) -> None:
+    assert page.evaluate("document.querySelectorAll('#chart-finals .scatterlayer .trace').length") >= 3
+    assert page.errors == []
+    assert [url[:80] for url in page.requests if not url.startswith(("data:", "file:"))] == []
+    assert sum(url.startswith("file:") for url in page.requests) == 1, "the page itself and nothing beside it"
+
+
+def test_the_switch_changes_what_the_curves_are_drawn_over(page: Page) -> None:
+    def axis() -> tuple[str, float]:
+        title = page.evaluate("document.querySelector('#chart-curves .xtitle').textContent")
+        return title, page.evaluate("document.getElementById('chart-curves').data.at(-1).x.at(-1)")
+
+    seen = {}
+    for currency in ("steps", "tokens", "flops", "seconds"):
+        page.evaluate(f"document.querySelector('#currency [data-currency={currency}]').click()")
+        page.wait_for(f"document.querySelector('[data-currency={currency}]').getAttribute('aria-pressed') === 'true'")
+        seen[currency] = axis()
+    assert seen["steps"] == ("training steps", 400)
+    assert seen["tokens"] == ("training tokens", 400 * 1024)
+    assert seen["flops"][0].startswith("model FLOPs")
+    assert seen["seconds"][0] == "training seconds"
+    assert len({value for _, value in seen.values()}) == 4
+    assert page.evaluate("document.querySelectorAll('#currency [aria-pressed=true]').length") == 1
+
+
+def test_a_click_on_an_arms_name_hides_and_shows_it(page: Page) -> None:
+    count = "document.getElementById('chart-curves').data.length"
+    before = page.evaluate(count)
+    page.evaluate("document.querySelector('#legend [data-arm=lion]').click()")
+    assert page.evaluate(count) < before
+    page.evaluate("document.querySelector('#legend [data-arm=lion]').click()")
+    assert page.evaluate(count) == before
+
+
+def test_model_and_run_length_can_be_chosen(page: Page) -> None:
+    chosen = (
+        "(id, value) => { const select = document.getElementById(id); select.value = value; "
+        "select.dispatchEvent(new Event('change')); }"
+    )
+    first = page.evaluate("document.getElementById('chart-curves').data.at(-1).y.at(-1)")
+    page.evaluate(f"({chosen})('model', 'small')")
+    assert page.evaluate("document.getElementById('chart-curves').data.at(-1).y.at(-1)") != first
+    page.evaluate(f"({chosen})('horizon', '50')")
+    assert page.evaluate("document.querySelector('#horizon').value") == "50"
+    page.evaluate(f"({chosen})('model', 'tiny')")
+
+
+def test_tables_sort_by_value_both_ways(page: Page) -> None:
+    column = (
+        "[...document.querySelectorAll('[data-name=final-losses] tbody tr')].map(r => Number(r.cells[3].dataset.sort))"
+    )
+    head = "document.querySelectorAll('[data-name=final-losses] th')[3].click()"
+    page.evaluate(head)
+    values = page.evaluate(column)
+    assert values == sorted(values)
+    assert len(values) > 10
+    page.evaluate(head)
+    assert page.evaluate(column) == sorted(values, reverse=True)
+
+
+def test_a_number_leads_to_its_run_records(page: Page) -> None:
+    page.evaluate("document.getElementById('records-list').open = false")
+    page.evaluate("document.querySelector('a[href=\"#runs-sophiag-tiny-200\"]').click()")
+    page.wait_for("document.querySelectorAll('tr.hit').length === 3")
+    assert page.evaluate("document.getElementById('records-list').open")
+
+
+def test_on_a_phone_nothing_is_wider_than_the_screen(page: Page) -> None:
+    page.resize(390, 844, phone=True)
+    page.wait_for("innerWidth === 390")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.wait_for("document.querySelector('#chart-curves .main-svg').getBoundingClientRect().width <= 390")
+    assert page.errors == []
+
+
+def test_it_prints(page: Page, tmp_path: Path) -> None:
+    page.print_to_pdf(tmp_path / "report.pdf")
+    assert (tmp_path / "report.pdf").stat().st_size > 50_000
+    assert page.errors == []
