@@ -1,8 +1,9 @@
 """How many floating-point operations the model takes, counted from its shape.
 
-Matrix products only, a multiply-add as two, as torch.utils.flop_counter counts them: what the hardware executes, so the head
-over the padded vocabulary and attention over all pairs of positions, the masked half included. Look-ups in the embeddings,
-norms, softmax and the optimizer are left out. A backward pass is twice its forward. Recomputation is not counted.
+Matrix products only, a multiply-add as two, as torch.utils.flop_counter counts them: what the hardware executes, so the
+head over the padded vocabulary and attention over all pairs of positions, the masked half included. Look-ups in the
+embeddings, norms, softmax and the optimizer are left out. A backward pass is twice its forward. Recomputation is not
+counted.
 """
 
 from models.gpt2 import GPT2Config

@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al. 2019): the decoder that the paper pretrains, in one file from top to bottom.
 
-Tied embeddings, learned positions, pre-norm blocks, tanh GELU. The vocabulary is padded so that the head's matrix products have
-aligned shapes; the padding takes no part in the softmax, is never sampled and never receives a gradient.
+Tied embeddings, learned positions, pre-norm blocks, tanh GELU. The vocabulary is padded so that the head's matrix products
+have aligned shapes; the padding takes no part in the softmax, is never sampled and never receives a gradient.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.head import LossHead
+from models.head import LossHead, plain_losses
 
 ParameterKind = Literal["embedding", "attention", "mlp", "norm"]
 INITIAL_STD = 0.02
@@ -139,10 +139,10 @@ class GPT2(nn.Module):
 
         Raises ValueError for sequences longer than block_size.
         """
-        hidden = self.hidden(tokens)
-        return GPT2Output(
-            *self.head(hidden, self.token_embedding.weight, targets, uniforms, plain=self.attention == "math")
-        )
+        hidden, weight = self.hidden(tokens), self.token_embedding.weight
+        if self.attention == "math":
+            return GPT2Output(*plain_losses(hidden, weight, targets, uniforms, self.config.vocab_size))
+        return GPT2Output(*self.head(hidden, weight, targets, uniforms))
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, d): the trunk's output, after the final norm."""

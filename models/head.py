@@ -1,76 +1,307 @@
-"""The loss head: from hidden states to cross entropies, of given targets and of labels drawn from the model's own softmax.
+"""The loss head: from hidden states to cross entropies, of given targets and of labels drawn from the model's softmax.
 
-Softmax, sampling and loss are fp32 whatever the precision of the logits' product.
+Over half of a small GPT-2's training step is spent here. The logits are computed for some thousand positions at a time,
+and as soon as they stand in memory their softmax, its losses and its gradient are taken, in place; so neither the logits
+of the whole batch nor any logits in fp32 are ever held. Softmax, sampling and loss are fp32 whatever the precision of the
+product.
+
+Both losses come out of one softmax. Their gradients with respect to the logits, softmax - onehot(target) and
+softmax - onehot(label), differ in two entries of a row; so once the target's has been taken through the two matrix products
+of the backward pass, the label's follows from it by look-ups.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORED = -100  # the target of a position that has none, as in torch.nn.functional.cross_entropy
+CHUNK_ROWS = 4096  # positions whose logits are held at once; fewer would add up the weight's gradient too often
+EAGER_ROWS = 256  # positions whose logits are widened to fp32 at once where nothing is compiled
 BLOCK = 128  # columns of the vocabulary whose probability mass the sampler sums first
+
+Losses = tuple[Tensor | None, Tensor | None]
+
+
+class Passes(NamedTuple):
+    """The passes over a chunk's logits: functions of this module, compiled or over slices of rows."""
+
+    log_normalizer: Callable[[Tensor], Tensor]
+    block_masses: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    softmax_: Callable[[Tensor, Tensor], Tensor]
 
 
 class LossHead(nn.Module):
-    """Cross entropy of the targets and of sampled labels, both from one softmax over the first vocab_size rows of the weight."""
+    """Cross entropies over the first vocab_size rows of the weight, summed over positions: of targets, of drawn labels."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
         self.vocab_size = vocab_size
+        self.passes = Passes(
+            log_normalizer=_in_slices(log_normalizer),
+            block_masses=_in_slices(block_masses),
+            softmax_=_in_slices(softmax_),
+        )
 
+    @torch.compiler.disable
     def forward(
         self,
-        hidden: Tensor,  # (..., d)
+        hidden: Tensor,  # (B, T, d)
         weight: Tensor,  # (padded_vocab_size, d)
-        targets: Tensor | None,  # (...) int64, -100 where there is none
-        uniforms: Tensor | None,  # (...) float32, negative where no label is to be drawn
-        plain: bool = False,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        logits = F.linear(hidden.flatten(0, -2), weight)[:, : self.vocab_size].float()
-        loss_sum = sampled_loss_sum = None
+        targets: Tensor | None,  # (B, T) int64, -100 where there is none
+        uniforms: Tensor | None,  # (B, T) float32 in [0, 1), negative where no label is to be drawn
+    ) -> Losses:
+        """The losses that are asked for, by the chunked route, which can be differentiated once.
+
+        With both losses, `sampled_loss_sum.backward(retain_graph=True)` goes before `loss_sum.backward()`; and labels drawn
+        at just the positions that have a target cost next to nothing, at any others a softmax of their own.
+        """
+        hidden = hidden.flatten(0, -2)
         if targets is not None:
-            loss_sum = F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORED)
+            targets = targets.flatten()
         if uniforms is not None:
-            labels = sample_labels(logits.detach(), uniforms.flatten())
-            sampled_loss_sum = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
-        return loss_sum, sampled_loss_sum
+            uniforms = uniforms.flatten()
+        if targets is not None and uniforms is not None and not torch.equal(targets == IGNORED, uniforms < 0):
+            drawn = (uniforms >= 0).nonzero()[:, 0]
+            loss_sum, _ = self._losses(hidden, weight, targets, None)
+            _, sampled_loss_sum = self._losses(hidden[drawn], weight, None, uniforms[drawn])
+            return loss_sum, sampled_loss_sum
+        return self._losses(hidden, weight, targets, uniforms)
+
+    def _losses(self, hidden: Tensor, weight: Tensor, targets: Tensor | None, uniforms: Tensor | None) -> Losses:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        with torch.autocast(device, enabled=False):
+            return _ChunkedLosses.apply(self, hidden, weight, targets, uniforms, dtype, torch.is_grad_enabled())
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        """Compiles the passes over the logits, with the arguments of torch.compile."""
+        self.passes = Passes(
+            log_normalizer=torch.compile(log_normalizer, *args, **kwargs),
+            block_masses=torch.compile(block_masses, *args, **kwargs),
+            softmax_=torch.compile(softmax_, *args, **kwargs),
+        )
 
 
-@torch.no_grad()
+def plain_losses(
+    hidden: Tensor,  # (B, T, d)
+    weight: Tensor,  # (padded_vocab_size, d)
+    targets: Tensor | None,  # (B, T) int64, -100 where there is none
+    uniforms: Tensor | None,  # (B, T) float32 in [0, 1), negative where no label is to be drawn
+    vocab_size: int,
+) -> Losses:
+    """The same losses in a few lines of torch, over full logits: can be differentiated twice, and is the head's reference."""
+    logits = F.linear(hidden.flatten(0, -2), weight)[:, :vocab_size].float()
+    loss_sum = sampled_loss_sum = None
+    if targets is not None:
+        loss_sum = F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORED)
+    if uniforms is not None:
+        labels = sample_labels(logits, uniforms.flatten())
+        sampled_loss_sum = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+    return loss_sum, sampled_loss_sum
+
+
+class _ChunkedLosses(torch.autograd.Function):
+    """Losses and, while the logits are in memory, their gradients. With both losses they count the same positions.
+
+    The gradients are those of the leading loss: the targets' if there are targets, the labels' else.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: LossHead,
+        hidden: Tensor,  # (N, d)
+        weight: Tensor,  # (padded_vocab_size, d)
+        targets: Tensor | None,  # (N,)
+        uniforms: Tensor | None,  # (N,)
+        dtype: torch.dtype,  # of the matrix products
+        differentiable: bool,
+    ) -> Losses:
+        narrow_hidden, narrow_weight = hidden.to(dtype), weight.to(dtype)
+        rows, padded_vocab_size = len(hidden), len(weight)
+        chunk_rows = _chunk_rows(rows)
+        labels = None if uniforms is None else torch.empty_like(uniforms, dtype=torch.int64)
+        leading = targets if targets is not None else labels
+        assert leading is not None
+        loss_sum = None if targets is None else hidden.new_zeros((), dtype=torch.float32)
+        sampled_loss_sum = None if labels is None else hidden.new_zeros((), dtype=torch.float32)
+        d_hidden = torch.empty_like(narrow_hidden) if differentiable else None
+        d_weight: Tensor | None = None
+        buffer = narrow_hidden.new_empty(chunk_rows, padded_vocab_size)
+
+        for start in range(0, rows, chunk_rows):
+            part = slice(start, min(start + chunk_rows, rows))
+            logits = torch.mm(narrow_hidden[part], narrow_weight.t(), out=buffer[: part.stop - part.start])
+            real = logits[:, : head.vocab_size]
+            normalizer = head.passes.log_normalizer(real)
+            if labels is not None and uniforms is not None:
+                labels[part] = draw(real, normalizer, uniforms[part], head.passes.block_masses)
+            counted = leading[part] != IGNORED
+            index = torch.arange(len(real), device=real.device)
+            targets_logits = None if targets is None else real[index, targets[part].clamp(min=0)].float()
+            labels_logits = None if labels is None else real[index, labels[part].clamp(min=0)].float()
+            if loss_sum is not None and targets_logits is not None:
+                loss_sum += torch.where(counted, normalizer - targets_logits, 0).sum()
+            if sampled_loss_sum is not None and labels_logits is not None:
+                sampled_loss_sum += torch.where(counted, normalizer - labels_logits, 0).sum()
+
+            if d_hidden is not None:
+                # The label's entry of softmax - onehot is computed in fp32 by itself: 1 taken from the rounded probability
+                # of a sure token would leave noise. A row that does not count has an infinite normaliser: zeros.
+                head.passes.softmax_(real, torch.where(counted, normalizer, torch.inf))
+                leading_logits = targets_logits if targets_logits is not None else labels_logits
+                assert leading_logits is not None
+                entry = torch.where(counted, (leading_logits - normalizer).exp() - 1, 0)
+                real[index, leading[part].clamp(min=0)] = entry.to(dtype)
+                logits[:, head.vocab_size :] = 0
+                torch.mm(logits, narrow_weight, out=d_hidden[part])
+                if d_weight is None:
+                    d_weight = torch.mm(logits.t(), narrow_hidden[part]).float()
+                elif dtype == torch.float32:
+                    d_weight.addmm_(logits.t(), narrow_hidden[part])
+                else:
+                    d_weight += torch.mm(logits.t(), narrow_hidden[part])
+
+        if differentiable:
+            ctx.set_materialize_grads(False)
+            ctx.gradients = d_hidden, d_weight
+            ctx.dtypes = hidden.dtype, weight.dtype
+            ctx.both = targets is not None and labels is not None
+            if ctx.both:
+                ctx.save_for_backward(narrow_hidden, narrow_weight, targets, labels)
+        return loss_sum, sampled_loss_sum
+
+    @staticmethod
+    def backward(ctx: Any, *loss_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the loss head's gradients have been used: they are computed in the forward pass and can be taken once. "
+                "With both losses, call sampled_loss_sum.backward(retain_graph=True) first and loss_sum.backward() then"
+            )
+        d_loss, d_sampled_loss = loss_gradients
+        if not ctx.both:
+            d_loss, d_sampled_loss = d_loss if d_loss is not None else d_sampled_loss, None
+        d_hidden = d_weight = None
+        if d_sampled_loss is not None:
+            d_hidden, d_weight = _relabelled(ctx.gradients, ctx.saved_tensors, d_sampled_loss)
+        if d_loss is not None:
+            # The weight's gradient is scaled where it stands and handed over, so that autograd need not copy it.
+            leading_d_hidden, leading_d_weight = ctx.gradients
+            ctx.gradients = None
+            leading_d_hidden, leading_d_weight = leading_d_hidden * d_loss, leading_d_weight.mul_(d_loss)
+            d_hidden = leading_d_hidden if d_hidden is None else d_hidden + leading_d_hidden
+            d_weight = leading_d_weight if d_weight is None else d_weight.add_(leading_d_weight)
+        if d_hidden is None or d_weight is None:
+            return (None,) * 7
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return None, d_hidden.to(hidden_dtype), d_weight.to(weight_dtype), None, None, None, None
+
+
+def _relabelled(
+    gradients: tuple[Tensor, Tensor],  # (N, d) and (padded_vocab_size, d) float32, of the targets' loss
+    saved: tuple[Tensor, ...],  # hidden (N, d), weight (padded_vocab_size, d), targets (N,), labels (N,)
+    scale: Tensor,  # ()
+) -> tuple[Tensor, Tensor]:  # (N, d), (padded_vocab_size, d) float32: scale times the gradients of the labels' loss
+    """(p - onehot(label)) W = (p - onehot(target)) W + W[target] - W[label], and the like for the weight's gradient."""
+    d_hidden, d_weight = gradients
+    hidden, weight, targets, labels = saved
+    counted = (targets != IGNORED)[:, None]
+    targets, labels = targets.clamp(min=0), labels.clamp(min=0)
+    change = torch.where(counted, weight[targets].float() - weight[labels].float(), 0)
+    share = torch.where(counted, hidden.float() * scale, 0)
+    d_weight = d_weight * scale
+    d_weight.index_add_(0, targets, share).index_add_(0, labels, share, alpha=-1)
+    return (d_hidden.float() + change) * scale, d_weight
+
+
+def log_normalizer(
+    logits: Tensor,  # (N, V)
+) -> Tensor:  # (N,) float32: log sum exp
+    wide = logits.float()
+    maximum = wide.amax(dim=-1)
+    return maximum + (wide - maximum[:, None]).exp().sum(dim=-1).log()
+
+
+def softmax_(
+    logits: Tensor,  # (N, V), replaced by their softmax
+    normalizer: Tensor,  # (N,) float32
+) -> Tensor:
+    # A pass of its own, and the exponential taken twice: together with the sum, inductor keeps it in a buffer in fp32.
+    return logits.copy_((logits.float() - normalizer[:, None]).exp())
+
+
+def block_masses(
+    logits: Tensor,  # (N, V)
+    normalizer: Tensor,  # (N,) float32
+) -> tuple[Tensor, Tensor]:  # (N, ⌊V / BLOCK⌋) and (N, 1) float32: the probability of each whole block, and of the rest
+    whole = logits.size(1) // BLOCK
+    blocks = logits[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).float()
+    rest = logits[:, whole * BLOCK :].float()
+    return (
+        (blocks - normalizer[:, None, None]).exp().sum(dim=-1),
+        (rest - normalizer[:, None]).exp().sum(dim=-1, keepdim=True),
+    )
+
+
 def sample_labels(
-    logits: Tensor,  # (N, V) float32
+    logits: Tensor,  # (N, V)
     uniforms: Tensor,  # (N,) float32 in [0, 1), negative where no label is to be drawn
 ) -> Tensor:  # (N,) int64, -100 where no label was drawn
     """Labels drawn from softmax(logits) by inverse CDF: the first token whose cumulative probability exceeds the uniform.
 
-    A row's label depends on its logits and its uniform alone. The cumulative sum is taken over blocks of the vocabulary
-    first and inside the chosen block then. A token without probability is never drawn, not even as the uniform tends to 1.
+    A row's label depends on its logits and its uniform alone. A token without probability is never drawn, not even as the
+    uniform tends to 1.
     """
-    rows, vocab_size = logits.shape
-    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
-    blocks = F.pad(weights, (0, -vocab_size % BLOCK)).unflatten(-1, (-1, BLOCK))
-    mass = blocks.sum(dim=-1)
-    cumulative = mass.cumsum(dim=-1)
+    logits = logits.detach()
+    return draw(logits, log_normalizer(logits), uniforms, block_masses)
+
+
+def draw(
+    logits: Tensor,  # (N, V)
+    normalizer: Tensor,  # (N,) float32: log sum exp of the logits
+    uniforms: Tensor,  # (N,) float32
+    block_masses: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> Tensor:  # (N,) int64
+    """The cumulative sum is taken over blocks of the vocabulary first, and inside the chosen block then."""
+    masses = torch.cat(block_masses(logits, normalizer), dim=1)
+    cumulative = masses.cumsum(dim=-1)
     threshold = uniforms[:, None] * cumulative[:, -1:]
-    block = _first_above(cumulative, mass, threshold)
-    before = (cumulative - mass).gather(1, block)
-    inside = blocks[torch.arange(rows, device=logits.device), block[:, 0]]
-    column = _first_above(inside.cumsum(dim=-1), inside, threshold - before)
+    block = _first_above(cumulative, masses, threshold)
+    before = (cumulative - masses).gather(1, block)
+    columns = block * BLOCK + torch.arange(BLOCK, device=logits.device)
+    inside = logits.gather(1, columns.clamp(max=logits.size(1) - 1)).float()
+    probabilities = torch.where(columns < logits.size(1), (inside - normalizer[:, None]).exp(), 0)
+    column = _first_above(probabilities.cumsum(dim=-1), probabilities, threshold - before)
     return torch.where(uniforms < 0, IGNORED, (block * BLOCK + column)[:, 0])
 
 
 def _first_above(cumulative: Tensor, mass: Tensor, threshold: Tensor) -> Tensor:
-    """(N, 1): the first index that has mass and whose cumulative sum exceeds the threshold; the last that has mass if none does.
+    """(N, 1): the first index that has mass and whose cumulative sum exceeds the threshold; else the last that has mass.
 
-    None does where rounding leaves the threshold at the last cumulative sum. Mass is asked for besides because a parallel
-    cumulative sum may grow by rounding from one index to the next where there is no mass.
+    None exceeds it where rounding leaves the threshold at the last cumulative sum. Mass is asked for besides because a
+    parallel cumulative sum may grow by rounding from one index to the next where there is no mass.
     """
     index = torch.arange(mass.size(1), device=mass.device)
     last = torch.where(mass > 0, index, 0).amax(dim=-1, keepdim=True)
     first = torch.where((mass > 0) & (cumulative > threshold), index, mass.size(1)).amin(dim=-1, keepdim=True)
     return torch.minimum(first, last)
+
+
+def _chunk_rows(rows: int) -> int:
+    """Chunks of equal size, about CHUNK_ROWS each, so that no short one is left over."""
+    return -(-rows // max(1, round(rows / CHUNK_ROWS)))
+
+
+def _in_slices(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function over slices of EAGER_ROWS rows: uncompiled, it widens all the rows that it is given to fp32."""
+
+    def over_slices(*arguments: Tensor) -> Any:
+        results = [function(*slices) for slices in zip(*(a.split(EAGER_ROWS) for a in arguments), strict=True)]
+        if isinstance(results[0], Tensor):
+            return torch.cat(results)
+        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+    return over_slices
