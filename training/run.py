@@ -142,7 +142,7 @@ def _execute(config: RunConfig, distributed: Distributed) -> Outcome:
         ledger.load_state_dict(checkpoint.state["ledger"])
         _restore_random_state(checkpoint, rank)
         resume_at = checkpoint.state["metrics_bytes"] if plan.own_checkpoint else None
-    recorder = Recorder.open(config, directory, plan, distributed, manifest, weights, strategy.model, resume_at, state)
+    recorder = Recorder.open(config, directory, plan, distributed, manifest, weights, resume_at, state)
     for line in plan.rejected:
         recorder.message(f"passed over: {line}")
     if plan.checkpoint is not None:
@@ -307,7 +307,6 @@ class Recorder:
         distributed: Distributed,
         manifest: Manifest,
         weights: InitialWeights,
-        model: GPT2,
         resume_at: int | None,
         state: TrainingState,
     ) -> "Recorder":
@@ -324,7 +323,7 @@ class Recorder:
             "hardware": hardware.describe(distributed.device),
             "world_size": distributed.world_size,
             "data_manifest_sha256": manifest.sha256,
-            "initial_weights_sha256": weights.sha256(model),
+            "initial_weights_sha256": weights.sha256(),
         }
         if not plan.own_checkpoint:
             records.write_config(directory, config.model_dump(mode="json") | {"name": config.run_name})

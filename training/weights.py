@@ -26,6 +26,8 @@ class InitialWeights:
 
     def __init__(self, config: ModelConfig, shape: GPT2Config, seed: int) -> None:
         self._seed = seed
+        with torch.device("meta"):
+            self._model = GPT2(shape)  # names and shapes: the run's own model may show shards, or nothing
         self._loaded: dict[str, Tensor] | None = None
         if config.init_from is not None:
             from models.huggingface import from_huggingface
@@ -43,11 +45,11 @@ class InitialWeights:
                 )
 
     @torch.no_grad()
-    def tensors(self, model: GPT2) -> Iterator[tuple[str, Tensor]]:
-        """(name, full float32 tensor on the CPU) of each parameter of the model, which may be on the meta device."""
-        for name, parameter in model.named_parameters():
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, full float32 tensor on the CPU) of each parameter, one after another, in the model's order."""
+        for name, parameter in self._model.named_parameters():
             if self._loaded is None:
-                yield name, model.initial_tensor(name, parameter.shape, self._seed)
+                yield name, self._model.initial_tensor(name, parameter.shape, self._seed)
             else:
                 yield name, self._loaded[name].float()
 
@@ -55,7 +57,7 @@ class InitialWeights:
     def apply(self, model: GPT2) -> None:
         """Copy the weights into the model's parameters; a rank with shards (DTensor) keeps its own part."""
         parameters = dict(model.named_parameters())
-        for name, full in self.tensors(model):
+        for name, full in self.tensors():
             parameter = parameters[name]
             if isinstance(parameter, DTensor):
                 mesh, placements = parameter.device_mesh, parameter.placements
@@ -64,10 +66,11 @@ class InitialWeights:
             else:
                 parameter.copy_(full)
 
-    def sha256(self, model: GPT2) -> str:
+    def sha256(self) -> str:
         """A hash over names and bytes, in the order of the names."""
+        hashes = {name: hashlib.sha256(full.contiguous().numpy()).digest() for name, full in self.tensors()}
         digest = hashlib.sha256()
-        for name, full in sorted(self.tensors(model)):
+        for name, tensor_hash in sorted(hashes.items()):
             digest.update(name.encode())
-            digest.update(hashlib.sha256(full.contiguous().numpy().tobytes()).digest())
+            digest.update(tensor_hash)
         return digest.hexdigest()
