@@ -6,7 +6,8 @@
     hutchinson             ĥ = u ⊙ (∇²L u), the product by double backward
     hutchinson_differences ĥ = u ⊙ (∇L(θ + δu) − ∇L(θ − δu)) / 2δ, in float32
 
-N is counted from the predictions that were really made. No norm clip touches the estimate. Formulas: Liu et al. 2024, section 2.3.
+N is counted from the predictions that were really made. No norm clip touches the estimate. Formulas: Liu et al. 2024,
+section 2.3.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from models.flops import forward_backward_flops, hutchinson_differences_flops, h
 from sophia import random
 from training.config import AdaHessianConfig, OptimizerConfig, SophiaConfig
 from training.strategies.base import Strategy
+from training.strategies.communication import FLOAT32, all_reduce_bytes
 
 
 class CurvatureSlice(NamedTuple):
@@ -91,8 +93,7 @@ class CurvaturePass:
         rank, world_size = strategy.distributed.rank, strategy.distributed.world_size
         rows = -(-self.sequences // world_size)  # the largest share of a rank
         mine = len(range(rank, self.sequences, world_size))
-        count = -(-rows // self._micro_batch_size)
-        size = -(-rows // count)
+        size = -(-rows // self._micro_batches(world_size))
         length = batch.tokens.shape[1]
         offsets = torch.arange(length, device=strategy.device)
         for first in range(0, rows, size):
@@ -134,15 +135,12 @@ class CurvaturePass:
             with strategy.micro_batch(last=index == len(slices) - 1):
                 strategy.backward(loss(strategy, part) / num_predictions)
 
-    def _noise(self, parameters: dict[str, Tensor], step: int) -> list[Tensor]:
-        return [random.normals_like(p, self._seed, step, name) for name, p in parameters.items()]
-
     def _product(
         self, strategy: Strategy, slices: list[CurvatureSlice], step: int, num_predictions: int
     ) -> list[Tensor]:
         """u ⊙ (∇²L u) by double backward through the whole model on every rank, then a sum over the ranks."""
         parameters = strategy.parameters()
-        noise = self._noise(parameters, step)
+        noise = [random.normals_like(p, self._seed, step, name) for name, p in parameters.items()]
         products = [torch.zeros_like(p) for p in parameters.values()]
         with strategy.model.maths_attention(), strategy.autocast():
             for part in slices:
@@ -159,7 +157,7 @@ class CurvaturePass:
         self, strategy: Strategy, slices: list[CurvatureSlice], step: int, num_predictions: int
     ) -> list[Tensor]:
         """u ⊙ (∇L(θ + δu) − ∇L(θ − δu)) / 2δ; θ comes back bit for bit from a copy."""
-        noise = self._noise(strategy.parameters(), step)
+        noise = strategy.normals(self._seed, step)
         with strategy.full_precision():
             delta = strategy.difference_step(noise)
             gradients: list[list[Tensor]] = []
@@ -171,6 +169,20 @@ class CurvaturePass:
         torch._foreach_mul_(estimates, noise)
         torch._foreach_div_(estimates, 2 * delta)
         return list(estimates)
+
+    def bytes_communicated(self, strategy: Strategy) -> int:
+        """Bytes that each rank sends in one pass."""
+        world_size = strategy.distributed.world_size
+        if self.estimator == "hutchinson":  # the products are summed outside of the engine
+            parameters = sum(p.numel() for p in strategy.parameters().values())
+            return all_reduce_bytes(FLOAT32 * parameters, world_size)
+        passes = 2 if self.estimator == "hutchinson_differences" else 1
+        return passes * strategy.bytes_communicated(self._micro_batches(world_size))
+
+    def _micro_batches(self, world_size: int) -> int:
+        """Forwards of a pass on each rank."""
+        rows = -(-self.sequences // world_size)  # the largest share of a rank
+        return -(-rows // self._micro_batch_size)
 
     def flops(self, shape: GPT2Config, sequence_length: int) -> int:
         """Model FLOPs of one pass over all ranks, forward included."""

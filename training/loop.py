@@ -178,13 +178,13 @@ def train(run: Run) -> Status:
                 flops = run.curvature.flops(shape, length)
                 with ledger.measure("curvature", run.curvature.sequences * length, flops):
                     held_back = run.curvature.run(strategy, batch, step)
-                ledger.bytes_communicated += strategy.bytes_per_reduction
+                ledger.bytes_communicated += run.curvature.bytes_communicated(strategy)
                 reporter.flush()
                 write_curvature(run, step, held_back)
 
             with ledger.measure("forward_backward", step_tokens, step_flops):
                 loss = forward_backward(run, batch)
-            ledger.bytes_communicated += strategy.bytes_per_reduction
+            ledger.bytes_communicated += strategy.bytes_communicated(len(batch.tokens) // run.micro_batch_size)
 
             with ledger.measure("optimizer"):
                 factor = learning_rate_factor(config.schedule, step, config.train.steps)

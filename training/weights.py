@@ -68,7 +68,7 @@ class InitialWeights:
 
     def sha256(self) -> str:
         """A hash over names and bytes, in the order of the names."""
-        hashes = {name: hashlib.sha256(full.contiguous().numpy()).digest() for name, full in self.tensors()}
+        hashes = {name: hashlib.sha256(full.contiguous().numpy().data).digest() for name, full in self.tensors()}
         digest = hashlib.sha256()
         for name, tensor_hash in sorted(hashes.items()):
             digest.update(name.encode())

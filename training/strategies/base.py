@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from models import GPT2, GPT2Output
+from sophia.random import normals_like
 from training.distributed import Distributed
 from training.weights import InitialWeights
 
@@ -124,9 +125,9 @@ class Strategy(ABC):
     def update_hessian(
         self, *, num_predictions: int | None = None, estimates: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """Fold an estimate into h: from the gradients and N, or from one tensor a parameter in `parameters()` order.
+        """Fold an estimate into h: from the gradients and N, or from a tensor for each parameter in their order.
 
-        A non-finite estimate never enters h. Returns 1 (0-D, on the device) where one was held back. What is left of
+        The tensors are whole, or have the form of `normals`. A non-finite estimate never enters h. Returns 1 (0-D, on the device) where one was held back. What is left of
         the gradients is for `zero_grad` to clear.
         """
 
@@ -146,26 +147,42 @@ class Strategy(ABC):
         finally:
             self.bf16 = bf16
 
+    def normals(self, seed: int, step: int) -> list[Tensor]:
+        """Hutchinson's noise u ~ N(0, I) for each parameter, where the strategy shards this rank's part of it."""
+        return [normals_like(p, seed, step, name) for name, p in self.parameters().items()]
+
     def difference_step(self, directions: Sequence[Tensor]) -> Tensor:
         """() δ for a central difference along `directions`: a share of the weights' norm over the directions' norm."""
-        weights = [p.detach() for p in self.parameters().values()]
-        return DIFFERENCE_SHARE * total_norm(weights) / total_norm(directions)
+        return DIFFERENCE_SHARE * self.norm(self.weights()) / self.norm(directions)
+
+    def norm(self, tensors: Iterable[Tensor]) -> Tensor:
+        """() the Euclidean norm over tensors in the form of `normals`, over all ranks."""
+        return total_norm(tensors)
+
+    def weights(self) -> list[Tensor]:
+        """The float32 weights that the optimizers step, in the form of `normals`, to be changed in place."""
+        return [p.detach() for p in self.parameters().values()]
+
+    def weights_changed(self) -> None:
+        """To be called after `weights()` have been changed, before the next forward."""
 
     @contextmanager
     def perturbed(self, directions: Sequence[Tensor], scale: Tensor) -> Iterator[None]:
         """The weights moved by `scale` (0-D) times the directions; afterwards they are what they were, bit for bit."""
-        weights = [p.detach() for p in self.parameters().values()]
+        weights = self.weights()
         saved = [w.clone() for w in weights]
         try:
             for weight, direction in zip(weights, directions, strict=True):
                 weight.add_(direction * scale)
+            self.weights_changed()
             yield
         finally:
             for weight, original in zip(weights, saved, strict=True):
                 weight.copy_(original)
+            self.weights_changed()
 
     def take_gradients(self) -> list[Tensor]:
-        """The reduced gradients in `parameters()` order; they are the caller's afterwards, and cleared here."""
+        """The reduced gradients in the form of `normals`; they are the caller's afterwards, and cleared here."""
         taken = []
         for name, parameter in self.parameters().items():
             if parameter.grad is None:
@@ -203,7 +220,6 @@ class Strategy(ABC):
     def load(self, reader: PieceReader) -> None:
         """Weights and optimizer state from a checkpoint that any strategy at any world size has written."""
 
-    @property
     @abstractmethod
-    def bytes_per_reduction(self) -> int:
-        """Bytes that each rank sends for one reduction of the gradients (a ring all-reduce or its equal)."""
+    def bytes_communicated(self, micro_batches: int) -> int:
+        """Bytes that each rank sends for one accumulation of gradients over so many micro-batches and its update."""

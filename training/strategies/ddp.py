@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from models import GPT2, GPT2Output
 from training.strategies.base import Piece, PieceReader, StepStatistics, Strategy
+from training.strategies.communication import ddp_traffic
 from training.strategies.gradients import clip_and_step, unclipped, update_hessian
 from training.strategies.state import assigned_pieces, load_state, state_tensors
 from training.weights import InitialWeights
@@ -73,8 +74,6 @@ class DDP(Strategy):
     def load(self, reader: PieceReader) -> None:
         load_state(self.parameters(), self.optimizers, reader)
 
-    @property
-    def bytes_per_reduction(self) -> int:
-        world_size = self.distributed.world_size
-        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return 2 * (world_size - 1) * size // world_size
+    def bytes_communicated(self, micro_batches: int) -> int:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return ddp_traffic(parameters, self.distributed.world_size).total(micro_batches)

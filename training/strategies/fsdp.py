@@ -21,6 +21,7 @@ from models import GPT2, GPT2Output
 from training.config import FSDPConfig
 from training.distributed import Distributed
 from training.strategies.base import Piece, PieceReader, StepStatistics, Strategy
+from training.strategies.communication import BFLOAT16, FLOAT32, fsdp_traffic
 from training.strategies.gradients import clip_and_step, unclipped, update_hessian
 from training.strategies.state import load_state, sharded_pieces, state_tensors
 from training.weights import InitialWeights
@@ -128,11 +129,16 @@ class FSDP(Strategy):
     def load(self, reader: PieceReader) -> None:
         load_state(self._parameters, self.optimizers, reader)
 
-    @property
-    def bytes_per_reduction(self) -> int:
-        world_size = self.distributed.world_size
-        size = sum(p.numel() * p.element_size() for p in self._parameters.values())
-        return (world_size - 1) * size // world_size
+    def bytes_communicated(self, micro_batches: int) -> int:
+        in_blocks = sum(p.numel() for name, p in self._parameters.items() if name.startswith("blocks."))
+        traffic = fsdp_traffic(
+            in_blocks,
+            sum(p.numel() for p in self._parameters.values()) - in_blocks,
+            self.distributed.world_size,
+            block_bytes=BFLOAT16 if self._gather_bf16 else FLOAT32,
+            reshard_after_forward=self._config.reshard_after_forward,
+        )
+        return traffic.total(micro_batches)
 
 
 def _forward_of(block: nn.Module, *, compiled: bool, checkpointed: bool) -> Callable[..., Any]:
