@@ -72,8 +72,10 @@ class LossHead(nn.Module):
 
     def _losses(self, hidden: Tensor, weight: Tensor, targets: Tensor | None, uniforms: Tensor | None) -> Losses:
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        with torch.autocast(device, enabled=False):
+        dtype = weight.dtype
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast("cpu", enabled=False) if device == "meta" else torch.autocast(device, enabled=False):
             return _ChunkedLosses.apply(self, hidden, weight, targets, uniforms, dtype, torch.is_grad_enabled())
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,152 @@
+"""GPT-2 to and from transformers' GPT2LMHeadModel.
+
+The two differ in the layout of a linear layer (transformers' Conv1D holds its weight transposed), in biases and norms'
+offsets, which transformers always has, and in the rows that pad the vocabulary, which transformers lacks.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import GPT2Config as HuggingFaceConfig
+from transformers import GPT2LMHeadModel
+
+from models.gpt2 import GPT2, GPT2Config
+
+# Our name of a block's module, theirs, and whether theirs is a Conv1D.
+BLOCK_MODULES = (
+    ("attention_norm", "ln_1", False),
+    ("attention.qkv", "attn.c_attn", True),
+    ("attention.out", "attn.c_proj", True),
+    ("mlp_norm", "ln_2", False),
+    ("mlp.up", "mlp.c_fc", True),
+    ("mlp.down", "mlp.c_proj", True),
+)
+# Settings of a GPT2LMHeadModel that this model knows in one value only.
+FIXED_SETTINGS = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "tie_word_embeddings": (True,),
+    "add_cross_attention": (False,),
+}
+
+
+def to_huggingface(model: GPT2) -> GPT2LMHeadModel:
+    """A GPT2LMHeadModel on the CPU with the model's weights in float32 and the model's logits over the real vocabulary.
+
+    Absent biases become zeros. `save_pretrained` writes it as safetensors. The weights must be whole, not shards.
+    """
+    config = model.config
+    weights = {name: parameter.detach().float().cpu() for name, parameter in model.named_parameters()}
+    translated = {
+        "transformer.wte.weight": weights["token_embedding.weight"][: config.vocab_size],
+        "transformer.wpe.weight": weights["position_embedding.weight"],
+    }
+    for ours, theirs, transposed in _modules(config):
+        weight = weights[f"{ours}.weight"]
+        translated[f"{theirs}.weight"] = weight.T if transposed else weight
+        translated[f"{theirs}.bias"] = weights.get(f"{ours}.bias", weight.new_zeros(len(weight)))
+    translated["lm_head.weight"] = translated["transformer.wte.weight"]
+    exported = GPT2LMHeadModel(huggingface_config(config))
+    exported.load_state_dict(translated, strict=True)
+    return exported.eval()
+
+
+def from_huggingface(source: str | Path | GPT2LMHeadModel) -> tuple[GPT2Config, dict[str, Tensor]]:
+    """The shape and the weights of a GPT2LMHeadModel or of its directory: float32, by GPT2's parameter names.
+
+    Biases that are zero throughout the model are left out, and the vocabulary is padded with zeros.
+
+    Raises:
+        ValueError: the directory has no config.json or no safetensors (pickles are not read), or holds no GPT-2 of the
+            kind that this one is.
+    """
+    theirs = source if isinstance(source, GPT2LMHeadModel) else _load(Path(source))
+    for key, allowed in FIXED_SETTINGS.items():
+        if getattr(theirs.config, key) not in allowed:
+            raise ValueError(
+                f"{key}={getattr(theirs.config, key)!r} in the transformers configuration: "
+                f"expected {' or '.join(map(repr, allowed))}"
+            )
+    if theirs.config.n_inner not in (None, 4 * theirs.config.n_embd):
+        raise ValueError(
+            f"n_inner={theirs.config.n_inner} in the transformers configuration: "
+            f"expected 4 n_embd = {4 * theirs.config.n_embd}"
+        )
+    parameters = {name: parameter.detach().float().cpu() for name, parameter in theirs.named_parameters()}
+    config = GPT2Config(
+        vocab_size=theirs.config.vocab_size,
+        n_layer=theirs.config.n_layer,
+        n_head=theirs.config.n_head,
+        n_embd=theirs.config.n_embd,
+        block_size=theirs.config.n_positions,
+        bias=any(bool(tensor.any()) for name, tensor in parameters.items() if name.endswith("bias")),
+        dropout=theirs.config.resid_pdrop,
+        attention_layer_scaling=theirs.config.scale_attn_by_inverse_layer_idx,
+    )
+    embedding = parameters["transformer.wte.weight"]
+    padding = embedding.new_zeros(config.padded_vocab_size - config.vocab_size, config.n_embd)
+    weights = {
+        "token_embedding.weight": torch.cat((embedding, padding)),
+        "position_embedding.weight": parameters["transformer.wpe.weight"].clone(),
+    }
+    for ours, name, transposed in _modules(config):
+        weight = parameters[f"{name}.weight"]
+        weights[f"{ours}.weight"] = (weight.T if transposed else weight).clone(memory_format=torch.contiguous_format)
+        if config.bias:
+            weights[f"{ours}.bias"] = parameters[f"{name}.bias"].clone()
+    return config, weights
+
+
+def huggingface_config(config: GPT2Config) -> HuggingFaceConfig:
+    """The transformers configuration of the same shape. `<|endoftext|>`, the last token, begins and ends documents."""
+    return HuggingFaceConfig(
+        vocab_size=config.vocab_size,
+        n_positions=config.block_size,
+        n_embd=config.n_embd,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        activation_function="gelu_new",
+        resid_pdrop=config.dropout,
+        embd_pdrop=config.dropout,
+        attn_pdrop=config.dropout,
+        scale_attn_by_inverse_layer_idx=config.attention_layer_scaling,
+        bos_token_id=config.vocab_size - 1,
+        eos_token_id=config.vocab_size - 1,
+        tie_word_embeddings=True,
+    )
+
+
+def _modules(config: GPT2Config) -> list[tuple[str, str, bool]]:
+    blocks = [
+        (f"blocks.{layer}.{ours}", f"transformer.h.{layer}.{theirs}", transposed)
+        for layer in range(config.n_layer)
+        for ours, theirs, transposed in BLOCK_MODULES
+    ]
+    return [*blocks, ("final_norm", "transformer.ln_f", False)]
+
+
+def _load(directory: Path) -> GPT2LMHeadModel:
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory}: no config.json there; expected a directory written by save_pretrained")
+    if not any(directory.glob("*.safetensors")):
+        pickles = ", ".join(sorted(path.name for path in directory.glob("*.bin")))
+        raise ValueError(
+            f"{directory}: no model.safetensors there"
+            + (f", and {pickles} is a pickle, which can run code when it is read" if pickles else "")
+            + "; expected weights written by save_pretrained(..., safe_serialization=True)"
+        )
+    try:
+        loaded: Any = GPT2LMHeadModel.from_pretrained(
+            directory, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{directory}: {error}") from error
+    model, report = loaded
+    if report["missing_keys"] or report["mismatched_keys"]:
+        faults = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        raise ValueError(f"{directory}: the weights lack {', '.join(faults)}; expected those of a GPT2LMHeadModel")
+    return model
