@@ -1,0 +1,254 @@
+"""The estimators' means and variances against curvature computed in full, and what must not change them.
+
+The statistical tests compare the mean of many draws with the exact value in units of the exact standard deviation.
+Their false-alarm rate, over the choice of the seed, is stated as ALPHA per test; the seeds are fixed, so a pass
+stays a pass.
+"""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.nn import functional as F
+
+from sophia import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    SophiaG,
+    empirical_fisher,
+    gauss_newton_bartlett,
+    gauss_newton_bartlett_mean,
+    hutchinson,
+    hutchinson_differences,
+    sample_labels,
+)
+from sophia.random import normals_like, uniforms
+
+ALPHA = 1e-4
+DRAWS = 1500
+
+
+def assert_mean(draws: Tensor, mean: Tensor, variance: Tensor) -> None:
+    """draws (R, P): every coordinate's mean within the two-sided bound for ALPHA, Bonferroni over P; the pooled
+    variance
+    within 20 %, far more than its own error of about √(14/R) / √P and far less than a factor of 2."""
+    deviations = (draws.mean(0) - mean) / (variance / len(draws)).sqrt()
+    bound = stats.norm.isf(ALPHA / (2 * draws.shape[1]))
+    assert deviations.abs().max() < bound
+    moving = variance > 0
+    ratio = (draws.var(0)[moving] / variance[moving]).mean()
+    assert 0.8 < ratio < 1.2
+
+
+def gnb_draws(problem, count: int = DRAWS, step0: int = 0) -> Tensor:  # (count, P)
+    rows = []
+    optimizer = SophiaG(problem.params, betas=(0.0, 0.0))  # β2 = 0: h is the last estimate
+    for step in range(step0, step0 + count):
+        for p in problem.params:
+            p.grad = None
+        n = gauss_newton_bartlett(problem.logits, seed=0, step=step)
+        optimizer.update_hessian(num_predictions=n)
+        rows.append(problem.flat([optimizer.state[p]["hessian"] for p in problem.params]))
+    return torch.stack(rows)
+
+
+def test_gauss_newton_bartlett_is_unbiased_with_the_variance_of_theory(problem) -> None:
+    """Through the optimizer: E ĥ is the Gauss-Newton diagonal G, Var ĥ = 2G² + (1/N²) Σ (E s⁴ - 3 (E s²)²)."""
+    n = len(problem.targets)
+    diagonal = problem.gauss_newton().diagonal()
+    second, excess = problem.score_moments()
+    torch.testing.assert_close(second / n, diagonal)
+    assert_mean(gnb_draws(problem), diagonal, 2 * diagonal**2 + excess / n**2)
+
+
+def test_several_label_draws_divide_the_variance_and_keep_the_mean(network) -> None:
+    n, draws = len(network.targets), 4
+    diagonal = network.gauss_newton().diagonal()
+    _, excess = network.score_moments()
+    rows = [
+        network.flat(gauss_newton_bartlett_mean(network.logits, network.params, seed=0, step=step, draws=draws))
+        for step in range(500)
+    ]
+    assert_mean(torch.stack(rows), diagonal, (2 * diagonal**2 + excess / n**2) / draws)
+
+
+def test_a_single_label_draw_is_the_plain_estimate(network) -> None:
+    (estimate,) = gnb_draws(network, count=1, step0=5)
+    mean = gauss_newton_bartlett_mean(network.logits, network.params, seed=0, step=5, draws=1)
+    torch.testing.assert_close(network.flat(mean), estimate)
+
+
+def test_hutchinson_is_unbiased_with_the_variance_of_theory(problem) -> None:
+    """E ĥ is the Hessian's diagonal; Var ĥ_i = H_ii² + Σ_j H_ij² for normal noise."""
+    hessian = problem.hessian()
+    rows = [problem.flat(hutchinson(problem.loss, problem.params, seed=0, step=step)) for step in range(DRAWS)]
+    assert_mean(torch.stack(rows), hessian.diagonal(), hessian.diagonal() ** 2 + hessian.square().sum(0))
+
+
+def test_the_square_that_adahessian_averages_has_the_mean_of_theory(network) -> None:
+    """E ĥ² = 2 H_ii² + Σ_j H_ij²; the bound is from the sample's own deviation."""
+    hessian = network.hessian()
+    rows = torch.stack(
+        [network.flat(hutchinson(network.loss, network.params, seed=1, step=step)) for step in range(DRAWS)]
+    ).square()
+    expected = 2 * hessian.diagonal() ** 2 + hessian.square().sum(0)
+    deviations = (rows.mean(0) - expected) / (rows.std(0) / math.sqrt(DRAWS))
+    assert deviations.abs().max() < stats.norm.isf(ALPHA / (2 * rows.shape[1]))
+
+
+def test_hutchinson_is_the_noise_times_the_exact_product(problem) -> None:
+    noise = problem.flat([normals_like(p, 3, 7, str(i)).double() for i, p in enumerate(problem.params)])
+    estimate = problem.flat(hutchinson(problem.loss, problem.params, seed=3, step=7))
+    torch.testing.assert_close(estimate, noise * (problem.hessian() @ noise))
+
+
+def test_central_differences_are_the_exact_product_up_to_the_step(problem) -> None:
+    exact = problem.flat(hutchinson(problem.loss, problem.params, seed=3, step=7))
+    before = [p.detach().clone() for p in problem.params]
+    for p in problem.params:
+        p.grad = torch.ones_like(p)
+    differences = problem.flat(hutchinson_differences(problem.loss, problem.params, seed=3, step=7))
+    assert (differences - exact).norm() < 1e-5 * exact.norm()
+    assert all(torch.equal(p, q) for p, q in zip(problem.params, before, strict=True))
+    assert all(bool((p.grad == 1).all()) for p in problem.params)
+
+
+def test_parameters_out_of_the_loss_or_linear_in_it_have_zero_curvature() -> None:
+    x, unused, linear = (torch.ones(2, requires_grad=True) for _ in range(3))
+    loss = lambda: (x**3).sum() + linear.sum()  # noqa: E731
+    for estimator in (hutchinson, hutchinson_differences):
+        curved, zero, flat = estimator(loss, [x, unused, linear], seed=0, step=1)
+        assert bool((curved != 0).all())
+        assert bool((zero == 0).all())
+        assert bool((flat.abs() < 1e-3).all())
+    (zero,) = hutchinson(lambda: linear.sum(), [linear], seed=0, step=1)
+    assert bool((zero == 0).all())
+
+
+def test_empirical_fisher_is_n_times_the_square_of_the_training_gradient(problem) -> None:
+    n = empirical_fisher(problem.logits, problem.targets)
+    grads = torch.autograd.grad(problem.loss(), problem.params)
+    assert n == len(problem.targets)
+    for p, grad in zip(problem.params, grads, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+
+
+def test_empirical_fisher_leaves_ignored_targets_out(softmax_model) -> None:
+    targets = softmax_model.targets.clone()
+    targets[::2] = -100
+    n = empirical_fisher(softmax_model.logits, targets)
+    (grad, _) = torch.autograd.grad(
+        F.cross_entropy(softmax_model.logits(), targets, ignore_index=-100), softmax_model.params
+    )
+    assert n == 6
+    torch.testing.assert_close(softmax_model.params[0].grad, grad)
+
+
+def linear_outputs(outputs: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(10, 3, generator=generator, dtype=torch.float64)
+    return x, torch.randn(outputs, 3, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("event_dims", [0, 1])
+@pytest.mark.parametrize("variance", [0.5, 2.0])
+def test_gaussian_likelihood_estimates_the_hessian_of_the_squared_error(variance: float, event_dims: int) -> None:
+    """Linear least squares, whose Hessian does not depend on the labels; scores are normal, so Var ĥ = 2 G² exactly."""
+    x, w = linear_outputs(2)
+    reduce = torch.mean if event_dims == 0 else lambda squares: squares.sum(-1).mean()
+    y = torch.randn(10, 2, dtype=torch.float64)
+    loss = lambda flat: reduce((x @ flat.view(2, 3).T - y).square()) / (2 * variance)  # noqa: E731
+    hessian = torch.func.hessian(loss)(w.detach().flatten()).diagonal()
+    rows = []
+    for step in range(800):
+        w.grad = None
+        n = gauss_newton_bartlett(lambda: x @ w.T, seed=0, step=step, likelihood=Gaussian(variance, event_dims))
+        assert n == (20 if event_dims == 0 else 10)
+        rows.append(n * w.grad.flatten().square())
+    assert_mean(torch.stack(rows), hessian, 2 * hessian**2)
+
+
+@pytest.mark.parametrize("event_dims", [0, 1])
+def test_bernoulli_likelihood_estimates_the_hessian_of_multi_label_logits(event_dims: int) -> None:
+    x, w = linear_outputs(3)
+    reduce = torch.mean if event_dims == 0 else lambda losses: losses.sum(-1).mean()
+    y = torch.randint(2, (10, 3)).double()
+
+    def loss(flat: Tensor) -> Tensor:
+        return reduce(F.binary_cross_entropy_with_logits(x @ flat.view(3, 3).T, y, reduction="none"))
+
+    hessian = torch.func.hessian(loss)(w.detach().flatten()).diagonal()
+    p = (x @ w.detach().T).sigmoid()  # (10, 3)
+    moment = lambda k: (p * (p - 1) ** k + (1 - p) * p**k).T @ x**k  # noqa: E731  Σ_b E s_b^k for each (label, feature)
+    squares = ((p * (1 - p)) ** 2).T @ x**4
+    n = 30 if event_dims == 0 else 10
+    variance = 2 * hessian**2 + ((moment(4) - 3 * squares) / n**2).flatten()
+    rows = []
+    for step in range(800):
+        w.grad = None
+        assert gauss_newton_bartlett(lambda: x @ w.T, seed=0, step=step, likelihood=Bernoulli(event_dims)) == n
+        rows.append(n * w.grad.flatten().square())
+    assert_mean(torch.stack(rows), hessian, variance)
+
+
+def test_labels_follow_the_softmax() -> None:
+    """Chi-square over 300 classes, some of probability zero; false-alarm rate ALPHA."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(300, generator=generator)
+    logits[::7] = -math.inf
+    n = 100_000
+    labels = sample_labels(logits.expand(n, -1), (torch.arange(n) + torch.rand(n, generator=generator)) / n)
+    # Stratified uniforms: the inverse of the distribution function itself, with hardly any noise.
+    frequency = torch.bincount(labels, minlength=300) / n
+    assert (frequency - logits.softmax(-1)).abs().max() < 2 / n + 1e-6
+    labels = sample_labels(logits.expand(n, -1), uniforms(0, 1, torch.arange(n)))
+    probabilities = logits.softmax(-1).double()
+    counts = torch.bincount(labels, minlength=300)
+    assert counts[probabilities == 0].sum() == 0
+    kept = probabilities > 0
+    result = stats.chisquare(counts[kept].numpy(), (probabilities / probabilities.sum())[kept].numpy() * n)
+    assert result.pvalue > ALPHA
+
+
+def test_positions_that_are_negative_do_not_count(softmax_model) -> None:
+    positions = torch.arange(12)
+    positions[1::2] = -1
+    n = gauss_newton_bartlett(softmax_model.logits, seed=0, step=1, positions=positions)
+    assert n == 6
+    grad = softmax_model.params[0].grad.clone()
+    softmax_model.params[0].grad = None
+    half = lambda: softmax_model.logits()[::2]  # noqa: E731
+    gauss_newton_bartlett(half, seed=0, step=1, positions=torch.arange(12)[::2])
+    torch.testing.assert_close(softmax_model.params[0].grad, grad)
+
+
+def test_logits_of_any_rank_give_a_prediction_per_position(softmax_model) -> None:
+    assert gauss_newton_bartlett(lambda: softmax_model.logits().view(2, 3, 2, 4), seed=0, step=1) == 12
+    flat = softmax_model.params[0].grad.clone()
+    softmax_model.params[0].grad = None
+    gauss_newton_bartlett(softmax_model.logits, seed=0, step=1)
+    torch.testing.assert_close(softmax_model.params[0].grad, flat)
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(1.0), Bernoulli()])
+def test_labels_depend_on_seed_step_and_draw(likelihood) -> None:
+    outputs = torch.zeros(500, 4) if isinstance(likelihood, Categorical) else torch.zeros(500)
+    positions = torch.arange(500)
+    base = likelihood.sample(outputs, positions, 0, 1, 0)
+    assert torch.equal(base, likelihood.sample(outputs, positions, 0, 1, 0))
+    for seed, step, draw in ((1, 1, 0), (0, 2, 0), (0, 1, 1)):
+        assert not torch.equal(base, likelihood.sample(outputs, positions, seed, step, draw))
+
+
+def test_attention_models_need_no_care_for_the_exact_product() -> None:
+    """F.scaled_dot_product_attention has no double backward in its fused forms: hutchinson takes the mathematical
+    one."""
+    torch.manual_seed(0)
+    q = torch.randn(1, 2, 8, 16, requires_grad=True)
+    loss = lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True).square().sum()  # noqa: E731
+    (exact,) = hutchinson(loss, [q], seed=0, step=1)
+    (differences,) = hutchinson_differences(loss, [q], seed=0, step=1)
+    assert (exact - differences).norm() < 2e-3 * exact.norm()
