@@ -326,7 +326,9 @@ def clipped_gradient_norms(results: Results) -> Figure:
 def hessian_histogram(results: Results) -> Figure:
     """Positive entries of the diagonal Hessian by decade, at the last refresh of a Sophia run: in all and by kind."""
     study = results.study
-    runs = [run for arm in study.arm_names() for run in study.runs(arm=arm)]
+    runs = [
+        run for arm in study.arm_names() for run in study.runs(arm=arm) if "hessian_interval" in run.config["optimizer"]
+    ]
     for run in sorted(runs, key=lambda run: -run.horizon):
         lines = list(run.record.metrics("hessian"))
         if lines and "histogram" in lines[-1]:

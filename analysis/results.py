@@ -426,7 +426,7 @@ def _costs(study: Study) -> list[ArmCost]:
             steps = sum(run.total("steps") for run in runs)
             seconds = {kind: sum(_entry(run, kind, "seconds") for run in runs) for kind in TRAINING_KINDS}
             flops = sum(run.total("flops") for run in runs)
-            lines = sum(run.train_line_count for run in runs)
+            shares = [run.clipped_norm_share for run in runs if math.isfinite(run.clipped_norm_share)]
             total = sum(seconds.values()) or sum(run.total("seconds") for run in runs)
             costs.append(
                 ArmCost(
@@ -440,7 +440,7 @@ def _costs(study: Study) -> list[ArmCost]:
                     curvature_flops_share=sum(_entry(run, "curvature", "flops") for run in runs) / flops
                     if flops
                     else math.nan,
-                    clipped_norm_share=sum(run.clipped_norm_count for run in runs) / lines if lines else math.nan,
+                    clipped_norm_share=float(np.mean(shares)) if shares else math.nan,
                     peak_memory_bytes=max(
                         float((run.record.summary or {}).get("peak_memory_bytes") or 0) for run in runs
                     ),

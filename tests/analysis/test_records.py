@@ -23,12 +23,35 @@ def test_every_evaluation_is_kept_and_train_lines_become_bin_means(tmp_path: Pat
     run = load_run(write_run(tmp_path / "r", steps=200, evaluations=10), train_points=20)
     assert run.evaluations.steps.tolist() == [float(step) for step in range(0, 201, 20)]
     assert len(run.training) == 20
-    assert run.train_line_count == 200
     lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     train = [line["loss"] for line in lines if line["kind"] == "train"]
     assert run.training["loss"][0] == pytest.approx(np.mean(train[:10]))
     assert run.training.steps[0] == 10
-    assert run.clipped_norm_count == 100
+    assert run.clipped_norm_share == 0.5
+
+
+def test_of_many_train_lines_a_sample_is_read_that_no_period_of_ten_can_bias(tmp_path: Path) -> None:
+    """The first step after a curvature pass, one in ten, is told apart by its loss."""
+    path = write_run(tmp_path / "r", steps=9000, evaluations=3)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "train":
+            line["loss"] = 1.0 if line["step"] % 10 == 1 else 0.0
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = load_run(path, train_points=10)
+    assert float(run.training["loss"].mean()) == pytest.approx(0.1, abs=0.005)
+    assert run.evaluations.steps.tolist() == [0, 3000, 6000, 9000]
+
+
+def test_lines_that_begin_in_another_order_are_read_all_the_same(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "r", steps=20, evaluations=2)
+    whole = load_run(path)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    reordered = [dict(reversed(line.items())) for line in lines]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in reordered))
+    again = load_run(path)
+    np.testing.assert_array_equal(again.evaluations["val_loss"], whole.evaluations["val_loss"])
+    np.testing.assert_array_equal(again.training["loss"], whole.training["loss"])
 
 
 def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
