@@ -82,7 +82,7 @@ def execute(config: RunConfig) -> Outcome:
     if config.strategy.name == "deepspeed":
         from training.strategies.deepspeed import prepare_environment
 
-        prepare_environment()
+        prepare_environment(config.train.device)
     distributed = Distributed.start(config.train.device)
     try:
         return _execute(config, distributed)

@@ -127,8 +127,10 @@ class Strategy(ABC):
     ) -> Tensor:
         """Fold an estimate into h: from the gradients and N, or from a tensor for each parameter in their order.
 
-        The tensors are whole, or have the form of `normals`. A non-finite estimate never enters h. Returns 1 (0-D, on the device) where one was held back. What is left of
-        the gradients is for `zero_grad` to clear.
+        The tensors are whole, or have the form of `normals`. A non-finite estimate never enters h. What is left of the
+        gradients is for `zero_grad` to clear.
+
+        Returns 1 (0-D, on the device) where an estimate was held back.
         """
 
     @abstractmethod
@@ -163,7 +165,7 @@ class Strategy(ABC):
         """The float32 weights that the optimizers step, in the form of `normals`, to be changed in place."""
         return [p.detach() for p in self.parameters().values()]
 
-    def weights_changed(self) -> None:
+    def weights_changed(self) -> None:  # noqa: B027 (most forwards read `weights()` themselves)
         """To be called after `weights()` have been changed, before the next forward."""
 
     @contextmanager

@@ -41,7 +41,7 @@ def fsdp_traffic(
     block_bytes: int,
     reshard_after_forward: bool,
 ) -> Traffic:
-    """Weights gathered in each micro-batch, the blocks' again in the backward pass; one reduce-scatter of float32 gradients.
+    """Weights gathered in each micro-batch, the blocks' again in the backward pass; float32 gradients reduced once.
 
     Args:
         root_parameters: embeddings and final norm, gathered in float32 once for forward and backward.

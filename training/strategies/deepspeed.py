@@ -1,0 +1,450 @@
+"""DeepSpeed ZeRO 1 to 3: optimizer state sharded, from stage 2 on gradients too, at stage 3 weights too.
+
+The engine hands the optimizer flat float32 partitions of its parameter groups: a *fragment* is the contiguous range of a
+parameter's elements that lies in one of this rank's partitions. Curvature, checkpoints and diagnostics are told in fragments.
+
+A reduction of gradients ends in the engine's step, which reduces, partitions and casts, and then calls the optimizer. So
+everything that needs reduced gradients (the update, the curvature estimate, the two gradients of a central difference) is an
+engine step with another action in the optimizer's place; the engine clips nothing and schedules nothing.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from models import GPT2, GPT2Output
+from sophia.random import normals
+from training.config import DeepSpeedConfig
+from training.distributed import Distributed
+from training.strategies.base import Piece, PieceReader, StepStatistics, Strategy, total_norm
+from training.strategies.communication import BFLOAT16, FLOAT32, zero_traffic
+from training.strategies.gradients import unclipped
+from training.weights import InitialWeights
+
+
+def prepare_environment(device: str) -> None:
+    """What DeepSpeed must find before its first import and before the ranks join.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+    """
+    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # zero.Init insists on it, in a world of one too
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    # Shared-memory collectives of the CPU backend: 45 seconds of C++ compilation at the first start, and an error
+    # without ninja and g++. Gloo does the same.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of a parameter that this rank steps; empty where other ranks have all of it."""
+
+    name: str
+    shape: tuple[int, ...]  # of the parameter
+    start: int  # index of the first element in the flattened parameter
+    count: int
+    partition: int  # index of the flat partition
+    offset: int  # in the partition
+
+    def of(self, flat: Tensor) -> Tensor:
+        """(count,) the view of this fragment in a tensor like its partition."""
+        return flat.narrow(0, self.offset, self.count)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """(count,) this fragment of a tensor like the parameter."""
+        return whole.reshape(-1).narrow(0, self.start, self.count)
+
+
+class EngineOptimizer(Optimizer):
+    """What the engine takes for the optimizer: its groups and state are the optimizer's, its step is the given action.
+
+    The engine replaces the groups' parameters by flat partitions and calls `step` once per group or partition.
+    """
+
+    def __init__(self, inner: Optimizer) -> None:
+        # Not Optimizer.__init__: groups and state are not this object's own.
+        self.inner = inner
+        self.defaults = inner.defaults
+        self.action: Callable[[], Any] = inner.step
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.inner.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.inner.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.action()
+
+
+class DeepSpeed(Strategy):
+    """ZeRO with the project's optimizers, learning-rate schedule, clip and checkpoints.
+
+    Args:
+        config: stage, optimizer state in host memory.
+        engine_bf16: under bf16, stages 2 and 3 keep bf16 weights beside the float32 partitions. Not for a run whose
+            curvature pass needs a float32 forward: there, and at stage 1, the weights are float32 under autocast, as with DDP.
+    """
+
+    shards_optimizer_state = True
+
+    def __init__(
+        self,
+        distributed: Distributed,
+        config: DeepSpeedConfig,
+        *,
+        bf16: bool,
+        compile_model: bool,
+        engine_bf16: bool,
+    ) -> None:
+        super().__init__(distributed, bf16=bf16, compile_model=compile_model)
+        self._config = config
+        self._engine_bf16 = bf16 and engine_bf16 and config.zero_stage > 1
+
+    def prepare(
+        self,
+        model: GPT2,
+        weights: InitialWeights,
+        build_optimizers: Callable[[Mapping[str, Tensor]], list[Optimizer]],
+    ) -> None:
+        import deepspeed
+
+        self.distributed.ensure_group()
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        optimizer = self._build_optimizer(build_optimizers)
+        self._materialize(model, weights)
+        for group in optimizer.param_groups:
+            group["params"] = [model.get_parameter(name) for name in group["names"]]
+        self._set_up_forward(model)
+        self._client = EngineOptimizer(optimizer)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self._client, config=self._engine_configuration(model)
+        )
+        self.model = model
+        self.optimizers = [optimizer]
+        self._partitions, self._fragments = _layout(self._engine.optimizer, model, self._shapes, self.distributed)
+        if self._engine_bf16:  # the engine has made the float32 partitions from rounded weights
+            with torch.no_grad():
+                for name, whole in weights.tensors():
+                    self._part(self._partitions, self._fragments[name]).copy_(self._fragments[name].cut(whole))
+
+    def _build_optimizer(self, build_optimizers: Callable[[Mapping[str, Tensor]], list[Optimizer]]) -> Optimizer:
+        """The optimizer over stand-ins of the right shape and no size: at stage 3 a parameter has no shape of its own."""
+        device = torch.device("cpu") if self._config.offload_optimizer else self.device
+        stand_ins = {name: torch.zeros((), device=device).expand(shape) for name, shape in self._shapes.items()}
+        (optimizer,) = build_optimizers(stand_ins)
+        return optimizer
+
+    def _materialize(self, model: GPT2, weights: InitialWeights) -> None:
+        """Weights into the model; at stage 3 one tensor after another, so that no rank ever holds the whole model."""
+        import deepspeed
+
+        dtype = torch.bfloat16 if self._engine_bf16 else torch.float32
+        for name, whole in weights.tensors():
+            owner_name, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(owner_name)
+            owner.register_parameter(leaf, nn.Parameter(whole.to(self.device, dtype)))
+            if self._config.zero_stage == 3 and not any(p.is_meta for p in owner.parameters(recurse=False)):
+                deepspeed.zero.Init(module=owner, config_dict_or_path=self._engine_configuration(model), dtype=dtype)
+
+    def _set_up_forward(self, model: GPT2) -> None:
+        """Autocast inside the engine, which turns an outer one off; the head's use of the embedding made known to it."""
+        import deepspeed
+
+        forward = model.forward
+
+        def under_autocast(tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> GPT2Output:
+            with self.autocast():
+                return forward(tokens, targets, uniforms)
+
+        if self.compile_model:
+            if self._config.zero_stage == 3:  # the engine gathers weights in hooks inside of the blocks
+                model.head.compile()
+            else:
+                model.compile()
+        model.forward = under_autocast  # type: ignore[method-assign]
+        if self._engine_bf16:
+            # bf16 embeddings would make the whole residual stream bf16; autocast alone keeps it in float32.
+            model.blocks[0].register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
+        if self._config.zero_stage == 3:
+            deepspeed.zero.register_external_parameter(model, model.token_embedding.weight)
+
+    def _engine_configuration(self, model: GPT2) -> dict[str, Any]:
+        zero: dict[str, Any] = {
+            "stage": self._config.zero_stage,
+            "memory_efficient_linear": False,  # it would replace torch.nn.functional.linear for the whole process
+            "stage3_param_persistence_threshold": 10 * model.config.n_embd,  # norms and biases stay gathered
+        }
+        if self._config.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,  # `step` ends an accumulation, whatever it counted
+            "gradient_clipping": 0.0,  # the optimizer clips, in its own kernel
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "communication_data_type": "fp32",
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "bf16": {"enabled": self._engine_bf16},
+            "zero_optimization": zero,
+            "steps_per_print": None,
+        }
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> GPT2Output:
+        output: GPT2Output = self._engine(tokens, targets, uniforms)
+        return output
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext()  # stage 1 reduces in the engine's step, the others must in every backward
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss * self.distributed.world_size)  # the engine averages; the shares are to be summed
+
+    def update_hessian(
+        self, *, num_predictions: int | None = None, estimates: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        optimizer: Any = self._client.inner
+        if estimates is None:
+            with self._unnoticed():
+                return self._engine_step(lambda: optimizer.update_hessian(num_predictions=num_predictions)).skipped
+        parts = self._parts_of(estimates)
+        skipped = (~torch.isfinite(self.norm(parts))).float()
+        flat = {id(partition): torch.zeros_like(partition) for partition in self._partitions}
+        for fragment, part in zip(self._fragments.values(), parts, strict=True):
+            fragment.of(flat[id(self._partitions[fragment.partition])]).copy_(part)
+        with self._all_partitions():
+            optimizer.found_inf = skipped
+            order = [partition for group in optimizer.param_groups for partition in group["params"]]
+            optimizer.update_hessian(estimates=[flat[id(partition)] for partition in order])
+            optimizer.found_inf = None
+        return skipped
+
+    def step(self, max_norm: float | None) -> StepStatistics:
+        limit = float("inf") if max_norm is None else max_norm
+        statistics = self._engine_step(self._client.inner.step, limit)
+        counts = unclipped(self.optimizers)
+        if counts is not None:
+            # Partitions are padded: the share is one of the model's own coordinates.
+            count = self.distributed.all_reduce(counts[0].to(self.device))
+            statistics = statistics._replace(unclipped_fraction=count / self._size())
+        return statistics
+
+    def _engine_step(self, action: Callable[[], Any], limit: float = float("inf")) -> StepStatistics:
+        """Reduce the gradients and call the action once per partition, with the clip and the skip in its kernel.
+
+        Where the engine itself finds gradients that are not finite (float32, and stage 3), it does not call the action.
+        """
+        optimizer: Any = self._client.inner
+
+        def guarded() -> None:
+            statistics = self._statistics(limit)
+            optimizer.found_inf = statistics.skipped
+            optimizer.grad_scale = torch.clamp(statistics.grad_norm / limit, min=1.0).nan_to_num(nan=1.0, posinf=1.0)
+            action()
+            optimizer.grad_scale = optimizer.found_inf = None
+
+        self._client.action = guarded
+        try:
+            self._engine.step()
+        finally:
+            self._client.action = self._client.inner.step
+        return self._statistics(limit)
+
+    def _statistics(self, limit: float) -> StepStatistics:
+        """Of the gradients that the engine has reduced last, over all ranks."""
+        norm = torch.as_tensor(self._engine.optimizer._global_grad_norm, device=self.device, dtype=torch.float32)
+        norm = torch.where(norm >= 0, norm, float("inf"))  # the engine's word for a norm that is not finite is -1
+        return StepStatistics(norm, (norm > limit).float(), (~torch.isfinite(norm)).float(), None)
+
+    @contextmanager
+    def _unnoticed(self) -> Iterator[None]:
+        """An engine step that leaves the engine's counters as they are."""
+        counters = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+        saved = {name: getattr(self._engine, name) for name in counters}
+        try:
+            yield
+        finally:
+            for name, value in saved.items():
+                setattr(self._engine, name, value)
+
+    def zero_grad(self) -> None:
+        self._engine.zero_grad()
+
+    def normals(self, seed: int, step: int) -> list[Tensor]:
+        return [
+            normals(seed, step, fragment.name, fragment.start, fragment.start + fragment.count, partition.device)
+            for fragment, partition in self._placed()
+        ]
+
+    def norm(self, tensors: Iterable[Tensor]) -> Tensor:
+        square = total_norm(tensors).square().to(self.device)
+        return self.distributed.all_reduce(square).sqrt()
+
+    def weights(self) -> list[Tensor]:
+        return [fragment.of(partition.detach()) for fragment, partition in self._placed()]
+
+    @torch.no_grad()
+    def weights_changed(self) -> None:
+        """From the float32 partitions to the weights of the forward, on all ranks."""
+        engine = self._engine.optimizer
+        if self._config.zero_stage < 3:
+            engine.update_lp_params()
+            return
+        engine._partition_all_parameters()
+        for index in range(len(engine.fp16_groups)):
+            engine._reassign_or_swap_out_partitioned_parameters(index)
+        if engine.persistent_parameters:
+            engine.persistent_parameters[0].all_gather(engine.persistent_parameters)
+
+    def take_gradients(self) -> list[Tensor]:
+        taken: dict[int, Tensor] = {}
+
+        def collect() -> None:
+            for group in self._client.param_groups:
+                for partition in group["params"]:
+                    taken[id(partition)] = partition.grad.clone()
+
+        with self._unnoticed():
+            if self._engine_step(collect).skipped:  # nothing was collected: the estimate is to be held back
+                return [torch.full_like(weight, float("nan")) for weight in self.weights()]
+        return [fragment.of(taken[id(partition)]) for fragment, partition in self._placed()]
+
+    def parameters(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
+
+    def curvature_state(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for fragment, partition in self._placed():
+            state = self._client.state[partition]
+            if "hessian" in state:
+                yield fragment.name, fragment.of(state["hessian"]), fragment.of(state["exp_avg"])
+
+    def pieces(self) -> Iterator[Piece]:
+        for fragment, partition in self._placed():
+            if fragment.count == 0:
+                continue
+            yield Piece(f"model.{fragment.name}", fragment.shape, fragment.start, fragment.of(partition.detach()))
+            for key, value in self._client.state.get(partition, {}).items():
+                name = f"optimizer.{fragment.name}.{key}"
+                if value.shape == partition.shape:
+                    yield Piece(name, fragment.shape, fragment.start, fragment.of(value))
+                elif fragment.start == 0:  # a count, which every parameter of the partition shares
+                    yield Piece(name, tuple(value.shape), 0, value.reshape(-1).clone())
+
+    @torch.no_grad()
+    def load(self, reader: PieceReader) -> None:
+        saved: dict[str, list[str]] = {}  # parameter -> keys of its optimizer state
+        for full_name in reader.names():
+            kind, _, rest = full_name.partition(".")
+            if kind == "optimizer":
+                name, _, key = rest.rpartition(".")
+                saved.setdefault(name, []).append(key)
+        for fragment, partition in self._placed():
+            _read(fragment, fragment.of(partition), f"model.{fragment.name}", reader)
+            state = self._client.state[partition]
+            for key in saved.get(fragment.name, ()):
+                name = f"optimizer.{fragment.name}.{key}"
+                if reader.shape(name) != fragment.shape:
+                    on_device = any(group.get("fused") for group in self._client.param_groups)
+                    count = reader.read(name, 0, 1).reshape(reader.shape(name))
+                    state[key] = count.to(partition.device) if on_device else count
+                    continue
+                if key not in state:
+                    state[key] = torch.zeros_like(partition, dtype=reader.dtype(name))
+                _read(fragment, fragment.of(state[key]), name, reader)
+        self.weights_changed()
+
+    def bytes_communicated(self, micro_batches: int) -> int:
+        weight_bytes = BFLOAT16 if self._engine_bf16 else FLOAT32
+        traffic = zero_traffic(
+            self._size(),
+            self.distributed.world_size,
+            stage=self._config.zero_stage,
+            weight_bytes=weight_bytes,
+        )
+        return traffic.total(micro_batches)
+
+    def _size(self) -> int:
+        """Parameters of the whole model."""
+        return sum(torch.Size(shape).numel() for shape in self._shapes.values())
+
+    def _placed(self) -> Iterator[tuple[Fragment, Tensor]]:
+        """Each parameter's fragment and the flat partition in which it lies, in the model's order."""
+        for fragment in self._fragments.values():
+            yield fragment, self._partitions[fragment.partition]
+
+    def _parts_of(self, estimates: Sequence[Tensor]) -> list[Tensor]:
+        """Fragments of tensors that are whole or fragments already."""
+        return [
+            fragment.cut(estimate) if estimate.shape == fragment.shape else estimate
+            for fragment, estimate in zip(self._fragments.values(), estimates, strict=True)
+        ]
+
+    @contextmanager
+    def _all_partitions(self) -> Iterator[None]:
+        """Every group with all of its partitions; outside of its step the engine may leave groups empty."""
+        optimizer = self._client.inner
+        saved = [group["params"] for group in optimizer.param_groups]
+        group_of = {name: index for index, group in enumerate(optimizer.param_groups) for name in group["names"]}
+        members: list[dict[int, Tensor]] = [{} for _ in saved]
+        for fragment, partition in self._placed():
+            members[group_of[fragment.name]][id(partition)] = partition
+        try:
+            for group, partitions in zip(optimizer.param_groups, members, strict=True):
+                group["params"] = list(partitions.values())
+            yield
+        finally:
+            for group, partitions_before in zip(optimizer.param_groups, saved, strict=True):
+                group["params"] = partitions_before
+
+
+def _layout(
+    engine: Any, model: GPT2, shapes: Mapping[str, tuple[int, ...]], distributed: Distributed
+) -> tuple[list[Tensor], dict[str, Fragment]]:
+    """The engine's flat float32 partitions on this rank, and where each parameter lies in them."""
+    fragments = {}
+    if hasattr(engine, "fp32_partitioned_groups_flat"):  # stage 3: every rank has an equal part of every parameter
+        for name, parameter in model.named_parameters():
+            partition, offset, padded = engine.grad_position[engine.get_param_id(parameter)]
+            start = min(distributed.rank * padded, parameter.ds_numel)
+            count = min(padded, parameter.ds_numel - start)
+            fragments[name] = Fragment(name, shapes[name], start, count, partition, offset)
+        return list(engine.fp32_partitioned_groups_flat), fragments
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # stages 1 and 2: a group's parameters end to end, cut into W parts
+        place = parameter._hp_mapping
+        if place is None:
+            group = next(i for i, params in enumerate(engine.bit16_groups) if any(p is parameter for p in params))
+            fragments[name] = Fragment(name, shapes[name], 0, 0, group, 0)
+        else:
+            inside, outside = place.hp_fragment_address, place.lp_fragment_address
+            fragments[name] = Fragment(
+                name, shapes[name], outside.start, outside.numel, place.param_group_index, inside.start
+            )
+    return list(engine.single_partition_of_fp32_groups), fragments
+
+
+def _read(fragment: Fragment, into: Tensor, name: str, reader: PieceReader) -> None:
+    if reader.shape(name) != fragment.shape:
+        raise ValueError(f"{name} has shape {reader.shape(name)} in the checkpoint, {fragment.shape} here")
+    into.copy_(reader.read(name, fragment.start, fragment.start + fragment.count))
