@@ -1,11 +1,13 @@
 """DeepSpeed ZeRO 1 to 3: optimizer state sharded, from stage 2 on gradients too, at stage 3 weights too.
 
-The engine hands the optimizer flat float32 partitions of its parameter groups: a *fragment* is the contiguous range of a
-parameter's elements that lies in one of this rank's partitions. Curvature, checkpoints and diagnostics are told in fragments.
+The engine hands the optimizer flat float32 partitions of its parameter groups: a *fragment* is the contiguous range of
+a parameter's elements that lies in one of this rank's partitions. Curvature, checkpoints and diagnostics are told in
+fragments.
 
-A reduction of gradients ends in the engine's step, which reduces, partitions and casts, and then calls the optimizer. So
-everything that needs reduced gradients (the update, the curvature estimate, the two gradients of a central difference) is an
-engine step with another action in the optimizer's place; the engine clips nothing and schedules nothing.
+A reduction of gradients ends in the engine's step, which reduces, partitions and casts, and then calls the optimizer.
+So everything that needs reduced gradients (the update, the curvature estimate, the two gradients of a central
+difference) is an engine step with another action in the optimizer's place; the engine clips nothing and schedules
+nothing.
 """
 
 import logging
@@ -16,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -101,7 +102,8 @@ class DeepSpeed(Strategy):
     Args:
         config: stage, optimizer state in host memory.
         engine_bf16: under bf16, stages 2 and 3 keep bf16 weights beside the float32 partitions. Not for a run whose
-            curvature pass needs a float32 forward: there, and at stage 1, the weights are float32 under autocast, as with DDP.
+            curvature pass needs a float32 forward: there, and at stage 1, the weights are float32 under autocast, as
+            with DDP.
     """
 
     shards_optimizer_state = True
@@ -142,12 +144,11 @@ class DeepSpeed(Strategy):
         self.optimizers = [optimizer]
         self._partitions, self._fragments = _layout(self._engine.optimizer, model, self._shapes, self.distributed)
         if self._engine_bf16:  # the engine has made the float32 partitions from rounded weights
-            with torch.no_grad():
-                for name, whole in weights.tensors():
-                    self._part(self._partitions, self._fragments[name]).copy_(self._fragments[name].cut(whole))
+            for exact, (_, whole), (fragment, _) in zip(self.weights(), weights.tensors(), self._placed(), strict=True):
+                exact.copy_(fragment.cut(whole))
 
     def _build_optimizer(self, build_optimizers: Callable[[Mapping[str, Tensor]], list[Optimizer]]) -> Optimizer:
-        """The optimizer over stand-ins of the right shape and no size: at stage 3 a parameter has no shape of its own."""
+        """The optimizer over stand-ins of the right shape and no size: at stage 3 parameters have no shape."""
         device = torch.device("cpu") if self._config.offload_optimizer else self.device
         stand_ins = {name: torch.zeros((), device=device).expand(shape) for name, shape in self._shapes.items()}
         (optimizer,) = build_optimizers(stand_ins)
@@ -166,7 +167,7 @@ class DeepSpeed(Strategy):
                 deepspeed.zero.Init(module=owner, config_dict_or_path=self._engine_configuration(model), dtype=dtype)
 
     def _set_up_forward(self, model: GPT2) -> None:
-        """Autocast inside the engine, which turns an outer one off; the head's use of the embedding made known to it."""
+        """Autocast inside the engine, which turns an outer one off; the head's use of the embedding made known."""
         import deepspeed
 
         forward = model.forward
@@ -420,28 +421,31 @@ def _layout(
     engine: Any, model: GPT2, shapes: Mapping[str, tuple[int, ...]], distributed: Distributed
 ) -> tuple[list[Tensor], dict[str, Fragment]]:
     """The engine's flat float32 partitions on this rank, and where each parameter lies in them."""
-    fragments = {}
-    if hasattr(engine, "fp32_partitioned_groups_flat"):  # stage 3: every rank has an equal part of every parameter
-        for name, parameter in model.named_parameters():
-            partition, offset, padded = engine.grad_position[engine.get_param_id(parameter)]
-            start = min(distributed.rank * padded, parameter.ds_numel)
-            count = min(padded, parameter.ds_numel - start)
-            fragments[name] = Fragment(name, shapes[name], start, count, partition, offset)
-        return list(engine.fp32_partitioned_groups_flat), fragments
-    for (
-        name,
-        parameter,
-    ) in model.named_parameters():  # stages 1 and 2: a group's parameters end to end, cut into W parts
-        place = parameter._hp_mapping
-        if place is None:
-            group = next(i for i, params in enumerate(engine.bit16_groups) if any(p is parameter for p in params))
-            fragments[name] = Fragment(name, shapes[name], 0, 0, group, 0)
-        else:
-            inside, outside = place.hp_fragment_address, place.lp_fragment_address
-            fragments[name] = Fragment(
-                name, shapes[name], outside.start, outside.numel, place.param_group_index, inside.start
-            )
-    return list(engine.single_partition_of_fp32_groups), fragments
+    parameters: dict[str, Any] = dict(model.named_parameters())  # with the attributes that the engine has given them
+    place = _place_at_stage_3 if hasattr(engine, "fp32_partitioned_groups_flat") else _place_at_stages_1_and_2
+    partitions = getattr(engine, "fp32_partitioned_groups_flat", None) or engine.single_partition_of_fp32_groups
+    fragments = {
+        name: Fragment(name, shapes[name], *place(engine, parameter, distributed.rank))
+        for name, parameter in parameters.items()
+    }
+    return list(partitions), fragments
+
+
+def _place_at_stage_3(engine: Any, parameter: Any, rank: int) -> tuple[int, int, int, int]:
+    """(start, count, partition, offset): every rank has an equal part of every parameter, the last one's padded."""
+    partition, offset, padded = engine.grad_position[engine.get_param_id(parameter)]
+    start = min(rank * padded, parameter.ds_numel)
+    return start, min(padded, parameter.ds_numel - start), partition, offset
+
+
+def _place_at_stages_1_and_2(engine: Any, parameter: Any, rank: int) -> tuple[int, int, int, int]:
+    """The same, where a group's parameters stand end to end and are cut into one part for each rank."""
+    place = parameter._hp_mapping
+    if place is not None:
+        inside, outside = place.hp_fragment_address, place.lp_fragment_address
+        return outside.start, outside.numel, place.param_group_index, inside.start
+    group = next(i for i, members in enumerate(engine.bit16_groups) if any(p is parameter for p in members))
+    return 0, 0, group, 0
 
 
 def _read(fragment: Fragment, into: Tensor, name: str, reader: PieceReader) -> None:
