@@ -28,6 +28,7 @@ from training.distributed import Distributed
 from training.strategies.base import Piece, PieceReader, StepStatistics, Strategy, total_norm
 from training.strategies.communication import BFLOAT16, FLOAT32, zero_traffic
 from training.strategies.gradients import unclipped
+from training.strategies.precision import keep_norms_float32, keep_residual_float32
 from training.weights import InitialWeights
 
 
@@ -176,15 +177,15 @@ class DeepSpeed(Strategy):
             with self.autocast():
                 return forward(tokens, targets, uniforms)
 
+        if self._engine_bf16:
+            keep_norms_float32(model)
+            keep_residual_float32(model)
         if self.compile_model:
             if self._config.zero_stage == 3:  # the engine gathers weights in hooks inside of the blocks
                 model.head.compile()
             else:
                 model.compile()
         model.forward = under_autocast  # type: ignore[method-assign]
-        if self._engine_bf16:
-            # bf16 embeddings would make the whole residual stream bf16; autocast alone keeps it in float32.
-            model.blocks[0].register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
         if self._config.zero_stage == 3:
             deepspeed.zero.register_external_parameter(model, model.token_embedding.weight)
 

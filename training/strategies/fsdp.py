@@ -23,6 +23,7 @@ from training.distributed import Distributed
 from training.strategies.base import Piece, PieceReader, StepStatistics, Strategy
 from training.strategies.communication import BFLOAT16, FLOAT32, fsdp_traffic
 from training.strategies.gradients import clip_and_step, unclipped, update_hessian
+from training.strategies.precision import keep_norms_float32
 from training.strategies.state import load_state, sharded_pieces, state_tensors
 from training.weights import InitialWeights
 
@@ -66,6 +67,8 @@ class FSDP(Strategy):
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
+        if self._gather_bf16:
+            keep_norms_float32(model)
         if self.compile_model:
             model.head.compile()
         for block in model.blocks:
