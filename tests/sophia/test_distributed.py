@@ -1,6 +1,5 @@
 """Two processes under FSDP2 and DDP compute what one process does, shards and checkpoints included."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +137,12 @@ def worker(rank: int, directory: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def distributed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def distributed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("gloo")
     mp.spawn(worker, (str(directory),), nprocs=WORLD)
     results = torch.load(Path(directory) / "results", weights_only=True)
     results["gammas"] = [torch.load(Path(directory) / f"gamma{rank}", weights_only=True) for rank in range(WORLD)]
-    yield results
+    return results
 
 
 @pytest.fixture(scope="module")
