@@ -47,7 +47,10 @@ class Distributed:
         return cls(rank, local_rank, world_size, place, joined)
 
     def ensure_group(self) -> None:
-        """A process group also in a world of one, for engines that cannot do without."""
+        """A process group also in a world of one, for engines that cannot do without.
+
+        It stays for the process's next run: DeepSpeed remembers the groups that it has met.
+        """
         if not dist.is_initialized():
             store = dist.HashStore()
             dist.init_process_group(_backend(self.device), store=store, rank=0, world_size=1)
@@ -90,7 +93,7 @@ class Distributed:
         return values
 
     def stop(self) -> None:
-        if dist.is_initialized() and not self.joined:
+        if self.world_size > 1 and dist.is_initialized() and not self.joined:
             dist.destroy_process_group()
 
 

@@ -1,7 +1,8 @@
 """A model with bf16 weights whose arithmetic is autocast's over float32 weights.
 
-Autocast on CUDA widens a norm's weights where they are bf16; on the CPU it does not, and the residual stream follows the
-embeddings' dtype everywhere. Engines that gather or keep weights in bf16 would so round more than the matrix products.
+Autocast on CUDA widens a norm's weights where they are bf16; on the CPU it does not, and the residual stream follows
+the embeddings' dtype everywhere. Engines that gather or keep weights in bf16 would so round more than the matrix
+products.
 """
 
 from functools import partial
