@@ -1,0 +1,36 @@
+"""The examples run as they stand and learn what they are given."""
+
+import pytest
+
+from examples import classifier, huggingface_trainer, plain_loop
+
+
+def test_the_plain_loop_learns_its_text() -> None:
+    losses = plain_loop.main(["--steps", "60", "--batch", "8"])
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("estimator", ["gnb", "hutchinson"])
+def test_the_classifier_tells_the_spirals_apart(estimator: str) -> None:
+    assert classifier.main(["--estimator", estimator, "--steps", "150"]) > 0.95
+
+
+def test_the_trainer_learns_with_the_callback() -> None:
+    losses = huggingface_trainer.main(["--steps", "30"])
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_the_callback_counts_only_tokens_that_are_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    update = huggingface_trainer.SophiaG.update_hessian
+
+    def recording(self: huggingface_trainer.SophiaG, num_predictions: int) -> None:
+        counted.append(num_predictions)
+        update(self, num_predictions=num_predictions)
+
+    monkeypatch.setattr(huggingface_trainer.SophiaG, "update_hessian", recording)
+    huggingface_trainer.main(["--steps", "11", "--batch", "4"])
+    assert counted == [
+        2 * 23,
+        2 * 23,
+    ]  # at steps 1 and 11: two sequences of 24 tokens, the last of which nothing follows

@@ -1,0 +1,42 @@
+"""The library stands alone."""
+
+import ast
+import sys
+from pathlib import Path
+
+import sophia
+
+PACKAGE = Path(sophia.__file__).parent
+
+
+def test_sophia_imports_torch_and_the_standard_library_alone() -> None:
+    allowed = {"torch", "sophia", *sys.stdlib_module_names}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path.name} imports relatively"
+                names = [node.module or ""]
+            for name in names:
+                assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
+
+
+def test_the_public_names_are_there_typed_and_documented() -> None:
+    assert (PACKAGE / "py.typed").exists()
+    for name in sophia.__all__:
+        assert getattr(sophia, name).__doc__, name
+    assert {"Sophia", "SophiaG", "SophiaH", "Lion"} <= set(sophia.__all__)
+
+
+def test_the_step_has_no_host_synchronisation() -> None:
+    """No .item(), .tolist() or .cpu() in the modules that a step goes through."""
+    for module in ("rules", "kernels", "elementwise", "optimizer", "lion", "adahessian", "reference"):
+        tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+        attributes = {
+            node.func.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        }
+        assert not attributes & {"item", "tolist", "cpu", "numpy", "nonzero"}, module
