@@ -147,3 +147,26 @@ def test_automatic_choice_compiles_only_what_is_large() -> None:
     assert kernels._choose(kernels.Form(compile=False), [(large,)]) == (False, False)
     assert kernels._choose(kernels.Form(foreach=True), [(large,)]) == (True, False)
     assert kernels._choose(kernels.AUTOMATIC, [(torch.zeros(10, device="meta"),)]) == (True, False)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize(("cls", "options"), CASES)
+def test_step_and_refresh_read_nothing_back_from_the_device(
+    cls: type, options: dict[str, Any], foreach: bool, amp: bool
+) -> None:
+    """On the meta device there is nothing to read: a branch on a value, or .item(), raises."""
+    p = torch.nn.Parameter(torch.ones(3, 4, device="meta"))
+    p.grad = torch.ones_like(p)
+    lr = torch.ones((), device="meta")
+    optimizer = cls([p], lr=lr, **options, foreach=foreach, compile=False)
+    if amp:
+        optimizer.grad_scale, optimizer.found_inf = torch.ones((), device="meta"), torch.ones((), device="meta")
+    for _ in range(2):
+        if isinstance(optimizer, AdaHessian):
+            optimizer.update_hessian(estimates=[p.grad])
+        elif not isinstance(optimizer, Lion):
+            optimizer.update_hessian(num_predictions=torch.ones((), device="meta"))
+        optimizer.step()
+    if isinstance(optimizer, Sophia):
+        assert optimizer.unclipped_count.is_meta
