@@ -1,0 +1,191 @@
+"""Whole runs on a tiny corpus: what they record, what they refuse, and what must not change their curve."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from training.command import main
+from training.records import RunRecord
+
+ROOT = Path(__file__).resolve().parents[2]
+Train = Callable[..., RunRecord]
+
+
+def losses(record: RunRecord) -> list[float]:
+    return [line["loss"] for line in record.metrics("train")]
+
+
+def validation(record: RunRecord) -> list[float]:
+    return [line["val_loss"] for line in record.metrics("eval")]
+
+
+RATES = {"adamw": 3e-3, "lion": 1e-3, "sophiag": 2e-3, "sophiah": 2e-3, "muon": 3e-3, "signum": 1e-3, "adahessian": 1e-3}
+
+
+@pytest.mark.parametrize("arm", RATES)
+def test_every_optimizer_trains(train: Train, arm: str) -> None:
+    record = train(arm, f"optimizer={arm}", f"optimizer.lr={RATES[arm]}")
+    assert record.summary is not None
+    assert record.summary["status"] == "completed"
+    assert validation(record)[-1] < validation(record)[0] - 0.1
+
+
+@pytest.mark.parametrize("estimator", ["hutchinson_differences", "empirical_fisher"])
+def test_every_estimator_trains(train: Train, estimator: str) -> None:
+    record = train(estimator, "optimizer=sophiag", f"optimizer.estimator={estimator}", "optimizer.lr=2e-3")
+    assert validation(record)[-1] < validation(record)[0] - 0.1
+
+
+AXES = {"kind", "step", "tokens", "flops", "seconds"}
+TRAIN = AXES | {"loss", "lr", "grad_norm", "clipped_norm", "tokens_per_second"}
+
+
+def test_the_record_is_what_the_contract_says(train: Train) -> None:
+    record = train("contract", "optimizer=sophiag", "optimizer.hessian_interval=5")
+    lines = list(record.metrics())
+    trained = [line for line in lines if line["kind"] == "train"]
+    evaluated = [line for line in lines if line["kind"] == "eval"]
+    curvature = [line for line in lines if line["kind"] == "hessian"]
+    assert [line["step"] for line in trained] == list(range(1, 13))
+    assert [line["step"] for line in evaluated] == [0, 4, 8, 12]
+    assert [line["step"] for line in curvature] == [1, 6, 11]
+    for line in trained:
+        assert set(line) == TRAIN | {"unclipped_fraction"}
+        assert line["tokens"] == line["step"] * 8 * 32
+        assert isinstance(line["clipped_norm"], bool)
+    for line in evaluated:
+        assert set(line) >= AXES | {"val_loss"}
+        assert line["tokens"] == line["step"] * 8 * 32
+    for line in curvature:
+        assert {"hessian_norm", "momentum_norm", "positive_fraction", "histogram", "by_kind"} <= set(line)
+        assert line["positive_fraction"] > 0.5
+    for axis in ("tokens", "flops", "seconds"):
+        values = [line[axis] for line in lines if axis in line]
+        assert values == sorted(values)
+    assert record.summary is not None
+    ledger = record.summary["ledger"]
+    assert ledger["forward_backward"]["tokens"] == 12 * 8 * 32
+    assert ledger["curvature"] == ledger["curvature"] | {"tokens": 3 * 4 * 32, "count": 3}
+    assert record.summary["flops"] == ledger["forward_backward"]["flops"] + ledger["curvature"]["flops"]
+    assert record.summary["final_val_loss"] == evaluated[-1]["val_loss"]
+    assert record.summary["best_val_loss"] == min(line["val_loss"] for line in evaluated)
+    assert record.summary["seconds"] == pytest.approx(
+        sum(ledger[kind]["seconds"] for kind in ("forward_backward", "curvature", "optimizer", "data"))
+    )
+    assert record.config["train"]["precision"] == "fp32"
+    assert {"versions", "git", "hardware", "data_manifest_sha256", "initial_weights_sha256"} <= set(record.environment)
+
+
+def test_the_optimizer_alone_changed_leaves_weights_and_batches_the_same(train: Train) -> None:
+    records = [train(arm, f"optimizer={arm}", "train.steps=2") for arm in ("adamw", "lion", "sophiag")]
+    for key in ("initial_weights_sha256", "data_manifest_sha256"):
+        assert len({record.environment[key] for record in records}) == 1
+    # The loss before the first update depends on the weights and the batch alone.
+    assert len({losses(record)[0] for record in records}) == 1
+    assert len({validation(record)[0] for record in records}) == 1
+
+
+def test_another_seed_changes_weights_and_batches(train: Train) -> None:
+    first, second = (train(f"seed{seed}", f"seed={seed}", "train.steps=2") for seed in (0, 1))
+    assert first.environment["initial_weights_sha256"] != second.environment["initial_weights_sha256"]
+    same_weights = train("data", "seed=0", "seeds.data=1", "train.steps=2")
+    assert first.environment["initial_weights_sha256"] == same_weights.environment["initial_weights_sha256"]
+    assert losses(first)[0] != losses(same_weights)[0]
+
+
+@pytest.mark.parametrize("arm", ["adamw", "sophiag", "sophiah"])
+def test_the_micro_batch_does_not_change_the_curve(train: Train, arm: str) -> None:
+    common = [f"optimizer={arm}", "optimizer.lr=1e-3"]
+    common += ["optimizer.hessian_interval=5"] if arm != "adamw" else []
+    whole = train("whole", *common)
+    for micro in (1, 2):
+        split = train(f"micro{micro}", *common, f"train.micro_batch_size={micro}")
+        assert losses(split) == pytest.approx(losses(whole), abs=1e-4)
+        assert validation(split) == pytest.approx(validation(whole), abs=1e-4)
+
+
+def test_a_finished_run_is_not_run_again(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    before = train("once", "train.steps=2").metrics_path.stat().st_mtime_ns
+    assert train("once", "train.steps=2").metrics_path.stat().st_mtime_ns == before
+    assert "already completed" in capsys.readouterr().out
+
+
+def test_another_configuration_under_the_same_name_is_refused(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train("taken", "train.steps=2", "optimizer.lr=1e-3")
+    train("taken", "train.steps=2", "optimizer.lr=2e-3", expect=2)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "optimizer.lr=0.001 there and 0.002 here" in message
+    assert "overwrite=true" in message
+    assert list(RunRecord.open(first.directory).metrics()) == list(first.metrics())
+
+
+def test_overwrite_replaces_and_never_refuses(train: Train) -> None:
+    train("again", "train.steps=2", "optimizer.lr=1e-3")
+    train("again", "train.steps=2", "optimizer.lr=1e-3", "resume=never", expect=2)
+    replaced = train("again", "train.steps=3", "optimizer.lr=2e-3", "overwrite=true")
+    assert len(losses(replaced)) == 3
+
+
+def test_a_run_that_blows_up_ends_as_diverged(train: Train) -> None:
+    record = train(
+        "diverged",
+        "optimizer=adamw",
+        "optimizer.lr=1e18",
+        "train.grad_clip=null",
+        "train.max_skipped_steps=2",
+        "train.steps=12",
+        expect=3,
+    )
+    assert record.summary is not None
+    assert record.summary["status"] == "diverged"
+    assert record.summary["steps"] < 12
+    assert [line["event"] for line in record.metrics("event")][-1] == "diverged"
+
+
+MISTAKES = {
+    "optimizer.lr=abc": "optimizer.lr=abc",
+    "+optimizer.gama=1": "did you mean optimizer.gamma",
+    "model=gpt5": "choose one of",
+    "data=openwebtext": "scripts/prepare_data.py data=openwebtext",
+    "train.micro_batch_size=3": "train.micro_batch_size=2 or 4",
+    "resume=/nowhere": "resume=/nowhere",
+    "strategy=fsdp optimizer=sophiah": "hutchinson_differences",
+    "--nosuch": "no such flag",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_exit_code_two_and_writes_nothing(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mistake: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = [] if "data=" in mistake else tiny
+    assert main([*overrides, *mistake.split(" ")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert MISTAKES[mistake] in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_have_the_curve_of_one(train: Train, tiny: list[str], tmp_path: Path) -> None:
+    common = ["optimizer=sophiag", "train.steps=50", "optimizer.hessian_interval=20", "optimizer.lr=1e-3"]
+    alone = train("alone", *common)
+    assert len(list(alone.metrics("hessian"))) == 3
+    together = [*tiny, *common, f"output_dir={tmp_path}", "name=together", "train.micro_batch_size=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*command, str(ROOT / "train.py"), *together], env=environment, check=True, timeout=240)
+    record = RunRecord.open(tmp_path / "together")
+    assert losses(record) == pytest.approx(losses(alone), abs=1e-4)
+    assert validation(record) == pytest.approx(validation(alone), abs=1e-4)
+    for mine, other in zip(record.metrics("hessian"), alone.metrics("hessian"), strict=True):
+        assert mine["hessian_norm"] == pytest.approx(other["hessian_norm"], rel=1e-3)
+    assert json.loads((tmp_path / "together" / "environment.json").read_text())["world_size"] == 2
