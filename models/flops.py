@@ -15,7 +15,7 @@ def block_flops_per_token(config: GPT2Config) -> int:
 
 
 def attention_flops_per_token(config: GPT2Config, sequence_length: int) -> int:
-    """Forward, the two products between positions (q kᵀ, and weights times v) of all blocks: 2 · 2 T d each, uncausal."""
+    """Forward, q kᵀ and weights times v in all blocks, uncausal: 2 · 2 T d each block."""
     return 4 * config.n_layer * sequence_length * config.n_embd
 
 
@@ -48,8 +48,9 @@ def gauss_newton_bartlett_flops(
 ) -> int:
     """The Gauss-Newton-Bartlett pass over `tokens` tokens.
 
-    With its own forward: a forward and a backward. Where labels are drawn in the training forward: a backward through the
-    trunk alone, since the head's gradients for the two losses differ by look-ups only (models/head.py).
+    With its own forward: a forward and a backward. Where labels are drawn in the training forward: a backward
+    through the trunk alone, since the head's gradients for the two losses differ by look-ups only
+    (models/head.py).
     """
     if own_forward:
         return forward_backward_flops(config, tokens, sequence_length)
@@ -65,3 +66,15 @@ def hutchinson_differences_flops(config: GPT2Config, tokens: int, sequence_lengt
 def hutchinson_exact_flops(config: GPT2Config, tokens: int, sequence_length: int) -> int:
     """An exact Hessian-vector product by double backward: a forward, a backward, and a backward through both."""
     return 3 * forward_backward_flops(config, tokens, sequence_length)
+
+
+def parameter_count(config: GPT2Config, *, embeddings: bool = True) -> int:
+    """Parameters of the model, the padding rows of the token embedding included; or those outside of the embeddings."""
+    width = config.n_embd
+    block = 12 * width**2 + 2 * width  # the matrices, and the norms' scales
+    norm = width
+    if config.bias:
+        block += 9 * width + 2 * width  # of qkv, out, up and down; and the norms' offsets
+        norm += width
+    outside = config.n_layer * block + norm
+    return outside + (config.padded_vocab_size + config.block_size) * width if embeddings else outside

@@ -1,7 +1,8 @@
 """GPT-2 (Radford et al. 2019): the decoder that the paper pretrains, in one file from top to bottom.
 
-Tied embeddings, learned positions, pre-norm blocks, tanh GELU. The vocabulary is padded so that the head's matrix products
-have aligned shapes; the padding takes no part in the softmax, is never sampled and never receives a gradient.
+Tied embeddings, learned positions, pre-norm blocks, tanh GELU. The vocabulary is padded so that the head's matrix
+products have aligned shapes; the padding takes no part in the softmax, is never sampled and never receives a
+gradient.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from models.attention import causal_attention
 from models.head import LossHead, plain_losses
 
 ParameterKind = Literal["embedding", "attention", "mlp", "norm"]
@@ -68,9 +70,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.scale = 1 / math.sqrt(config.n_embd // config.n_head)
-        if config.attention_layer_scaling:
-            self.scale /= layer + 1
+        # A tensor, not a number: numbers are compiled in, and each layer would be compiled by itself.
+        self.logit_factor = torch.tensor(1 / (layer + 1), device="cpu") if config.attention_layer_scaling else None
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -79,8 +80,7 @@ class Attention(nn.Module):
             part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, n_head, T, d / n_head)
             for part in self.qkv(x).chunk(3, dim=-1)
         )
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, dropout_p=dropout)
+        y = causal_attention(q, k, v, self.dropout if self.training else 0.0, self.logit_factor)
         return self.out(y.transpose(1, 2).flatten(-2))
 
 
@@ -195,8 +195,8 @@ class GPT2(nn.Module):
     def initialize(self, seed: int) -> None:
         """GPT-2's initialisation, each tensor a pure function of (seed, its name), on any device and however sharded.
 
-        Normal with standard deviation 0.02; 0.02 / sqrt(2 n_layer) for the two projections into the residual stream; biases
-        and the embedding's padding rows zero; norms one.
+        Normal with standard deviation 0.02; 0.02 / sqrt(2 n_layer) for the two projections into the residual
+        stream; biases and the embedding's padding rows zero; norms one.
         """
         for name, parameter in self.named_parameters():
             initial = self.initial_tensor(name, parameter.shape, seed).to(parameter.dtype)

@@ -1,13 +1,13 @@
-"""The loss head: from hidden states to cross entropies, of given targets and of labels drawn from the model's softmax.
+"""The loss head: from hidden states to cross entropies, of targets and of labels drawn from the model's softmax.
 
-Over half of a small GPT-2's training step is spent here. The logits are computed for some thousand positions at a time,
-and as soon as they stand in memory their softmax, its losses and its gradient are taken, in place; so neither the logits
-of the whole batch nor any logits in fp32 are ever held. Softmax, sampling and loss are fp32 whatever the precision of the
-product.
+Over half of a small GPT-2's training step is spent here. The logits are computed for some thousand positions at a
+time, and as soon as they stand in memory their softmax, its losses and its gradient are taken, in place; so
+neither the logits of the whole batch nor any logits in fp32 are ever held. Softmax, sampling and loss are fp32
+whatever the precision of the product.
 
 Both losses come out of one softmax. Their gradients with respect to the logits, softmax - onehot(target) and
-softmax - onehot(label), differ in two entries of a row; so once the target's has been taken through the two matrix products
-of the backward pass, the label's follows from it by look-ups.
+softmax - onehot(label), differ in two entries of a row; so once the target's has been taken through the two
+matrix products of the backward pass, the label's follows from it by look-ups.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class Passes(NamedTuple):
 
 
 class LossHead(nn.Module):
-    """Cross entropies over the first vocab_size rows of the weight, summed over positions: of targets, of drawn labels."""
+    """Cross entropies over the first vocab_size rows of the weight, summed: of targets, of drawn labels."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
@@ -55,9 +55,12 @@ class LossHead(nn.Module):
     ) -> Losses:
         """The losses that are asked for, by the chunked route, which can be differentiated once.
 
-        With both losses, `sampled_loss_sum.backward(retain_graph=True)` goes before `loss_sum.backward()`; and labels drawn
-        at just the positions that have a target cost next to nothing, at any others a softmax of their own.
+        With both losses, `sampled_loss_sum.backward(retain_graph=True)` goes before `loss_sum.backward()`; and
+        labels drawn at just the positions that have a target cost next to nothing, at any others a softmax of
+        their own.
         """
+        if targets is None and uniforms is None:
+            return None, None
         hidden = hidden.flatten(0, -2)
         if targets is not None:
             targets = targets.flatten()
@@ -75,8 +78,7 @@ class LossHead(nn.Module):
         dtype = weight.dtype
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        with torch.autocast("cpu", enabled=False) if device == "meta" else torch.autocast(device, enabled=False):
-            return _ChunkedLosses.apply(self, hidden, weight, targets, uniforms, dtype, torch.is_grad_enabled())
+        return _ChunkedLosses.apply(self, hidden, weight, targets, uniforms, dtype, torch.is_grad_enabled())
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles the passes over the logits, with the arguments of torch.compile."""
@@ -94,7 +96,7 @@ def plain_losses(
     uniforms: Tensor | None,  # (B, T) float32 in [0, 1), negative where no label is to be drawn
     vocab_size: int,
 ) -> Losses:
-    """The same losses in a few lines of torch, over full logits: can be differentiated twice, and is the head's reference."""
+    """The same losses over full logits, which can be differentiated twice: the head's reference."""
     logits = F.linear(hidden.flatten(0, -2), weight)[:, :vocab_size].float()
     loss_sum = sampled_loss_sum = None
     if targets is not None:
@@ -151,8 +153,9 @@ class _ChunkedLosses(torch.autograd.Function):
                 sampled_loss_sum += torch.where(counted, normalizer - labels_logits, 0).sum()
 
             if d_hidden is not None:
-                # The label's entry of softmax - onehot is computed in fp32 by itself: 1 taken from the rounded probability
-                # of a sure token would leave noise. A row that does not count has an infinite normaliser: zeros.
+                # The label's entry of softmax - onehot is computed in fp32 by itself: 1 taken from the rounded
+                # probability of a sure token would leave noise. A row that does not count has an infinite
+                # normaliser: zeros.
                 head.passes.softmax_(real, torch.where(counted, normalizer, torch.inf))
                 leading_logits = targets_logits if targets_logits is not None else labels_logits
                 assert leading_logits is not None
@@ -180,8 +183,8 @@ class _ChunkedLosses(torch.autograd.Function):
     def backward(ctx: Any, *loss_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "the loss head's gradients have been used: they are computed in the forward pass and can be taken once. "
-                "With both losses, call sampled_loss_sum.backward(retain_graph=True) first and loss_sum.backward() then"
+                "the loss head's gradients have been used: they are computed in the forward pass, to be taken once. "
+                "With both losses, call sampled_loss_sum.backward(retain_graph=True) before loss_sum.backward()"
             )
         d_loss, d_sampled_loss = loss_gradients
         if not ctx.both:
@@ -252,10 +255,10 @@ def sample_labels(
     logits: Tensor,  # (N, V)
     uniforms: Tensor,  # (N,) float32 in [0, 1), negative where no label is to be drawn
 ) -> Tensor:  # (N,) int64, -100 where no label was drawn
-    """Labels drawn from softmax(logits) by inverse CDF: the first token whose cumulative probability exceeds the uniform.
+    """Labels drawn from softmax(logits) by inverse CDF: the first whose cumulative probability exceeds the uniform.
 
-    A row's label depends on its logits and its uniform alone. A token without probability is never drawn, not even as the
-    uniform tends to 1.
+    A row's label depends on its logits and its uniform alone. A token without probability is never drawn, not
+    even as the uniform tends to 1.
     """
     logits = logits.detach()
     return draw(logits, log_normalizer(logits), uniforms, block_masses)
@@ -281,7 +284,7 @@ def draw(
 
 
 def _first_above(cumulative: Tensor, mass: Tensor, threshold: Tensor) -> Tensor:
-    """(N, 1): the first index that has mass and whose cumulative sum exceeds the threshold; else the last that has mass.
+    """(N, 1): the first index that has mass and a cumulative sum above the threshold; else the last that has mass.
 
     None exceeds it where rounding leaves the threshold at the last cumulative sum. Mass is asked for besides because a
     parallel cumulative sum may grow by rounding from one index to the next where there is no mass.
