@@ -6,6 +6,7 @@ Everything is computed on the device into one tensor of sums, which ranks that h
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -164,6 +165,13 @@ class UnclippedAlarm:
         self.hessian_interval = hessian_interval
         self._zero_since: int | None = None
         self._told = False
+
+    def state_dict(self) -> dict[str, int | bool | None]:
+        """JSON values, for a run that is interrupted."""
+        return {"zero_since": self._zero_since, "told": self._told}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._zero_since, self._told = state["zero_since"], state["told"]
 
     def observe(self, step: int, unclipped_fraction: float) -> str | None:
         """The alarm, once for each time that the fraction falls to zero and stays there; otherwise None.

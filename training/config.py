@@ -240,10 +240,29 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """`interval` in steps, null for a single checkpoint at the end; the newest `keep` are kept."""
+    """`interval` in steps, null for a single checkpoint at the end.
+
+    Kept are the newest `keep`, those whose step is a multiple of `keep_every`, and with `keep_best` the one with the
+    lowest validation loss of those at whose step there was an evaluation.
+    """
 
     interval: PositiveInt | None = None
     keep: PositiveInt = 2
+    keep_every: PositiveInt | None = None
+    keep_best: bool = True
+
+
+class GuardsConfig(Section):
+    """What a run watches itself for; none of it changes the curve.
+
+    A loss `spike_deviations` standard deviations above its running mean is an event of the record; every
+    `weights_interval` steps the ranks compare what should be the same on all of them; a run without progress for
+    `hang_minutes` shows the stacks of all ranks and stops. null: not watched.
+    """
+
+    spike_deviations: PositiveFloat | None = 6.0
+    weights_interval: PositiveInt | None = 100
+    hang_minutes: PositiveFloat | None = 10.0
 
 
 class TrackerConfig(Section):
@@ -286,6 +305,7 @@ class RunConfig(Section):
     train: TrainConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
+    guards: GuardsConfig = GuardsConfig()
     tracker: TrackerConfig
     launcher: LauncherConfig
     profile: ProfileConfig = ProfileConfig()
@@ -323,7 +343,7 @@ class RunConfig(Section):
         full = self.model_dump(mode="json")
         for key in ("name", "seed", "output_dir", "resume", "overwrite"):
             del full[key]
-        for key in ("strategy", "tracker", "launcher", "checkpoint", "profile"):
+        for key in ("strategy", "tracker", "launcher", "checkpoint", "guards", "profile"):
             del full[key]
         for key in ("micro_batch_size", "compile", "deterministic", "device"):
             del full["train"][key]
