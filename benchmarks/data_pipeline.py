@@ -180,7 +180,7 @@ def random_tokens(directory: Path, tokens: int) -> TokenDataset:
     directory.mkdir()
     for number in range(10):
         with ShardWriter(directory / shard_name("train", number), token_dtype(vocab_size)) as writer:
-            writer.append(generator.integers(0, vocab_size, tokens // 10, dtype=np.uint16))
+            writer.append(generator.integers(0, vocab_size, tokens // 10, dtype=np.uint16), documents=1)
         assert writer.shard is not None
         shards.append(writer.shard)
     manifest = Manifest(

@@ -124,19 +124,20 @@ def _prepare(source: Source, spec: TokenizerSpec, directory: Path, workers: int,
         found = worker.result({"task": "plan", **common, "files": files, "smallest_unit": plan.SMALLEST_UNIT})
         units = [plan.Unit.from_json(unit) for unit in found]
         tokenizer = gpt2().info if spec.name == "gpt2" else _train(worker, units, common, spec, display)
-    fingerprints = [unit.fingerprint({"format": FORMAT, **reading, "tokenizer": tokenizer.sha256}) for unit in units]
-    missing = [
-        (unit, fingerprint)
-        for unit, fingerprint in zip(units, fingerprints, strict=True)
-        if _receipt(directory, unit, fingerprint) is None
-    ]
-    total = sum(unit.bytes for unit in units)
-    sizes = [unit.bytes for unit, _ in missing]
-    display.begin(total, total - sum(sizes))
-    if missing:
-        job = {"task": "shards", **common, "tokenizer": asdict(tokenizer)}
-        requests = [{**job, "unit": unit.to_json(), "fingerprint": fingerprint} for unit, fingerprint in missing]
-        run_requests(requests, sizes, min(workers, len(missing)), lock, display)
+        decisive = {"format": FORMAT, **reading, "tokenizer": tokenizer.sha256}
+        fingerprints = [unit.fingerprint(decisive) for unit in units]
+        missing = [
+            (unit, fingerprint)
+            for unit, fingerprint in zip(units, fingerprints, strict=True)
+            if _receipt(directory, unit, fingerprint) is None
+        ]
+        total = sum(unit.bytes for unit in units)
+        sizes = [unit.bytes for unit, _ in missing]
+        display.begin(total, total - sum(sizes))
+        if missing:
+            job = {"task": "shards", **common, "tokenizer": asdict(tokenizer)}
+            requests = [{**job, "unit": unit.to_json(), "fingerprint": fingerprint} for unit, fingerprint in missing]
+            run_requests(requests, sizes, worker, min(workers, len(missing)), lock, display)
     made = [_receipt(directory, unit, fingerprint) for unit, fingerprint in zip(units, fingerprints, strict=True)]
     manifest = _assemble(corpus.description, source, tokenizer, made)
     _remove_stale(directory, manifest)

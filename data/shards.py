@@ -32,18 +32,14 @@ class ShardWriter:
         self._stack = ExitStack()
         self._file: BufferedRandom | None = None
 
-    def append(self, tokens: np.ndarray, end_of_text: int | None = None) -> None:
-        """Append (n,) token ids and, if these end a document, the id that says so."""
+    def append(self, tokens: np.ndarray, documents: int) -> None:
+        """Append (n,) token ids in which so many documents end."""
         if self._file is None:
             self._file = self._stack.enter_context(written_beside(self.path))
             self._write_header(self._file)
-        stored = np.empty(tokens.size + (end_of_text is not None), self.dtype)
-        stored[: tokens.size] = tokens
-        if end_of_text is not None:
-            stored[-1] = end_of_text
-            self.documents += 1
-        self._file.write(stored.data)
-        self.tokens += stored.size
+        self._file.write(tokens.astype(self.dtype).data)
+        self.tokens += tokens.size
+        self.documents += documents
 
     def __enter__(self) -> Self:
         return self

@@ -8,17 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+from data.encoding import DocumentEncoder
 from data.files import write_json
 from data.manifest import token_dtype
 from data.plan import Unit
 from data.readers import Advance, read_documents
 from data.shards import ShardWriter, shard_name
 from data.splits import SplitRule
-from data.tokenizers import Tokenizer
 
 RECEIPTS = "units"  # the directory of what each finished unit made, until the manifest is written
 
 _REPORT_SECONDS = 0.2
+_BATCH_CHARACTERS = 1 << 18  # encoded at once: enough to spread NumPy's cost per call, little enough for the caches
 
 
 class Listener(Protocol):
@@ -48,18 +49,43 @@ def split_documents(
             number += 1
 
 
+class _SplitWriter:
+    """Encodes the documents of one split in batches and appends them to its shard."""
+
+    def __init__(self, shard: ShardWriter, encoder: DocumentEncoder) -> None:
+        self._shard = shard
+        self._encoder = encoder
+        self._documents: list[str] = []
+        self._characters = 0
+
+    def add(self, text: str) -> tuple[int, int]:
+        """Take a document; returns how many tokens and documents were written."""
+        self._documents.append(text)
+        self._characters += len(text)
+        return self.flush() if self._characters >= _BATCH_CHARACTERS else (0, 0)
+
+    def flush(self) -> tuple[int, int]:
+        if not self._documents:
+            return 0, 0
+        ids = self._encoder.encode(self._documents)
+        written = ids.size, len(self._documents)
+        self._shard.append(ids, len(self._documents))
+        self._documents, self._characters = [], 0
+        return written
+
+
 def make_shards(
     unit: Unit,
     directory: Path,
     text_column: str,
     split: SplitRule,
-    tokenizer: Tokenizer,
+    encoder: DocumentEncoder,
     fingerprint: str,
     listener: Listener,
 ) -> None:
     """Tokenise one unit into a shard a split, and then write its receipt, with the fingerprint in it."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    read = 0
+    dtype = token_dtype(encoder.tokenizer.vocab_size)
+    read, tokens, documents, last = 0, 0, 0, time.monotonic()
 
     def advance(moved: int) -> None:
         nonlocal read
@@ -69,18 +95,20 @@ def make_shards(
         ShardWriter(directory / shard_name("train", unit.number), dtype) as train,
         ShardWriter(directory / shard_name("validation", unit.number), dtype) as validation,
     ):
-        writers = {"train": train, "validation": validation}
-        tokens, documents, last = 0, 0, time.monotonic()
+        shards = {"train": train, "validation": validation}
+        writers = {name: _SplitWriter(shard, encoder) for name, shard in shards.items()}
         for name, text in split_documents(unit, text_column, split, advance, listener.reading):
-            ids = tokenizer.encode(text)
-            writers[name].append(ids, tokenizer.end_of_text)
-            tokens, documents = tokens + ids.size + 1, documents + 1
+            made = writers[name].add(text)
+            tokens, documents = tokens + made[0], documents + made[1]
             if time.monotonic() - last > _REPORT_SECONDS:
                 listener.progress(read, tokens, documents)
                 read, tokens, documents, last = 0, 0, 0, time.monotonic()
+        for writer in writers.values():
+            made = writer.flush()
+            tokens, documents = tokens + made[0], documents + made[1]
         listener.progress(read, tokens, documents)
-    shards = {name: None if writer.shard is None else asdict(writer.shard) for name, writer in writers.items()}
-    write_json(receipt_path(directory, unit), {"fingerprint": fingerprint, "shards": shards})
+    made_shards = {name: None if shard.shard is None else asdict(shard.shard) for name, shard in shards.items()}
+    write_json(receipt_path(directory, unit), {"fingerprint": fingerprint, "shards": made_shards})
 
 
 def training_texts(

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data.encoding import DocumentEncoder
 from data.errors import DataError
 from data.files import cannot_write
 from data.manifest import TokenizerInfo
@@ -27,7 +28,11 @@ from data.splits import SplitRule
 from data.tokenise import make_shards, training_texts
 from data.tokenizers import open_tokenizer, train_bpe
 
-_opened = functools.cache(open_tokenizer)  # one for all units
+
+@functools.cache
+def _encoder(tokenizer: TokenizerInfo, directory: Path) -> DocumentEncoder:
+    """One for all units, since it gets faster as it goes."""
+    return DocumentEncoder(open_tokenizer(tokenizer, directory))
 
 
 class Channel:
@@ -63,9 +68,9 @@ def answer(request: dict[str, Any], channel: Channel) -> Any:
             return asdict(train_bpe(texts, request["vocab_size"], Path(request["directory"])).info)
         case "shards":
             directory = Path(request["directory"])
-            tokenizer = _opened(TokenizerInfo(**request["tokenizer"]), directory)
+            encoder = _encoder(TokenizerInfo(**request["tokenizer"]), directory)
             unit = Unit.from_json(request["unit"])
-            make_shards(unit, directory, text_column, split, tokenizer, request["fingerprint"], channel)
+            make_shards(unit, directory, text_column, split, encoder, request["fingerprint"], channel)
             return None
         case task:
             raise ValueError(f"unknown task {task!r}")

@@ -91,11 +91,12 @@ class Worker:
 def run_requests(
     requests: Sequence[dict[str, Any]],
     sizes: Sequence[int],  # bytes of text that each request reads
+    started: Worker,  # one that runs already
     workers: int,
     lock: int,
     display: Progress,
 ) -> None:
-    """Spread the requests over worker processes, showing progress, and stop all of them at the first error.
+    """Spread the requests over so many worker processes, showing progress, and stop them all at the first error.
 
     Raises:
         DataError: as `Worker.messages`.
@@ -104,11 +105,12 @@ def run_requests(
     order = sorted(range(len(requests)), key=lambda place: -sizes[place])
     pending = iter(order)
     mutex = threading.Lock()
+    idle = [started]
     running: list[Worker] = []
 
     def mind() -> None:
         with mutex:
-            worker = Worker(lock)
+            worker = idle.pop() if idle else Worker(lock)
             running.append(worker)
         with worker:
             while True:

