@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from training.config import ConfigurationError
+from training.heartbeat import Heartbeat, leave
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Distributed:
     world_size: int
     device: torch.device
     joined: bool = False  # the process group was there before: `stop` leaves it to whoever started it
+    heartbeat: Heartbeat | None = None
 
     @classmethod
     def start(cls, device: str, timeout: datetime.timedelta = datetime.timedelta(minutes=10)) -> "Distributed":
@@ -38,13 +40,17 @@ class Distributed:
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        place = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+        # A launcher may show each rank its own GPU alone, whatever its local rank.
+        place = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_cuda else torch.device("cpu")
         if on_cuda:
             torch.cuda.set_device(place)
-        joined = dist.is_initialized()
+        joined, heartbeat = dist.is_initialized(), None
         if world_size > 1 and not joined:
             dist.init_process_group(_backend(place), timeout=timeout, device_id=place if on_cuda else None)
-        return cls(rank, local_rank, world_size, place, joined)
+            heartbeat = Heartbeat.of_environment(rank, world_size)
+            dist.barrier()
+            heartbeat.start()
+        return cls(rank, local_rank, world_size, place, joined, heartbeat)
 
     def ensure_group(self) -> None:
         """A process group also in a world of one, for engines that cannot do without.
@@ -92,7 +98,19 @@ class Distributed:
         dist.all_gather_object(values, value)
         return values
 
+    def failed(self, error: Exception) -> None:
+        """To be told of an error that this rank does not share with all others. Ends the process if a rank is gone.
+
+        The error may be that loss, met in a collective; the message then names the rank.
+        """
+        if self.heartbeat is not None and (gone := self.heartbeat.silent()):
+            leave(self.rank, gone, f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+
     def stop(self) -> None:
+        """Leave the ranks in good order. Every rank calls it."""
+        if self.heartbeat is not None:
+            self.barrier()  # no rank ends, and with it perhaps the store, while another still watches
+            self.heartbeat.stop()
         if self.world_size > 1 and dist.is_initialized() and not self.joined:
             dist.destroy_process_group()
 

@@ -85,9 +85,15 @@ def execute(config: RunConfig) -> Outcome:
         prepare_environment(config.train.device)
     distributed = Distributed.start(config.train.device)
     try:
-        return _execute(config, distributed)
-    finally:
+        outcome = _execute(config, distributed)
+    except ConfigurationError:  # on every rank
         distributed.stop()
+        raise
+    except Exception as error:
+        distributed.failed(error)
+        raise
+    distributed.stop()
+    return outcome
 
 
 def _execute(config: RunConfig, distributed: Distributed) -> Outcome:

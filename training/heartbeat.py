@@ -1,0 +1,120 @@
+"""Which rank is gone: every rank counts seconds in a shared store, and a rank whose count stands still is dead.
+
+A collective that misses a rank fails with the address of a socket (gloo) or not at all (NCCL, which waits). The counts
+name the rank, and bound the wait: a rank whose count stands still for `LIMIT` seconds ends all others. They run in a
+thread, so a rank that is alive but stuck in a collective keeps counting; that is what the collectives' own time-out is
+for.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+INTERVAL = 1.0  # seconds from one beat to the next
+LIMIT = 120.0  # seconds without a beat after which a rank counts as dead
+SETTLED = 4.0  # seconds in which a living rank is sure to have beaten
+#: sysexits.h's EX_PROTOCOL: this rank is well, another one is gone.
+EXIT_RANK_LOST = 76
+
+
+class Heartbeat:
+    """This rank's beats, and the means to find out who has stopped.
+
+    Args:
+        store: shared by the ranks; used by this object alone.
+        rank, world_size: this process's place.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        self._store = store
+        self._rank = rank
+        self._world_size = world_size
+        self._lock = threading.Lock()  # the store's client serves one request at a time
+        self._stopped = threading.Event()
+        self._counts: list[int] = []
+        self._changed: list[float] = []
+        self._beat()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    @classmethod
+    def of_environment(cls, rank: int, world_size: int) -> "Heartbeat":
+        """Over a connection of its own to the store at MASTER_ADDR:MASTER_PORT. Call after the ranks have met there."""
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=LIMIT))
+        # A restarted group of ranks finds its own counts, not those of the ranks before.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return cls(dist.PrefixStore(f"heartbeat/{attempt}", store), rank, world_size)
+
+    def start(self) -> None:
+        """Watch and be watched. Every rank has made its first beat."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """This rank leaves in good order: from here on nobody waits for its beats."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join(2 * INTERVAL)
+        with self._lock, contextlib.suppress(RuntimeError):  # the store may have gone before this rank
+            self._store.set(f"left/{self._rank}", "1")
+
+    def silent(self, seconds: float = SETTLED) -> list[int]:
+        """The ranks that do not beat during the next `seconds`; rank 0, where the store may be, if that is gone."""
+        try:
+            before = self._read()
+            time.sleep(seconds)
+            after = self._read()
+        except RuntimeError:
+            return [0]
+        return [rank for rank, (a, b) in enumerate(zip(before, after, strict=True)) if a == b and rank != self._rank]
+
+    def _run(self) -> None:
+        while not self._stopped.wait(INTERVAL):
+            try:
+                self._beat()
+                lost = self._overdue()
+            except RuntimeError:
+                if self._stopped.is_set():
+                    return
+                lost = [0]
+            if lost:
+                leave(self._rank, lost, f"no sign of life for {LIMIT:.0f} seconds")
+
+    def _beat(self) -> None:
+        with self._lock:
+            self._store.add(f"beats/{self._rank}", 1)
+
+    def _read(self) -> list[int]:
+        with self._lock:
+            return [int(value) for value in self._store.multi_get([f"beats/{r}" for r in range(self._world_size)])]
+
+    def _overdue(self) -> list[int]:
+        """Ranks silent for too long. Rank 0 watches all and all watch rank 0: a request a rank and beat, not W²."""
+        watched = range(self._world_size) if self._rank == 0 else range(1)
+        with self._lock:
+            counts = [int(value) for value in self._store.multi_get([f"beats/{r}" for r in watched])]
+        now = time.monotonic()
+        if not self._counts:
+            self._counts, self._changed = counts, [now] * len(counts)
+        for index, count in enumerate(counts):
+            if count != self._counts[index]:
+                self._counts[index], self._changed[index] = count, now
+        overdue = [r for r in watched if r != self._rank and now - self._changed[r] > LIMIT]
+        with self._lock:
+            return [r for r in overdue if not self._store.check([f"left/{r}"])]
+
+
+def leave(rank: int, lost: list[int], reason: str) -> None:
+    """End this process at once, naming the ranks that are gone. Nothing can be saved: a checkpoint needs all ranks."""
+    names = ", ".join(map(str, lost))
+    print(
+        f"error: rank {names} is gone ({reason}); rank {rank} stops. Started again, the run goes on from its last "
+        "checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_RANK_LOST)
