@@ -84,6 +84,8 @@ def search() -> int:
         if any(entry["optimizer"] == optimizer for entry in known):
             continue
         outcome = execute(config)
+        if outcome.status not in ("completed", "diverged"):
+            return outcome.exit_code  # stopped from outside: the same command goes on
         environment = RunRecord.open(outcome.directory).environment
         entry = {
             "arm": arm,
