@@ -35,7 +35,7 @@ class DDP(Strategy):
         if self.distributed.world_size > 1:
             device_ids = [self.device] if self.device.type == "cuda" else None
             self._wrapped = DistributedDataParallel(
-                self.model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.model, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> GPT2Output:
