@@ -159,8 +159,8 @@ class HubSource(Source):
 class FileSource(Source):
     """The user's own files by glob ("**" goes into directories): .txt, .jsonl, .jsonl.gz and .parquet, also mixed.
 
-    A .txt file is cut at paragraph ends into documents of about two thousand words; in the others a line or row is a
-    document.
+    A .txt file is cut into documents at <|endoftext|>, and at paragraph ends into pieces of about two thousand words; in
+    the others a line or row is a document.
     """
 
     paths: Sequence[str]

@@ -381,9 +381,11 @@ def test_the_sample_prepares_itself_on_first_use_also_from_several_ranks(tmp_pat
         rank.join()
     assert ready == [tmp_path / "sample-gpt2"] * 2
     manifest: Manifest = data.load_manifest(ready[0])
-    assert manifest.splits["train"].tokens == 4_582_002
-    assert manifest.splits["validation"].tokens == 226_581
-    assert manifest.splits["validation"].documents == pytest.approx(0.05 * 1765, rel=0.2)
+    assert manifest.splits["train"].tokens == 4_558_723
+    assert manifest.splits["validation"].tokens == 247_692
+    assert manifest.splits["validation"].documents == pytest.approx(0.05 * 1903, rel=0.2)
+    for split in ("train", "validation"):
+        assert not any("<|endoftext|>" in text for text in documents_of(ready[0], split))
     data.ensure_prepared(tmp_path, SampleSource(), GPT2)
 
 
