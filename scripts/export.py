@@ -1,0 +1,42 @@
+"""A trained model as a Hugging Face directory.
+
+    python scripts/export.py runs/<name> exported
+    python scripts/export.py runs/<name>/checkpoints/step-00000100 exported --overwrite
+
+The newest valid checkpoint of the run is used. transformers' AutoModelForCausalLM and AutoTokenizer load the directory
+without a network; it is compared with the run's model before it gets its name.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from training.command import refuse
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run directory, or one of its checkpoints")
+    parser.add_argument("directory", type=Path, help="is made")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("--token-directory", type=Path, help="the run's prepared tokens, where they have been moved")
+    options = parser.parse_args(arguments)
+
+    from training.export import ExportError, export, quiet_transformers
+    from training.inference import OPENING_ERRORS, open_trained
+
+    try:
+        trained = open_trained(options.run, tokens=options.token_directory)
+        for line in trained.passed_over:
+            print(f"passed over: {line}", file=sys.stderr)
+        with quiet_transformers():
+            difference = export(trained, options.directory, overwrite=options.overwrite)
+    except (*OPENING_ERRORS, ExportError) as error:
+        return refuse(error)
+    print(f"{options.directory}: {trained.checkpoint}; transformers gives its logits to {difference:.1g} and its ids")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Text from a trained model.
+
+    python scripts/sample.py runs/<name> --prompt "It was" --tokens 200 --temperature 0.8 --top-k 50 --seed 0
+    python scripts/sample.py runs/<name>/checkpoints/step-00000100 --samples 3
+    python scripts/sample.py runs/<name> --prompt "$(cat story.txt)" --temperature 0
+
+The newest valid checkpoint of the run is used. The text goes to standard output as it is drawn, everything else to
+standard error. The same seed gives the same text.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from training.command import refuse
+from training.config import ConfigurationError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run directory, or one of its checkpoints")
+    parser.add_argument("--prompt", default="", help="what the text begins with (default: the beginning of a new text)")
+    parser.add_argument(
+        "--tokens", type=int, default=200, help="the most tokens to draw, if the model does not end the text (200)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (0.8)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens alone; 0: from all (0)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that hold this mass (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first sample; the second has the next one (0)")
+    parser.add_argument("--samples", type=int, default=1, help="how many texts (1)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--token-directory", type=Path, help="the run's prepared tokens, where they have been moved")
+    options = parser.parse_args(arguments)
+
+    from training.inference import OPENING_ERRORS
+
+    try:
+        return sample(options)
+    except OPENING_ERRORS as error:
+        return refuse(error)
+    except KeyboardInterrupt:
+        print(flush=True)
+        return 130
+    except BrokenPipeError:  # the reader, head for example, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def sample(options: argparse.Namespace) -> int:
+    """Draw and print; returns the exit code."""
+    from training.inference import Sampling, as_text, choose_device, generate, open_trained
+
+    for name, least in (("tokens", 1), ("samples", 1), ("seed", 0), ("top_k", 0)):
+        if getattr(options, name) < least:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigurationError(f"{option} {getattr(options, name)}: expected a number of at least {least}")
+    sampling = Sampling(options.temperature, options.top_k or None, options.top_p)
+    trained = open_trained(options.run, device=choose_device(options.device), tokens=options.token_directory)
+    for line in trained.passed_over:
+        print(f"passed over: {line}", file=sys.stderr)
+    tokenizer, context = trained.tokenizer, trained.model.config.block_size
+    prompt = [int(token) for token in tokenizer.encode(options.prompt)]
+    if len(prompt) > context:
+        print(
+            f"the prompt has {len(prompt)} tokens and the model sees {context}: it goes on from the last {context}",
+            file=sys.stderr,
+        )
+    for number in range(options.samples):
+        seed = options.seed + number
+        print(f"{trained.checkpoint}, seed {seed}:", file=sys.stderr, flush=True)
+        write(tokenizer.decode(prompt))
+        drawn = generate(
+            trained.model, prompt or [tokenizer.end_of_text], options.tokens, sampling, seed, tokenizer.end_of_text
+        )
+        for text in as_text(tokenizer, drawn):
+            write(text)
+        write("\n")
+    return 0
+
+
+def write(text: str) -> None:
+    """Print at once. On a terminal, control characters, of which an untrained model is full, are shown, not obeyed."""
+    if sys.stdout.isatty():
+        pictures = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+        text = text.translate(pictures | dict.fromkeys(range(128, 160), 0xFFFD))
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    sys.exit(main())

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data.tokenizers import END_OF_TEXT, gpt2
+from models import GPT2, GPT2Config
+from models.huggingface import from_huggingface
+from scripts.export import main
+from training import export as exporting
+from training.export import ExportError, export
+from training.inference import Sampling, TrainedModel, generate
+
+transformers = pytest.importorskip("transformers")
+
+FRAGMENTS = (
+    "the",
+    " light",
+    "'s",
+    " 'll",
+    "1984",
+    "!?",
+    "é",
+    "中文",
+    "🙂",
+    "\n\n",
+    "  ",
+    "\t",
+    "\r\n",
+    "\u00a0",
+    "\x85",
+)
+texts = st.text() | st.lists(st.sampled_from(FRAGMENTS), max_size=20).map("".join)
+
+
+@pytest.fixture(scope="session")
+def exported(trained: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("exported") / "model"
+    export(trained, directory)
+    return directory
+
+
+def loaded(directory: Path) -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
+
+
+def perturbed(config: GPT2Config) -> GPT2:
+    """A model none of whose weights is zero or one, so that each has to be in its place."""
+    model = GPT2(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def test_transformers_gives_the_logits_of_the_run(trained: TrainedModel, exported: Path) -> None:
+    ids = torch.randint(300, (3, 32), generator=torch.Generator().manual_seed(1))
+    logits = loaded(exported)(ids).logits
+    assert logits.shape == (3, 32, 300)  # without the padding
+    torch.testing.assert_close(logits, trained.model.logits(ids), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_attention_trick_and_biases_are_exported(trained: TrainedModel, tmp_path: Path, bias: bool) -> None:
+    model = perturbed(replace(trained.model.config, n_layer=3, bias=bias, attention_layer_scaling=True))
+    directory = tmp_path / "model"
+    export(replace(trained, model=model), directory)
+    assert json.loads((directory / "config.json").read_text())["scale_attn_by_inverse_layer_idx"] is True
+    ids = torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(1))
+    found, expected = loaded(directory)(ids).logits, model.logits(ids)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+    plain = GPT2(replace(model.config, attention_layer_scaling=False))
+    plain.load_state_dict(model.state_dict())
+    assert (plain.logits(ids) - expected).abs().max() > 1e-3  # the trick changes something here
+
+
+def test_an_export_can_begin_a_run(trained: TrainedModel, exported: Path) -> None:
+    config, weights = from_huggingface(exported)
+    assert config == trained.model.config
+    for name, parameter in trained.model.named_parameters():
+        torch.testing.assert_close(weights[name], parameter, atol=0, rtol=0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_pairs(
+    trained: TrainedModel, exported: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple]:
+    """Ours and the one that AutoTokenizer loads, for a trained BPE and for GPT-2's."""
+    directory = tmp_path_factory.mktemp("gpt2") / "model"
+    small = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8, block_size=32)).eval().requires_grad_(False)
+    export(replace(trained, model=small, tokenizer=gpt2()), directory)
+    return {
+        "bpe": (trained.tokenizer, transformers.AutoTokenizer.from_pretrained(exported, local_files_only=True)),
+        "gpt2": (gpt2(), transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)),
+    }
+
+
+@pytest.mark.parametrize("name", ["bpe", "gpt2"])
+def test_transformers_reads_and_writes_the_ids_of_the_run(tokenizer_pairs: dict[str, tuple], name: str) -> None:
+    ours, theirs = tokenizer_pairs[name]
+
+    @settings(deadline=None, max_examples=200)
+    @given(text=texts)
+    @example(text="the light of day isn't grey — 中文 🙂\n\n  and\tnobody spoke  ")
+    def same(text: str) -> None:
+        ids = ours.encode(text).tolist()
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == ours.decode(ids) == text
+
+    same()
+
+
+@pytest.mark.parametrize("name", ["bpe", "gpt2"])
+def test_the_end_of_a_text_is_the_special_token(tokenizer_pairs: dict[str, tuple], name: str) -> None:
+    ours, theirs = tokenizer_pairs[name]
+    assert theirs.eos_token_id == theirs.bos_token_id == ours.end_of_text
+    assert theirs(f"the{END_OF_TEXT}")["input_ids"] == [*ours.encode("the").tolist(), ours.end_of_text]
+    assert len(theirs) == ours.vocab_size
+    assert theirs.model_max_length == 32
+
+
+def test_transformers_generates_what_sampling_does(trained: TrainedModel, exported: Path) -> None:
+    prompt = [int(token) for token in trained.tokenizer.encode("nobody")]
+    end = trained.tokenizer.end_of_text
+    ours = list(generate(trained.model, prompt, 10, Sampling(temperature=0), 0, end))
+    model = loaded(exported)
+    assert model.generation_config.eos_token_id == end
+    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False)[0].tolist()
+    assert theirs[len(prompt) :][: len(ours)] == ours
+
+
+def test_the_directory_says_which_run_it_is_and_nothing_of_this_machine(
+    trained: TrainedModel, exported: Path, tiny_run: Path
+) -> None:
+    described = json.loads((exported / "training.json").read_text())
+    assert (described["run"], described["step"], described["tokens"]) == ("tiny", 3, 3 * 4 * 32)
+    assert described["val_loss"] == json.loads((tiny_run / "summary.json").read_text())["final_val_loss"]
+    for file in exported.glob("*.*"):
+        if file.suffix in (".json", ".md"):
+            assert str(tiny_run.parent.parent) not in file.read_text()
+            assert file.stat().st_mode & 0o077 == (exported / "model.safetensors").stat().st_mode & 0o077
+    assert "| trained for | 3 of 3 steps, 384 tokens |" in (exported / "README.md").read_text()
+
+
+def test_an_export_that_differs_from_the_model_is_refused_and_leaves_nothing(
+    trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from models import huggingface
+
+    def wrong(model: GPT2) -> torch.nn.Module:
+        result = right(model)
+        with torch.no_grad():
+            result.transformer.h[1].mlp.c_fc.weight[3, 5] += 0.1
+        return result
+
+    right = huggingface.to_huggingface
+    monkeypatch.setattr(huggingface, "to_huggingface", wrong)
+    with pytest.raises(ExportError, match="a logit of transformers' model differs"):
+        export(trained, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+    monkeypatch.setattr(huggingface, "to_huggingface", right)
+    with pytest.raises(ExportError, match="transformers reads"):
+        export(replace(trained, tokenizer=_without_last_merge(trained)), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _without_last_merge(trained: TrainedModel) -> object:
+    """A tokenizer whose export forgets how to make a token that the probe's text has."""
+    from data.tokenizers import Tokenizer
+
+    class Forgetful(Tokenizer):
+        def _merges(self) -> object:
+            return iter(())
+
+    return Forgetful("bpe", trained.tokenizer._ranks)
+
+
+def test_a_full_disk_leaves_nothing(trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(described: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporting, "_model_card", full)
+    with pytest.raises(exporting.ConfigurationError, match="cannot be written: No space left on device"):
+        export(trained, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_in_the_way_is_kept_unless_it_is_an_export_to_be_overwritten(
+    tiny_run: Path, tmp_path: Path, refused: Callable[[int], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    assert "is no export" in refused(main([str(tiny_run), str(mine), "--overwrite"]))
+    assert (mine / "thesis.txt").read_text() == "years of work"
+
+    made = tmp_path / "made"
+    made.mkdir()  # an empty directory is no obstacle
+    assert main([str(tiny_run / "checkpoints" / "step-00000002"), str(made)]) == 0
+    capsys.readouterr()
+    assert "already holds an export" in refused(main([str(tiny_run), str(made)]))
+    assert json.loads((made / "training.json").read_text())["step"] == 2
+    assert main([str(tiny_run), str(made), "--overwrite"]) == 0
+    assert json.loads((made / "training.json").read_text())["step"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "mine"]
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, refused: Callable[[int], str]) -> None:
+    assert "no such directory" in refused(main([str(tmp_path / "nowhere"), str(tmp_path / "out")]))
+    assert "is no run record" in refused(main([str(tmp_path), str(tmp_path / "out")]))
