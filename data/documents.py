@@ -14,6 +14,9 @@ SEPARATOR = "<|endoftext|>"
 
 PIECE_WORDS = 2000
 
+#: How texts are cut, for the manifest: tokens that were cut by another rule are other tokens.
+CUTTING = {"separator": SEPARATOR, "words": PIECE_WORDS}
+
 # The longest paragraph that is kept whole, in characters: about three pieces of English. A piece ends at this length
 # too, so that text without paragraphs, lines or spaces between words is cut all the same, in bounded memory.
 _LONGEST_PARAGRAPH = 1 << 15

@@ -229,19 +229,20 @@ def _remove_stale(directory: Path, manifest: Manifest) -> None:
 
 def _check_request(directory: Path, manifest: Manifest, source: Source, tokenizer: TokenizerSpec) -> None:
     """Refuse tokens that were made from another corpus or with another tokenizer than the one asked for."""
-    asked: dict[str, Any] = {"tokenizer": tokenizer.name, **source.request()}
+    asked: dict[str, Any] = {"tokenizer": tokenizer.name, "split": source.split.describe()}
     held: dict[str, Any] = {"tokenizer": manifest.tokenizer.name, "split": manifest.split_rule}
     if tokenizer.vocab_size is not None:
         asked["vocab_size"], held["vocab_size"] = tokenizer.vocab_size, manifest.vocab_size
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         held |= json.loads((directory / PREPARATION_FILE).read_text(encoding="utf-8"))["request"]
-    different = [key for key in asked if key in held and asked[key] != held[key]]
+        asked |= source.request()
+    different = sorted(key for key in asked.keys() | held.keys() if asked.get(key) != held.get(key))
     if different:
         raise DataError(
             f"{directory} was prepared with "
-            + ", ".join(f"{key}={held[key]!r}" for key in different)
-            + " and the configuration has "
-            + ", ".join(f"{key}={asked[key]!r}" for key in different)
+            + ", ".join(f"{key}={held.get(key)!r}" for key in different)
+            + ", and now asked for is "
+            + ", ".join(f"{key}={asked.get(key)!r}" for key in different)
             + "; give the data another name (data.name), or remove the directory and prepare it again"
         )
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.documents import PIECE_WORDS
+from data.documents import CUTTING
 from data.errors import DataError
 from data.files import canonical_json
 from data.readers import suffix_of
@@ -76,10 +76,10 @@ class SampleSource(Source):
         if not files:
             raise DataError(f"{_SAMPLE_DIRECTORY} holds no *.txt.xz; restore it from the repository")
         hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-        return Corpus(files, {"kind": "sample", "files": hashes, "piece_words": PIECE_WORDS})
+        return Corpus(files, {"kind": "sample", "files": hashes, "cutting": CUTTING})
 
     def request(self) -> dict[str, Any]:
-        return {"kind": "sample", "split": self.split.describe()}
+        return {"kind": "sample", "cutting": CUTTING, "split": self.split.describe()}
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ class HubSource(Source):
 class FileSource(Source):
     """The user's own files by glob ("**" goes into directories): .txt, .jsonl, .jsonl.gz and .parquet, also mixed.
 
-    A .txt file is cut into documents at <|endoftext|>, and at paragraph ends into pieces of about two thousand words; in
-    the others a line or row is a document.
+    A .txt file is cut into documents at <|endoftext|>, and at paragraph ends into pieces of about two thousand words;
+    in the others a line or row is a document.
     """
 
     paths: Sequence[str]
@@ -176,7 +176,7 @@ class FileSource(Source):
             {
                 "kind": "files",
                 "text_column": self.text_column,
-                "piece_words": PIECE_WORDS,
+                "cutting": CUTTING,
                 "listing": _listing([Path(os.path.relpath(file, root)).as_posix() for file in files], files),
             },
         )
@@ -190,6 +190,7 @@ class FileSource(Source):
             "kind": "files",
             "paths": list(self.paths),
             "text_column": self.text_column,
+            "cutting": CUTTING,
             "split": self.split.describe(),
         }
 

@@ -273,12 +273,12 @@ def test_a_finished_directory_is_left_as_it_is_and_needs_neither_corpus_nor_perm
 def test_tokens_of_another_request_are_refused_with_the_difference(tmp_path: Path, corpus: FileSource) -> None:
     data.prepare(corpus, GPT2, tmp_path / "t", workers=2)
     for other, difference in (
-        (FileSource(paths=["elsewhere/*"]), r"prepared with paths=.* has paths=\['elsewhere/\*'\]; give the data"),
+        (FileSource(paths=["elsewhere/*"]), r"prepared with paths=.* is paths=\['elsewhere/\*'\]; give the data"),
         (FileSource(paths=corpus.paths, split=SplitRule("hash", 0.2)), r"'fraction': 0\.05.*'fraction': 0\.2"),
     ):
         with pytest.raises(DataError, match=difference):
             data.prepare(other, GPT2, tmp_path / "t")
-    with pytest.raises(DataError, match=r"tokenizer='gpt2', .* and the configuration has tokenizer='bpe'"):
+    with pytest.raises(DataError, match=r"tokenizer='gpt2', .* now asked for is tokenizer='bpe'"):
         data.prepare(corpus, TokenizerSpec("bpe", 300), tmp_path / "t")
 
 
