@@ -1,7 +1,7 @@
 """The command line of train.py: compose, validate, run here or start the ranks.
 
-A single run is composed by Hydra and validated before anything else happens. Hydra's own entry point is used only for what it
-alone can do: sweeps (-m), --help, --info and completion. It writes no files.
+A run is composed by Hydra and validated before anything else happens. Hydra's own entry point is used only for what it
+alone can do: --help, --info and completion. It writes no files.
 """
 
 import logging
@@ -12,10 +12,13 @@ from typing import Any
 
 from data.errors import DataError
 from training.compose import CONFIG_DIRECTORY, compose_dictionary, resolved, validate
-from training.config import ConfigurationError, RunConfig
+from training.config import ConfigurationError, RunConfig, SlurmLauncherConfig
+from training.launch import in_job, run_in_job, start_ranks
+from training.sweep import sweep
 
 EXIT_CONFIGURATION = 2
-HYDRA_FLAGS = ("-m", "--multirun", "-h", "--help", "--hydra-help", "-i", "--info", "-c", "--cfg", "-p", "--package")
+SWEEP_FLAGS = ("-m", "--multirun")
+HYDRA_FLAGS: tuple[str, ...] = ("-h", "--help", "--hydra-help", "-i", "--info", "-c", "--cfg", "-p", "--package")
 HYDRA_FLAGS += ("--resolve", "-sc", "--shell-completion", "--version", "-cp", "--config-path", "-cd", "--config-dir")
 
 
@@ -25,17 +28,22 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
             return _hydra(arguments)
-        overrides, config_name = _split_config_name(arguments)
-        return start(validate(compose_dictionary(overrides, config_name)))
+        overrides, config_name = _split_config_name([a for a in arguments if a not in SWEEP_FLAGS])
+        if any(argument in SWEEP_FLAGS for argument in arguments):
+            return sweep(overrides, config_name)
+        config = validate(compose_dictionary(overrides, config_name))
+        if isinstance(config.launcher, SlurmLauncherConfig) and not in_job():
+            return sweep(overrides, config_name)  # of one trial: the launcher belongs to Hydra's sweeps
+        return start(config)
     except (ConfigurationError, DataError) as error:
         return refuse(error)
 
 
 def start(config: RunConfig) -> int:
     """Run a validated configuration in this process, or in ranks that are started here. Returns the exit code."""
+    if isinstance(config.launcher, SlurmLauncherConfig):
+        return run_in_job(config)
     if config.launcher.nproc_per_node > 1 and "WORLD_SIZE" not in os.environ:
-        from training.launch import start_ranks
-
         return start_ranks(config)
     from training.run import execute
 
@@ -74,22 +82,13 @@ def _split_config_name(arguments: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _hydra(arguments: Sequence[str]) -> int:
-    """Sweeps and Hydra's own flags, through Hydra's entry point. A sweep's exit code is that of its worst job."""
+    """Hydra's own flags (--help, --info, --cfg, completion), through Hydra's entry point."""
     import hydra
     from omegaconf import DictConfig
 
-    if "-m" in arguments or "--multirun" in arguments:
-        if "WORLD_SIZE" in os.environ:
-            raise ConfigurationError("-m under torchrun: every rank would run the whole sweep; use launcher.nproc_per_node=N")
-        overrides, name = _split_config_name([a for a in arguments if a not in ("-m", "--multirun")])
-        _check_sweep(overrides, name)
-    codes: list[int] = []
-
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name="config")
-    def job(config: DictConfig) -> Any:
-        code = run_job(resolved(config))
-        codes.append(code)
-        return code
+    def job(config: DictConfig) -> int:
+        return run_job(resolved(config))
 
     before = sys.argv
     sys.argv = [before[0], *arguments]
@@ -97,28 +96,12 @@ def _hydra(arguments: Sequence[str]) -> int:
         job()
     finally:
         sys.argv = before
-    return max(codes, default=0)
+    return 0
 
 
 def run_job(values: dict[str, Any]) -> int:
-    """One job of a sweep; its errors end it, not the sweep."""
+    """One run of plain values; what is wrong with them or the data becomes an exit code."""
     try:
         return start(validate(values))
     except (ConfigurationError, DataError) as error:
         return refuse(error)
-
-
-def _check_sweep(overrides: Sequence[str], config_name: str) -> None:
-    """Refuse a sweep with a mistake in any of its jobs before the first one starts."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException:
-        compose_dictionary(overrides, config_name)  # words the error
-        raise
-    for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None):
-        for job_overrides in batch:
-            validate(compose_dictionary([o for o in job_overrides if not o.startswith("hydra")], config_name))

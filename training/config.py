@@ -273,10 +273,54 @@ class TrackerConfig(Section):
     tags: tuple[str, ...] = ()
 
 
-class LauncherConfig(Section):
+class LocalLauncherConfig(Section):
+    """Ranks on this machine; a sweep's trials one after another."""
+
     name: Literal["local"] = "local"
     nproc_per_node: PositiveInt = 1
     max_restarts: NonNegativeInt = 0
+
+
+class JoblibLauncherConfig(Section):
+    """Ranks on this machine; `trials` trials of a sweep at a time."""
+
+    name: Literal["joblib"]
+    trials: PositiveInt = 2
+    nproc_per_node: PositiveInt = 1
+    max_restarts: NonNegativeInt = 0
+
+
+class SlurmLauncherConfig(Section):
+    """Jobs of SLURM, one rank a task; `submitit` makes them processes of this machine."""
+
+    name: Literal["slurm", "submitit"]
+    nodes: PositiveInt = 1
+    nproc_per_node: PositiveInt = 1
+    gpus_per_node: NonNegativeInt | None = None
+    cpus_per_task: PositiveInt | None = None
+    mem_gb: PositiveInt | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    timeout_minutes: PositiveInt = 1440
+    signal_seconds: PositiveInt = 120
+    requeue: bool = True
+    parallel: PositiveInt = 256
+    setup: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _signal_before_the_end(self) -> Self:
+        if self.name == "slurm" and self.signal_seconds >= 60 * self.timeout_minutes:
+            raise ValueError(
+                f"launcher.signal_seconds={self.signal_seconds} is not before the time-out at launcher.timeout_minutes="
+                f"{self.timeout_minutes}; leave time to train, for example launcher.signal_seconds=120"
+            )
+        return self
+
+
+LauncherConfig = Annotated[
+    LocalLauncherConfig | JoblibLauncherConfig | SlurmLauncherConfig, Field(discriminator="name")
+]
 
 
 class ProfileConfig(Section):

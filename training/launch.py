@@ -1,52 +1,148 @@
-"""Ranks started from here: torch's elastic launch, with the configuration composed once in the parent."""
+"""Ranks started from here: by torch's elastic launch on this machine, or as the tasks of a SLURM job.
 
+The configuration is composed and validated once, in the parent; the ranks receive plain values.
+"""
+
+import contextlib
+import logging
 import os
+import signal
 import sys
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
-from training.config import RunConfig
+from training.config import RunConfig, SlurmLauncherConfig
+from training.heartbeat import EXIT_RANK_LOST
 
 EXIT_FAILED = 1
+EXIT_PREEMPTED = 75
+#: How long ranks may take to save a checkpoint after they were asked to stop, before they are killed.
+SAVING_SECONDS = 300
+#: How long a preempted task waits for SLURM to end it before it ends itself.
+REQUEUE_SECONDS = 120
+
+
+def in_job() -> bool:
+    """Whether this process is a task of a job that submitit has started."""
+    return "SUBMITIT_EXECUTOR" in os.environ
 
 
 def start_ranks(config: RunConfig) -> int:
-    """Start `launcher.nproc_per_node` ranks of the run on this machine and wait. Returns the exit code of the run."""
+    """Start `launcher.nproc_per_node` ranks of the run on this machine and wait. Returns the exit code of the run.
+
+    A rank that dies ends the others; with `launcher.max_restarts` all are started again and go on from the last
+    checkpoint. SIGTERM, SIGINT and SIGUSR1 are passed on, and the ranks have `SAVING_SECONDS` to save.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.launcher.nproc_per_node)))
+    ranks = config.launcher.nproc_per_node
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=config.launcher.nproc_per_node,
+        nproc_per_node=ranks,
         run_id=config.run_name,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=config.launcher.max_restarts,
+        max_restarts=getattr(config.launcher, "max_restarts", 0),
         monitor_interval=0.5,
         start_method="spawn",
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        shutdown_timeout=SAVING_SECONDS,
     )
     try:
         results: dict[int, int] = elastic_launch(launch, run_rank)(config.model_dump(mode="json"))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(f"error: rank {rank} failed with exit code {failure.exitcode}: {failure.message}", file=sys.stderr)
+        print(f"error: {describe_failure(error)}", file=sys.stderr, flush=True)
         return EXIT_FAILED
+    except SignalException:
+        return EXIT_PREEMPTED
     return max(results.values(), default=0)
+
+
+def describe_failure(error: Any) -> str:
+    """Which rank failed first and how, in a line; a rank that only lost another one is not it."""
+    failures = {rank: failure for rank, failure in error.failures.items() if failure.exitcode != EXIT_RANK_LOST}
+    rank, failure = min((failures or error.failures).items(), key=lambda pair: pair[1].timestamp)
+    how = f"exit code {failure.exitcode}"
+    if failure.exitcode < 0:
+        how = f"killed by {signal.Signals(-failure.exitcode).name}"
+    elif isinstance(failure.message, dict):
+        how = str(failure.message.get("message", how)).strip().splitlines()[-1]
+    elif isinstance(failure.message, str) and "To enable traceback" not in failure.message:
+        how = failure.message.strip().splitlines()[-1]
+    return f"rank {rank} failed ({how}) and the others were stopped; started again, the run goes on from its checkpoint"
 
 
 def run_rank(values: dict[str, Any]) -> int:
     """One rank's work: validate again (cheap), run, and return the exit code."""
-    import logging
-
-    from data.errors import DataError
     from training.command import refuse
     from training.compose import validate
     from training.config import ConfigurationError
     from training.run import execute
 
+    # A terminal's Ctrl-C goes to its whole process group. The parent passes it on; twice would mean "at once".
+    os.setpgrp()
     logging.basicConfig(level=logging.INFO if os.environ.get("RANK") == "0" else logging.WARNING, format="%(message)s")
     try:
         return execute(validate(values)).exit_code
-    except (ConfigurationError, DataError) as error:
+    except ConfigurationError as error:
         return refuse(error)
+
+
+def run_in_job(config: RunConfig) -> int:
+    """This task of a SLURM job as a rank of the run. Returns the exit code of the run.
+
+    SLURM announces the time limit `launcher.signal_seconds` ahead. The run then saves, and the job queues again; so it
+    does when it is preempted.
+    """
+    import submitit
+
+    from training.run import execute
+
+    assert isinstance(config.launcher, SlurmLauncherConfig)
+    environment = submitit.JobEnvironment()
+    if environment.num_tasks > 1:
+        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    with announced_time_limit() as at_limit:
+        code = execute(config).exit_code
+    if code == EXIT_PREEMPTED:
+        _leave_job(environment, requeue=config.launcher.requeue and at_limit())
+    return code
+
+
+@contextlib.contextmanager
+def announced_time_limit() -> Iterator[Callable[[], bool]]:
+    """A function that says whether SLURM has announced the time limit (SIGUSR2), which the run is told as SIGUSR1.
+
+    Other requests to stop (SIGTERM: preemption by SLURM, which queues the job itself, or scancel) do not count.
+    """
+    announced: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        announced.append(number)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    previous = signal.signal(signal.SIGUSR2, handle)
+    try:
+        yield lambda: bool(announced)
+    finally:
+        signal.signal(signal.SIGUSR2, previous)
+
+
+def _leave_job(environment: Any, *, requeue: bool) -> None:
+    """End this task without a result: the job is not over, it waits in the queue or has been cancelled."""
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(EXIT_PREEMPTED))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if requeue and environment.global_rank == 0:
+        environment._requeue(0)  # submitit's own hook for every cluster it knows; on SLURM `scontrol requeue`
+    # A task that ended of itself would end the job, perhaps before it is in the queue.
+    if environment.name() == "slurm":
+        time.sleep(REQUEUE_SECONDS)
+    os._exit(EXIT_PREEMPTED)

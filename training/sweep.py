@@ -1,0 +1,98 @@
+"""Sweeps: the trials of `-m`, one after another, side by side (joblib) or as SLURM jobs (submitit), through Hydra.
+
+A trial is a run like any other, with a run directory of its own: a sweep that was killed is started again with the same
+command, passes over the finished trials and resumes the others.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
+
+from data.errors import DataError
+from training.compose import CONFIG_DIRECTORY, compose, compose_dictionary, resolved
+from training.config import ConfigurationError
+from training.launch import EXIT_FAILED, EXIT_PREEMPTED, in_job
+
+_preempted = False  # a trial of this process was asked to stop: no other is begun
+
+
+def sweep(overrides: Sequence[str], config_name: str = "config") -> int:
+    """Run every trial and wait for all. Returns the worst of the trials' exit codes.
+
+    Raises:
+        ConfigurationError: a trial cannot be run, or two trials are one run; nothing has been started.
+    """
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.global_hydra import GlobalHydra
+
+    if "WORLD_SIZE" in os.environ:
+        raise ConfigurationError(
+            "-m under torchrun: every rank would run the whole sweep; use launcher.nproc_per_node=N instead"
+        )
+    check_trials(trials(overrides, config_name), config_name)
+    GlobalHydra.instance().clear()
+    hydra = Hydra.create_main_hydra2("sophia", create_config_search_path(str(CONFIG_DIRECTORY)))
+    try:
+        batches = hydra.multirun(config_name, run_trial, list(overrides), with_log_configuration=False)
+    finally:
+        GlobalHydra.instance().clear()
+    return max((trial.return_value for batch in batches for trial in batch), default=0)
+
+
+def trials(overrides: Sequence[str], config_name: str = "config") -> list[list[str]]:
+    """The overrides of each trial, Hydra's own left out.
+
+    Raises:
+        ConfigurationError: an override that cannot be read.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException:
+        compose_dictionary(overrides, config_name)  # words the error
+        raise
+    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return [[o for o in trial if not o.startswith("hydra")] for batch in batches for trial in batch]
+
+
+def check_trials(trials: Sequence[Sequence[str]], config_name: str = "config") -> None:
+    """Refuse a sweep before its first trial starts: a mistake in any of its trials, or two with one run directory."""
+    named: dict[str, int] = {}
+    for number, overrides in enumerate(trials):
+        name = compose(overrides, config_name).run_name
+        if name in named:
+            first = " ".join(o for o in trials[named[name]] if o not in overrides) or "the same values"
+            second = " ".join(o for o in overrides if o not in trials[named[name]]) or "the same values"
+            raise ConfigurationError(
+                f"name={name}: trials {named[name]} ({first}) and {number} ({second}) of the sweep would share this "
+                "run directory; leave name= out, or make it differ, for example name='${optimizer.name}-${seed}'"
+            )
+        named[name] = number
+
+
+def run_trial(config: DictConfig) -> int:
+    """One trial, where the launcher has put it. Returns its exit code: what it raises ends it, not the sweep."""
+    from training.command import refuse, start
+    from training.compose import validate
+
+    global _preempted
+    if _preempted:
+        return EXIT_PREEMPTED
+    try:
+        code = start(validate(resolved(config)))
+    except (ConfigurationError, DataError) as error:
+        return refuse(error)
+    except Exception:
+        if in_job():
+            raise  # SLURM shall see it
+        traceback.print_exc(file=sys.stderr)
+        return EXIT_FAILED
+    _preempted = code == EXIT_PREEMPTED
+    return code
