@@ -372,7 +372,7 @@ def _under_tuned(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
             for search in searches:
                 if (search.arm, search.model, search.horizon) != (study.baseline, model, end.horizon):
                     continue
-                gain = predicted_gain(search.candidates, "optimizer.lr")
+                gain = predicted_gain(search, "optimizer.lr")
                 if gain is not None and gain > max(2 * spread, _MATTERS):
                     findings.append(
                         Finding(
@@ -395,11 +395,10 @@ def _degenerate(study: Study) -> list[Finding]:
             continue
         fraction, steps = trial.run.training["unclipped_fraction"], trial.run.training.steps
         interval = int(trial.run.config["optimizer"].get("hessian_interval", 10))
-        run_length, previous = 0.0, 0.0
+        since: float | None = None
         for zero, step in zip(fraction == 0, steps, strict=True):
-            run_length = run_length + step - previous if zero else 0.0
-            previous = step
-            if run_length > interval:
+            since = (step if since is None else since) if zero else None
+            if since is not None and step - since > interval:
                 lost.append(trial)
                 break
     if not lost:

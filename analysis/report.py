@@ -166,9 +166,7 @@ def print_summary(results: Results, console: Console) -> None:
         serious = finding.severity == "serious"
         console.print(
             Panel(
-                finding.detail,
-                title=finding.title,
-                title_align="left",
+                Text.assemble((finding.title, "bold"), "\n", finding.detail),
                 border_style="red" if serious else "yellow",
                 box=box.HEAVY if serious else box.ROUNDED,
             )

@@ -346,7 +346,8 @@ def tuning(results: Results) -> Table:
         trials = [trial for candidate in one.candidates for trial in candidate.trials]
         best = one.best
         granted = results.study.arms[one.arm].budget
-        spread = best.loss - one.candidates[1].loss if len(one.candidates) > 1 else math.nan
+        second = min((candidate.loss for candidate in one.candidates if candidate is not best), default=math.nan)
+        lead = second - best.loss
         rows.append(
             (
                 Cell(one.model),
@@ -360,7 +361,7 @@ def tuning(results: Results) -> Table:
                     href=best.trials[0].directory.as_posix() if best.trials else "",
                 ),
                 Cell(f"{best.loss:.4f}" if math.isfinite(best.loss) else "–", _sortable(best.loss)),
-                Cell(f"{-spread:.4f}" if math.isfinite(spread) else "–", _sortable(-spread)),
+                Cell(f"{lead:+.4f}" if math.isfinite(lead) else "–", _sortable(lead)),
                 Cell(", ".join(f"{edge.key} {edge.side}" for edge in one.edges), tone="serious" if one.edges else ""),
             )
         )
@@ -376,7 +377,7 @@ def tuning(results: Results) -> Table:
             "seconds",
             "best values",
             "loss",
-            "lead over the second",
+            "the next, more by",
             "at an edge",
         ),
         rows=tuple(rows),

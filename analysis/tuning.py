@@ -35,17 +35,14 @@ class Edge:
 
 @dataclass(frozen=True)
 class Tuning:
-    """One arm's search on one model at one horizon, best candidate first."""
+    """One arm's search on one model at one horizon, lowest loss first."""
 
     arm: str
     model: str
     horizon: int
     candidates: tuple[Candidate, ...]
+    best: Candidate  # the one that is reported; the lowest where no reported run says which it is
     edges: tuple[Edge, ...]
-
-    @property
-    def best(self) -> Candidate:
-        return self.candidates[0]
 
     @property
     def diverged(self) -> int:
@@ -58,7 +55,11 @@ def tunings(study: Study) -> list[Tuning]:
     for trial in study.tuning:
         if trial.run is not None and trial.status in ("completed", "diverged"):
             cells.setdefault((trial.arm, trial.model, trial.horizon), []).append(trial)
-    return [_tuning(study.arms[arm], model, horizon, trials) for (arm, model, horizon), trials in sorted(cells.items())]
+    chosen = {(trial.arm, trial.model, trial.horizon): trial.values for trial in study.reporting if trial.values}
+    return [
+        _tuning(study.arms[arm], model, horizon, trials, chosen.get((arm, model, horizon)))
+        for (arm, model, horizon), trials in sorted(cells.items())
+    ]
 
 
 def candidates(trials: Sequence[Trial]) -> list[Candidate]:
@@ -80,12 +81,12 @@ def explored(found: Sequence[Candidate], key: str) -> list[float]:
     return sorted(float(value) for value in values if isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
-def predicted_gain(found: Sequence[Candidate], key: str) -> float | None:
+def predicted_gain(search: Tuning, key: str) -> float | None:
     """What a parabola through the best candidate and its two neighbours in the logarithm of `key` promises, in nats.
 
     The neighbours agree with the best in all other values. None where the best has no neighbour on one of its sides.
     """
-    best = found[0]
+    best, found = search.best, search.candidates
     others = {name: value for name, value in best.values.items() if name != key}
     line = sorted(
         (float(one.values[key]), one.loss)
@@ -100,15 +101,16 @@ def predicted_gain(found: Sequence[Candidate], key: str) -> float | None:
     return 0.0 if a <= 0 else max(0.0, best.loss - float(c - b * b / (4 * a)))
 
 
-def _tuning(arm: Arm, model: str, horizon: int, trials: Sequence[Trial]) -> Tuning:
+def _tuning(arm: Arm, model: str, horizon: int, trials: Sequence[Trial], chosen: Mapping[str, Any] | None) -> Tuning:
     found = candidates(trials)
+    best = next((one for one in found if chosen is not None and dict(one.values) == dict(chosen)), found[0])
     keys = sorted({key for candidate in found for key in candidate.values})
-    edges = [edge for key in keys if (edge := _edge(arm, found, key)) is not None]
-    return Tuning(arm.name, model, horizon, tuple(found), tuple(edges))
+    edges = [edge for key in keys if (edge := _edge(arm, found, best, key)) is not None]
+    return Tuning(arm.name, model, horizon, tuple(found), best, tuple(edges))
 
 
-def _edge(arm: Arm, found: Sequence[Candidate], key: str) -> Edge | None:
-    value = found[0].values.get(key)
+def _edge(arm: Arm, found: Sequence[Candidate], best: Candidate, key: str) -> Edge | None:
+    value = best.values.get(key)
     values = explored(found, key)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or len(values) < 2:
         return None

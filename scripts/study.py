@@ -1,0 +1,180 @@
+"""Run and read a study.
+
+    python scripts/study.py run study=cpu_scale                 run it, or go on with it
+    python scripts/study.py run study=cpu_scale --hours 2       one sitting
+    python scripts/study.py run study=cpu_scale hydra/launcher=joblib hydra.launcher.n_jobs=4
+    python scripts/study.py run study=cpu_scale tracker=wandb   mirror the runs to W&B
+    python scripts/study.py plan study=cpu_scale                how many trials, steps and tokens
+    python scripts/study.py status study=cpu_scale              what is done
+    python scripts/study.py times study=cpu_scale               reference times, on an idle machine
+    python scripts/study.py report study=cpu_scale              HTML, Markdown, JSON
+    python scripts/study.py sweep study=cpu_scale               W&B sweep files
+
+`study=` is a file of configs/study, or a path. Work goes to runs/<study>, records, index and report to results/<study>.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from analysis.report import print_summary, write_report
+from analysis.results import analyse
+from analysis.trials import load_study
+from studies.plan import expected_trials, plan
+from studies.records import Places, outcomes
+from studies.runner import Launch, run_study
+from studies.spec import StudySpec, load_spec
+from studies.sweeps import write_sweeps
+from studies.times import measure
+from training.compose import compose
+from training.config import ConfigurationError
+from training.jobs import at_once, launch
+from training.records import RecordError
+
+# What may be said on the command line: how the runs are run. What determines their curves belongs in the study file.
+RUN_TIME = ("tracker", "launcher", "strategy", "checkpoint", "train.micro_batch_size", "train.compile", "train.device")
+EXIT_INTERRUPTED = 75
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "plan", "status", "times", "report", "sweep"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="study=…, hydra/launcher=…, tracker=…")
+    parser.add_argument("--hours", type=float, help="begin no trial after so long")
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="where runs are at work (default: runs)")
+    parser.add_argument(
+        "--records", type=Path, default=Path("results"), help="where records are kept (default: results)"
+    )
+    options = parser.parse_args(arguments)
+    console = Console(stderr=options.command in ("run", "times"))
+    try:
+        study, launcher, extras = split(options.overrides)
+        spec = load_spec(study)
+        places = Places.of(spec.name, options.work, options.records)
+        launching = functools.partial(launch_with, launcher=launcher, extras=extras)
+        match options.command:
+            case "run":
+                return run(spec, places, launching, at_once(launcher), options.hours, console)
+            case "plan":
+                console.print(plan_table(spec))
+            case "status":
+                console.print(status_table(spec, places))
+            case "times":
+                measure(spec, places, launching, tell=tell_to(console))
+            case "report":
+                return report(places, console)
+            case "sweep":
+                for path in write_sweeps(spec, places.records / "sweeps"):
+                    console.print(f"wandb sweep {path}", highlight=False)
+    except (ConfigurationError, FileNotFoundError, RecordError, RuntimeError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigurationError) else 1
+    return 0
+
+
+def split(overrides: Sequence[str]) -> tuple[str, list[str], list[str]]:
+    """The study's name, the launcher's overrides, and those that every run gets.
+
+    Raises:
+        ConfigurationError: no study=, or an override that belongs in the study file.
+    """
+    study, launcher, extras = None, [], []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "study":
+            study = value
+        elif key.startswith("hydra"):
+            launcher.append(override)
+        elif any(key == one or key.startswith(f"{one}.") for one in RUN_TIME):
+            extras.append(override)
+        else:
+            raise ConfigurationError(f"{override}: what determines a run belongs in the study file; put it there")
+    if not study:
+        raise ConfigurationError("study: missing; say which, study=<a file of configs/study, or a path>")
+    return study, launcher, extras
+
+
+def launch_with(jobs: Sequence[Sequence[str]], *, launcher: Sequence[str], extras: Sequence[str]) -> list[int]:
+    """Launch jobs with the launcher and the run-time overrides of the command line."""
+    return launch([[*job, *extras] for job in jobs], launcher)
+
+
+def run(
+    spec: StudySpec, places: Places, launching: Launch, together: int | None, hours: float | None, console: Console
+) -> int:
+    """Run or go on; the exit code says whether it came to its end."""
+    sitting = run_study(spec, places, launching, at_once=together, hours=hours, tell=tell_to(console))
+    console.print(f"{sitting.ran} trials ended in this sitting; records and index in {places.records}", highlight=False)
+    if sitting.finished:
+        return report(places, Console())
+    return EXIT_INTERRUPTED if sitting.interrupted else 1
+
+
+def report(places: Places, console: Console) -> int:
+    """The report beside the study's index, and a summary here."""
+    results = analyse(load_study([places.records]))
+    written = write_report(results, places.records)
+    print_summary(results, console)
+    console.print(f"report: {written.html}", highlight=False)
+    return 0
+
+
+def plan_table(spec: StudySpec) -> Table:
+    """Trials, steps and tokens of each arm and model, at most."""
+    table = Table(title=f"{spec.name}: at most", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("model", "arm", "tuning trials", "reported runs", "steps", "tokens"):
+        table.add_column(column, justify="left" if column in ("model", "arm") else "right")
+    rows: dict[tuple[str, str], list[int]] = {}
+    for (arm, model, horizon, phase), count in expected_trials(spec).items():
+        row = rows.setdefault((model, arm), [0, 0, 0])
+        row[0 if phase == "tuning" else 1] += count
+        row[2] += count * horizon
+    total = 0
+    for (model, arm), (tuning, reporting, steps) in rows.items():
+        config = compose([f"model={model}", *spec.base, *spec.models[model].overrides])
+        tokens = steps * config.train.global_batch_size * config.train.sequence_length
+        total += tokens
+        table.add_row(model, arm, str(tuning), str(reporting), f"{steps:,}", f"{tokens:.3g}")
+    table.caption = f"{sum(expected_trials(spec).values()):,} trials, {total:.3g} tokens"
+    return table
+
+
+def status_table(spec: StudySpec, places: Places) -> Table:
+    """How far each cell has got."""
+    known = outcomes(places)
+    table = Table(title=f"{spec.name} in {places.records}", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("model", "arm", "steps", "phase", "done", "of at most", "diverged"):
+        table.add_column(column, justify="left" if column in ("model", "arm", "phase") else "right")
+    done: dict[tuple[str, str, int, str], list[str]] = {}
+    for trial in plan(spec, known).trials:
+        if trial.name in known:
+            key = (trial.arm, trial.model, trial.horizon, trial.phase)
+            done.setdefault(key, []).append(known[trial.name].status)
+    for (arm, model, horizon, phase), count in expected_trials(spec).items():
+        ended = done.get((arm, model, horizon, phase), [])
+        lost = ended.count("diverged")
+        table.add_row(
+            model,
+            arm,
+            f"{horizon:,}",
+            phase,
+            str(len(ended)),
+            str(count),
+            str(lost) if lost else "",
+            style="green" if len(ended) == count else None,
+        )
+    return table
+
+
+def tell_to(console: Console) -> functools.partial[None]:
+    return functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Running a study: plan, run what is ready, keep the records, plan again."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from studies.plan import Outcomes, Plan, Trial, expected_trials, plan
+from studies.records import Places, keep, outcomes, read_outcome, write_index, write_spec
+from studies.spec import StudySpec
+from training.config import ConfigurationError
+
+PREEMPTED = 75
+CONFIGURATION = 2
+
+# Runs jobs (lists of overrides) and returns their exit codes: training.jobs.launch with a launcher chosen.
+Launch = Callable[[Sequence[Sequence[str]]], list[int]]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a study stands, for whoever watches."""
+
+    done: int
+    expected: int  # at most
+    seconds_left: float | None  # None as long as no trial has been timed
+
+    @property
+    def text(self) -> str:
+        left = "" if self.seconds_left is None else f", about {_duration(self.seconds_left)} left"
+        return f"{self.done} of at most {self.expected} trials{left}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a sitting did."""
+
+    finished: bool  # nothing is left to run
+    ran: int
+    failed: tuple[str, ...]  # trials that ended with an error; the next sitting tries them again
+    interrupted: bool  # a signal, or the time that was given
+
+
+def run_study(
+    spec: StudySpec,
+    places: Places,
+    launch: Launch,
+    *,
+    at_once: int | None = 1,
+    hours: float | None = None,
+    tell: Callable[[str], None] = print,
+) -> Report:
+    """Run a study to its end, or as far as a sitting goes; calling it again goes on.
+
+    Trials that are on record are skipped, a half-done run goes on from its checkpoint. No arm can exceed its budget:
+    the plan never has more trials than were granted.
+
+    Args:
+        launch: runs jobs and waits for them.
+        at_once: jobs handed to `launch` together; None for all that are ready.
+        hours: no trial is begun after so long.
+        tell: called with a line for each thing that happens.
+
+    Raises:
+        ConfigurationError: a trial's configuration is refused; or seeds were changed after looking.
+    """
+    deadline = math.inf if hours is None else time.monotonic() + 3600 * hours
+    pace = Pace()
+    failed: list[str] = []
+    ran = 0
+    write_spec(spec, outcomes(places), places)
+    while True:
+        known = outcomes(places)
+        current = plan(spec, known)
+        _keep_ended(current, known, places)
+        write_index(spec, current, places)
+        ready = [trial for trial in current.missing(known) if trial.name not in failed]
+        if current.finished or not ready:
+            tell("the study is finished" if current.finished else f"nothing more can run: {_blocked(failed)}")
+            return Report(current.finished, ran, tuple(failed), interrupted=False)
+        if time.monotonic() > deadline:
+            tell(f"time is up: {progress(spec, current, known, pace).text}; the same command goes on")
+            return Report(False, ran, tuple(failed), interrupted=True)
+        batch = ready[: at_once or len(ready)]
+        for trial in batch:
+            tell(f"{_describe(trial)}: begins ({progress(spec, current, known, pace).text})")
+        started = time.monotonic()
+        codes = launch([job(spec, trial, places) for trial in batch])
+        pace.note(batch, time.monotonic() - started, side_by_side=len(batch))
+        interrupted = False
+        for trial, code in zip(batch, codes, strict=True):
+            outcome = read_outcome(places.run(trial))
+            if code == CONFIGURATION:
+                raise ConfigurationError(
+                    f"{spec.name}: the configuration of {trial.name} is refused, see {places.run(trial)}.log; "
+                    "mend the study file"
+                )
+            if outcome is not None:
+                keep(trial, places)
+                ran += 1
+                tell(f"{_describe(trial)}: {_said(outcome.status, outcome.loss)}")
+            elif code == PREEMPTED:
+                interrupted = True
+                tell(f"{_describe(trial)}: interrupted; the same command goes on from its checkpoint")
+            else:
+                failed.append(trial.name)
+                tell(f"{_describe(trial)}: failed with exit code {code}, see {places.run(trial)}.log")
+        if interrupted:
+            return Report(False, ran, tuple(failed), interrupted=True)
+
+
+def job(spec: StudySpec, trial: Trial, places: Places) -> list[str]:
+    """The overrides of one trial's run, name, place and tracker tags included."""
+    given = {override.split("=")[0] for override in trial.overrides}
+    tags = [spec.name, trial.phase, trial.arm, f"{trial.horizon} steps"]
+    own = {
+        "name": trial.name,
+        "output_dir": str(places.work),
+        "tracker.group": f"{spec.name}-{trial.model}",
+        "tracker.tags": "[" + ",".join(f'"{tag}"' for tag in tags) + "]",
+    }
+    return [*trial.overrides, *(f"{key}={value}" for key, value in own.items() if key not in given)]
+
+
+class Pace:
+    """Seconds that a step takes, by arm and model, learned as trials end."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[str, str], list[float]] = {}
+
+    def note(self, trials: Sequence[Trial], seconds: float, *, side_by_side: int) -> None:
+        steps = sum(trial.horizon for trial in trials)
+        for trial in trials:
+            share = seconds * trial.horizon / steps if steps else 0.0
+            self._seconds.setdefault((trial.arm, trial.model), []).append(share / trial.horizon)
+
+    def per_step(self, arm: str, model: str) -> float | None:
+        """Measured for the arm on the model, else for the model, else for anything; None if nothing was timed."""
+        exact = self._seconds.get((arm, model))
+        on_model = [value for (_, where), values in self._seconds.items() for value in values if where == model]
+        anything = [value for values in self._seconds.values() for value in values]
+        chosen = exact or on_model or anything
+        return sum(chosen) / len(chosen) if chosen else None
+
+
+def progress(spec: StudySpec, current: Plan, known: Outcomes, pace: Pace) -> Progress:
+    """How much is done and how long the rest takes at the pace so far, if every search uses its whole budget."""
+    expected = expected_trials(spec)
+    done: dict[tuple[str, str, int, str], int] = {}
+    for trial in current.trials:
+        if trial.name in known:
+            key = (trial.arm, trial.model, trial.horizon, trial.phase)
+            done[key] = done.get(key, 0) + 1
+    left: float | None = 0.0
+    for (arm, model, horizon, phase), count in expected.items():
+        missing = count - done.get((arm, model, horizon, phase), 0)
+        seconds = pace.per_step(arm, model)
+        left = None if left is None or seconds is None else left + missing * horizon * seconds
+    return Progress(sum(done.values()), sum(expected.values()), left)
+
+
+def _keep_ended(current: Plan, known: Outcomes, places: Places) -> None:
+    """Runs that ended just before an earlier sitting was killed are at work only."""
+    for trial in current.trials:
+        if trial.name in known and read_outcome(places.record(trial)) is None:
+            keep(trial, places)
+
+
+def _describe(trial: Trial) -> str:
+    values = ", ".join(f"{key.removeprefix('optimizer.')}={value}" for key, value in trial.values.items())
+    what = f"{trial.phase} {trial.arm}, {trial.model}, {trial.horizon} steps, seed {trial.seed}"
+    return f"{what}, {values}" if values and trial.phase == "tuning" else what
+
+
+def _said(status: str, loss: float) -> str:
+    return f"loss {loss:.4f}" if status == "completed" else status
+
+
+def _blocked(failed: Sequence[str]) -> str:
+    return f"{len(failed)} trials failed in this sitting ({', '.join(failed[:3])})" if failed else "a search waits"
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"

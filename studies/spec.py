@@ -1,0 +1,296 @@
+"""A study on paper: one YAML file, validated before anything runs.
+
+    name: small
+    baseline: adamw
+    base: [data=sample, tokenizer=bpe, train.global_batch_size=8]     # overrides that all trials share
+    models:
+      gpt2_nano: {horizons: [100, 200], tune_at: 100, seeds: [1, 2, 3]}
+    tuning: {seeds: [100], method: coordinate, trials: 6, retune: {keys: [optimizer.lr], trials: 2}}
+    arms:
+      adamw:   {overrides: [optimizer=adamw],   search: {optimizer.lr: {values: [1.0e-3, 2.0e-3], widen: true}}}
+      sophiag: {overrides: [optimizer=sophiag], search: {optimizer.lr: {values: [1.0e-3, 2.0e-3], widen: true}}}
+    ablations:
+      sophiag_k1: {of: sophiag, overrides: [optimizer.hessian_interval=1], model: gpt2_nano, horizons: [200]}
+
+The number of reporting seeds and every arm's budget stand here, are the same for all arms, and are not changed after
+looking.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from training.compose import CONFIG_DIRECTORY
+from training.config import ConfigurationError
+
+STUDY_DIRECTORY = CONFIG_DIRECTORY / "study"
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$")]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, strict=True)]
+# A configuration key, or one element of a list: optimizer.betas[0].
+Key = Annotated[str, Field(pattern=r"^[a-z_]+(\.[a-z_0-9]+)+(\[\d+\])?$")]
+Value = bool | int | float | str
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Choices(Section):
+    """Values in order; the search begins at `start` (the middle one by default).
+
+    `widen` lets a coordinate search go on beyond an end, by the ratio of the last two values.
+    """
+
+    values: Annotated[tuple[Value, ...], Field(min_length=1)]
+    start: Value | None = None
+    widen: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.start is not None and self.start not in self.values:
+            raise ValueError(f"start={self.start} is not among the values {list(self.values)}; choose one of them")
+        if self.widen and not all(_is_positive(value) for value in self.values):
+            raise ValueError(
+                f"widen=true needs positive numbers, the values are {list(self.values)}; choose widen=false"
+            )
+        if self.widen and len(self.values) < 2:
+            raise ValueError("widen=true needs at least two values, whose ratio it goes on with; add one")
+        return self
+
+    @property
+    def first(self) -> Value:
+        return self.start if self.start is not None else self.values[len(self.values) // 2]
+
+
+class Range(Section):
+    """Any number between two, for random and Halton search."""
+
+    low: float
+    high: float
+    scale: Literal["log", "linear"] = "log"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low={self.low} is not below high={self.high}; exchange them")
+        if self.scale == "log" and self.low <= 0:
+            raise ValueError(f"low={self.low} is not positive, as scale=log needs; choose scale=linear")
+        return self
+
+    @property
+    def first(self) -> float:
+        return math.sqrt(self.low * self.high) if self.scale == "log" else (self.low + self.high) / 2
+
+
+def _kind_of_space(value: Any) -> str:
+    given = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+    return "range" if "low" in given or "high" in given else "values"
+
+
+Space = Annotated[Annotated[Choices, Tag("values")] | Annotated[Range, Tag("range")], Discriminator(_kind_of_space)]
+
+
+class ArmSpec(Section):
+    """One arm: what it overrides, and the spaces of its hyper-parameters by configuration key."""
+
+    overrides: tuple[str, ...]
+    search: dict[Key, Space] = {}
+
+
+class AblationSpec(Section):
+    """An arm's reported runs once more with something changed; its hyper-parameters are the arm's, without a search."""
+
+    of: Name
+    overrides: Annotated[tuple[str, ...], Field(min_length=1)]
+    model: Name
+    horizons: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    seeds: PositiveInt | None = None  # how many of the model's reporting seeds, all by default
+
+    @property
+    def varies(self) -> tuple[str, ...]:
+        """The keys that it sets; a group choice (optimizer=…) counts as the group."""
+        return tuple(override.lstrip("+").split("=")[0] for override in self.overrides)
+
+
+class ModelSpec(Section):
+    """Where a model is trained: horizons in steps, the baseline at all of them, the other arms at `arm_horizons`.
+
+    The search runs in full at `tune_at`; with `like` it begins at what another model's search found, and is a
+    re-tuning.
+    """
+
+    horizons: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    arm_horizons: tuple[PositiveInt, ...] = ()
+    tune_at: PositiveInt
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    like: Name | None = None
+    arms: tuple[Name, ...] = ()
+    overrides: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _horizons_known(self) -> Self:
+        known = set(self.horizons)
+        for name, values in (("arm_horizons", self.arm_horizons), ("tune_at", (self.tune_at,))):
+            unknown = [value for value in values if value not in known]
+            if unknown:
+                raise ValueError(f"{name}={unknown} is not among horizons={list(self.horizons)}; add it there")
+        return self
+
+
+class RetuneSpec(Section):
+    """At every other horizon, and on a model that is `like` another: these keys again, from the best that was found."""
+
+    keys: tuple[Key, ...]
+    trials: PositiveInt
+
+
+class TuningSpec(Section):
+    """The search and its budget, the same for every arm."""
+
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    method: Literal["coordinate", "grid", "random", "halton"]
+    trials: PositiveInt  # runs, for each arm at `tune_at`
+    threshold: Annotated[float, Field(ge=0)] = 0.0  # nats by which a coordinate search must improve to move
+    retune: RetuneSpec | None = None
+
+
+class StudySpec(Section):
+    """A whole study."""
+
+    name: Name
+    description: str = ""
+    baseline: Name
+    level: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    base: tuple[str, ...] = ()
+    models: Annotated[dict[Name, ModelSpec], Field(min_length=1)]
+    tuning: TuningSpec
+    arms: Annotated[dict[Name, ArmSpec], Field(min_length=1)]
+    ablations: dict[Name, AblationSpec] = {}
+
+    @model_validator(mode="after")
+    def _names_known(self) -> Self:
+        if self.baseline not in self.arms:
+            raise ValueError(f"baseline={self.baseline} is no arm; choose one of {', '.join(self.arms)}")
+        seen: list[str] = []
+        for name, model in self.models.items():
+            if model.like is not None and model.like not in seen:
+                raise ValueError(f"models.{name}.like={model.like}: expected a model that stands before it ({seen})")
+            unknown = [arm for arm in model.arms if arm not in self.arms]
+            if unknown or (model.arms and self.baseline not in model.arms):
+                raise ValueError(
+                    f"models.{name}.arms={list(model.arms)}: expected arms of the study, the baseline among them; "
+                    f"choose from {', '.join(self.arms)}"
+                )
+            overlap = sorted({*model.seeds} & {*self.tuning.seeds})
+            if overlap:
+                raise ValueError(
+                    f"models.{name}.seeds: {overlap} are tuning seeds too; report on seeds that the search has not seen"
+                )
+            seen.append(name)
+        return self
+
+    @model_validator(mode="after")
+    def _searches_fit(self) -> Self:
+        method, seeds = self.tuning.method, len(self.tuning.seeds)
+        if self.tuning.trials % seeds:
+            raise ValueError(
+                f"tuning.trials={self.tuning.trials} is no multiple of the {seeds} tuning seeds; each setting is tried "
+                "on all of them"
+            )
+        for name, arm in self.arms.items():
+            for key, space in arm.search.items():
+                needed = Range if method in ("random", "halton") else Choices
+                if not isinstance(space, needed):
+                    raise ValueError(
+                        f"arms.{name}.search.{key}: tuning.method={method} needs "
+                        + ("low and high" if needed is Range else "values")
+                    )
+            if method == "grid" and arm.search:
+                size = math.prod(len(s.values) for s in arm.search.values() if isinstance(s, Choices)) * seeds
+                if size > self.tuning.trials:
+                    raise ValueError(
+                        f"arms.{name}.search has {size} trials, more than tuning.trials={self.tuning.trials}; "
+                        "leave values out or raise the budget of every arm"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _ablations_known(self) -> Self:
+        for name, ablation in self.ablations.items():
+            where = f"ablations.{name}"
+            if name in self.arms:
+                raise ValueError(f"{where}: there is an arm of that name; choose another")
+            if ablation.of not in self.arms:
+                raise ValueError(f"{where}.of={ablation.of} is no arm; choose one of {', '.join(self.arms)}")
+            if ablation.model not in self.models:
+                raise ValueError(f"{where}.model={ablation.model} is no model; choose one of {', '.join(self.models)}")
+            reported = self.horizons(ablation.of, ablation.model)
+            missing = [horizon for horizon in ablation.horizons if horizon not in reported]
+            if missing:
+                raise ValueError(
+                    f"{where}.horizons: {ablation.of} has no runs of {missing} steps on {ablation.model}; choose from "
+                    f"{list(reported)}"
+                )
+        return self
+
+    def arms_on(self, model: str) -> list[str]:
+        """The arms that run on a model, the baseline first."""
+        names = self.models[model].arms or tuple(self.arms)
+        return sorted(names, key=lambda arm: arm != self.baseline)
+
+    def horizons(self, arm: str, model: str) -> tuple[int, ...]:
+        """The reported horizons of an arm on a model, ascending."""
+        if arm not in self.arms_on(model):
+            return ()
+        spec = self.models[model]
+        chosen = spec.horizons if arm == self.baseline else spec.arm_horizons or spec.horizons
+        return tuple(sorted(chosen))
+
+
+def load_spec(study: str | Path, directory: Path = STUDY_DIRECTORY) -> StudySpec:
+    """A study by the name of its file in configs/study, or by path.
+
+    Raises:
+        ConfigurationError: one line that names the key, the value and the remedy.
+    """
+    path = Path(study) if str(study).endswith((".yaml", ".yml")) else directory / f"{study}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in directory.glob("*.yaml"))
+        raise ConfigurationError(f"study={study}: there is no {path}; choose one of {', '.join(known)}, or give a file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path} cannot be parsed: {' '.join(str(error).split())}") from error
+    return validate_spec(values, str(path))
+
+
+def validate_spec(values: Any, origin: str) -> StudySpec:
+    """The frozen study of plain values; `origin` is named in errors."""
+    if not isinstance(values, Mapping):
+        raise ConfigurationError(f"{origin}: expected a mapping with name, baseline, models, tuning and arms")
+    try:
+        return StudySpec.model_validate(dict(values))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part not in ("values", "range"))
+        text = first["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(first["input"], (Mapping, BaseModel)) else f"={first['input']}"
+        raise ConfigurationError(f"{origin}: {where + given + ': ' if where else ''}{text}") from error
+
+
+def points(search: Mapping[str, Space]) -> list[dict[str, Value]]:
+    """Every combination of a search's choices, the last key varying fastest."""
+    spaces = [space.values for space in search.values() if isinstance(space, Choices)]
+    return [dict(zip(search, combination, strict=True)) for combination in itertools.product(*spaces)]
+
+
+def _is_positive(value: Value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,77 @@
+"""W&B sweep files from the same search spaces: for whoever lets W&B's agents search instead."""
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from studies.plan import common_overrides, value_overrides
+from studies.spec import Choices, Range, Space, StudySpec
+from training.compose import compose_dictionary
+from training.records import write_atomically
+
+_ELEMENT = re.compile(r"^(?P<key>.+)\[\d+\]$")
+_METHODS = {"grid": "grid", "random": "random", "halton": "random", "coordinate": "bayes"}
+
+
+def sweep(spec: StudySpec, arm: str, model: str) -> dict[str, Any]:
+    """The sweep of one arm on one model at its tuning horizon, as W&B's configuration.
+
+    W&B has no coordinate descent: its Bayesian search takes that place. Elements of a list are swept as whole lists,
+    since the command line cannot override an element.
+    """
+    search = spec.arms[arm].search
+    horizon = spec.models[model].tune_at
+    fixed = [
+        *common_overrides(spec, spec.arms[arm], model),
+        f"train.steps={horizon}",
+        f"seed={spec.tuning.seeds[0]}",
+        "tracker=wandb",
+        f"tracker.group={spec.name}-{model}",
+    ]
+    parameters: dict[str, Any] = {}
+    lists: dict[str, dict[str, Choices]] = {}
+    for key, space in search.items():
+        element = _ELEMENT.match(key)
+        if element is not None and isinstance(space, Choices):
+            lists.setdefault(element["key"], {})[key] = space
+        else:
+            parameters[key] = _parameter(space)
+    for name, elements in lists.items():
+        combinations = itertools.product(*(space.values for space in elements.values()))
+        written = [
+            value_overrides(dict(zip(elements, one, strict=True)), lambda: compose_dictionary(fixed))
+            for one in combinations
+        ]
+        parameters[name] = {"values": [overrides[0].partition("=")[2] for overrides in written]}
+    return {
+        "name": f"{spec.name}: {arm} on {model}, {horizon} steps",
+        "program": "train.py",
+        "method": _METHODS[spec.tuning.method],
+        "metric": {"name": "val/loss", "goal": "minimize"},
+        "run_cap": spec.tuning.trials,
+        "parameters": parameters,
+        "command": ["${env}", "${interpreter}", "${program}", *fixed, "${args_no_hyphens}"],
+    }
+
+
+def write_sweeps(spec: StudySpec, directory: Path) -> list[Path]:
+    """A file for each arm with something to search on each model that is tuned in full."""
+    directory.mkdir(parents=True, exist_ok=True)
+    written = []
+    for model, model_spec in spec.models.items():
+        for arm in spec.arms_on(model):
+            if spec.arms[arm].search and model_spec.like is None:
+                path = directory / f"{arm}-{model}.yaml"
+                write_atomically(path, yaml.safe_dump(sweep(spec, arm, model), sort_keys=False))
+                written.append(path)
+    return written
+
+
+def _parameter(space: Space) -> dict[str, Any]:
+    if isinstance(space, Range):
+        distribution = "log_uniform_values" if space.scale == "log" else "uniform"
+        return {"distribution": distribution, "min": space.low, "max": space.high}
+    return {"values": list(space.values)}

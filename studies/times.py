@@ -1,0 +1,60 @@
+"""Reference times: what each kind of work costs each arm, measured in turn on a machine that does nothing else."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from analysis.records import load_run
+from analysis.trials import REFERENCE_TIMES_FILE
+from analysis.wallclock import ReferenceTimes, reference_times
+from studies.plan import Trial, plan
+from studies.records import Places, outcomes
+from studies.runner import Launch
+from studies.spec import StudySpec
+
+
+def measure(
+    spec: StudySpec,
+    places: Places,
+    launch: Launch,
+    *,
+    steps: int = 40,
+    rounds: int = 3,
+    tell: Callable[[str], None] = print,
+) -> ReferenceTimes:
+    """Time a short run of every arm on every model, in turns so that a drift of the machine touches all alike.
+
+    Each arm runs with the hyper-parameters that it is reported with. The result is written beside the study's index,
+    where the report finds it.
+
+    Raises:
+        ValueError: no reported trial is planned yet.
+        RuntimeError: a run failed, or the machine is busy.
+    """
+    load = os.getloadavg()[0]
+    if load > 0.3 * (os.cpu_count() or 1):
+        raise RuntimeError(f"the machine is busy (load {load:.1f}): times measured now would be its noise; wait")
+    chosen: dict[tuple[str, str], Trial] = {}
+    for trial in plan(spec, outcomes(places)).trials:
+        if trial.phase == "reporting":
+            chosen.setdefault((trial.arm, trial.model), trial)
+    if not chosen:
+        raise ValueError(f"{spec.name}: no arm's hyper-parameters are found yet; run the study first")
+    measured = []
+    for turn in range(rounds):
+        for (arm, model), trial in chosen.items():
+            name = f"time-{arm}-{model}-{turn}"
+            tell(f"timing {arm} on {model}, round {turn + 1} of {rounds}")
+            overrides = [one for one in trial.overrides if one.split("=")[0] not in ("train.steps", "eval.interval")]
+            own = [f"train.steps={steps}", f"eval.interval={steps}", "overwrite=true", f"name={name}"]
+            (code,) = launch([[*overrides, *own, f"output_dir={places.work}"]])
+            if code != 0:
+                raise RuntimeError(f"{name} failed with exit code {code}, see {places.work / name}.log")
+            measured.append((arm, load_run(places.work / name)))
+    hardware = measured[0][1].record.environment.get("hardware", {})
+    machine = hardware.get("gpu") or hardware.get("cpu") or "this machine"
+    times = reference_times(measured, f"{rounds} rounds of {steps} steps of each arm in turn on {machine}, median")
+    path = Path(places.records) / REFERENCE_TIMES_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    times.save(path)
+    return times

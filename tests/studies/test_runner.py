@@ -1,0 +1,243 @@
+"""Running a study: what is done is skipped, what was cut off goes on, budgets and seeds are kept."""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.guards import inspect
+from analysis.results import analyse
+from analysis.trials import load_study
+from studies.plan import plan
+from studies.records import Places, outcomes, thin_metrics
+from studies.runner import Pace, job, progress, run_study
+from studies.spec import StudySpec, validate_spec
+from studies.times import measure
+from tests.analysis.synthetic import noise, power_law, write_run
+from tests.studies.small import small
+from training.config import ConfigurationError
+
+
+class FakeMachine:
+    """Writes the record that a run would leave, and remembers what it was asked."""
+
+    def __init__(self, *, stop_after: int | None = None) -> None:
+        self.ran: list[str] = []
+        self.codes: dict[str, int] = {}  # by position, where a job is to fail
+        self.stop_after = stop_after
+
+    def __call__(self, jobs: Sequence[Sequence[str]]) -> list[int]:
+        return [self._run(dict(override.partition("=")[::2] for override in one)) for one in jobs]
+
+    def _run(self, values: dict[str, str]) -> int:
+        name = values["name"]
+        self.ran.append(name)
+        if self.stop_after is not None and len(self.ran) > self.stop_after:
+            return 75
+        if name in self.codes:
+            return self.codes[name]
+        steps, seed, optimizer = int(values["train.steps"]), int(values["seed"]), values["optimizer"]
+        rate = float(values.get("optimizer.lr", 1e-3))
+        loss = (
+            power_law(steps * 1024)
+            + 0.05 * math.log(rate / 2e-3) ** 2
+            + noise(seed, steps, len(optimizer), scale=0.002)
+        )
+        directory = Path(values["output_dir"]) / name
+        write_run(
+            directory,
+            optimizer=optimizer,
+            seed=seed,
+            steps=steps,
+            final=loss,
+            evaluations=5,
+            config={"model.name": values["model"], "optimizer.lr": rate},
+        )
+        (directory / "checkpoints").mkdir()
+        return 0
+
+
+@pytest.fixture
+def spec() -> StudySpec:
+    return validate_spec(small(), "small.yaml")
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    return Places.of("small", tmp_path / "runs", tmp_path / "results")
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def test_a_study_runs_to_its_end_and_a_second_call_runs_nothing(spec: StudySpec, places: Places) -> None:
+    machine = FakeMachine()
+    report = run_study(spec, places, machine, tell=silent)
+    assert report.finished
+    assert report.ran == len(machine.ran) == len(set(machine.ran))
+    again = FakeMachine()
+    assert run_study(spec, places, again, tell=silent).finished
+    assert again.ran == []
+
+
+def test_a_study_that_was_interrupted_goes_on_and_runs_nothing_twice(spec: StudySpec, places: Places) -> None:
+    first = FakeMachine(stop_after=7)
+    report = run_study(spec, places, first, tell=silent)
+    assert report.interrupted
+    assert report.ran == 7
+    second = FakeMachine()
+    assert run_study(spec, places, second, tell=silent).finished
+    assert set(first.ran[:7]).isdisjoint(second.ran)
+    assert second.ran[0] == first.ran[7], "the run that was cut off is the first to go on"
+    whole = FakeMachine()
+    elsewhere = Places.of("small", places.work.parent / "other", places.records.parent / "other")
+    run_study(spec, elsewhere, whole, tell=silent)
+    assert whole.ran == first.ran[:7] + second.ran
+
+
+def test_records_alone_let_a_study_go_on_from_a_fresh_clone(spec: StudySpec, places: Places) -> None:
+    run_study(spec, places, FakeMachine(), tell=silent)
+    clone = Places(places.work.parent / "empty", places.records)
+    machine = FakeMachine()
+    assert run_study(spec, clone, machine, tell=silent).finished
+    assert machine.ran == []
+
+
+def test_a_run_that_ended_just_before_a_kill_is_kept_without_being_run_again(spec: StudySpec, places: Places) -> None:
+    trial = plan(spec, {}).trials[0]
+    FakeMachine()(jobs=[job(spec, trial, places)])
+    machine = FakeMachine()
+    run_study(spec, places, machine, tell=silent)
+    assert trial.name not in machine.ran
+    assert (places.record(trial) / "summary.json").is_file()
+
+
+def test_no_trial_begins_after_the_time_given(spec: StudySpec, places: Places) -> None:
+    machine = FakeMachine()
+    report = run_study(spec, places, machine, hours=0.0, tell=silent)
+    assert report.interrupted
+    assert machine.ran == []
+
+
+def test_a_failed_trial_stops_neither_the_others_nor_the_next_sitting(spec: StudySpec, places: Places) -> None:
+    machine = FakeMachine()
+    first = plan(spec, {}).trials[0]
+    machine.codes[first.name] = 1
+    said: list[str] = []
+    report = run_study(spec, places, machine, tell=said.append)
+    assert not report.finished
+    assert report.failed == (first.name,)
+    assert any("failed with exit code 1" in line and ".log" in line for line in said)
+    assert any(name.startswith("sophiag") for name in machine.ran)
+    assert run_study(spec, places, FakeMachine(), tell=silent).finished
+
+
+def test_a_refused_configuration_ends_the_study_with_the_log(spec: StudySpec, places: Places) -> None:
+    machine = FakeMachine()
+    machine.codes[plan(spec, {}).trials[0].name] = 2
+    with pytest.raises(ConfigurationError, match=r"is refused, see .*\.log; mend the study file"):
+        run_study(spec, places, machine, tell=silent)
+
+
+def test_seeds_cannot_change_after_reported_runs_were_seen(spec: StudySpec, places: Places) -> None:
+    run_study(spec, places, FakeMachine(), tell=silent)
+    values = small()
+    values["models"]["gpt2_nano"]["seeds"] = [1, 2, 3, 4, 5]
+    with pytest.raises(ConfigurationError, match=r"seeds went from \[1, 2, 3\] to \[1, 2, 3, 4, 5\] after reported"):
+        run_study(validate_spec(values, "small.yaml"), places, FakeMachine(), tell=silent)
+
+
+def test_seeds_can_change_before_any_reported_run(spec: StudySpec, places: Places) -> None:
+    run_study(spec, places, FakeMachine(stop_after=2), tell=silent)
+    values = small()
+    values["models"]["gpt2_nano"]["seeds"] = [1, 2, 3, 4, 5]
+    assert run_study(validate_spec(values, "small.yaml"), places, FakeMachine(), tell=silent).finished
+
+
+def test_the_index_is_what_the_analysis_reads(spec: StudySpec, places: Places) -> None:
+    run_study(spec, places, FakeMachine(), tell=silent)
+    study = load_study([places.records])
+    assert study.seeds == (1, 2, 3)
+    assert study.arms["sophiag_k1"].of == "sophiag"
+    assert study.arms["sophiag_k1"].varies == ("optimizer.hessian_interval",)
+    assert study.arms["adamw"].budget == 6
+    assert all(trial.status == "completed" for trial in study.trials)
+    assert [finding.title for finding in inspect(study) if finding.severity == "serious"] == []
+    assert analyse(study).headline("sophiag", "gpt2_nano", "steps", 1.0).claim.verdict == "undecided"
+
+
+def test_kept_records_are_small_and_hold_every_evaluation(spec: StudySpec, places: Places) -> None:
+    run_study(spec, places, FakeMachine(), tell=silent)
+    trial = next(t for t in plan(spec, outcomes(places)).trials if t.phase == "reporting" and t.horizon == 100)
+    kept = [json.loads(line) for line in (places.record(trial) / "metrics.jsonl").read_text().splitlines()]
+    full = [json.loads(line) for line in (places.run(trial) / "metrics.jsonl").read_text().splitlines()]
+    assert [line for line in kept if line["kind"] == "eval"] == [line for line in full if line["kind"] == "eval"]
+    assert not (places.run(trial) / "checkpoints").exists()
+    tuned = next(t for t in plan(spec, outcomes(places)).trials if t.phase == "tuning" and t.horizon == 100)
+    lines = (places.record(tuned) / "metrics.jsonl").read_text().splitlines()
+    assert sum('"train"' in line for line in lines) <= 30
+
+
+def test_thinned_lines_are_taken_at_equal_distances_and_the_last_is_among_them(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "r", optimizer="sophiag", steps=999) / "metrics.jsonl"
+    kept = [json.loads(line) for line in thin_metrics(path, "reporting").splitlines()]
+    steps = [line["step"] for line in kept if line["kind"] == "train"]
+    assert len(steps) <= 100
+    assert steps[-1] == 999
+    assert len({b - a for a, b in itertools.pairwise(steps)}) == 1
+
+
+def test_trackers_are_told_study_phase_and_arm(spec: StudySpec, places: Places) -> None:
+    trial = plan(spec, {}).trials[0]
+    overrides = job(spec, trial, places)
+    assert "tracker.group=small-gpt2_nano" in overrides
+    assert any(override.startswith("tracker.tags=") and '"tuning"' in override for override in overrides)
+
+
+def test_the_time_left_is_told_from_what_trials_took(spec: StudySpec) -> None:
+    current = plan(spec, {})
+    pace = Pace()
+    assert progress(spec, current, {}, pace).seconds_left is None
+    pace.note([current.trials[0]], 50.0, side_by_side=1)  # fifty steps: a second each
+    told = progress(spec, current, {}, pace)
+    assert told.seconds_left is not None
+    assert told.seconds_left > 50 * 20
+    assert "left" in told.text
+
+
+def test_reference_times_are_measured_in_turn_for_every_arm(
+    spec: StudySpec, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_study(spec, places, FakeMachine(), tell=silent)
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    machine = FakeMachine()
+    times = measure(spec, places, machine, steps=10, rounds=2, tell=silent)
+    assert [name.split("-")[1] for name in machine.ran if "gpt2_nano" in name][:3] == ["adamw", "sophiag", "sophiag_k1"]
+    assert set(times.seconds) == {"gpt2_nano", "gpt2_micro"}
+    assert load_study([places.records]).reference_times == times
+
+
+def test_reference_times_are_not_measured_on_a_busy_machine(
+    spec: StudySpec, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (9.0, 9.0, 9.0))
+    with pytest.raises(RuntimeError, match="the machine is busy"):
+        measure(spec, places, FakeMachine(), tell=silent)
+
+
+def test_batches_go_to_the_launcher_together(spec: StudySpec, places: Places) -> None:
+    sizes: list[int] = []
+    machine = FakeMachine()
+
+    def launch(jobs: Sequence[Sequence[str]]) -> list[int]:
+        sizes.append(len(jobs))
+        return machine(jobs)
+
+    report: Any = run_study(spec, places, launch, at_once=None, tell=silent)
+    assert report.finished
+    assert max(sizes) >= 9

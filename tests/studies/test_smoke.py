@@ -1,0 +1,71 @@
+"""A real study, small, from one command to the report: killed once without warning, and gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from studies.plan import expected_trials
+from studies.spec import load_spec
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tiny(directory: Path) -> Path:
+    """Two arms, two horizons, three seeds; seconds in all."""
+    study: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "study" / "smoke.yaml").read_text())
+    study["name"] = "tiny"
+    study["base"] += ["eval.tokens=2048", "eval.interval=4", f"data.directory={directory / 'tokens'}"]
+    study["base"] = [one for one in study["base"] if one not in ("eval.tokens=16384", "eval.interval=10")]
+    study["models"]["gpt2_nano"] |= {"horizons": [8, 16], "tune_at": 8}
+    study["tuning"] |= {"trials": 2, "retune": {"keys": ["optimizer.lr"], "trials": 1}}
+    study["ablations"]["sophiag_k1"] |= {"horizons": [16], "seeds": 1}
+    path = directory / "tiny.yaml"
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+    return path
+
+
+@pytest.mark.timeout(600)
+def test_a_study_killed_in_the_middle_goes_on_to_its_report(tmp_path: Path) -> None:
+    study = tiny(tmp_path)
+    command = [sys.executable, "scripts/study.py", "run", f"study={study}"]
+    command += ["--work", str(tmp_path / "runs"), "--records", str(tmp_path / "results")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    records = tmp_path / "results" / "tiny" / "runs"
+
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 240
+    while len(list(records.glob("*/summary.json"))) < 4:
+        assert process.poll() is None, process.communicate()[0].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in records.glob("*/summary.json")}
+    assert len(before) < sum(expected_trials(load_spec(study)).values())
+
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what was done is not done again"
+    results = json.loads((tmp_path / "results" / "tiny" / "report.json").read_text())
+    assert {one["currency"] for one in results["verdict"]} == {"steps", "flops", "seconds"}
+    assert {(one["arm"], one["horizon"]) for one in results["final_losses"]} == {
+        ("adamw", 8),
+        ("adamw", 16),
+        ("sophiag", 8),
+        ("sophiag", 16),
+        ("sophiag_k1", 16),
+    }
+    assert all(len(one["seeds"]) == (1 if one["arm"] == "sophiag_k1" else 3) for one in results["final_losses"])
+    assert (tmp_path / "results" / "tiny" / "report.html").stat().st_size > 1e6
+
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0
+    assert "0 trials ended in this sitting" in again.stderr

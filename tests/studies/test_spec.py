@@ -1,0 +1,89 @@
+"""A study file is validated in one line before anything runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from studies.plan import plan
+from studies.spec import STUDY_DIRECTORY, load_spec, validate_spec
+from tests.studies.small import small
+from training.compose import compose
+from training.config import ConfigurationError
+
+
+def change(values: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split("/")
+    for parent in parents:
+        values = values[parent]
+    values[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("seeds", 3, "seeds=3: Extra inputs"),
+        ("baseline", "adam", "baseline=adam is no arm; choose one of adamw, sophiag"),
+        ("models/gpt2_nano/tune_at", 60, r"tune_at=\[60\] is not among horizons"),
+        ("models/gpt2_nano/seeds", [1, 100], r"\[100\] are tuning seeds too"),
+        ("models/gpt2_micro/like", "gpt2_mini", "expected a model that stands before it"),
+        ("models/gpt2_micro/arms", ["sophiag"], "the baseline among them"),
+        ("tuning/seeds", [100, 101, 102, 103], "tuning.trials=6 is no multiple of the 4 tuning seeds"),
+        ("tuning/method", "halton", "needs low and high"),
+        ("tuning/trials", 0, "tuning.trials=0"),
+        ("arms/adamw/search/optimizer.lr", {"values": [1e-3], "widen": True}, "at least two values"),
+        ("arms/adamw/search/optimizer.lr", {"values": [1e-3, 2e-3], "start": 3e-3}, "start=0.003 is not among"),
+        ("arms/adamw/search/optimizer.lr", {"low": 1.0, "high": 0.5}, "low=1.0 is not below high=0.5"),
+        ("ablations/sophiag_k1/of", "lion", "of=lion is no arm"),
+        ("ablations/sophiag_k1/horizons", [25], r"sophiag has no runs of \[25\] steps"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_key_value_and_remedy(path: str, value: Any, words: str) -> None:
+    values = small()
+    change(values, path, value)
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        validate_spec(values, "small.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_grid_larger_than_the_budget_is_refused() -> None:
+    values = small()
+    values["tuning"]["method"] = "grid"
+    with pytest.raises(ConfigurationError, match=r"has 9 trials, more than tuning.trials=6"):
+        validate_spec(values, "small.yaml")
+
+
+def test_an_unknown_study_names_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"study=smok: there is no .*; choose one of .*smoke"):
+        load_spec("smok")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("name: [")
+    with pytest.raises(ConfigurationError, match="cannot be parsed"):
+        load_spec(broken)
+
+
+@pytest.mark.parametrize("study", sorted(path.stem for path in STUDY_DIRECTORY.glob("*.yaml")))
+def test_every_study_in_the_repository_is_valid_and_so_is_each_first_trial(study: str) -> None:
+    spec = load_spec(study)
+    assert spec.name == study
+    first = {(trial.arm, trial.model): trial for trial in plan(spec, {}).trials}
+    assert first
+    for trial in first.values():
+        config = compose([*trial.overrides, f"name={trial.name}"])
+        assert config.train.steps == trial.horizon
+        assert config.model.name == trial.model
+
+
+def test_the_baseline_runs_at_all_horizons_and_the_others_where_the_study_says() -> None:
+    spec = validate_spec(small(), "small.yaml")
+    assert spec.horizons("adamw", "gpt2_nano") == (25, 50, 100)
+    assert spec.horizons("sophiag", "gpt2_nano") == (50, 100)
+    assert spec.arms_on("gpt2_micro")[0] == "adamw"
+
+
+def test_a_study_survives_being_written_out(tmp_path: Path) -> None:
+    spec = validate_spec(small(), "small.yaml")
+    path = tmp_path / "copy.yaml"
+    path.write_text(yaml.safe_dump(spec.model_dump(mode="json", exclude_defaults=True), sort_keys=False))
+    assert load_spec(path) == spec
