@@ -24,6 +24,7 @@ def gauss_newton_bartlett(
     positions: Tensor | None = None,
     total_predictions: int | None = None,
     likelihood: Likelihood = Categorical(),  # noqa: B008 frozen
+    grad_scaler: torch.amp.GradScaler | None = None,
 ) -> int:
     """Samples labels from the model, adds the gradient of the mean loss against them to .grad, and returns N.
 
@@ -44,6 +45,7 @@ def gauss_newton_bartlett(
             estimate, which decides its label. Negative ones are left out. By default 0, 1, 2, …
         total_predictions: N by which the sum is divided; by default the predictions of this call.
         likelihood: the distribution behind the training loss (`sophia.likelihoods`).
+        grad_scaler: scales the loss, for float16; give the same one to `update_hessian`.
 
     Returns:
         The number of predictions in this call.
@@ -54,7 +56,7 @@ def gauss_newton_bartlett(
     outputs, positions = _predictions(outputs_fn(), positions, likelihood)
     labels = likelihood.sample(outputs.detach(), positions, seed, step, 0)
     loss = likelihood.loss_sum(outputs, labels) / (total_predictions or len(outputs))
-    loss.backward()  # type: ignore[no-untyped-call]
+    _backward(loss, grad_scaler)
     return len(outputs)
 
 
@@ -105,6 +107,7 @@ def empirical_fisher(
     *,
     ignore_index: int = -100,
     total_predictions: int | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
 ) -> int:
     """Adds the gradient of the mean *training* loss to .grad and returns N, for ĥ = N · g ⊙ g: an ablation.
 
@@ -124,7 +127,7 @@ def empirical_fisher(
     if n == 0:
         raise ValueError(f"no prediction: every target is ignore_index = {ignore_index} or the batch is empty")
     loss = F.cross_entropy(_in_full_precision(logits[kept]), targets[kept], reduction="sum") / (total_predictions or n)
-    loss.backward()  # type: ignore[no-untyped-call]
+    _backward(loss, grad_scaler)
     return n
 
 
@@ -231,6 +234,11 @@ def _predictions(outputs: Tensor, positions: Tensor | None, likelihood: Likeliho
     if len(outputs) == 0:
         raise ValueError("no prediction: the outputs are empty or every position is negative")
     return outputs, positions.reshape(-1)
+
+
+def _backward(loss: Tensor, grad_scaler: torch.amp.GradScaler | None) -> None:
+    scaled = loss if grad_scaler is None else grad_scaler.scale(loss)
+    scaled.backward()  # type: ignore[no-untyped-call]
 
 
 def _in_full_precision(outputs: Tensor) -> Tensor:

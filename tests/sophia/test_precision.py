@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sophia import AdaHessian, Lion, SophiaG, SophiaH
+from sophia import AdaHessian, Lion, SophiaG, SophiaH, gauss_newton_bartlett
 
 OPTIMIZERS: list[tuple[type, dict[str, Any]]] = [
     (SophiaG, {}),
@@ -109,10 +109,12 @@ def test_a_grad_scaler_takes_the_step_through_the_fused_protocol() -> None:
         optimizer = SophiaG(m.parameters(), lr=1e-2)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
         for _ in range(12):
-            loss = m(torch.randn(8, 6)).square().mean()
-            scaler.scale(loss).backward()
+            x = torch.randn(8, 6)
             if optimizer.hessian_due:
-                optimizer.update_hessian(num_predictions=8, grad_scaler=scaler)
+                n = gauss_newton_bartlett(lambda m=m, x=x: m(x), seed=0, step=1, grad_scaler=scaler)
+                optimizer.update_hessian(num_predictions=n, grad_scaler=scaler)
+                optimizer.zero_grad()
+            scaler.scale(m(x).square().mean()).backward()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
