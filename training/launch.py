@@ -81,6 +81,7 @@ def describe_failure(error: Any) -> str:
 
 def run_rank(values: dict[str, Any]) -> int:
     """One rank's work: validate again (cheap), run, and return the exit code."""
+    from data.errors import DataError
     from training.command import refuse
     from training.compose import validate
     from training.config import ConfigurationError
@@ -91,7 +92,7 @@ def run_rank(values: dict[str, Any]) -> int:
     logging.basicConfig(level=logging.INFO if os.environ.get("RANK") == "0" else logging.WARNING, format="%(message)s")
     try:
         return execute(validate(values)).exit_code
-    except ConfigurationError as error:
+    except (ConfigurationError, DataError) as error:
         return refuse(error)
 
 
