@@ -9,7 +9,6 @@ downstream.json in the run's directory or in the exported one.
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -39,8 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="the file that the results are added to")
     parser.add_argument("--token-directory", type=Path, help="the run's prepared tokens, where they have been moved")
     options = parser.parse_args(arguments)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # read when the harness imports tqdm
 
     from training.export import ExportError
     from training.inference import OPENING_ERRORS
