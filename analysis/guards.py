@@ -6,13 +6,17 @@ arms were tuned with the same effort, and when no reading is taken in the middle
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from scipy import special
+
 from analysis.colours import label
 from analysis.records import Run, flatten
+from analysis.speedup import Endpoints
 from analysis.target import time_to_target
 from analysis.trials import Study, Trial
 from analysis.tuning import Tuning, predicted_gain, tunings
@@ -343,19 +347,18 @@ def _under_tuned(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
     """Cheap signs that the baseline could do better: a parabola in the learning rate, and any better run on record."""
     findings = []
     for model in study.models:
-        for end in study.endpoints(study.baseline, model):
-            if end.diverged or len(end.seeds) < 1:
-                continue
-            spread = float(end.losses.std(ddof=1)) if len(end.seeds) > 1 else 0.0
+        ends = [end for end in study.endpoints(study.baseline, model) if not end.diverged]
+        spread, freedom = _seed_noise(ends)
+        for end in ends:
             reported = float(end.losses.mean())
-            better = [
+            tried = [
                 trial
-                for trial in study.trials
-                if trial.arm == study.baseline
-                and (trial.model, trial.horizon) == (model, end.horizon)
-                and trial.phase == "tuning"
-                and trial.loss < reported - max(4 * spread, _MATTERS)
+                for trial in study.tuning
+                if (trial.arm, trial.model, trial.horizon) == (study.baseline, model, end.horizon)
             ]
+            # One more run would lie this far below the mean once in a hundred times, were it the luckiest of all tried.
+            luck = _quantile(0.01 / max(len(tried), 1), freedom) * spread * math.sqrt(1 + 1 / len(end.seeds))
+            better = [trial for trial in tried if trial.loss < reported - max(luck, _MATTERS)]
             where = f"{label(study.baseline)}, {model}, {end.horizon:,} steps"
             if better:
                 best = min(trial.loss for trial in better)
@@ -373,7 +376,7 @@ def _under_tuned(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
                 if (search.arm, search.model, search.horizon) != (study.baseline, model, end.horizon):
                     continue
                 gain = predicted_gain(search, "optimizer.lr")
-                if gain is not None and gain > max(2 * spread, _MATTERS):
+                if gain is not None and gain > max(_quantile(0.01, freedom) * spread * math.sqrt(2), _MATTERS):
                     findings.append(
                         Finding(
                             "tuning",
@@ -385,6 +388,20 @@ def _under_tuned(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
                         )
                     )
     return findings
+
+
+def _seed_noise(ends: Sequence[Endpoints]) -> tuple[float, float]:
+    """Standard deviation of the final loss over seeds, pooled over horizons, and its degrees of freedom."""
+    freedom = float(sum(len(end.seeds) - 1 for end in ends))
+    if freedom <= 0:
+        return 0.0, 0.0
+    squares = sum(float(end.losses.var()) * len(end.seeds) for end in ends)
+    return math.sqrt(squares / freedom), freedom
+
+
+def _quantile(tail: float, freedom: float) -> float:
+    """What Student's t exceeds with probability `tail`; 0 without degrees of freedom."""
+    return -float(special.stdtrit(freedom, tail)) if freedom > 0 else 0.0
 
 
 def _degenerate(study: Study) -> list[Finding]:
