@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -153,6 +154,8 @@ class GPT2(nn.Module):
             )
         positions = torch.arange(length, device=tokens.device)
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+        if not torch.compiler.is_compiling():
+            torch._dynamo.maybe_mark_dynamic(x, 0)  # code for any batch size at the first compilation already
         if self.attention == "math":
             with sdpa_kernel(SDPBackend.MATH):
                 for block in self.blocks:
@@ -186,7 +189,12 @@ class GPT2(nn.Module):
             self.attention = before
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles each block and the loss head's inside in place, with the arguments of torch.compile."""
+        """Compiles each block and the loss head's inside in place, with the arguments of torch.compile.
+
+        The blocks share what is compiled for one. For the whole process, backward passes keep what the forward pass
+        saved: both losses of one forward can then be differentiated, the first with retain_graph=True.
+        """
+        torch._functorch.config.donated_buffer = False
         for block in self.blocks:
             block.compile(*args, **kwargs)
         self.head.compile(*args, **kwargs)

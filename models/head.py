@@ -25,12 +25,44 @@ BLOCK = 128  # columns of the vocabulary whose probability mass the sampler sums
 Losses = tuple[Tensor | None, Tensor | None]
 
 
+def log_normalizer(
+    logits: Tensor,  # (N, V)
+) -> Tensor:  # (N,) float32: log sum exp
+    wide = logits.float()
+    maximum = wide.amax(dim=-1)
+    return maximum + (wide - maximum[:, None]).exp().sum(dim=-1).log()
+
+
+def softmax_(
+    logits: Tensor,  # (N, V), replaced by their softmax
+    normalizer: Tensor,  # (N,) float32
+) -> Tensor:
+    # A pass of its own, and the exponential taken twice: together with the sum, inductor keeps it in a buffer in fp32.
+    return logits.copy_((logits.float() - normalizer[:, None]).exp())
+
+
+def block_masses(
+    logits: Tensor,  # (N, V)
+    normalizer: Tensor,  # (N,) float32
+) -> tuple[Tensor, Tensor]:  # (N, ⌊V / BLOCK⌋) and (N, 1) float32: the probability of each whole block, and of the rest
+    whole = logits.size(1) // BLOCK
+    blocks = logits[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).float()
+    rest = logits[:, whole * BLOCK :].float()
+    return (
+        (blocks - normalizer[:, None, None]).exp().sum(dim=-1),
+        (rest - normalizer[:, None]).exp().sum(dim=-1, keepdim=True),
+    )
+
+
 class Passes(NamedTuple):
-    """The passes over a chunk's logits: functions of this module, compiled or over slices of rows."""
+    """The passes over the logits of a chunk of positions."""
 
     log_normalizer: Callable[[Tensor], Tensor]
     block_masses: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     softmax_: Callable[[Tensor, Tensor], Tensor]
+
+
+UNCOMPILED = Passes(log_normalizer, block_masses, softmax_)
 
 
 class LossHead(nn.Module):
@@ -39,11 +71,7 @@ class LossHead(nn.Module):
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
         self.vocab_size = vocab_size
-        self.passes = Passes(
-            log_normalizer=_in_slices(log_normalizer),
-            block_masses=_in_slices(block_masses),
-            softmax_=_in_slices(softmax_),
-        )
+        self.passes = Passes(*[_in_slices(function) for function in UNCOMPILED])
 
     @torch.compiler.disable
     def forward(
@@ -82,11 +110,7 @@ class LossHead(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles the passes over the logits, with the arguments of torch.compile."""
-        self.passes = Passes(
-            log_normalizer=torch.compile(log_normalizer, *args, **kwargs),
-            block_masses=torch.compile(block_masses, *args, **kwargs),
-            softmax_=torch.compile(softmax_, *args, **kwargs),
-        )
+        self.passes = Passes(*[_of_any_length(torch.compile(function, *args, **kwargs)) for function in UNCOMPILED])
 
 
 def plain_losses(
@@ -222,35 +246,6 @@ def _relabelled(
     return (d_hidden.float() + change) * scale, d_weight
 
 
-def log_normalizer(
-    logits: Tensor,  # (N, V)
-) -> Tensor:  # (N,) float32: log sum exp
-    wide = logits.float()
-    maximum = wide.amax(dim=-1)
-    return maximum + (wide - maximum[:, None]).exp().sum(dim=-1).log()
-
-
-def softmax_(
-    logits: Tensor,  # (N, V), replaced by their softmax
-    normalizer: Tensor,  # (N,) float32
-) -> Tensor:
-    # A pass of its own, and the exponential taken twice: together with the sum, inductor keeps it in a buffer in fp32.
-    return logits.copy_((logits.float() - normalizer[:, None]).exp())
-
-
-def block_masses(
-    logits: Tensor,  # (N, V)
-    normalizer: Tensor,  # (N,) float32
-) -> tuple[Tensor, Tensor]:  # (N, ⌊V / BLOCK⌋) and (N, 1) float32: the probability of each whole block, and of the rest
-    whole = logits.size(1) // BLOCK
-    blocks = logits[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).float()
-    rest = logits[:, whole * BLOCK :].float()
-    return (
-        (blocks - normalizer[:, None, None]).exp().sum(dim=-1),
-        (rest - normalizer[:, None]).exp().sum(dim=-1, keepdim=True),
-    )
-
-
 def sample_labels(
     logits: Tensor,  # (N, V)
     uniforms: Tensor,  # (N,) float32 in [0, 1), negative where no label is to be drawn
@@ -310,3 +305,14 @@ def _in_slices(function: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
     return over_slices
+
+
+def _of_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled function, told at its first call that the number of rows will change."""
+
+    def told(*arguments: Tensor) -> Any:
+        for argument in arguments:
+            torch._dynamo.maybe_mark_dynamic(argument, 0)
+        return function(*arguments)
+
+    return told
