@@ -286,6 +286,7 @@ def show(results: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(f"* of a rank that trains on {FAST_RANK:,} tokens a second, without any reading ahead")
+    console.print("Where short windows fall short, it is the 0.4 µs that Python takes for each; their copy takes less.")
 
 
 def verdict(passed: bool) -> str:
