@@ -143,9 +143,10 @@ class Results:
             parts.append(f"{words} is {one.claim.verdict}{_why_undecided(one)}")
         at = self.headline(arm, model, currency, 1.0).speed_up
         level = f"{at.level:.0%} interval"
-        ratio = at.text if math.isnan(at.estimate) else f"{at.text} times as fast as {label(self.study.baseline)}"
+        known = not math.isnan(at.estimate)
+        ratio = f"is {at.text} times as fast as {label(self.study.baseline)}" if known else "has no speed-up"
         return (
-            f"In {CLAIM_NAMES[currency]}, {label(arm)} on {model} is {ratio} "
+            f"In {CLAIM_NAMES[currency]}, {label(arm)} on {model} {ratio} "
             f"({at.horizon:,} steps, {at.seeds} seeds, {level}): {'; '.join(parts)}."
         )
 

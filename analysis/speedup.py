@@ -622,8 +622,23 @@ def _verdict(p: float, level: float, direction: str) -> Verdict:
 def _without_estimate(
     end: Endpoints, currency: Currency, level: float, thresholds: Sequence[float], baseline: Baseline, reason: str
 ) -> SpeedUp:
-    claims = tuple(Claim(threshold, "undecided", 1.0, 1.0, "none", None, False) for threshold in thresholds)
     nan = float("nan")
+    # What could have been tested, had the runs ended well: the design chooses the horizon that speaks, not the outcome.
+    ratio = float(np.mean(baseline.cost_per_token(currency)) / np.mean(end.cost(currency) / end.tokens))
+    reach = np.exp(baseline.range) * ratio / end.tokens.mean() if math.isfinite(ratio) and ratio > 0 else (nan, nan)
+    low, high = float(reach[0]), float(reach[1])
+    claims = tuple(
+        Claim(
+            threshold=threshold,
+            verdict="undecided",
+            p=1.0,
+            adjusted_p=1.0,
+            direction="none",
+            seeds_to_decide=None,
+            testable=low * (1 - _TOLERANCE) <= threshold <= high * (1 + _TOLERANCE),
+        )
+        for threshold in thresholds
+    )
     return SpeedUp(
         arm=end.arm,
         model=end.model,
@@ -638,7 +653,7 @@ def _without_estimate(
         high_censored=True,
         level=level,
         log_standard_error=nan,
-        range=(nan, nan),
+        range=(low, high),
         method=baseline.curve.method,
         smallest_detectable=math.inf,
         smallest_detectable_ratio=math.inf,

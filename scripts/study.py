@@ -26,7 +26,7 @@ from rich.table import Table
 from analysis.report import print_summary, write_report
 from analysis.results import analyse
 from analysis.trials import load_study
-from studies.plan import expected_trials, plan
+from studies.plan import common_overrides, expected_trials, plan
 from studies.records import Places, outcomes
 from studies.runner import Launch, run_study
 from studies.spec import StudySpec, load_spec
@@ -137,7 +137,8 @@ def plan_table(spec: StudySpec) -> Table:
         row[2] += count * horizon
     total = 0
     for (model, arm), (tuning, reporting, steps) in rows.items():
-        config = compose([f"model={model}", *spec.base, *spec.models[model].overrides])
+        varied = spec.ablations[arm].of if arm in spec.ablations else arm
+        config = compose(common_overrides(spec, spec.arms[varied], model))
         tokens = steps * config.train.global_batch_size * config.train.sequence_length
         total += tokens
         table.add_row(model, arm, str(tuning), str(reporting), f"{steps:,}", f"{tokens:.3g}")

@@ -249,6 +249,16 @@ def test_a_diverged_reported_run_leaves_its_cell_undecided_with_the_reason() -> 
     assert end_of_runs(broken, baseline) == []
 
 
+def test_a_diverged_run_does_not_hand_the_verdict_to_another_horizon() -> None:
+    baseline, arm = simulated(1.2, 3, np.random.default_rng(4))
+    fitted = fit_baseline(baseline)
+    sound = headline(speed_ups(arm, fitted, "steps"))
+    broken = [end if end.horizon != sound.horizon else cell("sophiag", end.horizon, [3.0, np.nan, 3.0]) for end in arm]
+    chosen = headline(speed_ups(broken, fitted, "steps"))
+    assert chosen.horizon == sound.horizon
+    assert chosen.text == "1 of 3 runs diverged"
+
+
 def test_one_seed_gives_an_estimate_but_no_interval_and_no_verdict() -> None:
     baseline, arm = simulated(1.2, 1, np.random.default_rng(6))
     result = speed_ups(arm, fit_baseline(baseline), "steps")[1]
