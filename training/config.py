@@ -409,7 +409,7 @@ def refuse_impossible_pairs(config: RunConfig) -> None:
         isinstance(config.strategy, DeepSpeedConfig) and config.strategy.zero_stage == 3
     )
     estimator = getattr(config.optimizer, "estimator", None)
-    where = config.strategy.name
+    where: str = config.strategy.name
     if isinstance(config.strategy, DeepSpeedConfig):
         where = f"deepspeed strategy.zero_stage={config.strategy.zero_stage}"
     if estimator == "hutchinson" and sharded_parameters:

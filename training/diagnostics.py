@@ -43,7 +43,9 @@ def _sums(hessian: Tensor, momentum: Tensor) -> Tensor:
     histogram = torch.zeros(len(DECADES) + 1, dtype=torch.float64, device=hessian.device)
     histogram.scatter_add_(0, exponents.long().flatten(), positive.double().flatten())
     count = torch.tensor(float(hessian.numel()), dtype=torch.float64, device=hessian.device)
-    totals = torch.stack((count, positive.sum().double(), hessian.double().square().sum(), momentum.double().square().sum()))
+    totals = torch.stack(
+        (count, positive.sum().double(), hessian.double().square().sum(), momentum.double().square().sum())
+    )
     return torch.cat((totals, histogram))
 
 

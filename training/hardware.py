@@ -28,7 +28,7 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 def resolve_precision(train: TrainConfig, device: torch.device) -> str:
-    """"fp32" or "bf16" for "auto"; what was asked for otherwise."""
+    """ "fp32" or "bf16" for "auto"; what was asked for otherwise."""
     if train.precision != "auto":
         return train.precision
     return "bf16" if has_bf16_units(device) else "fp32"
@@ -58,7 +58,9 @@ def resolve_compile(train: TrainConfig, *, warn: bool) -> bool:
     if failure is None:
         return True
     if train.compile is True:
-        raise ConfigurationError(f"train.compile=True: no compiler works here ({failure}); install g++ or use train.compile=auto")
+        raise ConfigurationError(
+            f"train.compile=True: no compiler works here ({failure}); install g++ or use train.compile=auto"
+        )
     if warn:
         log.warning("torch.compile does not work here (%s); running without it", failure)
     return False

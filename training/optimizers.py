@@ -29,7 +29,7 @@ def parameter_groups(parameters: Named, weight_decay: float) -> list[dict[str, A
     """
     decayed = {name: p for name, p in parameters.items() if p.dim() >= 2}
     others = {name: p for name, p in parameters.items() if p.dim() < 2}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": list(decayed.values()), "names": list(decayed), "weight_decay": weight_decay},
         {"params": list(others.values()), "names": list(others), "weight_decay": 0.0},
     ]

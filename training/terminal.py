@@ -22,7 +22,10 @@ class _Metrics(ProgressColumn):
 def describe_step(line: Mapping[str, Any]) -> str:
     """`loss 3.2104  12.3k tok/s  unclipped 0.21`."""
     loss = line["loss"]
-    parts = [f"loss {loss:.4f}" if loss is not None else "loss not finite", f"{_thousands(line['tokens_per_second'])} tok/s"]
+    parts = [
+        f"loss {loss:.4f}" if loss is not None else "loss not finite",
+        f"{_thousands(line['tokens_per_second'])} tok/s",
+    ]
     if line.get("unclipped_fraction") is not None:
         parts.append(f"unclipped {line['unclipped_fraction']:.2f}")
     return "  ".join(parts)

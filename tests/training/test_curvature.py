@@ -1,4 +1,4 @@
-"""The curvature pass of the loop: equal to the library's estimator, whatever the split; never clipped; weight zero for padding."""
+"""The curvature pass of the loop: equal to the library's estimator, whatever the split; padding weighs nothing."""
 
 import numpy as np
 import pytest
