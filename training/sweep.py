@@ -28,6 +28,7 @@ def sweep(overrides: Sequence[str], config_name: str = "config") -> int:
     from hydra._internal.hydra import Hydra
     from hydra._internal.utils import create_config_search_path
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
 
     if "WORLD_SIZE" in os.environ:
         raise ConfigurationError(
@@ -38,6 +39,11 @@ def sweep(overrides: Sequence[str], config_name: str = "config") -> int:
     hydra = Hydra.create_main_hydra2("sophia", create_config_search_path(str(CONFIG_DIRECTORY)))
     try:
         batches = hydra.multirun(config_name, run_trial, list(overrides), with_log_configuration=False)
+    except HydraException as error:
+        raise ConfigurationError(" ".join(str(error).split())) from error
+    except Exception as error:  # of a job of SLURM: a task has ended without a result, or with an error
+        print(f"error: a trial failed: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
     finally:
         GlobalHydra.instance().clear()
     return max((trial.return_value for batch in batches for trial in batch), default=0)
