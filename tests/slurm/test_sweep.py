@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,17 +30,25 @@ def slurm(tmp_path: Path):
         yield
 
 
-def sweep(directory: Path, corpus: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [
-        *(sys.executable, str(ROOT / "train.py"), "-m", "launcher=slurm", "launcher.nproc_per_node=2"),
-        *("launcher.gpus_per_node=null", "launcher.timeout_minutes=2", "launcher.signal_seconds=40"),
+def overrides(directory: Path, corpus: list[str]) -> list[str]:
+    """Of a run that saves only when it is told to."""
+    return [
         *(*corpus, "model=gpt2_nano", "optimizer=adamw", f"output_dir={directory / 'runs'}"),
-        *("name='steps-${train.steps}'", f"train.steps={SHORT},{LONG}", "train.global_batch_size=4"),
-        *("train.sequence_length=32", "train.precision=fp32", "train.compile=false", "train.device=cpu"),
+        *("name='steps-${train.steps}'", "train.global_batch_size=4", "train.sequence_length=32"),
+        *("train.precision=fp32", "train.compile=false", "train.device=cpu"),
         *("eval.interval=2000", "eval.tokens=256", "checkpoint.interval=null"),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, cwd=directory)
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, cwd=ROOT)
+
+
+def sweep(directory: Path, corpus: list[str]) -> subprocess.CompletedProcess[str]:
+    launcher = ["launcher=slurm", "launcher.nproc_per_node=2", "launcher.gpus_per_node=null"]
+    limits = ["launcher.timeout_minutes=2", "launcher.signal_seconds=40", f"train.steps={SHORT},{LONG}"]
+    return run([sys.executable, str(ROOT / "train.py"), "-m", *launcher, *limits, *overrides(directory, corpus)])
 
 
 def test_a_sweep_survives_its_time_limit_and_every_step_is_recorded_once(tmp_path: Path, slurm: None) -> None:
@@ -51,9 +60,29 @@ def test_a_sweep_survives_its_time_limit_and_every_step_is_recorded_once(tmp_pat
         assert summary(run)["status"] == "completed"
         assert [line["step"] for line in lines(run, "train")] == list(range(1, steps + 1))
         assert json.loads((run / "environment.json").read_text())["world_size"] == 2
-    resumed = [line for line in lines(tmp_path / "runs" / f"steps-{LONG}", "event") if line["event"] == "resumed"]
-    assert resumed
-    assert all(line["step"] > 0 for line in resumed)
+    assert_resumed(tmp_path / "runs" / f"steps-{LONG}")
 
     again = sweep(tmp_path, corpus)
     assert again.returncode == 0, again.stderr[-3000:]
+
+
+def assert_resumed(directory: Path) -> None:
+    resumed = [line for line in lines(directory, "event") if line["event"] == "resumed"]
+    assert resumed
+    assert all(line["step"] > 0 for line in resumed)
+
+
+def test_the_sbatch_script_requeues_its_run_at_the_time_limit(tmp_path: Path, slurm: None) -> None:
+    corpus = prepare_corpus(tmp_path)
+    limits = ["--nodes=1", "--gpus-per-node=0", "--time=2", "--signal=B:USR1@40", f"--output={tmp_path}/log"]
+    script = str(ROOT / "scripts" / "multinode" / "slurm.sbatch")
+    command = ["sbatch", "--parsable", *limits, script, *overrides(tmp_path, corpus), f"train.steps={LONG}"]
+    submitted = run(command, RANKS="2", PYTHON=sys.executable)
+    assert submitted.returncode == 0, submitted.stderr
+    directory = tmp_path / "runs" / f"steps-{LONG}"
+    until = time.monotonic() + 900
+    while not (directory / "summary.json").exists() or summary(directory)["status"] != "completed":
+        assert time.monotonic() < until, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(2)
+    assert [line["step"] for line in lines(directory, "train")] == list(range(1, LONG + 1))
+    assert_resumed(directory)
