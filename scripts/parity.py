@@ -9,6 +9,7 @@ machine (gloo).
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def main() -> int:
         return work(arguments.worker)
     corpus = ["data=sample", "tokenizer=bpe", "tokenizer.vocab_size=1024", "model=gpt2_nano"]
     with tempfile.TemporaryDirectory() as directory:
-        cells = measure(Path(directory), corpus, arguments.strategies, arguments.optimizers, arguments.steps)
+        strategies = list(dict.fromkeys(("single", *arguments.strategies)))
+        cells = measure(Path(directory), corpus, strategies, arguments.optimizers, arguments.steps)
     arguments.output.mkdir(parents=True, exist_ok=True)
     record = {"torch": torch.__version__, "tolerances": TOLERANCES, "cells": [asdict(cell) for cell in cells]}
     write_atomically(arguments.output / "parity.json", json.dumps(record, indent=1) + "\n")
@@ -101,30 +103,39 @@ def measure(
     strategies: Iterable[str],
     optimizers: Iterable[str],
     steps: int,
-    accumulations: Sequence[int] = (1, 2),
 ) -> list[Cell]:
     """Run every cell below `directory`, one launch of ranks for each world size.
 
     Args:
         corpus: overrides that choose model, data and tokenizer.
     """
-    cells: list[Cell] = []
-    jobs: dict[int, list[list[str]]] = {}
-    for strategy in dict.fromkeys(("single", *strategies)):
-        world_size, _ = STRATEGIES[strategy]
-        for optimizer in optimizers:
-            for accumulation in accumulations:
-                cell = Cell(strategy, optimizer, accumulation)
-                try:
-                    compose(overrides(cell, directory, corpus, steps))
-                except ConfigurationError as error:
-                    cells.append(Cell(strategy, optimizer, accumulation, refused=str(error)))
-                    continue
-                cells.append(cell)
-                jobs.setdefault(world_size, []).append(overrides(cell, directory, corpus, steps))
+    cells, jobs = plan(directory, corpus, strategies, optimizers, steps)
     for world_size, listed in sorted(jobs.items()):
         run_jobs(listed, world_size, directory)
     return [cell if cell.refused else compared(cell, directory) for cell in cells]
+
+
+def plan(
+    directory: Path,
+    corpus: Sequence[str],
+    strategies: Iterable[str],
+    optimizers: Iterable[str],
+    steps: int,
+    accumulations: Sequence[int] = (1, 2),
+) -> tuple[list[Cell], dict[int, list[list[str]]]]:
+    """The cells, not yet filled but for refusals, and the command lines of their runs by world size."""
+    cells: list[Cell] = []
+    jobs: dict[int, list[list[str]]] = {}
+    for strategy, optimizer, accumulation in itertools.product(strategies, optimizers, accumulations):
+        cell = Cell(strategy, optimizer, accumulation)
+        line = overrides(cell, directory, corpus, steps)
+        try:
+            compose(line)
+            jobs.setdefault(STRATEGIES[strategy][0], []).append(line)
+        except ConfigurationError as error:
+            cell = replace(cell, refused=str(error))
+        cells.append(cell)
+    return cells, jobs
 
 
 def overrides(cell: Cell, directory: Path, corpus: Sequence[str], steps: int) -> list[str]:
@@ -212,10 +223,8 @@ def compared(cell: Cell, directory: Path) -> Cell:
     run = directory / run_name(cell)
     reference = directory / run_name(Cell("single", cell.optimizer, 1))
     losses, there = train_lines(run), train_lines(reference)
-    return Cell(
-        cell.strategy,
-        cell.optimizer,
-        cell.accumulation,
+    return replace(
+        cell,
         steps=len(losses),
         clipped_steps=sum(line["clipped_norm"] for line in losses),
         loss_difference=max(abs(a["loss"] - b["loss"]) for a, b in zip(losses, there, strict=True)),

@@ -11,11 +11,11 @@ from training.strategies.base import Piece, PieceReader
 
 
 def state_tensors(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    """("model.<name>", weight) and ("optimizer.<name>.<state>", state), in the parameters' order."""
+    """("model.<name>", weight) and ("optimizer.<name>.<state>", state), in one order on all ranks."""
     for name, parameter in parameters.items():
         yield f"model.{name}", parameter.detach()
         for optimizer in optimizers:
-            for key, value in optimizer.state.get(parameter, {}).items():
+            for key, value in sorted(optimizer.state.get(parameter, {}).items()):
                 if isinstance(value, Tensor):
                     yield f"optimizer.{name}.{key}", value.detach()
 
@@ -47,7 +47,7 @@ def load_state(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]
     for name, parameter in parameters.items():
         _read_into(parameter, f"model.{name}", reader)
     names = {id(parameter): name for name, parameter in parameters.items()}
-    saved = set(reader.names())
+    saved = sorted(reader.names())
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:

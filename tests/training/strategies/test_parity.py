@@ -1,0 +1,153 @@
+"""One run has one curve: two ranks under any strategy against a single process, and what must not matter does not."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from scripts import parity
+from tests.training.runs import lines, summary
+from tests.training.strategies import ranks
+from tests.training.strategies.conftest import MOVED_STEPS, STEPS, STRATEGIES, VARIANTS, Launch
+from training.checkpoints import newest_valid
+
+PAIRS = [(strategy, optimizer) for strategy in STRATEGIES for optimizer in parity.OPTIMIZERS]
+REFUSED = [("fsdp×2", "sophiah"), ("zero3×2", "sophiah")]
+
+
+def trained(directory: Path) -> list[dict]:
+    return lines(directory, "train")
+
+
+@pytest.mark.parametrize(("strategy", "optimizer"), [pair for pair in PAIRS if pair not in REFUSED])
+def test_two_ranks_with_accumulation_have_the_single_process_curve_and_curvature(
+    two_ranks: Launch, strategy: str, optimizer: str
+) -> None:
+    cell = parity.compared(parity.Cell(strategy, optimizer, accumulation=2), two_ranks.directory)
+    assert cell.within, cell
+    assert cell.steps == STEPS
+    assert cell.clipped_steps > 0
+
+
+def test_impossible_pairs_are_refused_with_the_alternative(tmp_path: Path) -> None:
+    cells, _ = parity.plan(tmp_path, [], STRATEGIES, parity.OPTIMIZERS, STEPS)
+    refused = {(cell.strategy, cell.optimizer): cell.refused for cell in cells if cell.refused}
+    assert sorted(refused) == sorted(REFUSED)
+    assert all("choose optimizer.estimator=hutchinson_differences or gnb" in reason for reason in refused.values())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_norms_fractions_and_histograms_are_those_of_all_ranks(two_ranks: Launch, strategy: str) -> None:
+    here = two_ranks.directory / parity.run_name(parity.Cell(strategy, "sophiag", 2))
+    reference = two_ranks.directory / parity.run_name(parity.Cell("single", "sophiag", 1))
+    for line, expected in zip(trained(here), trained(reference), strict=True):
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+        assert line["unclipped_fraction"] == pytest.approx(expected["unclipped_fraction"], abs=2e-4)
+    for line, expected in zip(lines(here, "hessian"), lines(reference, "hessian"), strict=True):
+        assert line["hessian_norm"] == pytest.approx(expected["hessian_norm"], rel=1e-5)
+        assert line["positive_fraction"] == pytest.approx(expected["positive_fraction"], abs=1e-3)
+        counts, expected_counts = sum(line["histogram"]), sum(expected["histogram"])
+        assert counts == pytest.approx(expected_counts, rel=1e-3)
+    for line, expected in zip(lines(here, "eval"), lines(reference, "eval"), strict=True):
+        assert line["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-5)
+        assert line["val_tokens"] == expected["val_tokens"]
+
+
+def test_a_checkpoint_moves_between_strategies_and_world_sizes_without_a_trace(two_ranks: Launch) -> None:
+    """single → fsdp on two ranks → ZeRO 2 on two → DDP on two → single, each stopped on the way."""
+    for name in ("moved fsdp", "moved zero2", "moved ddp"):
+        assert two_ranks.status(name) == "preempted"
+    moved, undisturbed = two_ranks.directory / "moved", two_ranks.directory / "undisturbed"
+    assert summary(moved)["status"] == "completed"
+    resumed = [line for line in lines(moved, "event") if line["event"] == "resumed"]
+    assert [(line["step"], line["world_size"]) for line in resumed] == [(3, 2), (6, 2), (9, 2), (12, 1)]
+    assert [line["step"] for line in trained(moved)] == list(range(1, MOVED_STEPS + 1))
+    for line, expected in zip(trained(moved), trained(undisturbed), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    assert parity.relative_difference(parity.curvature(moved), parity.curvature(undisturbed)) < 1e-5
+    for part in ("exp_avg", "step"):
+        here, there = (newest_valid(run / "checkpoints")[0] for run in (moved, undisturbed))
+        assert here is not None
+        assert there is not None
+        names = [name for name in there.names() if name.endswith(f".{part}")]
+        assert names
+        assert sorted(names) == sorted(name for name in here.names() if name.endswith(f".{part}"))
+        difference = parity.relative_difference(*({n: c.tensor(n) for n in names} for c in (here, there)))
+        assert difference < 1e-4
+
+
+@pytest.mark.parametrize("kind", list(ranks.KINDS))
+def test_a_gradient_that_is_not_finite_on_one_rank_holds_back_all_ranks(two_ranks: Launch, kind: str) -> None:
+    """NaN on rank 1: in the training gradient of step 3, and in the curvature estimate before step 6."""
+    assert two_ranks.status(f"poisoned {kind}") == "completed"
+    run, plain = two_ranks.directory / f"poisoned-{kind}", two_ranks.directory / "plain"
+    steps = trained(run)
+    assert [line.get("skipped", False) for line in steps] == [False, False, True, False, False, False]
+    assert [line["held_back"] for line in lines(run, "hessian")] == [False, True]
+    assert all(math.isfinite(line["loss"]) for line in steps)
+    # Step 4 begins from the weights that step 3 left alone, and no strategy differs in that from another.
+    for line, expected in zip(steps[:3], trained(plain)[:3], strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    for line, expected in zip(steps, trained(two_ranks.directory / "poisoned-ddp"), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "plain"])
+def test_recomputation_gathering_and_offload_do_not_change_the_curve(two_ranks: Launch, name: str) -> None:
+    assert two_ranks.status(name) == "completed"
+    run, plain = two_ranks.directory / name, two_ranks.directory / "plain"
+    for line, expected in zip(trained(run), trained(plain), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    assert parity.relative_difference(parity.curvature(run), parity.curvature(plain)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", list(ranks.KINDS))
+def test_bf16_stays_close_to_float32_and_keeps_its_state_in_float32(two_ranks: Launch, kind: str) -> None:
+    assert two_ranks.status(f"bf16 {kind}") == "completed"
+    run, plain = two_ranks.directory / f"bf16-{kind}", two_ranks.directory / "plain"
+    for line, expected in zip(trained(run), trained(plain), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], abs=2e-3)
+    checkpoint, _ = newest_valid(run / "checkpoints")
+    assert checkpoint is not None
+    assert {str(checkpoint.dtype(name)) for name in checkpoint.names() if name.endswith("weight")} == {"torch.float32"}
+
+
+@pytest.mark.parametrize("kind", list(ranks.KINDS))
+def test_a_checkpoint_is_written_by_all_ranks_in_parallel(two_ranks: Launch, kind: str) -> None:
+    """Two files of about the same size, whatever the strategy."""
+    checkpoint, _ = newest_valid(two_ranks.directory / f"bf16-{kind}" / "checkpoints")
+    assert checkpoint is not None
+    files = json.loads((checkpoint.directory / "manifest.json").read_text())["files"].values()
+    sizes = [sum(piece["count"] for piece in entry["pieces"]) for entry in files]
+    assert len(sizes) == 2
+    assert max(sizes) < 1.5 * min(sizes)
+
+
+@pytest.mark.parametrize("kind", list(ranks.KINDS))
+def test_the_curvature_pass_changes_the_curvature_and_nothing_else(two_ranks: Launch, kind: str) -> None:
+    seen = two_ranks.look("curvature_pass", kind)
+    assert seen["weights_unchanged"]
+    assert seen["counters_unchanged"]
+    assert seen["h_before"] == 0 < seen["h_after"]
+    assert seen["momentum"] > 0
+    assert seen["engine_clip"] == 0
+
+
+@pytest.mark.parametrize("kind", list(ranks.KINDS))
+def test_the_gradient_is_the_mean_over_all_tokens_however_the_batch_is_split(two_ranks: Launch, kind: str) -> None:
+    norms = two_ranks.look("gradient_of_the_mean", kind)
+    expected = two_ranks.look("gradient_of_the_mean", "ddp")["1"]
+    assert list(norms.values()) == pytest.approx([expected] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero1"])
+def test_gradients_are_reduced_once_in_an_accumulation(two_ranks: Launch, kind: str) -> None:
+    """Collectives that carry gradients: as many for four micro-batches as for one."""
+    seen = two_ranks.look("collectives", kind)
+    gathers = ("c10d::_allgather_base_", "c10d::allgather_")  # of weights, which FSDP needs in every forward
+    once, four = ({k: n for k, n in seen[m].items() if not k.startswith(gathers)} for m in ("1", "4"))
+    assert once == four
+    assert once
