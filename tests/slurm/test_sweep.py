@@ -19,7 +19,7 @@ from tests.training.runs import lines, prepare_corpus, summary
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).resolve().parents[2]
-SHORT, LONG = 20, 6000  # steps; the long one is to meet its time limit, after about a minute, in the middle
+SHORT, LONG = 20, 10000  # steps; the long one is to meet its time limit, after about a minute, in the middle
 
 
 @pytest.fixture
