@@ -1,4 +1,4 @@
-"""The compiled model. Most tests trace without generating code (aot_eager); one goes through inductor, whose code it is."""
+"""The compiled model. Most tests trace without generating code (aot_eager); one goes through inductor."""
 
 from collections.abc import Iterator
 
