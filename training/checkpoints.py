@@ -5,16 +5,18 @@
         rank-00000.safetensors   this rank's pieces: flat ranges of full tensors (training/strategies/base.py)
 
 A checkpoint is written into a hidden directory beside, flushed, and renamed when every rank has written: a directory with
-its final name is complete. Each rank hashes what it wrote; a file that does not have its hash is never used.
+its final name is complete. Each rank hashes what it wrote; a file that does not have its hash is never used. The manifest
+has a hash of itself.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,13 @@ from training.records import write_atomically
 from training.strategies.base import Piece
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = "sophia-checkpoint-1"
+FORMAT = "sophia-checkpoint-2"
 _NAME = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(r"rank-\d{5}\.safetensors")
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 _DTYPES |= {str(d).removeprefix("torch."): d for d in (torch.int64, torch.int32, torch.uint8, torch.bool)}
+_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+_SAFETENSORS_DTYPES |= {"I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool"}
 
 
 class CheckpointError(RuntimeError):
@@ -57,45 +61,64 @@ def save(
         root: the run's checkpoints/ directory.
         step: updates made so far.
         pieces: this rank's part; over all ranks every element of every tensor exactly once.
-        state: JSON values of rank 0 that a resumed run needs besides (ledger, record size, …).
+        state: JSON values of rank 0 that a resumed run needs besides (ledger, record size, …). Of these `prune` knows
+            `val_loss`, where there was an evaluation at this step, and `good`, false where a step was skipped last.
         distributed: the ranks that take part.
 
     Raises:
-        OSError: the disk is full or not writable; what was written of this checkpoint is removed, older ones are untouched.
+        OSError: on every rank: the disk is full or not writable; what was written of this checkpoint is removed, older
+            ones are untouched.
     """
     final = root / checkpoint_name(step)
     partial = root / f".{checkpoint_name(step)}.partial"
-    failure: OSError | SafetensorError | None = None
+    failures = distributed.gather_objects(_failure_of(_begin, partial) if distributed.is_main else None)
     entry: dict[str, Any] = {}
-    try:
-        if distributed.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    except OSError as error:
-        failure = error
-    distributed.barrier()
-    try:
-        if failure is None:
-            entry = _write_rank_file(partial / f"rank-{distributed.rank:05d}.safetensors", pieces)
-    except (OSError, SafetensorError) as error:
-        failure = error
+    if not any(failures):
+        path = partial / f"rank-{distributed.rank:05d}.safetensors"
+        failures = distributed.gather_objects(_failure_of(lambda: entry.update(_write_rank_file(path, pieces))))
     entries = distributed.gather_objects(entry)
-    try:
-        if distributed.is_main and failure is None and all(entries):
-            manifest = {"format": FORMAT, "step": step, "state": state, "files": {e["file"]: e for e in entries}}
-            write_atomically(partial / MANIFEST_FILE, json.dumps(manifest, indent=1))
-            _sync_directory(partial)
-            if final.exists():  # an earlier attempt at the same step, of a run that was resumed before it
-                shutil.rmtree(final)
-            partial.rename(final)
-            _sync_directory(root)
-    except OSError as error:
-        failure = error
-    if distributed.any(failure is not None):
+    if not any(failures):
+        manifest = {"format": FORMAT, "step": step, "state": state, "files": {e["file"]: e for e in entries}}
+        finished = _failure_of(_finish, partial, final, manifest) if distributed.is_main else None
+        failures = distributed.gather_objects(finished)
+    if any(failures):
         if distributed.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"checkpoint {final} could not be written: {failure or 'another rank failed'}") from failure
+        number, reason = next(failure for failure in failures if failure)
+        raise OSError(number, f"{final} could not be written: {reason}")
     return final
+
+
+def _failure_of(action: Callable[..., None], *arguments: Any) -> tuple[int, str] | None:
+    """Error number and words of what a disk did not do; None where it did."""
+    try:
+        action(*arguments)
+    except OSError as error:
+        return error.errno or errno.EIO, error.strerror or str(error)
+    except SafetensorError as error:  # safetensors' word for any error of the operating system
+        full = "code: 28" in str(error) or "StorageFull" in str(error)
+        return (errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else (errno.EIO, str(error))
+    return None
+
+
+def _begin(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _finish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    write_atomically(partial / MANIFEST_FILE, manifest_text(manifest))
+    _sync_directory(partial)
+    if final.exists():  # of an earlier sitting that was resumed before it
+        discard(final)
+    partial.rename(final)
+    _sync_directory(final.parent)
+
+
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """The manifest as it is written: its own sha256 first, of the rest as it is written."""
+    body = json.dumps(manifest, indent=1)
+    return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), **manifest}, indent=1)
 
 
 def _write_rank_file(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
@@ -162,11 +185,16 @@ class Checkpoint:
         self._files: dict[str, Any] = {}
         for name, entry in manifest["files"].items():
             self._check_file(name, entry, verify)
+            self._check_header(name, entry["pieces"])
             for piece in entry["pieces"]:
-                place = _Place(name, f"{piece['name']}@{piece['start']}", piece["start"], piece["count"])
+                place = _Place(name, _key(piece), piece["start"], piece["count"])
                 self._places.setdefault(piece["name"], []).append(place)
-                self._shapes[piece["name"]] = tuple(piece["shape"])
-                self._dtypes[piece["name"]] = _DTYPES[piece["dtype"]]
+                shape, dtype = tuple(piece["shape"]), _DTYPES[piece["dtype"]]
+                known = self._shapes.setdefault(piece["name"], shape), self._dtypes.setdefault(piece["name"], dtype)
+                if known != (shape, dtype):
+                    raise CheckpointError(
+                        f"{directory}: two descriptions of {piece['name']}: {known}, {(shape, dtype)}"
+                    )
         for name, places in self._places.items():
             places.sort(key=lambda place: place.start)
             covered = 0
@@ -188,6 +216,20 @@ class Checkpoint:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                     raise CheckpointError(f"{path} does not have the sha256 of the manifest: it is damaged")
 
+    def _check_header(self, name: str, pieces: list[dict[str, Any]]) -> None:
+        """Tensors, lengths and types are those of the manifest; reads the file's header alone."""
+        opened = self._open(name)
+        described = {_key(piece): ([piece["count"]], piece["dtype"]) for piece in pieces}
+        if described.keys() != set(opened.keys()):
+            raise CheckpointError(f"{self.directory / name} holds other tensors than the manifest says")
+        for key, (shape, dtype) in described.items():
+            found = opened.get_slice(key)
+            if found.get_shape() != shape or _SAFETENSORS_DTYPES.get(found.get_dtype()) != dtype:
+                raise CheckpointError(
+                    f"{self.directory / name}: {key} is {found.get_dtype()} of shape {found.get_shape()}, the manifest "
+                    f"says {dtype} of shape {shape}"
+                )
+
     def names(self) -> Sequence[str]:
         return list(self._places)
 
@@ -206,8 +248,8 @@ class Checkpoint:
         for place in self._places[name]:
             first, last = max(start, place.start), min(stop, place.start + place.count)
             if first < last:
-                values = self._open(place.file).get_slice(place.key)[first - place.start : last - place.start]
-                result[first - start : last - start] = values
+                stored = self._open(place.file).get_slice(place.key)
+                result[first - start : last - start] = stored[first - place.start : last - place.start]
         return result
 
     def tensor(self, name: str) -> Tensor:
@@ -216,7 +258,9 @@ class Checkpoint:
 
     def _require(self, name: str) -> None:
         if name not in self._places:
-            raise CheckpointError(f"{self.directory} has no tensor {name!r}: it was saved by another model or optimizer")
+            raise CheckpointError(
+                f"{self.directory} has no tensor {name!r}: it was saved by another model or optimizer"
+            )
 
     def _open(self, name: str) -> Any:
         if name not in self._files:
@@ -227,14 +271,22 @@ class Checkpoint:
         return self._files[name]
 
 
+def _key(piece: dict[str, Any]) -> str:
+    return f"{piece['name']}@{piece['start']}"
+
+
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST_FILE
     if path.is_symlink() or not path.is_file():
         raise CheckpointError(f"{path} is missing: {directory} is no complete checkpoint")
     try:
-        manifest = json.loads(path.read_bytes())
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {manifest['format']!r} is not {FORMAT!r}")
+        del manifest["sha256"]
+        if text != manifest_text(manifest):
+            raise CheckpointError(f"{path} does not have the sha256 that is written in it: it is damaged")
         for entry in manifest["files"].values():
             for piece in entry["pieces"]:
                 if min(piece["start"], piece["count"], *piece["shape"], 0) < 0 or piece["dtype"] not in _DTYPES:
@@ -243,9 +295,17 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: step and state are missing")
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
+    if _NAME.fullmatch(directory.name) and directory.name != checkpoint_name(manifest["step"]):
+        raise CheckpointError(f"{path} is of step {manifest['step']}: the directory has another's name")
     return manifest
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def available(root: Path) -> list[Path]:
@@ -253,33 +313,79 @@ def available(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def newest_valid(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose every file has its hash, and a line about each newer one that had to be passed over."""
+def newest_valid(
+    root: Path, fits: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose every file has its hash, and a line about each newer one that had to be passed over.
+
+    Args:
+        root: the run's checkpoints/ directory.
+        fits: says why a sound checkpoint cannot be used, None where it can.
+    """
     rejected = []
     for path in available(root):
         try:
-            return Checkpoint(path), rejected
+            checkpoint = Checkpoint(path)
         except CheckpointError as error:
             rejected.append(str(error))
+            continue
+        if reason := fits(checkpoint):
+            rejected.append(f"{path}: {reason}")
+        else:
+            return checkpoint, rejected
     return None, rejected
 
 
 def set_aside_newer(root: Path, step: int) -> None:
     """Rename the checkpoints beyond `step`: a run that goes on from there must not find them again."""
     for path in available(root):
-        if int(path.name.removeprefix("step-")) > step:
+        if step_of(path) > step:
             aside = path.with_name(f"superseded-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what unfinished saves left behind."""
-    for path in available(root)[keep:]:
-        shutil.rmtree(path, ignore_errors=True)
-    for leftover in root.glob(".step-*.partial"):
-        with contextlib.suppress(OSError):
-            shutil.rmtree(leftover)
+def discard(path: Path) -> None:
+    """Delete a checkpoint so that no half of it is ever found under its name."""
+    doomed = path.with_name(f".{path.name}.discarded")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def prune(root: Path, keep: int, keep_every: int | None = None, *, keep_best: bool = False) -> None:
+    """Delete checkpoints, and what unfinished saves and deletions left behind. Nothing is deleted for one that is damaged.
+
+    Kept are the newest, whatever it is; the newest `keep` that are good (no step was skipped right before); those at
+    multiples of `keep_every`; and with `keep_best` the one with the lowest validation loss.
+
+    Args:
+        keep: counts only checkpoints whose files are there with their sizes.
+    """
+    for leftover in (*root.glob(".step-*.partial"), *root.glob(".step-*.discarded")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    found = available(root)
+    passing = [path for path in found if keep_every is None or step_of(path) % keep_every]
+    sound = {path: opened for path in passing if (opened := _opened(path)) is not None}
+    if not sound:
+        return
+    good = [path for path, checkpoint in sound.items() if checkpoint.state.get("good", True)]
+    kept = {found[0], *good[:keep]} if good else set(sound)
+    losses = {path: sound[path].state.get("val_loss") for path in good}
+    evaluated = {path: loss for path, loss in losses.items() if loss is not None}
+    if keep_best and evaluated:
+        kept.add(min(evaluated, key=evaluated.__getitem__))
+    for path in passing:
+        if path not in kept:
+            with contextlib.suppress(OSError):
+                discard(path)
+
+
+def _opened(path: Path) -> Checkpoint | None:
+    try:
+        return Checkpoint(path, verify=False)
+    except CheckpointError:
+        return None

@@ -2,8 +2,9 @@
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from training.config import ConfigurationError
 from training.heartbeat import Heartbeat, leave
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,14 +76,30 @@ class Distributed:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is raised on any rank: how ranks agree before anyone acts. On the CPU: no device waits."""
+        return bool(self.highest(int(flag)))
+
+    def highest(self, value: int) -> int:
+        """The highest value of any rank. On the CPU, like `any`."""
         if self.world_size == 1:
-            return flag
-        tensor = torch.tensor(int(flag))
-        return bool(self.all_reduce(tensor, dist.ReduceOp.MAX).item())
+            return value
+        return int(self.all_reduce(torch.tensor(value), dist.ReduceOp.MAX).item())
 
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+    def on_main(self, action: Callable[[], T]) -> T | None:
+        """Have rank 0 alone do something: its result there, None elsewhere. What it raises is raised on every rank."""
+        result: T | None = None
+        raised: Exception | None = None
+        if self.is_main:
+            try:
+                result = action()
+            except Exception as error:
+                raised = error
+        if (raised := self.broadcast_object(raised)) is not None:
+            raise raised
+        return result
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

@@ -1,5 +1,7 @@
 """The loss on the fixed validation set: the same windows for every run, rank count and micro-batch."""
 
+from collections.abc import Callable
+
 import torch
 
 from data.batches import ValidationWindows
@@ -7,17 +9,24 @@ from training.strategies.base import Strategy
 
 
 @torch.no_grad()
-def validation_loss(strategy: Strategy, windows: ValidationWindows, micro_batch_size: int) -> tuple[float, int]:
+def validation_loss(
+    strategy: Strategy,
+    windows: ValidationWindows,
+    micro_batch_size: int,
+    progress: Callable[[str], None] = lambda doing: None,
+) -> tuple[float, int]:
     """Mean cross entropy in nats per token over the whole set, and the number of tokens, over all ranks.
 
     Args:
         strategy: holds the model; every rank takes part, with the same number of forwards.
         windows: this rank's share of the fixed windows; padding has targets of -100.
         micro_batch_size: windows per forward.
+        progress: called with a few words before each forward.
     """
     strategy.model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=strategy.device)
-    for batch in windows.batches(micro_batch_size):
+    for number, batch in enumerate(windows.batches(micro_batch_size)):
+        progress(f"evaluating, forward {number}")
         tokens = torch.from_numpy(batch.tokens).to(strategy.device)
         targets = torch.from_numpy(batch.targets).to(strategy.device)
         loss_sum = strategy.forward(tokens, targets).loss_sum

@@ -3,23 +3,28 @@
     batches.at(step) → [when due: curvature pass] → forward and backward of each micro-batch → clip and step → record
     → [when due: evaluation, checkpoint]
 
-The loop does not know which strategy, optimizer or tracker it has.
+The loop does not know which strategy, optimizer or tracker it has. Whatever ends a run early (a signal, a full disk, a
+damaged shard) may be seen by one rank alone; the ranks agree between steps, so that all end it in the same place.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.batches import Batch, Batches, ValidationWindows
+from data.errors import DataError
 from models.flops import evaluation_flops, forward_backward_flops
-from training.config import RunConfig
+from sophia.diagnostics import UnclippedAlarm
+from training.config import RunConfig, SophiaConfig
 from training.curvature import CurvaturePass
 from training.diagnostics import describe_curvature
 from training.evaluation import validation_loss
+from training.guards import LossSpikes, compare_ranks
 from training.ledger import Ledger
 from training.records import Status
 from training.schedule import learning_rate_factor
@@ -33,9 +38,15 @@ class TrainingState:
     """What a run must carry over an interruption, besides weights and optimizer state. JSON values only."""
 
     step: int = 0
+    evaluated_step: int = -1  # the last update after which there was an evaluation; 0 is the start
     best_val_loss: float | None = None
     final_val_loss: float | None = None
+    skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    estimates_held_back: int = 0
+    loss_spikes: int = 0
+    spikes: dict[str, Any] | None = None  # of LossSpikes
+    alarm: dict[str, Any] | None = None  # of UnclippedAlarm
 
 
 @dataclass
@@ -52,10 +63,22 @@ class Run:
     eval_micro_batch_size: int
     parameters: int  # of the whole model
     write: Callable[[Line], None]  # rank 0: to the record, the display and the trackers; elsewhere nothing
+    message: Callable[[str], None]  # rank 0: a line for a person
     save: Callable[[TrainingState], None]  # a checkpoint; called on every rank
     stop_requested: Callable[[], bool]  # this rank has been asked to stop
+    failure: Callable[[], str | None] = lambda: None  # why this rank cannot go on recording
+    progress: Callable[[str], None] = lambda doing: None  # what the watchdog is told
     profiler_step: Callable[[], None] = lambda: None
     state: TrainingState = field(default_factory=TrainingState)
+    reason: str | None = None  # why the run has not completed
+
+
+class Verdict(IntEnum):
+    """What the ranks agree on between steps; the highest of any rank counts."""
+
+    GO_ON = 0
+    STOP = 1  # save and end as preempted
+    FAIL = 2  # end without saving
 
 
 @dataclass(frozen=True)
@@ -81,6 +104,14 @@ class Reporter:
         self._pending: list[_Report] = []
         self._on_cuda = run.strategy.device.type == "cuda"
         self._seconds = run.ledger.seconds
+        guards, state = run.config.guards, run.state
+        self._spikes = LossSpikes(guards.spike_deviations) if guards.spike_deviations is not None else None
+        if self._spikes is not None and state.spikes is not None:
+            self._spikes.load_state_dict(state.spikes)
+        has_gamma = isinstance(run.config.optimizer, SophiaConfig)
+        self._alarm = UnclippedAlarm(run.config.optimizer.hessian_interval) if has_gamma else None
+        if self._alarm is not None and state.alarm is not None:
+            self._alarm.load_state_dict(state.alarm)
         self.diverged = False
 
     def step(self, step: int, lr: float, loss: Tensor, statistics: StepStatistics) -> None:
@@ -112,7 +143,7 @@ class Reporter:
             self._write(self._pending.pop(0))
 
     def _write(self, report: _Report) -> None:
-        run, state = self._run, self._run.state
+        run = self._run
         if report.arrived is not None:
             report.arrived.synchronize()
         loss, norm, clipped, skipped, fraction = report.numbers.tolist()
@@ -136,8 +167,34 @@ class Reporter:
         if skipped:
             line["skipped"] = True
         run.write(line)
-        state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped or not math.isfinite(loss) else 0
-        self.diverged = state.skipped_in_a_row > run.config.train.max_skipped_steps
+        self._guard(report.step, loss, skipped=bool(skipped), fraction=line.get("unclipped_fraction"))
+
+    def _guard(self, step: int, loss: float, *, skipped: bool, fraction: float | None) -> None:
+        """Count what went wrong, and make an event of what deserves one."""
+        run, state = self._run, self._run.state
+        state.skipped_steps += skipped
+        finite = not skipped and math.isfinite(loss)
+        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+        allowed = run.config.train.max_skipped_steps
+        if not finite:
+            what = "gradient is not finite, the step is skipped" if skipped else "loss is not finite"
+            run.message(f"step {step}: {what} ({state.skipped_in_a_row} in a row, {allowed} are allowed)")
+        self.diverged = state.skipped_in_a_row > allowed
+        if self.diverged:
+            run.reason = f"{state.skipped_in_a_row} steps in a row, up to step {step}, were not finite"
+        if self._spikes is not None:
+            spike = self._spikes.observe(loss)
+            state.spikes = self._spikes.state_dict()
+            if spike is not None:
+                state.loss_spikes += 1
+                run.write({"kind": "event", "event": "loss_spike", "step": step, **spike})
+                run.message(f"step {step}: loss spike, {loss:.4f} where {spike['expected']:.4f} was expected")
+        if self._alarm is not None and fraction is not None:
+            alarm = self._alarm.observe(step, fraction)
+            state.alarm = self._alarm.state_dict()
+            if alarm is not None:
+                run.write({"kind": "event", "event": "all_clipped", "step": step, "message": alarm})
+                run.message(alarm)
 
 
 def forward_backward(run: Run, batch: Batch) -> Tensor:
@@ -151,6 +208,7 @@ def forward_backward(run: Run, batch: Batch) -> Tensor:
     predictions = run.config.train.global_batch_size * run.config.train.sequence_length
     share = torch.zeros((), device=strategy.device)
     for first in range(0, len(tokens), size):
+        run.progress(f"at step {run.state.step + 1}, sequence {first} of {len(tokens)}")
         with strategy.micro_batch(last=first + size >= len(tokens)):
             loss_sum = strategy.forward(tokens[first : first + size], targets[first : first + size]).loss_sum
             assert loss_sum is not None
@@ -160,20 +218,38 @@ def forward_backward(run: Run, batch: Batch) -> Tensor:
 
 
 def train(run: Run) -> Status:
-    """Train to the end of the schedule, or until the run is asked to stop or diverges."""
+    """Train to the end of the schedule, or until the run is asked to stop, fails or diverges.
+
+    Raises:
+        OSError: a checkpoint could not be written.
+        RanksDiffer: the ranks no longer hold the same weights; nothing of them has been saved.
+    """
     config, strategy, ledger, state = run.config, run.strategy, run.ledger, run.state
     shape, length = strategy.model.config, config.train.sequence_length
     step_tokens = config.train.global_batch_size * length
     step_flops = forward_backward_flops(shape, step_tokens, length)
     reporter = Reporter(run)
-    if state.step == 0:
-        evaluate(run)
     first = state.step + 1
+    if evaluation_due(run):  # of the start, or of a sitting that was asked to stop before it
+        evaluate(run)
+    unsaved = False  # a checkpoint is due and waits for a step that is not skipped
     with run.batches.prefetch(first, config.train.steps) as prefetched:
         for step in range(first, config.train.steps + 1):
+            run.progress(f"waiting for the batch of step {step}")
             with ledger.measure("data"):
-                batch = next(prefetched)
+                batch, problem = next_batch(prefetched)
 
+            match agree(run, problem):
+                case Verdict.FAIL:
+                    return "failed"
+                case Verdict.STOP:
+                    if step > first:
+                        reporter.flush()
+                        save(run)
+                    return "preempted"
+            assert batch is not None
+
+            run.progress(f"at step {step}")
             if run.curvature is not None and run.curvature.due(step):
                 flops = run.curvature.flops(shape, length)
                 with ledger.measure("curvature", run.curvature.sequences * length, flops):
@@ -196,39 +272,85 @@ def train(run: Run) -> Status:
             run.profiler_step()
             last = step == config.train.steps
 
-            if last or step % config.eval.interval == 0:
-                reporter.flush()
-                evaluate(run)
-            if reporter.diverged or not math.isfinite(state.final_val_loss or 0.0):
+            if reporter.diverged:
                 return "diverged"
-            stop = strategy.distributed.any(run.stop_requested())
-            interval = config.checkpoint.interval
-            if last or stop or (interval is not None and step % interval == 0):
+            if evaluation_due(run):
                 reporter.flush()
-                with ledger.measure("checkpoint"):
-                    run.save(state)
-            if stop and not last:
-                return "preempted"
-    return "completed"
+                if not last and strategy.distributed.any(run.stop_requested()):  # a resumed run evaluates first
+                    save(run)
+                    return "preempted"
+                evaluate(run)
+                if not math.isfinite(state.final_val_loss or 0.0):
+                    run.reason = f"the validation loss after step {step} is not finite"
+                    return "diverged"
+            interval = config.checkpoint.interval
+            unsaved |= interval is not None and step % interval == 0
+            if last or unsaved:
+                reporter.flush()
+                # Weights may be broken where steps are skipped: the last good checkpoint stays the last.
+                if last or state.skipped_in_a_row == 0:
+                    save(run)
+                    unsaved = False
+            elif config.guards.weights_interval is not None and step % config.guards.weights_interval == 0:
+                compare_ranks(strategy)
+    return "completed" if agree(run, None) is not Verdict.FAIL else "failed"
+
+
+def next_batch(prefetched: Iterator[Batch]) -> tuple[Batch | None, str | None]:
+    """The batch, or why there is none."""
+    try:
+        return next(prefetched), None
+    except (DataError, OSError) as error:
+        return None, str(error)
+
+
+def agree(run: Run, problem: str | None) -> Verdict:
+    """What all ranks do next; `problem` is why this one cannot go on."""
+    problem = problem or run.failure()
+    mine = Verdict.FAIL if problem else Verdict.STOP if run.stop_requested() else Verdict.GO_ON
+    verdict = Verdict(run.strategy.distributed.highest(mine))
+    if verdict is Verdict.FAIL:
+        run.reason = next(filter(None, run.strategy.distributed.gather_objects(problem)))
+    return verdict
+
+
+def evaluation_due(run: Run) -> bool:
+    step, config = run.state.step, run.config
+    due = step % config.eval.interval == 0 or step == config.train.steps
+    return due and run.state.evaluated_step < step
 
 
 def evaluate(run: Run) -> None:
     """An eval line: the validation loss after `state.step` updates."""
     ledger, state, config = run.ledger, run.state, run.config
+    run.progress(f"evaluating after step {state.step}")
     with ledger.measure("evaluation"):
-        loss, tokens = validation_loss(run.strategy, run.validation, run.eval_micro_batch_size)
+        loss, tokens = validation_loss(run.strategy, run.validation, run.eval_micro_batch_size, run.progress)
     entry = ledger.entries["evaluation"]
     entry.tokens += tokens
     entry.flops += evaluation_flops(run.strategy.model.config, tokens, config.train.sequence_length)
+    state.evaluated_step = state.step
     state.final_val_loss = loss
     if math.isfinite(loss) and (state.best_val_loss is None or loss < state.best_val_loss):
         state.best_val_loss = loss
     run.write({"kind": "eval", **position(run), "val_loss": loss, "val_tokens": tokens})
 
 
+def save(run: Run) -> None:
+    """A checkpoint after `state.step` updates, of weights that are the same on all ranks."""
+    run.progress(f"saving after step {run.state.step}")
+    with run.ledger.measure("checkpoint"):
+        if run.config.guards.weights_interval is not None:
+            compare_ranks(run.strategy)
+        run.save(run.state)
+
+
 def write_curvature(run: Run, step: int, held_back: Tensor) -> None:
     """A hessian line about h as the step of the same number is about to use it."""
     numbers = describe_curvature(run.strategy)
+    if held_back:
+        run.state.estimates_held_back += 1
+        run.message(f"step {step}: the curvature estimate is not finite and is kept out of h")
     run.write({"kind": "hessian", **position(run), "step": step, "held_back": bool(held_back), **numbers})
 
 

@@ -9,6 +9,7 @@
 Importing this module needs neither torch nor Hydra.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -140,6 +141,7 @@ class MetricsWriter:
         else:
             self._cut(resume_at)
         self._file = self.path.open("ab", buffering=0)
+        self._size = os.fstat(self._file.fileno()).st_size
 
     def _cut(self, size: int) -> None:
         if not self.path.exists() or self.path.stat().st_size < size:
@@ -158,12 +160,26 @@ class MetricsWriter:
                 file.truncate(size)
 
     def write(self, values: Mapping[str, Any]) -> None:
-        self._file.write(json_line(values).encode() + b"\n")
+        """Append a line, whole or not at all.
+
+        Raises:
+            OSError: the disk is full or gone; the file names itself.
+        """
+        line = memoryview(json_line(values).encode() + b"\n")
+        before = self._size
+        try:
+            while line:  # a disk that fills up takes a part first
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), before)
+            raise OSError(error.errno, f"{self.path} cannot be written: {error.strerror}") from error
+        self._size = os.fstat(self._file.fileno()).st_size
 
     def sync(self) -> int:
         """Flush to the disk and return the size in bytes."""
         os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+        return self._size
 
     def close(self) -> None:
         self._file.close()

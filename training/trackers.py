@@ -1,21 +1,29 @@
 """Mirrors of the run record: Weights & Biases and TensorBoard. The record (metrics.jsonl) is written first and never waits.
 
-A tracker never stops a run: whatever it raises becomes one warning, and the tracker is left alone from then on.
+A tracker never stops a run and never slows it: it works in a thread of its own, and one that fails, hangs or falls too
+far behind is a warning and left alone from then on.
 """
 
-import logging
+import contextlib
+import hashlib
 import os
+import queue
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from training.config import RunConfig
 
-log = logging.getLogger(__name__)
-
 AXES = ("step", "tokens", "flops", "seconds")
 PREFIXES = {"train": "train", "eval": "val", "hessian": "hessian"}
+
+# Lines that may wait for a slow tracker; beyond, it is given up. At ten steps a second, a quarter of an hour.
+MOST_WAITING = 10_000
+# How long the end of a run waits for what is still to be sent; a preempted one must be gone soon.
+INIT_SECONDS = 30.0
+FINISH_SECONDS, PREEMPTED_SECONDS = 60.0, 5.0
 
 
 class Tracker(ABC):
@@ -27,37 +35,74 @@ class Tracker(ABC):
     @abstractmethod
     def finish(self, summary: Mapping[str, Any]) -> None: ...
 
+    def abandon(self) -> None:  # noqa: B027 (most have nothing that outlives them)
+        """Called from another thread when `log` or `finish` hangs: nothing of it may hold up the process's end."""
 
-class NoTracker(Tracker):
-    """tracker=none: the record alone."""
+
+class BackgroundTracker(Tracker):
+    """Builds a tracker and feeds it in a thread of its own, until it fails.
+
+    Args:
+        build: makes the tracker, in the thread.
+        name: what it is called in a warning.
+        warn: told once, in one line, why the run goes on without it.
+    """
+
+    def __init__(self, build: Callable[[], Tracker], name: str, warn: Callable[[str], None]) -> None:
+        self._build = build
+        self._name = name
+        self._warn = warn
+        self._waiting: queue.Queue[tuple[str, Mapping[str, Any]]] = queue.Queue(MOST_WAITING)
+        self._given_up = False
+        self._tracker: Tracker | None = None
+        self._thread = threading.Thread(target=self._feed, name="tracker", daemon=True)
+        self._thread.start()
 
     def log(self, line: Mapping[str, Any]) -> None:
-        pass
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        pass
-
-
-class ForgivingTracker(Tracker):
-    """Passes on to another tracker until it fails; then one warning, and the run goes on without it."""
-
-    def __init__(self, inner: Tracker) -> None:
-        self._inner: Tracker | None = inner
-
-    def log(self, line: Mapping[str, Any]) -> None:
-        self._try("log", line)
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        self._try("finish", summary)
-
-    def _try(self, method: str, argument: Mapping[str, Any]) -> None:
-        if self._inner is None:
+        if self._given_up:
             return
         try:
-            getattr(self._inner, method)(argument)
-        except Exception as error:  # a tracker may raise anything; the run must not notice
-            log.warning("%s failed (%s); the run goes on without it", type(self._inner).__name__, error)
-            self._inner = None
+            self._waiting.put_nowait(("log", line))
+        except queue.Full:
+            self._give_up(f"is {MOST_WAITING} lines behind")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        if self._given_up:
+            return
+        try:
+            self._waiting.put_nowait(("finish", summary))
+        except queue.Full:
+            self._give_up(f"is {MOST_WAITING} lines behind")
+            return
+        seconds = PREEMPTED_SECONDS if summary["status"] == "preempted" else FINISH_SECONDS
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._give_up(f"has not finished after {seconds:.0f} s")
+
+    def _feed(self) -> None:
+        try:
+            self._tracker = tracker = self._build()
+            method = ""
+            while method != "finish" and not self._given_up:
+                method, values = self._waiting.get()
+                getattr(tracker, method)(values)
+        except BaseException as error:  # no network, no package, a refused key, even an exit: the run must not notice
+            self._give_up(f"failed ({type(error).__name__}: {' '.join(str(error).split())})")
+
+    def _give_up(self, reason: str) -> None:
+        if not self._given_up:
+            self._given_up = True
+            self._warn(f"tracker={self._name} {_redacted(reason)}; the run goes on without it, the record is complete")
+            if self._tracker is not None and threading.current_thread() is not self._thread:
+                self._tracker.abandon()
+
+
+def _redacted(text: str) -> str:
+    """The text without the values of environment variables that hold secrets."""
+    for name, value in os.environ.items():
+        if value and any(word in name.upper() for word in ("KEY", "TOKEN", "SECRET", "PASSWORD")):
+            text = text.replace(value, f"<{name}>")
+    return text
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:
@@ -85,27 +130,41 @@ class WandbTracker(Tracker):
     x axis; `tokens` is the default. The run's id is derived from its directory: a resumed run goes on in its own curve.
     """
 
-    def __init__(self, config: RunConfig, directory: Path, environment: Mapping[str, Any]) -> None:
-        import hashlib
-
+    def __init__(
+        self, config: RunConfig, directory: Path, environment: Mapping[str, Any], warn: Callable[[str], None]
+    ) -> None:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         identity = f"{config.run_name}/{config.identity_hash()}/{environment['initial_weights_sha256']}"
-        self._run = wandb.init(
-            project=config.tracker.project,
-            entity=config.tracker.entity,
-            group=config.tracker.group or f"{config.model.name}-{config.data.name}",
-            job_type=config.optimizer.name,
-            tags=[config.optimizer.name, config.model.name, *config.tracker.tags],
-            name=config.run_name,
-            id=hashlib.sha256(identity.encode()).hexdigest()[:16],
-            resume="allow",
-            mode=mode,  # type: ignore[arg-type]
-            dir=str(directory),
-            config=config.model_dump(mode="json"),
-            settings=wandb.Settings(console="off", init_timeout=60),
-        )
+        chosen = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+
+        def start(mode: str) -> Any:
+            return wandb.init(
+                project=config.tracker.project,
+                entity=config.tracker.entity,
+                group=config.tracker.group or f"{config.model.name}-{config.data.name}",
+                job_type=config.optimizer.name,
+                tags=[config.optimizer.name, config.model.name, *config.tracker.tags],
+                name=config.run_name,
+                id=hashlib.sha256(identity.encode()).hexdigest()[:16],
+                resume="allow",
+                mode=mode,  # type: ignore[arg-type]
+                dir=str(directory),
+                config=config.model_dump(mode="json"),
+                settings=wandb.Settings(console="off", init_timeout=INIT_SECONDS),
+            )
+
+        try:
+            self._run = start(chosen)
+        except Exception as error:
+            if chosen != "online":
+                raise
+            _end_service()  # it holds the run's id until it has given up by itself
+            self._run = start("offline")
+            warn(
+                f"tracker=wandb cannot be reached ({type(error).__name__}); this sitting is recorded offline, "
+                f"`wandb sync {directory}/wandb/offline-run-*` sends it later"
+            )
         for axis in AXES:
             self._run.define_metric(axis)
         for prefix in PREFIXES.values():
@@ -122,6 +181,25 @@ class WandbTracker(Tracker):
             if isinstance(value, (int, float, str)):
                 self._run.summary[key] = value
         self._run.finish(exit_code=0 if summary["status"] == "completed" else 1)
+
+    def abandon(self) -> None:
+        _end_service()
+
+
+def _end_service() -> None:
+    """Kill W&B's service process, whose end its exit hook waits for, and that for the network.
+
+    What was logged is in the service's file already.
+    """
+    import psutil
+    import wandb
+
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if child.name().startswith("wandb"):
+                child.kill()
+    with contextlib.suppress(Exception, SystemExit):  # it passes the service's exit code on
+        wandb.teardown()
 
 
 def _has_wandb_key() -> bool:
@@ -150,14 +228,13 @@ class TensorBoardTracker(Tracker):
         self._writer.close()  # type: ignore[no-untyped-call]
 
 
-def build_tracker(config: RunConfig, directory: Path, environment: Mapping[str, Any]) -> Tracker:
-    """The configured tracker; one that cannot start is a warning and no tracker."""
-    try:
-        match config.tracker.name:
-            case "wandb":
-                return ForgivingTracker(WandbTracker(config, directory, environment))
-            case "tensorboard":
-                return ForgivingTracker(TensorBoardTracker(directory))
-    except Exception as error:  # no network, no package, a refused key: the record is complete without it
-        log.warning("tracker=%s could not start (%s); the run goes on without it", config.tracker.name, error)
-    return NoTracker()
+def build_tracker(
+    config: RunConfig, directory: Path, environment: Mapping[str, Any], warn: Callable[[str], None]
+) -> Tracker | None:
+    """The configured tracker, None for tracker=none. One that cannot start is a warning."""
+    match config.tracker.name:
+        case "wandb":
+            return BackgroundTracker(lambda: WandbTracker(config, directory, environment, warn), "wandb", warn)
+        case "tensorboard":
+            return BackgroundTracker(lambda: TensorBoardTracker(directory), "tensorboard", warn)
+    return None

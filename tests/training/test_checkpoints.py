@@ -1,7 +1,9 @@
 """Checkpoints: complete or absent, readable in any partition, never used when damaged."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,14 +19,14 @@ ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 WEIGHT = torch.arange(24, dtype=torch.float32).reshape(4, 6)
 
 
-def saved(root: Path, step: int = 5) -> Path:
+def saved(root: Path, step: int = 5, **state: Any) -> Path:
     halves = [
         Piece("model.w", (4, 6), 0, WEIGHT.reshape(-1)[:10]),
         Piece("model.w", (4, 6), 10, WEIGHT.reshape(-1)[10:]),
         Piece("optimizer.w.step", (), 0, torch.tensor([5.0])),
         Piece("optimizer.w.exp_avg", (4, 6), 0, WEIGHT.reshape(-1).to(torch.bfloat16)),
     ]
-    return checkpoints.save(root, step, halves, {"training": {"step": step}}, ALONE)
+    return checkpoints.save(root, step, halves, {"training": {"step": step}, **state}, ALONE)
 
 
 @given(bounds=st.tuples(st.integers(0, 24), st.integers(0, 24)).map(sorted))
@@ -75,13 +77,51 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_used(tmp_path: Path, f
     assert "step-00000010" in rejected[0]
 
 
-def test_a_file_outside_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
+def forged(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest and sign it anew, as somebody with bad intentions would."""
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    change(manifest)
+    path.write_text(checkpoints.manifest_text(manifest))
+
+
+def outside(manifest: dict[str, Any]) -> None:
+    manifest["files"]["../rank-00000.safetensors"] = manifest["files"].pop("rank-00000.safetensors")
+
+
+def absolute(manifest: dict[str, Any]) -> None:
+    manifest["files"]["/etc/passwd"] = manifest["files"].pop("rank-00000.safetensors")
+
+
+def piece_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest["files"]["rank-00000.safetensors"]["pieces"][0]
+
+
+FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "a file outside": (outside, "no plain file of this checkpoint"),
+    "an absolute path": (absolute, "no plain file of this checkpoint"),
+    "a huge tensor": (lambda m: piece_of(m).update(shape=[1 << 40, 1 << 20], count=1 << 60), "the manifest says"),
+    "a huge shape": (lambda m: piece_of(m).update(shape=[1 << 40, 1 << 20]), "two descriptions"),
+    "a negative start": (lambda m: piece_of(m).update(start=-4), "impossible values"),
+    "another type": (lambda m: piece_of(m).update(dtype="int32"), "the manifest says int32"),
+    "no type": (lambda m: piece_of(m).update(dtype="object"), "impossible values"),
+    "a shape that is no list": (lambda m: piece_of(m).update(shape="ab"), "damaged"),
+    "a count that is no number": (lambda m: piece_of(m).update(count="many"), "damaged"),
+    "overlapping pieces": (lambda m: piece_of(m).update(name="optimizer.w.exp_avg"), "holds other tensors"),
+    "another step": (lambda m: m.update(step=6), "another's name"),
+    "no state": (lambda m: m.update(state=None), "step and state are missing"),
+    "another format": (lambda m: m.update(format="pickle"), "'pickle' is not"),
+    "no files": (lambda m: m.pop("files"), "damaged"),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_forged_manifest_is_refused(tmp_path: Path, forgery: str) -> None:
+    change, message = FORGERIES[forgery]
     directory = saved(tmp_path)
-    manifest = json.loads((directory / "manifest.json").read_text())
-    entry = manifest["files"].pop("rank-00000.safetensors")
-    manifest["files"]["../rank-00000.safetensors"] = entry
-    (directory / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="no plain file of this checkpoint"):
+    forged(directory, change)
+    with pytest.raises(CheckpointError, match=message):
         Checkpoint(directory)
 
 
@@ -95,11 +135,66 @@ def test_an_unfinished_save_is_no_checkpoint_and_is_cleared_away(tmp_path: Path)
     assert not leftover.exists()
 
 
+def steps(root: Path) -> list[int]:
+    return [checkpoints.step_of(path) for path in checkpoints.available(root)]
+
+
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 20):
         saved(tmp_path, step)
     checkpoints.prune(tmp_path, keep=2)
-    assert [path.name for path in checkpoints.available(tmp_path)] == ["step-00000020", "step-00000003"]
+    assert steps(tmp_path) == [20, 3]
+
+
+def test_pruning_keeps_multiples_for_good_and_the_best(tmp_path: Path) -> None:
+    losses = {10: 3.0, 20: 1.5, 30: 1.0, 40: None, 50: 2.0, 60: 2.5}
+    for step, loss in losses.items():
+        saved(tmp_path, step, val_loss=loss)
+        checkpoints.prune(tmp_path, keep=1, keep_every=20, keep_best=True)
+    assert steps(tmp_path) == [60, 50, 40, 30, 20]  # 50: the newest that is not kept anyway
+
+
+@given(
+    losses=st.lists(st.none() | st.floats(0, 9), min_size=1, max_size=6),
+    good=st.lists(st.booleans(), min_size=6, max_size=6),
+    damaged=st.sets(st.integers(1, 6)),
+    keep=st.integers(1, 3),
+    keep_every=st.none() | st.integers(1, 3),
+    keep_best=st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_pruning_never_deletes_the_newest_usable_checkpoint(
+    tmp_path_factory, losses: list, good: list, damaged: set, keep: int, keep_every: int | None, keep_best: bool
+) -> None:
+    root = tmp_path_factory.mktemp("pruned")
+    for step, loss in enumerate(losses, start=1):
+        directory = saved(root, step, val_loss=loss, good=good[step - 1])
+        if step in damaged:
+            (directory / "rank-00000.safetensors").write_bytes(b"")
+    before, _ = checkpoints.newest_valid(root)
+    best = [step for step in steps(root) if step not in damaged and good[step - 1]]
+    checkpoints.prune(root, keep, keep_every, keep_best=keep_best)
+    after, _ = checkpoints.newest_valid(root)
+    assert (after and after.step) == (before and before.step)
+    assert set(best[:keep]) <= set(steps(root)) or keep_every is not None
+
+
+def test_a_checkpoint_of_skipped_steps_does_not_push_out_the_last_good_one(tmp_path: Path) -> None:
+    for step, good in {1: True, 2: False, 3: False}.items():
+        saved(tmp_path, step, good=good)
+        checkpoints.prune(tmp_path, keep=1)
+    assert steps(tmp_path) == [3, 1]
+
+
+def test_a_deletion_that_was_interrupted_leaves_no_half_of_a_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    for step in (1, 2):
+        saved(tmp_path, step)
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda *_, **__: None)  # killed before anything is deleted
+    checkpoints.prune(tmp_path, keep=1)
+    assert steps(tmp_path) == [2]
+    monkeypatch.undo()
+    checkpoints.prune(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
 def test_a_failed_write_raises_and_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch) -> None:

@@ -1,0 +1,103 @@
+"""What a run notices about its own numbers: loss spikes, and ranks that no longer hold the same weights."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from models import GPT2
+from training.strategies.base import Strategy
+from training.strategies.state import state_tensors
+
+# The running mean looks back over about this many steps, and says nothing before it has seen as many.
+HORIZON = 50
+# Noise is never taken for smaller than this share of the mean: at the end of a run the loss hardly moves.
+LEAST_DEVIATION = 0.005
+
+
+@dataclass
+class LossSpikes:
+    """Marks steps whose loss leaps above its running mean; once for each leap.
+
+    Mean and variance are exponential averages into which a leap enters cut at the threshold, so that a loss that stays
+    high becomes the new normal instead of a spike without end. All fields are JSON values that a checkpoint keeps.
+
+    Args:
+        threshold: in standard deviations.
+    """
+
+    threshold: float
+    mean: float = 0.0
+    variance: float = 0.0
+    seen: int = 0
+    high: bool = False
+
+    def observe(self, loss: float) -> dict[str, float] | None:
+        """The event of a spike that begins with this loss: what was expected, and how far off it is."""
+        if not math.isfinite(loss):
+            return None
+        if self.seen == 0:
+            self.mean = loss
+        deviation = max(math.sqrt(self.variance), LEAST_DEVIATION * self.mean)
+        distance = (loss - self.mean) / deviation
+        known, mean = self.seen >= HORIZON, self.mean
+        begins = known and distance > self.threshold and not self.high
+        self.high = known and distance > (self.threshold / 2 if self.high else self.threshold)
+        counted = min(loss, self.mean + self.threshold * deviation) if known else loss
+        self.seen += 1
+        share = max(1 / self.seen, 2 / (HORIZON + 1))
+        difference = counted - self.mean
+        self.mean += share * difference
+        self.variance = (1 - share) * (self.variance + share * difference**2)
+        return {"loss": loss, "expected": mean, "deviations": distance} if begins else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "variance": self.variance, "seen": self.seen, "high": self.high}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean, self.variance, self.seen, self.high = (state[k] for k in ("mean", "variance", "seen", "high"))
+
+
+class RanksDiffer(RuntimeError):
+    """Ranks hold different values of a tensor that should be the same on all of them. The message names the tensors."""
+
+
+def replicated_tensors(strategy: Strategy) -> Iterator[tuple[str, Tensor]]:
+    """What every rank holds whole, by name: weights, and optimizer state where it is not sharded."""
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in GPT2(strategy.model.config).named_parameters()}
+    parameters = strategy.parameters()
+    if not strategy.shards_optimizer_state:
+        yield from state_tensors(parameters, strategy.optimizers)
+        return
+    for name, parameter in parameters.items():
+        if not isinstance(parameter, DTensor) and parameter.shape == shapes[name]:
+            yield f"model.{name}", parameter.detach()
+
+
+def compare_ranks(strategy: Strategy) -> None:
+    """Hash what should be the same on all ranks and compare the hashes; one read of the tensors, one small exchange.
+
+    Raises:
+        RanksDiffer: on every rank, naming the tensors and the ranks that differ from the majority.
+    """
+    if strategy.distributed.world_size == 1:
+        return
+    tensors = dict(replicated_tensors(strategy))
+    if not tensors:
+        return
+    hashes = torch.stack([torch.hash_tensor(tensor).view(torch.int64) for tensor in tensors.values()]).tolist()
+    by_rank = strategy.distributed.gather_objects(hashes)
+    found = []
+    for place, name in enumerate(tensors):
+        values = [of_rank[place] for of_rank in by_rank]
+        majority = max(values, key=values.count)
+        if odd := [str(rank) for rank, value in enumerate(values) if value != majority]:
+            found.append(f"{name} on rank {', '.join(odd)}")
+    if found:
+        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+        raise RanksDiffer(f"the ranks no longer hold the same values: {'; '.join(found[:4])}{more}")
