@@ -3,9 +3,9 @@
 A rule is written once and carried out in one of three forms, which agree to the last bit where the hardware rounds each
 operation (a GPU compiler may fuse a multiplication into an addition):
 
-- compiled: `torch.compile` makes one kernel of it, a single pass over memory whose size is symbolic, so one
-compilation serves
-  every shape;
+- compiled: `torch.compile` makes a kernel of it, one pass over memory. Its sizes are symbolic, so that one compilation
+  serves every model and every process, and it takes ROWS parameters at a call, since a call costs as much as a hundred
+  thousand coordinates;
 - foreach: each operation over all tensors at once, for accelerators without a compiler;
 - eager: each operation over one tensor, in pieces that stay in the cache, for small models and CPUs without a compiler.
 
@@ -13,7 +13,7 @@ In the compiled and the eager form small tensors are joined, so that a hundred n
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 Rule = Callable[..., Tensor | None]
+Row = Sequence[Tensor]  # the tensor arguments of a rule, for one parameter
 
 
 class Form(NamedTuple):
-    """Which form carries a rule out, named as in torch.optim. None chooses by device and size; both False is the
-    eager form."""
+    """Which form carries a rule out, named as in torch.optim. None chooses by device and size; both False is eager."""
 
     foreach: bool | None = None
     compile: bool | None = None
@@ -34,11 +34,13 @@ class Form(NamedTuple):
 
 AUTOMATIC = Form()
 
-# Tensors of fewer elements are joined: below this size a call costs more than copying there and back.
-JOINED_BELOW = 1 << 16
-# From this many elements on a step is worth the seconds that compiling takes.
+# Parameters of fewer coordinates are joined: below this size a call costs more than copying there and back.
+JOINED_BELOW = 1 << 13
+# From this many coordinates on a step is worth the seconds that compiling takes.
 COMPILED_FROM = 1 << 20
-# Elements of a piece in the eager form: its temporaries stay in the second-level cache.
+# Rows that a compiled call takes, and the most coordinates in a row, whose count of unclipped ones is an int32.
+ROWS, LONGEST_ROW = 8, 1 << 30
+# Coordinates of a piece in the eager form: its temporaries stay in the second-level cache.
 EAGER_PIECE = 1 << 17
 
 _compiled: dict[tuple[object, ...], Callable[..., Tensor | None]] = {}
@@ -46,9 +48,8 @@ _compiler_failed = False
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that lives on this rank; any other tensor as it is. Only under no_grad: no gradient
-    flows."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """The part of a DTensor that lives on this rank; any other tensor itself, detached. Only under no_grad."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def apply(
@@ -58,135 +59,153 @@ def apply(
     form: Form = AUTOMATIC,
 ) -> list[Tensor]:  # what the rule returned, for each call of it
     """Carry out `rule` on each parameter's tensors, in place."""
-    rows = [row for row in zip(*tensors, strict=True) if row[0].numel() > 0]
     results: list[Tensor | None] = []
-    for group in _by_signature(rows):
-        chosen = _choose(form, group)
-        if chosen.foreach:
-            results.append(rule(*(TensorList(column) for column in zip(*group, strict=True)), *scalars))
+    for rows in _by_signature(zip(*tensors, strict=True)):
+        foreach, compile = _choose(form, rows)
+        if foreach:
+            results.append(rule(*(TensorList(column) for column in zip(*rows, strict=True)), *scalars))
             continue
-        for arguments, write_back in _flat_calls(rule, group):
-            if chosen.compile and arguments[0].dim() == 1 and arguments[0].numel() > 1:
-                results.append(_call_compiled(rule, arguments, scalars))
-            else:
-                results += _call_in_pieces(rule, arguments, scalars)
-            write_back()
+        large, small, odd = _flatten(rows)
+        joined = _join(small)
+        if joined and joined[0].numel() >= JOINED_BELOW:
+            large.append(joined)
+        elif joined:
+            results += _call_in_pieces(rule, joined, scalars)
+        if compile and large:
+            results += _call_compiled(rule, large, scalars)
+        else:
+            for row in large:
+                results += _call_in_pieces(rule, row, scalars)
+        if len(small) > 1:
+            _write_back(rule, joined, small)
+        results += [rule(*row, *scalars) for row in odd]
     return [result for result in results if result is not None]
 
 
-def _choose(form: Form, group: Sequence[Sequence[Tensor]]) -> Form:
-    device = group[0][0].device.type
+def _by_signature(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows that are not empty, by what their tensors have in common: device and dtypes."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        if row[0].numel() > 0:
+            groups.setdefault((row[0].device, *[t.dtype for t in row]), []).append(row)
+    return list(groups.values())
+
+
+def _choose(form: Form, rows: Sequence[Row]) -> Form:
     foreach, compile = form
+    device = rows[0][0].device.type
     if compile is None:
-        large = sum(row[0].numel() for row in group) >= COMPILED_FROM
-        compile = not foreach and large and not _compiler_failed and device in ("cpu", "cuda", "xpu")
+        large = sum(row[0].numel() for row in rows) >= COMPILED_FROM
+        compile = not foreach and large and device in ("cpu", "cuda", "xpu")
+    compile = compile and not _compiler_failed
     if foreach is None:
         foreach = not compile and device != "cpu"
     return Form(foreach, compile)
 
 
-def _by_signature(rows: Sequence[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
-    """Rows whose tensors agree in device and dtypes."""
-    groups: dict[tuple[object, ...], list[tuple[Tensor, ...]]] = {}
+def _flatten(rows: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
+    """Large and small rows as one-dimensional views, and those whose tensors have no common layout as they are."""
+    large: list[Row] = []
+    small: list[Row] = []
+    odd: list[Row] = []
     for row in rows:
-        groups.setdefault((row[0].device, *(t.dtype for t in row)), []).append(row)
-    return list(groups.values())
+        if not all(t.is_contiguous() for t in row):
+            order = sorted(range(row[0].dim()), key=row[0].stride, reverse=True)
+            permuted = [t.permute(order) for t in row]
+            if not all(t.is_contiguous() for t in permuted):
+                odd.append(row)
+                continue
+            row = permuted
+        views = [t.view(-1) for t in row]
+        (small if views[0].numel() < JOINED_BELOW else large).append(views)
+    return large, small, odd
 
 
-def _flat_calls(rule: Rule, rows: Sequence[tuple[Tensor, ...]]) -> Iterator[tuple[list[Tensor], Callable[[], None]]]:
-    """Arguments for each call of the rule, and what to do after it: large tensors as flat views, small ones joined."""
-    small = []
-    for row in rows:
-        flat = _flat(row)
-        if flat is None:
-            yield list(row), _nothing
-        elif flat[0].numel() >= JOINED_BELOW:
-            yield flat, _nothing
-        else:
-            small.append(flat)
-    if len(small) == 1:
-        yield small[0], _nothing
-    elif small:
-        columns = [list(column) for column in zip(*small, strict=True)]
-        joined = [torch.cat(column) for column in columns]
-        sizes = [t.numel() for t in columns[0]]
-
-        def write_back() -> None:
-            for index in rule.updated:  # type: ignore[attr-defined]
-                torch._foreach_copy_(columns[index], list(joined[index].split(sizes)))
-
-        yield joined, write_back
+def _join(rows: Sequence[Row]) -> Row:
+    """Many rows in one, a copy; a single one as it is; none as an empty one."""
+    return rows[0] if len(rows) == 1 else [torch.cat(column) for column in zip(*rows, strict=True)]
 
 
-def _nothing() -> None:
-    pass
+def _write_back(rule: Rule, joined: Row, rows: Sequence[Row]) -> None:
+    sizes = [row[0].numel() for row in rows]
+    for index in rule.updated:  # type: ignore[attr-defined]
+        torch._foreach_copy_([row[index] for row in rows], list(joined[index].split(sizes)))
 
 
-def _flat(row: Sequence[Tensor]) -> list[Tensor] | None:
-    """One-dimensional views that walk through memory in one order; None if the tensors' layouts differ or have
-    holes."""
-    if all(t.is_contiguous() for t in row):
-        return [t.view(-1) for t in row]
-    order = sorted(range(row[0].dim()), key=row[0].stride, reverse=True)
-    permuted = [t.permute(order) for t in row]
-    return [t.view(-1) for t in permuted] if all(t.is_contiguous() for t in permuted) else None
+def _call_in_pieces(rule: Rule, row: Row, scalars: Sequence[Any]) -> list[Tensor | None]:
+    size = EAGER_PIECE if row[0].device.type == "cpu" else LONGEST_ROW
+    return [rule(*piece, *scalars) for piece in zip(*(t.split(size) for t in row), strict=True)]
 
 
-def _call_in_pieces(rule: Rule, arguments: Sequence[Tensor], scalars: Sequence[Any]) -> list[Tensor | None]:
-    if arguments[0].dim() != 1 or arguments[0].device.type != "cpu":
-        return [rule(*arguments, *scalars)]
-    pieces = zip(*(t.split(EAGER_PIECE) for t in arguments), strict=True)
-    return [rule(*piece, *scalars) for piece in pieces]
-
-
-def _call_compiled(rule: Rule, arguments: Sequence[Tensor], scalars: Sequence[float | Tensor | None]) -> Tensor | None:
-    """Falls back to the eager form, for good and with one warning, if there is no working compiler."""
-    global _compiler_failed
-    if _compiler_failed:
-        return _total(_call_in_pieces(rule, arguments, scalars))
-    large = arguments[0].numel() >= JOINED_BELOW  # the compiler lays out loops and threads for the size it meets first
-    traits = (arguments[0].device, *(t.dtype for t in arguments), *(scalar is None for scalar in scalars), large)
-    compiled = _compiled.get((rule, *traits))
-    if compiled is not None:
-        return compiled(*arguments, *map(_as_tensor, scalars))
-    compiled = _compile(rule)
+def _call_compiled(rule: Rule, rows: Sequence[Row], scalars: Sequence[float | Tensor | None]) -> list[Tensor | None]:
+    """Falls back to the eager form, for good and with one warning, if the compiler does not work."""
+    values = [torch.tensor(s, dtype=torch.float64) if isinstance(s, float | int) else s for s in scalars]
+    signature = (
+        rule,
+        rows[0][0].device,
+        *[t.dtype for t in rows[0]],
+        *[None if value is None else (value.device, value.dtype) for value in values],
+    )
     try:
-        result = compiled(*arguments, *map(_as_tensor, scalars))
+        compiled = _compiled.get(signature) or _compile(rule, rows[0], values)
     except Exception as error:
-        # Compilation fails before anything has been written. An error of the rule itself comes again below.
-        result = _total(_call_in_pieces(rule, arguments, scalars))
-        _compiler_failed = True
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        warnings.warn(
-            f"the optimizer step runs uncompiled, several times slower: torch.compile failed ({reason}). Install a C++ "
-            "compiler (on a GPU Triton), or pass compile=False to say that this is meant.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return result
-    _compiled[(rule, *traits)] = compiled
-    return result
+        _warn_that_compiling_failed(error)
+        return [result for row in rows for result in _call_in_pieces(rule, row, scalars)]
+    _compiled[signature] = compiled
+    rows = _cut(rows)
+    chunks = [rows[first : first + ROWS] for first in range(0, len(rows), ROWS)]
+    return [compiled([t for row in chunk for t in row], values) for chunk in chunks]
 
 
-def _compile(rule: Rule) -> Callable[..., Tensor | None]:
-    assert isinstance(rule, FunctionType)
-    # Dynamo counts recompilations per code object: a copy for each combination of dtypes keeps the limit out of reach.
-    copy = FunctionType(rule.__code__.replace(), rule.__globals__, rule.__name__, rule.__defaults__, rule.__closure__)
-    # A low threshold writes m before it is counted: the count then joins the same pass, which otherwise would be a
-    # second one.
-    options: dict[str, Any] = {"realize_opcount_threshold": 4}
-    return torch.compile(copy, dynamic=True, fullgraph=True, options=options)
+def _compile(rule: Rule, like: Row, scalars: list[Tensor | None]) -> Callable[..., Tensor | None]:
+    """A function that applies the rule to the tensors of ROWS rows, one row after the other in a list, whatever the sizes
+    of the rows, with the dtypes and the device of `like`."""
+    width = len(like)
+
+    def apply_to_rows(tensors: list[Tensor], scalars: list[Tensor | None]) -> Tensor | None:
+        results = [rule(*tensors[first : first + width], *scalars) for first in range(0, len(tensors), width)]
+        counts = [result for result in results if result is not None]
+        return torch.stack(counts).sum() if counts else None
+
+    # Dynamo counts recompilations per code object: a copy for each combination of dtypes keeps its limit out of reach.
+    copy = FunctionType(
+        apply_to_rows.__code__.replace(), globals(), apply_to_rows.__name__, None, apply_to_rows.__closure__
+    )
+    # m is written before it is counted, and η, β and their like are computed before the loop: with the default of 30 the
+    # count is a second pass over memory, and the hyper-parameters are converted once per vector.
+    options: dict[str, Any] = {"realize_opcount_threshold": 1}
+    compiled = torch.compile(copy, dynamic=True, fullgraph=True, options=options)
+    # Sizes that are large, so that the loops are laid out for threads, and all different, so that no two rows are taken to
+    # be of one size. They are the same everywhere, and so is the key of the compiler's cache on the disk.
+    sizes = [(1 << 16) + 1001 * index for index in range(ROWS)]
+    compiled([torch.zeros(size, dtype=t.dtype, device=t.device) for size in sizes for t in like], scalars)
+    return compiled
 
 
-def _as_tensor(value: float | Tensor | None) -> Tensor | None:
-    """A number as a 0-D float64 tensor on the CPU, where a kernel takes it as an argument and a new value compiles
-    nothing."""
-    return torch.tensor(value, dtype=torch.float64) if isinstance(value, float | int) else value
+def _cut(rows: Sequence[Row]) -> list[Row]:
+    """The same coordinates in a multiple of ROWS rows, none too long: the longest one gives the missing ones."""
+    cut: list[Row] = []
+    for row in rows:
+        parts = -(-row[0].numel() // LONGEST_ROW)
+        cut += [row] if parts == 1 else zip(*(t.tensor_split(parts) for t in row), strict=True)
+    cut.sort(key=lambda row: row[0].numel())
+    missing = -len(cut) % ROWS
+    if missing:
+        longest = cut.pop()
+        cut += zip(*(t.tensor_split(missing + 1) for t in longest), strict=True)
+    return cut
 
 
-def _total(results: Sequence[Tensor | None]) -> Tensor | None:
-    kept = [result for result in results if result is not None]
-    return torch.stack(kept).sum() if kept else None
+def _warn_that_compiling_failed(error: Exception) -> None:
+    global _compiler_failed
+    _compiler_failed = True
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    warnings.warn(
+        f"the optimizer step runs uncompiled, several times slower: torch.compile failed ({reason}). Install a C++ "
+        "compiler (on a GPU Triton), or pass compile=False to say that this is meant.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 class TensorList:
@@ -247,7 +266,7 @@ class TensorList:
         torch._foreach_copy_(self.tensors, other.tensors)
         return self
 
-    def sum(self) -> Tensor:
+    def sum(self, dtype: torch.dtype) -> Tensor:  # in int64, whatever dtype is enough for one row
         return torch.stack([t.sum() for t in self.tensors]).sum()
 
     def _operand(self, other: Any) -> Any:

@@ -119,7 +119,7 @@ class Sophia(SecondOrderOptimizer):
         the clip did not act."""
         if not self._counts:
             return torch.zeros((), dtype=torch.int64)
-        return torch.stack([count.to(self._counts[0].device) for count in self._counts]).sum()
+        return torch.stack([count.to(self._counts[0].device, torch.int64) for count in self._counts]).sum()
 
     def _set_transient_attributes(self) -> None:
         super()._set_transient_attributes()

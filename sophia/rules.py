@@ -74,12 +74,12 @@ def sophia_update(
     weight_decay: Scalar,  # () λ
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
-) -> Tensor:  # () int64, the number of coordinates with |m| < γh
+) -> Tensor:  # () int32, the number of coordinates with |m| < γh
     """m ← β1 m + (1-β1) g;  θ ← θ - ηλθ - η · clip(m / max(γh, ε), 1)   (Liu et al. 2024, Algorithm 3)."""
     _average(exp_avg, _unscaled(grad, exp_avg, grad_scale), beta1, found_inf)
     curvature = hessian * gamma
     _descend(param, (exp_avg / curvature.clamp_min(eps)).clamp(-1, 1), lr, weight_decay, found_inf)
-    return (exp_avg.abs() < curvature).sum()
+    return (exp_avg.abs() < curvature).sum(dtype=torch.int32)
 
 
 @updates(0, 2)
@@ -95,12 +95,12 @@ def sophia_unclipped_update(
     weight_decay: Scalar,  # () λ
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
-) -> Tensor:  # () int64, the number of coordinates with |m| < γh
+) -> Tensor:  # () int32, the number of coordinates with |m| < γh
     """`sophia_update` without its clip, the paper's ablation: θ ← θ - ηλθ - η · m / max(γh, ε)."""
     _average(exp_avg, _unscaled(grad, exp_avg, grad_scale), beta1, found_inf)
     curvature = hessian * gamma
     _descend(param, exp_avg / curvature.clamp_min(eps), lr, weight_decay, found_inf)
-    return (exp_avg.abs() < curvature).sum()
+    return (exp_avg.abs() < curvature).sum(dtype=torch.int32)
 
 
 @updates(0, 2)
@@ -116,13 +116,13 @@ def sophia_reference_update(
     weight_decay: Scalar,  # () λ
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
-) -> Tensor:  # () int64, the number of coordinates with |m| < ρ·bs·h + 1e-15
+) -> Tensor:  # () int32, the number of coordinates with |m| < ρ·bs·h + 1e-15
     """θ ← θ - ηλθ - η · sign(m) · min(|m| / (ρ·bs·h + 1e-15), 1), the authors' code (sophia.py,
     _single_tensor_sophiag)."""
     _average(exp_avg, _unscaled(grad, exp_avg, grad_scale), beta1, found_inf)
     curvature = hessian * gamma + eps
     _descend(param, exp_avg.sign() * (exp_avg.abs() / curvature).clamp_max(1), lr, weight_decay, found_inf)
-    return (exp_avg.abs() < curvature).sum()
+    return (exp_avg.abs() < curvature).sum(dtype=torch.int32)
 
 
 @updates(0)

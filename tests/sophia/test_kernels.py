@@ -2,10 +2,13 @@
 warning."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
@@ -22,7 +25,12 @@ CASES: list[tuple[type, dict[str, Any]]] = [
 
 
 def run(
-    cls: type, options: dict[str, Any], dtype: torch.dtype = torch.float32, amp: bool = False, steps: int = 7
+    cls: type,
+    options: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    amp: bool = False,
+    steps: int = 7,
+    shapes: Sequence[tuple[int, ...]] = tuple(SHAPES),
 ) -> tuple[list[Tensor], list[dict[str, Tensor]], int]:
     """Parameters, states and the last unclipped count of a run with a schedule, refreshes and, with amp, a held
     step."""
@@ -31,7 +39,7 @@ def run(
     def random_like(p: Tensor) -> Tensor:
         return torch.randn(p.shape, generator=generator).to(dtype)
 
-    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
     optimizer = cls(params, lr=3e-3, **options)
     for t in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - t / 10)
@@ -70,24 +78,26 @@ def test_eager_and_foreach_forms_are_the_same_to_the_last_bit(
 def test_compiled_form_is_the_same_to_the_last_bit_and_a_schedule_compiles_nothing_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kernels, "JOINED_BELOW", 5000)  # one tensor alone, the others joined
+    monkeypatch.setattr(kernels, "JOINED_BELOW", 20)  # three tensors alone, the others joined
     eager = run(SophiaG, {"compile": False}, amp=True)
     torch._dynamo.utils.counters.clear()
-    compiled = run(SophiaG, {"compile": True}, amp=True, steps=1)
+    run(SophiaG, {"compile": True}, amp=True, steps=1)
     first = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert first > 0
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # a compiler that fails would fall back to the eager form
         compiled = run(SophiaG, {"compile": True}, amp=True)
+        small = run(SophiaG, {"compile": True}, amp=True, shapes=[(40, 2), (11, 11)])  # another model, same kernels
     assert_identical(eager, compiled)
+    assert_identical(run(SophiaG, {"compile": False}, amp=True, shapes=[(40, 2), (11, 11)]), small)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == first
 
 
-def test_the_unclipped_count_comes_out_of_the_pass_that_updates_the_weights() -> None:
-    tensors = [torch.rand(1 << 17) for _ in range(4)]
-    scalars = [kernels._as_tensor(value) for value in (0.1, 0.9, 0.05, 1e-12, 0.1)]
+def test_the_unclipped_count_comes_out_of_the_pass_that_updates_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "ROWS", 1)
+    scalars = [torch.tensor(value, dtype=torch.float64) for value in (0.1, 0.9, 0.05, 1e-12, 0.1)]
     with torch.no_grad():
-        _, (code,) = run_and_get_code(kernels._compile(rules.sophia_update), *tensors, *scalars)
+        _, (code,) = run_and_get_code(kernels._compile, rules.sophia_update, [torch.rand(1)] * 4, scalars)
     assert code.count("for(int64_t x0") == 1
 
 
@@ -95,13 +105,32 @@ def test_a_failing_compiler_falls_back_with_one_warning(monkeypatch: pytest.Monk
     def broken(*_: object) -> None:
         raise RuntimeError("no C++ compiler found")
 
-    monkeypatch.setattr(kernels, "_compile", lambda rule: broken)
+    monkeypatch.setattr(kernels, "_compile", broken)
     monkeypatch.setattr(kernels, "_compiled", {})
     monkeypatch.setattr(kernels, "_compiler_failed", False)
-    with pytest.warns(RuntimeWarning, match="several times slower.*no C\\+\\+ compiler found.*compile=False") as caught:
+    monkeypatch.setattr(kernels, "JOINED_BELOW", 20)
+    with pytest.warns(RuntimeWarning, match=r"several times slower.*no C\+\+ compiler found.*compile=False") as caught:
         fallen_back = run(SophiaG, {"compile": True})
     assert len(caught) == 1
     assert_identical(run(SophiaG, {"compile": False}), fallen_back)
+
+
+@given(
+    sizes=st.lists(st.integers(20, 3000), min_size=1, max_size=20),
+    longest=st.integers(100, 4000),
+)
+@settings(deadline=None)
+def test_rows_are_cut_into_a_multiple_of_what_a_call_takes(sizes: list[int], longest: int) -> None:
+    rows = [[torch.zeros(size), torch.zeros(size)] for size in sizes]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "LONGEST_ROW", longest)
+        cut = kernels._cut(rows)
+    assert len(cut) % kernels.ROWS == 0
+    assert all(1 < row[0].numel() <= longest for row in cut)
+    for row in cut:
+        for t in row:
+            t.add_(1)
+    assert all(bool((t == 1).all()) for row in rows for t in row)
 
 
 def test_small_tensors_are_joined_into_one_call_and_large_ones_stay_alone(monkeypatch: pytest.MonkeyPatch) -> None:
