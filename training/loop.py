@@ -73,6 +73,10 @@ class Run:
     reason: str | None = None  # why the run has not completed
 
 
+class NotSaved(RuntimeError):
+    """A checkpoint could not be written, on every rank; the one before is untouched."""
+
+
 class Verdict(IntEnum):
     """What the ranks agree on between steps; the highest of any rank counts."""
 
@@ -108,8 +112,8 @@ class Reporter:
         self._spikes = LossSpikes(guards.spike_deviations) if guards.spike_deviations is not None else None
         if self._spikes is not None and state.spikes is not None:
             self._spikes.load_state_dict(state.spikes)
-        has_gamma = isinstance(run.config.optimizer, SophiaConfig)
-        self._alarm = UnclippedAlarm(run.config.optimizer.hessian_interval) if has_gamma else None
+        optimizer = run.config.optimizer
+        self._alarm = UnclippedAlarm(optimizer.hessian_interval) if isinstance(optimizer, SophiaConfig) else None
         if self._alarm is not None and state.alarm is not None:
             self._alarm.load_state_dict(state.alarm)
         self.diverged = False
@@ -221,7 +225,7 @@ def train(run: Run) -> Status:
     """Train to the end of the schedule, or until the run is asked to stop, fails or diverges.
 
     Raises:
-        OSError: a checkpoint could not be written.
+        NotSaved: a checkpoint could not be written.
         RanksDiffer: the ranks no longer hold the same weights; nothing of them has been saved.
     """
     config, strategy, ledger, state = run.config, run.strategy, run.ledger, run.state
@@ -342,7 +346,10 @@ def save(run: Run) -> None:
     with run.ledger.measure("checkpoint"):
         if run.config.guards.weights_interval is not None:
             compare_ranks(run.strategy)
-        run.save(run.state)
+        try:
+            run.save(run.state)
+        except OSError as error:
+            raise NotSaved(error.strerror or str(error)) from error
 
 
 def write_curvature(run: Run, step: int, held_back: Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from data.batches import Batches, ValidationWindows
 from data.dataset import TokenDataset
+from data.errors import DataError
 from data.manifest import Manifest
 from models import GPT2, GPT2Config
 from training import checkpoints, hardware, records
@@ -25,8 +26,7 @@ from training.curvature import CurvaturePass
 from training.distributed import Distributed
 from training.guards import RanksDiffer
 from training.ledger import CompilationClock, Ledger
-from training.loop import Run, TrainingState, train
-from training.memory import keep_memory_mapped
+from training.loop import NotSaved, Run, TrainingState, train
 from training.optimizers import build_optimizers
 from training.profiling import profiler
 from training.recorder import Recorder
@@ -85,8 +85,16 @@ def execute(config: RunConfig) -> Outcome:
         contextlib.ExitStack() as held,
     ):
         distributed = Distributed.start(config.train.device, _collective_timeout(config))
-        held.callback(distributed.stop)
-        return _execute(config, distributed, stop, held)
+        try:
+            outcome = _execute(config, distributed, stop, held)
+        except (ConfigurationError, DataError):  # on every rank
+            distributed.stop()
+            raise
+        except Exception as error:
+            distributed.failed(error)
+            raise
+        distributed.stop()
+        return outcome
 
 
 def _collective_timeout(config: RunConfig) -> datetime.timedelta:
@@ -100,7 +108,6 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
         raise ConfigurationError(
             f"strategy=single: there are {distributed.world_size} ranks; choose strategy=ddp or start one process"
         )
-    keep_memory_mapped()
     config = resolve(config, distributed.device, warn=distributed.is_main)
     micro = micro_batch_size(config, distributed.world_size)
     directory = Path(config.output_dir) / config.run_name
@@ -163,7 +170,8 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
         root, keeping = directory / "checkpoints", config.checkpoint
         checkpoints.save(root, current.step, _pieces(config, strategy, rank), saved, distributed)
         if distributed.is_main:
-            checkpoints.prune(root, keeping.keep, keeping.keep_every, keep_best=keeping.keep_best)
+            with contextlib.suppress(OSError):  # what could not be deleted now is deleted after the next save
+                checkpoints.prune(root, keeping.keep, keeping.keep_every, keep_best=keeping.keep_best)
 
     def report_hang(line: str) -> None:
         recorder.write({"kind": "event", "event": "hang", "step": run.state.step, "reason": line})
@@ -202,7 +210,7 @@ def _train(run: Run, watchdog: Watchdog, recorder: Recorder) -> Status:
     try:
         with watchdog:
             status = train(run)
-    except (OSError, RanksDiffer) as error:  # what a disk or a chip does; a mistake of the code keeps its traceback
+    except (NotSaved, RanksDiffer) as error:  # on every rank: what a disk or a chip does
         run.reason = str(error)
     except BaseException as error:
         run.reason = f"{type(error).__name__}: {error}"

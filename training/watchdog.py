@@ -1,11 +1,13 @@
 """A run without progress shows where every rank stands, and ends.
 
-Whatever hangs (a collective whose peer is gone, a disk that does not answer, a loop without end), the main thread stops
-reporting progress. A thread of each rank watches for that; the first to notice tells the others through a store of its
-own, all write the stacks of all their threads, and the processes end. Where that thread cannot run either, because
-something holds the interpreter's lock, a timer of the C library (faulthandler) does the same for its process.
+Whatever hangs (a collective that a living rank has not entered, a disk that does not answer, a loop without end), the
+main thread stops reporting progress. A thread of each rank watches for that; the first to notice tells the others
+through the store at which they met, all write the stacks of all their threads, and the processes end. Where that thread
+cannot run either, because something holds the interpreter's lock, a timer of the C library (faulthandler) does the same
+for its process. Ranks that are gone altogether are training/heartbeat.py's.
 """
 
+import datetime
 import faulthandler
 import os
 import sys
@@ -25,6 +27,7 @@ POLL_SECONDS = 1.0
 # The others are given this long to write their stacks, a disk this long to take a few lines.
 PEERS_SECONDS = 10.0
 DISK_SECONDS = 5.0
+STORE_TIMEOUT = datetime.timedelta(seconds=10)
 STANDARD_ERROR = 2
 
 
@@ -52,10 +55,10 @@ class Watchdog:
         self._doing = "setting up"
         self._since = time.monotonic()
         self._stopped = threading.Event()
-        self._store: dist.TCPStore | None = None
+        self._store: dist.Store | None = None
 
     def progress(self, doing: str) -> None:
-        """The run has come further, and is now doing this."""
+        """The run has come further, and is `doing` this now."""
         self._doing, self._since = doing, time.monotonic()
 
     def __enter__(self) -> Self:
@@ -139,15 +142,11 @@ class Watchdog:
             self._store = None
 
 
-def _own_store(distributed: Distributed) -> dist.TCPStore | None:
-    """A store beside the process group's, whose connection a waiting main thread may hold. Every rank calls this."""
+def _own_store(distributed: Distributed) -> dist.Store | None:
+    """A connection of its own to the ranks' store: the process group's may be held by a main thread that waits."""
     if distributed.world_size == 1:
         return None
-    host = os.environ.get("MASTER_ADDR", "localhost")
-    server = None
-    if distributed.is_main:
-        server = dist.TCPStore(host, 0, distributed.world_size, is_master=True, wait_for_workers=False)
-    port = distributed.broadcast_object(server.port if server is not None else None)
-    if server is not None:
-        return server
-    return dist.TCPStore(host, port, distributed.world_size, is_master=False, wait_for_workers=False)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=STORE_TIMEOUT)
+    # A restarted group of ranks finds its own word, not that of the ranks before.
+    return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

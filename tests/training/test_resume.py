@@ -246,7 +246,7 @@ def test_resume_names_a_run_directory_or_a_checkpoint(corpus: list[str], tmp_pat
     [
         (["train.steps=20"], "train.steps=20"),
         (["optimizer=adamw"], "optimizer"),
-        (["model.n_layer=1", "model.n_embd=16"], "shape"),
+        (["model.n_layer=1", "model.n_embd=16", "train.steps=30"], "shape"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(
