@@ -96,8 +96,8 @@ def _failure_of(action: Callable[..., None], *arguments: Any) -> tuple[int, str]
     except OSError as error:
         return error.errno or errno.EIO, error.strerror or str(error)
     except SafetensorError as error:  # safetensors' word for any error of the operating system
-        full = "code: 28" in str(error) or "StorageFull" in str(error)
-        return (errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else (errno.EIO, str(error))
+        number = int(found.group(1)) if (found := re.search(r"os error (\d+)", str(error))) else errno.EIO
+        return number, os.strerror(number) if found else str(error)
     return None
 
 

@@ -70,6 +70,7 @@ class Run:
     progress: Callable[[str], None] = lambda doing: None  # what the watchdog is told
     profiler_step: Callable[[], None] = lambda: None
     state: TrainingState = field(default_factory=TrainingState)
+    saved_step: int = 0  # the newest checkpoint; of the start none is needed
     reason: str | None = None  # why the run has not completed
 
 
@@ -247,7 +248,7 @@ def train(run: Run) -> Status:
                 case Verdict.FAIL:
                     return "failed"
                 case Verdict.STOP:
-                    if step > first:
+                    if run.saved_step < state.step:
                         reporter.flush()
                         save(run)
                     return "preempted"
@@ -350,6 +351,7 @@ def save(run: Run) -> None:
             run.save(run.state)
         except OSError as error:
             raise NotSaved(error.strerror or str(error)) from error
+    run.saved_step = run.state.step
 
 
 def write_curvature(run: Run, step: int, held_back: Tensor) -> None:

@@ -198,6 +198,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
             progress=watchdog.progress,
             profiler_step=profiler_step,
             state=state,
+            saved_step=state.step,
         )
         stop.begin()
         status = _train(run, watchdog, recorder)

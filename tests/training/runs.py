@@ -144,3 +144,15 @@ def _child(overrides: list[str], prepare_child: Callable[..., None] | None, argu
 
 def kill_self(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner: Any, name: str, act: Callable[..., Any], when: Callable[..., bool]) -> None:
+    """In this process, have `act` called before each call of `owner.name` whose arguments fulfil `when`."""
+    original = getattr(owner, name)
+
+    def replaced(*arguments: Any, **named: Any) -> Any:
+        if when(*arguments, **named):
+            act()
+        return original(*arguments, **named)
+
+    setattr(owner, name, replaced)

@@ -12,21 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.training.runs import curve, kill_self, lines, run, run_in_child, summary, tiny
+from tests.training.runs import before, curve, kill_self, lines, run, run_in_child, summary, tiny
 
 OPTIMIZERS = ["sophiag", "sophiah", "adamw", "lion", "muon", "signum", "adahessian"]
-
-
-def before(owner: Any, name: str, act: Callable[..., Any], when: Callable[..., bool]) -> None:
-    """In this process, have `act` called before each call of `owner.name` whose arguments fulfil `when`."""
-    original = getattr(owner, name)
-
-    def replaced(*arguments: Any, **named: Any) -> Any:
-        if when(*arguments, **named):
-            act()
-        return original(*arguments, **named)
-
-    setattr(owner, name, replaced)
 
 
 def kill_before_refresh(step: int) -> None:
@@ -59,7 +47,9 @@ def kill_after_save(step: int) -> None:
     before(checkpoints, "prune", kill_self, lambda root, *_, **__: (root / f"step-{step:08d}").exists())
 
 
-KILLS: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {  # and the step that the next sitting begins after
+KILLS: dict[
+    str, tuple[Callable[..., None], tuple[Any, ...], int]
+] = {  # and the step that the next sitting begins after
     "right before a refresh, which is the first thing after the resume": (kill_before_refresh, (11,), 10),
     "right before a refresh, steps after the checkpoint": (kill_before_refresh, (16,), 10),
     "between an update and its line": (kill_before_recording, (19,), 10),
