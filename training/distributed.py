@@ -49,7 +49,14 @@ class Distributed:
             torch.cuda.set_device(place)
         joined, heartbeat = dist.is_initialized(), None
         if world_size > 1 and not joined:
-            dist.init_process_group(_backend(place), timeout=timeout, device_id=place if on_cuda else None)
+            dist.init_process_group(
+                _backend(place),
+                store=_store_of_this_attempt(world_size, timeout),
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout,
+                device_id=place if on_cuda else None,
+            )
             heartbeat = Heartbeat.of_environment(rank, world_size)
             dist.barrier()
             heartbeat.start()
@@ -132,6 +139,20 @@ class Distributed:
             self.heartbeat.stop()
         if self.world_size > 1 and dist.is_initialized() and not self.joined:
             dist.destroy_process_group()
+
+
+def _store_of_this_attempt(world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT through which the ranks find each other.
+
+    torchrun's agent keeps its store when it starts dead ranks again. Without a prefix of their own the new ranks may read
+    the old ones' addresses in it, and wait for sockets that are gone (torch 2.13, whose rendezvous.py takes the store for
+    a new one).
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    hosting = not of_agent and os.environ["RANK"] == "0"
+    store = dist.TCPStore(address, port, world_size, hosting, timeout, multi_tenant=True)
+    return dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _backend(device: torch.device) -> str:

@@ -58,6 +58,8 @@ def start_ranks(config: RunConfig) -> int:
     try:
         results: dict[int, int] = elastic_launch(launch, run_rank)(config.model_dump(mode="json"))
     except ChildFailedError as error:
+        if all(failure.exitcode == EXIT_PREEMPTED for failure in error.failures.values()):
+            return EXIT_PREEMPTED
         print(f"error: {describe_failure(error)}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     except SignalException:
@@ -91,9 +93,13 @@ def run_rank(values: dict[str, Any]) -> int:
     os.setpgrp()
     logging.basicConfig(level=logging.INFO if os.environ.get("RANK") == "0" else logging.WARNING, format="%(message)s")
     try:
-        return execute(validate(values)).exit_code
+        code = execute(validate(values)).exit_code
     except (ConfigurationError, DataError) as error:
         return refuse(error)
+    if code == EXIT_PREEMPTED:
+        # A parent that was told to stop no longer reads results, and a child that returns one waits until it is read.
+        sys.exit(code)
+    return code
 
 
 def run_in_job(config: RunConfig) -> int:

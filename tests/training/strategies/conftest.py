@@ -93,7 +93,9 @@ def launch(directory: Path) -> None:
         # Backward passes: refresh and step 1, steps 2 to 5, refresh and step 6. Two of them give NaN: step 3, refresh 6.
         overrides = small(corpus, directory, f"poisoned-{kind}", *strategy)
         runs[f"poisoned {kind}"] = {"overrides": overrides, "poison": [4, 7]}
-        runs[f"bf16 {kind}"] = {"overrides": small(corpus, directory, f"bf16-{kind}", *strategy, "train.precision=bf16")}
+        runs[f"bf16 {kind}"] = {
+            "overrides": small(corpus, directory, f"bf16-{kind}", *strategy, "train.precision=bf16")
+        }
     for name, variant in VARIANTS.items():
         runs[name] = {"overrides": small(corpus, directory, name, *variant)}
     looks = [[look, kind] for look in ranks.LOOKS for kind in ranks.KINDS]

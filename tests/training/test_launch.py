@@ -1,0 +1,151 @@
+"""Ranks that train.py starts: they make one run, stop together, and a rank that dies is named and replaced."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from tests.training.runs import curve, lines, run, summary
+from training import heartbeat
+from training.heartbeat import EXIT_RANK_LOST, Heartbeat
+from training.launch import describe_failure
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(script: str, overrides: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / script), *overrides],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(path: Path, text: str, seconds: float = 90) -> None:
+    until = time.monotonic() + seconds
+    while not path.exists() or text not in path.read_text():
+        assert time.monotonic() < until, f"{path} has no {text!r}"
+        time.sleep(0.1)
+
+
+def losses(directory: Path) -> list[float]:
+    return [line["loss"] for line in lines(directory, "train")]
+
+
+def test_dead_ranks_are_started_again_and_named_in_the_end(tiny: list[str], tmp_path: Path) -> None:
+    """Rank 1 is killed at step 10, started again from step 8, and killed again; then a single process goes on."""
+    overrides = [*tiny, f"output_dir={tmp_path}", "name=run", "checkpoint.interval=4"]
+    began = time.monotonic()
+    process = start("tests/training/dying.py", [*overrides, "launcher.nproc_per_node=2", "launcher.max_restarts=1"])
+    _, said = process.communicate(timeout=150)
+    assert process.returncode == 1
+    assert "error: rank 1 failed (killed by SIGKILL)" in said
+    assert time.monotonic() - began < 120
+    assert run(overrides) == 0
+    directory = tmp_path / "run"
+    assert [line["step"] for line in lines(directory, "train")] == list(range(1, 13))
+    resumed = [line for line in lines(directory, "event") if line["event"] == "resumed"]
+    assert [(line["step"], line["world_size"]) for line in resumed][-1] == (8, 1)
+    assert "resuming from" in said
+    assert run([*tiny, f"output_dir={tmp_path}", "name=single"]) == 0
+    assert losses(directory) == pytest.approx(losses(tmp_path / "single"), abs=1e-5)
+
+
+def test_a_signal_to_the_parent_lets_all_ranks_save_and_one_process_go_on(tiny: list[str], tmp_path: Path) -> None:
+    long = [
+        *tiny,
+        f"output_dir={tmp_path}",
+        "name=run",
+        "train.steps=400",
+        "eval.interval=400",
+        "checkpoint.interval=null",
+    ]
+    process = start("train.py", [*long, "launcher.nproc_per_node=2"])
+    wait_for(tmp_path / "run" / "metrics.jsonl", '"step":5,')
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 75, said[-3000:]
+    assert summary(tmp_path / "run")["status"] == "preempted"
+    assert run(long) == 0
+    assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(1, 401))
+    assert run([*long, "name=single"]) == 0
+    # Hundreds of steps make a rounding difference grow; the first after the interruption show whether it left a trace.
+    assert losses(tmp_path / "run")[:40] == pytest.approx(losses(tmp_path / "single")[:40], abs=1e-4)
+    assert len(curve(tmp_path / "run")) == len(curve(tmp_path / "single"))
+
+
+def failure(exitcode: int, timestamp: float, message: object = "To enable traceback see: https://…") -> SimpleNamespace:
+    return SimpleNamespace(exitcode=exitcode, timestamp=timestamp, message=message)
+
+
+@pytest.mark.parametrize(
+    ("failures", "expected"),
+    [
+        ({0: failure(EXIT_RANK_LOST, 1.0), 3: failure(-9, 2.0)}, "rank 3 failed (killed by SIGKILL)"),
+        ({0: failure(1, 1.0, {"message": "OSError: full\nOSError: no space"})}, "rank 0 failed (OSError: no space)"),
+        ({2: failure(5, 1.0), 1: failure(7, 2.0)}, "rank 2 failed (exit code 5)"),
+        ({1: failure(EXIT_RANK_LOST, 1.0)}, "rank 1 failed (exit code 76)"),
+    ],
+)
+def test_the_rank_that_failed_is_named_and_not_one_that_lost_it(failures: dict, expected: str) -> None:
+    assert expected in describe_failure(SimpleNamespace(failures=failures))
+
+
+@pytest.fixture
+def store() -> dist.TCPStore:
+    return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+
+def test_a_rank_that_stops_beating_is_found_and_no_other(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.05)
+    ranks = [Heartbeat(store, rank, 3) for rank in range(3)]
+    for rank in (0, 1):
+        ranks[rank].start()
+    assert ranks[0].silent(seconds=0.5) == [2]
+    assert ranks[1].silent(seconds=0.5) == [2]
+    ranks[2].start()
+    assert ranks[0].silent(seconds=0.5) == []
+    for rank in ranks:
+        rank.stop()
+
+
+def test_a_silent_rank_ends_the_others_after_the_limit(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[tuple[int, list[int]]] = []
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.05)
+    monkeypatch.setattr(heartbeat, "LIMIT", 0.4)
+    monkeypatch.setattr(heartbeat, "leave", lambda rank, lost, reason: left.append((rank, lost)))
+    watching, dead = Heartbeat(store, 0, 2), Heartbeat(store, 1, 2)
+    watching.start()
+    time.sleep(1.0)
+    watching.stop()
+    assert (0, [1]) in left
+    assert dead is not None
+
+
+def test_a_rank_that_has_left_in_good_order_is_not_missed(
+    store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[object] = []
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.05)
+    monkeypatch.setattr(heartbeat, "LIMIT", 0.3)
+    monkeypatch.setattr(heartbeat, "leave", lambda *arguments: left.append(arguments))
+    slow, quick = Heartbeat(store, 0, 2), Heartbeat(store, 1, 2)
+    for rank in (slow, quick):
+        rank.start()
+    quick.stop()
+    time.sleep(0.8)
+    slow.stop()
+    assert left == []

@@ -1,0 +1,113 @@
+"""Sweeps, one by one, side by side and as jobs: killed ones go on, each trial in its own run directory."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.training.runs import lines, run, summary
+from tests.training.test_launch import start, wait_for
+from training.config import ConfigurationError
+from training.sweep import check_trials, trials
+
+NAMES = "name='${optimizer.name}-${seed}'"
+
+
+def steps(directory: Path) -> list[int]:
+    return [line["step"] for line in lines(directory, "train")]
+
+
+def resumed_at(directory: Path) -> list[int]:
+    return [line["step"] for line in lines(directory, "event") if line["event"] == "resumed"]
+
+
+def test_a_killed_sweep_passes_over_finished_trials_and_resumes_the_others(tiny: list[str], tmp_path: Path) -> None:
+    sweep = ["-m", *tiny, NAMES, f"output_dir={tmp_path}", "train.steps=300", "eval.interval=300"]
+    sweep += ["checkpoint.interval=20", "optimizer=adamw,lion"]
+    process = start("train.py", sweep)
+    wait_for(tmp_path / "lion-0" / "metrics.jsonl", '"step":45,')
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    finished = (tmp_path / "adamw-0" / "summary.json").stat().st_mtime_ns
+    assert "status" not in (summary(tmp_path / "lion-0") if (tmp_path / "lion-0" / "summary.json").exists() else {})
+
+    assert run(sweep) == 0
+    assert (tmp_path / "adamw-0" / "summary.json").stat().st_mtime_ns == finished
+    assert summary(tmp_path / "lion-0")["status"] == "completed"
+    assert steps(tmp_path / "lion-0") == list(range(1, 301))
+    assert resumed_at(tmp_path / "lion-0")[0] >= 40
+    assert resumed_at(tmp_path / "adamw-0") == []
+
+
+def test_trials_run_side_by_side_and_are_passed_over_the_second_time(tiny: list[str], tmp_path: Path) -> None:
+    sweep = ["-m", "launcher=joblib", *tiny, NAMES, f"output_dir={tmp_path}", "optimizer=adamw", "seed=0,1"]
+    process = start("train.py", sweep)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-3000:]
+    for seed in (0, 1):
+        assert steps(tmp_path / f"adamw-{seed}") == list(range(1, 13))
+    assert run(["-m", *sweep[2:]]) == 0
+    assert [resumed_at(tmp_path / f"adamw-{seed}") for seed in (0, 1)] == [[], []]
+
+
+def test_jobs_of_two_tasks_are_told_of_the_time_limit_save_and_start_again(tiny: list[str], tmp_path: Path) -> None:
+    """What launcher=slurm does, through submitit's local executor; on a real SLURM: make test-slurm."""
+    sweep = ["-m", "launcher=submitit", "launcher.nproc_per_node=2", *tiny, NAMES, f"output_dir={tmp_path}"]
+    sweep += ["optimizer=adamw", "seed=0,1", "train.steps=400", "eval.interval=400", "checkpoint.interval=null"]
+    process = start("train.py", sweep)
+    wait_for(tmp_path / "adamw-0" / "metrics.jsonl", '"step":5,')
+    tasks = [p for p in psutil.Process(process.pid).children(recursive=True) if of_trial(p, tmp_path / "adamw-0")]
+    for task in tasks:
+        task.send_signal(signal.SIGUSR2)
+    said, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, (said + errors)[-3000:]
+    for seed in (0, 1):
+        assert summary(tmp_path / f"adamw-{seed}")["status"] == "completed"
+        assert steps(tmp_path / f"adamw-{seed}") == list(range(1, 401))
+    assert len(resumed_at(tmp_path / "adamw-0")) == 1
+    assert resumed_at(tmp_path / "adamw-1") == []
+
+
+def of_trial(process: psutil.Process, directory: Path) -> bool:
+    """A task of the trial's job: a sibling of the process that has the trial's record open."""
+
+    def holds(candidate: psutil.Process) -> bool:
+        try:
+            return any(file.path.startswith(str(directory)) for file in candidate.open_files())
+        except psutil.Error:
+            return False
+
+    try:
+        return "submitit.core._submit" in process.cmdline() and any(
+            holds(sibling) for sibling in process.parent().children()
+        )
+    except psutil.Error:
+        return False
+
+
+def test_trials_that_would_share_a_run_directory_are_refused_before_the_first_starts() -> None:
+    with pytest.raises(ConfigurationError, match=r"trials 0 \(seed=0\) and 1 \(seed=1\) .* would share"):
+        check_trials(trials(["name=one", "seed=0,1"]))
+    with pytest.raises(ConfigurationError, match=r"trials 0 \(strategy=ddp\) and 1 \(strategy=fsdp\)"):
+        check_trials(trials(["strategy=ddp,fsdp"]))
+    check_trials(trials(["optimizer=adamw,lion", "seed=0,1"]))
+
+
+def test_a_mistake_in_any_trial_is_an_error_before_the_first_starts(tmp_path: Path) -> None:
+    assert run(["-m", f"output_dir={tmp_path}", "optimizer=adamw", "optimizer.lr=1e-3,-1"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_under_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(["-m", f"output_dir={tmp_path}", "seed=0,1"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_leaves_no_time_to_train_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"launcher\.signal_seconds=120 is not before .*timeout_minutes=2"):
+        check_trials([["launcher=slurm", "launcher.timeout_minutes=2"]])
