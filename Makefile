@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test lint test-gpu lock clean help
+.PHONY: setup demo test lint test-gpu test-slurm lock clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,9 @@ lint: setup ## ruff (lint and format) and mypy
 
 test-gpu: setup ## the tests that depend on the device, on CUDA
 	$(BIN)/python -m pytest -m gpu
+
+test-slurm: setup ## a sweep on a SLURM of one node, set up here (root; Debian: apt-get install slurm-wlm munge)
+	$(BIN)/python -m pytest -m slurm -ra
 
 lock: ## resolve pyproject.toml's ranges anew into requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
