@@ -359,7 +359,7 @@ def discard(path: Path) -> None:
 def prune(root: Path, keep: int, keep_every: int | None = None, *, keep_best: bool = False) -> None:
     """Delete checkpoints, and what unfinished saves and deletions left behind. Nothing is deleted for one that is damaged.
 
-    Kept are the newest, whatever it is; the newest `keep` that are good (no step was skipped right before); those at
+    Kept are the newest, whatever it is, and the newest that opens; the newest `keep` that are good (no step was skipped right before); those at
     multiples of `keep_every`; and with `keep_best` the one with the lowest validation loss.
 
     Args:
@@ -373,7 +373,7 @@ def prune(root: Path, keep: int, keep_every: int | None = None, *, keep_best: bo
     if not sound:
         return
     good = [path for path, checkpoint in sound.items() if checkpoint.state.get("good", True)]
-    kept = {found[0], *good[:keep]} if good else set(sound)
+    kept = {found[0], next(iter(sound)), *good[:keep]} if good else set(sound)
     losses = {path: sound[path].state.get("val_loss") for path in good}
     evaluated = {path: loss for path, loss in losses.items() if loss is not None}
     if keep_best and evaluated:

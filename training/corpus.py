@@ -64,9 +64,7 @@ def open_corpus(config: RunConfig, distributed: Distributed) -> tuple[Path, Mani
     failure: str | None = None
     if distributed.is_main:
         try:
-            ensure_prepared(
-                config.data.directory, source_of(config), tokenizer_of(config), progress=progress_display()
-            )
+            ensure_prepared(config.data.directory, source_of(config), tokenizer_of(config), progress=progress_display())
         except DataError as error:
             failure = str(error)
     failure = distributed.broadcast_object(failure)

@@ -24,7 +24,15 @@ def validation(record: RunRecord) -> list[float]:
     return [line["val_loss"] for line in record.metrics("eval")]
 
 
-RATES = {"adamw": 3e-3, "lion": 1e-3, "sophiag": 2e-3, "sophiah": 2e-3, "muon": 3e-3, "signum": 1e-3, "adahessian": 1e-3}
+RATES = {
+    "adamw": 3e-3,
+    "lion": 1e-3,
+    "sophiag": 2e-3,
+    "sophiah": 2e-3,
+    "muon": 3e-3,
+    "signum": 1e-3,
+    "adahessian": 1e-3,
+}
 
 
 @pytest.mark.parametrize("arm", RATES)
@@ -115,9 +123,7 @@ def test_a_finished_run_is_not_run_again(train: Train, capsys: pytest.CaptureFix
     assert "already completed" in capsys.readouterr().out
 
 
-def test_another_configuration_under_the_same_name_is_refused(
-    train: Train, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_configuration_under_the_same_name_is_refused(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     first = train("taken", "train.steps=2", "optimizer.lr=1e-3")
     train("taken", "train.steps=2", "optimizer.lr=2e-3", expect=2)
     message = capsys.readouterr().err.strip().splitlines()[-1]
