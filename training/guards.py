@@ -42,7 +42,7 @@ class LossSpikes:
             return None
         if self.seen == 0:
             self.mean = loss
-        deviation = max(math.sqrt(self.variance), LEAST_DEVIATION * self.mean)
+        deviation = max(math.sqrt(self.variance), LEAST_DEVIATION * self.mean, 1e-6)
         distance = (loss - self.mean) / deviation
         known, mean = self.seen >= HORIZON, self.mean
         begins = known and distance > self.threshold and not self.high

@@ -120,9 +120,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except ValueError as error:
         raise RecordError(f"{path} cannot be parsed: {error}") from error
+    if not isinstance(values, dict):
+        raise RecordError(f"{path} holds a {type(values).__name__} where an object is expected")
+    return values
 
 
 class MetricsWriter:
@@ -144,8 +147,9 @@ class MetricsWriter:
         self._size = os.fstat(self._file.fileno()).st_size
 
     def _cut(self, size: int) -> None:
-        if not self.path.exists() or self.path.stat().st_size < size:
-            have = self.path.stat().st_size if self.path.exists() else 0
+        self.path.touch()  # a run may have been killed before its first line
+        have = self.path.stat().st_size
+        if have < size:
             raise RecordError(
                 f"{self.path} has {have} bytes, the checkpoint was saved at {size}: lines are missing; "
                 "start anew with overwrite=true or restore the file"

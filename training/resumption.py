@@ -17,7 +17,7 @@ from training import checkpoints, records
 from training.checkpoints import Checkpoint
 from training.compose import validate
 from training.config import ConfigurationError, RunConfig
-from training.records import RunRecord, Status
+from training.records import RecordError, RunRecord, Status
 
 LOCK_FILE = ".lock"
 #: Set by torchrun and by SLURM in a process that takes the place of one that ended.
@@ -98,7 +98,7 @@ def plan(config: RunConfig, directory: Path) -> Plan:
         raise ConfigurationError(
             f"resume=never: {directory} exists; choose resume=auto to go on, overwrite=true to replace it"
         )
-    status = (RunRecord.open(directory).summary or {}).get("status")
+    status = (_record(directory).summary or {}).get("status")
     if status in ("completed", "diverged"):
         return Plan(finished=status)
     newest, rejected = checkpoints.newest_valid(root, lambda checkpoint: _misfit(checkpoint, config, directory))
@@ -113,12 +113,19 @@ def plan(config: RunConfig, directory: Path) -> Plan:
 
 def check_tokens(directory: Path, manifest_sha256: str) -> None:
     """Raise ConfigurationError where a run that goes on was begun on other tokens."""
-    recorded = RunRecord.open(directory).environment.get("data_manifest_sha256")
+    recorded = _record(directory).environment.get("data_manifest_sha256")
     if recorded is not None and recorded != manifest_sha256:
         raise ConfigurationError(
             f"{directory} was begun on other tokens (manifest {recorded[:12]}, now {manifest_sha256[:12]}); restore "
             "them, give another name=, or overwrite=true begins anew"
         )
+
+
+def _record(directory: Path) -> RunRecord:
+    try:
+        return RunRecord.open(directory)
+    except RecordError as error:
+        raise ConfigurationError(f"{error}; restore or remove that file, or overwrite=true begins anew") from error
 
 
 def _refuse_foreign(directory: Path) -> None:
@@ -129,7 +136,7 @@ def _refuse_foreign(directory: Path) -> None:
         return
     except OSError as error:
         raise ConfigurationError(
-            f"{directory} cannot be a run directory: {error.strerror}; choose output_dir="
+            f"{directory} cannot be a run directory: {error.strerror}; choose another output_dir="
         ) from error
     if found:
         raise ConfigurationError(

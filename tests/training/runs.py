@@ -120,9 +120,18 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["training.run", "training.command", "training.strategies.ddp", "tests.training.runs"])
 
 
-def run_in_child(overrides: Iterable[str], prepare_child: Callable[..., None] | None = None, *arguments: Any) -> int:
-    """The command line in a child process, after `prepare_child(*arguments)` there; the exit code, -n for signal n."""
-    process = _SERVER.Process(target=_child, args=(list(overrides), prepare_child, arguments))
+def run_in_child(
+    overrides: Iterable[str],
+    prepare_child: Callable[..., None] | None = None,
+    *arguments: Any,
+    errors: Path | None = None,
+) -> int:
+    """The command line in a child process, after `prepare_child(*arguments)` there; the exit code, -n for signal n.
+
+    Args:
+        errors: a file for what the child says on standard error.
+    """
+    process = _SERVER.Process(target=_child, args=(list(overrides), prepare_child, arguments, errors))
     process.start()
     process.join(120)
     if process.is_alive():
@@ -133,9 +142,17 @@ def run_in_child(overrides: Iterable[str], prepare_child: Callable[..., None] | 
     return process.exitcode
 
 
-def _child(overrides: list[str], prepare_child: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+def _child(
+    overrides: list[str],
+    prepare_child: Callable[..., None] | None,
+    arguments: tuple[Any, ...],
+    errors: Path | None,
+) -> None:
     import torch
 
+    if errors is not None:
+        with errors.open("w") as file:
+            os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     if prepare_child is not None:
         prepare_child(*arguments)

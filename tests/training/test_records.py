@@ -1,6 +1,7 @@
 """The run record: lines survive, are cut where a checkpoint says, and are strict JSON."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,21 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -
         records.write_summary(tmp_path, {"status": "completed"})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"status": "preempted"}
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize("room", [0, 1, 10])
+def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path, room: int) -> None:
+    writer = MetricsWriter(tmp_path)
+    writer.write({"kind": "train", "step": 1})
+    size = writer.sync()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, hard))  # as a quota: a part of the line still fits
+        with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written: File too large"):
+            writer.write({"kind": "train", "step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert lines(tmp_path) == [{"kind": "train", "step": 1}]
+    writer.write({"kind": "train", "step": 2})
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert writer.sync() == writer.path.stat().st_size

@@ -1,0 +1,196 @@
+"""What a run does with the directory that it finds: begin, go on, leave alone; never take what is not its own."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training.runs import lines, run, run_in_child, summary, tiny
+from tests.training.test_resume import kill_before_recording
+from training.config import ConfigurationError
+from training.resumption import RunLock
+
+
+def message(capfd: pytest.CaptureFixture[str]) -> str:
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.mark.parametrize("overrides", [[], ["overwrite=true"], ["resume=never"]])
+def test_a_directory_that_is_no_run_is_left_alone(
+    overrides: list[str], corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    thesis = tmp_path / "run" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    assert run(tiny(corpus, tmp_path, *overrides)) == 2
+    assert "holds thesis.tex and no config.yaml" in message(capfd)
+    assert [path.name for path in thesis.parent.iterdir()] == ["thesis.tex"]
+    assert thesis.read_text() == "years of work"
+
+
+def test_an_empty_directory_is_taken(corpus: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert run(tiny(corpus, tmp_path, "train.steps=3")) == 0
+
+
+def test_a_file_in_the_place_of_the_directory_is_named(
+    corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").write_text("a file")
+    assert run(tiny(corpus, tmp_path)) == 2
+    assert f"{tmp_path / 'run'} cannot be a run directory" in message(capfd)
+
+
+def test_an_output_directory_that_cannot_be_written_is_named(
+    corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert run(tiny(corpus, tmp_path / "file" / "runs")) == 2
+    assert "choose another output_dir=" in message(capfd)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1, 2", "name: 5\n", "- a\n", "\x00\x01", "!!python/object/apply:os.system [id]\n"]
+)
+def test_a_damaged_configuration_is_refused_and_kept(
+    content: str, corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run" / "config.yaml"
+    config.parent.mkdir()
+    config.write_text(content)
+    assert run(tiny(corpus, tmp_path)) == 2
+    assert f"{config} cannot be read" in message(capfd)
+    assert config.read_text() == content
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_summary_is_named(
+    content: str, corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny(corpus, tmp_path, "train.steps=3")) == 0
+    capfd.readouterr()
+    (tmp_path / "run" / "summary.json").write_text(content)
+    assert run(tiny(corpus, tmp_path, "train.steps=3")) == 2
+    assert "summary.json" in message(capfd)
+
+
+def test_overwriting_removes_all_of_the_run_before(corpus: list[str], tmp_path: Path) -> None:
+    assert run(tiny(corpus, tmp_path, "tracker=tensorboard")) == 0
+    assert run(tiny(corpus, tmp_path, "overwrite=true", "train.steps=3", "optimizer=adamw")) == 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        ".lock",
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "summary.json",
+    }
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_keeps_its_lines_aside(corpus: list[str], tmp_path: Path) -> None:
+    overrides = tiny(corpus, tmp_path)
+    assert run_in_child(overrides, kill_before_recording, 7) < 0
+    assert run(overrides) == 0
+    aside = (tmp_path / "run" / "metrics.cut-1.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in aside if '"train"' in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(1, 25))
+
+
+@pytest.mark.parametrize("cut", ["config.yaml", "environment.json", "metrics.jsonl"])
+def test_a_run_killed_while_it_was_beginning_begins_again(cut: str, corpus: list[str], tmp_path: Path) -> None:
+    overrides = tiny(corpus, tmp_path)
+    assert run_in_child(overrides, kill_before_recording, 1) < 0
+    files = ["config.yaml", "environment.json", "metrics.jsonl"]
+    for name in files[files.index(cut) :]:
+        (tmp_path / "run" / name).unlink()
+    if cut == "config.yaml":
+        shutil.rmtree(tmp_path / "run" / "checkpoints")  # made after it
+    assert run(overrides) == 0
+    assert summary(tmp_path / "run")["status"] == "completed"
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 1
+
+
+# Two processes on one directory.
+
+
+def wait_in_step(step: int, arrived: str) -> None:
+    from training import loop
+
+    original = loop.forward_backward
+
+    def waiting(run, batch):
+        if run.state.step == step - 1:
+            Path(arrived).touch()
+            time.sleep(60)
+        return original(run, batch)
+
+    loop.forward_backward = waiting
+
+
+def test_a_directory_that_is_being_run_is_refused_and_not_touched(
+    corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tests.training.runs import _SERVER, _child
+
+    overrides = tiny(corpus, tmp_path)
+    arrived = tmp_path / "arrived"
+    holder = _SERVER.Process(target=_child, args=(overrides, wait_in_step, (13, str(arrived)), None))
+    holder.start()
+    try:
+        until = time.monotonic() + 60
+        while not arrived.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        record = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+        for more in ([], ["overwrite=true"], [f"resume={tmp_path}/run/checkpoints/step-00000010"]):
+            capfd.readouterr()
+            assert run([*overrides, *more]) == 2
+            assert f"is being run by process {holder.pid} on " in message(capfd)
+        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == record
+    finally:
+        holder.kill()
+        holder.join()
+    assert run(overrides) == 0  # the lock went with the process
+
+
+def test_the_lock_is_let_go_with_the_run_and_by_whoever_holds_it(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    with pytest.raises(ConfigurationError, match=f"process {os.getpid()} on"):
+        RunLock(tmp_path)
+    lock.release()
+    RunLock(tmp_path).release()
+
+
+def _race(overrides: list[str], barrier, codes) -> None:
+    from training import command, run
+
+    original = run.Recorder.open
+
+    def together(*arguments, **named):
+        return original(*arguments, **named)
+
+    run.Recorder.open = together
+    barrier.wait()
+    codes.append(command.main(overrides))
+
+
+def test_of_two_that_start_together_one_runs(corpus: list[str], tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    with context.Manager() as manager:
+        codes, barrier = manager.list(), manager.Barrier(2)
+        overrides = tiny(corpus, tmp_path, "train.steps=60", "eval.interval=60")
+        racers = [context.Process(target=_race, args=(overrides, barrier, codes)) for _ in range(2)]
+        for racer in racers:
+            racer.start()
+        for racer in racers:
+            racer.join(120)
+        assert sorted(codes) == [0, 2]
+    assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(1, 61))
+    assert summary(tmp_path / "run")["status"] == "completed"
