@@ -359,8 +359,8 @@ def discard(path: Path) -> None:
 def prune(root: Path, keep: int, keep_every: int | None = None, *, keep_best: bool = False) -> None:
     """Delete checkpoints, and what unfinished saves and deletions left behind. Nothing is deleted for one that is damaged.
 
-    Kept are the newest, whatever it is, and the newest that opens; the newest `keep` that are good (no step was skipped right before); those at
-    multiples of `keep_every`; and with `keep_best` the one with the lowest validation loss.
+    Kept are the newest, whatever it is, and the newest that opens; the newest `keep` that are good (no step was skipped
+    right before); those at multiples of `keep_every`; and with `keep_best` the one with the lowest validation loss.
 
     Args:
         keep: counts only checkpoints whose files are there with their sizes.
