@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 # One node that is this machine; tasks are plain processes; no accounting. Jobs may queue again, at once.
 CONFIGURATION = """
@@ -81,6 +83,7 @@ def cluster(directory: Path) -> Iterator[None]:
             log = stack.enter_context((directory / f"{program}.out").open("w"))
             process = subprocess.Popen([_path(program) or program, "-D"], stdout=log, stderr=subprocess.STDOUT)
             stack.callback(_end, process)
+        stack.callback(_end_all_jobs, time.time() - 1)
         _wait_until(lambda: _succeeds("srun", "--ntasks=2", "--time=1", "true"), 60, f"no answer; see {directory}")
         yield
 
@@ -116,6 +119,33 @@ def _wait_until(condition, seconds: float, failure: str) -> None:
         if time.monotonic() > until:
             raise RuntimeError(failure)
         time.sleep(0.5)
+
+
+def _end_all_jobs(began: float) -> None:
+    """Before the daemons go: a job's processes outlive them, and would end others by ids that are no longer theirs."""
+    subprocess.run(["scancel", f"--user={os.getuid()}"], capture_output=True, timeout=20)
+    with contextlib.suppress(RuntimeError):
+        _wait_until(lambda: not (_jobs() or _left_over(began)), 60, "jobs do not end")
+    for process in _left_over(began):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _jobs() -> str:
+    return subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, timeout=20).stdout.strip()
+
+
+def _left_over(began: float) -> list[psutil.Process]:
+    """SLURM's own processes of jobs begun since then."""
+    names = ("slurmstepd", "slurm_script", "srun")
+    found = psutil.process_iter(["name", "create_time", "status"])
+    return [
+        process
+        for process in found
+        if process.info["name"] in names
+        and process.info["create_time"] >= began
+        and process.info["status"] != psutil.STATUS_ZOMBIE
+    ]
 
 
 def _end(process: subprocess.Popen) -> None:
