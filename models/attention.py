@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 SMALLEST_BLOCK = 256  # queries; fewer make small products, more waste work on masked pairs
 MOST_BLOCKS = 4  # of a sequence: each is code of its own to compile
@@ -26,7 +27,10 @@ def causal_attention(
 ) -> Tensor:  # (B, H, T, D)
     """softmax(query keyᵀ logit_factor / sqrt(D) + causal mask) value, by the route that is fastest here."""
     if torch.compiler.is_compiling() and query.device.type == "cpu" and not dropout:
-        return _BlockedAttention.apply(query, key, value, logit_factor)
+        # Without the checkpoint, the compiler would see that the backward pass repeats products and keep them instead.
+        return checkpoint(
+            _BlockedAttention.apply, query, key, value, logit_factor, use_reentrant=False, preserve_rng_state=False
+        )
     if logit_factor is not None:
         query = query * logit_factor
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
@@ -35,38 +39,30 @@ def causal_attention(
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, logit_factor: Tensor | None) -> Tensor:
-        outputs, normalizers = [], []
+        ctx.save_for_backward(query, key, value, logit_factor)
+        outputs = []
         for start, stop in _query_blocks(query.size(-2)):
-            logits = _logits(query, key, start, stop, logit_factor)
-            maximum = logits.amax(dim=-1, keepdim=True)
-            # Rounded before the sum, so that no copy in fp32 is kept for the product.
-            weights = (logits - maximum).exp().to(value.dtype)
-            total = weights.float().sum(dim=-1, keepdim=True)
+            weights, total = _weights(query, key, start, stop, logit_factor)
             outputs.append((weights @ value[..., :stop, :] / total).to(value.dtype))
-            normalizers.append(maximum + total.log())
-        output, normalizer = torch.cat(outputs, dim=-2), torch.cat(normalizers, dim=-2)
-        ctx.save_for_backward(query, key, value, output, normalizer, logit_factor)
-        return output
+        return torch.cat(outputs, dim=-2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, normalizer, logit_factor = ctx.saved_tensors
+        query, key, value, logit_factor = ctx.saved_tensors
         (d_output,) = gradients
         length, dtype = query.size(-2), query.dtype
-        # The softmax's gradient needs Σ_j p_j dp_j, which is the output times its gradient.
-        inner = (d_output.float() * output.float()).sum(dim=-1, keepdim=True)
         d_queries: list[Tensor] = []
         d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
         for start, stop in reversed(_query_blocks(length)):
             d_block = d_output[..., start:stop, :]
-            logits = _logits(query, key, start, stop, logit_factor)
-            weights = (logits - normalizer[..., start:stop, :]).exp()
+            weights, total = _weights(query, key, start, stop, logit_factor)
             d_weights = (d_block @ value[..., :stop, :].transpose(-1, -2)).float()
-            d_logits = (weights * (d_weights - inner[..., start:stop, :]) * _factor(query, logit_factor)).to(dtype)
+            inner = (weights * d_weights).sum(dim=-1, keepdim=True) / total
+            d_logits = (weights * (d_weights - inner) * (_factor(query, logit_factor) / total)).to(dtype)
             d_queries.insert(0, d_logits @ key[..., :stop, :])
             unseen = (0, 0, 0, length - stop)
             d_key = d_key + F.pad((d_logits.transpose(-1, -2) @ query[..., start:stop, :]).float(), unseen)
-            d_value = d_value + F.pad((weights.to(dtype).transpose(-1, -2) @ d_block).float(), unseen)
+            d_value = d_value + F.pad((weights.transpose(-1, -2) @ (d_block / total).to(dtype)).float(), unseen)
         return torch.cat(d_queries, dim=-2), d_key.to(dtype), d_value.to(dtype), None
 
 
@@ -80,8 +76,15 @@ def _factor(query: Tensor, logit_factor: Tensor | None) -> Tensor | float:
     return scale if logit_factor is None else logit_factor * scale
 
 
-def _logits(query: Tensor, key: Tensor, start: int, stop: int, logit_factor: Tensor | None) -> Tensor:
-    """(B, H, stop - start, stop) float32: queries from start to stop with keys before stop; -inf for later keys."""
+def _weights(query: Tensor, key: Tensor, start: int, stop: int, logit_factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The softmax of the queries from start to stop over the keys before stop: numerators and their sums.
+
+    Numerators (B, H, stop - start, stop) have the queries' precision and are 0 for later keys; sums
+    (B, H, stop - start, 1) are float32. Rounding comes before summing, so that inductor keeps no copy in fp32.
+    """
     products = query[..., start:stop, :] @ key[..., :stop, :].transpose(-1, -2)
     position = torch.arange(stop, device=query.device)
-    return (products.float() * _factor(query, logit_factor)).masked_fill(position > position[start:, None], -torch.inf)
+    later = position > position[start:, None]
+    logits = (products.float() * _factor(query, logit_factor)).masked_fill(later, -torch.inf)
+    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp().to(query.dtype)
+    return weights, weights.float().sum(dim=-1, keepdim=True)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from models.attention import causal_attention
 from models.head import LossHead, plain_losses
@@ -64,6 +65,20 @@ class GPT2Output(NamedTuple):
     sampled_loss_sum: Tensor | None  # () float32, cross entropy of labels drawn from the model's softmax, uniforms >= 0
 
 
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x); in compiled code, the backward pass computes it anew from x instead of keeping it.
+
+    For functions that cost one pass over memory and whose x is kept in any case.
+    """
+    if not torch.compiler.is_compiling():
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
@@ -92,7 +107,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, d) -> (B, T, d)
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(recomputed(gelu, self.up(x)))
 
 
 class Block(nn.Module):
@@ -105,8 +120,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, d) -> (B, T, d)
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = x + self.dropout(self.attention(recomputed(self.attention_norm, x)))
+        return x + self.dropout(self.mlp(recomputed(self.mlp_norm, x)))
 
 
 class GPT2(nn.Module):

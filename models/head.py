@@ -36,9 +36,9 @@ def log_normalizer(
 def softmax_(
     logits: Tensor,  # (N, V), replaced by their softmax
     normalizer: Tensor,  # (N,) float32
-) -> Tensor:
+) -> None:
     # A pass of its own, and the exponential taken twice: together with the sum, inductor keeps it in a buffer in fp32.
-    return logits.copy_((logits.float() - normalizer[:, None]).exp())
+    logits.copy_((logits.float() - normalizer[:, None]).exp())
 
 
 def block_masses(
@@ -54,15 +54,23 @@ def block_masses(
     )
 
 
+def add_(
+    total: Tensor,  # (N, d) float32
+    part: Tensor,  # (N, d) of the products' precision
+) -> None:
+    total.add_(part.float())
+
+
 class Passes(NamedTuple):
-    """The passes over the logits of a chunk of positions."""
+    """The passes over what is too large for the caches: a chunk's logits, and the weight's gradient."""
 
     log_normalizer: Callable[[Tensor], Tensor]
     block_masses: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    softmax_: Callable[[Tensor, Tensor], Tensor]
+    softmax_: Callable[[Tensor, Tensor], None]
+    add_: Callable[[Tensor, Tensor], None]
 
 
-UNCOMPILED = Passes(log_normalizer, block_masses, softmax_)
+UNCOMPILED = Passes(log_normalizer, block_masses, softmax_, add_)
 
 
 class LossHead(nn.Module):
@@ -192,7 +200,7 @@ class _ChunkedLosses(torch.autograd.Function):
                 elif dtype == torch.float32:
                     d_weight.addmm_(logits.t(), narrow_hidden[part])
                 else:
-                    d_weight += torch.mm(logits.t(), narrow_hidden[part])
+                    head.passes.add_(d_weight, torch.mm(logits.t(), narrow_hidden[part]))
 
         if differentiable:
             ctx.set_materialize_grads(False)
@@ -300,6 +308,8 @@ def _in_slices(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def over_slices(*arguments: Tensor) -> Any:
         results = [function(*slices) for slices in zip(*(a.split(EAGER_ROWS) for a in arguments), strict=True)]
+        if results[0] is None:
+            return None
         if isinstance(results[0], Tensor):
             return torch.cat(results)
         return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
