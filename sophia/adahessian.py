@@ -58,12 +58,10 @@ class AdaHessian(SecondOrderOptimizer):
         super().__init__(params, defaults, foreach=foreach, compile=compile)
 
     def _validate_group(self, group: dict[str, Any]) -> None:
-        check_number("lr", group["lr"], "a number >= 0", lambda x: 0 <= x < float("inf"), "the paper uses 0.15")
+        check_number(group, "lr", "the paper uses 0.15")
         check_betas(group)
-        check_number("eps", group["eps"], "a number > 0", lambda x: 0 < x < float("inf"), "the paper uses 1e-4")
-        check_number(
-            "weight_decay", group["weight_decay"], "a number >= 0", lambda x: 0 <= x < float("inf"), "0 switches it off"
-        )
+        check_number(group, "eps", "the paper uses 1e-4", positive=True)
+        check_number(group, "weight_decay", "0 switches it off")
         if group["hessian_interval"] is None:
             raise ValueError(
                 "hessian_interval = None, expected an integer >= 1: AdaHessian has no step without curvature"

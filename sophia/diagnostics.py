@@ -78,9 +78,8 @@ def diagnostics(optimizer: Sophia, kinds: Mapping[str, Sequence[Tensor]] | None 
 
     Args:
         optimizer: after a step; parameters that have no state yet are left out.
-        kinds: the parameters by kind of layer, such as {"embedding": […], "attention": […], "mlp": […], "norm":
-            […]}, each
-            parameter once; by default one kind, "parameters".
+        kinds: the parameters by kind of layer, such as {"embedding": […], "attention": […], "mlp": […], "norm": […]},
+            each parameter once; by default one kind, "parameters".
 
     Raises:
         ValueError: a kind has a parameter that the optimizer does not, or a parameter is in two kinds or in none.

@@ -1,7 +1,8 @@
 """What the optimizers of this package share: validation, state in float32, torch's protocol for loss scaling."""
 
+import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch.optim.optimizer import Optimizer
 from sophia.kernels import Form, local
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -88,9 +88,8 @@ class ElementwiseOptimizer(Optimizer):
         return grad_scale, found_inf
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim, but what torch casts to the parameter's dtype stays as it was: float32 for half
-        precision, and
-        the counts on their device."""
+        """As in torch.optim, but what torch casts to the parameter's dtype stays as it was: float32 for half precision,
+        and the counts on their device."""
         super().load_state_dict(state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -139,32 +138,27 @@ def checked_grad(p: Tensor) -> Tensor:
     return grad
 
 
-def check_number(
-    name: str,
-    value: object,
-    expected: str,
-    valid: Callable[[float], bool],
-    remedy: str,
-) -> None:
-    """Raises ValueError that names the value, what was expected and the remedy. A 0-D tensor is taken on trust:
-    reading it would stall the device."""
+def check_number(group: Mapping[str, Any], name: str, remedy: str, *, positive: bool = False) -> None:
+    """Raises ValueError that names the value, what was expected and the remedy, unless group[name] is a finite number
+    >= 0, or > 0. A 0-D tensor is taken on trust: reading it would stall the device."""
+    value = group[name]
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}, expected a number or a 0-D tensor")
         return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not valid(float(value)):
-        raise ValueError(f"{name} = {value!r}, expected {expected}: {remedy}")
+    if not _is_number(value) or not 0 <= value < math.inf or (positive and value == 0):
+        raise ValueError(f"{name} = {value!r}, expected a number {'> 0' if positive else '>= 0'}: {remedy}")
 
 
 def check_betas(group: Mapping[str, Any]) -> None:
+    """Raises ValueError unless group["betas"] is a pair of numbers in [0, 1)."""
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas = {betas!r}, expected a pair such as (0.96, 0.99)")
-    for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
-        check_number(
-            name,
-            beta,
-            "a number in [0, 1)",
-            lambda b: 0 <= b < 1,
-            "1 would never forget, and a negative decay alternates",
-        )
+    for index, beta in enumerate(betas):
+        if not _is_number(beta) or not 0 <= beta < 1:
+            raise ValueError(f"betas[{index}] = {beta!r}, expected a number in [0, 1): with 1 nothing new comes in")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and value is not True and value is not False

@@ -1,5 +1,4 @@
-"""γ held at a target unclipped fraction: the advice to keep the fraction between 0.1 and 0.5, followed by a
-controller."""
+"""γ held at a target unclipped fraction: the authors' advice on how to choose it, followed by a controller."""
 
 import torch
 import torch.distributed as dist

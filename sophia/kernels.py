@@ -61,6 +61,7 @@ def apply(
     """Carry out `rule` on each parameter's tensors, in place."""
     results: list[Tensor | None] = []
     for rows in _by_signature(zip(*tensors, strict=True)):
+        scalars = [_reachable(scalar, rows[0][0].device) for scalar in scalars]
         foreach, compile = _choose(form, rows)
         if foreach:
             results.append(rule(*(TensorList(column) for column in zip(*rows, strict=True)), *scalars))
@@ -80,6 +81,13 @@ def apply(
             _write_back(rule, joined, small)
         results += [rule(*row, *scalars) for row in odd]
     return [result for result in results if result is not None]
+
+
+def _reachable(scalar: float | Tensor | None, device: torch.device) -> float | Tensor | None:
+    """Kernels take 0-D tensors from the CPU and from their own device, not from another accelerator."""
+    if isinstance(scalar, Tensor) and scalar.device.type != "cpu" and scalar.device != device:
+        return scalar.to(device, non_blocking=True)
+    return scalar
 
 
 def _by_signature(rows: Iterable[Row]) -> list[list[Row]]:

@@ -1,5 +1,4 @@
-"""What a model's outputs mean as a distribution: how the Gauss-Newton-Bartlett estimator samples labels and scores
-them.
+"""What a model's outputs mean as a distribution: how Gauss-Newton-Bartlett samples labels and scores them.
 
 The estimate is of the Gauss-Newton matrix of the mean loss only if the likelihood is the one behind that loss:
 
@@ -45,8 +44,7 @@ class Likelihood(Protocol):
         step: int,
         draw: int,
     ) -> Tensor:
-        """Labels drawn from the distribution, a function of (seed, step, position, draw) and the outputs. No
-        gradient."""
+        """Labels drawn from the distributions, a function of the outputs and (seed, step, position, draw)."""
         ...
 
     def loss_sum(self, outputs: Tensor, labels: Tensor) -> Tensor:

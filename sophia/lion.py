@@ -43,9 +43,9 @@ class Lion(ElementwiseOptimizer):
         super().__init__(params, defaults, foreach=foreach, compile=compile)
 
     def _validate_group(self, group: dict[str, Any]) -> None:
-        check_number("lr", group["lr"], "a number >= 0", lambda x: 0 <= x < float("inf"), "the paper uses 1e-4")
+        check_number(group, "lr", "the paper uses 1e-4")
         check_betas(group)
-        check_number("weight_decay", group["weight_decay"], "a number >= 0", lambda x: 0 <= x < float("inf"), "try 0.2")
+        check_number(group, "weight_decay", "try 0.2")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -52,8 +52,9 @@ class Sophia(SecondOrderOptimizer):
         bias_correction: divide m by 1 - β1^t and h by 1 - β2^n after n estimates, as Adam does. Not in the paper; it
             matters in short runs, where h is still near zero. Adds `hessian_step` (n) to the state.
         foreach: carry the step out by torch._foreach_*, an operation on all tensors at once.
-        compile: carry it out by one compiled kernel. By default from a million parameters on, if there is a compiler;
-            all forms give the same numbers. False with foreach=False is the eager form.
+        compile: carry it out by compiled kernels; what is too small to be worth a call stays eager. By default from a
+            million parameters on, if there is a compiler. False leaves the eager form, on accelerators the foreach form.
+            All forms give the same numbers.
 
     Raises:
         ValueError: a hyper-parameter out of its range, by name.
@@ -88,23 +89,11 @@ class Sophia(SecondOrderOptimizer):
         super().__init__(params, defaults, foreach=foreach, compile=compile)
 
     def _validate_group(self, group: dict[str, Any]) -> None:
-        check_number("lr", group["lr"], "a number >= 0", lambda x: 0 <= x < float("inf"), "the paper uses 2e-4 to 7e-4")
+        check_number(group, "lr", "the paper uses 2e-4 to 7e-4")
         check_betas(group)
-        check_number(
-            "gamma",
-            group["gamma"],
-            "a number > 0",
-            lambda x: 0 < x < float("inf"),
-            "try 0.05 (GNB) or 0.01 (Hutchinson)",
-        )
-        check_number("eps", group["eps"], "a number > 0", lambda x: 0 < x < float("inf"), "the paper uses 1e-12")
-        check_number(
-            "weight_decay",
-            group["weight_decay"],
-            "a number >= 0",
-            lambda x: 0 <= x < float("inf"),
-            "the paper uses 0.2",
-        )
+        check_number(group, "gamma", "try 0.05 (GNB) or 0.01 (Hutchinson)", positive=True)
+        check_number(group, "eps", "the paper uses 1e-12", positive=True)
+        check_number(group, "weight_decay", "the paper uses 0.2")
         for name, remedy in (
             ("clip", "the threshold is always 1, scale lr instead"),
             ("bias_correction", "it is a switch"),

@@ -4,9 +4,9 @@ For repeating old runs. It differs from the paper, and from `SophiaG`, in these 
 
 - the denominator is ρ·bs·h + 1e-15 instead of max(γh, ε), so γ = ρ·bs/N: a *constant* bs, whatever N the estimate had;
 - h is the average of ĝ ⊙ ĝ without N, so that a change of batch size makes old history wrong;
-- h is refreshed *after* the steps t with t mod k == 0, at the weights after the update, so the first k steps have h
-= 0; - the gradient of the estimator is clipped to norm 1, which makes h depend on the whole gradient's size; - β1 =
-0.965.
+- h is refreshed *after* the steps t with t mod k == 0, at the weights after the update: the first k steps have h = 0;
+- the gradient of the estimator is clipped to norm 1, which makes h depend on the whole gradient's size;
+- β1 = 0.965.
 """
 
 from typing import Any

@@ -13,8 +13,7 @@ from sophia.kernels import local
 
 
 class SecondOrderOptimizer(ElementwiseOptimizer):
-    """An elementwise optimizer whose state has `exp_avg`, `hessian` and `step`, and whose groups have
-    `hessian_interval`."""
+    """State of `exp_avg`, `hessian` and `step`; estimates come in by `update_hessian` every `hessian_interval` steps."""
 
     def _set_transient_attributes(self) -> None:
         self._round: dict[int, int] = {}  # id(parameter) -> coordinates, since the training step began
@@ -48,11 +47,11 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
         if interval is None:
             return False
         steps = [state["step"] for state in self.state.values() if "step" in state]
-        return not steps or int(torch.stack(steps).max()) % interval == 0
+        return not steps or int(torch.stack([step.to(steps[0].device) for step in steps]).max()) % interval == 0
 
     @property
     def hessian_age(self) -> int | None:
-        """Training steps since an estimate last came in, 0 right after; None if none has, since construction or
+        """Training steps since an estimate last came in: 0 right after, None before the first since construction or
         loading."""
         return self._steps_since_refresh if self._refreshed else None
 
@@ -94,8 +93,8 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
         raise NotImplementedError
 
     def _enter_round(self, params: list[Tensor]) -> None:
-        """DeepSpeed calls `step` once per group or shard in one training step; a parameter met again begins the
-        next."""
+        """One training step may be several calls of `step`, as DeepSpeed makes them, one for each group or shard: a
+        parameter met again begins the next."""
         is_next = not self._round.keys().isdisjoint(id(p) for p in params)
         if is_next or not self._round:
             self._round = {}
@@ -107,8 +106,9 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
             self._warned = True
             warnings.warn(
                 f"{self._steps_since_refresh} steps without update_hessian(), expected one every hessian_interval = "
-                f"{interval} steps: without curvature Sophia is momentum-sign descent, with a stale one worse. Call "
-                "update_hessian() when hessian_due is true; hessian_interval=None is for a run without curvature.",
+                f"{interval} steps: the curvature is stale or, if none ever came, zero, which makes Sophia momentum-sign "
+                "descent. Call update_hessian() when hessian_due is true; hessian_interval=None is for a run without "
+                "curvature.",
                 RuntimeWarning,
                 stacklevel=5,
             )
@@ -128,9 +128,9 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
 
         Args:
             num_predictions: N, for ĥ = N · g ⊙ g, where .grad holds g, the gradient of the *mean* loss over N
-                predictions
-                with labels sampled from the model (Gauss-Newton-Bartlett). N counts tokens, not sequences, over all
-                micro-batches and ranks; g must not be clipped. An integer, or a 0-D tensor that is not read back.
+                predictions with labels sampled from the model (Gauss-Newton-Bartlett). N counts tokens, not sequences,
+                over all micro-batches and ranks; g must not be clipped. An integer, or a 0-D tensor that is not read
+                back.
             estimates: ĥ for each parameter, in the order of the parameters and in their shapes (a DTensor for a
                 DTensor parameter); None only for a parameter that does not require a gradient.
             grad_scaler: the scaler of the loss behind g or ĥ: its scale is divided out before squaring, and on an
@@ -301,7 +301,7 @@ def _check_num_predictions(num_predictions: object) -> None:
         if num_predictions.dim() != 0:
             raise ValueError(
                 f"num_predictions is a tensor of shape {tuple(num_predictions.shape)}, expected an integer or a 0-D "
-                "tensor"
+                "tensor: the number of sampled tokens"
             )
     elif isinstance(num_predictions, bool) or not isinstance(num_predictions, int) or num_predictions < 1:
         raise ValueError(
