@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORED = -100  # the target of a position that has none, as in torch.nn.functional.cross_entropy
-CHUNK_ROWS = 4096  # positions whose logits are held at once; fewer would add up the weight's gradient too often
+# Positions whose logits are held at once. Each chunk's gradient of the weight is added to the sum in memory: the faster
+# the products, the more positions a chunk needs to hide that (CPU without tiles 2048: 1024 is 2 % slower, 4096 1 %).
+CHUNK_ROWS = {"cpu": 2048, "cpu with tiles": 4096, "cuda": 8192}
 EAGER_ROWS = 256  # positions whose logits are widened to fp32 at once where nothing is compiled
 BLOCK = 128  # columns of the vocabulary whose probability mass the sampler sums first
 
@@ -158,7 +160,7 @@ class _ChunkedLosses(torch.autograd.Function):
     ) -> Losses:
         narrow_hidden, narrow_weight = hidden.to(dtype), weight.to(dtype)
         rows, padded_vocab_size = len(hidden), len(weight)
-        chunk_rows = _chunk_rows(rows)
+        chunk_rows = _chunk_rows(rows, hidden.device.type)
         labels = None if uniforms is None else torch.empty_like(uniforms, dtype=torch.int64)
         leading = targets if targets is not None else labels
         assert leading is not None
@@ -298,9 +300,11 @@ def _first_above(cumulative: Tensor, mass: Tensor, threshold: Tensor) -> Tensor:
     return torch.minimum(first, last)
 
 
-def _chunk_rows(rows: int) -> int:
+def _chunk_rows(rows: int, device: str) -> int:
     """Chunks of equal size, about CHUNK_ROWS each, so that no short one is left over."""
-    return -(-rows // max(1, round(rows / CHUNK_ROWS)))
+    if device == "cpu" and torch.cpu._is_amx_tile_supported():
+        device = "cpu with tiles"
+    return -(-rows // max(1, round(rows / CHUNK_ROWS.get(device, CHUNK_ROWS["cuda"]))))
 
 
 def _in_slices(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -43,7 +43,7 @@ class TestChunkedLosses:
         targets = all_targets if asked != "labels" else None
         uniforms = all_uniforms if asked != "targets" else None
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(head_module, "CHUNK_ROWS", chunk_rows)
+            patch.setattr(head_module, "CHUNK_ROWS", dict.fromkeys(head_module.CHUNK_ROWS, chunk_rows))
             patch.setattr(head_module, "EAGER_ROWS", 7)
             loss_sum, sampled_loss_sum = LossHead(VOCAB_SIZE)(hidden, weight, targets, uniforms)
         expected = plain_losses(hidden, weight, targets, uniforms, VOCAB_SIZE)
@@ -124,7 +124,7 @@ class TestChunkedLosses:
         hidden = torch.randn(1, rows, WIDTH, requires_grad=True)
         weight = torch.randn(padded, WIDTH, requires_grad=True)
         with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16), Watch():
-            patch.setattr(head_module, "CHUNK_ROWS", chunk_rows)
+            patch.setattr(head_module, "CHUNK_ROWS", dict.fromkeys(head_module.CHUNK_ROWS, chunk_rows))
             patch.setattr(head_module, "EAGER_ROWS", 4)
             LossHead(padded - 20)(hidden, weight, torch.zeros(1, rows, dtype=torch.long), torch.rand(1, rows))
         assert max(sizes) <= max(chunk_rows * padded * 2, padded * WIDTH * 4)
