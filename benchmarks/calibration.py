@@ -1,0 +1,81 @@
+"""What this machine's matrix units give: the rate of large square products, against which utilisation is stated.
+
+    python benchmarks/calibration.py
+
+A datasheet's figure is quoted besides for GPUs that are known; a CPU's own is not known to it, so its rate is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import torch
+
+SIZES = {"cpu": (1024, 2048, 3072), "cuda": (4096, 8192, 12288)}
+
+# Dense bf16 TFLOP/s of NVIDIA's datasheets, by a part of the device's name; the first that matches.
+DATASHEET = {
+    "B200": 2250.0,
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10G": 70.0,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+}
+
+
+def matrix_product_rate(dtype: torch.dtype, device: torch.device, seconds: float = 1.0) -> float:
+    """FLOP/s of the fastest of a few square products, each repeated for about `seconds`; a multiply-add counts two."""
+    best = 0.0
+    for size in SIZES[device.type]:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        torch.mm(a, b, out=out)
+        deadline = time.perf_counter() + seconds
+        while time.perf_counter() < deadline:
+            best = max(best, 2 * size**3 / _timed_product(a, b, out))
+    return best
+
+
+def _timed_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> float:
+    if a.device.type != "cuda":
+        started = time.perf_counter()
+        torch.mm(a, b, out=out)
+        return time.perf_counter() - started
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    torch.mm(a, b, out=out)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def datasheet_rate(device: torch.device) -> float | None:
+    """The datasheet's dense bf16 FLOP/s of a known GPU, None for others and for CPUs."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * rate for part, rate in DATASHEET.items() if part in name), None)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(parser.parse_args().device)
+    for dtype in (torch.bfloat16, torch.float32):
+        print(f"{dtype}: {matrix_product_rate(dtype, device) / 1e12:.3f} TFLOP/s measured")
+    rate = datasheet_rate(device)
+    if rate is not None:
+        print(f"bf16: {rate / 1e12:.0f} TFLOP/s by the datasheet")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

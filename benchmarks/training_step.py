@@ -1,0 +1,474 @@
+"""The training step against a plain GPT-2 of the same shape: throughput, peak memory, and the price of the
+curvature pass.
+
+    python benchmarks/training_step.py                30M, T = 512, batch 16: some eight minutes on two cores
+    python benchmarks/training_step.py --size 124m    124M, T = 1024, batch 4: some fifteen
+
+Each arm is a process of its own, since how memory is allocated is a property of a process; the arms take turns, one
+step each, round after round, and none runs while another does. A ratio is that of medians. A step is forward, backward,
+clip, optimizer and clearing the gradients. The arms "here" are this framework's model and step; "plain" is
+benchmarks/plain_gpt2.py. Utilisation is model FLOPs over the step's time, against the measured rate of large products.
+Prints tables and writes them, with the hardware, to results/benchmarks/training_step_<size>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.calibration import datasheet_rate, matrix_product_rate
+from benchmarks.plain_gpt2 import PlainGPT2
+from data.files import write_json
+from models import GPT2, GPT2Config
+from models.flops import forward_backward_flops
+from sophia import SophiaG
+from training import hardware
+from training.memory import keep_memory_mapped
+from training.strategies.gradients import clip_and_step
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
+HESSIAN_INTERVAL = 10
+
+
+@dataclass(frozen=True)
+class Shape:
+    config: GPT2Config
+    batch_size: int  # sequences of config.block_size tokens
+    target: float  # smallest ratio of throughputs to the plain model
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.config.block_size
+
+
+SHAPES = {
+    "tiny": Shape(
+        GPT2Config(vocab_size=1000, n_layer=2, n_head=2, n_embd=64, block_size=64), 4, 1.0
+    ),  # to try this file
+    "30m": Shape(GPT2Config(n_layer=6, n_head=6, n_embd=384, block_size=512), 16, 1.6),
+    "124m": Shape(GPT2Config(block_size=1024), 4, 1.4),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    plain: bool
+    compiled: bool = True
+    bf16: bool = True
+    kept: bool = False  # memory stays mapped between steps
+    sophia: bool = False  # Sophia-G and its curvature passes instead of AdamW
+    every: int = 1  # takes part in every n-th round
+
+
+BASELINE = "plain"
+HERE = "here"
+ARMS = {
+    BASELINE: Arm(plain=True),
+    "plain, memory kept": Arm(plain=True, kept=True),
+    "plain, uncompiled": Arm(plain=True, compiled=False, every=3),
+    "plain, uncompiled, fp32": Arm(plain=True, compiled=False, bf16=False, every=3),
+    HERE: Arm(plain=False, kept=True),
+    "here, default allocator": Arm(plain=False),
+    "here, Sophia-G": Arm(plain=False, kept=True, sophia=True),
+}
+
+#: Arms against which "here" has a target, by size.
+TARGETS: dict[str, dict[str, float]] = {
+    "tiny": {},
+    "30m": {BASELINE: 1.6, "plain, uncompiled": 3.0, "plain, uncompiled, fp32": 6.0},
+    "124m": {BASELINE: 1.4, "plain, uncompiled": 3.0, "plain, uncompiled, fp32": 6.0},
+}
+MEMORY_TARGET = 0.6
+# Largest share of a step's time that the pass may take, averaged over the interval.
+CURVATURE_TARGETS = {"own forward": 0.055, "one forward for both losses": 0.04}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# An arm's process: reads the name of a thing to do from a line, does it, answers with a line.
+
+
+class Worker:
+    """One arm's model and optimizer, and the things that are timed."""
+
+    def __init__(self, shape: Shape, arm: Arm, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.shape, self.arm, self.device = shape, arm, device
+        config = shape.config
+        self.model = (PlainGPT2(config) if arm.plain else GPT2(config)).to(device)
+        if arm.compiled:
+            self.model.compile()
+        parameters = list(self.model.parameters())
+        self.optimizer: torch.optim.Optimizer
+        if arm.sophia:
+            self.optimizer = SophiaG(parameters, lr=1e-4, hessian_interval=HESSIAN_INTERVAL, compile=arm.compiled)
+        else:
+            self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+        size = (shape.batch_size, config.block_size)
+        self.tokens, self.targets = (torch.randint(config.vocab_size, size, device=device) for _ in range(2))
+        self.uniforms = torch.rand(shape.batch_size // 2, config.block_size, device=device)
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.arm.bf16 else nullcontext()
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """This part's share of the mean loss of the batch."""
+        with self.autocast():
+            if isinstance(self.model, PlainGPT2):
+                return self.model(tokens, targets) * (len(tokens) / self.shape.batch_size)
+            return self.model(tokens, targets).loss_sum / self.shape.tokens
+
+    def update(self) -> None:
+        if self.arm.plain:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+        else:
+            clip_and_step([self.optimizer], 1.0)
+        self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        self.loss(self.tokens, self.targets).backward()
+        self.update()
+
+    def own_forward(self) -> None:
+        """A due step: Gauss-Newton-Bartlett on half of the batch with a forward of its own, then the step."""
+        half = self.shape.batch_size // 2
+        with self.autocast():
+            sampled_loss_sum = self.model(self.tokens[:half], None, self.uniforms).sampled_loss_sum
+        self.fold(sampled_loss_sum)
+        self.step()
+
+    def one_forward(self) -> None:
+        """A due step: the labels are drawn in the training forward of the half whose curvature is estimated."""
+        half = self.shape.batch_size // 2
+        with self.autocast():
+            output = self.model(self.tokens[:half], self.targets[:half], self.uniforms)
+        self.fold(output.sampled_loss_sum, retain_graph=True)
+        (output.loss_sum / self.shape.tokens).backward()
+        self.loss(self.tokens[half:], self.targets[half:]).backward()
+        self.update()
+
+    def fold(self, sampled_loss_sum: Tensor, *, retain_graph: bool = False) -> None:
+        assert isinstance(self.optimizer, SophiaG)
+        count = self.uniforms.numel()
+        (sampled_loss_sum / count).backward(retain_graph=retain_graph)
+        self.optimizer.update_hessian(num_predictions=count)
+        self.optimizer.zero_grad()
+
+    def seconds(self, what: str) -> float:
+        actions: dict[str, Callable[[], None]] = {
+            "step": self.step,
+            "own forward": self.own_forward,
+            "one forward for both losses": self.one_forward,
+        }
+        self.synchronize()
+        started = time.perf_counter()
+        actions[what]()
+        self.synchronize()
+        return time.perf_counter() - started
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_bytes(self) -> int:
+        """The most memory held during a step: the process's resident set, or the GPU's allocations."""
+        with peak_memory(self.device) as peak:
+            self.step()
+        return peak()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by kind. What is measured is measured on the resident set, so on a CPU memory must not be kept."""
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        state = sum(
+            t.numel() * t.element_size()
+            for s in self.optimizer.state.values()
+            for t in s.values()
+            if torch.is_tensor(t)
+        )
+        before = held_memory(self.device)
+        with peak_memory(self.device) as peak_forward:
+            loss = self.loss(self.tokens, self.targets)
+        after = held_memory(self.device)
+        with peak_memory(self.device) as peak_backward:
+            loss.backward()
+        self.optimizer.zero_grad()
+        if self.arm.plain:  # the logits are what autograd keeps of the head
+            kept = self.shape.tokens * self.shape.config.padded_vocab_size * (2 if self.arm.bf16 else 4)
+        else:  # the gradients of the weight (fp32) and of the hidden states, computed in the forward pass
+            kept = self.shape.config.padded_vocab_size * self.shape.config.n_embd * 4
+            kept += self.shape.tokens * self.shape.config.n_embd * (2 if self.arm.bf16 else 4)
+        peak = max(peak_forward(), peak_backward())
+        return {
+            "runtime": max(0, before - weights - state),
+            "weights": weights,
+            "optimizer state": state,
+            "gradients": weights,
+            "activations": after - before - kept,
+            "head": peak_forward() - after + kept,
+            "peak": peak,
+        }
+
+
+def held_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _process_status("VmRSS")
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Measures the block's peak; the yielded function tells it afterwards."""
+    peak = 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark of the resident set
+    yield lambda: peak
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _process_status("VmHWM")
+
+
+def _process_status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def serve(shape: Shape, arm: Arm, device: torch.device, *, unmap: bool) -> None:
+    """Answer requests from standard input until it ends. `unmap`: give all freed memory back, to measure what is
+    held."""
+    if unmap:
+        _unmap_freed_memory()
+    elif arm.kept:
+        keep_memory_mapped()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints goes to standard error
+    worker = Worker(shape, arm, device)
+    for line in sys.stdin:
+        what = line.strip()
+        if what == "memory":
+            answer: Any = worker.memory()
+        elif what == "peak":
+            answer = worker.peak_bytes()
+        else:
+            answer = worker.seconds(what)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _unmap_freed_memory() -> None:
+    import ctypes
+
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: blocks of a megabyte are mapped by themselves
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The benchmark: starts the arms' processes and lets one run at a time.
+
+
+class Process:
+    """An arm's process, as its parent sees it."""
+
+    def __init__(self, size: str, arm: str, device: str, *, unmap: bool = False) -> None:
+        command = [sys.executable, __file__, "--size", size, "--device", device, "--serve", arm]
+        self._process = subprocess.Popen(
+            command + (["--unmap"] if unmap else []), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, what: str) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(what, file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process of an arm ended with code {self._process.wait()}; its error stands above")
+        return json.loads(answer)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def measure_steps(size: str, arms: list[str], rounds: int, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Seconds of steps by arm, and of steps with a curvature pass; arms take turns."""
+    stack: dict[str, Process] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    peaks: dict[str, int] = {}
+    due: dict[str, list[float]] = {name: [] for name in CURVATURE_TARGETS}
+    try:
+        for name in arms:
+            stack[name] = Process(size, name, device)
+            stack[name].ask("step")  # compiles
+            if ARMS[name].sophia:
+                for what in due:
+                    stack[name].ask(what)
+            stack[name].ask("step")
+        for number in range(rounds):
+            order = arms[number % len(arms) :] + arms[: number % len(arms)]
+            for name in order:
+                if number % ARMS[name].every:
+                    continue
+                seconds[name].append(stack[name].ask("step"))
+                if ARMS[name].sophia:
+                    for what in due:
+                        due[what].append(stack[name].ask(what))
+        for name in arms:
+            peaks[name] = stack[name].ask("peak")
+    finally:
+        for process in stack.values():
+            process.__exit__()
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    steps = {
+        name: {"seconds": seconds[name], "median_seconds": medians[name], "peak_bytes": peaks[name]} for name in arms
+    }
+    curvature: dict[str, Any] = {}
+    for name in arms:
+        if ARMS[name].sophia:
+            for what, values in due.items():
+                extra = statistics.median(values) - medians[name]
+                share = extra / (HESSIAN_INTERVAL * medians[name])
+                curvature[what] = {"due_step_seconds": values, "share_of_step": share}
+    return steps, curvature
+
+
+def measure_memory(size: str, device: str) -> dict[str, Any]:
+    """Bytes by kind, of the plain model and of this one."""
+    kinds = {}
+    for name in (BASELINE, HERE):
+        with Process(size, name, device, unmap=True) as process:
+            process.ask("step")
+            process.ask("step")
+            kinds[name] = process.ask("memory")
+    return kinds
+
+
+def measure(size: str, rounds: int, device: torch.device) -> dict[str, Any]:
+    bf16, fp32 = (matrix_product_rate(dtype, device) for dtype in (torch.bfloat16, torch.float32))
+    on_cpu = device.type == "cpu"
+    # Arms are grouped so that their processes fit into memory together; "here" runs in each group.
+    compiled = [name for name, arm in ARMS.items() if arm.compiled and (on_cpu or not arm.kept or not arm.plain)]
+    uncompiled = [HERE, *(name for name, arm in ARMS.items() if not arm.compiled)]
+    groups = [compiled + uncompiled[1:]] if size != "124m" else [compiled, uncompiled]
+    results: dict[str, Any] = {"groups": []}
+    for group in groups:
+        steps, curvature = measure_steps(size, group, rounds, str(device))
+        results["groups"].append(steps)
+        results.setdefault("curvature", curvature)
+    results["memory"] = measure_memory(size, str(device))
+    results["matrix_product_rate"] = {"bf16": bf16, "fp32": fp32, "bf16_datasheet": datasheet_rate(device)}
+    # What the step would take if it were nothing but its products, at the measured rate.
+    results["flops"] = forward_backward_flops(SHAPES[size].config, SHAPES[size].tokens, SHAPES[size].config.block_size)
+    results["products_alone_seconds"] = results["flops"] / bf16
+    return results
+
+
+def show(size: str, results: dict[str, Any]) -> None:
+    console, shape = Console(width=120), SHAPES[size]
+    rates = results["matrix_product_rate"]
+    for steps in results["groups"]:
+        here = steps[HERE]
+        table = Table(title=f"Training step, {size}, T = {shape.config.block_size}, batch {shape.batch_size}")
+        for column in ("", "median s", "tokens/s", "here is faster by", "target", "", "utilisation*", "peak GB"):
+            table.add_column(column, justify="left" if column == "" else "right")
+        for name, row in steps.items():
+            ratio, target = row["median_seconds"] / here["median_seconds"], TARGETS[size].get(name)
+            rate = rates["bf16" if ARMS[name].bf16 else "fp32"]
+            table.add_row(
+                name,
+                f"{row['median_seconds']:.3f}",
+                f"{shape.tokens / row['median_seconds']:.0f}",
+                f"{ratio:.2f}",
+                "" if target is None else f"≥ {target:.1f}",
+                "" if target is None else verdict(ratio >= target),
+                f"{results['flops'] / row['median_seconds'] / rate:.0%}",
+                f"{row['peak_bytes'] / 1e9:.2f}",
+            )
+        console.print(table)
+    console.print(
+        f"* of the measured rate of large products: bf16 {rates['bf16'] / 1e12:.2f}, fp32 {rates['fp32'] / 1e12:.2f} "
+        f"TFLOP/s. At that rate the step's products alone take {results['products_alone_seconds']:.2f} s: the plain "
+        f"model could be sped up by {results['groups'][0][BASELINE]['median_seconds'] / results['products_alone_seconds']:.2f} "
+        "at most."
+    )
+    if rates["bf16_datasheet"] is not None:
+        share = results["flops"] / results["groups"][0][HERE]["median_seconds"] / rates["bf16_datasheet"]
+        console.print(f"  of the datasheet's {rates['bf16_datasheet'] / 1e12:.0f} TFLOP/s: {share:.0%}")
+    table = Table(title=f"Peak memory by kind, MB ({size}, memory given back as soon as it is freed)")
+    for column in ("", *results["memory"], "ratio", "target", ""):
+        table.add_column(column, justify="left" if column == "" else "right")
+    for kind in results["memory"][BASELINE]:
+        plain, here_bytes = (results["memory"][name][kind] for name in (BASELINE, HERE))
+        ratio = here_bytes / plain if plain else float("nan")
+        judged = kind == "peak"
+        table.add_row(
+            kind,
+            f"{plain / 1e6:.0f}",
+            f"{here_bytes / 1e6:.0f}",
+            f"{ratio:.2f}",
+            f"≤ {MEMORY_TARGET}" if judged else "",
+            verdict(ratio <= MEMORY_TARGET) if judged else "",
+        )
+    console.print(table)
+    table = Table(title=f"Gauss-Newton-Bartlett on half of the batch, every {HESSIAN_INTERVAL} steps")
+    for column in ("", "share of a step", "target", ""):
+        table.add_column(column, justify="left" if column == "" else "right")
+    for name, row in results["curvature"].items():
+        target = CURVATURE_TARGETS[name]
+        passed = verdict(row["share_of_step"] <= target)
+        table.add_row(name, f"{row['share_of_step']:.1%}", f"≤ {target:.1%}", passed)
+    console.print(table)
+
+
+def verdict(passed: bool) -> str:
+    return "pass" if passed else "falls short"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SHAPES, default="30m")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--serve", choices=ARMS, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--unmap", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if arguments.serve is not None:
+        serve(SHAPES[arguments.size], ARMS[arguments.serve], device, unmap=arguments.unmap)
+        return 0
+    output = arguments.output or RESULTS / f"training_step_{arguments.size}.json"
+    results: dict[str, Any] = {
+        "hardware": hardware.describe(device),
+        "load": list(os.getloadavg()),
+        "versions": hardware.versions(),
+        "git": hardware.git_state(),
+        "size": arguments.size,
+        "rounds": arguments.rounds,
+        "targets": {"throughput": TARGETS[arguments.size], "memory": MEMORY_TARGET, "curvature": CURVATURE_TARGETS},
+        **measure(arguments.size, arguments.rounds, device),
+    }
+    show(arguments.size, results)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, results)
+    print(f"written to {os.path.relpath(output)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
