@@ -1,5 +1,7 @@
 """γ held at a target unclipped fraction: the authors' advice on how to choose it, followed by a controller."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -59,18 +61,33 @@ class GammaController:
         return self._gamma
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Adjust γ by the fraction of the last step, without waiting for the device."""
-        if self.optimizer.hessian_age is None:
-            return
+    def update(self, fraction: Tensor | None = None) -> None:
+        """Adjust γ by the unclipped fraction of the last step, without waiting for the device.
+
+        Args:
+            fraction: (), of a loop that has it over all ranks; by default from the optimizer's own count.
+        """
         count = self.optimizer.unclipped_count.double()
-        total = torch.full_like(count, self.optimizer.numel)
-        if self.process_group is not None:
-            both = torch.stack([count, total])
-            dist.all_reduce(both, group=self.process_group)
-            count, total = both
-        error = self.target - count / total.clamp_min(1)
+        if fraction is None:
+            if self.optimizer.hessian_age is None:
+                return
+            total = torch.full_like(count, self.optimizer.numel)
+            if self.process_group is not None:
+                both = torch.stack([count, total])
+                dist.all_reduce(both, group=self.process_group)
+                count, total = both
+            fraction = count / total.clamp_min(1)
+        error = self.target - fraction.to(count)
         self._gamma = (self._gamma.to(count.device) * torch.exp(self.rate * error)).clamp(self._low, self._high)
+        self._share()
+
+    def state_dict(self) -> dict[str, Any]:
+        """γ as a number, for loops whose checkpoints leave `param_groups` out. Waits for the device."""
+        return {"gamma": float(self._gamma)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with a saved γ; the span stays that around the γ that the optimizer was built with."""
+        self._gamma = torch.tensor(state["gamma"], dtype=torch.float64)
         self._share()
 
     def _share(self) -> None:

@@ -160,7 +160,37 @@ class SophiaConfig(CurvatureSettings):
     weight_decay: NonNegativeFloat = 0.2
     estimator: Estimator
     clip: bool = True
-    bias_correction: bool = False  # of m and h; not in the paper
+    # Not in the paper:
+    bias_correction: bool = False  # of m and h
+    label_draws: PositiveInt = 1  # estimates of which each refresh takes the mean, each with labels of its own
+    warm_start: NonNegativeInt = 0  # estimates whose mean h is at the first step; 0: h = (1 - β2) ĥ
+    unclipped_target: Annotated[float, Field(gt=0, lt=1)] | None = (
+        None  # the fraction that γ is steered by; null: γ stays
+    )
+
+    @model_validator(mode="after")
+    def _additions_fit(self) -> Self:
+        if self.label_draws > 1 and self.estimator != "gnb":
+            raise ValueError(
+                f"optimizer.label_draws={self.label_draws} does not fit optimizer.estimator={self.estimator}, which "
+                "samples no labels; choose optimizer.estimator=gnb or optimizer.label_draws=1"
+            )
+        if self.warm_start and self.bias_correction:
+            raise ValueError(
+                f"optimizer.warm_start={self.warm_start} does not fit optimizer.bias_correction=true, which corrects for "
+                "a start at zero; choose one of the two"
+            )
+        if self.warm_start > 1 and self.estimator == "empirical_fisher":
+            raise ValueError(
+                f"optimizer.warm_start={self.warm_start} does not fit optimizer.estimator=empirical_fisher, which draws "
+                "nothing: its estimates of one batch are equal; choose optimizer.warm_start=1"
+            )
+        if self.unclipped_target is not None and not self.clip:
+            raise ValueError(
+                f"optimizer.unclipped_target={self.unclipped_target} does not fit optimizer.clip=false, which clips "
+                "nothing; choose optimizer.clip=true or optimizer.unclipped_target=null"
+            )
+        return self
 
 
 class AdaHessianConfig(CurvatureSettings):

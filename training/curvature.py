@@ -6,6 +6,10 @@
     hutchinson             ĥ = u ⊙ (∇²L u), the product by double backward
     hutchinson_differences ĥ = u ⊙ (∇L(θ + δu) − ∇L(θ − δu)) / 2δ, in float32
 
+Beyond the paper, off by default: with `label_draws` R, gnb's ĥ is the mean over R sets of labels, each with a forward and
+backward of its own; with `warm_start` n, h at the first step is the mean of n estimates of that step's slice, each with
+labels or noise of its own, instead of (1 - β2) ĥ.
+
 N is counted from the predictions that were really made. No norm clip touches the estimate. Formulas: Liu et al. 2024,
 section 2.3.
 """
@@ -52,6 +56,9 @@ class CurvaturePass:
         micro_batch_size: int,
     ) -> None:
         self.interval = config.hessian_interval
+        self._label_draws = config.label_draws if isinstance(config, SophiaConfig) else 1
+        self._warm_start = config.warm_start if isinstance(config, SophiaConfig) else 0
+        self._beta2 = config.betas[1]
         self.estimator = config.estimator
         self._seed = seed
         self.sequences = max(1, round(config.batch_fraction * global_batch_size))
@@ -77,16 +84,51 @@ class CurvaturePass:
         """
         slices = list(self.slices(strategy, batch))
         num_predictions = self._count_predictions(strategy, slices)
-        match self.estimator:
-            case "gnb" | "empirical_fisher":
-                self._backward(strategy, slices, self._loss(step), num_predictions)
-                skipped = strategy.update_hessian(num_predictions=num_predictions)
-            case "hutchinson":
-                skipped = strategy.update_hessian(estimates=self._product(strategy, slices, step, num_predictions))
-            case "hutchinson_differences":
-                skipped = strategy.update_hessian(estimates=self._differences(strategy, slices, step, num_predictions))
+        if step == 1 and self._warm_start:
+            skipped = strategy.update_hessian(estimates=self._first(strategy, slices, num_predictions))
+        elif self._label_draws == 1 and self.estimator in ("gnb", "empirical_fisher"):
+            self._backward(strategy, slices, self._loss(step, 0), num_predictions)
+            skipped = strategy.update_hessian(num_predictions=num_predictions)
+        else:
+            skipped = strategy.update_hessian(estimates=self._estimate(strategy, slices, step, num_predictions))
         strategy.zero_grad()
         return skipped
+
+    def _first(self, strategy: Strategy, slices: list[CurvatureSlice], num_predictions: int) -> list[Tensor]:
+        """What takes h from zero to the mean of `warm_start` estimates: that mean / (1 - β2).
+
+        No step before the first needs the counters 0, -1, … of labels and noise: they are the further estimates'.
+        """
+        total = self._estimate(strategy, slices, 1, num_predictions)
+        for earlier in range(1, self._warm_start):
+            torch._foreach_add_(total, self._estimate(strategy, slices, 1 - earlier, num_predictions))
+        torch._foreach_div_(total, self._warm_start * (1 - self._beta2))
+        return total
+
+    def _estimate(
+        self, strategy: Strategy, slices: list[CurvatureSlice], step: int, num_predictions: int
+    ) -> list[Tensor]:
+        """ĥ for each parameter, in the form of `Strategy.normals` or whole; gradients are clear afterwards."""
+        match self.estimator:
+            case "hutchinson":
+                return self._product(strategy, slices, step, num_predictions)
+            case "hutchinson_differences":
+                return self._differences(strategy, slices, step, num_predictions)
+        estimate: list[Tensor] = []
+        for draw in range(self._label_draws):
+            self._backward(strategy, slices, self._loss(step, draw), num_predictions)
+            squares = strategy.take_gradients()
+            torch._foreach_mul_(squares, squares)
+            if estimate:  # the mean of the squares: the square of the mean gradient would be as noisy as one draw
+                torch._foreach_add_(estimate, squares)
+            else:
+                estimate = squares
+        torch._foreach_mul_(estimate, num_predictions / self._label_draws)
+        return estimate
+
+    def estimates(self, step: int) -> int:
+        """How many estimates the refresh before this step makes of the slice."""
+        return self._label_draws * (self._warm_start if step == 1 and self._warm_start else 1)
 
     def slices(self, strategy: Strategy, batch: Batch) -> Iterator[CurvatureSlice]:
         """This rank's micro-batches: as many, of the same shape, on every rank."""
@@ -111,12 +153,13 @@ class CurvaturePass:
         local = torch.stack([(s.positions >= 0).sum() for s in slices]).sum()
         return int(strategy.distributed.all_reduce(local).item())
 
-    def _loss(self, step: int) -> "Callable[[Strategy, CurvatureSlice], Tensor]":
+    def _loss(self, step: int, draw: int) -> "Callable[[Strategy, CurvatureSlice], Tensor]":
         """The sum of the losses over a micro-batch: of sampled labels, or of the training labels."""
 
         def sampled(strategy: Strategy, part: CurvatureSlice) -> Tensor:
-            draws = random.uniforms(self._seed, step, part.positions.clamp(min=0))
-            uniforms = torch.where(part.positions >= 0, draws, -1.0)
+            stream = "label" if draw == 0 else f"label/{draw}"  # as sophia.likelihoods names them
+            drawn = random.uniforms(self._seed, step, part.positions.clamp(min=0), stream)
+            uniforms = torch.where(part.positions >= 0, drawn, -1.0)
             loss = strategy.forward(part.tokens, None, uniforms).sampled_loss_sum
             assert loss is not None
             return loss
@@ -170,23 +213,28 @@ class CurvaturePass:
         torch._foreach_div_(estimates, 2 * delta)
         return list(estimates)
 
-    def bytes_communicated(self, strategy: Strategy) -> int:
-        """Bytes that each rank sends in one pass."""
+    def bytes_communicated(self, strategy: Strategy, step: int) -> int:
+        """Bytes that each rank sends in the refresh before this step."""
         world_size = strategy.distributed.world_size
+        estimates = self.estimates(step)
         if self.estimator == "hutchinson":  # the products are summed outside of the engine
             parameters = sum(p.numel() for p in strategy.parameters().values())
-            return all_reduce_bytes(FLOAT32 * parameters, world_size)
+            return estimates * all_reduce_bytes(FLOAT32 * parameters, world_size)
         passes = 2 if self.estimator == "hutchinson_differences" else 1
-        return passes * strategy.bytes_communicated(self._micro_batches(world_size))
+        return estimates * passes * strategy.bytes_communicated(self._micro_batches(world_size))
 
     def _micro_batches(self, world_size: int) -> int:
         """Forwards of a pass on each rank."""
         rows = -(-self.sequences // world_size)  # the largest share of a rank
         return -(-rows // self._micro_batch_size)
 
-    def flops(self, shape: GPT2Config, sequence_length: int) -> int:
-        """Model FLOPs of one pass over all ranks, forward included."""
-        tokens = self.sequences * sequence_length
+    def tokens(self, sequence_length: int, step: int) -> int:
+        """Tokens that the refresh before this step estimates from over all ranks, counted for each estimate."""
+        return self.estimates(step) * self.sequences * sequence_length
+
+    def flops(self, shape: GPT2Config, sequence_length: int, step: int) -> int:
+        """Model FLOPs of the refresh before this step over all ranks, forwards included."""
+        tokens = self.tokens(sequence_length, step)
         match self.estimator:
             case "hutchinson":
                 return hutchinson_exact_flops(shape, tokens, sequence_length)

@@ -19,6 +19,7 @@ from torch import Tensor
 from data.batches import Batch, Batches, ValidationWindows
 from data.errors import DataError
 from models.flops import evaluation_flops, forward_backward_flops
+from sophia import GammaController
 from sophia.diagnostics import UnclippedAlarm
 from training.config import RunConfig, SophiaConfig
 from training.curvature import CurvaturePass
@@ -47,6 +48,7 @@ class TrainingState:
     loss_spikes: int = 0
     spikes: dict[str, Any] | None = None  # of LossSpikes
     alarm: dict[str, Any] | None = None  # of UnclippedAlarm
+    gamma: dict[str, Any] | None = None  # of GammaController
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Run:
     batches: Batches
     validation: ValidationWindows
     curvature: CurvaturePass | None
+    gamma: GammaController | None  # steers γ, where it is not constant
     ledger: Ledger
     micro_batch_size: int
     eval_micro_batch_size: int
@@ -256,10 +259,10 @@ def train(run: Run) -> Status:
 
             run.progress(f"at step {step}")
             if run.curvature is not None and run.curvature.due(step):
-                flops = run.curvature.flops(shape, length)
-                with ledger.measure("curvature", run.curvature.sequences * length, flops):
+                flops = run.curvature.flops(shape, length, step)
+                with ledger.measure("curvature", run.curvature.tokens(length, step), flops):
                     held_back = run.curvature.run(strategy, batch, step)
-                ledger.bytes_communicated += run.curvature.bytes_communicated(strategy)
+                ledger.bytes_communicated += run.curvature.bytes_communicated(strategy, step)
                 reporter.flush()
                 write_curvature(run, step, held_back)
 
@@ -271,6 +274,8 @@ def train(run: Run) -> Status:
                 factor = learning_rate_factor(config.schedule, step, config.train.steps)
                 strategy.set_learning_rate(factor)
                 statistics = strategy.step(config.train.grad_clip)
+                if run.gamma is not None:
+                    steer_gamma(run.gamma, statistics)
 
             reporter.step(step, config.optimizer.lr * factor, loss, statistics)
             state.step = step
@@ -347,11 +352,20 @@ def save(run: Run) -> None:
     with run.ledger.measure("checkpoint"):
         if run.config.guards.weights_interval is not None:
             compare_ranks(run.strategy)
+        if run.gamma is not None:
+            run.state.gamma = run.gamma.state_dict()
         try:
             run.save(run.state)
         except OSError as error:
             raise NotSaved(error.strerror or str(error)) from error
     run.saved_step = run.state.step
+
+
+def steer_gamma(controller: GammaController, statistics: StepStatistics) -> None:
+    """γ for the next step from the unclipped fraction of this one over all ranks; a skipped step leaves it alone."""
+    fraction = statistics.unclipped_fraction
+    assert fraction is not None
+    controller.update(torch.where(statistics.skipped > 0, controller.target, fraction.double()))
 
 
 def write_curvature(run: Run, step: int, held_back: Tensor) -> None:
@@ -360,6 +374,8 @@ def write_curvature(run: Run, step: int, held_back: Tensor) -> None:
     if held_back:
         run.state.estimates_held_back += 1
         run.message(f"step {step}: the curvature estimate is not finite and is kept out of h")
+    if run.gamma is not None:
+        numbers["gamma"] = float(run.gamma.gamma)
     run.write({"kind": "hessian", **position(run), "step": step, "held_back": bool(held_back), **numbers})
 
 

@@ -1,13 +1,13 @@
 """The optimizers of a run: parameter groups by rule, and one constructor for each `optimizer=`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sophia import AdaHessian, Lion, Sophia
+from sophia import AdaHessian, GammaController, Lion, Sophia
 from training.config import (
     AdaHessianConfig,
     AdamWConfig,
@@ -55,6 +55,15 @@ def build_optimizers(config: OptimizerConfig, *, compile_step: bool) -> Callable
         return optimizers
 
     return build
+
+
+def gamma_controller(config: OptimizerConfig, optimizers: Sequence[Optimizer]) -> GammaController | None:
+    """What steers γ to `optimizer.unclipped_target`; None where γ is constant."""
+    if not isinstance(config, SophiaConfig) or config.unclipped_target is None:
+        return None
+    (optimizer,) = optimizers
+    assert isinstance(optimizer, Sophia)
+    return GammaController(optimizer, config.unclipped_target)
 
 
 def _construct(config: OptimizerConfig, parameters: Named, compile_step: bool) -> list[Optimizer]:

@@ -27,7 +27,7 @@ from training.distributed import Distributed
 from training.guards import RanksDiffer
 from training.ledger import CompilationClock, Ledger
 from training.loop import NotSaved, Run, TrainingState, train
-from training.optimizers import build_optimizers
+from training.optimizers import build_optimizers, gamma_controller
 from training.profiling import profiler
 from training.recorder import Recorder
 from training.records import RunRecord, Status
@@ -147,6 +147,9 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     state = TrainingState()
     if decided.checkpoint is not None:
         state = _load(decided.checkpoint, strategy, ledger, distributed)
+    gamma = gamma_controller(config.optimizer, strategy.optimizers)
+    if gamma is not None and state.gamma is not None:
+        gamma.load_state_dict(state.gamma)
 
     display = Display(config.train.steps, state.step, enabled=distributed.is_main)
     recorder = distributed.on_main(
@@ -186,6 +189,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
             batches=batches,
             validation=validation,
             curvature=CurvaturePass.of(config.optimizer, config.seeds.curvature, config.train.global_batch_size, micro),
+            gamma=gamma,
             ledger=ledger,
             micro_batch_size=micro,
             eval_micro_batch_size=config.eval.micro_batch_size or micro,

@@ -39,6 +39,22 @@ MISTAKES = [
     (["train.micro_batch_size=3"], ["train.micro_batch_size=3", "train.micro_batch_size=2 or 4", "=15 or 18"]),
     (["train.sequence_length=4096"], ["train.sequence_length=4096", "model.block_size"]),
     (["schedule.warmup_steps=500"], ["schedule.warmup_steps=500", "train.steps=200"]),
+    (["optimizer=sophiah", "optimizer.label_draws=2"], ["optimizer.label_draws=2", "hutchinson", "estimator=gnb"]),
+    (["optimizer=sophiag", "optimizer.label_draws=0"], ["optimizer.label_draws=0", "above 0"]),
+    (["optimizer=adahessian", "+optimizer.label_draws=2"], ["optimizer.label_draws", "another choice of optimizer"]),
+    (
+        ["optimizer=sophiag", "optimizer.warm_start=2", "optimizer.bias_correction=true"],
+        ["optimizer.warm_start=2", "optimizer.bias_correction=true", "choose one"],
+    ),
+    (
+        ["optimizer=sophiag", "optimizer.estimator=empirical_fisher", "optimizer.warm_start=2"],
+        ["optimizer.warm_start=2", "empirical_fisher", "optimizer.warm_start=1"],
+    ),
+    (["optimizer=sophiag", "optimizer.unclipped_target=1.5"], ["optimizer.unclipped_target=1.5", "below 1"]),
+    (
+        ["optimizer=sophiag", "optimizer.unclipped_target=0.3", "optimizer.clip=false"],
+        ["optimizer.unclipped_target=0.3", "optimizer.clip=false", "optimizer.clip=true"],
+    ),
     (["strategy=fsdp", "optimizer=sophiah"], ["hutchinson", "strategy=fsdp", "hutchinson_differences", "gnb"]),
     (
         ["strategy=deepspeed", "strategy.zero_stage=3", "optimizer=sophiah"],

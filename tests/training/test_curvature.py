@@ -71,6 +71,86 @@ def test_gnb_equals_the_librarys_estimator_on_the_same_seeds() -> None:
     assert_close(run(), expected)
 
 
+def test_several_draws_are_the_librarys_mean_of_their_estimates() -> None:
+    model = strategy().model
+    tokens = torch.from_numpy(batch().tokens[: BATCH // 2])
+    expected = sophia.gauss_newton_bartlett_mean(
+        lambda: model.logits(tokens), model.parameters(), seed=SEED, step=STEP, draws=3
+    )
+    got = run(CONFIG.model_copy(update={"label_draws": 3}))
+    assert_close(got, expected)
+    assert not torch.allclose(got[0], run()[0], rtol=0.05)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_several_draws_do_not_depend_on_the_micro_batch(micro_batch_size: int) -> None:
+    config = CONFIG.model_copy(update={"label_draws": 2})
+    assert_close(run(config, micro_batch_size), run(config))
+
+
+def uniforms_of(config: SophiaConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What the labels of a refresh are drawn with, forward by forward."""
+    seen: list[Tensor] = []
+    original = DDP.forward
+
+    def forward(self: DDP, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> object:
+        assert uniforms is not None
+        seen.append(uniforms)
+        return original(self, tokens, targets, uniforms)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DDP, "forward", forward)
+        CurvaturePass(config, SEED, BATCH, BATCH).run(strategy(config=config), batch(), step)
+    return seen
+
+
+def test_further_draws_and_warm_starts_leave_the_first_labels_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, STEP):
+        (alone,) = uniforms_of(CONFIG, step, monkeypatch)
+        several = uniforms_of(CONFIG.model_copy(update={"label_draws": 3, "warm_start": 2}), step, monkeypatch)
+        assert len(several) == (6 if step == 1 else 3)
+        assert torch.equal(several[0], alone)
+        assert all(not torch.equal(a, b) for i, a in enumerate(several) for b in several[:i])
+
+
+@pytest.mark.parametrize("estimator", ["gnb", "hutchinson"])
+def test_a_warm_start_is_the_librarys_mean_of_estimates(estimator: str) -> None:
+    config = CONFIG.model_copy(update={"estimator": estimator, "warm_start": 3, "betas": (0.96, 0.99)})
+    made = strategy(config=config)
+    CurvaturePass(config, SEED, BATCH, BATCH).run(made, batch(), 1)
+    model = strategy().model
+    tokens, targets = (torch.from_numpy(part[: BATCH // 2]) for part in batch()[:2])
+    reference = sophia.Sophia(model.parameters())
+    names = [name for name, _ in model.named_parameters()]
+    for step in (1, 0, -1):
+        if estimator == "gnb":
+            n = sophia.gauss_newton_bartlett(lambda: model.logits(tokens), seed=SEED, step=step)
+            reference.warm_start_hessian(num_predictions=n)
+            reference.zero_grad()
+        else:
+            params = list(model.parameters())
+            reference.warm_start_hessian(
+                estimates=sophia.hutchinson(
+                    lambda: torch.nn.functional.cross_entropy(model.logits(tokens).flatten(0, 1), targets.flatten()),
+                    params,
+                    seed=SEED,
+                    step=step,
+                    names=names,
+                )
+            )
+    assert_close(hessians(made), [reference.state[p]["hessian"] for p in model.parameters()])
+
+
+def test_the_ledger_counts_every_draw_and_the_warm_start() -> None:
+    plain = CurvaturePass(CONFIG, SEED, BATCH, 2)
+    more = CurvaturePass(CONFIG.model_copy(update={"label_draws": 3, "warm_start": 4}), SEED, BATCH, 2)
+    made = strategy(world_size=2)
+    for step, factor in ((1, 12), (11, 3)):
+        assert more.tokens(LENGTH, step) == factor * plain.tokens(LENGTH, step) == factor * BATCH // 2 * LENGTH
+        assert more.flops(SHAPE, LENGTH, step) == factor * plain.flops(SHAPE, LENGTH, step)
+        assert more.bytes_communicated(made, step) == factor * plain.bytes_communicated(made, step) > 0
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("estimator", ["gnb", "empirical_fisher", "hutchinson"])
 def test_the_estimate_does_not_depend_on_the_micro_batch(estimator: str, micro_batch_size: int) -> None:

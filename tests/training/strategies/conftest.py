@@ -21,6 +21,8 @@ STEPS = 6
 STRATEGIES = ["ddp×2", "fsdp×2", "zero1×2", "zero2×2", "zero3×2"]
 MOVES = (("fsdp", 6), ("zero2", 9), ("ddp", 12))  # strategy on two ranks, steps after which it is stopped
 MOVED_STEPS = 15
+#: What stands in the configuration beyond the paper.
+ADDITIONS = ["optimizer.label_draws=2", "optimizer.warm_start=2", "optimizer.unclipped_target=0.3"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def launch(directory: Path) -> None:
     ranks.run({"overrides": moved(corpus, directory, "undisturbed", "strategy=single")})
     ranks.run({"overrides": moved(corpus, directory, "moved", "strategy=single"), "stop": 3})
 
+    ranks.run({"overrides": small(corpus, directory, "additions", "strategy=single", *ADDITIONS)})
+
     runs: dict[str, Any] = {f"parity {i}": {"overrides": overrides} for i, overrides in enumerate(there[2])}
     for kind, stop in MOVES:
         runs[f"moved {kind}"] = {"overrides": moved(corpus, directory, "moved", *ranks.KINDS[kind]), "stop": stop}
@@ -96,6 +100,7 @@ def launch(directory: Path) -> None:
         runs[f"bf16 {kind}"] = {
             "overrides": small(corpus, directory, f"bf16-{kind}", *strategy, "train.precision=bf16")
         }
+        runs[f"additions {kind}"] = {"overrides": small(corpus, directory, f"additions-{kind}", *strategy, *ADDITIONS)}
     for name, variant in VARIANTS.items():
         runs[name] = {"overrides": small(corpus, directory, name, *variant)}
     looks = [[look, kind] for look in ranks.LOOKS for kind in ranks.KINDS]
