@@ -11,6 +11,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from training.checkpoints import Checkpoint
 
 INTERVAL = 5
 # A kill anywhere from the first moment on; in the loop; in a save, between its first file and its rename.
-MOMENTS = {"any": 0.25, "loop": 0.4, "save": 0.35}
-# How often one rank of several is killed alone, and the others are left to notice.
+MOMENTS = {"any": 0.2, "loop": 0.35, "save": 0.45}
+# How often one rank of several is killed alone, once they have met, and the others are left to notice.
 ONE_RANK = 0.3
 #: How long ranks may live on without one of them.
 SURVIVORS_SECONDS = 60.0
@@ -45,12 +46,9 @@ def kill_again_and_again(
 
     Returns counts, and under `faults` a line for each thing that was not as it should be.
     """
-    steps = steps or max(24, 8 * kills)
+    steps = steps or 10 * kills + 20
     log = scratch / "log"
-    completed(overrides_of(corpus, scratch, "undisturbed", steps, *overrides), log, ranks)
-    ledger = summary(scratch / "undisturbed")["ledger"]
-    saving = ledger["checkpoint"]["seconds"] / ledger["checkpoint"]["count"]
-    stepping = sum(entry["seconds"] for entry in ledger.values()) / steps
+    pace = _undisturbed(overrides_of(corpus, scratch, "undisturbed", steps, *overrides), log, ranks, scratch, steps)
 
     generator = np.random.default_rng(seed)
     command = overrides_of(corpus, scratch, "run", steps, *overrides)
@@ -65,8 +63,9 @@ def kill_again_and_again(
         sittings += 1
         sitting = Sitting(command, log, ranks)
         moment = str(generator.choice(list(MOMENTS), p=list(MOMENTS.values())))
-        _wait_for(moment, sitting, directory, generator, saving, stepping)
-        victim = int(generator.integers(ranks)) if ranks > 1 and generator.random() < ONE_RANK else None
+        _wait_for(moment, sitting, directory, generator, pace)
+        alone = ranks > 1 and moment != "any" and generator.random() < ONE_RANK
+        victim = int(generator.integers(ranks)) if alone else None
         if not sitting.running:
             completed_early += 1
             break
@@ -105,17 +104,36 @@ def kill_again_and_again(
     }
 
 
-def _wait_for(
-    moment: str, sitting: Sitting, directory: Path, generator: np.random.Generator, saving: float, stepping: float
-) -> None:
+@dataclass(frozen=True)
+class Pace:
+    """How long an undisturbed run takes, in seconds: to its first step, for a step with all that belongs to it, a save."""
+
+    start: float
+    step: float
+    save: float
+
+
+def _undisturbed(command: Sequence[str], log: Path, ranks: int, scratch: Path, steps: int) -> Pace:
+    sitting = Sitting(command, log, ranks)
+    began = time.monotonic()
+    sitting.wait_until(lambda: "run directory" in sitting.said())
+    start = time.monotonic() - began
+    codes = sitting.wait()
+    assert codes == [0] * ranks, f"exit codes {codes}:\n{sitting.said()}"
+    ledger = summary(scratch / "undisturbed")["ledger"]
+    saving = ledger["checkpoint"]["seconds"] / ledger["checkpoint"]["count"]
+    return Pace(start, sum(entry["seconds"] for entry in ledger.values()) / steps, saving)
+
+
+def _wait_for(moment: str, sitting: Sitting, directory: Path, generator: np.random.Generator, pace: Pace) -> None:
     """Return at the moment of the kill, or when the sitting has ended."""
     if moment == "any":
-        time.sleep(generator.uniform(0, 1.5))
+        time.sleep(generator.uniform(0, pace.start + 2 * INTERVAL * pace.step))
         return
     if not sitting.wait_until(lambda: "run directory" in sitting.said()):
         return
     if moment == "loop":
-        time.sleep(generator.uniform(0, 2 * (INTERVAL * stepping + saving)))
+        time.sleep(generator.uniform(0, 3 * INTERVAL * pace.step))
         return
 
     def saves() -> bool:
@@ -128,7 +146,7 @@ def _wait_for(
         return False
 
     if sitting.wait_until(saves, poll=0.0):
-        time.sleep(generator.uniform(0, 1.1 * saving))
+        time.sleep(generator.uniform(0, 1.1 * pace.save))
 
 
 def _faults_of_sitting(number: int, said: str, expected: int | None) -> list[str]:
