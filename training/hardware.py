@@ -109,7 +109,10 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any]:
-    """The commit of the code and whether the working tree differs from it; nulls outside a repository."""
+    """The commit of the code and whether the working tree differs from it; nulls outside a repository.
+
+    What lies in results/ is no code: a study adds its records there while it runs.
+    """
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str | None:
@@ -119,7 +122,7 @@ def git_state() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    status = git("status", "--porcelain")
+    status = git("status", "--porcelain", "--", ".", ":!results")
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 

@@ -34,14 +34,14 @@ class CompilationClock:
         self._started = 0.0
 
     @classmethod
-    @functools.cache
     def installed(cls) -> "CompilationClock":
-        """This process's clock, hooked into torch.compile once."""
-        from torch._dynamo.callback import on_compile_end, on_compile_start
+        """This process's clock, hooked into torch.compile; anew where torch._dynamo.reset() has thrown the hooks out."""
+        from torch._dynamo.callback import callback_handler
 
-        clock = cls()
-        on_compile_start(clock._start)
-        on_compile_end(clock._end)
+        clock = _clock_of_the_process()
+        if clock._start not in callback_handler.start_callbacks:
+            callback_handler.register_start_callback(clock._start)
+            callback_handler.register_end_callback(clock._end)
         return clock
 
     def _start(self, *_: Any) -> None:
@@ -50,6 +50,11 @@ class CompilationClock:
     def _end(self, *_: Any) -> None:
         self.seconds += time.perf_counter() - self._started
         self.count += 1
+
+
+@functools.cache
+def _clock_of_the_process() -> CompilationClock:
+    return CompilationClock()
 
 
 class Ledger:
