@@ -6,6 +6,7 @@ far behind is a warning and left alone from then on.
 
 import contextlib
 import hashlib
+import json
 import os
 import queue
 import threading
@@ -18,6 +19,7 @@ from training.config import RunConfig
 
 AXES = ("step", "tokens", "flops", "seconds")
 PREFIXES = {"train": "train", "eval": "val", "hessian": "hessian"}
+REFERENCE_FILE = Path(__file__).resolve().parent.parent / "results" / "reference.json"
 
 # Lines that may wait for a slow tracker; beyond, it is given up. At ten steps a second, a quarter of an hour.
 MOST_WAITING = 10_000
@@ -123,11 +125,28 @@ def scalars(line: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def published_losses(config: RunConfig) -> dict[str, float]:
+    """Final losses published for the run's model on its corpus, by mirrored name (`reference/paper/adamw`).
+
+    Those of results/reference.json that name one of our models are of GPT-2's tokens of OpenWebText; for any other
+    corpus or model there are none, and none in an installation without that file.
+    """
+    if (config.data.name, config.tokenizer.name) != ("openwebtext", "gpt2") or not REFERENCE_FILE.is_file():
+        return {}
+    published = json.loads(REFERENCE_FILE.read_text(encoding="utf-8"))["final_losses"]
+    return {
+        f"reference/{one['source'].replace(' ', '_')}/{one['arm']}": one["loss"]
+        for one in published
+        if one["model"] == config.model.name
+    }
+
+
 class WandbTracker(Tracker):
     """Weights & Biases: online with a key, offline without one.
 
     Group `<model>-<data>`, job type the optimizer. Each row has step, tokens, flops and seconds, so any of them can be the
     x axis; `tokens` is the default. The run's id is derived from its directory: a resumed run goes on in its own curve.
+    Only a sweep's agent gives its runs ids of its own. Published losses stand in the evaluations' rows, as flat lines.
     """
 
     def __init__(
@@ -137,17 +156,24 @@ class WandbTracker(Tracker):
 
         identity = f"{config.run_name}/{config.identity_hash()}/{environment['initial_weights_sha256']}"
         chosen = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+        # The server knows a sweep's runs by the project and id that the agent has put into the environment.
+        own: dict[str, Any] = {}
+        if not os.environ.get("WANDB_SWEEP_ID"):
+            own = {
+                "project": config.tracker.project,
+                "entity": config.tracker.entity,
+                "id": hashlib.sha256(identity.encode()).hexdigest()[:16],
+                "resume": "allow",
+            }
+        self._published = published_losses(config)
 
         def start(mode: str) -> Any:
             return wandb.init(
-                project=config.tracker.project,
-                entity=config.tracker.entity,
+                **own,
                 group=config.tracker.group or f"{config.model.name}-{config.data.name}",
                 job_type=config.optimizer.name,
                 tags=[config.optimizer.name, config.model.name, *config.tracker.tags],
                 name=config.run_name,
-                id=hashlib.sha256(identity.encode()).hexdigest()[:16],
-                resume="allow",
                 mode=mode,  # type: ignore[arg-type]
                 dir=str(directory),
                 config=config.model_dump(mode="json"),
@@ -167,14 +193,15 @@ class WandbTracker(Tracker):
             )
         for axis in AXES:
             self._run.define_metric(axis)
-        for prefix in PREFIXES.values():
+        for prefix in (*PREFIXES.values(), "reference"):
             self._run.define_metric(f"{prefix}/*", step_metric="tokens")
         self._run.define_metric("val/loss", step_metric="tokens", summary="min")
 
     def log(self, line: Mapping[str, Any]) -> None:
         if line["kind"] == "event":
             return
-        self._run.log({axis: line[axis] for axis in AXES if axis in line} | scalars(line))
+        published = self._published if line["kind"] == "eval" else {}
+        self._run.log({axis: line[axis] for axis in AXES if axis in line} | scalars(line) | published)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         for key, value in summary.items():

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from studies.spec import validate_spec
 from studies.sweeps import sweep, write_sweeps
@@ -12,9 +13,14 @@ from training.compose import compose
 
 
 def first_arguments(written: dict[str, Any]) -> list[str]:
-    """What an agent would start for the first value of every parameter."""
-    fixed = [part for part in written["command"] if not part.startswith("${")]
-    return fixed + [f"{key}={space['values'][0]}" for key, space in written["parameters"].items()]
+    """What `wandb agent` starts for the first value of every parameter, written by its own functions."""
+    chosen = {"args": {key: {"value": space["values"][0]} for key, space in written["parameters"].items()}}
+    arguments = create_sweep_command_args(chosen)["args_no_hyphens"]
+    interpreter = ["${env}", "${interpreter}", "${program}"]
+    command = create_sweep_command(written["command"])
+    assert command[:3] == interpreter
+    assert command[-1] == "${args_no_hyphens}"
+    return [*command[3:-1], *arguments]
 
 
 def test_a_sweep_has_the_studys_spaces_budget_and_metric(tmp_path: Path) -> None:

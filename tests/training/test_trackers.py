@@ -16,24 +16,33 @@ import pytest
 
 from tests.training.runs import curve, lines, run, run_in_child, summary, tiny
 from training import trackers
+from training.compose import compose
 from training.trackers import BackgroundTracker, Tracker, scalars
 
 # Unlike anything that a file has by chance.
 KEY = "5ec4e7" * 6 + "abcd"
 
 
-def wandb_rows(run_directory: Path) -> list[dict[str, Any]]:
-    """The history rows of an offline run, from its LevelDB log: 32 KiB blocks of records with 7-byte headers."""
+def wandb_records(run_directory: Path) -> list[Any]:
+    """The records of an offline run, from its LevelDB log: 32 KiB blocks of records with 7-byte headers."""
     from wandb.proto import wandb_internal_pb2
 
     (path,) = run_directory.glob("wandb/offline-run-*/run-*.wandb")
-    rows = []
+    parsed = []
     for payload in _records(path.read_bytes()[7:]):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(payload)
-        if record.HasField("history"):
-            rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
-    return rows
+        parsed.append(record)
+    return parsed
+
+
+def wandb_rows(run_directory: Path) -> list[dict[str, Any]]:
+    """The history rows of an offline run."""
+    return [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for record in wandb_records(run_directory)
+        if record.HasField("history")
+    ]
 
 
 def _records(content: bytes) -> Iterator[bytes]:
@@ -63,6 +72,63 @@ def test_offline_wandb_holds_the_record(corpus: list[str], tmp_path: Path) -> No
     assert run(tiny(corpus, tmp_path, "tracker=wandb")) == 0
     rows = [{k: v for k, v in row.items() if not k.startswith("_")} for row in wandb_rows(tmp_path / "run")]
     assert rows == mirrored(tmp_path / "run")
+
+
+def test_wandb_has_the_published_losses_as_flat_lines_over_the_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = compose(["model=gpt2_medium", "data=openwebtext", "tokenizer=gpt2"])
+    tracker = trackers.WandbTracker(config, tmp_path, {"initial_weights_sha256": "0"}, pytest.fail)
+    for step in range(3):
+        axes = {"step": step, "tokens": 100 * step, "flops": step, "seconds": 1.0 * step}
+        if step:
+            tracker.log({"kind": "train", **axes, "loss": 3.0})
+        tracker.log({"kind": "eval", **axes, "val_loss": 3.0 - step})
+    tracker.finish({"status": "completed"})
+    paper = {"reference/paper/adamw": 2.691, "reference/paper/lion": 2.678, "reference/paper/sophiah": 2.645}
+    rows = wandb_rows(tmp_path)
+    found = [{key: value for key, value in row.items() if key.startswith("reference/")} for row in rows]
+    assert found == [paper if "val/loss" in row else {} for row in rows]
+    assert [row["tokens"] for row in rows if "val/loss" in row] == [0, 100, 200]
+    metrics = [record.metric for record in wandb_records(tmp_path) if record.HasField("metric")]
+    assert ("reference/*", "tokens") in [(metric.glob_name, metric.step_metric) for metric in metrics]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model=gpt2_small data=sample", "model=gpt2_small data=openwebtext tokenizer=bpe tokenizer.vocab_size=999"],
+)
+def test_a_run_on_another_corpus_is_held_against_nothing_published(override: str) -> None:
+    assert trackers.published_losses(compose(["model=gpt2_small", "data=openwebtext", "tokenizer=gpt2"]))
+    assert trackers.published_losses(compose(override.split())) == {}
+
+
+def as_an_agent_does(parameters: Path) -> None:
+    """The environment that `wandb agent` gives a sweep's run."""
+    os.environ |= {
+        "WANDB_MODE": "offline",
+        "WANDB_SWEEP_ID": "sweep123",
+        "WANDB_RUN_ID": "agents01",
+        "WANDB_PROJECT": "of-the-sweep",
+        "WANDB_SWEEP_PARAM_PATH": str(parameters),
+    }
+    os.environ.pop("WANDB_SERVICE", None)
+
+
+def test_a_run_of_a_sweep_has_the_id_and_the_project_of_its_agent(corpus: list[str], tmp_path: Path) -> None:
+    parameters = tmp_path / "parameters.yaml"
+    parameters.write_text("wandb_version: 1\noptimizer.lr:\n  value: 0.001\n")
+    overrides = tiny(corpus, tmp_path, "tracker=wandb", "optimizer.lr=0.001")
+    assert run_in_child(overrides, as_an_agent_does, parameters, errors=tmp_path / "errors") == 0
+    (begun,) = [record.run for record in wandb_records(tmp_path / "run") if record.HasField("run")]
+    assert (begun.run_id, begun.sweep_id, begun.project) == ("agents01", "sweep123", "of-the-sweep")
+    assert begun.display_name == "run"
+    rows = [{k: v for k, v in row.items() if not k.startswith("_")} for row in wandb_rows(tmp_path / "run")]
+    assert rows == mirrored(tmp_path / "run")
+    said = (tmp_path / "errors").read_text()
+    assert "Ignoring" not in said
+    assert "tracker=wandb" not in said
 
 
 def test_tensorboard_holds_the_record(corpus: list[str], tmp_path: Path) -> None:
