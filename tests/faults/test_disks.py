@@ -1,0 +1,22 @@
+"""A disk that is full ends a run in one clear line and costs nothing that was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.disks import MountRefusedError, full_while_logging, full_while_saving
+
+
+@pytest.mark.parametrize("scenario", [full_while_saving, full_while_logging])
+def test_a_run_on_a_full_disk_says_so_and_goes_on_bit_for_bit_once_there_is_room(
+    scenario: Callable[..., dict[str, Any]], corpus: list[str], tmp_path: Path
+) -> None:
+    try:
+        found = scenario(corpus, tmp_path)
+    except MountRefusedError as refusal:
+        pytest.skip(f"no tmpfs can be mounted here: {refusal}")
+    assert found["faults"] == []
