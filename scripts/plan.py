@@ -1,0 +1,66 @@
+"""What a run would need on a cluster: memory, hours, cost, traffic, and what to change where it does not fit.
+
+    python scripts/plan.py model=gpt2_xl strategy=fsdp cluster.gpus=64 cluster.gpu=h100
+    python scripts/plan.py experiment=paper/770m_sophiag cluster.gpus=8 cluster.price_per_hour=2 --json plan.json
+    python scripts/plan.py --models        the table of docs/scaling.md: 125M to 6.6B
+    python scripts/plan.py --check         planned against measured memory, to results/planner
+
+Overrides are those of train.py; besides, cluster.gpu=h100|h200|a100_80gb|… and cluster.gpus=, cluster.utilisation=,
+cluster.price_per_hour= and the other keys of configs/cluster. Needs no GPU.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from training.cluster import split_cluster
+from training.config import ConfigurationError
+from training.plan_tables import check_tables, model_table, print_plan, write_check
+from training.planner import OPTIMIZERS, make_plan
+
+RESULTS = Path("results/planner")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="those of train.py, and cluster.…")
+    parser.add_argument("--json", type=Path, help="write the plan there too, for machines")
+    parser.add_argument(
+        "--optimizers", default=",".join(OPTIMIZERS), help=f"side by side (default: {','.join(OPTIMIZERS)})"
+    )
+    parser.add_argument("--models", action="store_true", help="plan the models from 125M to 6.6B, a table in Markdown")
+    parser.add_argument("--check", action="store_true", help="weigh small runs here and hold the plan against them")
+    parser.add_argument("--output", type=Path, default=RESULTS, help=f"of --check (default: {RESULTS})")
+    options = parser.parse_args(arguments)
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        if options.check:
+            written = write_check(options.output, tell=lambda line: console.print(line, highlight=False))
+            check_tables(written, console)
+            return 0
+        cluster, overrides = split_cluster(options.overrides)
+        if options.models:
+            print(model_table(overrides, cluster))
+            return 0
+        plan = make_plan(overrides, cluster, [name for name in options.optimizers.split(",") if name])
+    except ConfigurationError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print_plan(plan, console)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        partial = options.json.with_name(options.json.name + ".partial")
+        partial.write_text(json.dumps(plan.as_dictionary(), indent=1) + "\n")
+        partial.replace(options.json)
+        console.print(f"written: {options.json}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The machines that a run is planned for: a GPU kind of configs/cluster, how many, and how well they are used.
+
+`cluster.` keys belong to the planner alone; no run's configuration, and so no run's name, knows of them.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from training.compose import CONFIG_DIRECTORY
+from training.config import ConfigurationError, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+
+GPU_DIRECTORY = CONFIG_DIRECTORY / "cluster"
+PREFIX = "cluster."
+DEFAULT_GPU = "h100"
+
+
+class ClusterConfig(Section):
+    """Bandwidths in GB/s (10⁹ bytes), one direction, by GPU; peaks in 10¹² FLOP/s."""
+
+    gpu: str
+    gpus: PositiveInt = 1
+    memory_gib: PositiveFloat
+    bf16_tflops: PositiveFloat
+    fp32_tflops: PositiveFloat
+    memory_bandwidth: PositiveFloat
+    gpus_per_node: PositiveInt
+    node_bandwidth: PositiveFloat
+    network_bandwidth: PositiveFloat
+    price_per_hour: NonNegativeFloat
+    #: Share of the peak that forward and backward passes reach: the model's FLOPs, not those of recomputation.
+    utilisation: Fraction = 0.4
+    #: Share of its bandwidths that a GPU reaches, of memory and of links.
+    bandwidth_utilisation: Fraction = 0.8
+    #: What tensors cannot have: CUDA's context, NCCL's channels, gaps between blocks.
+    reserved_gib: Annotated[float, Field(ge=0)] = 3.0
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory of a GPU that tensors can have."""
+        return round((self.memory_gib - self.reserved_gib) * 2**30)
+
+    @property
+    def link_bandwidth(self) -> float:
+        """Bytes a second that each GPU sends in a ring over all: rings cross between nodes by all of a node's adapters."""
+        slowest = self.node_bandwidth
+        if self.gpus > self.gpus_per_node:
+            slowest = min(slowest, self.gpus_per_node * self.network_bandwidth)
+        return slowest * 1e9 * self.bandwidth_utilisation
+
+
+def gpu_kinds() -> list[str]:
+    return sorted(path.stem for path in GPU_DIRECTORY.glob("*.yaml"))
+
+
+def split_cluster(overrides: Sequence[str]) -> tuple[ClusterConfig, list[str]]:
+    """The cluster of the `cluster.` overrides, and the other overrides.
+
+    Raises:
+        ConfigurationError: an unknown GPU kind or key, or a value out of range; one line with the remedy.
+    """
+    given: dict[str, Any] = {}
+    others = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not key.startswith(PREFIX):
+            others.append(override)
+        elif not equals:
+            raise ConfigurationError(f"{override}: not an override; write {override}=value")
+        else:
+            given[key.removeprefix(PREFIX)] = yaml.safe_load(value)
+    kind = str(given.pop("gpu", DEFAULT_GPU))
+    if kind not in gpu_kinds():
+        near = difflib.get_close_matches(kind, gpu_kinds(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigurationError(
+            f"cluster.gpu={kind}: there is no such kind{hint}; choose one of {', '.join(gpu_kinds())}, or describe your "
+            f"own in {Path('configs/cluster') / (kind + '.yaml')}"
+        )
+    values = yaml.safe_load((GPU_DIRECTORY / f"{kind}.yaml").read_text())
+    try:
+        return ClusterConfig.model_validate(values | given), others
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(ClusterConfig.model_fields)
+            raise ConfigurationError(f"{PREFIX}{key}={first['input']}: unknown key; known keys: {known}") from error
+        raise ConfigurationError(
+            f"{PREFIX}{key}={first['input']}: {first['msg'][0].lower() + first['msg'][1:]}; see {GPU_DIRECTORY.name}/"
+        ) from error

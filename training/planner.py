@@ -1,0 +1,474 @@
+"""What a run would need on a cluster, before it is run: memory, hours, cost, traffic, and what to change where it does
+not fit.
+
+    memory         traced with fake tensors (training/planned_memory.py)
+    FLOPs          models/flops.py, as the ledger of a run counts them
+    communication  training/strategies/communication.py, as the ledger counts it
+    time           a step is forward and backward at the utilisation given, or their communication where that takes
+                   longer (it is hidden as far as it fits), then the update at the memory's bandwidth; every k-th step
+                   the curvature pass besides, at the size that a rank's share of it has
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from models import GPT2Config
+from models.flops import attention_flops_per_token, block_flops_per_token, forward_backward_flops, parameter_count
+from training.cluster import ClusterConfig
+from training.compose import compose_dictionary, validate
+from training.config import (
+    ConfigurationError,
+    DDPConfig,
+    DeepSpeedConfig,
+    FSDPConfig,
+    MuonConfig,
+    RunConfig,
+    divisors,
+    micro_batch_size,
+)
+from training.curvature import CurvaturePass
+from training.memory_trace import Memory
+from training.planned_memory import Phase, planned_memory
+from training.strategies.communication import (
+    BFLOAT16,
+    FLOAT32,
+    all_reduce_bytes,
+    ddp_traffic,
+    fsdp_traffic,
+    zero_traffic,
+)
+
+OPTIMIZERS = ("adamw", "lion", "sophiag", "sophiah", "muon")
+GPT2_VOCABULARY = 50257
+MOST_GPUS = 4096
+#: float32 numbers that an update reads and writes for each parameter, with the gradient and the weight.
+UPDATE_ACCESSES = {"adamw": 7, "lion": 5, "signum": 5, "sophiag": 6, "sophiah": 6, "adahessian": 6, "muon": 5}
+#: Reads and writes of folding an estimate into h.
+REFRESH_ACCESSES = 3
+NEWTON_SCHULZ_STEPS = 5
+#: A step whose refresh is like all others (the first may make several estimates).
+USUAL_STEP = 2
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that each rank sends, by collective."""
+
+    step: dict[str, int]
+    curvature_pass: dict[str, int]
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Of a step on average; the curvature pass with its k-th part."""
+
+    compute: float  # forward and backward, recomputation included
+    communication: float  # all of it, if nothing hid it
+    update: float
+    curvature: float
+
+    @property
+    def exposed(self) -> float:
+        """Communication that forward and backward are too short to hide."""
+        return max(0.0, self.communication - self.compute)
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.exposed + self.update + self.curvature
+
+
+@dataclass(frozen=True)
+class OptimizerPlan:
+    """A run of one optimizer on the cluster."""
+
+    optimizer: str
+    estimator: str | None
+    hessian_interval: int | None
+    memory: dict[Phase, Memory]
+    peak_bytes: int
+    peak_phase: Phase
+    fits: bool
+    flops_per_step: int  # over all ranks, curvature passes included, on average
+    seconds: StepSeconds
+    hours: float
+    cost: float
+    traffic: Traffic
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A setting that fits, with what it changes."""
+
+    overrides: tuple[str, ...]
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: RunConfig
+    cluster: ClusterConfig
+    shape: GPT2Config
+    parameters: int
+    micro_batch_size: int
+    micro_batches: int
+    tokens: int
+    training_flops_per_step: int
+    optimizers: tuple[OptimizerPlan, ...]
+    refused: dict[str, str]  # optimizer -> why the strategy cannot
+    remedies: tuple[Remedy, ...]
+    notes: tuple[str, ...]
+
+    def as_dictionary(self) -> dict[str, Any]:
+        """JSON values only."""
+        values = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("config", "cluster", "shape", "optimizers", "remedies")
+        }
+        optimizers = [{**dataclasses.asdict(one), "seconds_per_step": one.seconds.total} for one in self.optimizers]
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "cluster": self.cluster.model_dump(mode="json") | {"usable_bytes": self.cluster.usable_bytes},
+            **values,
+            "optimizers": optimizers,
+            "remedies": [dataclasses.asdict(remedy) for remedy in self.remedies],
+        }
+
+
+def make_plan(
+    overrides: Sequence[str],
+    cluster: ClusterConfig,
+    optimizers: Sequence[str] = OPTIMIZERS,
+    *,
+    search: bool = True,
+) -> Plan:
+    """Plan the run that `train.py` would make of the overrides, with each of the optimizers in its place.
+
+    With `search`, settings that fit are looked for where the overrides' own do not.
+
+    Raises:
+        ConfigurationError: the overrides are no valid run.
+    """
+    composed, notes = compose_for(overrides, cluster)
+    config, shape = composed, planned_shape(composed)
+    world_size = cluster.gpus
+    micro = micro_batch_size(config, world_size)
+    chosen = config.optimizer.name
+    plans: list[OptimizerPlan] = []
+    refused: dict[str, str] = {}
+    for name in dict.fromkeys((*optimizers, chosen)):
+        try:
+            other = with_optimizer(config, name, notes)
+        except ConfigurationError as error:
+            refused[name] = str(error)
+            continue
+        plans.append(plan_optimizer(other, shape, cluster))
+    own = next((one for one in plans if one.optimizer == chosen), plans[0])
+    return Plan(
+        config=config,
+        cluster=cluster,
+        shape=shape,
+        parameters=parameter_count(shape),
+        micro_batch_size=micro,
+        micro_batches=config.train.global_batch_size // (micro * world_size),
+        tokens=config.train.steps * step_tokens(config),
+        training_flops_per_step=forward_backward_flops(shape, step_tokens(config), config.train.sequence_length),
+        optimizers=tuple(plans),
+        refused=refused,
+        remedies=() if own.fits or not search else tuple(remedies(config, shape, cluster)),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def compose_for(overrides: Sequence[str], cluster: ClusterConfig) -> tuple[RunConfig, list[str]]:
+    """The run's configuration as on the cluster, and what had to be assumed for it.
+
+    `auto` is what a GPU gives it. A model without a recipe gets the paper's batch, length and number of steps, since the
+    defaults are a laptop's; a batch that the ranks cannot share becomes the nearest that they can.
+    """
+    notes: list[str] = []
+    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    assumed: list[str] = []
+    recipe = {"train.global_batch_size": 480, "train.sequence_length": 1024, "train.steps": 100_000}
+    if "experiment" not in given:
+        assumed = [f"{key}={value}" for key, value in recipe.items() if key not in given]
+        if assumed:
+            notes.append(f"assumed, as in the paper: {' '.join(assumed)} (defaults are a laptop's; say otherwise)")
+    values = compose_dictionary([*assumed, *overrides])
+    train = values["train"]
+    if not assumed and "train.global_batch_size" not in given and "train.micro_batch_size" not in given:
+        train["micro_batch_size"] = fitting_micro_batch(train, cluster.gpus, notes)
+    if isinstance(train.get("global_batch_size"), int) and train["global_batch_size"] % cluster.gpus:
+        batch, gpus = train["global_batch_size"], cluster.gpus
+        nearest = max(1, round(batch / gpus)) * gpus
+        notes.append(
+            f"train.global_batch_size={batch} does not divide over {gpus} ranks, and train.py would refuse it: planned "
+            f"with train.global_batch_size={nearest}"
+        )
+        train["global_batch_size"] = nearest
+        train["micro_batch_size"] = fitting_micro_batch(train, gpus, notes)
+    train["precision"] = "bf16" if train["precision"] == "auto" else train["precision"]
+    train["compile"] = True if train["compile"] == "auto" else train["compile"]
+    config = validate(values)
+    if config.strategy.name == "single" and cluster.gpus > 1:
+        raise ConfigurationError(
+            f"strategy=single runs in one process and cluster.gpus={cluster.gpus}; choose strategy=ddp"
+        )
+    return config, notes
+
+
+def fitting_micro_batch(train: dict[str, Any], gpus: int, notes: list[str]) -> int | None:
+    """The micro-batch itself where the ranks' share is a multiple of it, else the nearest below that is one."""
+    micro, batch = train.get("micro_batch_size"), train["global_batch_size"]
+    if micro is None or batch % gpus or batch // gpus % micro == 0:
+        return micro  # type: ignore[no-any-return]
+    nearest = max(d for d in divisors(batch // gpus) if d <= micro)
+    notes.append(
+        f"train.micro_batch_size={micro} does not divide a rank's {batch // gpus} sequences: planned with {nearest}"
+    )
+    return nearest
+
+
+def with_optimizer(config: RunConfig, name: str, notes: list[str]) -> RunConfig:
+    """The same run with another optimizer, at its group's defaults; Hutchinson by differences where it must be."""
+    if name == config.optimizer.name:
+        return config
+    section = compose_dictionary([f"optimizer={name}"])["optimizer"]
+    values = config.model_dump(mode="json") | {"optimizer": section}
+    try:
+        return validate(values)
+    except ConfigurationError:
+        if section.get("estimator") != "hutchinson":
+            raise
+        section["estimator"] = "hutchinson_differences"
+        notes.append(f"{name}: optimizer.estimator=hutchinson_differences, since double backward fails on shards")
+        return validate(values)
+
+
+def planned_shape(config: RunConfig) -> GPT2Config:
+    """The model's shape; the vocabulary is the tokenizer's."""
+    model = config.model
+    return GPT2Config(
+        vocab_size=config.tokenizer.vocab_size or GPT2_VOCABULARY,
+        n_layer=model.n_layer,
+        n_head=model.n_head,
+        n_embd=model.n_embd,
+        block_size=model.block_size,
+        bias=model.bias,
+        dropout=model.dropout,
+        attention_layer_scaling=model.attention_layer_scaling,
+    )
+
+
+def plan_optimizer(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig) -> OptimizerPlan:
+    """Memory, time and cost of one run."""
+    memory = planned_memory(config, shape, cluster.gpus, "cuda")
+    phase, peak = _peak(memory)
+    curvature = _curvature(config, cluster.gpus)
+    traffic = planned_traffic(config, shape, cluster.gpus)
+    seconds = step_seconds(config, shape, cluster, traffic)
+    hours = config.train.steps * seconds.total / 3600
+    length = config.train.sequence_length
+    flops = forward_backward_flops(shape, step_tokens(config), length)
+    if curvature is not None:
+        flops += curvature.flops(shape, length, USUAL_STEP) // curvature.interval
+    return OptimizerPlan(
+        optimizer=config.optimizer.name,
+        estimator=getattr(config.optimizer, "estimator", None),
+        hessian_interval=getattr(config.optimizer, "hessian_interval", None),
+        memory=memory,
+        peak_bytes=peak,
+        peak_phase=phase,
+        fits=peak <= cluster.usable_bytes,
+        flops_per_step=flops,
+        seconds=seconds,
+        hours=hours,
+        cost=hours * cluster.gpus * cluster.price_per_hour,
+        traffic=traffic,
+    )
+
+
+def step_tokens(config: RunConfig) -> int:
+    return config.train.global_batch_size * config.train.sequence_length
+
+
+def _peak(memory: dict[Phase, Memory]) -> tuple[Phase, int]:
+    totals = {phase: sum(by_kind.values()) for phase, by_kind in memory.items()}
+    phase = max(totals, key=lambda one: totals[one])
+    return phase, totals[phase]
+
+
+def _curvature(config: RunConfig, world_size: int) -> CurvaturePass | None:
+    return CurvaturePass.of(config.optimizer, 0, config.train.global_batch_size, micro_batch_size(config, world_size))
+
+
+def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, traffic: Traffic) -> StepSeconds:
+    """How long a step takes on average. Evaluation and checkpoints are not counted, as in a run's `seconds`."""
+    length, world_size = config.train.sequence_length, cluster.gpus
+    peak = cluster.bf16_tflops if config.train.precision == "bf16" else cluster.fp32_tflops
+    rate = peak * 1e12 * cluster.utilisation
+    tokens = step_tokens(config) // world_size  # of a rank
+    recomputed = 0
+    if getattr(config.strategy, "activation_checkpointing", False):
+        recomputed = block_flops_per_token(shape) + attention_flops_per_token(shape, length)
+    compute = (forward_backward_flops(shape, tokens, length) + tokens * recomputed) / rate
+    curvature_seconds = 0.0
+    curvature = _curvature(config, world_size)
+    sharded = not isinstance(config.strategy, DDPConfig)
+    mine = parameter_count(shape) // (world_size if sharded else 1)
+    memory_rate = cluster.memory_bandwidth * 1e9 * cluster.bandwidth_utilisation
+    if curvature is not None:
+        rows = -(-curvature.sequences // world_size)  # the largest share; a rank with less waits
+        estimates = curvature.estimates(USUAL_STEP)
+        share = rows * world_size / curvature.sequences
+        exact = curvature.estimator == "hutchinson_differences"
+        rate_of_pass = cluster.fp32_tflops * 1e12 * cluster.utilisation if exact else rate
+        work = curvature.flops(shape, length, USUAL_STEP) / world_size * share
+        if curvature.estimator != "hutchinson":
+            work += estimates * rows * length * recomputed
+        one = max(work / rate_of_pass, sum(traffic.curvature_pass.values()) / cluster.link_bandwidth)
+        curvature_seconds = (one + REFRESH_ACCESSES * FLOAT32 * mine / memory_rate) / curvature.interval
+    update = UPDATE_ACCESSES[config.optimizer.name] * FLOAT32 * mine / memory_rate
+    if isinstance(config.optimizer, MuonConfig):  # every rank does all of it
+        update += newton_schulz_flops(shape) / (cluster.bf16_tflops * 1e12 * cluster.utilisation)
+    communication = sum(traffic.step.values()) / cluster.link_bandwidth
+    return StepSeconds(compute, communication, update, curvature_seconds)
+
+
+def newton_schulz_flops(shape: GPT2Config) -> int:
+    """Of torch.optim.Muon's update of every block's matrices: a gram matrix and two products, five times."""
+    width = shape.n_embd
+    matrices = ((width, 3 * width), (width, width), (width, 4 * width), (width, 4 * width))
+    block = sum(NEWTON_SCHULZ_STEPS * (4 * rows * rows * columns + 2 * rows**3) for rows, columns in matrices)
+    return shape.n_layer * block
+
+
+def planned_traffic(config: RunConfig, shape: GPT2Config, world_size: int) -> Traffic:
+    """Bytes that each rank sends in a step, and in a curvature pass."""
+    micro_batches = config.train.global_batch_size // (world_size * micro_batch_size(config, world_size))
+    step = _traffic(config, shape, world_size, micro_batches)
+    curvature = _curvature(config, world_size)
+    if curvature is None:
+        return Traffic(step, {})
+    estimates = curvature.estimates(USUAL_STEP)
+    if curvature.estimator == "hutchinson":
+        products = estimates * all_reduce_bytes(FLOAT32 * parameter_count(shape), world_size)
+        return Traffic(step, {"all-reduce of products": products})
+    passes = estimates * (2 if curvature.estimator == "hutchinson_differences" else 1)
+    rows = -(-curvature.sequences // world_size)
+    one = _traffic(config, shape, world_size, -(-rows // micro_batch_size(config, world_size)))
+    return Traffic(step, {name: passes * size for name, size in one.items()})
+
+
+def _traffic(config: RunConfig, shape: GPT2Config, world_size: int, micro_batches: int) -> dict[str, int]:
+    size = parameter_count(shape)
+    exact = getattr(config.optimizer, "estimator", None) == "hutchinson_differences"
+    narrow = config.train.precision == "bf16" and not exact
+    match config.strategy:
+        case DDPConfig():
+            return {"all-reduce of gradients": ddp_traffic(size, world_size).total(micro_batches)}
+        case FSDPConfig():
+            root = (shape.padded_vocab_size + shape.block_size) * shape.n_embd + shape.n_embd * (1 + shape.bias)
+            traffic = fsdp_traffic(
+                size - root,
+                root,
+                world_size,
+                block_bytes=BFLOAT16 if narrow else FLOAT32,
+                reshard_after_forward=config.strategy.reshard_after_forward,
+            )
+            return {
+                "all-gather of weights": micro_batches * traffic.per_micro_batch,
+                "reduce-scatter of gradients": traffic.per_update,
+            }
+        case DeepSpeedConfig(zero_stage=stage):
+            weight_bytes = BFLOAT16 if narrow and stage > 1 else FLOAT32
+            gradients = zero_traffic(size, world_size, stage=stage, weight_bytes=0).total(micro_batches)
+            both = zero_traffic(size, world_size, stage=stage, weight_bytes=weight_bytes).total(micro_batches)
+            return {"reduce-scatter of gradients": gradients, "all-gather of weights": both - gradients}
+
+
+def remedies(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig) -> Iterator[Remedy]:
+    """The nearest settings that fit, of each kind: micro-batch, activation checkpointing, strategy, number of GPUs."""
+
+    def peak(changed: RunConfig, gpus: int = cluster.gpus) -> int:
+        return _peak(planned_memory(changed, shape, gpus, "cuda"))[1]
+
+    def fitting(changed: RunConfig, gpus: int = cluster.gpus) -> tuple[int, int] | None:
+        return largest_micro_batch(changed, gpus, lambda one: peak(one, gpus), cluster.usable_bytes)
+
+    def described(overrides: tuple[str, ...], found: tuple[int, int], before: int) -> Remedy:
+        micro, size = found
+        return Remedy(overrides if micro == before else (*overrides, f"train.micro_batch_size={micro}"), size)
+
+    now = micro_batch_size(config, cluster.gpus)
+    if (found := fitting(config)) is not None:
+        yield described((), found, 0)
+    for overrides, changed in _strategies(config):
+        if (found := fitting(changed)) is not None:
+            yield described(overrides, found, now)
+            if isinstance(changed.strategy, FSDPConfig) and found[0] == now:
+                break
+    best: list[tuple[tuple[str, ...], RunConfig]] = [
+        (("strategy=fsdp", "strategy.activation_checkpointing=true"), _checkpointed(config))
+    ]
+    if isinstance(config.strategy, DeepSpeedConfig) or config.optimizer.name == "muon":
+        best.append(((), config))
+    for overrides, changed in best:
+        gpus = 2 * cluster.gpus
+        while gpus <= MOST_GPUS and config.train.global_batch_size % gpus == 0:
+            share = config.train.global_batch_size // gpus
+            larger = _set(changed, "train", micro_batch_size=max(d for d in divisors(share) if d <= now))
+            if (found := fitting(larger, gpus)) is not None:
+                yield described((f"cluster.gpus={gpus}", *overrides), found, now)
+                break
+            gpus *= 2
+
+
+def _strategies(config: RunConfig) -> Iterator[tuple[tuple[str, ...], RunConfig]]:
+    """Strategies that need less memory than the configuration's own, which the optimizer can have."""
+    candidates: list[tuple[tuple[str, ...], dict[str, Any]]] = []
+    fsdp = {"name": "fsdp", "activation_checkpointing": False}
+    if isinstance(config.strategy, DeepSpeedConfig):
+        candidates += [
+            ((f"strategy.zero_stage={stage}",), {"name": "deepspeed", "zero_stage": stage})
+            for stage in range(config.strategy.zero_stage + 1, 4)
+        ]
+    if not isinstance(config.strategy, FSDPConfig):
+        candidates.append((("strategy=fsdp",), fsdp))
+        overrides: tuple[str, ...] = ("strategy=fsdp", "strategy.activation_checkpointing=true")
+    else:
+        overrides = ("strategy.activation_checkpointing=true",)
+    candidates.append((overrides, fsdp | {"activation_checkpointing": True}))
+    for overrides, strategy in candidates:
+        try:
+            yield overrides, validate(config.model_dump(mode="json") | {"strategy": strategy})
+        except ConfigurationError:
+            continue
+
+
+def _checkpointed(config: RunConfig) -> RunConfig:
+    return next((changed for overrides, changed in reversed(list(_strategies(config)))), config)
+
+
+def _set(config: RunConfig, section: str, **values: Any) -> RunConfig:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def largest_micro_batch(
+    config: RunConfig, gpus: int, peak: Callable[[RunConfig], int], usable: int
+) -> tuple[int, int] | None:
+    """The largest micro-batch up to the configuration's own whose peak fits, and that peak; None where none does."""
+    sizes = [d for d in divisors(config.train.global_batch_size // gpus) if d <= micro_batch_size(config, gpus)]
+    best: tuple[int, int] | None = None
+    low, high = 0, len(sizes) - 1
+    while low <= high:
+        # From the smallest: where it does not fit, nothing does.
+        middle = 0 if best is None and low == 0 else (low + high + 1) // 2
+        size = peak(_set(config, "train", micro_batch_size=sizes[middle]))
+        if size <= usable:
+            best, low = (sizes[middle], size), middle + 1
+        else:
+            high = middle - 1
+    return best
