@@ -1,0 +1,127 @@
+"""Runs asked to stop at random moments: the step is finished and saved, the exit code says so, nothing is lost."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.faults.kills import INTERVAL, compare, overrides_of
+from tests.faults.sittings import Sitting, completed
+from tests.training.runs import lines, summary
+from training import checkpoints
+from training.signals import STOP_SIGNALS
+
+PREEMPTED = 75
+#: A process told twice has ended by then, whatever it was doing.
+AT_ONCE_SECONDS = 1.0
+
+
+def stop_again_and_again(
+    corpus: Sequence[str], scratch: Path, stops: int, seed: int, *overrides: str, ranks: int = 1
+) -> dict[str, Any]:
+    """Signal a run at `stops` random moments of its loop, start it again each time, and compare it in the end.
+
+    With several ranks one of them alone is signalled. A checkpoint is due only at the end: what is saved is saved at the
+    last moment.
+    """
+    steps = 12 * stops + 20
+    given = ("checkpoint.interval=1000", *overrides)
+    log, directory = scratch / "log", scratch / "run"
+    completed(overrides_of(corpus, scratch, "undisturbed", steps, *given), log, ranks)
+    total = summary(scratch / "undisturbed")["ledger"]
+    pace = sum(entry["seconds"] for entry in total.values()) / steps
+    command = overrides_of(corpus, scratch, "run", steps, *given)
+    generator = np.random.default_rng(seed)
+    faults: list[str] = []
+    honoured, seconds, lost = 0, [], 0
+    for number in range(stops):
+        sitting = Sitting(command, log, ranks)
+        assert sitting.wait_until(lambda s=sitting: "run directory" in s.said())
+        time.sleep(generator.uniform(0, 3 * INTERVAL * pace))
+        chosen = STOP_SIGNALS[number % len(STOP_SIGNALS)]
+        began = time.monotonic()
+        sitting.signal(chosen, int(generator.integers(ranks)) if ranks > 1 else None)
+        codes = sitting.wait()
+        seconds.append(time.monotonic() - began)
+        if codes != [PREEMPTED] * ranks:
+            faults.append(f"{chosen.name}: exit codes {codes}: {sitting.said()}")
+            continue
+        honoured += 1
+        newest = next(iter(checkpoints.available(directory / "checkpoints")), None)
+        at = checkpoints.step_of(newest) if newest is not None else 0
+        done = max((line["step"] for line in lines(directory, "train")), default=0)
+        lost += done - at
+        if summary(directory)["status"] != "preempted":
+            faults.append(f"{chosen.name}: the summary says {summary(directory)['status']}")
+    completed(command, log, ranks)
+    difference, found = compare(directory, scratch / "undisturbed", steps)
+    if lost:
+        faults.append(f"{lost} steps were made and not saved")
+    return {
+        "ranks": ranks,
+        "signals": stops,
+        "honoured": honoured,
+        "steps_lost": lost,
+        "seconds_to_the_end": {"median": round(float(np.median(seconds)), 3), "longest": round(max(seconds), 3)},
+        "largest_difference": difference,
+        "faults": faults + found,
+    }
+
+
+def stop_twice(corpus: Sequence[str], scratch: Path, times: int, seed: int) -> dict[str, Any]:
+    """Two signals within one long step: the second ends the process at once."""
+    generator = np.random.default_rng(seed)
+    long_step = ("train.global_batch_size=4096", "train.micro_batch_size=64", "train.sequence_length=32")
+    command = overrides_of(corpus, scratch, "long", 24, *long_step)
+    faults, seconds, at_once = [], [], 0
+    for number in range(times):
+        log = scratch / "log"
+        sitting = Sitting([*command, "overwrite=true"], log)
+        assert sitting.wait_until(lambda s=sitting: "step 0/24" in s.said())
+        time.sleep(0.2)
+        chosen = STOP_SIGNALS[number % len(STOP_SIGNALS)]
+        sitting.signal(chosen)
+        time.sleep(generator.uniform(0.02, 0.3))
+        began = time.monotonic()
+        sitting.signal(chosen)
+        (code,) = sitting.wait()
+        seconds.append(time.monotonic() - began)
+        if code == 128 + chosen and seconds[-1] <= AT_ONCE_SECONDS:
+            at_once += 1
+        else:
+            faults.append(f"{chosen.name} twice: exit code {code} after {seconds[-1]:.2f} s: {sitting.said()}")
+    return {"tried": times, "at_once": at_once, "longest_seconds": round(max(seconds), 3), "faults": faults}
+
+
+def time_of_a_large_save(corpus: Sequence[str], scratch: Path) -> dict[str, Any]:
+    """From the signal to the end of a run of tens of millions of weights: the rest of its step, and the save."""
+    command = overrides_of(
+        corpus,
+        scratch,
+        "large",
+        1000,
+        *("model=gpt2_30m", "model.n_embd=384", "train.global_batch_size=1", "eval.interval=1000"),
+        *("eval.tokens=32", "checkpoint.interval=1000"),
+    )
+    sitting = Sitting(command, scratch / "log")
+    directory = scratch / "large"
+    metrics = directory / "metrics.jsonl"
+    assert sitting.wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b'"train"') >= 3, poll=0.01)
+    began = time.monotonic()
+    sitting.signal(signal.SIGTERM)
+    codes = sitting.wait()
+    seconds = time.monotonic() - began
+    said = summary(directory)
+    newest = checkpoints.available(directory / "checkpoints")[0]
+    return {
+        "parameters": said["parameters"],
+        "bytes": sum(path.stat().st_size for path in newest.iterdir()),
+        "save_seconds": round(said["ledger"]["checkpoint"]["seconds"], 2),
+        "seconds_to_the_end": round(seconds, 2),
+        "faults": [] if codes == [PREEMPTED] else [f"exit codes {codes}: {sitting.said()}"],
+    }
