@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test lint test-gpu test-slurm lock clean help
+.PHONY: setup demo test lint bench bench-full test-gpu test-slurm lock clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,15 @@ lint: setup ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: setup ## speed and memory: optimizer step, training step at 30M (ten minutes, on a quiet machine)
+	$(BIN)/python benchmarks/optimizer_step.py
+	$(BIN)/python benchmarks/training_step.py
+
+bench-full: bench ## the same, and 124M, data, and how cost grows (an hour)
+	$(BIN)/python benchmarks/training_step.py --size 124m
+	$(BIN)/python benchmarks/data_pipeline.py
+	$(BIN)/python benchmarks/scaling.py
 
 test-gpu: setup ## the tests that depend on the device, on CUDA
 	$(BIN)/python -m pytest -m gpu
