@@ -27,6 +27,7 @@ from training.distributed import Distributed
 from training.guards import RanksDiffer
 from training.ledger import CompilationClock, Ledger
 from training.loop import NotSaved, Run, TrainingState, train
+from training.memory import keep_memory_mapped
 from training.optimizers import build_optimizers, gamma_controller
 from training.profiling import profiler
 from training.recorder import Recorder
@@ -80,6 +81,8 @@ def execute(config: RunConfig) -> Outcome:
         from training.strategies.deepspeed import prepare_environment
 
         prepare_environment(config.train.device)
+    if config.train.device == "cpu" or not torch.cuda.is_available():
+        keep_memory_mapped()
     with (
         StopSignals(EXIT_CODES["preempted"], speaks=int(os.environ.get("RANK", 0)) == 0) as stop,
         contextlib.ExitStack() as held,
