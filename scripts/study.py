@@ -5,6 +5,7 @@
     python scripts/study.py run study=cpu_scale hydra/launcher=joblib hydra.launcher.n_jobs=4
     python scripts/study.py run study=cpu_scale tracker=wandb   mirror the runs to W&B
     python scripts/study.py plan study=cpu_scale                how many trials, steps and tokens
+    python scripts/study.py plan study=cpu_scale --speed gpt2_micro=26000 gpt2_mini=10500     and hours
     python scripts/study.py status study=cpu_scale              what is done
     python scripts/study.py times study=cpu_scale               reference times, on an idle machine
     python scripts/study.py report study=cpu_scale              HTML, Markdown, JSON
@@ -16,7 +17,7 @@
 import argparse
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich import box
@@ -26,13 +27,13 @@ from rich.table import Table
 from analysis.report import print_summary, write_report
 from analysis.results import analyse
 from analysis.trials import load_study
-from studies.plan import common_overrides, expected_trials, plan
+from studies.costs import costs
+from studies.plan import expected_trials, plan
 from studies.records import Places, outcomes
 from studies.runner import Launch, run_study
 from studies.spec import StudySpec, load_spec
 from studies.sweeps import write_sweeps
 from studies.times import measure
-from training.compose import compose
 from training.config import ConfigurationError
 from training.jobs import at_once, launch
 from training.records import RecordError
@@ -51,6 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--records", type=Path, default=Path("results"), help="where records are kept (default: results)"
     )
+    parser.add_argument(
+        "--speed",
+        nargs="+",
+        default=[],
+        metavar="MODEL=TOKENS",
+        help="plan: training tokens a second of AdamW, by model",
+    )
+    parser.add_argument("--start", type=float, default=8.0, help="plan: seconds that a run takes to start and compile")
     options = parser.parse_args(arguments)
     console = Console(stderr=options.command in ("run", "times"))
     try:
@@ -62,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "run":
                 return run(spec, places, launching, at_once(launcher), options.hours, console)
             case "plan":
-                console.print(plan_table(spec))
+                console.print(plan_table(spec, speeds_of(spec, options.speed), options.start))
             case "status":
                 console.print(status_table(spec, places))
             case "times":
@@ -125,24 +134,39 @@ def report(places: Places, console: Console) -> int:
     return 0
 
 
-def plan_table(spec: StudySpec) -> Table:
-    """Trials, steps and tokens of each arm and model, at most."""
+def speeds_of(spec: StudySpec, given: Sequence[str]) -> dict[str, float]:
+    """`--speed` by model.
+
+    Raises:
+        ConfigurationError: no model of the study, or no number.
+    """
+    speeds: dict[str, float] = {}
+    for one in given:
+        model, _, number = one.partition("=")
+        if model not in spec.models or not number.replace(".", "", 1).isdigit() or not float(number):
+            raise ConfigurationError(
+                f"--speed {one}: expected <model>=<tokens a second> with one of {', '.join(spec.models)}"
+            )
+        speeds[model] = float(number)
+    return speeds
+
+
+def plan_table(spec: StudySpec, speeds: Mapping[str, float], start_seconds: float) -> Table:
+    """Trials, steps and tokens of each arm and model, at most; hours where a speed is given."""
     table = Table(title=f"{spec.name}: at most", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("model", "arm", "tuning trials", "reported runs", "steps", "tokens"):
+    for column in ("model", "arm", "tuning trials", "reported runs", "steps", "tokens", "hours"):
         table.add_column(column, justify="left" if column in ("model", "arm") else "right")
-    rows: dict[tuple[str, str], list[int]] = {}
-    for (arm, model, horizon, phase), count in expected_trials(spec).items():
-        row = rows.setdefault((model, arm), [0, 0, 0])
-        row[0 if phase == "tuning" else 1] += count
-        row[2] += count * horizon
-    total = 0
-    for (model, arm), (tuning, reporting, steps) in rows.items():
-        varied = spec.ablations[arm].of if arm in spec.ablations else arm
-        config = compose(common_overrides(spec, spec.arms[varied], model))
-        tokens = steps * config.train.global_batch_size * config.train.sequence_length
-        total += tokens
-        table.add_row(model, arm, str(tuning), str(reporting), f"{steps:,}", f"{tokens:.3g}")
-    table.caption = f"{sum(expected_trials(spec).values()):,} trials, {total:.3g} tokens"
+    planned = costs(spec, speeds, start_seconds)
+    for (model, arm), cost in planned.items():
+        numbers = str(cost.tuning), str(cost.reporting), f"{cost.steps:,}", f"{cost.tokens:.3g}"
+        table.add_row(model, arm, *numbers, "" if cost.seconds is None else f"{cost.seconds / 3600:.2f}")
+    trials = sum(cost.tuning + cost.reporting for cost in planned.values())
+    table.caption = f"{trials:,} trials, {sum(cost.tokens for cost in planned.values()):.3g} tokens"
+    known = [cost.seconds for cost in planned.values() if cost.seconds is not None]
+    if known:
+        table.caption += f", {sum(known) / 3600:.1f} hours" + (
+            "" if len(known) == len(planned) else " where speeds are given"
+        )
     return table
 
 

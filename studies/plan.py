@@ -139,6 +139,15 @@ def common_overrides(spec: StudySpec, arm: ArmSpec, model: str) -> list[str]:
     return [f"model={model}", *spec.base, *spec.models[model].overrides, *arm.overrides]
 
 
+def arm_overrides(spec: StudySpec, name: str, model: str) -> list[str]:
+    """The same for an arm or an ablation by name."""
+    ablation = spec.ablations.get(name)
+    if ablation is None:
+        return common_overrides(spec, spec.arms[name], model)
+    common = common_overrides(spec, spec.arms[ablation.of], model)
+    return [*_merged(common, ablation.overrides), *ablation.overrides]
+
+
 def value_overrides(values: Mapping[str, Value], defaults: Callable[[], Mapping[str, Any]]) -> list[str]:
     """Hydra overrides for chosen values; elements of a list (optimizer.betas[0]) are put into the default list.
 
@@ -238,6 +247,7 @@ def _trial(
 def _ablation_trial(
     spec: StudySpec, name: str, ablation: AblationSpec, horizon: int, seed: int, values: Point
 ) -> Trial:
+    values = {**values, **ablation.values}
     like = _trial(spec, ablation.of, "reporting", ablation.model, horizon, seed, values, 0)
     overrides = (*_merged(like.overrides, ablation.overrides), *ablation.overrides)
     stage = 10 * len(spec.models)

@@ -106,18 +106,29 @@ class ArmSpec(Section):
 
 
 class AblationSpec(Section):
-    """An arm's reported runs once more with something changed; its hyper-parameters are the arm's, without a search."""
+    """An arm's reported runs once more with something changed; its other hyper-parameters are the arm's, without a search.
+
+    `values` are set in the place of those that the arm's search found, elements of lists too.
+    """
 
     of: Name
-    overrides: Annotated[tuple[str, ...], Field(min_length=1)]
+    overrides: tuple[str, ...] = ()
+    values: dict[Key, Value] = {}
     model: Name
     horizons: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     seeds: PositiveInt | None = None  # how many of the model's reporting seeds, all by default
 
     @property
     def varies(self) -> tuple[str, ...]:
-        """The keys that it sets; a group choice (optimizer=…) counts as the group."""
-        return tuple(override.lstrip("+").split("=")[0] for override in self.overrides)
+        """The keys that it sets; a group choice (optimizer=…) counts as the group, an element as its list."""
+        set_keys = [override.lstrip("+").split("=")[0] for override in self.overrides]
+        return tuple(dict.fromkeys([*set_keys, *(key.split("[")[0] for key in self.values)]))
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if not self.overrides and not self.values:
+            raise ValueError(f"of={self.of}: neither overrides nor values; say what the ablation changes")
+        return self
 
 
 class ModelSpec(Section):

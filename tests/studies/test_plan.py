@@ -9,6 +9,7 @@ from studies.plan import Outcome, Plan, Trial, expected_trials, plan, value_over
 from studies.spec import StudySpec, validate_spec
 from tests.studies.small import small
 from training.compose import compose
+from training.config import ConfigurationError
 
 
 def loss_of(trial: Trial) -> float:
@@ -132,3 +133,23 @@ def test_elements_of_lists_are_put_into_the_default_list() -> None:
     )
     assert written == ["optimizer.lr=0.002", "schedule.warmup_share=0.2", "optimizer.betas=[0.9,0.99]"]
     assert value_overrides({"optimizer.clip": False}, dict) == ["optimizer.clip=false"]
+
+
+def test_an_ablation_sets_values_in_the_place_of_those_found() -> None:
+    values = small()
+    grid = {"of": "sophiag", "values": {"optimizer.betas[1]": 0.8}, "model": "gpt2_nano", "horizons": [50], "seeds": 1}
+    values["ablations"] = {"grid": grid}
+    changed = validate_spec(values, "small.yaml")
+    finished, _ = to_the_end(changed)
+    (cell,) = [trial for trial in finished.trials if trial.arm == "grid"]
+    arm = next(t for t in finished.trials if (t.arm, t.phase, t.horizon) == ("sophiag", "reporting", 50))
+    assert cell.values == {**arm.values, "optimizer.betas[1]": 0.8}
+    assert f"optimizer.betas=[{arm.values['optimizer.betas[0]']:g},0.8]" in cell.overrides
+    assert changed.ablations["grid"].varies == ("optimizer.betas",)
+
+
+def test_an_ablation_that_changes_nothing_is_refused() -> None:
+    values = small()
+    values["ablations"] = {"same": {"of": "sophiag", "model": "gpt2_nano", "horizons": [50]}}
+    with pytest.raises(ConfigurationError, match="neither overrides nor values"):
+        validate_spec(values, "small.yaml")

@@ -1,0 +1,64 @@
+"""What a study costs before anything runs: trials, steps, tokens, and hours at a given speed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from studies.plan import arm_overrides, expected_trials
+from studies.spec import StudySpec
+from training.compose import compose
+from training.config import AdaHessianConfig, RunConfig, SophiaConfig
+
+# An estimate in forward-backward passes over its tokens, by FLOPs (models/flops.py).
+_PASSES = {"gnb": 1, "empirical_fisher": 1, "hutchinson_differences": 2, "hutchinson": 3}
+
+
+@dataclass
+class Cost:
+    """Of an arm on a model, at most."""
+
+    tuning: int = 0  # runs
+    reporting: int = 0
+    steps: int = 0
+    tokens: int = 0
+    seconds: float | None = 0.0  # None where no speed is known
+
+
+def costs(spec: StudySpec, speeds: Mapping[str, float], start_seconds: float) -> dict[tuple[str, str], Cost]:
+    """By model and arm.
+
+    Args:
+        speeds: training tokens per second of AdamW, by model. Curvature passes and evaluations are added in proportion
+            to their FLOPs; an optimizer whose own step is slow is not known here.
+        start_seconds: what a run takes besides: starting, compiling, its checkpoint.
+    """
+    found: dict[tuple[str, str], Cost] = {}
+    configs: dict[tuple[str, str], RunConfig] = {}
+    for (arm, model, horizon, phase), count in expected_trials(spec).items():
+        key = model, arm
+        if key not in configs:
+            configs[key] = compose(arm_overrides(spec, arm, model))
+        config, cost = configs[key], found.setdefault(key, Cost())
+        if phase == "tuning":
+            cost.tuning += count
+        else:
+            cost.reporting += count
+        tokens = horizon * config.train.global_batch_size * config.train.sequence_length
+        cost.steps += count * horizon
+        cost.tokens += count * tokens
+        speed = speeds.get(model)
+        if speed is None or cost.seconds is None:
+            cost.seconds = None
+            continue
+        evaluations = 1 + -(-horizon // config.eval.interval)
+        evaluated = evaluations * (config.eval.tokens or 0) / 3  # a forward is a third of a training step
+        cost.seconds += count * (start_seconds + (tokens * (1 + curvature_share(config)) + evaluated) / speed)
+    return found
+
+
+def curvature_share(config: RunConfig) -> float:
+    """FLOPs of the curvature passes over those of training, the first refresh apart."""
+    optimizer = config.optimizer
+    if not isinstance(optimizer, (SophiaConfig, AdaHessianConfig)):
+        return 0.0
+    draws = optimizer.label_draws if isinstance(optimizer, SophiaConfig) else 1
+    return draws * _PASSES[optimizer.estimator] * optimizer.batch_fraction / optimizer.hessian_interval
