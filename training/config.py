@@ -255,6 +255,7 @@ class TrainConfig(Section):
     sequence_length: PositiveInt
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto"] | bool = "auto"
+    shared_forward: bool = True
     grad_clip: PositiveFloat | None = 1.0
     deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -419,7 +420,7 @@ class RunConfig(Section):
             del full[key]
         for key in ("strategy", "tracker", "launcher", "checkpoint", "guards", "profile"):
             del full[key]
-        for key in ("micro_batch_size", "compile", "deterministic", "device"):
+        for key in ("micro_batch_size", "compile", "shared_forward", "deterministic", "device"):
             del full["train"][key]
         del full["eval"]["micro_batch_size"]
         del full["data"]["directory"]

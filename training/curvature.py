@@ -10,12 +10,15 @@ Beyond the paper, off by default: with `label_draws` R, gnb's ĥ is the mean ove
 backward of its own; with `warm_start` n, h at the first step is the mean of n estimates of that step's slice, each with
 labels or noise of its own, instead of (1 - β2) ĥ.
 
+Gauss-Newton-Bartlett with one draw needs no forward of its own where a strategy can differentiate one forward twice: the
+labels are drawn from the softmax of the training loss (`run_within_training`). Elsewhere `run` makes the pass by itself.
+
 N is counted from the predictions that were really made. No norm clip touches the estimate. Formulas: Liu et al. 2024,
 section 2.3.
 """
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -23,10 +26,16 @@ from torch import Tensor
 
 from data.batches import Batch
 from models import GPT2Config
-from models.flops import forward_backward_flops, hutchinson_differences_flops, hutchinson_exact_flops
+from models.flops import (
+    forward_backward_flops,
+    gauss_newton_bartlett_flops,
+    hutchinson_differences_flops,
+    hutchinson_exact_flops,
+)
 from sophia import random
 from training.config import AdaHessianConfig, OptimizerConfig, SophiaConfig
-from training.strategies.base import Strategy
+from training.ledger import Ledger
+from training.strategies.base import KeepsGraphs, Strategy
 from training.strategies.communication import FLOAT32, all_reduce_bytes
 
 
@@ -46,6 +55,7 @@ class CurvaturePass:
         seed: the curvature seed; labels and noise are pure functions of it, the step and the global position.
         global_batch_size: sequences of a training batch, B.
         micro_batch_size: the most sequences per forward on a rank.
+        shared_forward: whether labels may be drawn in the training forward.
     """
 
     def __init__(
@@ -54,7 +64,10 @@ class CurvaturePass:
         seed: int,
         global_batch_size: int,
         micro_batch_size: int,
+        *,
+        shared_forward: bool = False,
     ) -> None:
+        self._shared_forward = shared_forward
         self.interval = config.hessian_interval
         self._label_draws = config.label_draws if isinstance(config, SophiaConfig) else 1
         self._warm_start = config.warm_start if isinstance(config, SophiaConfig) else 0
@@ -66,11 +79,17 @@ class CurvaturePass:
 
     @classmethod
     def of(
-        cls, config: OptimizerConfig, seed: int, global_batch_size: int, micro_batch_size: int
+        cls,
+        config: OptimizerConfig,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        *,
+        shared_forward: bool = False,
     ) -> "CurvaturePass | None":
         """The pass of the configuration, None for a method without one."""
         if isinstance(config, (SophiaConfig, AdaHessianConfig)):
-            return cls(config, seed, global_batch_size, micro_batch_size)
+            return cls(config, seed, global_batch_size, micro_batch_size, shared_forward=shared_forward)
         return None
 
     def due(self, step: int) -> bool:
@@ -93,6 +112,76 @@ class CurvaturePass:
             skipped = strategy.update_hessian(estimates=self._estimate(strategy, slices, step, num_predictions))
         strategy.zero_grad()
         return skipped
+
+    def shares_forward(self, strategy: Strategy, step: int) -> TypeGuard[KeepsGraphs]:
+        """Whether the refresh before this step can take its labels from the training forward."""
+        plain = self.estimator == "gnb" and self._label_draws == 1 and not (step == 1 and self._warm_start)
+        return self._shared_forward and plain and isinstance(strategy, KeepsGraphs)
+
+    def run_within_training(
+        self, strategy: KeepsGraphs, batch: Batch, step: int, predictions: int, ledger: Ledger
+    ) -> tuple[Tensor, int, Tensor]:
+        """`run`, and the training forward and backward of the slice's sequences, with one forward for both.
+
+        h is what `run` makes of it, up to rounding. The gradients of the training loss are left in `.grad`. While a
+        slice of several micro-batches is worked through, both gradients are held.
+
+        Args:
+            predictions: of the whole training batch, over all ranks.
+            ledger: what the estimate costs beyond training is booked as curvature.
+
+        Returns:
+            This rank's share of the mean training loss over the sequences done (0-D); how many of this rank's sequences
+            are done; 1 (0-D, on the device) where a non-finite estimate was held back.
+        """
+        parameters = list(strategy.parameters().values())
+        parts = list(self._own_rows(strategy, batch))
+        num_predictions = self._count_predictions(strategy, parts)
+        training: list[Tensor | None] = [None] * len(parameters)
+        share = torch.zeros((), device=strategy.device)
+        skipped = None
+        for index, part in enumerate(parts):
+            with ledger.measure("forward_backward", part=True):
+                uniforms = random.uniforms(self._seed, step, part.positions)
+                output = strategy.forward_locally(part.tokens, part.targets, uniforms)
+                assert output.loss_sum is not None
+                assert output.sampled_loss_sum is not None
+            with ledger.measure("curvature", part=True):
+                strategy.backward(output.sampled_loss_sum / num_predictions, retain_graph=True)
+                if index == len(parts) - 1:
+                    skipped = self._fold(strategy, num_predictions)
+            with ledger.measure("forward_backward", part=True):
+                curvature = _exchange_gradients(parameters, training)
+                strategy.backward(output.loss_sum / predictions)
+                share += output.loss_sum.detach() / predictions
+                if skipped is None:
+                    training = _exchange_gradients(parameters, curvature)
+        if skipped is None:  # a rank without a part in it
+            skipped = self._fold(strategy, num_predictions)
+        return share, sum(len(part.tokens) for part in parts), skipped
+
+    @staticmethod
+    def _fold(strategy: KeepsGraphs, num_predictions: int) -> Tensor:
+        strategy.reduce_gradients()
+        skipped = strategy.update_hessian(num_predictions=num_predictions)
+        strategy.zero_grad()
+        return skipped
+
+    def _own_rows(self, strategy: Strategy, batch: Batch) -> Iterator[CurvatureSlice]:
+        """This rank's sequences of the slice in micro-batches, without padding: ranks need not have as many."""
+        mine = len(range(strategy.distributed.rank, self.sequences, strategy.distributed.world_size))
+        length = batch.tokens.shape[1]
+        offsets = torch.arange(length, device=strategy.device)
+        for first in range(0, mine, self._micro_batch_size):
+            rows = slice(first, min(first + self._micro_batch_size, mine))
+            tokens = torch.from_numpy(batch.tokens[rows]).to(strategy.device, non_blocking=True)
+            targets = torch.from_numpy(batch.targets[rows]).to(strategy.device, non_blocking=True)
+            indices = torch.from_numpy(batch.indices[rows])[:, None].to(strategy.device, non_blocking=True)
+            yield CurvatureSlice(tokens, targets, indices * length + offsets)
+
+    def covers_batch(self, rows: int, world_size: int) -> bool:
+        """Whether some rank's part of the slice is all of its `rows` sequences."""
+        return -(-self.sequences // world_size) >= rows
 
     def _first(self, strategy: Strategy, slices: list[CurvatureSlice], num_predictions: int) -> list[Tensor]:
         """What takes h from zero to the mean of `warm_start` estimates: that mean / (1 - β2).
@@ -150,7 +239,9 @@ class CurvaturePass:
             )
 
     def _count_predictions(self, strategy: Strategy, slices: list[CurvatureSlice]) -> int:
-        local = torch.stack([(s.positions >= 0).sum() for s in slices]).sum()
+        local = torch.zeros((), dtype=torch.int64, device=strategy.device)
+        for part in slices:
+            local += (part.positions >= 0).sum()
         return int(strategy.distributed.all_reduce(local).item())
 
     def _loss(self, step: int, draw: int) -> "Callable[[Strategy, CurvatureSlice], Tensor]":
@@ -232,9 +323,11 @@ class CurvaturePass:
         """Tokens that the refresh before this step estimates from over all ranks, counted for each estimate."""
         return self.estimates(step) * self.sequences * sequence_length
 
-    def flops(self, shape: GPT2Config, sequence_length: int, step: int) -> int:
-        """Model FLOPs of the refresh before this step over all ranks, forwards included."""
+    def flops(self, shape: GPT2Config, sequence_length: int, step: int, *, shared_forward: bool = False) -> int:
+        """Model FLOPs of the refresh before this step over all ranks, its own forwards included."""
         tokens = self.tokens(sequence_length, step)
+        if shared_forward:
+            return gauss_newton_bartlett_flops(shape, tokens, sequence_length, own_forward=False)
         match self.estimator:
             case "hutchinson":
                 return hutchinson_exact_flops(shape, tokens, sequence_length)
@@ -248,3 +341,11 @@ def _training_loss(strategy: Strategy, part: CurvatureSlice) -> Tensor:
     loss = strategy.forward(part.tokens, part.targets).loss_sum
     assert loss is not None
     return loss
+
+
+def _exchange_gradients(parameters: Sequence[Tensor], incoming: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Put `incoming` into `.grad`; returns what was there. Nothing is copied."""
+    outgoing = [parameter.grad for parameter in parameters]
+    for parameter, gradient in zip(parameters, incoming, strict=True):
+        parameter.grad = gradient
+    return outgoing

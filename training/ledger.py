@@ -73,8 +73,11 @@ class Ledger:
         self._pending: list[tuple[Kind, torch.cuda.Event, torch.cuda.Event, float]] = []
 
     @contextlib.contextmanager
-    def measure(self, kind: Kind, tokens: int = 0, flops: int = 0) -> Iterator[None]:
-        """Book the block's time under `kind`, and its tokens and model FLOPs when it ends without an error."""
+    def measure(self, kind: Kind, tokens: int = 0, flops: int = 0, *, part: bool = False) -> Iterator[None]:
+        """Book the block's time under `kind`, and its tokens and model FLOPs when it ends without an error.
+
+        `part`: the time alone; the whole, of which this is a part, is counted by `add`.
+        """
         compiled = self._compilation.seconds
         if self._cuda:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -86,6 +89,11 @@ class Ledger:
             started = time.perf_counter()
             yield
             self._book(kind, time.perf_counter() - started, self._compilation.seconds - compiled)
+        if not part:
+            self.add(kind, tokens, flops)
+
+    def add(self, kind: Kind, tokens: int, flops: int) -> None:
+        """Count once what has been measured in parts, with its tokens and model FLOPs."""
         entry = self.entries[kind]
         entry.tokens += tokens
         entry.flops += flops

@@ -3,6 +3,8 @@
     batches.at(step) → [when due: curvature pass] → forward and backward of each micro-batch → clip and step → record
     → [when due: evaluation, checkpoint]
 
+Where a strategy allows it, the curvature pass takes its labels from the forward of the training loss.
+
 The loop does not know which strategy, optimizer or tracker it has. Whatever ends a run early (a signal, a full disk, a
 damaged shard) may be seen by one rank alone; the ranks agree between steps, so that all end it in the same place.
 """
@@ -29,7 +31,7 @@ from training.guards import LossSpikes, compare_ranks
 from training.ledger import Ledger
 from training.records import Status
 from training.schedule import learning_rate_factor
-from training.strategies.base import StepStatistics, Strategy
+from training.strategies.base import KeepsGraphs, StepStatistics, Strategy
 
 Line = Mapping[str, Any]
 
@@ -205,8 +207,8 @@ class Reporter:
                 run.message(alarm)
 
 
-def forward_backward(run: Run, batch: Batch) -> Tensor:
-    """Accumulate the gradient of the mean loss over the global batch.
+def forward_backward(run: Run, batch: Batch, first: int = 0) -> Tensor:
+    """Accumulate the gradient of the mean loss over the global batch, from this rank's sequence `first` on.
 
     Returns this rank's share of the mean loss: 0-D, on the device; the sum over the ranks is the mean over all tokens.
     """
@@ -215,12 +217,50 @@ def forward_backward(run: Run, batch: Batch) -> Tensor:
     targets = torch.from_numpy(batch.targets).to(strategy.device, non_blocking=True)
     predictions = run.config.train.global_batch_size * run.config.train.sequence_length
     share = torch.zeros((), device=strategy.device)
-    for first in range(0, len(tokens), size):
-        run.progress(f"at step {run.state.step + 1}, sequence {first} of {len(tokens)}")
-        with strategy.micro_batch(last=first + size >= len(tokens)):
-            loss_sum = strategy.forward(tokens[first : first + size], targets[first : first + size]).loss_sum
+    for start in range(first, len(tokens), size):
+        run.progress(f"at step {run.state.step + 1}, sequence {start} of {len(tokens)}")
+        with strategy.micro_batch(last=start + size >= len(tokens)):
+            loss_sum = strategy.forward(tokens[start : start + size], targets[start : start + size]).loss_sum
             assert loss_sum is not None
             strategy.backward(loss_sum / predictions)
+        share += loss_sum.detach() / predictions
+    return share
+
+
+def forward_backward_refresh(
+    run: Run, curvature: CurvaturePass, strategy: KeepsGraphs, batch: Batch, step: int
+) -> tuple[Tensor, Tensor]:
+    """`forward_backward` with a curvature pass whose labels come from its forward.
+
+    Returns this rank's share of the mean loss, and 1 where a non-finite estimate was held back.
+    """
+    ledger, config = run.ledger, run.config.train
+    length, predictions = config.sequence_length, config.global_batch_size * config.sequence_length
+    share, done, held_back = curvature.run_within_training(strategy, batch, step, predictions, ledger)
+    flops = curvature.flops(strategy.model.config, length, step, shared_forward=True)
+    ledger.add("curvature", curvature.tokens(length, step), flops)
+    rows = len(batch.tokens)
+    with ledger.measure("forward_backward", part=True):
+        if curvature.covers_batch(rows, strategy.distributed.world_size):
+            # A rank with nothing left has no last micro-batch in which to reduce: all ranks do it by hand.
+            if done < rows:
+                share += forward_backward_locally(run, strategy, batch, done)
+            strategy.reduce_gradients()
+        else:
+            share += forward_backward(run, batch, done)
+    return share, held_back
+
+
+def forward_backward_locally(run: Run, strategy: KeepsGraphs, batch: Batch, first: int) -> Tensor:
+    """`forward_backward` without the reduction over the ranks."""
+    predictions = run.config.train.global_batch_size * run.config.train.sequence_length
+    share = torch.zeros((), device=strategy.device)
+    for start in range(first, len(batch.tokens), run.micro_batch_size):
+        rows = slice(start, start + run.micro_batch_size)
+        tokens, targets = (torch.from_numpy(a[rows]).to(strategy.device) for a in (batch.tokens, batch.targets))
+        loss_sum = strategy.forward_locally(tokens, targets, None).loss_sum
+        assert loss_sum is not None
+        strategy.backward(loss_sum / predictions)
         share += loss_sum.detach() / predictions
     return share
 
@@ -258,16 +298,21 @@ def train(run: Run) -> Status:
             assert batch is not None
 
             run.progress(f"at step {step}")
-            if run.curvature is not None and run.curvature.due(step):
-                flops = run.curvature.flops(shape, length, step)
-                with ledger.measure("curvature", run.curvature.tokens(length, step), flops):
-                    held_back = run.curvature.run(strategy, batch, step)
-                ledger.bytes_communicated += run.curvature.bytes_communicated(strategy, step)
+            curvature = run.curvature if run.curvature is not None and run.curvature.due(step) else None
+            if curvature is not None and curvature.shares_forward(strategy, step):
+                loss, held_back = forward_backward_refresh(run, curvature, strategy, batch, step)
+                ledger.add("forward_backward", step_tokens, step_flops)
+            else:
+                if curvature is not None:
+                    flops = curvature.flops(shape, length, step)
+                    with ledger.measure("curvature", curvature.tokens(length, step), flops):
+                        held_back = curvature.run(strategy, batch, step)
+                with ledger.measure("forward_backward", step_tokens, step_flops):
+                    loss = forward_backward(run, batch)
+            if curvature is not None:
+                ledger.bytes_communicated += curvature.bytes_communicated(strategy, step)
                 reporter.flush()
                 write_curvature(run, step, held_back)
-
-            with ledger.measure("forward_backward", step_tokens, step_flops):
-                loss = forward_backward(run, batch)
             ledger.bytes_communicated += strategy.bytes_communicated(len(batch.tokens) // run.micro_batch_size)
 
             with ledger.measure("optimizer"):

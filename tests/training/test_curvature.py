@@ -12,6 +12,7 @@ from sophia import random
 from training.config import SophiaConfig
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
+from training.ledger import Ledger
 from training.optimizers import build_optimizers
 from training.strategies.ddp import DDP
 
@@ -222,3 +223,54 @@ def test_a_non_finite_estimate_never_enters_h() -> None:
     held_back = CurvaturePass(CONFIG, SEED, BATCH, BATCH).run(made, batch(), 11)
     assert held_back == 1
     assert all(torch.equal(b, h) for b, h in zip(before, hessians(made), strict=True))
+
+
+def one_forward(micro_batch_size: int, config: SophiaConfig) -> tuple[list[Tensor], list[Tensor], float]:
+    """h, the training gradient and the training loss of a step whose refresh has no forward of its own."""
+    made = strategy(config=config)
+    curvature = CurvaturePass(config, SEED, BATCH, micro_batch_size, shared_forward=True)
+    assert curvature.shares_forward(made, STEP)
+    ledger = Ledger(torch.device("cpu"))
+    share, done, held_back = curvature.run_within_training(made, batch(), STEP, BATCH * LENGTH, ledger)
+    assert done == curvature.sequences
+    assert not held_back
+    rest = batch()
+    targets = torch.from_numpy(rest.targets[done:])
+    if len(targets):
+        loss_sum = made.forward(torch.from_numpy(rest.tokens[done:]), targets).loss_sum
+        made.backward(loss_sum / (BATCH * LENGTH))
+        share += loss_sum.detach() / (BATCH * LENGTH)
+    return hessians(made), [p.grad for p in made.model.parameters() if p.grad is not None], float(share)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 4, 8])
+@pytest.mark.parametrize("batch_fraction", [0.125, 0.5, 1.0])
+def test_labels_drawn_in_the_training_forward_give_the_same_curvature_and_training_gradient(
+    micro_batch_size: int, batch_fraction: float
+) -> None:
+    config = CONFIG.model_copy(update={"batch_fraction": batch_fraction})
+    h, gradients, loss = one_forward(micro_batch_size, config)
+    assert_close(h, run(config))
+    model = strategy().model
+    expected = model.loss(torch.from_numpy(batch().tokens), torch.from_numpy(batch().targets))
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    assert_close(gradients, [p.grad for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize(
+    "change", [{"estimator": "empirical_fisher"}, {"estimator": "hutchinson"}, {"label_draws": 2}, {"warm_start": 1}]
+)
+def test_a_forward_is_shared_only_where_one_draw_of_labels_is_all_that_is_needed(change: dict[str, object]) -> None:
+    config = CONFIG.model_copy(update=change)
+    curvature = CurvaturePass(config, SEED, BATCH, BATCH, shared_forward=True)
+    assert not curvature.shares_forward(strategy(config=config), 1)
+    assert not CurvaturePass(CONFIG, SEED, BATCH, BATCH, shared_forward=False).shares_forward(strategy(), 1)
+
+
+def test_a_shared_forward_is_billed_a_backward_through_the_trunk() -> None:
+    curvature = CurvaturePass(CONFIG, SEED, BATCH, BATCH, shared_forward=True)
+    own = curvature.flops(SHAPE, LENGTH, STEP)
+    shared = curvature.flops(SHAPE, LENGTH, STEP, shared_forward=True)
+    head = 2 * SHAPE.padded_vocab_size * SHAPE.n_embd * curvature.sequences * LENGTH
+    assert shared == (own / 3 - head) * 2

@@ -20,7 +20,7 @@ OPTIMIZERS = ["sophiag", "sophiah", "adamw", "lion", "muon", "signum", "adahessi
 def kill_before_refresh(step: int) -> None:
     from training.curvature import CurvaturePass
 
-    before(CurvaturePass, "run", kill_self, lambda *arguments: arguments[3] == step)
+    before(CurvaturePass, "run_within_training", kill_self, lambda *arguments: arguments[3] == step)
 
 
 def kill_before_recording(step: int) -> None:

@@ -225,3 +225,21 @@ class Strategy(ABC):
     @abstractmethod
     def bytes_communicated(self, micro_batches: int) -> int:
         """Bytes that each rank sends for one accumulation of gradients over so many micro-batches and its update."""
+
+
+class KeepsGraphs(Strategy):
+    """A strategy whose ranks can keep gradients to themselves for a while, and differentiate one forward twice.
+
+    Engines that gather weights for a forward and its backward, or own the gradients, cannot.
+    """
+
+    @abstractmethod
+    def forward_locally(self, tokens: Tensor, targets: Tensor | None, uniforms: Tensor | None) -> GPT2Output:
+        """`forward` past the engine's hooks: what is differentiated stays on this rank until it is reduced."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None: ...
+
+    @abstractmethod
+    def reduce_gradients(self) -> None:
+        """Sum what local backwards have left in `.grad` over the ranks, as a last micro-batch's `backward` does."""

@@ -10,14 +10,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from models import GPT2, GPT2Output
-from training.strategies.base import Piece, PieceReader, StepStatistics, Strategy
+from training.strategies.base import KeepsGraphs, Piece, PieceReader, StepStatistics
 from training.strategies.communication import ddp_traffic
 from training.strategies.gradients import clip_and_step, unclipped, update_hessian
 from training.strategies.state import assigned_pieces, load_state, state_tensors
 from training.weights import InitialWeights
 
+# Small gradients are reduced together: as many bytes as DDP puts into a bucket.
+BUCKET_BYTES = 25 * 2**20
 
-class DDP(Strategy):
+
+class DDP(KeepsGraphs):
     """Every rank holds the whole model and the whole optimizer state."""
 
     def prepare(
@@ -49,8 +52,30 @@ class DDP(Strategy):
             return nullcontext()
         return self._wrapped.no_sync()
 
-    def backward(self, loss: Tensor) -> None:
-        (loss * self.distributed.world_size).backward()  # DDP averages over the ranks; the shares are to be summed
+    def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
+        # DDP averages over the ranks; the shares are to be summed.
+        (loss * self.distributed.world_size).backward(retain_graph=retain_graph)
+
+    def forward_locally(self, tokens: Tensor, targets: Tensor | None, uniforms: Tensor | None) -> GPT2Output:
+        # DDP's hooks stay quiet in a backward that no forward of the wrapper has armed them for.
+        with self.autocast():
+            return self.model(tokens, targets, uniforms)
+
+    def reduce_gradients(self) -> None:
+        parameters = list(self.model.parameters())
+        for parameter in parameters:
+            if parameter.grad is None:  # this rank had no part in it
+                parameter.grad = torch.zeros_like(parameter)
+        if self.distributed.world_size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        torch._foreach_div_(gradients, self.distributed.world_size)
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.flatten() for gradient in bucket]) if len(bucket) > 1 else bucket[0]
+            self.distributed.all_reduce(flat)
+            if len(bucket) > 1:
+                parts = flat.split([gradient.numel() for gradient in bucket])
+                torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
 
     def update_hessian(
         self, *, num_predictions: int | None = None, estimates: Sequence[Tensor] | None = None
@@ -77,3 +102,17 @@ class DDP(Strategy):
     def bytes_communicated(self, micro_batches: int) -> int:
         parameters = sum(p.numel() for p in self.model.parameters())
         return ddp_traffic(parameters, self.distributed.world_size).total(micro_batches)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in their order, as many together as fit into a bucket; a larger one by itself."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket

@@ -21,6 +21,8 @@ STEPS = 6
 STRATEGIES = ["ddp×2", "fsdp×2", "zero1×2", "zero2×2", "zero3×2"]
 MOVES = (("fsdp", 6), ("zero2", 9), ("ddp", 12))  # strategy on two ranks, steps after which it is stopped
 MOVED_STEPS = 15
+#: Shares of a batch of 8: one rank has no part in the estimate, the ranks' parts differ, all of the batch.
+SHARES = [0.125, 0.875, 1.0]
 #: What stands in the configuration beyond the paper.
 ADDITIONS = ["optimizer.label_draws=2", "optimizer.warm_start=2", "optimizer.unclipped_target=0.3"]
 
@@ -89,20 +91,27 @@ def launch(directory: Path) -> None:
     ranks.run({"overrides": moved(corpus, directory, "moved", "strategy=single"), "stop": 3})
 
     ranks.run({"overrides": small(corpus, directory, "additions", "strategy=single", *ADDITIONS)})
+    for share in SHARES:
+        own = ["strategy=single", "train.shared_forward=false", f"optimizer.batch_fraction={share}"]
+        ranks.run({"overrides": small(corpus, directory, f"share-{share}-single", *own)})
 
     runs: dict[str, Any] = {f"parity {i}": {"overrides": overrides} for i, overrides in enumerate(there[2])}
     for kind, stop in MOVES:
         runs[f"moved {kind}"] = {"overrides": moved(corpus, directory, "moved", *ranks.KINDS[kind]), "stop": stop}
     for kind, strategy in ranks.KINDS.items():
         # Backward passes: refresh and step 1, steps 2 to 5, refresh and step 6. Two of them give NaN: step 3, refresh 6.
+        # DDP, whose refresh takes part in the training forward, has one more: of the slice's training loss.
         overrides = small(corpus, directory, f"poisoned-{kind}", *strategy)
-        runs[f"poisoned {kind}"] = {"overrides": overrides, "poison": [4, 7]}
+        runs[f"poisoned {kind}"] = {"overrides": overrides, "poison": [5, 8] if kind == "ddp" else [4, 7]}
         runs[f"bf16 {kind}"] = {
             "overrides": small(corpus, directory, f"bf16-{kind}", *strategy, "train.precision=bf16")
         }
         runs[f"additions {kind}"] = {"overrides": small(corpus, directory, f"additions-{kind}", *strategy, *ADDITIONS)}
     for name, variant in VARIANTS.items():
         runs[name] = {"overrides": small(corpus, directory, name, *variant)}
+    for share in SHARES:
+        overrides = small(corpus, directory, f"share-{share}", "strategy=ddp", f"optimizer.batch_fraction={share}")
+        runs[f"share {share}"] = {"overrides": overrides}
     looks = [[look, kind] for look in ranks.LOOKS for kind in ranks.KINDS]
     (directory / "work.json").write_text(json.dumps({"runs": runs, "looks": looks}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ranks.__file__]
@@ -117,6 +126,8 @@ def launch(directory: Path) -> None:
 #: Settings that must not change the curve of the strategy.
 VARIANTS = {
     "plain": ["strategy=ddp"],
+    "ddp-own-forward": ["strategy=ddp", "train.shared_forward=false"],
+    "ddp-micro-batches": ["strategy=ddp", "train.micro_batch_size=1"],
     "fsdp-recomputed": ["strategy=fsdp", "strategy.activation_checkpointing=true"],
     "fsdp-gathered": ["strategy=fsdp", "strategy.reshard_after_forward=false"],
     "zero2-offloaded": [*ranks.KINDS["zero2"], "strategy.offload_optimizer=true"],

@@ -73,10 +73,11 @@ def poisoned(calls: list[int], rank: int) -> Iterator[None]:
     count = 0
 
     def replaced(original: Any) -> Any:
-        def backward(self: Strategy, loss: torch.Tensor) -> None:
+        def backward(self: Strategy, loss: torch.Tensor, **options: bool) -> None:
             nonlocal count
             count += 1
-            original(self, loss * float("nan") if count in calls and self.distributed.rank == rank else loss)
+            bad = count in calls and self.distributed.rank == rank
+            original(self, loss * float("nan") if bad else loss, **options)
 
         return backward
 

@@ -11,7 +11,7 @@ import pytest
 from scripts import parity
 from tests.training.runs import lines, summary
 from tests.training.strategies import ranks
-from tests.training.strategies.conftest import MOVED_STEPS, STEPS, STRATEGIES, VARIANTS, Launch
+from tests.training.strategies.conftest import MOVED_STEPS, SHARES, STEPS, STRATEGIES, VARIANTS, Launch
 from training.checkpoints import newest_valid
 
 PAIRS = [(strategy, optimizer) for strategy in STRATEGIES for optimizer in parity.OPTIMIZERS]
@@ -105,6 +105,21 @@ def test_recomputation_gathering_and_offload_do_not_change_the_curve(two_ranks: 
     for line, expected in zip(trained(run), trained(plain), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
     assert parity.relative_difference(parity.curvature(run), parity.curvature(plain)) < 1e-5
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_a_refresh_within_the_training_forward_of_two_ranks_equals_the_pass_of_a_single_process(
+    two_ranks: Launch, share: float
+) -> None:
+    assert two_ranks.status(f"share {share}") == "completed"
+    run, single = two_ranks.directory / f"share-{share}", two_ranks.directory / f"share-{share}-single"
+    for line, expected in zip(trained(run), trained(single), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    assert parity.relative_difference(parity.curvature(run), parity.curvature(single)) < 1e-5
+    billed, own = (summary(directory)["ledger"]["curvature"] for directory in (run, single))
+    assert (billed["tokens"], billed["count"]) == (own["tokens"], own["count"])
+    assert billed["flops"] < 2 / 3 * own["flops"]
 
 
 @pytest.mark.parametrize("kind", list(ranks.KINDS))
