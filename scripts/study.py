@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="MODEL=TOKENS",
         help="plan: training tokens a second of AdamW, by model",
     )
-    parser.add_argument("--start", type=float, default=8.0, help="plan: seconds that a run takes to start and compile")
+    parser.add_argument("--start", type=float, default=10.0, help="plan: seconds that a run takes to start and compile")
     options = parser.parse_args(arguments)
     console = Console(stderr=options.command in ("run", "times"))
     try:
