@@ -113,10 +113,14 @@ class CurvaturePass:
         strategy.zero_grad()
         return skipped
 
-    def shares_forward(self, strategy: Strategy, step: int) -> TypeGuard[KeepsGraphs]:
-        """Whether the refresh before this step can take its labels from the training forward."""
+    def within_training(self, step: int) -> bool:
+        """Whether the training forward can give the refresh before this step all that it needs: one draw of labels."""
         plain = self.estimator == "gnb" and self._label_draws == 1 and not (step == 1 and self._warm_start)
-        return self._shared_forward and plain and isinstance(strategy, KeepsGraphs)
+        return self._shared_forward and plain
+
+    def shares_forward(self, strategy: Strategy, step: int) -> TypeGuard[KeepsGraphs]:
+        """`within_training`, under a strategy that can differentiate one forward twice."""
+        return self.within_training(step) and isinstance(strategy, KeepsGraphs)
 
     def run_within_training(
         self, strategy: KeepsGraphs, batch: Batch, step: int, predictions: int, ledger: Ledger

@@ -273,7 +273,7 @@ def plan_optimizer(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig)
     length = config.train.sequence_length
     flops = forward_backward_flops(shape, step_tokens(config), length)
     if curvature is not None:
-        flops += curvature.flops(shape, length, USUAL_STEP) // curvature.interval
+        flops += _curvature_flops(curvature, shape, length) // curvature.interval
     return OptimizerPlan(
         optimizer=config.optimizer.name,
         estimator=getattr(config.optimizer, "estimator", None),
@@ -301,7 +301,17 @@ def _peak(memory: dict[Phase, Memory]) -> tuple[Phase, int]:
 
 
 def _curvature(config: RunConfig, world_size: int) -> CurvaturePass | None:
-    return CurvaturePass.of(config.optimizer, 0, config.train.global_batch_size, micro_batch_size(config, world_size))
+    return CurvaturePass.of(
+        config.optimizer,
+        0,
+        config.train.global_batch_size,
+        micro_batch_size(config, world_size),
+        shared_forward=config.train.shared_forward and isinstance(config.strategy, DDPConfig),
+    )
+
+
+def _curvature_flops(curvature: CurvaturePass, shape: GPT2Config, length: int) -> int:
+    return curvature.flops(shape, length, USUAL_STEP, shared_forward=curvature.within_training(USUAL_STEP))
 
 
 def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, traffic: Traffic) -> StepSeconds:
@@ -325,7 +335,7 @@ def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, t
         share = rows * world_size / curvature.sequences
         exact = curvature.estimator == "hutchinson_differences"
         rate_of_pass = cluster.fp32_tflops * 1e12 * cluster.utilisation if exact else rate
-        work = curvature.flops(shape, length, USUAL_STEP) / world_size * share
+        work = _curvature_flops(curvature, shape, length) / world_size * share
         if curvature.estimator != "hutchinson":
             work += estimates * rows * length * recomputed
         one = max(work / rate_of_pass, sum(traffic.curvature_pass.values()) / cluster.link_bandwidth)
