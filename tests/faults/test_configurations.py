@@ -1,0 +1,23 @@
+"""Any valid configuration runs; any other is one line. scripts/faults.py draws many more of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.faults.configurations import mutate_configurations, spoil_command_lines, step_configurations
+
+
+def test_random_valid_configurations_build_and_step(corpus: list[str], tmp_path: Path) -> None:
+    found = step_configurations(corpus, tmp_path, 25, 0)
+    assert found["faults"] == []
+
+
+def test_random_mutations_are_valid_or_refused_in_a_line(corpus: list[str], tmp_path: Path) -> None:
+    found = mutate_configurations(corpus, tmp_path, 200, 0)
+    assert found["faults"] == []
+    assert found["refused"] > 50
+
+
+def test_random_command_lines_are_refused_in_a_line(tmp_path: Path) -> None:
+    found = spoil_command_lines(tmp_path, 30, 0)
+    assert found["faults"] == []
