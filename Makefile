@@ -33,11 +33,13 @@ lint: setup ## ruff (lint and format) and mypy
 bench: setup ## speed and memory: optimizer step, training step at 30M (ten minutes, on a quiet machine)
 	$(BIN)/python benchmarks/optimizer_step.py
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/page.py
 
 bench-full: bench ## the same, and 124M, data, and how cost grows (an hour)
 	$(BIN)/python benchmarks/training_step.py --size 124m
 	$(BIN)/python benchmarks/data_pipeline.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/page.py
 
 test-gpu: setup ## the tests that depend on the device, on CUDA
 	$(BIN)/python -m pytest -m gpu

@@ -1,0 +1,157 @@
+"""Writes the tables of docs/performance.md from results/benchmarks: figures on the page are those of the records.
+
+python benchmarks/page.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from training.records import write_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "results" / "benchmarks"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+
+def main() -> int:
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    write_atomically(PAGE, f"{before}{BEGIN}\n{tables(RESULTS)}\n{END}{after}")
+    return 0
+
+
+def tables(results: Path) -> str:
+    """Markdown of every record that is there."""
+    parts: list[str] = []
+    for name, write in (
+        ("optimizer_step", optimizer_step),
+        ("training_step_30m", training_step),
+        ("training_step_124m", training_step),
+        ("data", data),
+        ("scaling", scaling),
+    ):
+        path = results / f"{name}.json"
+        if path.exists():
+            parts.append("\n".join(write(json.loads(path.read_text(encoding="utf-8")))))
+    return "\n\n".join(parts)
+
+
+def verdict(passed: bool) -> str:
+    return "pass" if passed else "**falls short**"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "| " + " | ".join(["---", *["---:"] * (len(header) - 1)]) + " |"
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def optimizer_step(record: dict[str, Any]) -> Iterator[str]:
+    yield f"### Optimizer step, {record['parameters'] / 1e6:.0f}M parameters, fp32 ({where(record)})"
+    yield ""
+    rows = []
+    for name, row in record["steps"].items():
+        target = record["targets"].get(name)
+        judged = ("", "") if target is None else (f"≤ {target:.2f}", verdict(row["ratio"] <= target))
+        rows.append((name, f"{1e3 * row['median_seconds']:.1f}", f"{row['ratio']:.2f}", *judged))
+    yield from table(("", "median ms", "ratio", "target", ""), rows)
+    cold, target = record["cold_start"], record["targets"]["cold start, seconds"]
+    yield ""
+    yield (
+        f"First refresh and step of a process: {cold['empty_cache_seconds']:.0f} s with an empty compiler cache "
+        f"(≤ {target:.0f} s: {verdict(cold['empty_cache_seconds'] <= target)}), {cold['full_cache_seconds']:.1f} s "
+        "with a full one."
+    )
+
+
+def training_step(record: dict[str, Any]) -> Iterator[str]:
+    yield f"### Training step, {record['size'].upper()} ({where(record)})"
+    yield ""
+    rates, targets = record["matrix_product_rate"], record["targets"]
+    seen: set[str] = set()
+    rows = []
+    for group in record["groups"]:
+        here = group["here"]["median_seconds"]
+        for name, row in group.items():
+            if name in seen:
+                continue
+            seen.add(name)
+            ratio, target = row["median_seconds"] / here, targets["throughput"].get(name)
+            rate = rates["fp32" if "fp32" in name else "bf16"]
+            judged = ("", "") if target is None else (f"≥ {target:.1f}", verdict(ratio >= target))
+            used = f"{record['flops'] / row['median_seconds'] / rate:.0%}"
+            peak = f"{row['peak_bytes'] / 1e9:.2f}"
+            rows.append((name, f"{row['median_seconds']:.2f}", f"{ratio:.2f}", *judged, used, peak))
+    yield from table(("", "median s", "here is faster by", "target", "", "utilisation", "peak GB"), rows)
+    plain = record["groups"][0]["plain"]["median_seconds"]
+    yield ""
+    yield (
+        f"Utilisation is of the measured rate of large products: bf16 {rates['bf16'] / 1e12:.2f}, fp32 "
+        f"{rates['fp32'] / 1e12:.2f} TFLOP/s. At that rate the products alone take "
+        f"{record['products_alone_seconds']:.2f} s: {plain / record['products_alone_seconds']:.2f} times faster than "
+        "the plain model is the most that is possible here."
+    )
+    yield ""
+    memory = record["memory"]
+    kinds = []
+    for kind, plain_bytes in memory["plain"].items():
+        ratio = memory["here"][kind] / plain_bytes if plain_bytes else float("nan")
+        judged = (f"≤ {targets['memory']}", verdict(ratio <= targets["memory"])) if kind == "peak" else ("", "")
+        kinds.append((kind, f"{plain_bytes / 1e6:.0f}", f"{memory['here'][kind] / 1e6:.0f}", f"{ratio:.2f}", *judged))
+    yield from table(("memory, MB", "plain", "here", "ratio", "target", ""), kinds)
+    yield ""
+    passes = [
+        (name, f"{row['share_of_step']:.1%}", f"≤ {limit:.1%}", verdict(row["share_of_step"] <= limit))
+        for name, row in record["curvature"].items()
+        for limit in [targets["curvature"][name]]
+    ]
+    yield from table(("curvature pass, every 10 steps", "share of a step", "target", ""), passes)
+
+
+def data(record: dict[str, Any]) -> Iterator[str]:
+    preparation = record["preparation"]
+    rate = preparation["tokens_per_second"]
+    ratio = rate["here"] / rate["plain"]
+    yield f"### Data ({where(record)})"
+    yield ""
+    rows = [
+        (
+            f"preparation, {preparation['megabytes']:.0f} MB, against `datasets.map` and a loop",
+            f"{ratio:.2f}",
+            "≥ 2.0",
+            verdict(ratio >= 2.0),
+        )
+    ]
+    for row in record["reading"]:
+        name = f"reading {row['batch_size']} × {row['sequence_length']}, of the page cache's memcpy"
+        rows.append((name, f"{row['ratio']:.2f}", f"≥ {row['target']}", verdict(row["ratio"] >= row["target"])))
+    yield from table(("", "ratio", "target", ""), rows)
+
+
+def scaling(record: dict[str, Any]) -> Iterator[str]:
+    yield f"### How cost grows ({where(record)})"
+    yield ""
+    rows = []
+    for name, row in record["families"].items():
+        sizes = f"{row['labels'][0]} to {row['labels'][-1]}"
+        found = "**super-linear**" if row["super_linear"] else "linear or less"
+        rows.append((name, sizes, f"{row['slope']:.2f}", f"{row['slope_at_the_end']:.2f}", found))
+    yield from table(("", "sizes", "slope", "at the end", ""), rows)
+
+
+def where(record: dict[str, Any]) -> str:
+    described = record["hardware"]
+    device = described["cpu"] if described["device"] == "cpu" else described["device"]
+    return f"{device}, {described['threads']} threads"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
