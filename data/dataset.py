@@ -6,6 +6,7 @@ import bisect
 import itertools
 import mmap
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ def _map_shard(directory: Path, shard: Shard, dtype: np.dtype[Any]) -> memoryvie
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; {shard_remedy(directory)}") from error
-    except ValueError as error:
+    except (ValueError, TypeError, SyntaxError, TokenError, RecursionError) as error:  # NumPy parses it as Python
         raise DataError(f"{path} is damaged: no NumPy header ({error}); {shard_remedy(directory)}") from error
     if version != (1, 0) or shape != (shard.tokens,) or found != dtype:
         raise DataError(

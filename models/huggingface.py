@@ -4,11 +4,13 @@ The two differ in the layout of a linear layer (transformers' Conv1D holds its w
 offsets, which transformers always has, and in the rows that pad the vocabulary, which transformers lacks.
 """
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import Tensor
 from transformers import GPT2Config as HuggingFaceConfig
 from transformers import GPT2LMHeadModel
@@ -140,13 +142,49 @@ def _load(directory: Path) -> GPT2LMHeadModel:
             + "; expected weights written by save_pretrained(..., safe_serialization=True)"
         )
     try:
+        _check_directory(directory)
         loaded: Any = GPT2LMHeadModel.from_pretrained(
             directory, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{directory}: {error}") from error
+    except Exception as error:  # transformers meets a damaged directory with exceptions of many libraries
+        raise ValueError(f"{directory}: {' '.join(str(error).split())}") from error
     model, report = loaded
     if report["missing_keys"] or report["mismatched_keys"]:
         faults = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise ValueError(f"{directory}: the weights lack {', '.join(faults)}; expected those of a GPT2LMHeadModel")
     return model
+
+
+def _check_directory(directory: Path) -> None:
+    """Refuse what would lead out of the directory, or have more memory taken than the files hold.
+
+    Raises:
+        ValueError: a link or an index that leads outside, an adapter (whose base model lies elsewhere), or a config.json
+            that describes more weights than there are.
+    """
+    root = directory.resolve()
+    # The hub's cache keeps a snapshot's files in the blobs/ of the same repository.
+    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for path in directory.iterdir():
+        if not any(path.resolve().is_relative_to(home) for home in homes):
+            raise ValueError(
+                f"{path.name} is a link out of the directory; expected a plain file, copy what it leads to"
+            )
+    if (directory / "adapter_config.json").exists():
+        raise ValueError("adapter_config.json makes it an adapter of another model; expected a whole model, merge it")
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        places = content.get("weight_map", {}).values() if isinstance(content, dict) else ()
+        for name in places:
+            if not isinstance(name, str) or not (directory / name).is_file() or Path(name).name != name:
+                raise ValueError(f"{index.name} names {name!r}; expected the names of files in the directory")
+    held = 0
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            held += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    config = HuggingFaceConfig.from_pretrained(directory, local_files_only=True)
+    layers, width, mlp = config.n_layer, config.n_embd, config.n_inner or 4 * config.n_embd
+    described = (config.vocab_size + config.n_positions) * width + layers * (4 * width**2 + 2 * width * mlp)
+    if described > 2 * held:  # what is missing below that is named when it is loaded
+        raise ValueError(f"config.json describes {described} weights, the files hold {held}; expected one model's")

@@ -21,7 +21,7 @@ class InitialWeights:
         seed: decides the weights where there is no `init_from`.
 
     Raises:
-        ConfigurationError: the directory's model has another shape.
+        ConfigurationError: the directory holds no GPT-2 that can be read, or one of another shape.
     """
 
     def __init__(self, config: ModelConfig, shape: GPT2Config, seed: int) -> None:
@@ -32,7 +32,12 @@ class InitialWeights:
         if config.init_from is not None:
             from models.huggingface import from_huggingface
 
-            given, self._loaded = from_huggingface(config.init_from)
+            try:
+                given, self._loaded = from_huggingface(config.init_from)
+            except ValueError as error:
+                raise ConfigurationError(
+                    f"model.init_from={config.init_from}: {error}; give a directory of GPT-2 weights"
+                ) from error
             differing = {
                 key: (value, getattr(shape, key))
                 for key, value in asdict(given).items()

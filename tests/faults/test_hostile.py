@@ -1,0 +1,111 @@
+"""Hostile files are refused, the package has no means to run them, and secrets reach no file."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.faults.hostile import CASES, Bomb, fault_of
+from tests.faults.sittings import completed
+from tests.training.runs import tiny
+from training.compose import compose
+from training.config import ConfigurationError
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("sophia", "models", "data", "training", "studies", "analysis", "scripts")
+SOURCES = [ROOT / "train.py", *sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))]
+# Calls that turn text or bytes into code or into a shell's command.
+FORBIDDEN = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "yaml.unsafe_load"}
+FORBIDDEN |= {"yaml.full_load", "hydra.utils.instantiate", "instantiate", "joblib.load", "np.load", "numpy.load"}
+FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "runpy"}
+YAML_LOADERS = {"_YAML_LOADER"}  # analysis of run records: yaml.CSafeLoader
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_hostile_file_is_refused_in_a_line_and_runs_nothing(case: str, tmp_path: Path) -> None:
+    assert fault_of(case, tmp_path) is None
+
+
+def test_the_bomb_is_real(tmp_path: Path) -> None:
+    import pickle
+
+    pickle.loads(pickle.dumps(Bomb(tmp_path)))
+    assert (tmp_path / "exploded").exists()
+
+
+def test_the_snapshot_of_a_hub_cache_is_read_although_its_files_are_links(tmp_path: Path) -> None:
+    from models.huggingface import from_huggingface
+    from tests.faults.hostile import model_at
+
+    repository = tmp_path / "models--gpt2"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for path in model_at(tmp_path).iterdir():
+        path.rename(repository / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(repository / "blobs" / path.name)
+    assert from_huggingface(snapshot)[0].n_layer == 2
+
+
+def test_a_model_that_cannot_be_begun_from_is_a_configuration_error(tmp_path: Path) -> None:
+    from models import GPT2Config
+    from training.weights import InitialWeights
+
+    config = compose(["model=gpt2_nano", f"model.init_from={tmp_path}"])
+    with pytest.raises(ConfigurationError, match=r"model\.init_from=.*no config\.json"):
+        InitialWeights(config.model, GPT2Config(vocab_size=300, n_layer=2, n_head=2, n_embd=64, block_size=256), 0)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_turns_text_into_code_or_a_shell_command(path: Path) -> None:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Import(names=names):
+                found += [name.name for name in names if name.name.split(".")[0] in FORBIDDEN_MODULES]
+            case ast.ImportFrom(module=str(module)) if module.split(".")[0] in FORBIDDEN_MODULES:
+                found.append(module)
+            case ast.Call(func=func, keywords=keywords):
+                name = ast.unparse(func)
+                found += [name] if name in FORBIDDEN else []
+                for keyword in keywords:
+                    given = ast.unparse(keyword.value)
+                    if keyword.arg in ("shell", "allow_pickle", "trust_remote_code") and given != "False":
+                        found.append(f"{name}({keyword.arg}={given})")
+                    if keyword.arg == "weights_only" and given != "True":
+                        found.append(f"{name}(weights_only={given})")
+                if name == "yaml.load" and not any(ast.unparse(keyword.value) in YAML_LOADERS for keyword in keywords):
+                    found.append("yaml.load")
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+_target_=os.system",
+        "+model._target_=os.system",
+        "+optimizer._target_=torch.optim.SGD",
+        "++tracker._target_=subprocess.run",
+        "optimizer.name=os.system",
+        "strategy.name=subprocess",
+        "tracker.name=os",
+    ],
+)
+def test_a_configuration_cannot_name_anything_outside_of_the_registry(override: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"unknown key|expected one of|not a known value"):
+        compose([override])
+
+
+@pytest.mark.parametrize("tracker", ["none", "tensorboard", "wandb"])
+def test_a_key_in_the_environment_reaches_no_file_and_no_line(tracker: str, corpus: list[str], tmp_path: Path) -> None:
+    key = "0f1e2d3c" * 5
+    secrets = {"WANDB_API_KEY": key, "HF_TOKEN": key, "WANDB_MODE": "offline"}
+    command = tiny(corpus, tmp_path / "runs", f"tracker={tracker}", "train.steps=3")
+    said = completed(command, tmp_path / "log", environment=secrets)
+    assert key not in said
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert {"config.yaml", "environment.json", "metrics.jsonl"} <= {path.name for path in files}
+    for path in files:
+        assert key.encode() not in path.read_bytes(), path
