@@ -9,7 +9,7 @@ import json
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
@@ -362,6 +362,11 @@ class ProfileConfig(Section):
     steps: PositiveInt = 3
 
 
+def _profiled(value: Any) -> Any:
+    """`profile=true` is short for `profile.enabled=true`."""
+    return {"enabled": value} if isinstance(value, bool) else value
+
+
 class RunConfig(Section):
     """A complete run. `name` is derived when not given (`run_name`)."""
 
@@ -383,7 +388,7 @@ class RunConfig(Section):
     guards: GuardsConfig = GuardsConfig()
     tracker: TrackerConfig
     launcher: LauncherConfig
-    profile: ProfileConfig = ProfileConfig()
+    profile: Annotated[ProfileConfig, BeforeValidator(_profiled)] = ProfileConfig()
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:

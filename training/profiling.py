@@ -1,4 +1,4 @@
-"""A torch.profiler trace of a few steps of a run, on demand: profile.enabled=true."""
+"""A torch.profiler trace of a few steps of a run, on demand: profile=true."""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -18,7 +18,7 @@ def test_every_group_option_composes_and_validates(choice: str) -> None:
 
 def test_every_config_folder_is_a_tested_group() -> None:
     folders = {path.name for path in CONFIG_DIRECTORY.iterdir() if path.is_dir() and list(path.rglob("*.yaml"))}
-    assert folders - {"study"} == set(GROUPS) - {group for group in GROUPS if not group_options(group)}
+    assert folders - {"study", "cluster"} == set(GROUPS) - {group for group in GROUPS if not group_options(group)}
 
 
 MISTAKES = [
@@ -124,3 +124,10 @@ def test_a_batch_that_does_not_divide_over_ranks_proposes_the_nearest() -> None:
     with pytest.raises(ConfigurationError, match=r"3 ranks; choose train.global_batch_size=12 or 18"):
         micro_batch_size(compose(["train.global_batch_size=16", "train.micro_batch_size=2"]), world_size=3)
     assert "train.micro_batch_size=4 or 8," in nearest_batches(16, 6, 2)
+
+
+def test_profile_true_is_short_for_its_section() -> None:
+    assert compose(["profile=true"]).profile == compose(["profile.enabled=true"]).profile
+    assert not compose(["profile=false"]).profile.enabled
+    with pytest.raises(ConfigurationError, match="profile"):
+        compose(["profile=sometimes"])
