@@ -38,6 +38,7 @@ from data.files import write_json
 from models import GPT2, GPT2Config
 from models.flops import forward_backward_flops
 from sophia import SophiaG
+from sophia.random import normals_like
 from training import hardware
 from training.memory import keep_memory_mapped
 from training.strategies.gradients import clip_and_step
@@ -96,7 +97,11 @@ TARGETS: dict[str, dict[str, float]] = {
 }
 MEMORY_TARGET = 0.6
 # Largest share of a step's time that the pass may take, averaged over the interval.
-CURVATURE_TARGETS = {"own forward": 0.055, "one forward for both losses": 0.04}
+CURVATURE_TARGETS = {
+    "Gauss-Newton-Bartlett on half of the batch, own forward": 0.055,
+    "Gauss-Newton-Bartlett on half of the batch, one forward for both losses": 0.04,
+    "Hutchinson on 32/480 of the batch, double backward": 0.05,
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -163,6 +168,22 @@ class Worker:
         self.loss(self.tokens[half:], self.targets[half:]).backward()
         self.update()
 
+    def hutchinson(self) -> None:
+        """A due step: an exact Hessian-vector product on the paper's share of the batch, at least a sequence."""
+        assert isinstance(self.model, GPT2)
+        assert isinstance(self.optimizer, SophiaG)
+        part = max(1, round(self.shape.batch_size * 32 / 480))
+        names, parameters = zip(*self.model.named_parameters(), strict=True)
+        noise = [normals_like(p, 0, 1, name) for name, p in zip(names, parameters, strict=True)]
+        with self.model.maths_attention(), self.autocast():
+            loss_sum = self.model(self.tokens[:part], self.targets[:part]).loss_sum
+            mean = loss_sum / self.targets[:part].numel()
+            gradients = torch.autograd.grad(mean, parameters, create_graph=True)
+            products = list(torch.autograd.grad(gradients, parameters, grad_outputs=noise))
+        torch._foreach_mul_(products, noise)
+        self.optimizer.update_hessian(estimates=products)
+        self.step()
+
     def fold(self, sampled_loss_sum: Tensor, *, retain_graph: bool = False) -> None:
         assert isinstance(self.optimizer, SophiaG)
         count = self.uniforms.numel()
@@ -171,10 +192,10 @@ class Worker:
         self.optimizer.zero_grad()
 
     def seconds(self, what: str) -> float:
+        passes = (self.own_forward, self.one_forward, self.hutchinson)
         actions: dict[str, Callable[[], None]] = {
             "step": self.step,
-            "own forward": self.own_forward,
-            "one forward for both losses": self.one_forward,
+            **dict(zip(CURVATURE_TARGETS, passes, strict=True)),
         }
         self.synchronize()
         started = time.perf_counter()
@@ -427,7 +448,7 @@ def show(size: str, results: dict[str, Any]) -> None:
             verdict(ratio <= MEMORY_TARGET) if judged else "",
         )
     console.print(table)
-    table = Table(title=f"Gauss-Newton-Bartlett on half of the batch, every {HESSIAN_INTERVAL} steps")
+    table = Table(title=f"The curvature pass, every {HESSIAN_INTERVAL} steps")
     for column in ("", "share of a step", "target", ""):
         table.add_column(column, justify="left" if column == "" else "right")
     for name, row in results["curvature"].items():
