@@ -21,6 +21,7 @@ Memory = dict[Kind, int]  # bytes by kind
 
 #: Operators of the engines: what they return are buffers of theirs (gathered weights, gradients on their way).
 ENGINE_OPERATORS = ("c10d", "_c10d_functional", "fsdp")
+CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 
 
 class _Block:
@@ -47,7 +48,7 @@ class MemoryTrace(TorchDispatchMode):
         self._kind: Kind = "engine"
         self._highest: dict[str, int] = {}
         self._at_peak: dict[str, list[_Block]] = {}
-        self._paused = False
+        self._paused = self._fused = False
 
     def __enter__(self) -> "MemoryTrace":
         self._resize = torch.UntypedStorage.resize_
@@ -71,11 +72,11 @@ class MemoryTrace(TorchDispatchMode):
             # A number that a step reads: no tensor is zero counts, and nothing is amiss.
             return 1 if not args[0].dtype.is_floating_point else 0.0
         result = func(*args, **(kwargs or {}))
-        if not self._paused:
+        if not (self._paused or (self._fused and torch.Tag.pointwise in func.tags)):
             kind: Kind = self._kind
             if func.namespace in ENGINE_OPERATORS:
                 kind = "engine"
-            elif func is torch.ops.aten._to_copy.default and self.kind_of(args[0]) in ("weights", "engine"):
+            elif func in CASTS and self.kind_of(args[0]) in ("weights", "engine"):
                 kind = "engine"  # weights in the precision of the products
             for tensor in _tensors(result):
                 self._made(tensor, kind)
@@ -109,6 +110,21 @@ class MemoryTrace(TorchDispatchMode):
             yield
         finally:
             self._paused = before
+
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        """Elementwise results are not counted meanwhile: kernels keep them in registers. `count` takes what remains."""
+        before, self._fused = self._fused, True
+        try:
+            yield
+        finally:
+            self._fused = before
+
+    def count(self, results: Any) -> None:
+        """Count storages that are not counted yet."""
+        if not self._paused:
+            for tensor in _tensors(results):
+                self._made(tensor, self._kind)
 
     def label(self, tensor: Tensor, kind: Kind) -> None:
         """The storage under a tensor (under the shard of a DTensor) is of this kind, also in peaks that are past."""
