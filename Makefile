@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test lint bench bench-full test-gpu test-slurm lock clean help
+.PHONY: setup demo test lint bench bench-full test-gpu test-slurm test-faults lock clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,9 @@ test-gpu: setup ## the tests that depend on the device, on CUDA
 
 test-slurm: setup ## a sweep on a SLURM of one node, set up here (root; Debian: apt-get install slurm-wlm munge)
 	$(BIN)/python -m pytest -m slurm -ra
+
+test-faults: setup ## runs killed, corrupted, starved and fed bad input: ten minutes, numbers to docs/reliability.md (root for full disks)
+	$(BIN)/python scripts/faults.py
 
 lock: ## resolve pyproject.toml's ranges anew into requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
