@@ -385,14 +385,14 @@ def measure(size: str, rounds: int, device: torch.device) -> dict[str, Any]:
     bf16, fp32 = (matrix_product_rate(dtype, device) for dtype in (torch.bfloat16, torch.float32))
     on_cpu = device.type == "cpu"
     # Arms are grouped so that their processes fit into memory together; "here" runs in each group.
-    compiled = [name for name, arm in ARMS.items() if arm.compiled and (on_cpu or not arm.kept or not arm.plain)]
-    uncompiled = [HERE, *(name for name, arm in ARMS.items() if not arm.compiled)]
-    groups = [compiled + uncompiled[1:]] if size != "124m" else [compiled, uncompiled]
-    results: dict[str, Any] = {"groups": []}
-    for group in groups:
+    others = [name for name, arm in ARMS.items() if name != HERE and (on_cpu or not arm.kept or not arm.plain)]
+    together = 2 if size == "124m" else len(others)
+    results: dict[str, Any] = {"groups": [], "curvature": {}}
+    for first in range(0, len(others), together):
+        group = [*others[first : first + together], HERE]
         steps, curvature = measure_steps(size, group, rounds, str(device))
         results["groups"].append(steps)
-        results.setdefault("curvature", curvature)
+        results["curvature"] |= curvature
     results["memory"] = measure_memory(size, str(device))
     results["matrix_product_rate"] = {"bf16": bf16, "fp32": fp32, "bf16_datasheet": datasheet_rate(device)}
     # What the step would take if it were nothing but its products, at the measured rate.
