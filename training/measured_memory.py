@@ -18,11 +18,11 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from models import GPT2, GPT2Config
 from training.config import RunConfig, micro_batch_size
-from training.curvature import CurvaturePass
 from training.distributed import Distributed
 from training.optimizers import build_optimizers
-from training.planned_memory import one_step, step_batch
+from training.planned_memory import curvature_of, one_step, step_batch
 from training.strategies import build_strategy
+from training.strategies.base import KeepsGraphs
 from training.weights import InitialWeights
 
 
@@ -126,7 +126,16 @@ def _prepared(
         return forward(*inputs)
 
     strategy.forward = announced  # type: ignore[method-assign, assignment]
+    if isinstance(strategy, KeepsGraphs):
+        locally = strategy.forward_locally
+
+        def announced_locally(*inputs: Any) -> Any:
+            if before_forward is not None:
+                before_forward()
+            return locally(*inputs)
+
+        strategy.forward_locally = announced_locally  # type: ignore[method-assign, assignment]
     micro = micro_batch_size(config, world_size)
     batch = step_batch(config.train.sequence_length, config.train.global_batch_size // world_size)
-    curvature = CurvaturePass.of(config.optimizer, 0, config.train.global_batch_size, micro)
+    curvature = curvature_of(config, micro)
     return lambda number: one_step(config, strategy, batch, micro, curvature, number)

@@ -23,6 +23,12 @@ Memory = dict[Kind, int]  # bytes by kind
 ENGINE_OPERATORS = ("c10d", "_c10d_functional", "fsdp")
 CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 
+#: What is read of fake tensors: no count is zero, nothing is amiss, labels are drawn just where there are targets.
+_ANSWERS: dict[Any, Callable[[Tensor], Any]] = {
+    torch.ops.aten._local_scalar_dense.default: lambda tensor: 0.0 if tensor.dtype.is_floating_point else 1,
+    torch.ops.aten.equal.default: lambda tensor: True,
+}
+
 
 class _Block:
     """A storage that is alive."""
@@ -68,9 +74,8 @@ class MemoryTrace(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], torch._subclasses.FakeTensor):
-            # A number that a step reads: no tensor is zero counts, and nothing is amiss.
-            return 1 if not args[0].dtype.is_floating_point else 0.0
+        if func in _ANSWERS and isinstance(args[0], torch._subclasses.FakeTensor):
+            return _ANSWERS[func](args[0])
         result = func(*args, **(kwargs or {}))
         if not (self._paused or (self._fused and torch.Tag.pointwise in func.tags)):
             kind: Kind = self._kind

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.fx.traceback
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.checkpoint import CheckpointPolicy
 
 import models.gpt2
@@ -27,8 +29,8 @@ Compiled = Callable[[Sequence[Tensor], Tensor], Tensor]
 
 def as_if_compiled(model: GPT2, trace: MemoryTrace) -> None:
     """Give each block a forward as `block.compile()` would, to be run under the trace on fake tensors."""
-    with trace.paused():
-        template = Block(model.config, 0)
+    with unset_fake_temporarily(), torch.device("meta"):
+        template = Block(model.config, 0)  # the factor of its logits is a constant of the graph, and real
     names = [name for name, _ in template.named_parameters()]
     compiled: dict[Any, Compiled] = {}  # the blocks share what is compiled for one
 
@@ -66,13 +68,18 @@ def _compile(
 
         return make_boxed_func(counted)
 
-    function: Compiled = aot_function(block, run, run, partition_fn=_partition, decompositions=select_decomp_table())
+    compiler: Any = run
+    function: Compiled = aot_function(
+        block, compiler, compiler, partition_fn=_partition, decompositions=select_decomp_table()
+    )
     recomputed = models.gpt2.recomputed
     models.gpt2.recomputed = _marked
     try:
         # Hooks of its own: an activation checkpoint around the block must not take the tracing for its forward.
         own_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-        with trace.paused(), torch.fx.traceback.preserve_node_meta(), own_hooks:
+        # Both losses of one forward may be differentiated, as GPT2.compile sees to.
+        kept = torch._functorch.config.patch(donated_buffer=False)
+        with trace.paused(), torch.fx.traceback.preserve_node_meta(), own_hooks, kept:
             function(parameters, torch.empty_like(x, requires_grad=x.requires_grad))
     finally:
         models.gpt2.recomputed = recomputed

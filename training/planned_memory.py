@@ -33,10 +33,11 @@ from data.batches import Batch
 from models import GPT2, GPT2Config
 from sophia.kernels import Form
 from training import planned_zero
-from training.config import DeepSpeedConfig, FSDPConfig, RunConfig, micro_batch_size
+from training.config import DDPConfig, DeepSpeedConfig, FSDPConfig, RunConfig, micro_batch_size
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
-from training.loop import Run, forward_backward
+from training.ledger import Ledger
+from training.loop import Run, forward_backward, forward_backward_refresh
 from training.memory_trace import KINDS, Kind, Memory, MemoryTrace
 from training.optimizers import build_optimizers
 from training.planned_compilation import as_if_compiled
@@ -98,7 +99,7 @@ def _trace(
             _add_buckets(strategy, trace)
         _make_state(config, strategy, trace, device)
         batch = step_batch(config.train.sequence_length, min(2, _micro_batches(config, world_size)) * micro)
-        curvature = CurvaturePass.of(config.optimizer, 0, config.train.global_batch_size, micro)
+        curvature = curvature_of(config, micro)
         if curvature is not None:  # further slices need no more memory than the second
             rows = min(-(-curvature.sequences // world_size), len(batch.tokens))
             curvature.sequences = rows * strategy.distributed.world_size
@@ -134,6 +135,17 @@ def step_batch(length: int, rows: int) -> Batch:
     return Batch(tokens, tokens, np.arange(rows))
 
 
+def curvature_of(config: RunConfig, micro_batch_size: int) -> CurvaturePass | None:
+    """The run's curvature pass; its labels come from the training forward where the run's own would."""
+    return CurvaturePass.of(
+        config.optimizer,
+        0,
+        config.train.global_batch_size,
+        micro_batch_size,
+        shared_forward=config.train.shared_forward and isinstance(config.strategy, DDPConfig),
+    )
+
+
 def one_step(
     config: RunConfig,
     strategy: Strategy,
@@ -143,19 +155,27 @@ def one_step(
     number: int,
     phase: Callable[[Phase, Kind], AbstractContextManager[None]] = lambda phase, kind: nullcontext(),
 ) -> None:
-    """What the loop does in a step: curvature pass, forward and backward of each micro-batch, clip and update."""
-    run = SimpleNamespace(
-        config=config,
-        strategy=strategy,
-        micro_batch_size=micro_batch_size,
-        progress=lambda doing: None,
-        state=SimpleNamespace(step=number - 1),
+    """What the loop does in a step with a refresh, then in one without: the refresh, forward and backward, update."""
+    run = cast(
+        Run,
+        SimpleNamespace(
+            config=config,
+            strategy=strategy,
+            micro_batch_size=micro_batch_size,
+            ledger=Ledger(strategy.device),
+            progress=lambda doing: None,
+            state=SimpleNamespace(step=number - 1),
+        ),
     )
     if curvature is not None:
         with phase("curvature", "activations"):
-            curvature.run(strategy, batch, number)
+            if curvature.shares_forward(strategy, number):
+                forward_backward_refresh(run, curvature, strategy, batch, number)
+                strategy.zero_grad()
+            else:
+                curvature.run(strategy, batch, number)
     with phase("training", "activations"):
-        forward_backward(cast(Run, run), batch)
+        forward_backward(run, batch)
     with phase("update", "workspace"):
         strategy.step(config.train.grad_clip)
 
@@ -233,9 +253,9 @@ def _count_gradients(strategy: Strategy, trace: MemoryTrace) -> None:
     """After each backward pass, what has become of it is known."""
     backward = strategy.backward
 
-    def counted(loss: Tensor) -> None:
+    def counted(loss: Tensor, **options: bool) -> None:
         with trace.phase(f"{trace.current_phase} backward", "activations"):
-            backward(loss)
+            backward(loss, **options)
         for gradient in _gradients(strategy):
             trace.label(gradient, "gradients")
 
@@ -258,11 +278,14 @@ def _add_buckets(strategy: Strategy, trace: MemoryTrace) -> None:
     It does so where gradients are reduced; those of an accumulation's earlier micro-batches stand beside the buckets.
     """
     micro_batch = strategy.micro_batch
-    reducing = [True]
+    reducing = [False]
 
-    def noted(*, last: bool) -> AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def noted(*, last: bool) -> Iterator[None]:
         reducing[0] = last
-        return micro_batch(last=last)
+        with micro_batch(last=last):
+            yield
+        reducing[0] = False
 
     strategy.micro_batch = noted  # type: ignore[method-assign]
     for parameter in strategy.parameters().values():

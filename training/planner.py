@@ -30,7 +30,7 @@ from training.config import (
 )
 from training.curvature import CurvaturePass
 from training.memory_trace import Memory
-from training.planned_memory import Phase, planned_memory
+from training.planned_memory import Phase, curvature_of, planned_memory
 from training.strategies.communication import (
     BFLOAT16,
     FLOAT32,
@@ -301,13 +301,7 @@ def _peak(memory: dict[Phase, Memory]) -> tuple[Phase, int]:
 
 
 def _curvature(config: RunConfig, world_size: int) -> CurvaturePass | None:
-    return CurvaturePass.of(
-        config.optimizer,
-        0,
-        config.train.global_batch_size,
-        micro_batch_size(config, world_size),
-        shared_forward=config.train.shared_forward and isinstance(config.strategy, DDPConfig),
-    )
+    return curvature_of(config, micro_batch_size(config, world_size))
 
 
 def _curvature_flops(curvature: CurvaturePass, shape: GPT2Config, length: int) -> int:
