@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 import torch.fx.traceback
-from torch import Tensor, nn
+from torch import Tensor
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -30,15 +30,17 @@ Compiled = Callable[[Sequence[Tensor], Tensor], Tensor]
 def as_if_compiled(model: GPT2, trace: MemoryTrace) -> None:
     """Give each block a forward as `block.compile()` would, to be run under the trace on fake tensors."""
     with unset_fake_temporarily(), torch.device("meta"):
-        template = Block(model.config, 0)  # the factor of its logits is a constant of the graph, and real
+        template = Block(model.config, 0)
     names = [name for name, _ in template.named_parameters()]
     compiled: dict[Any, Compiled] = {}  # the blocks share what is compiled for one
 
-    def forward_of(block: nn.Module) -> Callable[[Tensor], Tensor]:
+    def forward_of(block: Any) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             if model.attention == "math":  # to be differentiated twice, and so not compiled
                 return type(block).forward(block, x)  # type: ignore[no-any-return]
             parameters = [block.get_parameter(name) for name in names]
+            if block.attention.logit_factor is not None:
+                parameters.append(block.attention.logit_factor)
             autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
             key = (x.shape, x.dtype, x.requires_grad, parameters[0].dtype, autocast, torch.is_grad_enabled())
             if key not in compiled:
@@ -52,12 +54,14 @@ def as_if_compiled(model: GPT2, trace: MemoryTrace) -> None:
 
 
 def _compile(
-    template: nn.Module, names: list[str], parameters: Sequence[Tensor], x: Tensor, trace: MemoryTrace
+    template: Block, names: list[str], parameters: Sequence[Tensor], x: Tensor, trace: MemoryTrace
 ) -> Compiled:
     from torch._inductor.decomposition import select_decomp_table
 
     def block(parameters: Sequence[Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(template, dict(zip(names, parameters, strict=True)), (x,))  # type: ignore[no-any-return]
+        if len(parameters) > len(names):
+            template.attention.logit_factor = parameters[-1]
+        return torch.func.functional_call(template, dict(zip(names, parameters, strict=False)), (x,))  # type: ignore[no-any-return]
 
     def run(graph: torch.fx.GraphModule, example: Any) -> Any:
         def counted(*arguments: Any) -> Any:

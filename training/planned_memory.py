@@ -49,9 +49,8 @@ Phase = Literal["curvature", "training", "update"]
 PHASES: tuple[Phase, ...] = ("curvature", "training", "update")
 DeviceType = Literal["cpu", "cuda"]
 
-#: Layers of the two models whose difference is the memory of a layer. Of fewer, the first and the last block's own
-#: share (nothing to prefetch, nothing before) would be taken for every block's.
-SAMPLED_LAYERS = (4, 6)
+#: Layers of the two models whose difference is the memory of a layer. A single one has no neighbour to prefetch.
+SAMPLED_LAYERS = (2, 3)
 
 
 def planned_memory(config: RunConfig, shape: GPT2Config, world_size: int, device: DeviceType) -> dict[Phase, Memory]:

@@ -14,6 +14,7 @@ The bucket has 5e8 elements whatever the model's size: 1 GB in bf16, 2 GB in flo
 """
 
 import torch
+from torch import nn
 
 from models import GPT2, GPT2Config
 from models.flops import parameter_count
@@ -37,7 +38,9 @@ def has_bf16_weights(config: RunConfig) -> bool:
 
 def narrow(model: GPT2) -> None:
     """The model as the engine has it with bf16 weights."""
-    model.to(torch.bfloat16)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, dtype=torch.bfloat16)))
     keep_norms_float32(model)
     keep_residual_float32(model)
 
