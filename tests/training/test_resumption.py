@@ -126,11 +126,11 @@ def wait_in_step(step: int, arrived: str) -> None:
 
     original = loop.forward_backward
 
-    def waiting(run, batch):
+    def waiting(run, batch, *rest):
         if run.state.step == step - 1:
             Path(arrived).touch()
             time.sleep(60)
-        return original(run, batch)
+        return original(run, batch, *rest)
 
     loop.forward_backward = waiting
 

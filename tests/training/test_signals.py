@@ -23,13 +23,13 @@ def signal_self(number: int) -> None:
 def stop_in_step(step: int, number: int) -> None:
     from training import loop
 
-    before(loop, "forward_backward", lambda: signal_self(number), lambda run, batch: run.state.step == step - 1)
+    before(loop, "forward_backward", lambda: signal_self(number), lambda run, *rest: run.state.step == step - 1)
 
 
 def stop_in_refresh(step: int) -> None:
     from training.curvature import CurvaturePass
 
-    before(CurvaturePass, "run", lambda: signal_self(signal.SIGTERM), lambda *arguments: arguments[3] == step)
+    before(CurvaturePass, "run_within_training", lambda: signal_self(signal.SIGTERM), lambda *arguments: arguments[3] == step)
 
 
 def stop_in_save(step: int) -> None:
@@ -61,7 +61,7 @@ def two_signals_while_stuck(step: int) -> None:
         while True:
             os.read(reading, 1)
 
-    before(loop, "forward_backward", stuck, lambda run, batch: run.state.step == step - 1)
+    before(loop, "forward_backward", stuck, lambda run, *rest: run.state.step == step - 1)
 
 
 @pytest.fixture(scope="module")

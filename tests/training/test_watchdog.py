@@ -24,10 +24,10 @@ def hang_in_step(step: int) -> None:
 
     original = loop.forward_backward
 
-    def endless(run, batch):
+    def endless(run, batch, *rest):
         while run.state.step == step - 1:
             time.sleep(0.01)
-        return original(run, batch)
+        return original(run, batch, *rest)
 
     loop.forward_backward = endless
 
@@ -55,11 +55,11 @@ def hang_with_the_interpreters_lock(step: int) -> None:
     watchdog.PEERS_SECONDS = 0.5
     original = loop.forward_backward
 
-    def holding(run, batch):
+    def holding(run, batch, *rest):
         if run.state.step == step - 1:
             time.sleep(1)  # the watchdog has armed its timer
             ctypes.PyDLL(None).sleep(60)  # PyDLL, unlike CDLL, keeps the lock
-        return original(run, batch)
+        return original(run, batch, *rest)
 
     loop.forward_backward = holding
 
