@@ -39,7 +39,7 @@ def compose_dictionary(overrides: Sequence[str], config_name: str = "config") ->
     try:
         with initialize_config_dir(str(CONFIG_DIRECTORY), version_base="1.3"):
             return resolved(hydra_compose(config_name, overrides=list(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's, of model=null
         raise ConfigurationError(reword_composition_error(error, overrides)) from error
     finally:
         GlobalHydra.instance().clear()
@@ -79,6 +79,11 @@ def reword_composition_error(error: Exception, overrides: Iterable[str]) -> str:
     if re.search(r"mismatched input|extraneous input|token recognition|no viable alternative|parsing override", chain):
         culprit = next((o for o in overrides if o in text), "the command line")
         return f"{culprit}: not an override; write key=value, and quote lists: 'optimizer.betas=[0.9,0.95]'"
+    if "Config group override must be" in text:
+        pairs = [override.lstrip("+").partition("=")[::2] for override in overrides]
+        for group, value in pairs:
+            if group in config_groups() and value not in group_options(group):
+                return f"{group}={value}: no name of a choice; choose one of {', '.join(group_options(group))}"
     first_line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     return first_line
 

@@ -56,7 +56,7 @@ def stop_again_and_again(
         at = checkpoints.step_of(newest) if newest is not None else 0
         done = max((line["step"] for line in lines(directory, "train")), default=0)
         lost += done - at
-        if summary(directory)["status"] != "preempted":
+        if "before training has begun" not in sitting.said() and summary(directory)["status"] != "preempted":
             faults.append(f"{chosen.name}: the summary says {summary(directory)['status']}")
     completed(command, log, ranks)
     difference, found = compare(directory, scratch / "undisturbed", steps)

@@ -26,6 +26,8 @@ MISTAKES = [
     (["+optimizer.gama=1"], ["optimizer.gama=1", "did you mean optimizer.gamma"]),
     (["optimizer.gama=1"], ["optimizer.gama", "did you mean optimizer.gamma"]),
     (["model=gpt5"], ["model=gpt5", "choose one of", "gpt2_small"]),
+    (["optimizer=null"], ["optimizer=null", "choose one of", "sophiag"]),
+    (["model=8"], ["model=8", "choose one of", "gpt2_small"]),
     (["optimizer=adam"], ["optimizer=adam", "did you mean adamw"]),
     (["optimizer=adamw", "optimizer.gamma=1"], ["optimizer.gamma", "another choice of optimizer"]),
     (["train.steps=-1"], ["train.steps=-1", "above 0"]),

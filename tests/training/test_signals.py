@@ -29,7 +29,12 @@ def stop_in_step(step: int, number: int) -> None:
 def stop_in_refresh(step: int) -> None:
     from training.curvature import CurvaturePass
 
-    before(CurvaturePass, "run_within_training", lambda: signal_self(signal.SIGTERM), lambda *arguments: arguments[3] == step)
+    before(
+        CurvaturePass,
+        "run_within_training",
+        lambda: signal_self(signal.SIGTERM),
+        lambda *arguments: arguments[3] == step,
+    )
 
 
 def stop_in_save(step: int) -> None:
