@@ -1,6 +1,6 @@
 """Break runs on purpose and count what survives: kills, damage, full disks, signals, bad input, hostile files.
 
-    python scripts/faults.py                    every campaign, ten minutes on two cores (make test-faults)
+    python scripts/faults.py                    every campaign, about ten minutes on two cores (make test-faults)
     python scripts/faults.py kills signals      some of them
     python scripts/faults.py --report           docs/reliability.md's numbers from results/faults/ alone
 
@@ -122,8 +122,8 @@ def corpora(corpus: Corpus, scratch: Path) -> Found:
     return {
         "bad_files": refuse_all(scratch),
         "gigabytes": refuse_gigabytes(scratch),
-        "readers": fuzz_readers(scratch, 15_000, SEED),
-        "tokens": fuzz_tokens(scratch, 5_000, SEED),
+        "readers": fuzz_readers(scratch, 6_000, SEED),
+        "tokens": fuzz_tokens(scratch, 2_000, SEED),
     }
 
 
