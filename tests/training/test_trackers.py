@@ -24,10 +24,19 @@ KEY = "5ec4e7" * 6 + "abcd"
 
 
 def wandb_records(run_directory: Path) -> list[Any]:
-    """The records of an offline run, from its LevelDB log: 32 KiB blocks of records with 7-byte headers."""
+    """The records of a finished offline run, once W&B's service has written the last of them, `exit`."""
+    (path,) = run_directory.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 60
+    while not any(record.HasField("exit") for record in (records := _parsed(path))):
+        assert time.monotonic() < deadline, f"{path}: {len(records)} records, none of them `exit`"
+        time.sleep(0.05)
+    return records
+
+
+def _parsed(path: Path) -> list[Any]:
+    """A file of W&B's: a LevelDB log, 32 KiB blocks of records with 7-byte headers."""
     from wandb.proto import wandb_internal_pb2
 
-    (path,) = run_directory.glob("wandb/offline-run-*/run-*.wandb")
     parsed = []
     for payload in _records(path.read_bytes()[7:]):
         record = wandb_internal_pb2.Record()
