@@ -62,6 +62,8 @@ def _records(content: bytes) -> Iterator[bytes]:
             offset += left
             continue
         _, length, kind = struct.unpack("<IHB", content[offset : offset + 7])
+        if offset + 7 + length > len(content):  # still being written
+            return
         whole += content[offset + 7 : offset + 7 + length]
         offset += 7 + length
         if kind in (1, 4):  # full, last
