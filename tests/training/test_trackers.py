@@ -27,9 +27,11 @@ def wandb_records(run_directory: Path) -> list[Any]:
     """The records of a finished offline run, once W&B's service has written the last of them, `exit`."""
     (path,) = run_directory.glob("wandb/offline-run-*/run-*.wandb")
     deadline = time.monotonic() + 60
-    while not any(record.HasField("exit") for record in (records := _parsed(path))):
+    records = _parsed(path)
+    while not any(record.HasField("exit") for record in records):
         assert time.monotonic() < deadline, f"{path}: {len(records)} records, none of them `exit`"
         time.sleep(0.05)
+        records = _parsed(path)
     return records
 
 
