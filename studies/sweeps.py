@@ -50,7 +50,8 @@ def sweep(spec: StudySpec, arm: str, model: str) -> dict[str, Any]:
         "name": f"{spec.name}: {arm} on {model}, {horizon} steps",
         "program": "train.py",
         "method": _METHODS[spec.tuning.method],
-        "metric": {"name": "val/loss", "goal": "minimize"},
+        # Of a run's summary, a plain number: the end of the decayed run, not the lowest reading on the way.
+        "metric": {"name": "final_val_loss", "goal": "minimize"},
         "run_cap": spec.tuning.trials,
         "parameters": parameters,
         "command": ["${env}", "${interpreter}", "${program}", *fixed, "${args_no_hyphens}"],

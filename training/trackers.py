@@ -141,6 +141,17 @@ def published_losses(config: RunConfig) -> dict[str, float]:
     }
 
 
+def wandb_config(config: RunConfig) -> dict[str, Any]:
+    """The configuration as the record has it, with each of the optimizer's betas as a number of its own besides.
+
+    A parallel-coordinates panel takes numbers, not lists.
+    """
+    values = config.model_dump(mode="json")
+    for place, beta in enumerate(values["optimizer"].get("betas") or (), start=1):
+        values["optimizer"][f"beta{place}"] = beta
+    return values
+
+
 class WandbTracker(Tracker):
     """Weights & Biases: online with a key, offline without one.
 
@@ -176,7 +187,7 @@ class WandbTracker(Tracker):
                 name=config.run_name,
                 mode=mode,  # type: ignore[arg-type]
                 dir=str(directory),
-                config=config.model_dump(mode="json"),
+                config=wandb_config(config),
                 settings=wandb.Settings(console="off", init_timeout=INIT_SECONDS),
             )
 

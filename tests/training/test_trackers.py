@@ -2,75 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.training.runs import curve, lines, run, run_in_child, summary, tiny
+from tests.training.wandb_files import wandb_records, wandb_rows, wandb_values
 from training import trackers
 from training.compose import compose
 from training.trackers import BackgroundTracker, Tracker, scalars
 
 # Unlike anything that a file has by chance.
 KEY = "5ec4e7" * 6 + "abcd"
-
-
-def wandb_records(run_directory: Path) -> list[Any]:
-    """The records of a finished offline run, once W&B's service has written the last of them, `exit`."""
-    (path,) = run_directory.glob("wandb/offline-run-*/run-*.wandb")
-    deadline = time.monotonic() + 60
-    records = _parsed(path)
-    while not any(record.HasField("exit") for record in records):
-        assert time.monotonic() < deadline, f"{path}: {len(records)} records, none of them `exit`"
-        time.sleep(0.05)
-        records = _parsed(path)
-    return records
-
-
-def _parsed(path: Path) -> list[Any]:
-    """A file of W&B's: a LevelDB log, 32 KiB blocks of records with 7-byte headers."""
-    from wandb.proto import wandb_internal_pb2
-
-    parsed = []
-    for payload in _records(path.read_bytes()[7:]):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(payload)
-        parsed.append(record)
-    return parsed
-
-
-def wandb_rows(run_directory: Path) -> list[dict[str, Any]]:
-    """The history rows of an offline run."""
-    return [
-        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-        for record in wandb_records(run_directory)
-        if record.HasField("history")
-    ]
-
-
-def _records(content: bytes) -> Iterator[bytes]:
-    whole, offset, block = b"", 0, 32768
-    while offset + 7 <= len(content):
-        left = block - (offset + 7) % block
-        if left < 7:
-            offset += left
-            continue
-        _, length, kind = struct.unpack("<IHB", content[offset : offset + 7])
-        if offset + 7 + length > len(content):  # still being written
-            return
-        whole += content[offset + 7 : offset + 7 + length]
-        offset += 7 + length
-        if kind in (1, 4):  # full, last
-            yield whole
-            whole = b""
 
 
 def mirrored(run_directory: Path) -> list[dict[str, Any]]:
@@ -85,6 +35,23 @@ def test_offline_wandb_holds_the_record(corpus: list[str], tmp_path: Path) -> No
     assert run(tiny(corpus, tmp_path, "tracker=wandb")) == 0
     rows = [{k: v for k, v in row.items() if not k.startswith("_")} for row in wandb_rows(tmp_path / "run")]
     assert rows == mirrored(tmp_path / "run")
+
+
+def test_offline_wandb_has_what_its_tables_and_parallel_coordinates_need(corpus: list[str], tmp_path: Path) -> None:
+    """Group, job type, tags, the resolved configuration with plain numbers, and the record's totals."""
+    group = ["tracker.group=small-tiny", "tracker.tags=[small,tuning]"]
+    assert run(tiny(corpus, tmp_path, "tracker=wandb", "optimizer=sophiag", *group)) == 0
+    (begun,) = [record.run for record in wandb_records(tmp_path / "run") if record.HasField("run")]
+    assert (begun.run_group, begun.job_type) == ("small-tiny", "sophiag")
+    assert {"sophiag", "small", "tuning"} <= set(begun.tags)
+    config, shown = wandb_values(tmp_path / "run")
+    recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    optimizer = config["optimizer"]
+    assert [optimizer.pop("beta1"), optimizer.pop("beta2")] == recorded["optimizer"]["betas"]
+    assert {key: config[key] for key in recorded} == recorded
+    totals = {key: value for key, value in summary(tmp_path / "run").items() if isinstance(value, (int, float, str))}
+    assert {"final_val_loss", "tokens", "flops", "seconds", "status"} <= totals.keys()
+    assert {key: shown[key] for key in totals} == totals
 
 
 def test_wandb_has_the_published_losses_as_flat_lines_over_the_whole_run(
