@@ -39,6 +39,7 @@ bench-full: bench ## the same, and 124M, data, and how cost grows (an hour)
 	$(BIN)/python benchmarks/training_step.py --size 124m
 	$(BIN)/python benchmarks/data_pipeline.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/reading.py
 	$(BIN)/python benchmarks/page.py
 
 test-gpu: setup ## the tests that depend on the device, on CUDA

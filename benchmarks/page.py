@@ -36,6 +36,7 @@ def tables(results: Path) -> str:
         ("training_step_124m", training_step),
         ("data", data),
         ("scaling", scaling),
+        ("reading", reading),
     ):
         path = results / f"{name}.json"
         if path.exists():
@@ -145,6 +146,17 @@ def scaling(record: dict[str, Any]) -> Iterator[str]:
         found = "**super-linear**" if row["super_linear"] else "linear or less"
         rows.append((name, sizes, f"{row['slope']:.2f}", f"{row['slope_at_the_end']:.2f}", found))
     yield from table(("", "sizes", "slope", "at the end", ""), rows)
+
+
+def reading(record: dict[str, Any]) -> Iterator[str]:
+    yield f"### A report of many runs ({where(record)})"
+    yield ""
+    target = record["target_seconds"]
+    yield (
+        f"`scripts/report.py` on {record['runs']:,} runs of {record['lines']:,} lines "
+        f"({record['metrics_bytes'] / 1e9:.1f} GB): {record['seconds']:.1f} s (≤ {target:.0f} s: "
+        f"{verdict(record['seconds'] <= target)}), peak memory {record['peak_memory_bytes'] / 2**20:,.0f} MiB."
+    )
 
 
 def where(record: dict[str, Any]) -> str:

@@ -1,0 +1,99 @@
+"""How long a report of a thousand long runs takes, and how much memory: records of two arms, read in a fresh process.
+
+    python benchmarks/reading.py                       1,000 runs of 10,000 metrics lines each (2 GB on disk meanwhile)
+    python benchmarks/reading.py --runs 100
+
+`scripts/report.py` is started on them, from the interpreter's start to the last file. Writes seconds and peak memory,
+with the hardware, to results/benchmarks/reading.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.scaling import write_record
+from data.files import write_json
+from training import hardware
+from training.compose import compose
+from training.records import ENVIRONMENT_FILE, METRICS_FILE, write_config, write_environment
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = ROOT / "results" / "benchmarks" / "reading.json"
+TARGET_SECONDS = 20.0
+#: Records that are written line by line; the others are copies of these with a name and a seed of their own.
+ORIGINALS = 10
+
+
+def write_runs(directory: Path, runs: int, lines: int) -> int:
+    """Records of AdamW and Sophia-G, paired by seed; returns the bytes of their metrics."""
+    arms: list[dict[str, Any]] = [
+        compose(["model=gpt2_nano", f"optimizer={arm}", f"train.steps={lines}"]).model_dump(mode="json")
+        for arm in ("adamw", "sophiag")
+    ]
+    for number in range(runs):
+        config, seed, target = arms[number % 2], number // 2, directory / str(number)
+        if number < ORIGINALS:
+            write_record(target, config, seed)
+            continue
+        shutil.copytree(directory / str(number % ORIGINALS), target)
+        seeds = {"model": seed, "data": seed, "curvature": seed}
+        write_config(target, config | {"name": target.name, "seed": seed, "seeds": seeds})
+        environment = json.loads((target / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+        write_environment(target, environment | {"initial_weights_sha256": f"{seed:064d}"})
+    return sum(path.stat().st_size for path in directory.glob(f"*/{METRICS_FILE}"))
+
+
+def report(directory: Path) -> tuple[float, int]:
+    """Seconds and peak resident bytes of `scripts/report.py` on the runs of a directory."""
+    command = [sys.executable, "scripts/report.py", str(directory / "runs"), "--output", str(directory / "report")]
+    began = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - began
+    return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--lines", type=int, default=10_000, help="train lines of a run (default: 10,000)")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="benchmark-reading-") as root:
+        size = write_runs(Path(root) / "runs", arguments.runs, arguments.lines)
+        load = list(os.getloadavg())
+        seconds, memory = report(Path(root))
+    record = {
+        "hardware": hardware.describe(torch.device("cpu")),
+        "load": load,
+        "versions": hardware.versions(),
+        "git": hardware.git_state(),
+        "runs": arguments.runs,
+        "lines": arguments.lines,
+        "metrics_bytes": size,
+        "seconds": seconds,
+        "target_seconds": TARGET_SECONDS,
+        "peak_memory_bytes": memory,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.output, record)
+    print(
+        f"{arguments.runs:,} runs of {arguments.lines:,} lines ({size / 1e9:.2f} GB): report in {seconds:.1f} s, "
+        f"peak memory {memory / 2**20:,.0f} MiB; written to {os.path.relpath(arguments.output)}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
