@@ -75,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "status":
                 console.print(status_table(spec, places))
             case "times":
-                measure(spec, places, launching, tell=tell_to(console))
+                times = measure(spec, places, launching, tell=tell_to(console))
+                console.print(f"reference times ({times.source}) in {places.records}", highlight=False)
             case "report":
                 return report(places, console)
             case "sweep":

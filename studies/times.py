@@ -24,8 +24,8 @@ def measure(
 ) -> ReferenceTimes:
     """Time a short run of every arm on every model, in turns so that a drift of the machine touches all alike.
 
-    Each arm runs with the hyper-parameters that it is reported with. The result is written beside the study's index,
-    where the report finds it.
+    Ablations, which no verdict is about, are not timed. Each arm runs with the hyper-parameters that it is reported
+    with. The result is written beside the study's index, where the report finds it.
 
     Raises:
         ValueError: no reported trial is planned yet.
@@ -36,7 +36,7 @@ def measure(
         raise RuntimeError(f"the machine is busy (load {load:.1f}): times measured now would be its noise; wait")
     chosen: dict[tuple[str, str], Trial] = {}
     for trial in plan(spec, outcomes(places)).trials:
-        if trial.phase == "reporting":
+        if trial.phase == "reporting" and trial.arm in spec.arms:
             chosen.setdefault((trial.arm, trial.model), trial)
     if not chosen:
         raise ValueError(f"{spec.name}: no arm's hyper-parameters are found yet; run the study first")
