@@ -22,8 +22,8 @@ def tiny(directory: Path) -> Path:
     """Two arms, two horizons, three seeds; seconds in all."""
     study: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "study" / "smoke.yaml").read_text())
     study["name"] = "tiny"
+    study["base"] = [one for one in study["base"] if not one.startswith("eval.")]
     study["base"] += ["eval.tokens=2048", "eval.interval=4", f"data.directory={directory / 'tokens'}"]
-    study["base"] = [one for one in study["base"] if one not in ("eval.tokens=16384", "eval.interval=10")]
     study["models"]["gpt2_nano"] |= {"horizons": [8, 16], "tune_at": 8}
     study["tuning"] |= {"trials": 2, "retune": {"keys": ["optimizer.lr"], "trials": 1}}
     study["ablations"]["sophiag_k1"] |= {"horizons": [16], "seeds": 1}
