@@ -20,6 +20,7 @@ _LABELS = {
     "lion": "Lion",
     "sophiag": "Sophia-G",
     "sophiah": "Sophia-H",
+    "sophia": "Sophia",
     "muon": "Muon",
     "signum": "Momentum-sign",
     "adahessian": "AdaHessian",

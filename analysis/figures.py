@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.colours import colours, label
+from analysis.guards import INCIDENTAL, TIMING, is_under
 from analysis.records import Currency, Curve, Run, flatten
 from analysis.reference import load_reference
 from analysis.results import CLAIM_NAMES, CURRENCY_NAMES, Results, model_sizes
 from analysis.scaling import ScalingLaw
+from analysis.sensitivity import REFRESH, comparable_runs
 from analysis.speedup import Endpoints
-from analysis.statistics import paired_interval
 from analysis.trials import Study
 from analysis.wallclock import TRAINING_KINDS
 from training.records import write_atomically
@@ -193,34 +194,29 @@ def speed_up_intervals(results: Results) -> Figure:
 
 def sensitivity_grid(results: Results) -> Figure:
     """Final loss over (β2, γ), Sophia's grid in the paper."""
-    cells: dict[tuple[float, float], list[float]] = {}
-    group = _largest_group(results.study, ("optimizer.betas", "optimizer.gamma"), prefix="sophia")
-    for run in group:
-        optimizer = run.config["optimizer"]
-        cells.setdefault((float(optimizer["gamma"]), float(optimizer["betas"][1])), []).append(run.final_val_loss)
-    gammas, betas = sorted({gamma for gamma, _ in cells}), sorted({beta for _, beta in cells})
-    if len(gammas) < 2 or len(betas) < 2:
+    grid = results.grid
+    if grid is None:
         raise NothingToShow("the sensitivity grid needs Sophia runs over at least two β2 and two γ, all else equal")
-    losses = np.array([[np.mean(cells.get((gamma, beta), [math.nan])) for beta in betas] for gamma in gammas])
+    gammas, betas, losses = grid.gammas, grid.betas, grid.losses
     figure, (axis,) = _panels(1, width=5.5, height=4.2)
     image = axis.imshow(losses, cmap="viridis_r", aspect="auto", origin="lower")
     middle = np.nanmean([np.nanmin(losses), np.nanmax(losses)])
     for row, column in np.ndindex(losses.shape):
         value = losses[row, column]
         text = f"{value:.3f}" if np.isfinite(value) else "–"
-        axis.text(column, row, text, ha="center", va="center", color="white" if value < middle else "black", fontsize=9)
+        axis.text(column, row, text, ha="center", va="center", color="black" if value < middle else "white", fontsize=9)
     axis.set_xticks(range(len(betas)), [f"{beta:g}" for beta in betas])
     axis.set_yticks(range(len(gammas)), [f"{gamma:g}" for gamma in gammas])
     axis.set_xlabel("β2")
     axis.set_ylabel("γ")
-    axis.set_title(f"final validation loss (nats), {_group_title(group)}", fontsize=10)
+    axis.set_title(f"final validation loss (nats), {_group_title(grid.runs)}", fontsize=10)
     figure.colorbar(image, ax=axis)
     return figure
 
 
 def hessian_interval(results: Results) -> Figure:
     """Final loss and seconds per step against k, the steps between curvature passes."""
-    group = _largest_group(results.study, ("optimizer.hessian_interval",), prefix="sophia")
+    group = comparable_runs(results.study, REFRESH)
     by_k: dict[int, list[Run]] = {}
     for run in group:
         by_k.setdefault(int(run.config["optimizer"]["hessian_interval"]), []).append(run)
@@ -246,29 +242,31 @@ def hessian_interval(results: Results) -> Figure:
 
 
 def ablations(results: Results) -> Figure:
-    """Each ablation beside the arm that it varies, at the same model and horizon: seeds, mean and interval."""
-    groups = _ablation_groups(results.study)
-    if not groups:
+    """Each ablation's final loss minus that of the arm that it varies, paired by seed: seeds, mean and interval."""
+    rows = [one for one in results.ablations if one.differences]
+    lost = [one for one in results.ablations if one.diverged]
+    if not rows and not lost:
         raise NothingToShow("no ablation arms with finished runs (role: ablation in the study file)")
-    rows = [len(members) for members in groups.values()]
-    figure, panels = _panels(len(groups), height=1.6 + 0.4 * max(rows), share_y=False)
-    for axis, (title, members) in zip(panels, groups.items(), strict=True):
-        for row, (_, end) in enumerate(reversed(members)):
-            good = end.losses[np.isfinite(end.losses)]
-            axis.plot(good, [row] * len(good), ".", color="#999999", zorder=2)
-            if len(good) > 1 and not end.diverged:
-                interval = paired_interval(good, level=results.study.level)
-                axis.plot([interval.low, interval.high], [row, row], color="#c2342b", linewidth=1.6, zorder=1)
-            if len(good):
-                axis.plot(good.mean(), row, "D", color="#c2342b", markersize=5, zorder=3)
-            if end.diverged:
-                text = f"{len(end.diverged)} of {len(end.seeds)} diverged"
-                axis.annotate(text, (0.98, row), xycoords=("axes fraction", "data"), ha="right", fontsize=8)
-        axis.set_yticks(range(len(members)), [name for name, _ in reversed(members)], fontsize=8)
-        axis.set_ylim(-0.6, len(members) - 0.4)
-        axis.set_xlabel("final validation loss (nats)")
-        axis.set_title(title, fontsize=9)
-        _dress(axis)
+    shown = [*rows, *lost]
+    figure, (axis,) = _panels(1, width=8, height=1.4 + 0.3 * len(shown))
+    axis.axvline(0.0, color="#888888", linewidth=1)
+    for row, one in enumerate(reversed(shown)):
+        if one.diverged:
+            axis.annotate(
+                f"{one.diverged} of {one.runs} diverged", (0.98, row), xycoords=("axes fraction", "data"), ha="right",
+                va="center", fontsize=8,
+            )  # fmt: skip
+            continue
+        axis.plot(one.differences, [row] * len(one.differences), ".", color="#999999", zorder=2)
+        interval = one.interval
+        if interval is not None:
+            axis.plot([interval.low, interval.high], [row, row], color="#c2342b", linewidth=1.6, zorder=1)
+        axis.plot(float(np.mean(one.differences)), row, "D", color="#c2342b", markersize=5, zorder=3)
+    names = [f"{one.setting}  (of {label(one.of)}, {one.model}, {one.horizon:,} steps)" for one in reversed(shown)]
+    axis.set_yticks(range(len(shown)), names, fontsize=8)
+    axis.set_ylim(-0.6, len(shown) - 0.4)
+    axis.set_xlabel("final validation loss minus that of the arm (nats); right of the line is worse", fontsize=8.5)
+    _dress(axis)
     return figure
 
 
@@ -386,36 +384,27 @@ def step_times(results: Results) -> Figure:
 
 def learning_rate_stability(results: Results) -> Figure:
     """Final loss against the learning rate, with and without the attention trick; what diverged stands on top."""
-    series: dict[tuple[str, str, bool], list[tuple[float, float]]] = {}
-    for trial in results.study.trials:
-        if trial.run is None or trial.status not in ("completed", "diverged"):
-            continue
-        trick = bool(trial.run.config["model"].get("attention_layer_scaling", False))
-        key = (trial.run.optimizer, f"{trial.model}, {trial.horizon:,} steps", trick)
-        series.setdefault(key, []).append((float(trial.run.config["optimizer"]["lr"]), trial.loss))
-    series = {key: points for key, points in series.items() if len({rate for rate, _ in points}) >= 3}
+    series = {
+        key: points for key, points in _losses_by_rate(results.study).items() if len(points) >= 3
+    }  # (optimizer, cell, trick) -> rate -> best loss
     if not series:
         raise NothingToShow("stability against the learning rate needs an arm with at least three learning rates")
     arms_in = Counter(cell for _, cell, _ in series)
     cells = [cell for cell in arms_in if arms_in[cell] == max(arms_in.values())][-3:]
-    figure, panels = _panels(len(cells), height=3.8)
+    figure, panels = _panels(len(cells), height=3.8, share_y=False)
     palette = colours(arm for arm, _, _ in series)
     for axis, cell in zip(panels, cells, strict=True):
         for (arm, where, trick), points in series.items():
             if where != cell:
                 continue
-            rates = sorted({rate for rate, _ in points})
-            best = [
-                min((loss for r, loss in points if r == rate and np.isfinite(loss)), default=math.nan) for rate in rates
-            ]
+            rates, best = list(points), list(points.values())
             name = f"{label(arm)}{', attention trick' if trick else ''}"
             axis.plot(rates, best, "o--" if trick else "o-", color=palette[arm], label=name, markersize=4)
-            lost = [rate for rate, loss in zip(rates, best, strict=True) if not np.isfinite(loss)]
+            lost = [rate for rate, loss in points.items() if not np.isfinite(loss)]
             axis.plot(lost, [0.97] * len(lost), "x", color=palette[arm], transform=axis.get_xaxis_transform())
-        ticks = sorted({rate for (_, where, _), points in series.items() if where == cell for rate, _ in points})
         axis.set_xscale("log")
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7, rotation=45)
-        axis.minorticks_off()
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.tick_params(axis="x", labelsize=8)
         axis.set_xlabel("peak learning rate (×: every run diverged)")
         axis.set_title(cell, fontsize=9)
         _dress(axis)
@@ -527,47 +516,43 @@ def _plain_ratios(axis: Axes, spans: Sequence[tuple[float, float]]) -> None:
     axis.minorticks_off()
 
 
-def _largest_group(study: Study, keys: Sequence[str], *, prefix: str) -> list[Run]:
-    """Finished runs that agree in all but `keys`, seed and horizon-independent bookkeeping: the group with most
-    settings."""
-    groups: dict[str, list[Run]] = {}
+def _losses_by_rate(study: Study) -> dict[tuple[str, str, bool], dict[float, float]]:
+    """Final loss by learning rate, ascending, for each (optimizer, model and horizon, attention trick).
+
+    At each rate the best setting's mean over seeds; NaN where all diverged. Tuning runs where an arm has some, since
+    the seeds that are reported know one rate alone; of ablations only those of the rate and the trick themselves.
+    """
+    trick = "model.attention_layer_scaling"
+    losses: dict[tuple[str, str, bool, str], dict[float, dict[str, list[float]]]] = {}
     for trial in study.trials:
-        run = trial.run
-        if run is None or not run.completed or not run.optimizer.startswith(prefix):
+        run, arm = trial.run, study.arms[trial.arm]
+        if run is None or trial.status not in ("completed", "diverged"):
             continue
-        optimizer = {f"optimizer.{key}": value for key, value in flatten(run.config["optimizer"]).items()}
-        rest = {key: value for key, value in optimizer.items() if key not in keys}
-        if "optimizer.betas" in keys:  # the second of them alone
-            rest["optimizer.betas[0]"] = run.config["optimizer"].get("betas", [None])[0]
-        groups.setdefault(repr((run.model, run.horizon, sorted(rest.items()))), []).append(run)
-
-    def settings(runs: Sequence[Run]) -> int:
-        return len({repr([flatten(run.config).get(key) for key in keys]) for run in runs})
-
-    return max(groups.values(), key=settings, default=[])
+        if arm.role == "ablation" and not set(arm.varies) <= {"optimizer.lr", trick}:
+            continue
+        values = flatten(run.config)
+        own = {
+            key: value for key, value in values.items() if not is_under(key, (*INCIDENTAL, *TIMING, "seed", "seeds"))
+        }
+        rate = float(own.pop("optimizer.lr"))
+        key = (run.optimizer, f"{trial.model}, {trial.horizon:,} steps", bool(values.get(trick, False)), trial.phase)
+        losses.setdefault(key, {}).setdefault(rate, {}).setdefault(repr(own), []).append(trial.loss)
+    best: dict[tuple[str, str, bool], dict[float, float]] = {}
+    for (optimizer, cell, with_trick, phase), by_rate in losses.items():
+        if phase == "reporting" and (optimizer, cell, with_trick, "tuning") in losses:
+            continue
+        means = {rate: [float(np.mean(one)) for one in by_rate[rate].values()] for rate in sorted(by_rate)}
+        best[optimizer, cell, with_trick] = {
+            rate: min((loss for loss in found if math.isfinite(loss)), default=math.nan)
+            for rate, found in means.items()
+        }
+    return best
 
 
 def _group_title(group: Sequence[Run]) -> str:
     first = group[0]
     seeds = len({run.seed for run in group})
     return f"{label(first.optimizer)}, {first.model}, {first.horizon:,} steps, {seeds} seed{'s' if seeds > 1 else ''}"
-
-
-def _ablation_groups(study: Study) -> dict[str, list[tuple[str, Endpoints]]]:
-    """Ablations by what they vary, each group led by the arm that is varied."""
-    groups: dict[str, list[tuple[str, Endpoints]]] = {}
-    for name in study.arm_names("ablation"):
-        arm = study.arms[name]
-        for model in study.models:
-            for end in study.endpoints(name, model):
-                varied = ", ".join(key.removeprefix("optimizer.") for key in arm.varies) or name
-                title = f"{varied} ({model}, {end.horizon:,} steps)"
-                if title not in groups:
-                    groups[title] = []
-                    base = study.endpoints(arm.of, model) if arm.of else []
-                    groups[title] += [(label(str(arm.of)), one) for one in base if one.horizon == end.horizon]
-                groups[title].append((label(name), end))
-    return groups
 
 
 def _reproducible(path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ INCIDENTAL = (
 # Keys that leave the loss curve alone (contract of determinism) but not the clock.
 TIMING = (
     *("strategy", "train.micro_batch_size", "train.compile", "train.deterministic", "train.device"),
-    *("eval.micro_batch_size", "environment.hardware"),
+    *("eval.micro_batch_size", "environment.hardware", "environment.world_size"),
 )
 # What the arms of a comparison are.
 OPTIMIZER = ("optimizer",)
@@ -96,12 +96,12 @@ def differences(runs: Sequence[Run], *, by_design: Iterable[str] = OPTIMIZER) ->
     """
     ignored = (*INCIDENTAL, *by_design)
     flattened = {run.name: _comparable_values(run) for run in runs}
-    keys = sorted({key for values in flattened.values() for key in values if not _under(key, ignored)})
+    keys = sorted({key for values in flattened.values() for key in values if not is_under(key, ignored)})
     found = []
     for key in keys:
         values = {run: flat.get(key) for run, flat in flattened.items()}
         if len({repr(value) for value in values.values()}) > 1:
-            found.append(Difference(key, values, "seconds" if _under(key, TIMING) else "loss"))
+            found.append(Difference(key, values, "seconds" if is_under(key, TIMING) else "loss"))
     return found
 
 
@@ -206,7 +206,7 @@ def _fairness(study: Study) -> list[Finding]:
                 runs=tuple(directories[name] for name in difference.values if name in directories),
             )
         )
-    tuned = [key for key in declared if not _under(key, OPTIMIZER)]
+    tuned = [key for key in declared if not is_under(key, OPTIMIZER)]
     if tuned:
         title = f"Tuned for each arm beside the optimizer's own hyper-parameters: {', '.join(tuned)}"
         findings.append(Finding("fairness", "note", title, "Declared in the study's search spaces."))
@@ -453,14 +453,15 @@ def _code(study: Study) -> list[Finding]:
 def _comparable_values(run: Run) -> dict[str, Any]:
     values = flatten(run.config)
     environment = run.record.environment
-    for key in ("data_manifest_sha256", "initial_weights_sha256", "hardware"):
+    for key in ("data_manifest_sha256", "initial_weights_sha256", "hardware", "world_size"):
         if key in environment:
             entry = environment[key]
             values.update(flatten({f"environment.{key}": entry}))
     return values
 
 
-def _under(key: str, prefixes: Iterable[str]) -> bool:
+def is_under(key: str, prefixes: Iterable[str]) -> bool:
+    """Whether a dotted key is one of the prefixes or lies below one."""
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from analysis import tables
 from analysis.colours import colours, label
 from analysis.figures import FIGURES, NothingToShow, save, seed_curves
 from analysis.records import CURRENCIES, Currency
-from analysis.results import CLAIM_NAMES, CURRENCY_NAMES, Headline, Results, write_json
+from analysis.results import CLAIM_NAMES, CURRENCY_NAMES, Headline, Results, in_short, write_json
 from analysis.speedup import CLAIM_CURRENCIES, THRESHOLDS, SpeedUp
 from analysis.tables import Cell, CellKey, Table
 from training.records import write_atomically
@@ -117,7 +118,7 @@ def render_html(results: Results, location: Path, pictures: dict[str, bytes] | N
         currencies=CURRENCY_NAMES,
         tables=built,
         figures=[
-            {"name": name, "caption": _caption(name), "png": base64.b64encode(png).decode()}
+            {"name": name, "caption": _caption(name), "png": base64.b64encode(png).decode(), "wide": _is_wide(png)}
             for name, png in (pictures or {}).items()
         ],
         method=method(results),
@@ -326,7 +327,7 @@ def _verdict_cell(claims: Sequence[Headline]) -> dict[str, Any]:
         "claims": [
             {
                 "tone": one.claim.verdict.replace(" ", "-"),
-                "text": f"{names[one.claim.threshold]}: {one.claim.verdict}",
+                "text": f"{names[one.claim.threshold]}: {in_short(one.claim)}",
                 "why": f"p = {one.claim.p:.3g}, corrected over {one.family} claims {one.claim.adjusted_p:.3g}",
             }
             for one in claims
@@ -365,6 +366,12 @@ def _counts(numbers: Sequence[int]) -> str:
 
 def _caption(name: str) -> str:
     return (FIGURES[name].__doc__ or name).strip().splitlines()[0]
+
+
+def _is_wide(png: bytes) -> bool:
+    """Whether a picture has panels side by side, which half a page would make illegible."""
+    width, height = struct.unpack(">II", png[16:24])
+    return bool(width > 1.9 * height and width > 1200)
 
 
 def _first_rows(runs: Table) -> dict[CellKey, tuple[Cell, ...]]:

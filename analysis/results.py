@@ -18,6 +18,7 @@ from analysis.colours import label
 from analysis.guards import Crossing, Finding, inspect, mid_run_crossings
 from analysis.records import CURRENCIES, Currency, Run
 from analysis.scaling import ScalingLaw, Trend, scaling_law, trend
+from analysis.sensitivity import Ablation, Grid, ablations, sensitivity_grid
 from analysis.speedup import (
     CLAIM_CURRENCIES,
     THRESHOLDS,
@@ -101,7 +102,7 @@ class ArmCost:
     peak_memory_bytes: float
     tuning_trials: int
     tuning_diverged: int
-    tuning_seconds: float
+    tuning_device_seconds: float
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ class Results:
     target_times: Sequence[TargetTime]
     tunings: Sequence[Tuning]
     costs: Sequence[ArmCost]
+    ablations: Sequence[Ablation]
+    grid: Grid | None  # over (β2, γ), where there are runs for one
     baselines: Mapping[str, Baseline]  # by model
     token_laws: Sequence[ScalingLaw]
     size_laws: Sequence[ScalingLaw]
@@ -202,6 +205,15 @@ class Results:
             "mid_run_crossings_not_speed_ups": [self._plain(one) for one in self.crossings],
             "time_to_target": [self._plain(one) for one in self.target_times],
             "costs": [self._plain(one) for one in self.costs],
+            "ablations": [self._plain(one) for one in self.ablations],
+            "beta2_gamma_grid": None
+            if self.grid is None
+            else {
+                "gamma": list(self.grid.gammas),
+                "beta2": list(self.grid.betas),
+                "loss": [[_number(loss) for loss in row] for row in self.grid.losses],
+                "runs": [self.link(run.directory) for run in self.grid.runs],
+            },
         }
 
     def link(self, run: Path) -> str:
@@ -221,13 +233,16 @@ class Results:
         return _number(value) if isinstance(value, float) else value
 
 
-def analyse(study: Study) -> Results:
+def analyse(study: Study, *, against_baseline: bool = True) -> Results:
     """All of the analysis of a study.
+
+    Args:
+        against_baseline: False: go without verdicts where the baseline has no run, for figures that need none.
 
     Raises:
         ValueError: the baseline has no finished reported run.
     """
-    if not any(study.endpoints(study.baseline, model) for model in study.models):
+    if against_baseline and not any(study.endpoints(study.baseline, model) for model in study.models):
         raise ValueError(
             f"no finished reported run of the baseline {study.baseline!r} in {study.name}: run it first, or name "
             f"another baseline (arms: {', '.join(study.arms) or 'none'})"
@@ -283,6 +298,8 @@ def analyse(study: Study) -> Results:
         target_times=_target_times(study),
         tunings=tunings(study),
         costs=_costs(study),
+        ablations=ablations(study),
+        grid=sensitivity_grid(study),
         baselines=baselines,
         token_laws=_token_laws(study),
         size_laws=_size_laws(study),
@@ -313,11 +330,23 @@ def _why_undecided(one: Headline) -> str:
     if not one.claim.testable:
         low, high = one.speed_up.range
         return f" (the baseline's horizons allow ratios from {low:.2f} to {high:.2f} to be tested)"
-    if one.claim.p < 1 - one.speed_up.level:
-        return f" (p = {one.claim.p:.3f} alone, {one.claim.adjusted_p:.3f} among {one.family} claims)"
+    if one.claim.difference is None or one.claim.difference.degrees_of_freedom <= 0:
+        return " (one seed: no interval)"
     if one.claim.seeds_to_decide is None:
         return " (more than 1,000 seeds would be needed: too small an effect to matter)"
-    return f" (about {one.claim.seeds_to_decide} seeds would decide)"
+    alone = one.claim.p < 1 - one.speed_up.level
+    p = f"p = {one.claim.p:.3f} alone, {one.claim.adjusted_p:.3f} among {one.family} claims; " if alone else ""
+    return f" ({p}about {one.claim.seeds_to_decide:,} seeds would decide)"
+
+
+def in_short(claim: Claim) -> str:
+    """A claim's verdict, an undecided one's with the number of seeds that would decide it."""
+    if claim.verdict != "undecided" or claim.difference is None or claim.difference.degrees_of_freedom <= 0:
+        return claim.verdict
+    if not claim.testable:
+        return "undecided (out of range)"
+    seeds = claim.seeds_to_decide
+    return f"undecided ({'> 1,000' if seeds is None else f'≈ {seeds:,}'} seeds)"
 
 
 def _curve_findings(study: Study, model: str, baseline: Baseline) -> list[Finding]:
@@ -447,7 +476,7 @@ def _costs(study: Study) -> list[ArmCost]:
                     ),
                     tuning_trials=len(tuning),
                     tuning_diverged=sum(trial.status == "diverged" for trial in tuning),
-                    tuning_seconds=sum(trial.seconds for trial in tuning),
+                    tuning_device_seconds=sum(trial.device_seconds for trial in tuning),
                 )
             )
     return costs

@@ -71,6 +71,7 @@ class Trend:
     reach: Mapping[str, tuple[float, float]]  # range of the data
     points: int
     level: float
+    freedom: float  # of Student's t where the points' own scatter set the covariance, else infinite
 
     def slope(self, name: str) -> Interval | None:
         """Change of log speed-up per e-fold of "tokens" or "parameters"; None if it did not vary."""
@@ -103,8 +104,10 @@ class Trend:
     def _interval(self, row: Array) -> Interval:
         estimate = float(row @ self.coefficients)
         error = math.sqrt(max(float(row @ self.covariance @ row), 0.0))
-        reach = float(special.ndtri((1 + self.level) / 2)) * error
-        return Interval(estimate, estimate - reach, estimate + reach, self.level, error, math.inf)
+        known = math.isinf(self.freedom)
+        quantile = special.ndtri((1 + self.level) / 2) if known else special.stdtrit(self.freedom, (1 + self.level) / 2)
+        reach = float(quantile) * error
+        return Interval(estimate, estimate - reach, estimate + reach, self.level, error, self.freedom)
 
 
 def trend(results: Sequence[SpeedUp], tokens: Sequence[float], parameters: Sequence[float]) -> Trend | None:
@@ -141,10 +144,11 @@ def trend(results: Sequence[SpeedUp], tokens: Sequence[float], parameters: Seque
     design = np.column_stack(columns)
     covariance = np.asarray(np.linalg.inv(design.T @ (weight[:, None] * design)), dtype=np.float64)
     coefficients = covariance @ design.T @ (weight * y)
-    freedom = len(y) - len(names)
-    if freedom > 0:
-        scatter = float(weight @ (y - design @ coefficients) ** 2) / freedom
-        covariance *= max(1.0, scatter)
+    degrees, freedom = len(y) - len(names), math.inf
+    if degrees > 0:
+        scatter = float(weight @ (y - design @ coefficients) ** 2) / degrees
+        if scatter > 1:
+            covariance, freedom = covariance * scatter, float(degrees)
     reach = {name: (math.exp(values.min()), math.exp(values.max())) for name, values in logs.items()}
     first = usable[0][0]
     return Trend(
@@ -157,4 +161,5 @@ def trend(results: Sequence[SpeedUp], tokens: Sequence[float], parameters: Seque
         reach=reach,
         points=len(y),
         level=first.level,
+        freedom=freedom,
     )

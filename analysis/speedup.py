@@ -96,9 +96,12 @@ class Claim:
     p: float  # two-sided, of the test at the threshold (or, where that cannot be tested, at the end of the range)
     adjusted_p: float  # Holm, over the family of claims that are reported together
     direction: Literal["above", "below", "none"]  # where the test puts the speed-up, relative to the threshold
-    seeds_to_decide: int | None  # of an undecided claim: the effect seen would be found 4 times in 5; None: over 1000
+    # Of an undecided claim: with so many seeds the effect seen would be found 4 times in 5, after the same correction as
+    # the p-value's; None: over 1000, or nothing to go by.
+    seeds_to_decide: int | None
     testable: bool  # False where the baseline's range ends before the threshold
     difference: Interval | None = None  # arm minus baseline at threshold times the cost (or at the range's end), nats
+    standard_deviation: float = math.nan  # of one seed's difference, nats
 
     @property
     def text(self) -> str:
@@ -209,14 +212,18 @@ class Baseline:
 
 
 def fit_baseline(endpoints: Sequence[Endpoints]) -> Baseline:
-    """The baseline's curve from its horizons, at the seeds that have a final loss at every horizon.
+    """The baseline's curve from its horizons, at the seeds that all of these have.
+
+    A horizon with a diverged run is left out as a whole: leaving out the seed alone would keep the lucky ones.
 
     Raises:
         ValueError: no horizon, or no seed common to all of them.
     """
-    ordered = sorted(endpoints, key=lambda end: end.horizon)
-    if not ordered:
+    if not endpoints:
         raise ValueError("the baseline has no finished run: run it before comparing anything with it")
+    ordered = sorted((end for end in endpoints if not end.diverged), key=lambda end: end.horizon)
+    if not ordered:
+        raise ValueError("the baseline diverged at every horizon: find hyper-parameters with which it does not")
     common = _common_seeds(ordered)
     if not common:
         listing = "; ".join(f"{end.horizon} steps: {list(end.seeds)}" for end in ordered)
@@ -328,12 +335,20 @@ def headline(results: Sequence[SpeedUp]) -> SpeedUp:
 
 
 def correct(claims: Sequence[Claim], level: float = 0.95) -> list[Claim]:
-    """The same claims with p-values corrected over all of them (Holm) and verdicts to match."""
-    adjusted = statistics.holm([claim.p for claim in claims])
-    return [
-        replace(claim, adjusted_p=float(p), verdict=_verdict(float(p), level, claim.direction))
-        for claim, p in zip(claims, adjusted, strict=True)
-    ]
+    """The same claims with p-values corrected over all of them (Holm), and verdicts and seeds to match."""
+    p_values = np.array([claim.p for claim in claims])
+    adjusted = statistics.holm(p_values)
+    # Holm asks the claim of rank r (from 0) for a p of (1 - level) / (m - r).
+    ranks = np.argsort(np.argsort(p_values, kind="stable"), kind="stable")
+    corrected = []
+    for claim, p, rank in zip(claims, adjusted, ranks, strict=True):
+        verdict = _verdict(float(p), level, claim.direction)
+        seeds = None
+        if verdict == "undecided" and claim.testable and claim.difference is not None:
+            asked = 1 - (1 - level) / (len(claims) - int(rank))
+            seeds = statistics.seeds_to_decide(claim.difference.estimate, claim.standard_deviation, level=asked)
+        corrected.append(replace(claim, adjusted_p=float(p), verdict=verdict, seeds_to_decide=seeds))
+    return corrected
 
 
 @dataclass(frozen=True)
@@ -604,13 +619,12 @@ def _claim(one: _Paired, threshold: float, test: _Test, index: int, level: float
     if not testable and direction == ("above" if target > one.range[1] else "below"):
         direction, p = "none", 1.0
     verdict = _verdict(p, level, direction)
-    seeds = None
-    if testable and verdict == "undecided":
-        seeds = statistics.seeds_to_decide(mean, float(test.standard_deviation[index]), level=level)
+    deviation = float(test.standard_deviation[index])
+    seeds = statistics.seeds_to_decide(mean, deviation, level=level) if testable and verdict == "undecided" else None
     error, freedom = float(test.standard_error[index]), float(test.freedom[index])
     reach = float(test.critical(level)[index]) * error if freedom > 0 else math.inf
     difference = Interval(mean, mean - reach, mean + reach, level, error, freedom)
-    return Claim(threshold, verdict, p, p, direction, seeds, testable, difference)
+    return Claim(threshold, verdict, p, p, direction, seeds, testable, difference, deviation)
 
 
 def _verdict(p: float, level: float, direction: str) -> Verdict:

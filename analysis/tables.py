@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from analysis.colours import label
 from analysis.records import CURRENCIES, Currency
 from analysis.reference import load_reference
-from analysis.results import CLAIM_NAMES, CURRENCY_NAMES, Headline, Results
+from analysis.results import CLAIM_NAMES, CURRENCY_NAMES, Headline, Results, in_short
 from analysis.speedup import CLAIM_CURRENCIES, THRESHOLDS, SpeedUp
 from analysis.statistics import Interval
 
@@ -54,7 +56,7 @@ def verdict(results: Results) -> Table:
         at = claims[0].speed_up
         source = (arm, model, at.horizon)
         verdicts = [
-            Cell(one.claim.verdict, one.claim.adjusted_p, source, tone=one.claim.verdict)
+            Cell(in_short(one.claim), one.claim.adjusted_p, source, tone=one.claim.verdict)
             for threshold in THRESHOLDS
             for one in claims
             if one.claim.threshold == threshold
@@ -91,7 +93,8 @@ def verdict(results: Results) -> Table:
         note=(
             f"A ratio of 1.25: the arm ends at {baseline}'s loss with 1/1.25 of what {baseline} spends, each decayed "
             "to the end of a schedule of its own. p-values are corrected (Holm) over all claims on a model. > and < "
-            "mark what lies beyond the baseline's range of horizons."
+            "mark what lies beyond the baseline's range of horizons. Undecided claims name the seeds with which the effect "
+            "seen would be found four times in five."
         ),
         numeric=(3, 6, 7, 8),
     )
@@ -170,7 +173,7 @@ def end_of_runs(results: Results) -> Table:
         note=(
             f"The arm decayed to the end of T/2 steps against {baseline} decayed to the end of T, paired by seed. The "
             "claim of 2× in steps and tokens holds where the difference is below zero. A true difference of the "
-            "smallest detectable size is found four times in five with this many seeds."
+            "smallest detectable size is found four times in five with this many seeds, by a single test."
         ),
         numeric=(2, 3, 4, 5, 6),
     )
@@ -340,12 +343,94 @@ def costs(results: Results) -> Table:
     )
 
 
+def ablations(results: Results) -> Table:
+    rows = []
+    for one in results.ablations:
+        source = (one.arm, one.model, one.horizon)
+        if one.differences and one.interval is None:
+            difference = Cell(f"{one.differences[0]:+.4f} (one seed: no interval)", one.differences[0], source)
+        else:
+            difference = _difference(one.interval, source)
+        rows.append(
+            (
+                Cell(one.model),
+                Cell(label(one.of)),
+                Cell(one.setting, source=source),
+                Cell(f"{one.horizon:,}", one.horizon),
+                Cell(
+                    f"{one.mean:.4f}" if math.isfinite(one.mean) else f"{one.diverged} of {one.runs} diverged",
+                    _sortable(one.mean),
+                    source,
+                ),
+                difference,
+                Cell(_p(one.p) if math.isfinite(one.p) else "", _sortable(one.p)),
+                Cell(f"{one.time_ratio:.2f}" if math.isfinite(one.time_ratio) else "–", _sortable(one.time_ratio)),
+                Cell(str(one.runs), one.runs, source),
+            )
+        )
+    return Table(
+        name="ablations",
+        title="Ablations",
+        columns=(
+            "model",
+            "arm",
+            "with",
+            "steps",
+            "loss (nats)",
+            "minus the arm [interval]",
+            "p",
+            "time a step",
+            "seeds",
+        ),
+        rows=tuple(rows),
+        note=(
+            "An arm's reported runs once more with one thing changed and the rest as its search found it, not tuned "
+            "again. Differences are paired by seed with the arm at the same number of steps; above zero is worse. "
+            "'Time a step' is relative to the arm's. These p-values are not corrected for their number."
+        ),
+        numeric=(3, 4, 5, 6, 7, 8),
+    )
+
+
+def grid(results: Results) -> Table:
+    found = results.grid
+    if found is None:
+        return Table("grid", "Sensitivity to γ and β2", ("γ",), ())
+    best = float(np.nanmin(found.losses))
+    rows = [
+        (
+            Cell(f"{gamma:g}", gamma),
+            *(
+                Cell(f"{loss:.4f}{' (best)' if loss == best else ''}" if math.isfinite(loss) else "–", _sortable(loss))
+                for loss in map(float, losses)
+            ),
+        )
+        for gamma, losses in zip(found.gammas, found.losses, strict=True)
+    ]
+    first, seeds = found.runs[0], sorted({run.seed for run in found.runs})
+    paper = load_reference().sensitivity_grid
+    spread = np.ptp(np.array(paper["loss"]))
+    return Table(
+        name="grid",
+        title="Sensitivity to γ and β2",
+        columns=("γ", *(f"β2 = {beta:g}" for beta in found.betas)),
+        rows=tuple(rows),
+        note=(
+            f"Final validation loss (nats) of {label(first.optimizer)} on {first.model} after {first.horizon:,} steps, "
+            f"all else equal; seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. The paper's grid "
+            f"({paper['size']}, {label(paper['arm'])}) spans {spread:.3f} nats."
+        ),
+        numeric=tuple(range(len(found.betas) + 1)),
+    )
+
+
 def tuning(results: Results) -> Table:
     rows = []
     for one in results.tunings:
         trials = [trial for candidate in one.candidates for trial in candidate.trials]
         best = one.best
         granted = results.study.arms[one.arm].budget
+        spent = sum(trial.device_seconds for trial in trials)
         second = min((candidate.loss for candidate in one.candidates if candidate is not best), default=math.nan)
         lead = second - best.loss
         rows.append(
@@ -355,7 +440,7 @@ def tuning(results: Results) -> Table:
                 Cell(f"{one.horizon:,}", one.horizon),
                 Cell(f"{len(trials)}" + (f" of {granted}" if granted else ""), len(trials)),
                 Cell(str(one.diverged), one.diverged),
-                Cell(f"{sum(trial.seconds for trial in trials):,.0f}", sum(trial.seconds for trial in trials)),
+                Cell(f"{spent:,.0f}", spent),
                 Cell(
                     _values(best.values),
                     href=best.trials[0].directory.as_posix() if best.trials else "",
@@ -374,7 +459,7 @@ def tuning(results: Results) -> Table:
             "steps",
             "trials",
             "diverged",
-            "seconds",
+            "device-seconds",
             "best values",
             "loss",
             "the next, more by",
@@ -471,13 +556,13 @@ def published(results: Results) -> Table:
                 ),
             )
         )
-    sources = "; ".join(f"{name}: {text}" for name, text in reference.sources.items() if name != "noise")
+    sources = "; ".join(f"{name}: {text.rstrip('.')}" for name, text in reference.sources.items() if name != "noise")
     return Table(
         name="published",
-        title="Published numbers",
+        title="What others found",
         columns=("source", "size", "arm", "length", "loss", "here"),
         rows=tuple(rows),
-        note=f"Losses of different data, vocabularies or validation sets do not compare with each other. {sources}",
+        note=f"Losses of different data, vocabularies or validation sets do not compare with each other. {sources}.",
         numeric=(4, 5),
     )
 
@@ -520,6 +605,8 @@ TABLES: Mapping[str, Callable[[Results], Table]] = {
     "time-to-target": target_times,
     "crossings": crossings,
     "times": costs,
+    "ablations": ablations,
+    "grid": grid,
     "tuning": tuning,
     "search-spaces": search_spaces,
     "trends": trends,
@@ -590,6 +677,8 @@ def _p(value: float) -> str:
 
 
 def _amount(value: float) -> str:
+    if value < 100:
+        return f"{value:.3g}"
     return f"{value:,.0f}" if value < 1e7 else f"{value:.3g}"
 
 

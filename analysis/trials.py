@@ -71,6 +71,12 @@ class Trial:
         """Training seconds spent, whatever became of the run."""
         return 0.0 if self.run is None else training_seconds(self.run)
 
+    @property
+    def device_seconds(self) -> float:
+        """Training seconds times the devices (ranks) that they were spent on."""
+        ranks = 1 if self.run is None else int(self.run.record.environment.get("world_size") or 1)
+        return self.seconds * ranks
+
 
 @dataclass(frozen=True)
 class Study:
@@ -196,7 +202,7 @@ def arm_names(runs: Sequence[Run]) -> list[str]:
         telling.setdefault(optimizer, set()).update(differing)
     names = []
     for run, values in zip(runs, own, strict=True):
-        suffix = ", ".join(f"{key}={_short(values.get(key))}" for key in sorted(telling[run.optimizer]))
+        suffix = ", ".join(f"{key}={short(values.get(key))}" for key in sorted(telling[run.optimizer]))
         names.append(f"{run.optimizer} ({suffix})" if suffix else run.optimizer)
     return names
 
@@ -276,9 +282,10 @@ def _shape_size(run: Run) -> float:
     return 12.0 * model.get("n_layer", 0) * model.get("n_embd", 0) ** 2
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A configuration value as a reader writes it: 0.001, false, 0.9/0.95."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
-    if isinstance(value, (list, tuple)):
-        return "/".join(map(_short, value))
-    return str(value)
+    return "/".join(map(short, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"choose one of {', '.join(known)}"
         )
     try:
-        results = analyse(load_study(options.paths, baseline=options.baseline))
+        study = load_study(options.paths, baseline=options.baseline)
+        results = analyse(study, against_baseline=False)
         if options.table:
             print(markdown(TABLES[options.name](results)))
             return 0

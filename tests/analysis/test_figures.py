@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -71,3 +72,29 @@ def test_published_numbers_are_those_of_the_paper() -> None:
     assert {one.source for one in reference.losses} <= set(reference.sources)
     wen = {one.chinchilla: one.loss for one in reference.losses if one.source == "wen 2025" and one.arm == "adamw"}
     assert wen == {1: 3.529, 2: 3.408, 4: 3.322, 8: 3.261}
+
+
+def test_stability_is_read_off_bare_runs_of_a_sweep_with_and_without_the_attention_trick(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`train.py -m optimizer.lr=… model.attention_layer_scaling=false,true`: no arm of it is a baseline."""
+    for trick in (False, True):
+        for rate in (1e-3, 3e-3, 1e-2):
+            config = {"optimizer.lr": rate, "model.attention_layer_scaling": trick}
+            status = "diverged" if rate == 1e-2 and not trick else "completed"
+            write_run(tmp_path / f"{trick}{rate}", steps=4, train_lines=False, config=config, status=status)
+    assert plot(["stability", str(tmp_path), "--output", str(tmp_path / "stability.png")]) == 0
+    figure = FIGURES["stability"](analyse(load_study([tmp_path]), against_baseline=False))
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines() if not line.get_label().startswith("_")}
+    assert set(lines) == {"AdamW", "AdamW, attention trick"}
+    assert np.isnan(lines["AdamW"].get_ydata()).tolist() == [False, False, True]
+    assert np.isfinite(lines["AdamW, attention trick"].get_ydata()).all()
+
+
+def test_at_each_learning_rate_stability_shows_a_mean_over_seeds_and_not_the_luckiest(tmp_path: Path) -> None:
+    for rate in (1e-3, 3e-3, 1e-2):
+        for seed, loss in ((1, 3.0), (2, 4.0)):
+            config = {"optimizer.lr": rate}
+            write_run(tmp_path / f"{rate}{seed}", steps=4, seed=seed, final=loss, train_lines=False, config=config)
+    figure = FIGURES["stability"](analyse(load_study([tmp_path]), against_baseline=False))
+    assert figure.axes[0].get_lines()[0].get_ydata().tolist() == [3.5, 3.5, 3.5]

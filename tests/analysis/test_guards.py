@@ -10,6 +10,7 @@ import pytest
 from analysis.compare import compare_runs
 from analysis.guards import Finding, UnfairComparisonError, differences, inspect, mid_run_crossings, require_fair
 from analysis.records import load_runs
+from analysis.results import analyse
 from analysis.trials import INDEX_FILE, load_study
 from tests.analysis.synthetic import noise, power_law, write_run
 
@@ -108,6 +109,10 @@ def change_hardware(doctor: Doctor) -> None:
     doctor.runs["sophiag", "reporting", 200, 1]["environment"] = {"hardware.cores": 64}
 
 
+def change_the_number_of_ranks(doctor: Doctor) -> None:
+    doctor.runs["sophiag", "reporting", 200, 1]["environment"] = {"world_size": 8}
+
+
 def stop_decaying(doctor: Doctor) -> None:
     for key, arguments in doctor.runs.items():
         if key[1] == "reporting":
@@ -187,6 +192,7 @@ def leave_changes_uncommitted(doctor: Doctor) -> None:
         (change_data_seed, "fairness", "serious", "seeds.data"),
         (change_model, "fairness", "serious", "model.n_layer"),
         (change_hardware, "fairness", "note", "environment.hardware.cores"),
+        (change_the_number_of_ranks, "fairness", "note", "environment.world_size"),
         (stop_decaying, "schedule", "serious", "does not decay"),
         (report_a_tuning_seed, "seeds", "serious", "Seeds used for tuning are reported: 100"),
         (lose_a_seed, "seeds", "serious", "Sophia-G, tiny, 200 steps: 2 of 3 seeds have ended"),
@@ -212,6 +218,36 @@ def test_a_doctored_record_triggers_its_guard(
     assert any(
         finding.guard == guard and finding.severity == severity and words in finding.title for finding in findings
     ), [finding.title for finding in findings]
+
+
+def test_a_baseline_that_follows_no_power_law_is_called_so(doctor: Doctor) -> None:
+    for horizon, wave in ((50, 0.4), (100, -0.4), (200, 0.4), (400, -0.4)):
+        for seed in (1, 2, 3):
+            loss = power_law(horizon * 1024) + wave + noise(seed, horizon, scale=0.002)
+            doctor.runs["adamw", "reporting", horizon, seed] = {"final": loss, "config": {"optimizer.lr": 1e-3}}
+    doctor.write()
+    findings = analyse(load_study([doctor.directory])).findings
+    assert any(
+        finding.guard == "curve" and finding.severity == "serious" and "do not follow the power law" in finding.title
+        for finding in findings
+    ), [finding.title for finding in findings]
+
+
+def test_a_baseline_that_always_diverged_gives_no_verdict_and_is_the_first_finding(doctor: Doctor) -> None:
+    for horizon in (100, 200):
+        doctor.runs["adamw", "reporting", horizon, 2]["status"] = "diverged"
+    doctor.write()
+    results = analyse(load_study([doctor.directory]))
+    assert list(results.headlines) == []
+    assert results.findings[0].guard == "baseline"
+    assert "diverged at every horizon" in results.findings[0].detail
+
+
+def test_bare_runs_with_unequal_numbers_of_seeds_are_noted(tmp_path: Path) -> None:
+    for arm, seed in (("adamw", 1), ("adamw", 2), ("lion", 1)):
+        write_run(tmp_path / f"{arm}{seed}", optimizer=arm, seed=seed, steps=4, train_lines=False)
+    titles = [finding.title for finding in inspect(load_study([tmp_path]))]
+    assert "Cells have different numbers of seeds" in titles
 
 
 def test_serious_findings_come_first(doctor: Doctor) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from analysis.records import load_run
-from analysis.results import Results, analyse, write_json
+from analysis.report import render_html
+from analysis.results import Results, analyse, in_short, write_json
 from analysis.trials import load_study, study_of_runs
 from analysis.wallclock import ReferenceTimes
 from tests.analysis.synthetic import noise, power_law, write_run, write_study
@@ -114,6 +115,8 @@ def test_noise_as_large_as_the_effect_is_undecided_and_the_number_of_seeds_is_sa
     one = results.headline("sophiag", "tiny", "steps", 1.0)
     assert one.claim.verdict == "undecided"
     assert "seeds would" in results.sentences("sophiag", "tiny")[0]
+    assert in_short(one.claim) == f"undecided (≈ {one.claim.seeds_to_decide:,} seeds)"
+    assert f"&gt; 1: {in_short(one.claim)}" in render_html(results, tmp_path)
     assert any(finding.guard == "curve" for finding in results.findings), "two horizons are interpolated: say so"
 
 
@@ -127,6 +130,16 @@ def test_reference_times_give_wall_clock_beside_the_noisy_clock(tmp_path: Path) 
     # Twenty refreshes of 0.1 s on top of 200 steps of 0.05 s.
     steps = next(one for one in results.speed_ups if one.arm == "sophiag" and one.horizon == 200)
     assert modelled[0].estimate == pytest.approx(steps.estimate * 10 / 12, rel=1e-6)
+
+
+def test_tuning_is_billed_for_every_device(tmp_path: Path) -> None:
+    directory = write_study(tmp_path / "study", models={"tiny": 1e6})
+    before = {one.arm: one.tuning_device_seconds for one in analyse(load_study([directory])).costs}
+    for path in directory.glob("runs/*sophiag*/environment.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"world_size": 8}))
+    after = {one.arm: one.tuning_device_seconds for one in analyse(load_study([directory])).costs}
+    assert after["sophiag"] == pytest.approx(8 * before["sophiag"])
+    assert after["adamw"] == before["adamw"] > 0
 
 
 def test_bare_runs_are_arms_by_optimizer_told_apart_by_what_differs(tmp_path: Path) -> None:

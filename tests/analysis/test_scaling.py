@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from analysis.scaling import scaling_law, trend
 from analysis.speedup import Endpoints, SpeedUp, fit_baseline, speed_ups
@@ -74,3 +75,15 @@ def test_a_ratio_that_falls_with_size_is_seen_and_extrapolated_with_a_warning() 
 def test_censored_estimates_are_bounds_and_do_not_enter_a_trend() -> None:
     results = [a_speed_up(1.2), replace(a_speed_up(1.3), estimate_censored="above")]
     assert trend(results, [1e8, 2e8], [1e6, 1e6]) is None
+
+
+def test_points_that_scatter_more_than_their_errors_widen_the_trends_interval_by_students_t() -> None:
+    ratios = (1.3, 1.1, 1.35, 1.05)
+    results = [a_speed_up(ratio, error=0.001) for ratio in ratios]
+    found = trend(results, [1e8] * 4, SIZES)
+    assert found is not None
+    expected = stats.linregress(np.log(SIZES), np.log(ratios))
+    slope = found.slope("parameters")
+    assert slope is not None
+    assert slope.estimate == pytest.approx(expected.slope)
+    assert slope.high - slope.estimate == pytest.approx(stats.t.ppf(0.975, 2) * expected.stderr)

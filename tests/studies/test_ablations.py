@@ -1,0 +1,105 @@
+"""The ablations of configs/study/cpu_scale.yaml become figures and tables by themselves."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from analysis.figures import FIGURES, NothingToShow, save
+from analysis.records import flatten
+from analysis.results import Results, analyse
+from analysis.tables import TABLES, markdown
+from analysis.trials import load_study
+from studies.records import Places
+from studies.runner import run_study
+from studies.spec import STUDY_DIRECTORY, StudySpec, validate_spec
+from tests.analysis.synthetic import noise, power_law, write_run
+from training.compose import compose
+
+
+def cut_down() -> StudySpec:
+    """The study's own ablations, horizons and seeds with its two arms and a search of one trial."""
+    values: dict[str, Any] = yaml.safe_load((STUDY_DIRECTORY / "cpu_scale.yaml").read_text())
+    models = {ablation["model"] for ablation in values["ablations"].values()}
+    values["models"] = {name: model for name, model in values["models"].items() if name in models}
+    values["arms"] = {name: arm for name, arm in values["arms"].items() if name in ("adamw", "sophiag")}
+    for model in values["models"].values():
+        model.pop("arms", None)
+    values["tuning"] |= {"seeds": [1000], "trials": 1, "retune": {"keys": ["optimizer.lr"], "trials": 1}}
+    return validate_spec(values, "cpu_scale.yaml")
+
+
+def record(jobs: Sequence[Sequence[str]]) -> list[int]:
+    """What a run would leave behind, its configuration the real one."""
+    for overrides in jobs:
+        config = compose(list(overrides))
+        steps, seed = config.train.steps, config.seed
+        write_run(
+            Path(config.output_dir) / str(config.name),
+            optimizer=config.optimizer.name,
+            seed=seed,
+            steps=steps,
+            final=power_law(steps * 1024) + noise(seed, steps, scale=0.002),
+            evaluations=4,
+            config=flatten(config.model_dump(mode="json")),
+        )
+    return [0] * len(jobs)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    places = Places.of("cpu_scale", *(tmp_path_factory.mktemp(name) for name in ("runs", "results")))
+    assert run_study(cut_down(), places, record, at_once=None, tell=lambda _: None).finished
+    return analyse(load_study([places.records]))
+
+
+def test_every_ablation_is_a_row_with_its_setting_and_its_paired_difference(results: Results) -> None:
+    rows = {(one.arm, one.horizon): one for one in results.ablations}
+    assert {arm for arm, _ in rows} == set(cut_down().ablations)
+    settings = {one.arm: one.setting for one in results.ablations}
+    assert settings["sophiag_k1"] == "hessian_interval=1"
+    assert settings["sophiag_k100"] == "hessian_interval=100"
+    assert settings["sophiag_hutchinson"] == "estimator=hutchinson"
+    assert settings["sophiag_fisher"] == "estimator=empirical_fisher"
+    assert settings["sophiag_no_clip"] == "clip=false"
+    for one in results.ablations:
+        assert one.differences == pytest.approx([0.0] * one.runs, abs=1e-9), "the noise of a seed cancels"
+    text = markdown(TABLES["ablations"](results))
+    assert "| estimator=empirical_fisher |" in text
+    assert "| hessian_interval=100 |" in text
+
+
+def test_the_grid_of_gamma_and_beta2_is_filled(results: Results) -> None:
+    assert results.grid is not None
+    named = {
+        (ablation.values["optimizer.gamma"], ablation.values["optimizer.betas[1]"])
+        for ablation in cut_down().ablations.values()
+        if "optimizer.gamma" in ablation.values
+    }
+    assert len(named) >= 9
+    filled = {
+        (gamma, beta)
+        for gamma, losses in zip(results.grid.gammas, results.grid.losses, strict=True)
+        for beta, loss in zip(results.grid.betas, losses, strict=True)
+        if loss == loss
+    }
+    assert named <= filled
+    assert markdown(TABLES["grid"](results)).count("| 0.05 |") == 1
+
+
+def test_figures_of_the_ablations_are_drawn(results: Results, tmp_path: Path) -> None:
+    for name in ("grid", "interval", "ablations", "unclipped", "norms", "hessian", "times", "curves", "tokens"):
+        assert save(FIGURES[name](results), tmp_path / f"{name}.png").stat().st_size > 5000
+    ks = {int(text.get_text()) for text in FIGURES["interval"](results).axes[0].get_xticklabels()}
+    assert ks == {1, 10, 100}
+    with pytest.raises(NothingToShow, match="two models"):
+        FIGURES["size"](results)
+
+
+def test_machines_can_read_them(results: Results) -> None:
+    content = json.loads(json.dumps(results.as_json(), allow_nan=False))
+    assert len(content["ablations"]) == len(results.ablations)
+    assert len(content["beta2_gamma_grid"]["loss"]) == len(content["beta2_gamma_grid"]["gamma"])
