@@ -97,6 +97,16 @@ class TestChunkedLosses:
         (gradient,) = gradients(loss_sum, hidden)
         assert gradient[0, 0, 0].item() == pytest.approx(probability.item() - 1, rel=1e-2)
 
+    @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])  # of the logits: from all but uniform to sure
+    def test_the_loss_at_bf16_is_of_exponentials_in_fp32(self, scale: float) -> None:
+        hidden, weight, targets, _ = inputs(4000, scale=scale / WIDTH**0.5)
+        head = LossHead(VOCAB_SIZE)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss_sum, _ = head(hidden, weight, targets, None)
+            with torch.no_grad():  # without a gradient nothing is stored, so nothing is rounded
+                exact, _ = head(hidden, weight, targets, None)
+        assert loss_sum.item() == pytest.approx(exact.item(), rel=1e-6)
+
     def test_gradients_have_the_dtypes_of_their_tensors_under_autocast(self) -> None:
         hidden, weight, targets, uniforms = inputs(30)
         with torch.autocast("cpu", dtype=torch.bfloat16):
