@@ -1,0 +1,22 @@
+"""Parts of a written page that are made from records: what stands between `<!-- name:begin -->` and `<!-- name:end -->`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training.records import write_atomically
+
+
+def write_part(page: Path, name: str, content: str) -> None:
+    """Replace the part `name` of a page.
+
+    Raises:
+        ValueError: the page has no such part.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    text = page.read_text(encoding="utf-8")
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{page} has no part between {begin} and {end}: put the two lines where it belongs")
+    write_atomically(page, f"{before}{begin}\n{content.strip()}\n{end}{after}")

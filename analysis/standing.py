@@ -1,0 +1,150 @@
+"""A study's answer as a section of a page: the verdict in three sentences, one figure, what it does not say, and where it
+stands beside what others published."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from analysis.colours import label
+from analysis.reference import PublishedLoss, load_reference
+from analysis.results import FinalLoss, Results, model_sizes
+from analysis.tables import Cell, Table, markdown
+
+FIGURE = "speedups"
+
+
+def section(results: Results, directory: Path, page: Path, arm: str) -> str:
+    """Markdown of the section.
+
+    Args:
+        directory: the study's, with its report in it.
+        page: where the section will stand; links are relative to it.
+        arm: whose verdict is told, in the models on which it was reported.
+    """
+    study = results.study
+    models = [
+        model for model in study.models if any(one.model == model and one.arm == arm for one in results.headlines)
+    ]
+    place = Path(os.path.relpath(directory, page.parent)).as_posix()
+    parts = [
+        f"**{label(arm)} against a tuned {label(study.baseline)}** ([report]({place}/report.md), {_runs(results)}):"
+    ]
+    for model in models:
+        parts.append("\n".join(f"- {sentence}" for sentence in results.sentences(arm, model)))
+    parts.append(f"![Speed-ups with their intervals]({place}/figures/{FIGURE}.png)")
+    parts.append(limits(results, models))
+    parts.append(markdown(side_by_side(results, arm)).split("\n", 2)[2])
+    return "\n\n".join(part.strip() for part in parts)
+
+
+def limits(results: Results, models: Sequence[str]) -> str:
+    """What the study does not say, in numbers."""
+    study, sizes = results.study, model_sizes(results.study)
+    said = []
+    for model in models:
+        longest = study.endpoints(study.baseline, model)[-1]
+        tokens = float(longest.tokens.mean())
+        said.append(
+            f"{sizes[model] / 1e6:.1f}M parameters, {longest.horizon:,} steps, {tokens / 1e6:.1f}M tokens, "
+            f"{tokens / sizes[model]:.1f} tokens a parameter"
+        )
+    return (
+        f"**What it does not say**: anything about the paper's scale. The longest runs here are {'; '.join(said)}; the "
+        "paper's smallest are 125M parameters, 100,000 steps, 49B tokens, 390 tokens a parameter. A run of a few hundred "
+        "steps wants short memories (β1, β2) and leaves the curvature little time to be learned; what holds here need "
+        "not hold there. `study=paper_125m` asks the same question at the paper's scale, for whoever has the GPUs."
+    )
+
+
+def side_by_side(results: Results, arm: str) -> Table:
+    """The paper's claim, independent findings and this study, one row for each comparison at equal length."""
+    study, reference = results.study, load_reference()
+    rows = []
+    for published in reference.losses:
+        if published.arm != "adamw":
+            continue
+        for other in _opponents(published, reference.losses):
+            difference = other.loss - published.loss
+            rows.append(
+                (
+                    Cell("the paper" if published.source == "paper" else published.source),
+                    Cell(published.size),
+                    Cell(_length(published, other)),
+                    Cell(f"{published.loss:.3f}"),
+                    Cell(f"{_name(other.arm)} {other.loss:.3f}"),
+                    Cell(f"{difference:+.3f}"),
+                    Cell("2 (claimed)" if published.source == "paper" else "–"),
+                )
+            )
+    sizes = model_sizes(study)
+    baselines = {
+        (one.endpoints.model, one.endpoints.horizon): one for one in results.finals if _arm(one) == study.baseline
+    }
+    steps = {(one.model, one.horizon): one for one in results.speed_ups if (one.arm, one.currency) == (arm, "steps")}
+    for one in results.finals:
+        key = one.endpoints.model, one.endpoints.horizon
+        if _arm(one) != arm or key not in baselines or one.difference is None:
+            continue
+        interval = one.difference
+        rows.append(
+            (
+                Cell(f"**{study.name}**"),
+                Cell(f"{sizes[key[0]] / 1e6:.1f}M"),
+                Cell(f"{key[1]:,} steps"),
+                Cell(_loss(baselines[key].mean)),
+                Cell(f"{label(arm)} {_loss(one.mean)}"),
+                Cell(f"{interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"),
+                Cell(steps[key].text if key in steps else "–"),
+            )
+        )
+    return Table(
+        name="standing",
+        title="Side by side",
+        columns=("source", "size", "length", label(study.baseline), "Sophia", "difference, nats", "speed-up in steps"),
+        rows=tuple(rows),
+        note="Differences are Sophia's final validation loss less AdamW's at equal length, where not said otherwise; losses "
+        "of different corpora and vocabularies do not compare with each other. Sources: results/reference.json.",
+        numeric=(3, 4, 5, 6),
+    )
+
+
+def _opponents(published: PublishedLoss, losses: Sequence[PublishedLoss]) -> list[PublishedLoss]:
+    """Sophia's losses of the same source, size and, where it is counted so, horizon."""
+    return [
+        one
+        for one in losses
+        if one.arm.startswith("sophia")
+        and (one.source, one.size, one.chinchilla) == (published.source, published.size, published.chinchilla)
+    ]
+
+
+def _length(baseline: PublishedLoss, arm: PublishedLoss) -> str:
+    if baseline.chinchilla is not None:
+        return f"{baseline.chinchilla:g}× Chinchilla"
+    if baseline.steps is None or arm.steps is None:
+        return "equal"
+    if baseline.steps != arm.steps:
+        return f"{baseline.steps:,} steps, Sophia {arm.steps:,}"
+    return f"{baseline.steps:,} steps"
+
+
+def _name(arm: str) -> str:
+    return "Sophia" if arm == "sophia" else label(arm)
+
+
+def _arm(one: FinalLoss) -> str:
+    return one.endpoints.arm
+
+
+def _loss(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "diverged"
+
+
+def _runs(results: Results) -> str:
+    study = results.study
+    reported = sum(trial.run is not None for trial in study.reporting)
+    tuning = sum(trial.run is not None for trial in study.tuning)
+    return f"{reported:,} reported runs and {tuning:,} of tuning, records beside it"

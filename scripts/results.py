@@ -1,0 +1,43 @@
+"""Rebuild what is said of a study from its committed records: report, figures, and the README's section (make results).
+
+python scripts/results.py                         results/cpu_scale and README.md
+python scripts/results.py results/smoke --page some/page.md --arm lion
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from analysis.pages import write_part
+from analysis.report import print_summary, write_report
+from analysis.results import analyse
+from analysis.standing import section
+from analysis.trials import load_study
+from training.records import RecordError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", type=Path, default=ROOT / "results" / "cpu_scale", help="its directory")
+    parser.add_argument("--page", type=Path, default=ROOT / "README.md", help="with a part `results`")
+    parser.add_argument("--arm", default="sophiag", help="whose verdict the page tells")
+    options = parser.parse_args(arguments)
+    try:
+        results = analyse(load_study([options.study]))
+        written = write_report(results, options.study)
+        write_part(options.page, "results", section(results, options.study, options.page, options.arm))
+    except (FileNotFoundError, RecordError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    console = Console()
+    print_summary(results, console)
+    console.print(f"report: {written.html}\npage: {options.page}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
