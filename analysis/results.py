@@ -75,7 +75,11 @@ class FinalLoss:
 
 @dataclass(frozen=True)
 class TargetTime:
-    """When the runs of one cell first reached a target loss: the geometric mean over those that did."""
+    """When the runs of one cell first reached a target loss: the median over all of them.
+
+    A run that did not reach it counts as beyond all that it spent. Where that leaves the median open, it is a lower
+    bound.
+    """
 
     arm: str
     model: str
@@ -83,7 +87,8 @@ class TargetTime:
     target: float  # nats
     reached: int
     runs: int
-    spent: Mapping[Currency, float]  # of the runs that reached it; a lower bound (all that was spent) if none did
+    spent: Mapping[Currency, float]
+    bound: bool  # the median run did not reach it: `spent` is a lower bound
 
 
 @dataclass(frozen=True)
@@ -431,18 +436,13 @@ def _target_times(study: Study) -> list[TargetTime]:
 
 def _target_time(arm: str, model: str, horizon: int, target: float, runs: Sequence[Run]) -> TargetTime:
     spent: dict[Currency, float] = {}
-    reached = 0
+    reached, bound = 0, False
     for currency in CURRENCIES:
         times = [time_to_target(run.evaluations, target, currency) for run in runs]
-        done = [time.spent for time in times if time.reached and time.spent > 0]
         reached = sum(time.reached for time in times)
-        spent[currency] = geometric_mean(done) if done else max(time.spent for time in times)
-    return TargetTime(arm, model, horizon, target, reached, len(runs), spent)
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Geometric mean."""
-    return math.exp(sum(map(math.log, values)) / len(values))
+        spent[currency] = float(np.median([time.spent for time in times]))
+        bound = not math.isfinite(np.median([time.spent if time.reached else math.inf for time in times]))
+    return TargetTime(arm, model, horizon, target, reached, len(runs), spent, bound)
 
 
 def _costs(study: Study) -> list[ArmCost]:

@@ -229,7 +229,7 @@ def target_times(results: Results) -> Table:
     rows = []
     for one in results.target_times:
         source = (one.arm, one.model, one.horizon)
-        mark = "" if one.reached else "> "
+        mark = "> " if one.bound else ""
         rows.append(
             (
                 Cell(one.model),
@@ -244,7 +244,7 @@ def target_times(results: Results) -> Table:
                 *(
                     Cell(
                         f"{mark}{_amount(one.spent[currency])}",
-                        one.spent[currency] * (1 if one.reached else 1e6),
+                        one.spent[currency] * (1e6 if one.bound else 1),
                         source,
                     )
                     for currency in CURRENCIES
@@ -258,8 +258,8 @@ def target_times(results: Results) -> Table:
         rows=tuple(rows),
         note=(
             f"First crossing of the final losses of {label(results.study.baseline)} on the fixed validation set, "
-            "interpolated on the logarithmic axis; geometric means over the runs that reach it; not reached is a lower "
-            "bound (>), never dropped. Readings in the middle of a schedule depend on the schedule and are no speed-up."
+            "interpolated on the logarithmic axis; medians over all runs, where one that does not reach it counts as "
+            "beyond all that it spent (>: so does the median). Readings in the middle of a schedule depend on the schedule and are no speed-up."
         ),
         numeric=(1, 3, 4, 5, 6, 7, 8),
     )

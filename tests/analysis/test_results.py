@@ -10,6 +10,7 @@ import pytest
 from analysis.records import load_run
 from analysis.report import render_html
 from analysis.results import Results, analyse, in_short, write_json
+from analysis.target import time_to_target
 from analysis.trials import load_study, study_of_runs
 from analysis.wallclock import ReferenceTimes
 from tests.analysis.synthetic import noise, power_law, write_run, write_study
@@ -61,7 +62,23 @@ def test_a_target_that_some_arm_never_reaches_is_kept_as_a_lower_bound(results: 
     lowest = min(one.target for one in results.target_times if one.model == "tiny")
     rows = [one for one in results.target_times if one.arm == "lion" and one.target == lowest]
     assert {one.reached for one in rows} == {0}
+    assert {one.bound for one in rows} == {True}
     assert next(one for one in rows if one.horizon == 400).spent["steps"] == 400
+
+
+@pytest.mark.parametrize(("late", "bound"), [(1, False), (2, True)])
+def test_runs_that_do_not_reach_a_target_stay_in_the_median(late: int, bound: bool, tmp_path: Path) -> None:
+    """Dropping them would make an arm look the faster the more often it fails."""
+    write_run(tmp_path / "a", steps=100, final=3.0, evaluations=100, train_lines=False)
+    for seed in range(3):
+        final = 3.5 if seed < late else 2.9
+        options = {"steps": 100, "final": final, "evaluations": 100, "train_lines": False}
+        write_run(tmp_path / f"l{seed}", optimizer="lion", seed=seed, **options)
+    rows = analyse(load_study([tmp_path])).target_times
+    (one,) = [row for row in rows if row.arm == "lion"]
+    assert (one.reached, one.runs, one.bound) == (3 - late, 3, bound)
+    alone = time_to_target(load_run(tmp_path / "l2").evaluations, 3.0, "steps").spent
+    assert one.spent["steps"] == pytest.approx(100 if bound else alone)
 
 
 def test_costs_name_the_share_of_the_curvature_passes(results: Results) -> None:
