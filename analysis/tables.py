@@ -259,7 +259,8 @@ def target_times(results: Results) -> Table:
         note=(
             f"First crossing of the final losses of {label(results.study.baseline)} on the fixed validation set, "
             "interpolated on the logarithmic axis; medians over all runs, where one that does not reach it counts as "
-            "beyond all that it spent (>: so does the median). Readings in the middle of a schedule depend on the schedule and are no speed-up."
+            "beyond all that it spent (>: so does the median). Readings in the middle of a schedule depend on the "
+            "schedule and are no speed-up."
         ),
         numeric=(1, 3, 4, 5, 6, 7, 8),
     )

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy import optimize
 
-from analysis.records import Currency
+from analysis.records import CURRENCIES, Currency
 from analysis.speedup import (
     CLAIM_CURRENCIES,
     Claim,
@@ -93,7 +93,7 @@ def test_intervals_cover_a_known_truth_at_their_stated_rate(currency: Currency, 
     on the clock, whose noise comes on top.
     """
     in_steps = truth if currency == "steps" else 1.05 * truth
-    rng = np.random.default_rng([seeds, round(10 * truth), len(currency)])
+    rng = np.random.default_rng([seeds, round(10 * truth), CURRENCIES.index(currency)])
     covered: Counter[int] = Counter()
     supported: Counter[tuple[int, float]] = Counter()
     for _ in range(REPETITIONS):
