@@ -11,19 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.records import write_atomically
+from analysis.pages import write_part
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "results" / "benchmarks"
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+PART = "benchmarks"
 
 
 def main() -> int:
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    write_atomically(PAGE, f"{before}{BEGIN}\n{tables(RESULTS)}\n{END}{after}")
+    write_part(PAGE, PART, tables(RESULTS))
     return 0
 
 

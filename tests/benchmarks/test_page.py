@@ -3,13 +3,12 @@
 import json
 from pathlib import Path
 
+from analysis.pages import read_part
 from benchmarks import page
 
 
 def test_the_page_is_made_from_the_committed_records() -> None:
-    text = page.PAGE.read_text()
-    shown = text.split(page.BEGIN)[1].split(page.END)[0].strip()
-    assert shown == page.tables(page.RESULTS)
+    assert read_part(page.PAGE, page.PART) == page.tables(page.RESULTS)
 
 
 def test_a_missed_target_is_called_so(tmp_path: Path) -> None:
