@@ -262,10 +262,16 @@ def ablations(results: Results) -> Figure:
         if interval is not None:
             axis.plot([interval.low, interval.high], [row, row], color="#c2342b", linewidth=1.6, zorder=1)
         axis.plot(float(np.mean(one.differences)), row, "D", color="#c2342b", markersize=5, zorder=3)
-    names = [f"{one.setting}  (of {label(one.of)}, {one.model}, {one.horizon:,} steps)" for one in reversed(shown)]
+    cells = dict.fromkeys(f"{label(one.of)}, {one.model}, {one.horizon:,} steps" for one in shown)
+    names = [one.setting for one in shown]
+    if len(cells) == 1:
+        axis.set_title(f"against {next(iter(cells))}", fontsize=9)
+    else:
+        names = [f"{one.setting}  ({label(one.of)}, {one.model}, {one.horizon:,})" for one in shown]
+    names.reverse()
     axis.set_yticks(range(len(shown)), names, fontsize=8)
     axis.set_ylim(-0.6, len(shown) - 0.4)
-    axis.set_xlabel("final validation loss minus that of the arm (nats); right of the line is worse", fontsize=8.5)
+    axis.set_xlabel("final loss minus that of the arm (nats); right of the line is worse", fontsize=8.5)
     _dress(axis)
     return figure
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from analysis.guards import INCIDENTAL, TIMING, is_under
 from analysis.records import Run, flatten
-from analysis.statistics import Interval, paired_interval, paired_p
+from analysis.statistics import Interval, holm, paired_interval, paired_p
 from analysis.trials import Study, short
 from analysis.wallclock import training_seconds
 
@@ -32,7 +32,8 @@ class Ablation:
     mean: float  # final validation loss, nats; NaN where a run diverged
     differences: tuple[float, ...]  # from the arm's, per seed, nats; empty where a run diverged or no seed is common
     interval: Interval | None  # of the mean difference; None for a single seed
-    p: float  # two-sided, not corrected; NaN for a single seed
+    p: float  # two-sided; NaN for a single seed
+    adjusted_p: float  # Holm, over all ablations of the study
     time_ratio: float  # seconds a step over the arm's
     diverged: int
     runs: int
@@ -77,12 +78,16 @@ def ablations(study: Study) -> list[Ablation]:
                         differences=differences,
                         interval=paired_interval(differences, level=study.level) if several else None,
                         p=paired_p(differences) if several else math.nan,
+                        adjusted_p=math.nan,
                         time_ratio=_per_step(varied.values()) / _per_step(plain.values()) if plain else math.nan,
                         diverged=len(end.diverged),
                         runs=len(end.seeds),
                         directories=end.runs,
                     )
                 )
+    tested = [index for index, one in enumerate(found) if math.isfinite(one.p)]
+    for index, p in zip(tested, holm([found[index].p for index in tested]), strict=True):
+        found[index] = replace(found[index], adjusted_p=float(p))
     return found
 
 
