@@ -38,12 +38,16 @@ STRATEGIES: dict[str, tuple[int, list[str]]] = {
     "zero2×2": (2, ["strategy=deepspeed", "strategy.zero_stage=2"]),
     "zero3×2": (2, ["strategy=deepspeed", "strategy.zero_stage=3"]),
 }
+#: Learning rates of the paper's 770M recipes. A sign is a step: where m is rounding noise (and h small or negative) two runs
+#: may move a coordinate to either side, 2 lr apart, and the curvature there with it.
 OPTIMIZERS: dict[str, list[str]] = {
-    "adamw": ["optimizer=adamw"],
-    "lion": ["optimizer=lion"],
-    "sophiag": ["optimizer=sophiag"],
-    "sophiah": ["optimizer=sophiah"],
-    "sophiah, differences": ["optimizer=sophiah", "optimizer.estimator=hutchinson_differences"],
+    "adamw": ["optimizer=adamw", "optimizer.lr=2e-4"],
+    "lion": ["optimizer=lion", "optimizer.lr=8e-5"],
+    "sophiag": ["optimizer=sophiag", "optimizer.lr=3e-4"],
+    "sophiah": ["optimizer=sophiah", "optimizer.lr=3e-4"],
+    "sophiah, differences": [
+        *("optimizer=sophiah", "optimizer.lr=3e-4", "optimizer.estimator=hutchinson_differences"),
+    ],
 }
 #: Largest relative differences that count as parity. Central differences divide rounding noise by a small δ.
 TOLERANCES = {"loss": 1e-5, "h": 1e-5, "h, differences": 1e-3}
@@ -63,6 +67,7 @@ class Cell:
     clipped_steps: int = 0
     loss_difference: float | None = None  # largest |Δ loss| over the steps, in nats
     h_difference: float | None = None  # ‖h - h_single‖ / ‖h_single‖ over all parameters
+    weights_apart: int = 0  # that end further from the single process's than a tenth of the learning rate
 
     @property
     def within(self) -> bool | None:
@@ -223,12 +228,15 @@ def compared(cell: Cell, directory: Path) -> Cell:
     run = directory / run_name(cell)
     reference = directory / run_name(Cell("single", cell.optimizer, 1))
     losses, there = train_lines(run), train_lines(reference)
+    here, single = (tensors(directory, "model.") for directory in (run, reference))
+    far = max(line["lr"] for line in losses) / 10
     return replace(
         cell,
         steps=len(losses),
         clipped_steps=sum(line["clipped_norm"] for line in losses),
         loss_difference=max(abs(a["loss"] - b["loss"]) for a, b in zip(losses, there, strict=True)),
         h_difference=relative_difference(curvature(run), curvature(reference)),
+        weights_apart=sum(int(((here[name] - single[name]).abs() > far).sum()) for name in single),
     )
 
 
@@ -238,10 +246,15 @@ def train_lines(run: Path) -> list[dict[str, Any]]:
 
 def curvature(run: Path) -> dict[str, torch.Tensor]:
     """h by parameter name, from the run's checkpoint; empty for a method without one."""
+    return {name: h for name, h in tensors(run, "optimizer.").items() if name.endswith(".hessian")}
+
+
+def tensors(run: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """What the run's newest checkpoint holds under a prefix, by its name there."""
     checkpoint, rejected = newest_valid(run / "checkpoints")
     if checkpoint is None:
         raise RuntimeError(f"{run} has no checkpoint: {rejected}")
-    return {name: checkpoint.tensor(name) for name in checkpoint.names() if name.endswith(".hessian")}
+    return {name: checkpoint.tensor(name) for name in checkpoint.names() if name.startswith(prefix)}
 
 
 def relative_difference(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float | None:
@@ -274,10 +287,25 @@ def table(cells: Sequence[Cell]) -> str:
     for strategy, accumulation in rows:
         entries = [entry(by_place[strategy, accumulation, optimizer]) for optimizer in optimizers]
         lines.append(f"| {strategy} | {accumulation} | " + " | ".join(entries) + " |")
+    apart = [cell for cell in cells if cell.weights_apart]
+    lines += [
+        "",
+        f"Learning rates: {learning_rates(optimizers)}. In {len(apart)} of {len(cells)} cells some weights, at most "
+        f"{max((cell.weights_apart for cell in apart), default=0)}, end more than a tenth of the learning rate from the "
+        "single process's: a step along a sign has two sides, and rounding chooses where the momentum is rounding noise.",
+    ]
     refusals = list(dict.fromkeys(cell.refused for cell in cells if cell.refused))
     if refusals:
         lines += ["", "Refused when the configuration is validated:", "", *(f"- {reason}" for reason in refusals)]
     return "\n".join(lines) + "\n"
+
+
+def learning_rates(optimizers: Sequence[str]) -> str:
+    rates = {override.partition("=")[2] for name in optimizers for override in OPTIMIZERS[name] if ".lr=" in override}
+    return ", ".join(
+        f"{rate} ({', '.join(name for name in optimizers if f'optimizer.lr={rate}' in OPTIMIZERS[name])})"
+        for rate in sorted(rates, key=float)
+    )
 
 
 def entry(cell: Cell) -> str:
