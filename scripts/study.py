@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--records", type=Path, default=Path("results"), help="where records are kept (default: results)"
     )
+    parser.add_argument("--sweeps", type=Path, help="sweep: where the files go (default: results/<study>/sweeps)")
     parser.add_argument(
         "--speed",
         nargs="+",
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "report":
                 return report(places, console)
             case "sweep":
-                for path in write_sweeps(spec, places.records / "sweeps"):
+                for path in write_sweeps(spec, options.sweeps or places.records / "sweeps"):
                     console.print(f"wandb sweep {path}", highlight=False)
     except (ConfigurationError, FileNotFoundError, RecordError, RuntimeError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

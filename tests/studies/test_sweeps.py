@@ -22,6 +22,16 @@ from tests.training.wandb_files import wandb_records, wandb_values
 from training.compose import compose
 
 ROOT = Path(__file__).resolve().parents[2]
+READY = ROOT / "scripts" / "sweeps"
+
+
+def test_the_ready_sweep_files_are_those_of_the_papers_study(tmp_path: Path) -> None:
+    """After a change: python scripts/study.py sweep study=paper_125m --sweeps scripts/sweeps"""
+    written = write_sweeps(load_spec("paper_125m"), tmp_path)
+    assert written
+    assert sorted(path.name for path in READY.iterdir()) == sorted(path.name for path in written)
+    for path in written:
+        assert (READY / path.name).read_text() == path.read_text()
 
 
 def first_arguments(written: dict[str, Any]) -> list[str]:
