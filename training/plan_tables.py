@@ -200,10 +200,14 @@ def model_table(overrides: Sequence[str], cluster: ClusterConfig) -> str:
             lines.append(
                 f"| {model} ({_count(plan.parameters)}) | {gpus} | {_strategy(plan.config)} | "
                 f"{', '.join(f'{one.peak_bytes / GIB:.1f}' for one in chosen)} | "
-                f"{_fits(chosen)} | {', '.join(f'{one.hours:,.0f}' for one in chosen)} | "
+                f"{_fits(chosen)} | {', '.join(_hours(one.hours) for one in chosen)} | "
                 f"{_gigabytes(sum(traffic.step.values()))} | {_gigabytes(sum(traffic.curvature_pass.values()))} |"
             )
     return "\n".join(lines)
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.1f}"
 
 
 def _fits(plans: Sequence[OptimizerPlan]) -> str:
