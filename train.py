@@ -8,7 +8,7 @@
     python train.py --help                                             every group and key
 
 Exit codes: 0 finished, 1 failed, 2 the configuration cannot be run (one line says why), 3 diverged, 75 preempted (start the same
-command again and it goes on).
+command again and it goes on), 77 another process has the run directory.
 """
 
 import sys

@@ -11,6 +11,7 @@ from studies.spec import StudySpec
 from training.config import ConfigurationError
 
 PREEMPTED = 75
+HELD = 77
 CONFIGURATION = 2
 
 # Runs jobs (lists of overrides) and returns their exit codes: training.jobs.launch with a launcher chosen.
@@ -99,6 +100,9 @@ def run_study(
                 keep(trial, places)
                 ran += 1
                 tell(f"{_describe(trial)}: {_said(outcome.status, outcome.loss)}")
+            elif code == HELD:
+                interrupted = True
+                tell(f"{_describe(trial)}: another process has it; the same command goes on when that has ended")
             elif code == PREEMPTED:
                 interrupted = True
                 tell(f"{_describe(trial)}: interrupted; the same command goes on from its checkpoint")

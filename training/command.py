@@ -12,8 +12,8 @@ from typing import Any
 
 from data.errors import DataError
 from training.compose import CONFIG_DIRECTORY, compose_dictionary, resolved, validate
-from training.config import ConfigurationError, RunConfig, SlurmLauncherConfig
-from training.launch import in_job, run_in_job, start_ranks
+from training.config import ConfigurationError, RunConfig, RunHeldError, SlurmLauncherConfig
+from training.launch import EXIT_HELD, in_job, run_in_job, start_ranks
 from training.sweep import sweep
 
 EXIT_CONFIGURATION = 2
@@ -51,11 +51,11 @@ def start(config: RunConfig) -> int:
 
 
 def refuse(error: Exception) -> int:
-    """One line on rank 0's standard error, and the exit code of a configuration that cannot be run."""
+    """One line on rank 0's standard error, and the exit code of what cannot be run: not at all, or not now."""
     if _rank() == 0:
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr, flush=True)
-    return EXIT_CONFIGURATION
+    return EXIT_HELD if isinstance(error, RunHeldError) else EXIT_CONFIGURATION
 
 
 def _rank() -> int:

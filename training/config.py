@@ -23,6 +23,10 @@ class ConfigurationError(ValueError):
     """A configuration that cannot be run. The message is one line: key, value, remedy."""
 
 
+class RunHeldError(ConfigurationError):
+    """Another process has the run directory; the message names it."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 

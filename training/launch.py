@@ -18,6 +18,7 @@ from training.heartbeat import EXIT_RANK_LOST
 
 EXIT_FAILED = 1
 EXIT_PREEMPTED = 75
+EXIT_HELD = 77  # another process has the run directory
 #: How long ranks may take to save a checkpoint after they were asked to stop, before they are killed.
 SAVING_SECONDS = 300
 #: How long a preempted task waits for SLURM to end it before it ends itself.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from training import records
-from training.config import ConfigurationError, RunConfig
+from training.config import RunConfig, RunHeldError
 from training.records import MetricsWriter
 from training.resumption import LOCK_FILE, Plan, RunLock
 from training.terminal import Display
@@ -37,7 +37,7 @@ class Recorder:
         """Create or reopen the run directory, on rank 0: the first writes of a run happen here.
 
         Raises:
-            ConfigurationError: another process has begun this run since the plan was made.
+            RunHeldError: another process has begun this run since the plan was made.
             OSError: the directory cannot be written.
         """
         if plan.metrics_bytes is None:
@@ -102,7 +102,7 @@ def take_directory(directory: Path) -> RunLock:
 def _make_room(config: RunConfig, directory: Path) -> None:
     """Remove the run that this one replaces; its lock stays, for it is held."""
     if (directory / records.CONFIG_FILE).exists() and not config.overwrite:
-        raise ConfigurationError(f"{directory} has been begun by another process just now; start the command again")
+        raise RunHeldError(f"{directory} has been begun by another process just now; start the command again")
     for path in sorted(directory.iterdir(), key=lambda path: path.name == records.CONFIG_FILE):  # what says "run" last
         if path.name == LOCK_FILE:
             continue

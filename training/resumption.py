@@ -4,6 +4,7 @@ One process at a time has a run directory: its lock lies in it and goes with the
 """
 
 import fcntl
+import logging
 import os
 import platform
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ import yaml
 from training import checkpoints, records
 from training.checkpoints import Checkpoint
 from training.compose import validate
-from training.config import ConfigurationError, RunConfig
+from training.config import ConfigurationError, RunConfig, RunHeldError
 from training.records import RecordError, RunRecord, Status
 
 LOCK_FILE = ".lock"
@@ -38,7 +39,7 @@ class RunLock:
     """Held by rank 0 of a run from before its directory is changed until the process ends.
 
     Raises:
-        ConfigurationError: another process has it; host and process are named.
+        RunHeldError: another process has it; host and process are named.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -50,11 +51,16 @@ class RunLock:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
-            raise ConfigurationError(
+            raise RunHeldError(
                 f"{directory} is being run by {holder}; wait for it, stop it, or give another name="
             ) from error
-        except OSError:
-            return  # a file system without locks
+        except OSError as error:
+            logging.getLogger(__name__).warning(
+                "%s: the file system has no locks (%s); see to it yourself that no other process runs this",
+                directory,
+                error.strerror,
+            )
+            return
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {platform.node()}\n")
         self._file.flush()

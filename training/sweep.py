@@ -1,7 +1,8 @@
 """Sweeps: the trials of `-m`, one after another, side by side (joblib) or as SLURM jobs (submitit), through Hydra.
 
 A trial is a run like any other, with a run directory of its own: a sweep that was killed is started again with the same
-command, passes over the finished trials and resumes the others.
+command, passes over the finished trials and resumes the others. Those that its own earlier jobs are still running are
+left to them.
 """
 
 import os
@@ -14,7 +15,7 @@ from omegaconf import DictConfig
 from data.errors import DataError
 from training.compose import CONFIG_DIRECTORY, compose, compose_dictionary, resolved
 from training.config import ConfigurationError
-from training.launch import EXIT_FAILED, EXIT_PREEMPTED, in_job
+from training.launch import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, in_job
 
 _preempted = False  # a trial of this process was asked to stop: no other is begun
 
@@ -46,7 +47,21 @@ def sweep(overrides: Sequence[str], config_name: str = "config") -> int:
         return EXIT_FAILED
     finally:
         GlobalHydra.instance().clear()
-    return max((trial.return_value for batch in batches for trial in batch), default=0)
+    ended = [trial for batch in batches for trial in batch]
+    _tell_held([list(trial.overrides) for trial in ended if trial.return_value == EXIT_HELD], len(ended))
+    return max((trial.return_value for trial in ended), default=0)
+
+
+def _tell_held(held: Sequence[Sequence[str]], trials: int) -> None:
+    """One line about the trials that other processes have, for which a job was of no use."""
+    if held:
+        named = "; ".join(" ".join(overrides) for overrides in held[:3]) + ("; …" if len(held) > 3 else "")
+        print(
+            f"{len(held)} of {trials} trials are being run by other processes and were left to them ({named}); "
+            "start the same command again when those have ended",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def trials(overrides: Sequence[str], config_name: str = "config") -> list[list[str]]:

@@ -10,12 +10,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import cluster, missing
 from tests.training.runs import lines, prepare_corpus, summary
+from training.launch import EXIT_HELD
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,29 +43,64 @@ def overrides(directory: Path, corpus: list[str]) -> list[str]:
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, cwd=ROOT)
+    return subprocess.run(
+        command, env=environment_of_ranks() | environment, capture_output=True, text=True, timeout=1500, cwd=ROOT
+    )
 
 
-def sweep(directory: Path, corpus: list[str]) -> subprocess.CompletedProcess[str]:
+def environment_of_ranks() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def sweep(directory: Path, corpus: list[str], steps: str = f"{SHORT},{LONG}", minutes: int = 2) -> list[str]:
+    """The command of a sweep whose trials are jobs of two tasks."""
     launcher = ["launcher=slurm", "launcher.nproc_per_node=2", "launcher.gpus_per_node=null"]
-    limits = ["launcher.timeout_minutes=2", "launcher.signal_seconds=40", f"train.steps={SHORT},{LONG}"]
-    return run([sys.executable, str(ROOT / "train.py"), "-m", *launcher, *limits, *overrides(directory, corpus)])
+    limits = [f"launcher.timeout_minutes={minutes}", "launcher.signal_seconds=40", f"train.steps={steps}"]
+    return [sys.executable, str(ROOT / "train.py"), "-m", *launcher, *limits, *overrides(directory, corpus)]
 
 
 def test_a_sweep_survives_its_time_limit_and_every_step_is_recorded_once(tmp_path: Path, slurm: None) -> None:
     corpus = prepare_corpus(tmp_path)
-    done = sweep(tmp_path, corpus)
+    done = run(sweep(tmp_path, corpus))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for steps in (SHORT, LONG):
-        run = tmp_path / "runs" / f"steps-{steps}"
-        assert summary(run)["status"] == "completed"
-        assert [line["step"] for line in lines(run, "train")] == list(range(1, steps + 1))
-        assert json.loads((run / "environment.json").read_text())["world_size"] == 2
+        directory = tmp_path / "runs" / f"steps-{steps}"
+        assert summary(directory)["status"] == "completed"
+        assert [line["step"] for line in lines(directory, "train")] == list(range(1, steps + 1))
+        assert json.loads((directory / "environment.json").read_text())["world_size"] == 2
     assert_resumed(tmp_path / "runs" / f"steps-{LONG}")
 
-    again = sweep(tmp_path, corpus)
+    again = run(sweep(tmp_path, corpus))
     assert again.returncode == 0, again.stderr[-3000:]
+
+
+def test_a_sweep_restarted_while_its_job_runs_leaves_the_trial_to_it(tmp_path: Path, slurm: None) -> None:
+    command = sweep(tmp_path, prepare_corpus(tmp_path), steps=str(LONG), minutes=30)
+    directory = tmp_path / "runs" / f"steps-{LONG}"
+    record = directory / "metrics.jsonl"
+    with (tmp_path / "parent.log").open("w") as log:
+        parent = subprocess.Popen(command, env=environment_of_ranks(), stdout=log, stderr=log, cwd=ROOT)
+        wait_until(lambda: record.exists() and '"step":5,' in record.read_text(), directory)
+        parent.kill()
+        parent.wait()
+
+    second = run(command)
+    assert not (directory / "summary.json").exists(), "the first job has ended too soon for this test"
+    assert second.returncode == EXIT_HELD, second.stdout[-3000:] + second.stderr[-3000:]
+    assert "1 of 1 trials are being run by other processes" in second.stderr
+
+    wait_until(lambda: (directory / "summary.json").exists(), directory)
+    third = run(command)
+    assert third.returncode == 0, third.stderr[-3000:]
+    assert [line["step"] for line in lines(directory, "train")] == list(range(1, LONG + 1))
+    assert [line for line in lines(directory, "event") if line["event"] == "resumed"] == []
+
+
+def wait_until(condition: Callable[[], bool], directory: Path, seconds: float = 900) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"{directory}: nothing happens"
+        time.sleep(1)
 
 
 def assert_resumed(directory: Path) -> None:

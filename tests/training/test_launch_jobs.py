@@ -12,6 +12,8 @@ import pytest
 from tests.training.runs import lines, run, summary
 from tests.training.test_launch import start, wait_for
 from training.config import ConfigurationError
+from training.launch import EXIT_HELD
+from training.resumption import RunLock
 from training.sweep import check_trials, trials
 
 NAMES = "name='${optimizer.name}-${seed}'"
@@ -70,6 +72,50 @@ def test_jobs_of_two_tasks_are_told_of_the_time_limit_save_and_start_again(tiny:
         assert steps(tmp_path / f"adamw-{seed}") == list(range(1, 401))
     assert len(resumed_at(tmp_path / "adamw-0")) == 1
     assert resumed_at(tmp_path / "adamw-1") == []
+
+
+@pytest.mark.parametrize("launcher", ["local", "joblib"])
+def test_a_trial_that_another_process_has_is_left_to_it_and_the_others_run(
+    launcher: str, tiny: list[str], tmp_path: Path
+) -> None:
+    sweep = ["-m", f"launcher={launcher}", *tiny, NAMES, f"output_dir={tmp_path}", "optimizer=adamw,lion"]
+    (tmp_path / "adamw-0").mkdir()
+    holder = RunLock(tmp_path / "adamw-0")
+    process = start("train.py", sweep)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == EXIT_HELD, said[-3000:]
+    assert f"adamw-0 is being run by process {os.getpid()} on " in said
+    assert "1 of 2 trials are being run by other processes" in said
+    assert [path.name for path in (tmp_path / "adamw-0").iterdir()] == [".lock"]
+    assert summary(tmp_path / "lion-0")["status"] == "completed"
+    holder.release()
+    assert run(sweep) == 0
+    assert steps(tmp_path / "adamw-0") == list(range(1, 13))
+
+
+def test_a_sweep_restarted_while_its_jobs_still_run_leaves_their_trials_to_them(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    """The parent is killed and its job lives on, as on SLURM; the new job of the same trial ends at once."""
+    sweep = ["-m", "launcher=submitit", *tiny, NAMES, f"output_dir={tmp_path}"]
+    sweep += ["optimizer=adamw", "seed=0", "train.steps=400", "eval.interval=400", "checkpoint.interval=null"]
+    parent = start("train.py", sweep)
+    directory = tmp_path / "adamw-0"
+    wait_for(directory / "metrics.jsonl", '"step":5,')
+    os.kill(parent.pid, signal.SIGKILL)
+    holder = int((directory / ".lock").read_text().split()[1])
+    os.kill(holder, signal.SIGSTOP)  # while the second sweep comes and goes
+    try:
+        second = start("train.py", sweep)
+        _, said = second.communicate(timeout=90)
+    finally:
+        os.kill(holder, signal.SIGCONT)
+    assert second.returncode == EXIT_HELD, said[-3000:]
+    assert "1 of 1 trials are being run by other processes" in said
+    wait_for(directory / "summary.json", '"completed"')
+    assert run(sweep) == 0
+    assert steps(directory) == list(range(1, 401))
+    assert resumed_at(directory) == []
 
 
 def of_trial(process: psutil.Process, directory: Path) -> bool:

@@ -14,6 +14,7 @@ import pytest
 from tests.training.runs import lines, run, run_in_child, summary, tiny
 from tests.training.test_resume import kill_before_recording
 from training.config import ConfigurationError
+from training.launch import EXIT_HELD
 from training.resumption import RunLock
 
 
@@ -151,7 +152,7 @@ def test_a_directory_that_is_being_run_is_refused_and_not_touched(
         record = (tmp_path / "run" / "metrics.jsonl").read_bytes()
         for more in ([], ["overwrite=true"], [f"resume={tmp_path}/run/checkpoints/step-00000010"]):
             capfd.readouterr()
-            assert run([*overrides, *more]) == 2
+            assert run([*overrides, *more]) == EXIT_HELD
             assert f"is being run by process {holder.pid} on " in message(capfd)
         assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == record
     finally:
@@ -191,6 +192,6 @@ def test_of_two_that_start_together_one_runs(corpus: list[str], tmp_path: Path) 
             racer.start()
         for racer in racers:
             racer.join(120)
-        assert sorted(codes) == [0, 2]
+        assert sorted(codes) == [0, EXIT_HELD]
     assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(1, 61))
     assert summary(tmp_path / "run")["status"] == "completed"
