@@ -49,8 +49,9 @@ Phase = Literal["curvature", "training", "update"]
 PHASES: tuple[Phase, ...] = ("curvature", "training", "update")
 DeviceType = Literal["cpu", "cuda"]
 
-#: Layers of the two models whose difference is the memory of a layer. A single one has no neighbour to prefetch.
-SAMPLED_LAYERS = (2, 3)
+#: Layers of the two models whose difference is the memory of a layer. The first and the last are unlike those between:
+#: FSDP gathers the next block during one, and of two checkpointed blocks the last's gradients come and go with the head's.
+SAMPLED_LAYERS = (3, 4)
 
 
 def planned_memory(config: RunConfig, shape: GPT2Config, world_size: int, device: DeviceType) -> dict[Phase, Memory]:
@@ -68,12 +69,27 @@ def planned_memory(config: RunConfig, shape: GPT2Config, world_size: int, device
     micro = micro_batch_size(config, world_size)
     few, more = SAMPLED_LAYERS
     if shape.n_layer <= more:
-        return _trace(config, shape, world_size, micro, device)
+        return _highest(_trace(config, shape, world_size, micro, device))
     small, large = (_trace(config, _with_layers(shape, n), world_size, micro, device) for n in SAMPLED_LAYERS)
     layers = (shape.n_layer - few) / (more - few)
+    return _highest(
+        {
+            part: {kind: max(0, round(a[kind] + layers * (large[part][kind] - a[kind]))) for kind in KINDS}
+            for part, a in small.items()
+        }
+    )
+
+
+def _highest(parts: dict[str, Memory]) -> dict[Phase, Memory]:
+    """Of the parts of each phase (`training`, `training backward`, `curvature fold`, …) the one that takes most.
+
+    Parts grow with the layers each in its own way; which one is the highest may be another in a deep model.
+    """
+    by_phase = {phase: [memory for part, memory in parts.items() if part.split()[0] == phase] for phase in PHASES}
     return {
-        phase: {kind: max(0, round(a[kind] + layers * (large[phase][kind] - a[kind]))) for kind in KINDS}
-        for phase, a in small.items()
+        phase: max(memories, key=lambda memory: sum(memory.values()))
+        for phase, memories in by_phase.items()
+        if memories
     }
 
 
@@ -81,9 +97,8 @@ def _with_layers(shape: GPT2Config, n_layer: int) -> GPT2Config:
     return GPT2Config(**{**vars(shape), "n_layer": n_layer})
 
 
-def _trace(
-    config: RunConfig, shape: GPT2Config, world_size: int, micro: int, device: DeviceType
-) -> dict[Phase, Memory]:
+def _trace(config: RunConfig, shape: GPT2Config, world_size: int, micro: int, device: DeviceType) -> dict[str, Memory]:
+    """The peaks of a step's parts."""
     zero = config.strategy if isinstance(config.strategy, DeepSpeedConfig) else None
     sharded = isinstance(config.strategy, FSDPConfig)
     trace = MemoryTrace()
@@ -97,31 +112,21 @@ def _trace(
         if isinstance(strategy, DDP) and zero is None and world_size > 1:
             _add_buckets(strategy, trace)
         _make_state(config, strategy, trace, device)
+        _count_fold(strategy, trace)
         batch = step_batch(config.train.sequence_length, min(2, _micro_batches(config, world_size)) * micro)
         curvature = curvature_of(config, micro)
         if curvature is not None:  # further slices need no more memory than the second
             rows = min(-(-curvature.sequences // world_size), len(batch.tokens))
             curvature.sequences = rows * strategy.distributed.world_size
         one_step(config, strategy, batch, micro, curvature, 2, trace.phase)  # the first refresh may be another
-        peaks = trace.peaks
-    if zero is not None:
-        state = _whole_state(strategy)
-        backward = {
-            "curvature": peaks.get("curvature backward"),
-            "training": peaks["training backward"],
-            "update": None,
-        }
-        for phase in PHASES:
-            if phase in peaks:
-                peaks[phase] = planned_zero.engine_memory(
-                    config, zero, shape, world_size, state, peaks[phase], backward[phase]
-                )
-    else:
-        for phase in ("curvature", "training"):
-            both = [peaks[name] for name in (phase, f"{phase} backward") if name in peaks]
-            if both:
-                peaks[phase] = max(both, key=lambda memory: sum(memory.values()))
-    return {phase: peaks[phase] for phase in PHASES if phase in peaks}
+        peaks = {part: memory for part, memory in trace.peaks.items() if part.split()[0] in PHASES}
+    if zero is None:
+        return peaks
+    state = _whole_state(strategy)
+    return {
+        part: planned_zero.engine_memory(config, zero, shape, world_size, state, part, memory)
+        for part, memory in peaks.items()
+    }
 
 
 def _micro_batches(config: RunConfig, world_size: int) -> int:
@@ -259,6 +264,17 @@ def _count_gradients(strategy: Strategy, trace: MemoryTrace) -> None:
             trace.label(gradient, "gradients")
 
     strategy.backward = counted  # type: ignore[method-assign]
+
+
+def _count_fold(strategy: Strategy, trace: MemoryTrace) -> None:
+    """Folding an estimate into h is a part of its own: activations have gone, and an eager fold has temporaries."""
+    update_hessian = strategy.update_hessian
+
+    def counted(**estimate: Any) -> Tensor:
+        with trace.phase(f"{trace.current_phase} fold", "workspace"):
+            return update_hessian(**estimate)
+
+    strategy.update_hessian = counted  # type: ignore[method-assign]
 
 
 def _gradients(strategy: Strategy) -> Iterator[Tensor]:

@@ -56,10 +56,10 @@ def engine_memory(
     shape: GPT2Config,
     world_size: int,
     state: Memory,  # optimizer and curvature state of the whole model, float32
-    forward: Memory,  # traced peak of a whole model's forward
-    backward: Memory | None,  # traced peak in backward passes; None in the update
+    part: str,  # of the step: "training", "training backward", "curvature fold", "update", …
+    traced: Memory,  # its peak, of a whole model
 ) -> Memory:
-    """The larger of forward and backward with the engine's own in the place of the traced model's weights and state."""
+    """A part's peak with the engine's own in the place of the traced model's weights and state."""
     size = parameter_count(shape)
     stage, weight_bytes = zero.zero_stage, BFLOAT16 if has_bf16_weights(config) else FLOAT32
     shard = -(-FLOAT32 * size // world_size)
@@ -72,12 +72,12 @@ def engine_memory(
     }
     gathered = weight_bytes * min(size, LIVE_WEIGHTS) if stage == 3 else 0
     bucket = reduction_bucket_bytes(config, stage)
-    memories = [_with(forward, own, gathered + (0 if stage == 2 else bucket))]
-    if backward is not None:
-        memories.append(_with(backward, own, gathered + bucket))
-    else:  # the update flattens the gradients' partition
-        memories = [_with(forward, {**own, "gradients": own["gradients"] + shard}, bucket if stage == 3 else 0)]
-    return max(memories, key=lambda memory: sum(memory.values()))
+    if part.endswith(("update", "fold")):  # the engine's step, which flattens the gradients' partition
+        own["gradients"] += shard
+        own["workspace"] = traced["workspace"] // world_size
+        return _with(traced, own, bucket if stage == 3 else 0)
+    in_use = stage != 2 or part.endswith("backward")
+    return _with(traced, own, gathered + (bucket if in_use else 0))
 
 
 def _with(traced: Memory, own: dict[Kind, int], engine: int) -> Memory:

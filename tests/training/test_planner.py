@@ -50,12 +50,27 @@ def test_planned_memory_is_within_fifteen_percent_of_what_real_ranks_take(
     assert abs(case["planned_over_allocated"] - 1) <= TOLERANCE
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_models_of_few_layers_tell_what_a_deep_one_takes(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = small(f"strategy={strategy}")
-    extrapolated = peak(config, 4, n_layer=9)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "strategy=ddp",
+        "strategy=fsdp",
+        "strategy=fsdp strategy.activation_checkpointing=true",
+        "strategy=fsdp strategy.activation_checkpointing=true train.micro_batch_size=2",
+        "strategy=deepspeed strategy.zero_stage=3",
+    ],
+)
+def test_two_models_of_few_layers_tell_what_a_deep_one_takes(
+    overrides: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small("train.sequence_length=256", *overrides.split())
+    deep = GPT2Config(vocab_size=512, n_layer=9, n_head=4, n_embd=256, block_size=256)  # the blocks weigh most
+    config = config.model_copy(update={"train": config.train.model_copy(update={"compile": compiled})})
+    extrapolated = planned_memory(config, deep, 4, "cuda")
     monkeypatch.setattr("training.planned_memory.SAMPLED_LAYERS", (2, 9))
-    assert extrapolated == pytest.approx(peak(config, 4, n_layer=9), rel=0.01)
+    for phase, by_kind in planned_memory(config, deep, 4, "cuda").items():
+        assert sum(extrapolated[phase].values()) == pytest.approx(sum(by_kind.values()), rel=0.01)
 
 
 def test_state_is_counted_by_what_it_is_for() -> None:
