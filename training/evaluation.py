@@ -14,7 +14,8 @@ def validation_loss(
     windows: ValidationWindows,
     micro_batch_size: int,
     progress: Callable[[str], None] = lambda doing: None,
-) -> tuple[float, int]:
+    interrupted: Callable[[], bool] = lambda: False,
+) -> tuple[float, int] | None:
     """Mean cross entropy in nats per token over the whole set, and the number of tokens, over all ranks.
 
     Args:
@@ -22,10 +23,14 @@ def validation_loss(
         windows: this rank's share of the fixed windows; padding has targets of -100.
         micro_batch_size: windows per forward.
         progress: called with a few words before each forward.
+        interrupted: asked before each forward, the same on all ranks; true ends the evaluation without a result.
     """
     strategy.model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=strategy.device)
     for number, batch in enumerate(windows.batches(micro_batch_size)):
+        if interrupted():
+            strategy.model.train()
+            return None
         progress(f"evaluating, forward {number}")
         tokens = torch.from_numpy(batch.tokens).to(strategy.device)
         targets = torch.from_numpy(batch.targets).to(strategy.device)

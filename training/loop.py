@@ -125,12 +125,12 @@ class Reporter:
         self.diverged = False
 
     def step(self, step: int, lr: float, loss: Tensor, statistics: StepStatistics) -> None:
-        """Queue a step: `loss` is this rank's share of the mean loss before the update."""
+        """Queue a step: `loss` is the mean loss over the global batch, before the update."""
         run = self._run
         fraction = statistics.unclipped_fraction
         numbers = torch.stack(
             [
-                run.strategy.distributed.all_reduce(loss.double()),
+                loss,
                 statistics.grad_norm.double(),
                 statistics.clipped.double(),
                 statistics.skipped.double(),
@@ -183,12 +183,14 @@ class Reporter:
         """Count what went wrong, and make an event of what deserves one."""
         run, state = self._run, self._run.state
         state.skipped_steps += skipped
-        finite = not skipped and math.isfinite(loss)
-        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
         allowed = run.config.train.max_skipped_steps
-        if not finite:
-            what = "gradient is not finite, the step is skipped" if skipped else "loss is not finite"
-            run.message(f"step {step}: {what} ({state.skipped_in_a_row} in a row, {allowed} are allowed)")
+        if skipped:
+            what = "gradient" if math.isfinite(loss) else "loss"
+            run.message(
+                f"step {step}: {what} is not finite, the step is skipped ({state.skipped_in_a_row} in a row, "
+                f"{allowed} are allowed)"
+            )
         self.diverged = state.skipped_in_a_row > allowed
         if self.diverged:
             run.reason = f"{state.skipped_in_a_row} steps in a row, up to step {step}, were not finite"
@@ -278,8 +280,8 @@ def train(run: Run) -> Status:
     step_flops = forward_backward_flops(shape, step_tokens, length)
     reporter = Reporter(run)
     first = state.step + 1
-    if evaluation_due(run):  # of the start, or of a sitting that was asked to stop before it
-        evaluate(run)
+    if evaluation_due(run) and not evaluate(run):  # of the start, or of a sitting that was asked to stop before it
+        return "preempted"
     unsaved = False  # a checkpoint is due and waits for a step that is not skipped
     with run.batches.prefetch(first, config.train.steps) as prefetched:
         for step in range(first, config.train.steps + 1):
@@ -318,11 +320,12 @@ def train(run: Run) -> Status:
             with ledger.measure("optimizer"):
                 factor = learning_rate_factor(config.schedule, step, config.train.steps)
                 strategy.set_learning_rate(factor)
-                statistics = strategy.step(config.train.grad_clip)
+                mean_loss = strategy.distributed.all_reduce(loss.double())
+                statistics = strategy.step(config.train.grad_clip, mean_loss)
                 if run.gamma is not None:
                     steer_gamma(run.gamma, statistics)
 
-            reporter.step(step, config.optimizer.lr * factor, loss, statistics)
+            reporter.step(step, config.optimizer.lr * factor, mean_loss, statistics)
             state.step = step
             run.profiler_step()
             last = step == config.train.steps
@@ -331,10 +334,9 @@ def train(run: Run) -> Status:
                 return "diverged"
             if evaluation_due(run):
                 reporter.flush()
-                if not last and strategy.distributed.any(run.stop_requested()):  # a resumed run evaluates first
+                if not evaluate(run):  # a resumed run does so first
                     save(run)
                     return "preempted"
-                evaluate(run)
                 if not math.isfinite(state.final_val_loss or 0.0):
                     run.reason = f"the validation loss after step {step} is not finite"
                     return "diverged"
@@ -375,20 +377,29 @@ def evaluation_due(run: Run) -> bool:
     return due and run.state.evaluated_step < step
 
 
-def evaluate(run: Run) -> None:
-    """An eval line: the validation loss after `state.step` updates."""
+def evaluate(run: Run) -> bool:
+    """An eval line: the validation loss after `state.step` updates. False where a rank was asked to stop meanwhile.
+
+    The whole validation set may take longer than a cluster waits between its signal and the end.
+    """
     ledger, state, config = run.ledger, run.state, run.config
+
+    def interrupted() -> bool:
+        return run.strategy.distributed.any(run.stop_requested())
+
     run.progress(f"evaluating after step {state.step}")
-    with ledger.measure("evaluation"):
-        loss, tokens = validation_loss(run.strategy, run.validation, run.eval_micro_batch_size, run.progress)
-    entry = ledger.entries["evaluation"]
-    entry.tokens += tokens
-    entry.flops += evaluation_flops(run.strategy.model.config, tokens, config.train.sequence_length)
+    with ledger.measure("evaluation", part=True):
+        found = validation_loss(run.strategy, run.validation, run.eval_micro_batch_size, run.progress, interrupted)
+    if found is None:
+        return False
+    loss, tokens = found
+    ledger.add("evaluation", tokens, evaluation_flops(run.strategy.model.config, tokens, config.train.sequence_length))
     state.evaluated_step = state.step
     state.final_val_loss = loss
     if math.isfinite(loss) and (state.best_val_loss is None or loss < state.best_val_loss):
         state.best_val_loss = loss
     run.write({"kind": "eval", **position(run), "val_loss": loss, "val_tokens": tokens})
+    return True
 
 
 def save(run: Run) -> None:

@@ -1,18 +1,24 @@
 """SIGTERM, SIGINT and SIGUSR1 ask a run to stop; a second one ends the process at once.
 
+Under torchrun one request may come twice: systemd and some clusters signal every process of a job, and torchrun passes
+its signal on besides. There the same signal within `PASSED_ON_SECONDS` of the first is the first.
+
 Python runs signal handlers between bytecodes of the main thread, which may be waiting in a collective or a kernel. So
 the handlers do nothing, and a thread listens on the pipe into which the interpreter's C-level handler writes the
 signal's number: the second signal ends a process that hangs, too.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PASSED_ON_SECONDS = 2.0
 
 
 class StopSignals:
@@ -30,6 +36,8 @@ class StopSignals:
         self._speaks = speaks
         self._begun = False
         self._received: list[int] = []
+        self._since = 0.0
+        self._passed_on = "TORCHELASTIC_RUN_ID" in os.environ
         self._previous: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
 
@@ -70,9 +78,12 @@ class StopSignals:
             number = numbers[0]
             if number not in STOP_SIGNALS:
                 continue
+            if self._passed_on and number in self._received and time.monotonic() - self._since < PASSED_ON_SECONDS:
+                continue
             if self._received:
                 self._say(f"{signal.Signals(number).name}, the second signal: ending at once")
                 os._exit(128 + number)
+            self._since = time.monotonic()
             self._received.append(number)
             if not self._begun:
                 self._say(f"{signal.Signals(number).name} before training has begun: ending")
@@ -83,7 +94,8 @@ class StopSignals:
 
     def _say(self, text: str) -> None:
         if self._speaks:
-            print(text, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a log on a full disk: the signal is obeyed all the same
+                print(text, file=sys.stderr, flush=True)
 
 
 def _left_to_the_listener(number: int, frame: FrameType | None) -> None:

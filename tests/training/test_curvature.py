@@ -214,15 +214,34 @@ def test_refreshes_come_before_the_first_step_and_every_k_steps() -> None:
     assert due == [1, 11, 21, 31]
 
 
-def test_a_non_finite_estimate_never_enters_h() -> None:
+@pytest.mark.parametrize("micro_batch_size", [1, BATCH])
+@pytest.mark.parametrize("shared_forward", [False, True])
+def test_a_non_finite_estimate_never_enters_h(shared_forward: bool, micro_batch_size: int) -> None:
     made = strategy()
-    CurvaturePass(CONFIG, SEED, BATCH, BATCH).run(made, batch(), 1)
+    curvature = CurvaturePass(CONFIG, SEED, BATCH, micro_batch_size, shared_forward=shared_forward)
+    curvature.run(made, batch(), 1)
     before = [h.clone() for h in hessians(made)]
     with torch.no_grad():
         made.model.final_norm.weight[0] = float("nan")
-    held_back = CurvaturePass(CONFIG, SEED, BATCH, BATCH).run(made, batch(), 11)
+    if shared_forward:
+        assert curvature.shares_forward(made, STEP)
+        ledger = Ledger(torch.device("cpu"))
+        *_, held_back = curvature.run_within_training(made, batch(), STEP, BATCH * LENGTH, ledger)
+    else:
+        held_back = curvature.run(made, batch(), STEP)
     assert held_back == 1
     assert all(torch.equal(b, h) for b, h in zip(before, hessians(made), strict=True))
+
+
+@pytest.mark.parametrize(("num_predictions", "held_back"), [(1, 0), (10, 1)])
+def test_an_estimate_that_only_its_square_makes_infinite_never_enters_h(num_predictions: int, held_back: int) -> None:
+    made = strategy()
+    for parameter in made.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    made.model.final_norm.weight.grad[0] = 1e19  # its square is finite in float32, and ten times its square is not
+    assert made.update_hessian(num_predictions=num_predictions) == held_back
+    assert all(h.isfinite().all() for h in hessians(made))
+    assert max(float(h.max()) for h in hessians(made)) == (0.0 if held_back else pytest.approx(1e38, rel=1e-5))
 
 
 def one_forward(micro_batch_size: int, config: SophiaConfig) -> tuple[list[Tensor], list[Tensor], float]:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training.runs import curve, lines, run, run_in_child, summary, tiny
-from training import guards
+from training import checkpoints, guards
+from training.checkpoints import Checkpoint
 from training.distributed import Distributed
 from training.guards import HORIZON, LossSpikes, RanksDiffer, compare_ranks
 
@@ -77,13 +78,25 @@ def spoil_gradients(steps: tuple[int, ...]) -> None:
     count = [0]
     original = DDP.step
 
-    def spoiled(self: DDP, max_norm: float | None) -> Any:
+    def spoiled(self: DDP, max_norm: float | None, loss: torch.Tensor) -> Any:
         count[0] += 1
         if count[0] in steps:
             next(iter(self.model.parameters())).grad.view(-1)[3] = math.inf
-        return original(self, max_norm)
+        return original(self, max_norm, loss)
 
     DDP.step = spoiled  # type: ignore[method-assign]
+
+
+def spoil_losses(steps: tuple[int, ...]) -> None:
+    """The losses of these updates are infinite, and their gradients are not."""
+    from training import loop
+
+    original = loop.forward_backward
+
+    def spoiled(run: Any, *rest: Any) -> torch.Tensor:
+        return original(run, *rest) + (math.inf if run.state.step + 1 in steps else 0.0)
+
+    loop.forward_backward = spoiled
 
 
 def spoil_estimate(number: int) -> None:
@@ -119,6 +132,22 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_told(
     assert summary(tmp_path / "run")["skipped_steps"] == 3
     assert all(math.isfinite(line["loss"]) for line in trained)
     assert "step 6: gradient is not finite, the step is skipped (2 in a row, 10 are allowed)" in said(tmp_path)
+
+
+def test_a_step_whose_loss_alone_is_not_finite_is_skipped_like_one_of_bad_gradients(
+    corpus: list[str], tmp_path: Path
+) -> None:
+    by_gradient, by_loss = (tiny(corpus, tmp_path, name=name) for name in ("gradient", "loss"))
+    assert run_in_child(by_gradient, spoil_gradients, (5, 13)) == 0
+    assert run_in_child(by_loss, spoil_losses, (5, 13), errors=tmp_path / "errors") == 0
+    trained = lines(tmp_path / "loss", "train")
+    assert [line["step"] for line in trained if line.get("skipped")] == [5, 13]
+    assert [line["step"] for line in trained if line["loss"] is None] == [5, 13]
+    assert "step 5: loss is not finite, the step is skipped (1 in a row, 10 are allowed)" in said(tmp_path)
+    one, other = (checkpoints.available(tmp_path / name / "checkpoints")[0] for name in ("gradient", "loss"))
+    assert checkpoints.step_of(one) == checkpoints.step_of(other) == 24
+    for name in Checkpoint(one).names():
+        assert torch.equal(Checkpoint(one).tensor(name), Checkpoint(other).tensor(name)), name
 
 
 def test_more_than_n_skipped_steps_in_a_row_end_as_diverged_and_the_last_good_checkpoint_stays(

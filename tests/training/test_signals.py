@@ -49,6 +49,44 @@ def stop_in_set_up() -> None:
     before(run, "build_strategy", lambda: signal_self(signal.SIGTERM), lambda *arguments: True)
 
 
+def stop_in_evaluation(step: int) -> None:
+    """In the first of two forwards of the evaluation after so many updates."""
+    from data.batches import ValidationWindows
+    from training import loop
+
+    original = loop.validation_loss
+
+    def stopped(strategy: Any, windows: ValidationWindows, *rest: Any) -> Any:
+        forwards: list[None] = []
+        before(
+            strategy,
+            "forward",
+            lambda: signal_self(signal.SIGTERM),
+            lambda *_: forwards.append(None) or len(forwards) == 1,
+        )
+        return original(strategy, windows, *rest)
+
+    def evaluate(run: Any) -> bool:
+        loop.validation_loss = stopped if run.state.step == step else original
+        return evaluating(run)
+
+    evaluating, loop.evaluate = loop.evaluate, evaluate
+
+
+def two_signals_under_a_launcher(step: int, passed_on_seconds: float) -> None:
+    """SIGTERM to all processes of a job reaches this one twice: from the system, and from its launcher."""
+    from training import loop, signals
+
+    os.environ["TORCHELASTIC_RUN_ID"] = "some"
+    signals.PASSED_ON_SECONDS = passed_on_seconds
+
+    def twice() -> None:
+        for _ in range(2):
+            signal_self(signal.SIGTERM)
+
+    before(loop, "forward_backward", twice, lambda run, *rest: run.state.step == step - 1)
+
+
 def two_signals_while_stuck(step: int) -> None:
     """The main thread waits in C, as in a collective: no handler of Python's ever runs."""
     import threading
@@ -113,9 +151,34 @@ def test_an_evaluation_that_is_due_is_left_to_the_next_sitting(
     assert curve(tmp_path / "run") == undisturbed
 
 
-def test_a_signal_in_the_last_step_completes_the_run(corpus: list[str], tmp_path: Path) -> None:
-    assert run_in_child(tiny(corpus, tmp_path), stop_in_step, 24, signal.SIGTERM) == 0
+@pytest.mark.parametrize("step", [0, 16, 24])
+def test_a_signal_in_an_evaluation_is_obeyed_before_its_end(
+    step: int, corpus: list[str], tmp_path: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    overrides = tiny(corpus, tmp_path, "eval.micro_batch_size=8")
+    assert run_in_child(overrides, stop_in_evaluation, step) == PREEMPTED
+    assert summary(tmp_path / "run")["steps"] == step
+    assert f'"kind":"eval","step":{step},' not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert step == 0 or (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").is_dir()
+    assert run(overrides) == 0
+    assert curve(tmp_path / "run") == undisturbed
+
+
+def test_a_signal_in_the_last_step_leaves_the_last_evaluation_to_the_next_sitting(
+    corpus: list[str], tmp_path: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    assert run_in_child(tiny(corpus, tmp_path), stop_in_step, 24, signal.SIGTERM) == PREEMPTED
+    assert (tmp_path / "run" / "checkpoints" / "step-00000024").is_dir()
+    assert run(tiny(corpus, tmp_path)) == 0
     assert summary(tmp_path / "run")["status"] == "completed"
+    assert curve(tmp_path / "run") == undisturbed
+
+
+def test_a_signal_that_a_launcher_passes_on_is_no_second_one(corpus: list[str], tmp_path: Path) -> None:
+    overrides = tiny(corpus, tmp_path)
+    assert run_in_child(overrides, two_signals_under_a_launcher, 13, 60.0) == PREEMPTED
+    assert summary(tmp_path / "run")["steps"] == 13
+    assert run_in_child(overrides, two_signals_under_a_launcher, 16, 0.1) == 128 + signal.SIGTERM
 
 
 def test_a_signal_in_set_up_ends_the_process_and_leaves_nothing(corpus: list[str], tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class StepStatistics(NamedTuple):
 
     grad_norm: Tensor  # of the mean gradient, before the clip
     clipped: Tensor  # 1 where the norm was above the limit
-    skipped: Tensor  # 1 where a non-finite gradient left weights and state alone
+    skipped: Tensor  # 1 where a non-finite loss or gradient left weights and state alone
     unclipped_fraction: Tensor | None  # Sophia: share of coordinates with |m| < γh
 
 
@@ -127,15 +127,21 @@ class Strategy(ABC):
     ) -> Tensor:
         """Fold an estimate into h: from the gradients and N, or from a tensor for each parameter in their order.
 
-        The tensors are whole, or have the form of `normals`. A non-finite estimate never enters h. What is left of the
-        gradients is for `zero_grad` to clear.
+        The tensors are whole, or have the form of `normals`. An estimate that is not finite, or N g² that would not be,
+        never enters h. What is left of the gradients is for `zero_grad` to clear.
 
         Returns 1 (0-D, on the device) where an estimate was held back.
         """
 
     @abstractmethod
-    def step(self, max_norm: float | None) -> StepStatistics:
-        """Clip the global norm of the mean gradient, update the weights, clear the gradients."""
+    def step(self, max_norm: float | None, loss: Tensor | None = None) -> StepStatistics:
+        """Clip the global norm of the mean gradient, update the weights, clear the gradients.
+
+        Args:
+            max_norm: None clips nothing.
+            loss: 0-D, on the device, the same on all ranks; where it or the gradient is not finite, weights and state
+                stay as they are.
+        """
 
     @abstractmethod
     def zero_grad(self) -> None: ...

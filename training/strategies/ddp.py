@@ -82,8 +82,8 @@ class DDP(KeepsGraphs):
     ) -> Tensor:
         return update_hessian(self.optimizers, self.parameters().values(), num_predictions, estimates)
 
-    def step(self, max_norm: float | None) -> StepStatistics:
-        statistics = clip_and_step(self.optimizers, max_norm)
+    def step(self, max_norm: float | None, loss: Tensor | None = None) -> StepStatistics:
+        statistics = clip_and_step(self.optimizers, max_norm, loss)
         self.zero_grad()
         counts = unclipped(self.optimizers)
         return statistics if counts is None else statistics._replace(unclipped_fraction=counts[0] / counts[1])

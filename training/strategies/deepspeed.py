@@ -227,7 +227,9 @@ class DeepSpeed(Strategy):
         optimizer: Any = self._client.inner
         if estimates is None:
             with self._unnoticed():
-                return self._engine_step(lambda: optimizer.update_hessian(num_predictions=num_predictions)).skipped
+                return self._engine_step(
+                    lambda: optimizer.update_hessian(num_predictions=num_predictions), predictions=num_predictions
+                ).skipped
         parts = self._parts_of(estimates)
         skipped = (~torch.isfinite(self.norm(parts))).float()
         flat = {id(partition): torch.zeros_like(partition) for partition in self._partitions}
@@ -240,9 +242,9 @@ class DeepSpeed(Strategy):
             optimizer.found_inf = None
         return skipped
 
-    def step(self, max_norm: float | None) -> StepStatistics:
+    def step(self, max_norm: float | None, loss: Tensor | None = None) -> StepStatistics:
         limit = float("inf") if max_norm is None else max_norm
-        statistics = self._engine_step(self._client.inner.step, limit)
+        statistics = self._engine_step(self._client.inner.step, limit, loss=loss)
         counts = unclipped(self.optimizers)
         if counts is not None:
             # Partitions are padded: the share is one of the model's own coordinates.
@@ -250,7 +252,14 @@ class DeepSpeed(Strategy):
             statistics = statistics._replace(unclipped_fraction=count / self._size())
         return statistics
 
-    def _engine_step(self, action: Callable[[], Any], limit: float = float("inf")) -> StepStatistics:
+    def _engine_step(
+        self,
+        action: Callable[[], Any],
+        limit: float = float("inf"),
+        *,
+        loss: Tensor | None = None,
+        predictions: int | None = None,
+    ) -> StepStatistics:
         """Reduce the gradients and call the action once per partition, with the clip and the skip in its kernel.
 
         Where the engine itself finds gradients that are not finite (float32, and stage 3), it does not call the action.
@@ -258,7 +267,7 @@ class DeepSpeed(Strategy):
         optimizer: Any = self._client.inner
 
         def guarded() -> None:
-            statistics = self._statistics(limit)
+            statistics = self._statistics(limit, loss, predictions)
             optimizer.found_inf = statistics.skipped
             optimizer.grad_scale = torch.clamp(statistics.grad_norm / limit, min=1.0).nan_to_num(nan=1.0, posinf=1.0)
             action()
@@ -269,13 +278,17 @@ class DeepSpeed(Strategy):
             self._engine.step()
         finally:
             self._client.action = self._client.inner.step
-        return self._statistics(limit)
+        return self._statistics(limit, loss, predictions)
 
-    def _statistics(self, limit: float) -> StepStatistics:
-        """Of the gradients that the engine has reduced last, over all ranks."""
+    def _statistics(self, limit: float, loss: Tensor | None, predictions: int | None) -> StepStatistics:
+        """Of the gradients that the engine has reduced last, over all ranks; skipped where they are not finite, the
+        loss is not, or N ‖g‖², which bounds the estimate of N predictions."""
         norm = torch.as_tensor(self._engine.optimizer._global_grad_norm, device=self.device, dtype=torch.float32)
         norm = torch.where(norm >= 0, norm, float("inf"))  # the engine's word for a norm that is not finite is -1
-        return StepStatistics(norm, (norm > limit).float(), (~torch.isfinite(norm)).float(), None)
+        finite = torch.isfinite(norm if predictions is None else norm.square() * predictions)
+        if loss is not None:
+            finite = finite & torch.isfinite(loss)
+        return StepStatistics(norm, (norm > limit).float(), (~finite).float(), None)
 
     @contextmanager
     def _unnoticed(self) -> Iterator[None]:

@@ -109,8 +109,8 @@ class FSDP(Strategy):
     ) -> Tensor:
         return update_hessian(self.optimizers, self._parameters.values(), num_predictions, estimates)
 
-    def step(self, max_norm: float | None) -> StepStatistics:
-        statistics = clip_and_step(self.optimizers, max_norm)
+    def step(self, max_norm: float | None, loss: Tensor | None = None) -> StepStatistics:
+        statistics = clip_and_step(self.optimizers, max_norm, loss)
         self.zero_grad()
         counts = unclipped(self.optimizers)
         if counts is not None:

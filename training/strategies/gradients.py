@@ -19,10 +19,18 @@ def gradients(optimizers: Sequence[Optimizer]) -> list[Tensor]:
     return [p.grad for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
 
 
-def clip_and_step(optimizers: Sequence[Optimizer], max_norm: float | None) -> StepStatistics:
-    """Clip the global gradient norm to `max_norm`, step; a non-finite norm skips the step on the device."""
+def clip_and_step(
+    optimizers: Sequence[Optimizer], max_norm: float | None, loss: Tensor | None = None
+) -> StepStatistics:
+    """Clip the global gradient norm to `max_norm`, step; a non-finite norm or loss skips the step on the device.
+
+    `loss` (0-D) is that of the global batch: an infinite one may have gradients that are finite.
+    """
     norm = total_norm(gradients(optimizers)).float()
-    skipped = (~torch.isfinite(norm)).float()
+    finite = torch.isfinite(norm)
+    if loss is not None:
+        finite = finite & torch.isfinite(loss)
+    skipped = (~finite).float()
     limit = float("inf") if max_norm is None else max_norm
     scale = torch.clamp(norm / limit, min=1.0).nan_to_num(nan=1.0, posinf=1.0)
     for optimizer in optimizers:
@@ -55,8 +63,10 @@ def update_hessian(
     `estimates` stand in the order of `parameters`, which need not be that of the optimizer's groups.
     """
     (optimizer,) = optimizers
-    finite = torch.isfinite(total_norm(gradients(optimizers) if estimates is None else estimates))
-    skipped = (~finite).float()
+    norm = total_norm(gradients(optimizers) if estimates is None else estimates)
+    # ĥ = N ĝ² may overflow where ĝ does not; it is no larger than N ‖ĝ‖².
+    bound = norm if num_predictions is None else norm.square() * num_predictions
+    skipped = (~torch.isfinite(bound)).float()
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     if estimates is None:
         optimizer.update_hessian(num_predictions=num_predictions)  # type: ignore[attr-defined]
