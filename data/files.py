@@ -5,6 +5,7 @@ A reader sees the old file or the new one, never a half of one.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -37,11 +38,17 @@ def written_beside(path: Path) -> Iterator[BufferedRandom]:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the renames in a directory durable (some network filesystems refuse: they are durable or nothing is)."""
+    """Make the renames in a directory durable (some network filesystems refuse: they are durable or nothing is).
+
+    Raises:
+        OSError: the disk is full, gone or broken.
+    """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        with suppress(OSError):
-            os.fsync(descriptor)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
     finally:
         os.close(descriptor)
 

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.files import sync_directory
 from training.distributed import Distributed
 from training.records import write_atomically
 from training.strategies.base import Piece
@@ -108,11 +109,14 @@ def _begin(partial: Path) -> None:
 
 def _finish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     write_atomically(partial / MANIFEST_FILE, manifest_text(manifest))
-    _sync_directory(partial)
+    sync_directory(partial)
+    doomed = _doomed(final)
     if final.exists():  # of an earlier sitting that was resumed before it
-        discard(final)
+        shutil.rmtree(doomed, ignore_errors=True)
+        final.rename(doomed)
     partial.rename(final)
-    _sync_directory(final.parent)
+    sync_directory(final.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:
@@ -145,14 +149,6 @@ def _write_rank_file(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
 
 def _shares_storage(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -350,10 +346,15 @@ def set_aside_newer(root: Path, step: int) -> None:
 
 def discard(path: Path) -> None:
     """Delete a checkpoint so that no half of it is ever found under its name."""
-    doomed = path.with_name(f".{path.name}.discarded")
+    doomed = _doomed(path)
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _doomed(path: Path) -> Path:
+    """What a checkpoint is called while it is deleted."""
+    return path.with_name(f".{path.name}.discarded")
 
 
 def prune(root: Path, keep: int, keep_every: int | None = None, *, keep_best: bool = False) -> None:

@@ -111,10 +111,11 @@ class Heartbeat:
 def leave(rank: int, lost: list[int], reason: str) -> None:
     """End this process at once, naming the ranks that are gone. Nothing can be saved: a checkpoint needs all ranks."""
     names = ", ".join(map(str, lost))
-    print(
-        f"error: rank {names} is gone ({reason}); rank {rank} stops. Started again, the run goes on from its last "
-        "checkpoint",
-        file=sys.stderr,
-        flush=True,
-    )
+    with contextlib.suppress(OSError):  # a log that cannot be written
+        print(
+            f"error: rank {names} is gone ({reason}); rank {rank} stops. Started again, the run goes on from its last "
+            "checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
     os._exit(EXIT_RANK_LOST)

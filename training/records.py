@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import yaml
 
+from data.files import sync_directory
+
 Status = Literal["completed", "diverged", "preempted", "failed"]
 
 CONFIG_FILE = "config.yaml"
@@ -36,7 +38,8 @@ class RecordError(RuntimeError):
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write beside, flush to the disk, rename: a reader sees the old file or the new one, never a part."""
+    """Write beside, flush to the disk, rename: a reader sees the old file or the new one, never a part, also after a
+    crash of the machine."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -47,6 +50,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    sync_directory(path.parent)
 
 
 def json_line(values: Mapping[str, Any]) -> str:
@@ -143,6 +147,7 @@ class MetricsWriter:
             self.path.write_bytes(b"")
         else:
             self._cut(resume_at)
+        sync_directory(directory)
         self._file = self.path.open("ab", buffering=0)
         self._size = os.fstat(self._file.fileno()).st_size
 

@@ -16,6 +16,7 @@ import torch
 from data.batches import Batches, ValidationWindows
 from data.dataset import TokenDataset
 from data.errors import DataError
+from data.files import sync_directory
 from data.manifest import Manifest
 from models import GPT2, GPT2Config
 from training import checkpoints, hardware, records
@@ -320,6 +321,7 @@ def _open_record(
     try:
         if not (directory / records.CONFIG_FILE).exists():
             directory.mkdir(parents=True, exist_ok=True)
+            sync_directory(directory.parent)
             held.callback(RunLock(directory).release)
         recorder = Recorder.open(config, directory, decided, environment, display)
         if decided.checkpoint is not None and decided.metrics_bytes is not None:

@@ -1,5 +1,7 @@
 """What a person sees of a run: a progress display on a terminal, plain lines elsewhere."""
 
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -64,12 +66,13 @@ class Display:
             self._progress.start()
 
     def message(self, text: str) -> None:
-        """A line of its own, above the progress."""
+        """A line of its own, above the progress. Where nobody can read it, the run goes on unseen."""
         if self._enabled:
-            if self._progress is not None:
-                self._progress.console.print(text, highlight=False, markup=False)
-            else:
-                print(text, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a log on a full disk, a pipe that nobody reads any more
+                if self._progress is not None:
+                    self._progress.console.print(text, highlight=False, markup=False)
+                else:
+                    print(text, file=sys.stderr, flush=True)
 
     def step(self, line: Mapping[str, Any]) -> None:
         if not self._enabled:
@@ -93,5 +96,12 @@ class Display:
         self.message(f"step {line['step']}/{self._steps}  {self._validation}")
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        try:
+            if self._progress is not None:
+                self._progress.stop()
+            sys.stderr.flush()
+        except OSError:
+            # Python would try again at its end, fail again, and exit with a code of its own.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stderr.fileno())
+            os.close(nowhere)

@@ -7,6 +7,7 @@ cannot run either, because something holds the interpreter's lock, a timer of th
 for its process. Ranks that are gone altogether are training/heartbeat.py's.
 """
 
+import contextlib
 import datetime
 import faulthandler
 import os
@@ -93,7 +94,8 @@ class Watchdog:
         rank = self._distributed.rank
         line = f"rank {rank}: {reason}: the job is stopped; start the same command again and it goes on"
         self._tell_peers(f"rank {rank} had {reason}")
-        print(f"\n{line}\nstacks of rank {rank}:", file=sys.__stderr__, flush=True)
+        with contextlib.suppress(OSError):  # a log on the disk that is full or hangs
+            print(f"\n{line}\nstacks of rank {rank}:", file=sys.__stderr__, flush=True)
         faulthandler.dump_traceback(file=STANDARD_ERROR, all_threads=True)
         # The disk may be what hangs.
         writer = threading.Thread(target=self._write, args=(line,), daemon=True)

@@ -1,6 +1,7 @@
 """Checkpoints: complete or absent, readable in any partition, never used when damaged."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,48 @@ def test_a_deletion_that_was_interrupted_leaves_no_half_of_a_checkpoint(tmp_path
     monkeypatch.undo()
     checkpoints.prune(tmp_path, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_whatever_gets_its_name_is_on_the_disk_before_and_its_name_right_after(tmp_path: Path, monkeypatch) -> None:
+    """The machine may crash at any moment: what a checkpoint's name leads to must by then have reached the disk."""
+    done: list[tuple[str, str]] = []
+    sync, replace, rename = os.fsync, Path.replace, Path.rename
+
+    def synced(descriptor: int) -> None:
+        done.append(("synced", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        sync(descriptor)
+
+    def moved(original: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def move(path: Path, target: Path) -> Path:
+            done.append(("named", target.name))
+            return original(path, target)
+
+        return move
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", moved(replace))
+    monkeypatch.setattr(Path, "rename", moved(rename))
+    saved(tmp_path, 5)
+    partial, manifest = ".step-00000005.partial", f".manifest.json.{os.getpid()}.partial"
+    assert done == [
+        ("synced", "rank-00000.safetensors"),
+        ("synced", manifest),
+        ("named", "manifest.json"),
+        ("synced", partial),
+        ("synced", partial),
+        ("named", "step-00000005"),
+        ("synced", tmp_path.name),
+    ]
+
+
+def test_a_step_saved_anew_is_never_without_a_checkpoint_but_between_two_renames(tmp_path: Path, monkeypatch) -> None:
+    saved(tmp_path, 5, again=False)
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda *_, **__: None)  # killed before anything is deleted
+    final = saved(tmp_path, 5, again=True)
+    assert Checkpoint(final).state["again"] is True
+    monkeypatch.undo()
+    checkpoints.prune(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
 
 
 def test_a_failed_write_raises_and_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch) -> None:

@@ -56,7 +56,7 @@ KILLS: dict[
     "in an evaluation": (kill_in_evaluation, (16,), 10),
     "in a save, before a file": (kill_in_save, (20, "_write_rank_file"), 10),
     "in a save, before the manifest": (kill_in_save, (20, "write_atomically"), 10),
-    "in a save, before the rename": (kill_in_save, (20, "_sync_directory"), 10),
+    "in a save, before the rename": (kill_in_save, (20, "sync_directory"), 10),
     "after a save, before older checkpoints are deleted": (kill_after_save, (20,), 20),
     "before the first checkpoint": (kill_before_recording, (7,), 0),
 }
