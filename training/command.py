@@ -18,8 +18,8 @@ from training.sweep import sweep
 
 EXIT_CONFIGURATION = 2
 SWEEP_FLAGS = ("-m", "--multirun")
-HYDRA_FLAGS: tuple[str, ...] = ("-h", "--help", "--hydra-help", "-i", "--info", "-c", "--cfg", "-p", "--package")
-HYDRA_FLAGS += ("--resolve", "-sc", "--shell-completion", "--version", "-cp", "--config-path", "-cd", "--config-dir")
+# Those that show something and run nothing.
+HYDRA_FLAGS = ("-h", "--help", "--hydra-help", "-i", "--info", "-c", "--cfg", "-sc", "--shell-completion", "--version")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -63,7 +63,7 @@ def _rank() -> int:
 
 
 def _split_config_name(arguments: Sequence[str]) -> tuple[list[str], str]:
-    """Hydra's --config-name NAME (or -cn) apart from the overrides.
+    """Hydra's --config-name NAME (or -cn) apart from the overrides; --config-dir DIR (or -cd) becomes one of them.
 
     Raises:
         ConfigurationError: another flag, which Hydra does not have.
@@ -74,6 +74,9 @@ def _split_config_name(arguments: Sequence[str]) -> tuple[list[str], str]:
         flag, _, value = argument.partition("=")
         if flag in ("--config-name", "-cn"):
             name = value or next(waiting, "config")
+        elif flag in ("--config-dir", "-cd"):
+            directory = os.path.abspath(value or next(waiting, "."))
+            overrides.append(f"hydra.searchpath=['file://{directory}']")
         elif argument.startswith("-"):
             raise ConfigurationError(f"{argument}: no such flag; overrides are written key=value, see --help")
         else:
@@ -85,6 +88,9 @@ def _hydra(arguments: Sequence[str]) -> int:
     """Hydra's own flags (--help, --info, --cfg, completion), through Hydra's entry point."""
     import hydra
     from omegaconf import DictConfig
+
+    if any("hydra." in argument for argument in arguments):
+        compose_dictionary([argument for argument in arguments if "=" in argument and not argument.startswith("-")])
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name="config")
     def job(config: DictConfig) -> int:

@@ -5,7 +5,8 @@ Hydra's composition errors and pydantic's validation errors become one line each
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 
 from training.config import ConfigurationError, RunConfig
+from training.secrets import redacted, secret_in
 
+RECORD = "config.yaml"
+# Hydra's own, and those of its plugin packages (joblib, submitit): nothing else may be made of a configuration.
+PLUGIN_SECTIONS = ("hydra.launcher", "hydra.sweeper")
+PLUGIN_MODULES = ("hydra._internal.core_plugins.", "hydra_plugins.")
 CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -33,14 +39,22 @@ def compose(overrides: Sequence[str] = (), config_name: str = "config") -> RunCo
 
 
 def compose_dictionary(overrides: Sequence[str], config_name: str = "config") -> dict[str, Any]:
-    """Hydra's composition as a plain, resolved dictionary, not yet validated."""
+    """Hydra's composition as a plain, resolved dictionary, not yet validated.
+
+    Raises:
+        ConfigurationError: it cannot be composed, or it would have Hydra call what is none of its own plugins.
+    """
     outer = GlobalHydra.instance().hydra  # inside a Hydra job (multirun) another Hydra is already initialised
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIRECTORY), version_base="1.3"):
-            return resolved(hydra_compose(config_name, overrides=list(overrides)))
+            config = hydra_compose(config_name, overrides=list(overrides), return_hydra_config=True)
+        refuse_foreign_code(config)
+        return resolved(config)
+    except ConfigurationError:
+        raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's, of model=null
-        raise ConfigurationError(reword_composition_error(error, overrides)) from error
+        raise ConfigurationError(redacted(reword_composition_error(error, overrides))) from error
     finally:
         GlobalHydra.instance().clear()
         GlobalHydra.instance().hydra = outer
@@ -48,17 +62,66 @@ def compose_dictionary(overrides: Sequence[str], config_name: str = "config") ->
 
 def resolved(config: DictConfig) -> dict[str, Any]:
     """The plain dictionary of a composed configuration, interpolations resolved, Hydra's own node dropped."""
-    container = OmegaConf.to_container(config, resolve=True)
+    ours = [str(key) for key in config if key not in ("hydra", "experiment", "study")]
+    container = OmegaConf.to_container(OmegaConf.masked_copy(config, ours), resolve=True)
     assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items() if key not in ("hydra", "experiment", "study")}
+    return {str(key): value for key, value in container.items()}
+
+
+def refuse_foreign_code(config: DictConfig) -> None:
+    """Refuse a composition in whose `hydra` node something else than Hydra's own plugins is named.
+
+    Hydra makes objects of what stands there under `_target_`, and logging of classes and factories: launcher, sweeper,
+    callbacks and handlers.
+
+    Raises:
+        ConfigurationError: naming the first such key.
+    """
+    node = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(node, dict)
+    for path, value in _leaves(node.get("hydra") or {}, "hydra"):
+        section, _, leaf = path.rpartition(".")
+        named = str(value)
+        foreign = leaf == "_target_" and not (section in PLUGIN_SECTIONS and named.startswith(PLUGIN_MODULES))
+        if section.startswith(("hydra.job_logging", "hydra.hydra_logging")):
+            foreign |= leaf == "()" or (leaf == "class" and not named.startswith("logging."))
+            foreign |= named.startswith(("ext://", "cfg://")) and named not in ("ext://sys.stdout", "ext://sys.stderr")
+        if foreign:
+            raise ConfigurationError(
+                f"{path}={named}: names code outside of this project, which no configuration may; remove it, and choose "
+                "launchers with launcher="
+            )
+
+
+def _leaves(values: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their plain values, members of lists included."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _leaves(value, path)
+    else:
+        yield path, values
 
 
 def validate(values: Mapping[str, Any]) -> RunConfig:
     """The frozen configuration of plain values, or a ConfigurationError of one line."""
     try:
-        return RunConfig.model_validate(dict(values))
+        config = RunConfig.model_validate(dict(values))
     except pydantic.ValidationError as error:
-        raise ConfigurationError(reword_validation_error(error)) from error
+        raise ConfigurationError(redacted(reword_validation_error(error))) from error
+    for key, value in _leaves(config.model_dump(mode="json"), ""):
+        if not isinstance(value, str):
+            continue
+        if any(unicodedata.category(character) == "Cc" for character in value):
+            raise ConfigurationError(f"{key}={value!r}: has a control character, such as a line's end; leave it out")
+        if name := secret_in(value):
+            raise ConfigurationError(
+                f"{key}: holds {name} in the clear, and would be written to {RECORD}; set it in the environment where the "
+                "run starts, or in ~/.netrc"
+            )
+    return config
 
 
 def reword_composition_error(error: Exception, overrides: Iterable[str]) -> str:
@@ -76,7 +139,10 @@ def reword_composition_error(error: Exception, overrides: Iterable[str]) -> str:
         return f"{key}: unknown key{did_you_mean_key(key)}"
     if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", chain):
         return f"{match.group(2)}: unknown key{did_you_mean_key(match.group(2))}"
-    if re.search(r"mismatched input|extraneous input|token recognition|no viable alternative|parsing override", chain):
+    if re.search(
+        r"mismatched input|extraneous input|token recognition|LexerNoViableAlt|no viable alternative|parsing override",
+        chain,
+    ):
         culprit = next((o for o in overrides if o in text), "the command line")
         return f"{culprit}: not an override; write key=value, and quote lists: 'optimizer.betas=[0.9,0.95]'"
     if "Config group override must be" in text:
@@ -103,7 +169,7 @@ def reword_validation_error(error: pydantic.ValidationError) -> str:
     errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = errors[0]
     key = dotted_key(first["loc"])
-    given = first["input"]
+    given = shown(first["input"])
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     kind = first["type"]
     if kind == "extra_forbidden":
@@ -114,10 +180,16 @@ def reword_validation_error(error: pydantic.ValidationError) -> str:
         return f"{key}: missing; give it a value, {key}=...{more}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         tag = first.get("ctx", {}).get("discriminator", "name").strip("'")
-        value = given.get(tag) if isinstance(given, dict) else given
+        value = shown(first["input"].get(tag)) if isinstance(first["input"], dict) else given
         expected = first.get("ctx", {}).get("expected_tags", "")
         return f"{key}.{tag}={value}: expected one of {expected or 'the known names'}; choose with {key}=<name>{more}"
     return f"{key}={given}: {expectation(first)}{more}"
+
+
+def shown(value: Any) -> str:
+    """A value as one line, of no more than two hundred characters."""
+    text = "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" else c for c in str(value))
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def expectation(error: Any) -> str:

@@ -325,6 +325,10 @@ class JoblibLauncherConfig(Section):
     max_restarts: NonNegativeInt = 0
 
 
+# They stand in the job script.
+SlurmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._,:/+-]*$")]
+
+
 class SlurmLauncherConfig(Section):
     """Jobs of SLURM, one rank a task; `submitit` makes them processes of this machine."""
 
@@ -334,9 +338,9 @@ class SlurmLauncherConfig(Section):
     gpus_per_node: NonNegativeInt | None = None
     cpus_per_task: PositiveInt | None = None
     mem_gb: PositiveInt | None = None
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
+    partition: SlurmName | None = None
+    account: SlurmName | None = None
+    qos: SlurmName | None = None
     timeout_minutes: PositiveInt = 1440
     signal_seconds: PositiveInt = 120
     requeue: bool = True
@@ -413,6 +417,14 @@ class RunConfig(Section):
                 "choose fewer warm-up steps"
             )
         refuse_impossible_pairs(self)
+        ranks = self.launcher.nproc_per_node * getattr(self.launcher, "nodes", 1)
+        if ranks > 1:
+            if self.strategy.name == "single":
+                raise ValueError(
+                    f"strategy=single does not work with the {ranks} ranks of launcher.nproc_per_node="
+                    f"{self.launcher.nproc_per_node}; choose strategy=ddp or launcher.nproc_per_node=1"
+                )
+            micro_batch_size(self, ranks)
         return self
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from training.compose import CONFIG_DIRECTORY, resolved
+from training.compose import CONFIG_DIRECTORY, refuse_foreign_code, resolved
 from training.config import ConfigurationError
 
 EXIT_FAILED = 1
@@ -51,6 +51,7 @@ def launch(jobs: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[
                 with_log_configuration=False,
                 from_shell=False,
             )
+            refuse_foreign_code(config)
             context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
             plugin = Plugins.instance().instantiate_launcher(
                 hydra_context=context, task_function=run_logged, config=config

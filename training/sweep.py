@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from data.errors import DataError
-from training.compose import CONFIG_DIRECTORY, compose, compose_dictionary, resolved
+from training.compose import CONFIG_DIRECTORY, compose, compose_dictionary, refuse_foreign_code, resolved
 from training.config import ConfigurationError
 from training.launch import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, in_job
+from training.secrets import redacted
 
 _preempted = False  # a trial of this process was asked to stop: no other is begun
 
@@ -30,6 +31,7 @@ def sweep(overrides: Sequence[str], config_name: str = "config") -> int:
     from hydra._internal.utils import create_config_search_path
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
+    from hydra.types import RunMode
 
     if "WORLD_SIZE" in os.environ:
         raise ConfigurationError(
@@ -39,9 +41,14 @@ def sweep(overrides: Sequence[str], config_name: str = "config") -> int:
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2("sophia", create_config_search_path(str(CONFIG_DIRECTORY)))
     try:
+        refuse_foreign_code(
+            hydra.compose_config(config_name, list(overrides), RunMode.MULTIRUN, with_log_configuration=False)
+        )
         batches = hydra.multirun(config_name, run_trial, list(overrides), with_log_configuration=False)
+    except ConfigurationError:
+        raise
     except HydraException as error:
-        raise ConfigurationError(" ".join(str(error).split())) from error
+        raise ConfigurationError(redacted(" ".join(str(error).split()))) from error
     except Exception as error:  # of a job of SLURM: a task has ended without a result, or with an error
         print(f"error: a trial failed: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return EXIT_FAILED
@@ -65,7 +72,7 @@ def _tell_held(held: Sequence[Sequence[str]], trials: int) -> None:
 
 
 def trials(overrides: Sequence[str], config_name: str = "config") -> list[list[str]]:
-    """The overrides of each trial, Hydra's own left out.
+    """The overrides of each trial, Hydra's own left out except for where configurations lie.
 
     Raises:
         ConfigurationError: an override that cannot be read.
@@ -80,7 +87,11 @@ def trials(overrides: Sequence[str], config_name: str = "config") -> list[list[s
         compose_dictionary(overrides, config_name)  # words the error
         raise
     batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return [[o for o in trial if not o.startswith("hydra")] for batch in batches for trial in batch]
+    return [
+        [o for o in trial if not o.startswith("hydra") or o.startswith("hydra.searchpath=")]
+        for batch in batches
+        for trial in batch
+    ]
 
 
 def check_trials(trials: Sequence[Sequence[str]], config_name: str = "config") -> None:

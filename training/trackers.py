@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from training.config import RunConfig
+from training.secrets import redacted
 
 AXES = ("step", "tokens", "flops", "seconds")
 PREFIXES = {"train": "train", "eval": "val", "hessian": "hessian"}
@@ -94,17 +95,9 @@ class BackgroundTracker(Tracker):
     def _give_up(self, reason: str) -> None:
         if not self._given_up:
             self._given_up = True
-            self._warn(f"tracker={self._name} {_redacted(reason)}; the run goes on without it, the record is complete")
+            self._warn(f"tracker={self._name} {redacted(reason)}; the run goes on without it, the record is complete")
             if self._tracker is not None and threading.current_thread() is not self._thread:
                 self._tracker.abandon()
-
-
-def _redacted(text: str) -> str:
-    """The text without the values of environment variables that hold secrets."""
-    for name, value in os.environ.items():
-        if value and any(word in name.upper() for word in ("KEY", "TOKEN", "SECRET", "PASSWORD")):
-            text = text.replace(value, f"<{name}>")
-    return text
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tests.faults.hostile import CASES, Bomb, fault_of
 from tests.faults.sittings import completed
 from tests.training.runs import tiny
+from training.command import main
 from training.compose import compose
 from training.config import ConfigurationError
 
@@ -96,6 +98,56 @@ def test_nothing_turns_text_into_code_or_a_shell_command(path: Path) -> None:
 def test_a_configuration_cannot_name_anything_outside_of_the_registry(override: str) -> None:
     with pytest.raises(ConfigurationError, match=r"unknown key|expected one of|not a known value"):
         compose([override])
+
+
+# What would have Hydra make a directory at {place}; {files} holds an experiment that does.
+FOREIGN = {
+    "callbacks": ["+hydra.callbacks.x._target_=os.mkdir", "+hydra.callbacks.x.path={place}"],
+    "in launcher": ["+hydra.launcher.x._target_=os.mkdir", "+hydra.launcher.x.path={place}"],
+    "launcher": ["hydra.launcher._target_=os.mkdir", "+hydra.launcher.path={place}"],
+    "sweeper": ["hydra.sweeper._target_=os.mkdir", "+hydra.sweeper.path={place}"],
+    "logging": ["+hydra.job_logging.handlers.x.class=os.mkdir", "+hydra.job_logging.handlers.x.path={place}"],
+    "file": ["--config-dir={files}", "experiment=evil"],
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "foreign"),
+    [(mode, foreign) for mode in ("-m", "--help", "") for foreign in FOREIGN if (mode, foreign) != ("--help", "file")],
+)
+def test_no_configuration_has_hydra_call_anything_but_its_own_plugins(
+    mode: str, foreign: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "made"
+    (tmp_path / "experiment").mkdir()
+    evil = {"hydra": {"callbacks": {"x": {"_target_": "os.mkdir", "path": str(place)}}}}
+    (tmp_path / "experiment" / "evil.yaml").write_text("# @package _global_\n" + json.dumps(evil))
+    given = [part.format(place=place, files=tmp_path) for part in FOREIGN[foreign]]
+    missing = ["data=text", f"data.paths=[{tmp_path}/none.txt]", f"output_dir={tmp_path}/runs"]
+    assert main([*filter(None, [mode]), *missing, *given]) == 2
+    said = capfd.readouterr().err
+    assert said.count("error: ") == 1
+    assert "names code outside of this project" in said
+    assert not place.exists()
+
+
+def test_configurations_of_another_directory_are_taken(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntrain:\n  steps: 0\n")
+    for mode in ([], ["-m"]):
+        assert main([*mode, "--config-dir", str(tmp_path), "experiment=mine"]) == 2
+        assert "train.steps=0: out of range" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("override", ["launcher.partition='a\\nb'", "launcher.account='a b'", "launcher.qos='$(id)'"])
+def test_nothing_of_a_configuration_becomes_a_line_of_a_job_script(override: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"launcher\.\w+=.*: not a valid name"):
+        compose(["launcher=slurm", override.replace("\\n", "\n")])
+
+
+def test_control_characters_are_refused_in_every_value() -> None:
+    with pytest.raises(ConfigurationError, match=r"output_dir='a\\nb': has a control character"):
+        compose(["output_dir='a\nb'"])
 
 
 @pytest.mark.parametrize("tracker", ["none", "tensorboard", "wandb"])
