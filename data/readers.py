@@ -88,9 +88,12 @@ def segments(path: Path, text_column: str, limit: int) -> list[Segment]:
     if suffix not in (".txt", ".jsonl"):
         return [Segment(os.fspath(path), 0, 0, size, None)]
     parts = -(-size // limit)
-    align = _after_paragraph if suffix == ".txt" else _after_line
+    nominal = [size * part // parts for part in range(1, parts)]
     with _faults_named(path), path.open("rb") as file:
-        inner = [align(file, size * part // parts, size) for part in range(1, parts)]
+        if suffix == ".txt":
+            inner = [_after_paragraph(file, place, size) for place in nominal]
+        else:
+            inner = _after_lines(file, nominal, size)
     bounds = sorted({0, *inner, size})
     return [Segment(os.fspath(path), start, stop, stop - start, None) for start, stop in itertools.pairwise(bounds)]
 
@@ -202,6 +205,15 @@ def _after_paragraph(file: IO[bytes], nominal: int, size: int) -> int:
 
 
 # JSON Lines
+
+
+def _after_lines(file: IO[bytes], nominal: list[int], size: int) -> list[int]:
+    """The first places at or after rising nominal ones where a line starts; a line of any length is read once."""
+    found = [0]
+    for place in nominal:
+        if place > found[-1]:
+            found.append(_after_line(file, place, size))
+    return found
 
 
 def _after_line(file: IO[bytes], nominal: int, size: int) -> int:

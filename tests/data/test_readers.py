@@ -183,6 +183,18 @@ def test_a_parquet_file_with_a_damaged_page_is_named(tmp_path: Path) -> None:
         read(path)
 
 
+def test_a_line_is_scanned_once_however_many_segments_would_begin_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scans, scan = [], readers._after_line
+    monkeypatch.setattr(readers, "_after_line", lambda *place: scans.append(place[1]) or scan(*place))
+    documents = ["a" * 50_000, "b", "c" * 50_000]
+    path = write_json_lines(tmp_path / "a.jsonl", documents)
+    parts = segments(path, "text", 100)
+    assert len(scans) <= len(documents)
+    assert [text for part in parts for text in read_documents(part, "text", lambda _: None)] == documents
+
+
 @pytest.mark.parametrize("name", ["long.jsonl", "long.parquet"])
 def test_a_document_too_long_to_be_read_whole_is_refused_and_points_to_plain_text(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
