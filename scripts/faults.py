@@ -73,15 +73,16 @@ def disks(corpus: Corpus, scratch: Path) -> Found:
 
 def signals(corpus: Corpus, scratch: Path) -> Found:
     """SIGTERM, SIGINT and SIGUSR1 at random moments; the second signal; the last-moment save of a larger model."""
-    from tests.faults.stops import stop_again_and_again, stop_twice, time_of_a_large_save
+    from tests.faults.stops import stop_again_and_again, stop_torchrun, stop_twice, time_of_a_large_save
 
-    for name in ("single", "ddp", "zero2"):
+    for name in ("single", "ddp", "zero2", "torchrun"):
         (scratch / name).mkdir()
     zero = ("strategy=deepspeed", "strategy.zero_stage=2")
     return {
-        "single": stop_again_and_again(corpus, scratch / "single", 20, SEED),
-        "ddp": stop_again_and_again(corpus, scratch / "ddp", 20, SEED, ranks=2),
-        "zero2": stop_again_and_again(corpus, scratch / "zero2", 6, SEED, *zero, ranks=2),
+        "single": stop_again_and_again(corpus, scratch / "single", 60, SEED),
+        "ddp": stop_again_and_again(corpus, scratch / "ddp", 60, SEED, ranks=2),
+        "zero2": stop_again_and_again(corpus, scratch / "zero2", 15, SEED, *zero, ranks=2),
+        "torchrun": stop_torchrun(corpus, scratch / "torchrun", 6, SEED),
         "second_signal": stop_twice(corpus, scratch, 9, SEED),
         "larger_model": time_of_a_large_save(corpus, scratch),
     }
@@ -122,8 +123,8 @@ def corpora(corpus: Corpus, scratch: Path) -> Found:
     return {
         "bad_files": refuse_all(scratch),
         "gigabytes": refuse_gigabytes(scratch),
-        "readers": fuzz_readers(scratch, 6_000, SEED),
-        "tokens": fuzz_tokens(scratch, 2_000, SEED),
+        "readers": fuzz_readers(scratch, 15_000, SEED),
+        "tokens": fuzz_tokens(scratch, 6_000, SEED),
     }
 
 
@@ -221,11 +222,12 @@ def report() -> str:
         "single": "one process",
         "ddp": "one of two ranks, DDP",
         "zero2": "one of two ranks, ZeRO 2",
+        "torchrun": "torchrun and both of its ranks",
     }.items():
         if part in found["signals"]:
             values = found["signals"][part]
             rows.append(
-                f"| {values['signals']} SIGTERM, SIGINT, SIGUSR1, {what} | {values['honoured']} honoured, "
+                f"| {values['signals']} signals, as many SIGTERM as SIGINT and SIGUSR1, {what} | {values['honoured']} honoured, "
                 f"{values['steps_lost']} steps lost | saved and ended after {values['seconds_to_the_end']['median']:.2f} s "
                 f"(median), {values['seconds_to_the_end']['longest']:.2f} s (longest) |"
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 import resource
 import shutil
 from collections import Counter
@@ -22,8 +23,10 @@ from data import DataError, FileSource, TokenizerSpec, prepare
 from data.dataset import TokenDataset
 from data.manifest import verify
 from data.readers import read_documents, segments
+from data.workers import Worker
 from tests.data.corpora import texts, write_json_lines, write_parquet, write_text
 from tests.data.test_readers import BAD
+from tests.data.test_workers import prepare_file
 from tests.data.token_directory import write_token_directory
 from tests.faults.configurations import drawn
 
@@ -107,7 +110,7 @@ def refuse_gigabytes(scratch: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> int:
-    """How many documents a file has, read as preparation reads it."""
+    """How many documents a file has, read as preparation reads it, in small segments."""
     return sum(
         text is not None and isinstance(text, str)
         for part in segments(path, "text", 500)
@@ -152,10 +155,41 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
     return bytes(changed)
 
 
+class ParquetReader:
+    """Reads parquet in a process of its own, as preparation does: some damage ends the process that reads it."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._directory = scratch / "prepared"
+        (self._directory / "units").mkdir(parents=True)
+        self._lock = os.open(scratch / ".lock", os.O_RDWR | os.O_CREAT)
+        self._worker = Worker(self._lock)
+        self.ended = 0
+
+    def read(self, path: Path) -> None:
+        try:
+            prepare_file(self._worker, path, self._directory)
+        except DataError as error:
+            if "a worker" in str(error):
+                self._worker.__exit__(None, None, None)
+                self._worker = Worker(self._lock)
+                self.ended += 1
+            raise
+
+    def close(self) -> None:
+        self._worker.kill()
+        self._worker.__exit__(None, None, None)
+        os.close(self._lock)
+
+
 def fuzz_readers(scratch: Path, examples: int, number: int) -> dict[str, Any]:
-    """Read `examples` damaged files of all formats: text, or an error that names the file, and no other."""
+    """Read `examples` damaged files of all formats: text, or an error that names the file, and no other.
+
+    `workers_ended` counts damaged parquet files that ended the child process which opened them: an error like the others
+    for whoever prepares a corpus.
+    """
     contents = seeds(scratch)
     counts, faults = Counter[str](), list[str]()
+    parquet = ParquetReader(scratch)
 
     @drawn(examples, number)
     @given(st.data())
@@ -166,7 +200,7 @@ def fuzz_readers(scratch: Path, examples: int, number: int) -> dict[str, Any]:
         counts["tried"] += 1
         counts[name] += 1
         try:
-            _read(path)
+            parquet.read(path) if name == "a.parquet" else _read(path)
         except DataError as error:
             counts["refused"] += 1
             if str(path) not in str(error):
@@ -178,7 +212,8 @@ def fuzz_readers(scratch: Path, examples: int, number: int) -> dict[str, Any]:
             counts["read"] += 1
 
     read()
-    return {**counts, "faults": faults}
+    parquet.close()
+    return {**counts, "workers_ended": parquet.ended, "faults": faults}
 
 
 def fuzz_tokens(scratch: Path, examples: int, number: int) -> dict[str, Any]:

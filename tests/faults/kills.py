@@ -84,7 +84,7 @@ def kill_again_and_again(
         in_save += any(directory.glob("checkpoints/.step-*.partial"))
         newest = next(iter(checkpoints.available(directory / "checkpoints")), None)
         expected = checkpoints.step_of(newest) if newest is not None else None
-        repeated = max(repeated, _last_step(directory) - (expected or 0))
+        repeated = max(repeated, last_step(directory) - (expected or 0))
     seconds = time.monotonic() - began
     faults += _faults_of_sitting(sittings + 1, completed(command, log, ranks), expected)
     difference, found = compare(directory, scratch / "undisturbed", steps)
@@ -160,7 +160,7 @@ def _faults_of_sitting(number: int, said: str, expected: int | None) -> list[str
     return faults
 
 
-def _last_step(directory: Path) -> int:
+def last_step(directory: Path) -> int:
     """The newest train line that has reached the record."""
     metrics = directory / "metrics.jsonl"
     last = 0

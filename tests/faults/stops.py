@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
-from tests.faults.kills import INTERVAL, compare, overrides_of
-from tests.faults.sittings import Sitting, completed
+from tests.faults.kills import INTERVAL, compare, last_step, overrides_of
+from tests.faults.sittings import LIMIT_SECONDS, Sitting, completed
 from tests.training.runs import lines, summary
 from training import checkpoints
 from training.signals import STOP_SIGNALS
@@ -38,7 +43,7 @@ def stop_again_and_again(
     command = overrides_of(corpus, scratch, "run", steps, *given)
     generator = np.random.default_rng(seed)
     faults: list[str] = []
-    honoured, seconds, lost = 0, [], 0
+    honoured, seconds, lost = Counter[str](), [], 0
     for number in range(stops):
         sitting = Sitting(command, log, ranks)
         assert sitting.wait_until(lambda s=sitting: "run directory" in s.said())
@@ -51,7 +56,7 @@ def stop_again_and_again(
         if codes != [PREEMPTED] * ranks:
             faults.append(f"{chosen.name}: exit codes {codes}: {sitting.said()}")
             continue
-        honoured += 1
+        honoured[chosen.name] += 1
         newest = next(iter(checkpoints.available(directory / "checkpoints")), None)
         at = checkpoints.step_of(newest) if newest is not None else 0
         done = max((line["step"] for line in lines(directory, "train")), default=0)
@@ -65,7 +70,8 @@ def stop_again_and_again(
     return {
         "ranks": ranks,
         "signals": stops,
-        "honoured": honoured,
+        "honoured": sum(honoured.values()),
+        "by_signal": dict(honoured),
         "steps_lost": lost,
         "seconds_to_the_end": {"median": round(float(np.median(seconds)), 3), "longest": round(max(seconds), 3)},
         "largest_difference": difference,
@@ -96,6 +102,44 @@ def stop_twice(corpus: Sequence[str], scratch: Path, times: int, seed: int) -> d
         else:
             faults.append(f"{chosen.name} twice: exit code {code} after {seconds[-1]:.2f} s: {sitting.said()}")
     return {"tried": times, "at_once": at_once, "longest_seconds": round(max(seconds), 3), "faults": faults}
+
+
+def stop_torchrun(corpus: Sequence[str], scratch: Path, times: int, seed: int) -> dict[str, Any]:
+    """Signal torchrun and all of its processes at once, as systemd and some clusters do: torchrun passes it on besides."""
+    generator = np.random.default_rng(seed)
+    command = overrides_of(corpus, scratch, "run", 30 * times + 20, "checkpoint.interval=1000", "strategy=ddp")
+    directory, root = scratch / "run", Path(__file__).resolve().parents[2]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", os.fspath(root / "train.py")]
+    environment = {**os.environ, "PYTHONPATH": os.fspath(root), "OMP_NUM_THREADS": "1"}
+    faults, seconds, honoured, done = [], [], 0, 0
+    for number in range(times):
+        chosen = STOP_SIGNALS[number % len(STOP_SIGNALS)]
+        with (scratch / "log").open("wb") as log:
+            process = subprocess.Popen([*launch, *command], env=environment, stderr=log, stdout=log, cwd=scratch)
+            until = time.monotonic() + LIMIT_SECONDS
+            while last_step(directory) <= done and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.02)
+            time.sleep(generator.uniform(0, 0.2))
+            began = time.monotonic()
+            for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+                one.send_signal(chosen)
+            process.wait(LIMIT_SECONDS)
+        seconds.append(time.monotonic() - began)
+        done = last_step(directory)
+        newest = next(iter(checkpoints.available(directory / "checkpoints")), None)
+        if newest is not None and checkpoints.step_of(newest) == done and summary(directory)["status"] == "preempted":
+            honoured += 1
+        else:
+            faults.append(f"{chosen.name}: {newest} at step {done}: {(scratch / 'log').read_text()[-3000:]}")
+    return {
+        "ranks": 2,
+        "signals": times,
+        "honoured": honoured,
+        "steps_lost": 0 if not faults else None,
+        "seconds_to_the_end": {"median": round(float(np.median(seconds)), 3), "longest": round(max(seconds), 3)},
+        "faults": faults,
+    }
 
 
 def time_of_a_large_save(corpus: Sequence[str], scratch: Path) -> dict[str, Any]:

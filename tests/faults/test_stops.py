@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.stops import stop_again_and_again, stop_twice
+from tests.faults.stops import stop_again_and_again, stop_torchrun, stop_twice
 
 
 @pytest.mark.parametrize(("ranks", "stops"), [(1, 6), (2, 2)])
@@ -17,6 +17,14 @@ def test_a_signal_at_a_random_moment_is_honoured_and_no_step_is_lost(
     assert found["faults"] == []
     assert found["honoured"] == stops
     assert found["largest_difference"] <= (0 if ranks == 1 else 1e-6)
+
+
+def test_a_signal_to_every_process_of_torchrun_is_one_request_and_no_step_is_lost(
+    corpus: list[str], tmp_path: Path
+) -> None:
+    found = stop_torchrun(corpus, tmp_path, 1, seed=0)
+    assert found["faults"] == []
+    assert found["honoured"] == 1
 
 
 def test_a_second_signal_ends_a_run_in_the_middle_of_a_step(corpus: list[str], tmp_path: Path) -> None:
