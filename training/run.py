@@ -89,6 +89,8 @@ def execute(config: RunConfig) -> Outcome:
         contextlib.ExitStack() as held,
     ):
         distributed = Distributed.start(config.train.device, _collective_timeout(config))
+        if distributed.world_size > 1:
+            stop.begin()  # a rank that ended by itself would be missed by the others: they end together, in the loop
         try:
             outcome = _execute(config, distributed, stop, held)
         except (ConfigurationError, DataError):  # on every rank

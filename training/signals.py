@@ -27,7 +27,7 @@ class StopSignals:
     Outside of the main thread, where signals cannot be caught, it is never asked to stop.
 
     Args:
-        exit_code: of a process that is asked to stop before `begin`: there is nothing to save yet, so it ends at once.
+        exit_code: of a process that is asked to stop before `begin`: it has nothing to save yet and ends at once.
         speaks: say on standard error that a signal has come (rank 0).
     """
 
@@ -45,7 +45,8 @@ class StopSignals:
         return bool(self._received)
 
     def begin(self) -> None:
-        """From here on there is something to save: the first signal is left to the loop."""
+        """From here on there is something to save, or there are others to agree with: the first signal is left to the
+        loop."""
         self._begun = True
 
     def __enter__(self) -> Self:

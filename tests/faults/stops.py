@@ -17,7 +17,7 @@ import psutil
 
 from tests.faults.kills import INTERVAL, compare, last_step, overrides_of
 from tests.faults.sittings import LIMIT_SECONDS, Sitting, completed
-from tests.training.runs import lines, summary
+from tests.training.runs import summary
 from training import checkpoints
 from training.signals import STOP_SIGNALS
 
@@ -59,8 +59,7 @@ def stop_again_and_again(
         honoured[chosen.name] += 1
         newest = next(iter(checkpoints.available(directory / "checkpoints")), None)
         at = checkpoints.step_of(newest) if newest is not None else 0
-        done = max((line["step"] for line in lines(directory, "train")), default=0)
-        lost += done - at
+        lost += last_step(directory) - at
         if "before training has begun" not in sitting.said() and summary(directory)["status"] != "preempted":
             faults.append(f"{chosen.name}: the summary says {summary(directory)['status']}")
     completed(command, log, ranks)

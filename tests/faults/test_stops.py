@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from tests.faults.kills import overrides_of
+from tests.faults.sittings import Sitting, completed
 from tests.faults.stops import stop_again_and_again, stop_torchrun, stop_twice
+from tests.training.runs import summary
 
 
 @pytest.mark.parametrize(("ranks", "stops"), [(1, 6), (2, 2)])
@@ -17,6 +22,22 @@ def test_a_signal_at_a_random_moment_is_honoured_and_no_step_is_lost(
     assert found["faults"] == []
     assert found["honoured"] == stops
     assert found["largest_difference"] <= (0 if ranks == 1 else 1e-6)
+
+
+def signal_in_set_up_of_rank_1() -> None:
+    from tests.training.runs import before
+    from tests.training.test_signals import signal_self
+    from training import run
+
+    before(run, "build_strategy", lambda: signal_self(signal.SIGTERM), lambda *_: os.environ["RANK"] == "1")
+
+
+def test_a_signal_to_one_rank_before_the_first_step_ends_both_as_preempted(corpus: list[str], tmp_path: Path) -> None:
+    command = overrides_of(corpus, tmp_path, "run", 12)
+    sitting = Sitting(command, tmp_path / "log", ranks=2, prepare=signal_in_set_up_of_rank_1)
+    assert sitting.wait() == [75, 75], sitting.said()
+    assert summary(tmp_path / "run")["steps"] == 0
+    completed(command, tmp_path / "log", ranks=2)
 
 
 def test_a_signal_to_every_process_of_torchrun_is_one_request_and_no_step_is_lost(
