@@ -330,7 +330,11 @@ def _budgets(study: Study) -> list[Finding]:
                     + (f" {label(study.baseline)}, the baseline, had fewer than another arm." if short else ""),
                 )
             )
-        over = [arm for arm, count in arms.items() if (granted := study.arms[arm].budget) and count > granted]
+        over = [
+            arm
+            for arm, count in arms.items()
+            if (granted := study.arms[arm].granted(model, horizon)) and count > granted
+        ]
         if over:
             findings.append(
                 Finding(

@@ -590,23 +590,26 @@ def _estimate(grid: Array, mean: Array) -> tuple[float, Censored | None]:
 
 
 def _walk(grid: Array, test: _Test, level: float, start: int, direction: Literal[-1, 1]) -> tuple[float, bool]:
-    """From the estimate outward to where the test first rejects; (end of the interval, whether it is censored).
+    """The outermost speed-up on one side of the estimate that the test does not reject, and whether it is censored.
 
-    The statistic is all but linear in the logarithm of the ratio, which places the end between two points of the grid.
+    From the far end inward: where horizons differ in their noise, a test can reject nearby and not farther out, and
+    such an interval must hold both. The statistic is all but linear in the logarithm of the ratio, which places the
+    end between two points of the grid.
     """
     excess = direction * test.statistic - test.critical(level)  # above zero where rejected on this side
-    # The walk begins on the other side of the estimate, which may lie between two points.
-    first = min(max(start - direction, 0), len(grid) - 1)
-    index = first
-    while 0 <= index < len(grid):
-        if excess[index] > 0:
-            if index == first:
-                return float(grid[index]), False
-            inside, outside = excess[index - direction], excess[index]
-            share = 1.0 if math.isinf(outside) or math.isinf(inside) else inside / (inside - outside)
-            return float(grid[index - direction] + share * (grid[index] - grid[index - direction])), False
-        index += direction
-    return float(grid[-1] if direction > 0 else grid[0]), True
+    # The walk ends on the other side of the estimate, which may lie between two points.
+    last = min(max(start - direction, 0), len(grid) - 1)
+    farthest = len(grid) - 1 if direction > 0 else 0
+    index = farthest
+    while excess[index] > 0:
+        if index == last:
+            return float(grid[index]), False
+        index -= direction
+    if index == farthest:
+        return float(grid[index]), True
+    inside, outside = excess[index], excess[index + direction]
+    share = 1.0 if math.isinf(outside) or math.isinf(inside) else inside / (inside - outside)
+    return float(grid[index] + share * (grid[index + direction] - grid[index])), False
 
 
 def _claim(one: _Paired, threshold: float, test: _Test, index: int, level: float) -> Claim:

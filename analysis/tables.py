@@ -430,7 +430,7 @@ def tuning(results: Results) -> Table:
     for one in results.tunings:
         trials = [trial for candidate in one.candidates for trial in candidate.trials]
         best = one.best
-        granted = results.study.arms[one.arm].budget
+        granted = results.study.arms[one.arm].granted(one.model, one.horizon)
         spent = sum(trial.device_seconds for trial in trials)
         second = min((candidate.loss for candidate in one.candidates if candidate is not best), default=math.nan)
         lead = second - best.loss

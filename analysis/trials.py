@@ -32,7 +32,7 @@ class Arm:
 
     An ablation is reported like an arm but takes no part in the verdict: it inherits its hyper-parameters from the arm
     that it varies. `search` maps a configuration key ("optimizer.lr", "optimizer.betas[0]") to its search space;
-    `budget` is the number of tuning trials granted for each model and horizon.
+    `budget` is the number of tuning trials granted where the search runs in full, `budgets` for each (model, horizon).
     """
 
     name: str
@@ -42,6 +42,11 @@ class Arm:
     method: str = ""
     of: str | None = None  # the arm that an ablation varies,
     varies: tuple[str, ...] = ()  # and the keys in which it does
+    budgets: Mapping[tuple[str, int], int] = field(default_factory=dict)
+
+    def granted(self, model: str, horizon: int) -> int | None:
+        """Tuning trials on a model at a horizon; None where there is no search or nothing is known."""
+        return self.budgets.get((model, horizon), self.budget)
 
 
 @dataclass(frozen=True)
@@ -222,6 +227,11 @@ def _from_index(directory: Path, train_points: int) -> Study:
             method=arm.get("method", ""),
             of=arm.get("of"),
             varies=tuple(arm.get("varies") or ()),
+            budgets={
+                (model, int(horizon)): trials
+                for model, by_horizon in (arm.get("budgets") or {}).items()
+                for horizon, trials in by_horizon.items()
+            },
         )
         for name, arm in index["arms"].items()
     }

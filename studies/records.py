@@ -112,7 +112,7 @@ def write_index(spec: StudySpec, plan: Plan, places: Places) -> Path:
     places.records.mkdir(parents=True, exist_ok=True)
     path = places.records / INDEX_FILE
     lines = [json_line(_entry(trial)) for trial in plan.trials]
-    head = json.dumps(_head(spec), indent=1)[:-2]
+    head = json.dumps(_head(spec, plan), indent=1)[:-2]
     trials = ",\n".join(f"  {line}" for line in lines)
     write_atomically(path, f'{head},\n "trials": [\n{trials}\n ]\n}}\n')
     return path
@@ -150,7 +150,10 @@ def _changed_after_looking(before: StudySpec, after: StudySpec) -> str:
     return "" if after.baseline == before.baseline else f"baseline went from {before.baseline} to {after.baseline}"
 
 
-def _head(spec: StudySpec) -> dict[str, Any]:
+def _head(spec: StudySpec, plan: Plan) -> dict[str, Any]:
+    budgets: dict[str, dict[str, dict[str, int]]] = {}
+    for (arm, model, horizon), trials in plan.budgets.items():
+        budgets.setdefault(arm, {}).setdefault(model, {})[str(horizon)] = trials
     arms: dict[str, Any] = {}
     for name, arm in spec.arms.items():
         arms[name] = {
@@ -158,6 +161,7 @@ def _head(spec: StudySpec) -> dict[str, Any]:
             "method": spec.tuning.method,
             "search": {key: _plain(space.model_dump(mode="json")) for key, space in arm.search.items()},
             "budget": spec.tuning.trials if arm.search else None,
+            "budgets": budgets.get(name, {}),
         }
     for name, ablation in spec.ablations.items():
         arms[name] = {"role": "ablation", "of": ablation.of, "varies": list(ablation.varies)}

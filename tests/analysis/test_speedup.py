@@ -211,6 +211,25 @@ def test_an_interval_narrower_than_the_grid_has_the_ends_that_the_test_itself_gi
         assert again.claim(bound).p == pytest.approx(0.05, abs=0.003)
 
 
+@pytest.mark.parametrize("spread", [(0.03, 0.03), (0.03, 0.2), (0.2, 0.03)])
+def test_an_interval_holds_every_speed_up_that_the_test_does_not_reject(spread: tuple[float, float]) -> None:
+    """Also where one horizon is noisier than the other, so that the test rejects nearby and not farther out."""
+    rng = np.random.default_rng(31)
+    ratios = tuple(np.geomspace(0.52, 1.98, 15))
+    kept = 0
+    for _ in range(100):
+        baseline = fit_baseline(
+            [cell("adamw", h, law(h * 1000) + rng.normal(0, s, 3)) for h, s in zip((1000, 4000), spread, strict=True)]
+        )
+        arm = [cell("sophiag", 2000, law(rng.uniform(0.9e6, 1.5e6)) + rng.normal(0, 0.01, 3))]
+        (result,) = speed_ups(arm, baseline, "steps", thresholds=ratios)
+        for claim in result.claims:
+            if claim.p > 0.055:
+                kept += 1
+                assert result.low <= claim.threshold <= result.high
+    assert kept > 100
+
+
 def test_a_loss_below_the_baselines_range_is_censored_and_never_extrapolated() -> None:
     baseline = fit_baseline([cell("adamw", h, [law(h * 1000)] * 3 + np.arange(3) * 1e-3) for h in (1000, 2000)])
     (result,) = speed_ups([cell("sophiag", 2000, np.array([2.0, 2.001, 2.002]))], baseline, "steps")

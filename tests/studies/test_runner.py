@@ -166,9 +166,22 @@ def test_the_index_is_what_the_analysis_reads(spec: StudySpec, places: Places) -
     assert study.arms["sophiag_k1"].of == "sophiag"
     assert study.arms["sophiag_k1"].varies == ("optimizer.hessian_interval",)
     assert study.arms["adamw"].budget == 6
+    assert [study.arms["adamw"].granted("gpt2_nano", horizon) for horizon in (25, 50, 100)] == [3, 6, 3]
+    assert study.arms["adamw"].granted("gpt2_micro", 50) == 3
     assert all(trial.status == "completed" for trial in study.trials)
     assert [finding.title for finding in inspect(study) if finding.severity == "serious"] == []
     assert analyse(study).headline("sophiag", "gpt2_nano", "steps", 1.0).claim.verdict == "undecided"
+
+
+def test_more_trials_than_a_retuning_was_granted_are_found_in_the_records(spec: StudySpec, places: Places) -> None:
+    """Fewer than the full search's budget, so that only the budget of the horizon itself gives them away."""
+    run_study(spec, places, FakeMachine(), tell=silent)
+    index = json.loads((places.records / "study.json").read_text())
+    tuned = [one for one in index["trials"] if one["phase"] == "tuning" and one["horizon"] == 100]
+    index["trials"].append(next(one for one in tuned if one["arm"] == "sophiag"))
+    (places.records / "study.json").write_text(json.dumps(index))
+    found = [finding.title for finding in inspect(load_study([places.records])) if finding.guard == "budget"]
+    assert "gpt2_nano, 100 steps: more tuning trials than granted for Sophia-G" in found
 
 
 def test_kept_records_are_small_and_hold_every_evaluation(spec: StudySpec, places: Places) -> None:
