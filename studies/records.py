@@ -152,8 +152,8 @@ def _changed_after_looking(before: StudySpec, after: StudySpec) -> str:
 
 def _head(spec: StudySpec, plan: Plan) -> dict[str, Any]:
     budgets: dict[str, dict[str, dict[str, int]]] = {}
-    for (arm, model, horizon), trials in plan.budgets.items():
-        budgets.setdefault(arm, {}).setdefault(model, {})[str(horizon)] = trials
+    for (tuned, model, horizon), trials in plan.budgets.items():
+        budgets.setdefault(tuned, {}).setdefault(model, {})[str(horizon)] = trials
     arms: dict[str, Any] = {}
     for name, arm in spec.arms.items():
         arms[name] = {
