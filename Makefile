@@ -1,10 +1,11 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first; a second call installs nothing.
 PYTHON ?= python3
+SLURM_TESTS ?= test
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test lint bench bench-full test-gpu test-slurm test-faults lock clean help
+.PHONY: setup demo test lint bench bench-full test-gpu test-slurm test-faults results lock clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -46,10 +47,13 @@ test-gpu: setup ## the tests that depend on the device, on CUDA
 	$(BIN)/python -m pytest -m gpu
 
 test-slurm: setup ## a sweep on a SLURM of one node, set up here (root; Debian: apt-get install slurm-wlm munge)
-	$(BIN)/python -m pytest -m slurm -ra
+	$(BIN)/python -m pytest -m slurm -ra -k "$(SLURM_TESTS)"
 
 test-faults: setup ## runs killed, corrupted, starved and fed bad input: ten minutes, numbers to docs/reliability.md (root for full disks)
 	$(BIN)/python scripts/faults.py
+
+results: setup ## results/cpu_scale: report, figures and the README's section, from the records
+	$(BIN)/python scripts/results.py
 
 lock: ## resolve pyproject.toml's ranges anew into requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
