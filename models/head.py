@@ -35,6 +35,12 @@ def log_normalizer(
     return maximum + (wide - maximum[:, None]).exp().sum(dim=-1).log()
 
 
+def row_maximum(
+    logits: Tensor,  # (N, V)
+) -> Tensor:  # (N,) float32
+    return logits.amax(dim=-1).float()
+
+
 def exponentials_(
     logits: Tensor,  # (N, V), replaced by exp(logits - maximum)
 ) -> tuple[Tensor, Tensor]:  # (N,) float32 each: the maximum of a row, and the sum of its exponentials, before rounding
@@ -48,14 +54,16 @@ def exponentials_(
 
 def block_masses(
     logits: Tensor,  # (N, V)
-    normalizer: Tensor,  # (N,) float32
-) -> tuple[Tensor, Tensor]:  # (N, ⌊V / BLOCK⌋) and (N, 1) float32: the probability of each whole block, and of the rest
+    shift: Tensor,  # (N,) float32
+) -> tuple[
+    Tensor, Tensor
+]:  # (N, ⌊V / BLOCK⌋) and (N, 1) float32: sums of exp(logits - shift), by block, and of the rest
     whole = logits.size(1) // BLOCK
     blocks = logits[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).float()
     rest = logits[:, whole * BLOCK :].float()
     return (
-        (blocks - normalizer[:, None, None]).exp().sum(dim=-1),
-        (rest - normalizer[:, None]).exp().sum(dim=-1, keepdim=True),
+        (blocks - shift[:, None, None]).exp().sum(dim=-1),
+        (rest - shift[:, None]).exp().sum(dim=-1, keepdim=True),
     )
 
 
@@ -70,12 +78,13 @@ class Passes(NamedTuple):
     """The passes over what is too large for the caches: a chunk's logits, and the weight's gradient."""
 
     log_normalizer: Callable[[Tensor], Tensor]
+    row_maximum: Callable[[Tensor], Tensor]
     block_masses: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     exponentials_: Callable[[Tensor], tuple[Tensor, Tensor]]
     add_: Callable[[Tensor, Tensor], None]
 
 
-UNCOMPILED = Passes(log_normalizer, block_masses, exponentials_, add_)
+UNCOMPILED = Passes(log_normalizer, row_maximum, block_masses, exponentials_, add_)
 
 
 class LossHead(nn.Module):
@@ -178,8 +187,7 @@ class _ChunkedLosses(torch.autograd.Function):
             logits = torch.mm(narrow_hidden[part], narrow_weight.t(), out=buffer[: part.stop - part.start])
             real = logits[:, : head.vocab_size]
             if labels is not None and uniforms is not None:
-                normalizer = head.passes.log_normalizer(real)
-                labels[part] = draw(real, normalizer, uniforms[part], head.passes.block_masses)
+                labels[part] = draw(real, head.passes.row_maximum(real), uniforms[part], head.passes.block_masses)
             counted = leading[part] != IGNORED
             index = torch.arange(len(real), device=real.device)
             targets_logits = None if targets is None else real[index, targets[part].clamp(min=0)].float()
@@ -187,8 +195,8 @@ class _ChunkedLosses(torch.autograd.Function):
             if d_hidden is None:
                 normalizer = head.passes.log_normalizer(real)
             else:
-                maximum, total = head.passes.exponentials_(real)
-                normalizer = maximum + total.log()
+                largest, total = head.passes.exponentials_(real)
+                normalizer = largest + total.log()
             if loss_sum is not None and targets_logits is not None:
                 loss_sum += torch.where(counted, normalizer - targets_logits, 0).sum()
             if sampled_loss_sum is not None and labels_logits is not None:
@@ -200,7 +208,7 @@ class _ChunkedLosses(torch.autograd.Function):
                 share = torch.where(counted, 1 / total, 0)[:, None]
                 leading_logits = targets_logits if targets_logits is not None else labels_logits
                 assert leading_logits is not None
-                real[index, leading[part].clamp(min=0)] = ((leading_logits - maximum).exp() - total).to(dtype)
+                real[index, leading[part].clamp(min=0)] = ((leading_logits - largest).exp() - total).to(dtype)
                 logits[:, head.vocab_size :] = 0
                 d_hidden[part] = torch.mm(logits, narrow_weight) * share
                 scaled = (narrow_hidden[part] * share).to(dtype)
@@ -273,24 +281,24 @@ def sample_labels(
     even as the uniform tends to 1.
     """
     logits = logits.detach()
-    return draw(logits, log_normalizer(logits), uniforms, block_masses)
+    return draw(logits, row_maximum(logits), uniforms, block_masses)
 
 
 def draw(
     logits: Tensor,  # (N, V)
-    normalizer: Tensor,  # (N,) float32: log sum exp of the logits
+    shift: Tensor,  # (N,) float32: any near the largest logit, so that exp(logits - shift) is in range
     uniforms: Tensor,  # (N,) float32
     block_masses: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:  # (N,) int64
     """The cumulative sum is taken over blocks of the vocabulary first, and inside the chosen block then."""
-    masses = torch.cat(block_masses(logits, normalizer), dim=1)
+    masses = torch.cat(block_masses(logits, shift), dim=1)
     cumulative = masses.cumsum(dim=-1)
     threshold = uniforms[:, None] * cumulative[:, -1:]
     block = _first_above(cumulative, masses, threshold)
     before = (cumulative - masses).gather(1, block)
     columns = block * BLOCK + torch.arange(BLOCK, device=logits.device)
     inside = logits.gather(1, columns.clamp(max=logits.size(1) - 1)).float()
-    probabilities = torch.where(columns < logits.size(1), (inside - normalizer[:, None]).exp(), 0)
+    probabilities = torch.where(columns < logits.size(1), (inside - shift[:, None]).exp(), 0)
     column = _first_above(probabilities.cumsum(dim=-1), probabilities, threshold - before)
     return torch.where(uniforms < 0, IGNORED, (block * BLOCK + column)[:, 0])
 
