@@ -288,9 +288,10 @@ def table(cells: Sequence[Cell]) -> str:
         entries = [entry(by_place[strategy, accumulation, optimizer]) for optimizer in optimizers]
         lines.append(f"| {strategy} | {accumulation} | " + " | ".join(entries) + " |")
     apart = [cell for cell in cells if cell.weights_apart]
+    runs = sum(cell.refused is None for cell in cells)
     lines += [
         "",
-        f"Learning rates: {learning_rates(optimizers)}. In {len(apart)} of {len(cells)} cells some weights, at most "
+        f"Learning rates: {learning_rates(optimizers)}. In {len(apart)} of {runs} runs some weights, at most "
         f"{max((cell.weights_apart for cell in apart), default=0)}, end more than a tenth of the learning rate from the "
         "single process's: a step along a sign has two sides, and rounding chooses where the momentum is rounding noise.",
     ]
