@@ -1,6 +1,6 @@
 """Break runs on purpose and count what survives: kills, damage, full disks, signals, bad input, hostile files.
 
-    python scripts/faults.py                    every campaign, about ten minutes on two cores (make test-faults)
+    python scripts/faults.py                    every campaign, a quarter of an hour on two cores (make test-faults)
     python scripts/faults.py kills signals      some of them
     python scripts/faults.py --report           docs/reliability.md's numbers from results/faults/ alone
 

@@ -148,7 +148,7 @@ def time_of_a_large_save(corpus: Sequence[str], scratch: Path) -> dict[str, Any]
         scratch,
         "large",
         1000,
-        *("model=gpt2_30m", "model.n_embd=384", "train.global_batch_size=1", "eval.interval=1000"),
+        *("model=gpt2_30m", "model.n_embd=768", "train.global_batch_size=1", "eval.interval=1000"),
         *("eval.tokens=32", "checkpoint.interval=1000"),
     )
     sitting = Sitting(command, scratch / "log")
