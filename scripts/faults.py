@@ -261,7 +261,9 @@ def report() -> str:
             found["corpora"][part] for part in ("bad_files", "gigabytes", "readers", "tokens")
         )
         rows += [
-            f"| {bad['tried']} kinds of bad corpus files | {bad['refused']} refused by name | all finished shards kept |",
+            f"| {bad['tried']} kinds of bad corpus files | {bad['refused']} refused by name | "
+            f"{bad['before_any_work']} before any work; "
+            f"{bad['kept_shards']} of {bad['finished_shards']} finished shards kept |",
             f"| {long['tried']} documents of 1 GB | {long['as_documented']} as documented | .txt streamed, others refused |",
             f"| {readers['tried']} damaged corpus files | {readers['refused']} refused by name, {readers['read']} read | "
             f"{len(readers['faults'])} crashes |",

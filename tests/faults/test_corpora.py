@@ -10,6 +10,8 @@ from tests.faults.corpora import fuzz_readers, fuzz_tokens, refuse_all
 def test_a_bad_file_among_good_ones_is_named_and_what_was_finished_is_kept(tmp_path: Path) -> None:
     found = refuse_all(tmp_path, ("latin1.jsonl", "cut.jsonl.gz", "cut.parquet"))
     assert found["faults"] == []
+    assert found["before_any_work"] == 1  # the parquet file
+    assert found["kept_shards"] > 20
 
 
 def test_readers_give_text_or_a_named_error_whatever_the_damage(tmp_path: Path) -> None:
