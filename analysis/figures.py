@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from analysis.colours import colours, label
 from analysis.guards import INCIDENTAL, TIMING, is_under
-from analysis.records import Currency, Curve, Run, flatten
+from analysis.records import Currency, Curve, Run, flatten, last_line
 from analysis.reference import load_reference
 from analysis.results import CLAIM_NAMES, CURRENCY_NAMES, Results, model_sizes
 from analysis.scaling import ScalingLaw
@@ -334,9 +334,8 @@ def hessian_histogram(results: Results) -> Figure:
         run for arm in study.arm_names() for run in study.runs(arm=arm) if "hessian_interval" in run.config["optimizer"]
     ]
     for run in sorted(runs, key=lambda run: -run.horizon):
-        lines = list(run.record.metrics("hessian"))
-        if lines and "histogram" in lines[-1]:
-            last = lines[-1]
+        last = last_line(run.record.metrics_path, "hessian")
+        if last is not None and "histogram" in last:
             break
     else:
         raise NothingToShow("no run recorded a Hessian histogram: only methods with a curvature pass do")

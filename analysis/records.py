@@ -217,6 +217,19 @@ def read_metrics(path: Path, *, train_lines: int = _TRAIN_LINES) -> pa.Table:
         return _read_leniently(content[: content.rfind(b"\n") + 1], path)
 
 
+def last_line(path: Path, kind: str) -> dict[str, Any] | None:
+    """The last whole line of a kind in a metrics.jsonl, found without parsing the others; None if there is none."""
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    content = content[: content.rfind(b"\n") + 1]
+    at = max(content.rfind(f'{{"kind":{space}"{kind}"'.encode()) for space in ("", " "))
+    if at < 0:
+        return None
+    line: dict[str, Any] = json.loads(content[at : content.index(b"\n", at)])
+    return line
+
+
 def _stride(count: int, wanted: int) -> int:
     """The smallest step that takes no more than about `wanted` of `count` and shares no factor with ten."""
     step = max(1, -(-count // max(wanted, 1)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.records import find_runs, load_run, load_runs
+from analysis.records import find_runs, last_line, load_run, load_runs
 from tests.analysis.synthetic import write_run
 from training.records import RecordError
 
@@ -120,3 +120,14 @@ def test_a_hundred_runs_of_ten_thousand_lines_load_at_the_rate_of_a_thousand_in_
     assert len(runs) == 100
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < 150e6, "all the metrics files together hold more than that"
+
+
+def test_the_last_whole_line_of_a_kind_is_found_without_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert last_line(path, "hessian") is None
+    path.write_text(
+        '{"kind": "hessian", "step": 1}\n{"kind":"hessian","step":2}\n{"kind": "train", "step": 3}\n{"kind":"hessian","st'
+    )
+    assert last_line(path, "hessian") == {"kind": "hessian", "step": 2}
+    assert last_line(path, "train") == {"kind": "train", "step": 3}
+    assert last_line(path, "eval") is None
