@@ -408,8 +408,12 @@ def learning_rate_stability(results: Results) -> Figure:
             lost = [rate for rate, loss in points.items() if not np.isfinite(loss)]
             axis.plot(lost, [0.97] * len(lost), "x", color=palette[arm], transform=axis.get_xaxis_transform())
         axis.set_xscale("log")
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.tick_params(axis="x", labelsize=8)
+        ticks: list[float] = []
+        for rate in sorted({rate for (_, where, _), points in series.items() if where == cell for rate in points}):
+            if not ticks or rate > 1.35 * ticks[-1]:  # room for a label
+                ticks.append(rate)
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
+        axis.minorticks_off()
         axis.set_xlabel("peak learning rate (×: every run diverged)")
         axis.set_title(cell, fontsize=9)
         _dress(axis)
