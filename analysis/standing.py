@@ -10,7 +10,7 @@ from pathlib import Path
 
 from analysis.colours import label
 from analysis.reference import PublishedLoss, load_reference
-from analysis.results import FinalLoss, Results, model_sizes
+from analysis.results import Results, model_sizes
 from analysis.tables import Cell, Table, markdown
 
 FIGURE = "speedups"
@@ -81,12 +81,14 @@ def side_by_side(results: Results, arm: str) -> Table:
             )
     sizes = model_sizes(study)
     baselines = {
-        (one.endpoints.model, one.endpoints.horizon): one for one in results.finals if _arm(one) == study.baseline
+        (one.endpoints.model, one.endpoints.horizon): one
+        for one in results.finals
+        if one.endpoints.arm == study.baseline
     }
     steps = {(one.model, one.horizon): one for one in results.speed_ups if (one.arm, one.currency) == (arm, "steps")}
     for one in results.finals:
         key = one.endpoints.model, one.endpoints.horizon
-        if _arm(one) != arm or key not in baselines or one.difference is None:
+        if one.endpoints.arm != arm or key not in baselines or one.difference is None:
             continue
         interval = one.difference
         rows.append(
@@ -133,10 +135,6 @@ def _length(baseline: PublishedLoss, arm: PublishedLoss) -> str:
 
 def _name(arm: str) -> str:
     return "Sophia" if arm == "sophia" else label(arm)
-
-
-def _arm(one: FinalLoss) -> str:
-    return one.endpoints.arm
 
 
 def _loss(value: float) -> str:

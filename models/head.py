@@ -55,9 +55,7 @@ def exponentials_(
 def block_masses(
     logits: Tensor,  # (N, V)
     shift: Tensor,  # (N,) float32
-) -> tuple[
-    Tensor, Tensor
-]:  # (N, ⌊V / BLOCK⌋) and (N, 1) float32: sums of exp(logits - shift), by block, and of the rest
+) -> tuple[Tensor, Tensor]:  # (N, ⌊V / BLOCK⌋) and (N, 1) float32: sums of exp(logits - shift), of blocks and the rest
     whole = logits.size(1) // BLOCK
     blocks = logits[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).float()
     rest = logits[:, whole * BLOCK :].float()

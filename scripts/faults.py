@@ -21,10 +21,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from analysis.pages import write_part
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "faults"
 PAGE = ROOT / "docs" / "reliability.md"
-BEGIN, END = "<!-- faults:begin -->", "<!-- faults:end -->"
+PART = "faults"
 SEED = 20
 
 Corpus = Sequence[str]
@@ -151,9 +153,7 @@ def main() -> int:
     faults = 0
     if not arguments.report:
         faults = sum(run(name) for name in arguments.campaigns or CAMPAIGNS)
-    page = PAGE.read_text()
-    before, rest = page.split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{report()}{END}{rest.split(END)[1]}")
+    write_part(PAGE, PART, report())
     return 1 if faults else 0
 
 
