@@ -83,7 +83,7 @@ def _weights(query: Tensor, key: Tensor, start: int, stop: int, logit_factor: Te
     (B, H, stop - start, 1) are float32. Rounding comes before summing, so that inductor keeps no copy in fp32.
     """
     products = query[..., start:stop, :] @ key[..., :stop, :].transpose(-1, -2)
-    # int32, of the logits' width: in int64, comparing positions takes twice as long.
+    # int32 is as wide as the logits: masks of int64 comparisons would have to be narrowed, which is slower.
     position = torch.arange(stop, device=query.device, dtype=torch.int32)
     later = position > position[start:, None]
     logits = (products.float() * _factor(query, logit_factor)).masked_fill(later, -torch.inf)
