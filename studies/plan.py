@@ -250,7 +250,7 @@ def _ablation_trial(
     values = {**values, **ablation.values}
     like = _trial(spec, ablation.of, "reporting", ablation.model, horizon, seed, values, 0)
     overrides = (*_merged(like.overrides, ablation.overrides), *ablation.overrides)
-    stage = 10 * len(spec.models)
+    stage = 10 * list(spec.models).index(ablation.model) + 3  # before the next model, which is the larger one as a rule
     return Trial(name, "reporting", ablation.model, horizon, seed, values, overrides, stage)
 
 
