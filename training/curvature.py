@@ -277,14 +277,14 @@ class CurvaturePass:
         self, strategy: Strategy, slices: list[CurvatureSlice], step: int, num_predictions: int
     ) -> list[Tensor]:
         """u ⊙ (∇²L u) by double backward through the whole model on every rank, then a sum over the ranks."""
-        parameters = strategy.parameters()
-        noise = [random.normals_like(p, self._seed, step, name) for name, p in parameters.items()]
-        products = [torch.zeros_like(p) for p in parameters.values()]
+        parameters = list(strategy.parameters().values())
+        noise = strategy.normals(self._seed, step)
+        products = [torch.zeros_like(p) for p in parameters]
         with strategy.model.maths_attention(), strategy.autocast():
             for part in slices:
                 loss_sum = strategy.model(part.tokens, part.targets).loss_sum
-                first = torch.autograd.grad(loss_sum / num_predictions, list(parameters.values()), create_graph=True)
-                second = torch.autograd.grad(first, list(parameters.values()), grad_outputs=noise)
+                first = torch.autograd.grad(loss_sum / num_predictions, parameters, create_graph=True)
+                second = torch.autograd.grad(first, parameters, grad_outputs=noise)
                 torch._foreach_add_(products, [s.to(p.dtype) for s, p in zip(second, products, strict=True)])
         for product in products:
             strategy.distributed.all_reduce(product)

@@ -29,6 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import models.head
 import sophia.kernels
 import training.curvature
+import training.strategies.base
 from data.batches import Batch
 from models import GPT2, GPT2Config
 from sophia.kernels import Form
@@ -378,7 +379,7 @@ def _as_on(device: DeviceType, shape: GPT2Config, *, compiled: bool) -> Iterator
         (models.head, "_chunk_rows", lambda rows, _: chunk_rows(rows, device)),
         (fsdp, "init_device_mesh", real_mesh),
         (GPT2, "initialize", lambda model, seed: None),
-        (training.curvature.random, "normals_like", lambda p, *_: torch.empty_like(p, dtype=torch.float32)),
+        (training.strategies.base, "normals_like", lambda p, *_, **__: torch.empty_like(p, dtype=torch.float32)),
         # A compiled update is a pass without temporaries; an uncompiled one on the CPU has small ones.
         (sophia.kernels, "_call_compiled", lambda rule, rows, scalars: [torch.zeros((), dtype=torch.int64)]),
         (sophia.kernels, "_compiler_failed", False),

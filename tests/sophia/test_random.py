@@ -44,6 +44,23 @@ def test_normals_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(random.normals(0, 1, "w", 3, 999), whole)
 
 
+@given(start=st.integers(0, 50), length=st.integers(1, 3000), step=st.integers(0, 2**40))
+@settings(max_examples=20, deadline=None)
+def test_compiled_normals_have_the_same_bits(start: int, length: int, step: int) -> None:
+    compiled = random.normals(1, step, "w", start, start + length, compile=True)
+    assert torch.equal(compiled, random.normals(1, step, "w", start, start + length, compile=False))
+
+
+def test_many_normals_are_compiled_without_being_asked_to_and_keep_their_bits() -> None:
+    count = random._COMPILED_FROM + 5
+    assert torch.equal(random.normals(1, 2, "w", 3, count), random.normals(1, 2, "w", 3, count, compile=False))
+
+
+def test_without_a_compiler_normals_are_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "_compiled_words_of", lambda device: None)
+    assert torch.equal(random.normals(1, 2, "w", 3, 99, compile=True), random.normals(1, 2, "w", 3, 99))
+
+
 def test_streams_of_other_seeds_steps_names_and_kinds_are_uncorrelated() -> None:
     n = 20_000
     position = torch.arange(n)

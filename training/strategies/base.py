@@ -157,7 +157,8 @@ class Strategy(ABC):
 
     def normals(self, seed: int, step: int) -> list[Tensor]:
         """Hutchinson's noise u ~ N(0, I) for each parameter, where the strategy shards this rank's part of it."""
-        return [normals_like(p, seed, step, name) for name, p in self.parameters().items()]
+        compile = None if self.compile_model else False
+        return [normals_like(p, seed, step, name, compile=compile) for name, p in self.parameters().items()]
 
     def difference_step(self, directions: Sequence[Tensor]) -> Tensor:
         """() δ for a central difference along `directions`: a share of the weights' norm over the directions' norm."""

@@ -305,9 +305,10 @@ class DeepSpeed(Strategy):
         self._engine.zero_grad()
 
     def normals(self, seed: int, step: int) -> list[Tensor]:
+        compile = None if self.compile_model else False
         return [
-            normals(seed, step, fragment.name, fragment.start, fragment.start + fragment.count, partition.device)
-            for fragment, partition in self._placed()
+            normals(seed, step, part.name, part.start, part.start + part.count, partition.device, compile=compile)
+            for part, partition in self._placed()
         ]
 
     def norm(self, tensors: Iterable[Tensor]) -> Tensor:
