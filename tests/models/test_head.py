@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from models import head as head_module
-from models.head import IGNORED, LossHead, log_normalizer, plain_losses, sample_labels
+from models.head import IGNORED, LossHead, cross_entropy_sum, log_normalizer, plain_losses, sample_labels
 
 VOCAB_SIZE, PADDED, WIDTH = 300, 384, 16
 
@@ -224,3 +226,17 @@ class TestSampling:
 def test_log_normalizer_is_finite_for_large_logits() -> None:
     logits = torch.tensor([[1000.0, 999.0], [-1000.0, -1001.0]])
     torch.testing.assert_close(log_normalizer(logits), logits.logsumexp(-1))
+
+
+def test_the_plain_cross_entropy_is_torchs_with_both_derivatives() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, direction = (3 * torch.randn(6, 11, generator=generator, dtype=torch.float64) for _ in range(2))
+    targets = torch.tensor([4, IGNORED, 0, 10, IGNORED, 4])
+    results = []
+    for loss_sum in (cross_entropy_sum, partial(F.cross_entropy, reduction="sum", ignore_index=IGNORED)):
+        leaf = logits.clone().requires_grad_()
+        loss = loss_sum(leaf, targets)
+        (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        results.append((loss, first, *torch.autograd.grad(first, leaf, direction)))
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs)
