@@ -45,6 +45,8 @@ from training.strategies.gradients import clip_and_step
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
 HESSIAN_INTERVAL = 10
+HUTCHINSON = "Hutchinson on 32/480 of the batch, double backward"
+ACCUMULATED = "accumulated step"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Shape:
     @property
     def tokens(self) -> int:
         return self.batch_size * self.config.block_size
+
+    @property
+    def hutchinson_micro_batches(self) -> int:
+        """Batches of this shape that together are some 480/32 sequences, of which Hutchinson's pass takes one."""
+        return max(1, round(480 / 32 / self.batch_size))
 
 
 SHAPES = {
@@ -100,7 +107,7 @@ MEMORY_TARGET = 0.6
 CURVATURE_TARGETS = {
     "Gauss-Newton-Bartlett on half of the batch, own forward": 0.055,
     "Gauss-Newton-Bartlett on half of the batch, one forward for both losses": 0.04,
-    "Hutchinson on 32/480 of the batch, double backward": 0.05,
+    HUTCHINSON: 0.05,
 }
 
 
@@ -150,6 +157,13 @@ class Worker:
         self.loss(self.tokens, self.targets).backward()
         self.update()
 
+    def accumulated(self) -> None:
+        """A step of so many micro-batches that a sequence is the paper's share of them."""
+        micro_batches = self.shape.hutchinson_micro_batches
+        for _ in range(micro_batches):
+            (self.loss(self.tokens, self.targets) / micro_batches).backward()
+        self.update()
+
     def own_forward(self) -> None:
         """A due step: Gauss-Newton-Bartlett on half of the batch with a forward of its own, then the step."""
         half = self.shape.batch_size // 2
@@ -169,10 +183,10 @@ class Worker:
         self.update()
 
     def hutchinson(self) -> None:
-        """A due step: an exact Hessian-vector product on the paper's share of the batch, at least a sequence."""
+        """A due step: an exact Hessian-vector product on the paper's share of the batch, a sequence; then the step."""
         assert isinstance(self.model, GPT2)
         assert isinstance(self.optimizer, SophiaG)
-        part = max(1, round(self.shape.batch_size * 32 / 480))
+        part = max(1, round(self.shape.batch_size * self.shape.hutchinson_micro_batches * 32 / 480))
         names, parameters = zip(*self.model.named_parameters(), strict=True)
         noise = [normals_like(p, 0, 1, name) for name, p in zip(names, parameters, strict=True)]
         with self.model.maths_attention(), self.autocast():
@@ -182,7 +196,7 @@ class Worker:
             products = list(torch.autograd.grad(gradients, parameters, grad_outputs=noise))
         torch._foreach_mul_(products, noise)
         self.optimizer.update_hessian(estimates=products)
-        self.step()
+        self.accumulated()
 
     def fold(self, sampled_loss_sum: Tensor, *, retain_graph: bool = False) -> None:
         assert isinstance(self.optimizer, SophiaG)
@@ -195,6 +209,7 @@ class Worker:
         passes = (self.own_forward, self.one_forward, self.hutchinson)
         actions: dict[str, Callable[[], None]] = {
             "step": self.step,
+            ACCUMULATED: self.accumulated,
             **dict(zip(CURVATURE_TARGETS, passes, strict=True)),
         }
         self.synchronize()
@@ -332,7 +347,7 @@ def measure_steps(size: str, arms: list[str], rounds: int, device: str) -> tuple
     stack: dict[str, Process] = {}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     peaks: dict[str, int] = {}
-    due: dict[str, list[float]] = {name: [] for name in CURVATURE_TARGETS}
+    due: dict[str, list[float]] = {name: [] for name in (*CURVATURE_TARGETS, ACCUMULATED)}
     try:
         for name in arms:
             stack[name] = Process(size, name, device)
@@ -364,9 +379,11 @@ def measure_steps(size: str, arms: list[str], rounds: int, device: str) -> tuple
     for name in arms:
         if ARMS[name].sophia:
             for what, values in due.items():
-                extra = statistics.median(values) - medians[name]
-                share = extra / (HESSIAN_INTERVAL * medians[name])
-                curvature[what] = {"due_step_seconds": values, "share_of_step": share}
+                if what == ACCUMULATED:
+                    continue
+                without = statistics.median(due[ACCUMULATED]) if what == HUTCHINSON else medians[name]
+                share = (statistics.median(values) - without) / (HESSIAN_INTERVAL * without)
+                curvature[what] = {"due_step_seconds": values, "step_seconds": without, "share_of_step": share}
     return steps, curvature
 
 
