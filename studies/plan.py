@@ -46,7 +46,7 @@ class Trial:
     seed: int
     values: Point  # that the search chose
     overrides: tuple[str, ...]  # of the configuration, complete but for name and place
-    stage: int  # what must come first has a lower one
+    stage: tuple[int, int, int]  # what runs first has a lower one
 
     @property
     def name(self) -> str:
@@ -72,6 +72,9 @@ class Plan:
 def plan(spec: StudySpec, outcomes: Outcomes) -> Plan:
     """The study's trials, as far as its searches have got.
 
+    One model after the other; on each the searches at `tune_at`, then horizon by horizon, the shortest first, so that a study
+    that is broken off has whole horizons to show, then ablations.
+
     Args:
         spec: the study.
         outcomes: of the trials that have ended, by name; others may be among them.
@@ -83,13 +86,15 @@ def plan(spec: StudySpec, outcomes: Outcomes) -> Plan:
     for index, (model, model_spec) in enumerate(spec.models.items()):
         for arm in spec.arms_on(model):
             others = [horizon for horizon in spec.horizons(arm, model) if horizon != model_spec.tune_at]
+            order = sorted({*model_spec.horizons, *(model_spec.arm_horizons or ())})
             for horizon in (model_spec.tune_at, *others):
                 search = _search_for(spec, arm, model, horizon, best)
                 if search is None:
                     waiting = True
                     continue
                 conversation, budget = search
-                stage = 10 * index + (0 if horizon == model_spec.tune_at else 1)
+                place = 0 if horizon == model_spec.tune_at else 1 + order.index(horizon)
+                stage = (index, place, 0)
                 found, tried = _converse(spec, arm, model, horizon, conversation, outcomes, stage)
                 budgets[arm, model, horizon] = budget
                 _within_budget(spec, arm, model, horizon, tried, budget)
@@ -99,8 +104,9 @@ def plan(spec: StudySpec, outcomes: Outcomes) -> Plan:
                     continue
                 best[arm, model, horizon] = found.best
                 if horizon in spec.horizons(arm, model):
+                    stage = (index, 1 + order.index(horizon), 1)
                     trials += [
-                        _trial(spec, arm, "reporting", model, horizon, seed, found.best, 10 * index + 2)
+                        _trial(spec, arm, "reporting", model, horizon, seed, found.best, stage)
                         for seed in model_spec.seeds
                     ]
     for name, ablation in spec.ablations.items():
@@ -214,7 +220,7 @@ def _budget(spec: StudySpec, arm: str, model: str, horizon: int) -> int:
 
 
 def _converse(
-    spec: StudySpec, arm: str, model: str, horizon: int, search: Search, outcomes: Outcomes, stage: int
+    spec: StudySpec, arm: str, model: str, horizon: int, search: Search, outcomes: Outcomes, stage: tuple[int, int, int]
 ) -> tuple[Replay, list[Trial]]:
     def trials_of(point: Point) -> list[Trial]:
         return [_trial(spec, arm, "tuning", model, horizon, seed, point, stage) for seed in spec.tuning.seeds]
@@ -236,7 +242,14 @@ def _within_budget(spec: StudySpec, arm: str, model: str, horizon: int, tried: S
 
 
 def _trial(
-    spec: StudySpec, arm: str, phase: Phase, model: str, horizon: int, seed: int, values: Point, stage: int
+    spec: StudySpec,
+    arm: str,
+    phase: Phase,
+    model: str,
+    horizon: int,
+    seed: int,
+    values: Point,
+    stage: tuple[int, int, int],
 ) -> Trial:
     common = common_overrides(spec, spec.arms[arm], model)
     chosen = value_overrides(values, lambda: _composed(tuple(common)))
@@ -248,9 +261,10 @@ def _ablation_trial(
     spec: StudySpec, name: str, ablation: AblationSpec, horizon: int, seed: int, values: Point
 ) -> Trial:
     values = {**values, **ablation.values}
-    like = _trial(spec, ablation.of, "reporting", ablation.model, horizon, seed, values, 0)
+    models = list(spec.models)
+    stage = (models.index(ablation.model), 1 + len(spec.models[ablation.model].horizons), 1)
+    like = _trial(spec, ablation.of, "reporting", ablation.model, horizon, seed, values, stage)
     overrides = (*_merged(like.overrides, ablation.overrides), *ablation.overrides)
-    stage = 10 * list(spec.models).index(ablation.model) + 3  # before the next model, which is the larger one as a rule
     return Trial(name, "reporting", ablation.model, horizon, seed, values, overrides, stage)
 
 
