@@ -55,10 +55,12 @@ class _BlockedBackward(torch.autograd.Function):
             # int32 is as wide as the logits: masks of int64 comparisons would have to be narrowed, which is slower.
             position = torch.arange(stop, device=query.device, dtype=torch.int32)
             later = position > position[start:, None]
-            weights = (logits - normalizer[..., start:stop, None]).exp().masked_fill(later, 0).to(dtype)
             # Logits come out of the product rounded, so the weights of a query add up to 1 only nearly: as rounded as they are,
-            # they are made a softmax again. Without this, large logits double the gradients' error.
-            total = weights.float().sum(dim=-1, keepdim=True)
+            # they are made a softmax again. Without this, large logits double the gradients' error. The bounds leave gradients
+            # finite where the rounding alone is beyond the range of exp.
+            shifted = (logits - normalizer[..., start:stop, None]).clamp(max=80)
+            weights = shifted.exp().masked_fill(later, 0).to(dtype)
+            total = weights.float().sum(dim=-1, keepdim=True).clamp(min=1e-30)
             d_weights = (d_block @ value[..., :stop, :].transpose(-1, -2)).float()
             inner = (weights * d_weights).sum(dim=-1, keepdim=True) / total
             d_logits = (weights * (d_weights - inner) * (scale / total)).to(dtype)

@@ -26,7 +26,7 @@ _MASK = 0xFFFFFFFF
 # cost more than they save.
 _CHUNK = {"cpu": 1 << 14}
 _CHUNK_ELSEWHERE = 1 << 22
-_CHUNK_COMPILED = 1 << 18
+_CHUNK_COMPILED = {"cpu": 1 << 18}
 # Normal numbers from which on the ten rounds are compiled, seconds once a process: twenty times faster, to the same bits.
 _COMPILED_FROM = 1 << 18
 
@@ -70,24 +70,22 @@ def _words_of(index: Tensor, low: Tensor, high: Tensor, k0: Tensor, k1: Tensor) 
 
 
 @cache
-def _compiled_words_of(device: torch.device) -> Callable[..., Words] | None:
-    """`_words_of` compiled, for any number of indices; None where no compiler works."""
-    compiled: Callable[..., Words] = torch.compile(_words_of, dynamic=True, fullgraph=True)
-    zero = torch.zeros((), dtype=torch.int64)
+def _compiled_words(device: torch.device) -> Callable[[Tensor, int, int, str], Words] | None:
+    """`_words` compiled, for any number of indices; None where no compiler works."""
+    compiled = torch.compile(_words_of, dynamic=True, fullgraph=True)
+
+    def words(index: Tensor, seed: int, step: int, stream: str) -> Words:
+        scalars = (step & _MASK, (step >> 32) & _MASK, *_key(seed, stream))
+        result: Words = compiled(index, *(torch.tensor(scalar, dtype=torch.int64) for scalar in scalars))
+        return result
+
     try:
-        compiled(torch.arange(_CHUNK_COMPILED, device=device), zero, zero, zero, zero)
+        with torch.compiler.set_stance("default"):  # it may be called where compiled code is told to run eagerly
+            words(torch.arange(1 << 10, device=device), 0, 0, "")
     except Exception as error:
         log.debug("random numbers are drawn uncompiled: %s", error)
         return None
-    return compiled
-
-
-def _words_compiled(index: Tensor, seed: int, step: int, stream: str) -> Words:
-    compiled = _compiled_words_of(index.device)
-    if compiled is None:
-        return _words(index, seed, step, stream)
-    scalars = (step & _MASK, (step >> 32) & _MASK, *_key(seed, stream))
-    return compiled(index, *(torch.tensor(scalar, dtype=torch.int64) for scalar in scalars))
+    return words
 
 
 def _box_muller(radius_bits: Tensor, angle_bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,8 +142,9 @@ def normals(
     stream = f"normal/{name}"
     if compile is None:
         compile = out.device.type in ("cpu", "cuda", "xpu") and out.numel() >= _COMPILED_FROM
-    words = _words_compiled if compile else _words
-    chunk = _CHUNK_COMPILED if compile else _CHUNK.get(out.device.type, _CHUNK_ELSEWHERE)
+    compiled = _compiled_words(out.device) if compile else None
+    words = compiled or _words
+    chunk = (_CHUNK if compiled is None else _CHUNK_COMPILED).get(out.device.type, _CHUNK_ELSEWHERE)
     for first in range(start >> 2, (stop + 3) >> 2, chunk):
         last = min(first + chunk, (stop + 3) >> 2)
         w0, w1, w2, w3 = words(torch.arange(first, last, device=device), seed, step, stream)

@@ -86,7 +86,7 @@ def plan(spec: StudySpec, outcomes: Outcomes) -> Plan:
     for index, (model, model_spec) in enumerate(spec.models.items()):
         for arm in spec.arms_on(model):
             others = [horizon for horizon in spec.horizons(arm, model) if horizon != model_spec.tune_at]
-            order = sorted({*model_spec.horizons, *(model_spec.arm_horizons or ())})
+            order = sorted(model_spec.horizons)
             for horizon in (model_spec.tune_at, *others):
                 search = _search_for(spec, arm, model, horizon, best)
                 if search is None:

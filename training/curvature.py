@@ -278,7 +278,7 @@ class CurvaturePass:
     ) -> list[Tensor]:
         """u ⊙ (∇²L u) by double backward through the whole model on every rank, then a sum over the ranks."""
         parameters = list(strategy.parameters().values())
-        noise = strategy.normals(self._seed, step)
+        noise = strategy.parameter_normals(self._seed, step)
         products = [torch.zeros_like(p) for p in parameters]
         with strategy.model.maths_attention(), strategy.autocast():
             for part in slices:

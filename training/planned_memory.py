@@ -28,8 +28,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import models.head
 import sophia.kernels
-import training.curvature
-import training.strategies.base
 from data.batches import Batch
 from models import GPT2, GPT2Config
 from sophia.kernels import Form
@@ -216,9 +214,11 @@ def _strategy(config: RunConfig, shape: GPT2Config, world_size: int, trace: Memo
     _count_head(model.head, trace)
     _count_gathered(model, trace)
     _count_gradients(strategy, trace)
-    strategy.normals = lambda seed, step: [  # type: ignore[method-assign]  # Philox's rounds are many operations
-        torch.empty_like(p, dtype=torch.float32) for p in strategy.parameters().values()
-    ]
+
+    def normals(seed: int, step: int) -> list[Tensor]:  # Philox's rounds are many operations
+        return [torch.empty_like(p, dtype=torch.float32) for p in strategy.parameters().values()]
+
+    strategy.normals = strategy.parameter_normals = normals  # type: ignore[method-assign]
     return strategy
 
 
@@ -379,7 +379,6 @@ def _as_on(device: DeviceType, shape: GPT2Config, *, compiled: bool) -> Iterator
         (models.head, "_chunk_rows", lambda rows, _: chunk_rows(rows, device)),
         (fsdp, "init_device_mesh", real_mesh),
         (GPT2, "initialize", lambda model, seed: None),
-        (training.strategies.base, "normals_like", lambda p, *_, **__: torch.empty_like(p, dtype=torch.float32)),
         # A compiled update is a pass without temporaries; an uncompiled one on the CPU has small ones.
         (sophia.kernels, "_call_compiled", lambda rule, rows, scalars: [torch.zeros((), dtype=torch.int64)]),
         (sophia.kernels, "_compiler_failed", False),

@@ -57,7 +57,7 @@ def test_many_normals_are_compiled_without_being_asked_to_and_keep_their_bits() 
 
 
 def test_without_a_compiler_normals_are_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(random, "_compiled_words_of", lambda device: None)
+    monkeypatch.setattr(random, "_compiled_words", lambda device: None)
     assert torch.equal(random.normals(1, 2, "w", 3, 99, compile=True), random.normals(1, 2, "w", 3, 99))
 
 

@@ -50,6 +50,26 @@ def test_at_first_only_the_searches_can_begin(spec: StudySpec) -> None:
     assert not first.finished
 
 
+def test_models_follow_one_another_and_on_each_the_short_horizons_come_first(finished: Plan) -> None:
+    places = []
+    for trial in finished.trials:
+        place = (trial.model, trial.arm.startswith("sophiag_"), trial.horizon, trial.phase)
+        if place not in places:
+            places.append(place)
+    nano, micro = "gpt2_nano", "gpt2_micro"
+    assert places == [
+        (nano, False, 50, "tuning"),
+        (nano, False, 25, "tuning"),
+        (nano, False, 25, "reporting"),
+        (nano, False, 50, "reporting"),
+        (nano, False, 100, "tuning"),
+        (nano, False, 100, "reporting"),
+        (nano, True, 50, "reporting"),
+        (micro, False, 50, "tuning"),
+        (micro, False, 50, "reporting"),
+    ]
+
+
 def test_every_arm_spends_the_budget_that_the_study_grants(spec: StudySpec, finished: Plan) -> None:
     tuned = Counter((t.arm, t.model, t.horizon) for t in finished.trials if t.phase == "tuning")
     assert tuned["adamw", "gpt2_nano", 50] == tuned["sophiag", "gpt2_nano", 50] == 6

@@ -155,10 +155,14 @@ class Strategy(ABC):
         finally:
             self.bf16 = bf16
 
-    def normals(self, seed: int, step: int) -> list[Tensor]:
-        """Hutchinson's noise u ~ N(0, I) for each parameter, where the strategy shards this rank's part of it."""
+    def parameter_normals(self, seed: int, step: int) -> list[Tensor]:
+        """Hutchinson's noise u ~ N(0, I) in the form of each parameter of the model."""
         compile = None if self.compile_model else False
         return [normals_like(p, seed, step, name, compile=compile) for name, p in self.parameters().items()]
+
+    def normals(self, seed: int, step: int) -> list[Tensor]:
+        """The same noise for each parameter, where the strategy shards this rank's part of it."""
+        return self.parameter_normals(seed, step)
 
     def difference_step(self, directions: Sequence[Tensor]) -> Tensor:
         """() δ for a central difference along `directions`: a share of the weights' norm over the directions' norm."""
