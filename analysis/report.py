@@ -110,6 +110,7 @@ def render_html(results: Results, location: Path, pictures: dict[str, bytes] | N
         title=_title(results),
         description=study.description,
         facts=_facts(results),
+        under_way=study.under_way,
         verdict=built["verdict"],
         verdict_rows=_verdict_rows(results),
         verdict_columns=[CLAIM_NAMES[currency] for currency in CLAIM_CURRENCIES],
@@ -134,7 +135,7 @@ def render_html(results: Results, location: Path, pictures: dict[str, bytes] | N
 
 def render_markdown(results: Results, location: Path, pictures: Sequence[Path] = ()) -> str:
     """The report as Markdown; pictures are linked where they lie."""
-    parts = [f"# {_title(results)}", results.study.description, _facts(results)]
+    parts = [f"# {_title(results)}", results.study.description, _facts(results), results.study.under_way]
     parts += [tables.markdown(tables.verdict(results)).replace("###", "##", 1)]
     parts += ["## Warnings"]
     parts += [
@@ -161,6 +162,8 @@ def print_summary(results: Results, console: Console) -> None:
     """The verdict, the warnings and the final losses, for a terminal."""
     console.print(Text(_title(results), style="bold"))
     console.print(Text(_facts(results), style="dim"))
+    if results.study.under_way:
+        console.print(Text(results.study.under_way, style="yellow"))
     shown = tables.verdict(results)
     console.print(_rich(shown, (0, 1, 2, 3, 4, 5, 7)))
     for finding in results.findings:

@@ -32,6 +32,8 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
     parts = [
         f"**{label(arm)} against a tuned {label(study.baseline)}** ([report]({place}/report.md), {_runs(results)}):"
     ]
+    if study.under_way:
+        parts.insert(0, study.under_way)
     for model in models:
         parts.append("\n".join(f"- {sentence}" for sentence in results.sentences(arm, model)))
     parts.append(f"![Speed-ups with their intervals]({place}/figures/{FIGURE}.png)")

@@ -97,6 +97,8 @@ class Study:
     directory: Path | None = None
     reference_times: ReferenceTimes | None = None
     planned: bool = True  # False: read off bare records, so that nothing is known about plans and budgets
+    finished: bool = True
+    trials_at_most: int | None = None  # in all, if every search uses its budget
 
     @property
     def reporting(self) -> list[Trial]:
@@ -105,6 +107,23 @@ class Study:
     @property
     def tuning(self) -> list[Trial]:
         return [trial for trial in self.trials if trial.phase == "tuning"]
+
+    @property
+    def under_way(self) -> str:
+        """How far a study is that has not ended, in a sentence; empty for one that has."""
+        if self.finished:
+            return ""
+        done = sum(trial.run is not None for trial in self.trials)
+        of = "" if self.trials_at_most is None else f" of at most {self.trials_at_most:,}"
+        reported = {trial.arm for trial in self.reporting if trial.run is not None}
+        models = {model for arm in self.arms.values() for model, _ in arm.budgets} - {*self.models}
+        missing = sorted(models) + [
+            name for name, arm in self.arms.items() if arm.role == "arm" and name not in reported
+        ]
+        ablations = sum(arm.role == "ablation" and name not in reported for name, arm in self.arms.items())
+        missing += [f"{ablations} ablation{'s' if ablations > 1 else ''}"] if ablations else []
+        text = f"The study is under way: {done:,}{of} trials are on record, and what is said here may change."
+        return f"{text} Not reported yet: {', '.join(missing)}." if missing else text
 
     @property
     def models(self) -> list[str]:
@@ -256,6 +275,8 @@ def _from_index(directory: Path, train_points: int) -> Study:
         seeds=tuple(index["seeds"]["reporting"]),
         level=float(index.get("level", 0.95)),
         description=index.get("description", ""),
+        finished=bool(index.get("finished", True)),
+        trials_at_most=index.get("trials_at_most"),
         directory=directory,
         reference_times=ReferenceTimes.load(times) if times.is_file() else None,
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from studies.plan import Outcome, Plan, Trial, plan
+from studies.plan import Outcome, Plan, Trial, expected_trials, plan
 from studies.spec import StudySpec, load_spec
 from training.config import ConfigurationError
 from training.records import (
@@ -172,6 +172,8 @@ def _head(spec: StudySpec, plan: Plan) -> dict[str, Any]:
         "baseline": spec.baseline,
         "level": spec.level,
         "seeds": {"tuning": list(spec.tuning.seeds), "reporting": seeds},
+        "finished": plan.finished,
+        "trials_at_most": sum(expected_trials(spec).values()),
         "arms": arms,
     }
 

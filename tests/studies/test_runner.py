@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from analysis.guards import inspect
+from analysis.report import write_report
 from analysis.results import analyse
 from analysis.trials import load_study
 from studies.plan import plan
@@ -171,6 +173,22 @@ def test_the_index_is_what_the_analysis_reads(spec: StudySpec, places: Places) -
     assert all(trial.status == "completed" for trial in study.trials)
     assert [finding.title for finding in inspect(study) if finding.severity == "serious"] == []
     assert analyse(study).headline("sophiag", "gpt2_nano", "steps", 1.0).claim.verdict == "undecided"
+
+
+def test_a_study_that_is_broken_off_says_so_with_what_is_missing(spec: StudySpec, places: Places) -> None:
+    run_study(spec, places, FakeMachine(), tell=silent)
+    assert load_study([places.records]).under_way == ""
+    for directory in (places.records / "runs").iterdir():
+        if "gpt2_micro" in directory.name or directory.name.startswith("sophiag_"):
+            shutil.rmtree(directory)
+    shutil.rmtree(places.work)
+    run_study(spec, places, FakeMachine(stop_after=0), tell=silent)
+    study = load_study([places.records])
+    assert study.under_way.startswith(
+        f"The study is under way: {sum(t.run is not None for t in study.trials)} of at most"
+    )
+    assert study.under_way.endswith("Not reported yet: gpt2_micro, 1 ablation.")
+    assert study.under_way in (write_report(analyse(study), places.records).markdown.read_text())
 
 
 def test_more_trials_than_a_retuning_was_granted_are_found_in_the_records(spec: StudySpec, places: Places) -> None:
