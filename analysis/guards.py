@@ -249,6 +249,8 @@ def _seeds(study: Study) -> list[Finding]:
         cells.setdefault((trial.arm, trial.model, trial.horizon), []).append(trial)
     for (arm, model, horizon), members in sorted(cells.items()):
         ended = [trial for trial in members if trial.status in ("completed", "diverged")]
+        if not ended and not study.finished:  # `under_way` says what has not begun
+            continue
         if study.planned and len(ended) < len(members):
             missing = [trial for trial in members if trial not in ended]
             findings.append(
