@@ -148,6 +148,7 @@ def loss_against_tokens(results: Results) -> Figure:
             ends = [end for end in study.endpoints(arm, model) if not end.diverged]
             _draw_points(axis, [float(end.tokens.mean()) for end in ends], ends, palette[arm], label(arm), line=False)
         axis.set_xscale("log")
+        _ticks_at(axis, [float(end.tokens.mean()) for end in study.endpoints(study.baseline, model)], _millions)
         axis.set_title(f"{model} ({curve.method})", fontsize=10)
         axis.set_xlabel("training tokens")
         _dress(axis)
@@ -427,20 +428,33 @@ def momentum_against_horizon(results: Results) -> Figure:
     found: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for search in results.tunings:
         run = search.best.trials[0].run
-        betas = run.config["optimizer"].get("betas") if run is not None else None
-        if betas and len({repr(c.values.get("optimizer.betas[0]")) for c in search.candidates}) > 1:
-            found.setdefault((search.arm, search.model), []).append((search.horizon, float(betas[0])))
+        if run is None:
+            continue
+        optimizer = run.config["optimizer"]
+        # Muon's momentum of its hidden matrices; its betas are those of its AdamW.
+        key, best = (
+            ("momentum", optimizer["momentum"]) if "momentum" in optimizer else ("betas[0]", optimizer["betas"][0])
+        )
+        if len({repr(c.values.get(f"optimizer.{key}")) for c in search.candidates}) > 1:
+            found.setdefault((search.arm, search.model), []).append((search.horizon, float(best)))
     if not found:
         raise NothingToShow("no search over optimizer.betas[0]")
     figure, (axis,) = _panels(1, width=6.5)
     palette = colours(arm for arm, _ in found)
     styles = dict(zip(dict.fromkeys(model for _, model in found), ("-", "--", ":", "-."), strict=False))
-    for (arm, model), points in found.items():
-        points.sort()
+    for place, ((arm, model), points) in enumerate(found.items()):
+        horizons, best = zip(*sorted(points), strict=True)
+        beside = 1.01 ** (place - (len(found) - 1) / 2)  # arms with the same optimum stand side by side
         axis.plot(
-            *zip(*points, strict=True), "o", linestyle=styles[model], color=palette[arm], label=f"{label(arm)}, {model}"
+            [horizon * beside for horizon in horizons],
+            best,
+            "o",
+            linestyle=styles[model],
+            color=palette[arm],
+            label=f"{label(arm)}, {model}",
         )
     axis.set_xscale("log")
+    _ticks_at(axis, sorted({horizon for points in found.values() for horizon, _ in points}), "{:,.0f}".format)
     axis.set_xlabel("horizon (steps)")
     axis.set_ylabel("best β1")
     axis.legend(frameon=False, fontsize=8)
@@ -512,6 +526,16 @@ def _axis_title(currency: Currency) -> str:
         "seconds": "training seconds",
     }
     return titles.get(currency, CURRENCY_NAMES[currency])
+
+
+def _ticks_at(axis: Axes, values: Sequence[float], text: Callable[[float], str]) -> None:
+    """The ticks of a logarithmic axis at the values that were measured."""
+    axis.set_xticks(values, [text(value) for value in values], fontsize=8)
+    axis.minorticks_off()
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:,.3g}M" if count >= 1e5 else f"{count:,.0f}"
 
 
 def _plain_ratios(axis: Axes, spans: Sequence[tuple[float, float]]) -> None:
