@@ -135,6 +135,9 @@ def loss_against_tokens(results: Results) -> Figure:
         raise NothingToShow("loss against tokens needs at least two horizons of the baseline")
     figure, panels = _panels(len(models), height=4.2)
     palette = colours(study.arm_names())
+    # An arm that blew up would flatten all the others: the baseline's losses set the scale.
+    ends_of_baseline = [end for model in models for end in study.endpoints(study.baseline, model) if not end.diverged]
+    scale = 1.05 * max(float(end.losses.max()) for end in ends_of_baseline)
     for axis, model in zip(panels, models, strict=True):
         curve = results.baselines[model].curve
         x = np.linspace(*results.baselines[model].range, 100)
@@ -146,7 +149,11 @@ def loss_against_tokens(results: Results) -> Figure:
                 axis.fill_between(np.exp(x), low, high, color=palette[study.baseline], alpha=0.15, lw=0)
         for arm in study.arm_names():
             ends = [end for end in study.endpoints(arm, model) if not end.diverged]
-            _draw_points(axis, [float(end.tokens.mean()) for end in ends], ends, palette[arm], label(arm), line=False)
+            worst = max((float(end.losses.mean()) for end in ends), default=0.0)
+            name = label(arm) if worst <= scale else f"{label(arm)} (up to {worst:.1f}, off the scale)"
+            _draw_points(axis, [float(end.tokens.mean()) for end in ends], ends, palette[arm], name, line=False)
+        if axis.get_ylim()[1] > scale:
+            axis.set_ylim(top=scale)
         axis.set_xscale("log")
         _ticks_at(axis, [float(end.tokens.mean()) for end in study.endpoints(study.baseline, model)], _millions)
         axis.set_title(f"{model} ({curve.method})", fontsize=10)
