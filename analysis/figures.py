@@ -552,8 +552,7 @@ def _plain_ratios(axis: Axes, spans: Sequence[tuple[float, float]]) -> None:
         t for t in (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 3, 4, 6, 8, 16) if low * 0.98 <= t <= high * 1.02
     ]
     axis.set_xlim(low * 0.97, high * 1.03)
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
-    axis.minorticks_off()
+    _ticks_at(axis, ticks, "{:g}".format)
 
 
 def _losses_by_rate(study: Study) -> dict[tuple[str, str, bool], dict[float, float]]:

@@ -378,9 +378,8 @@ def measure_steps(size: str, arms: list[str], rounds: int, device: str) -> tuple
     curvature: dict[str, Any] = {}
     for name in arms:
         if ARMS[name].sophia:
-            for what, values in due.items():
-                if what == ACCUMULATED:
-                    continue
+            for what in CURVATURE_TARGETS:
+                values = due[what]
                 without = statistics.median(due[ACCUMULATED]) if what == HUTCHINSON else medians[name]
                 share = (statistics.median(values) - without) / (HESSIAN_INTERVAL * without)
                 curvature[what] = {"due_step_seconds": values, "step_seconds": without, "share_of_step": share}

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 def philox4x32(
     counter: Words,  # four (*) int64 tensors that hold 32-bit words
-    key: tuple[int, int] | tuple[Tensor, Tensor],  # two 32-bit words, as tensors () int64
+    key: tuple[int | Tensor, int | Tensor],  # two 32-bit words, as tensors () int64
 ) -> Words:  # four (*) int64 tensors that hold 32-bit words
     """Ten rounds of Philox4x32. Products of two 32-bit words wrap in int64 to the same 64 bits that uint64 has."""
     c0, c1, c2, c3 = counter
@@ -62,10 +62,10 @@ def _key(seed: int, stream: str) -> tuple[int, int]:
 def _words(index: Tensor, seed: int, step: int, stream: str) -> Words:
     low = torch.full((), step & _MASK, dtype=torch.int64, device=index.device)
     high = torch.full((), (step >> 32) & _MASK, dtype=torch.int64, device=index.device)
-    return philox4x32((index & _MASK, (index >> 32) & _MASK, low, high), _key(seed, stream))
+    return _words_of(index, low, high, *_key(seed, stream))
 
 
-def _words_of(index: Tensor, low: Tensor, high: Tensor, k0: Tensor, k1: Tensor) -> Words:
+def _words_of(index: Tensor, low: Tensor, high: Tensor, k0: int | Tensor, k1: int | Tensor) -> Words:
     return philox4x32((index & _MASK, (index >> 32) & _MASK, low, high), (k0, k1))
 
 

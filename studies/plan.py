@@ -46,7 +46,6 @@ class Trial:
     seed: int
     values: Point  # that the search chose
     overrides: tuple[str, ...]  # of the configuration, complete but for name and place
-    stage: tuple[int, int, int]  # what runs first has a lower one
 
     @property
     def name(self) -> str:
@@ -83,19 +82,16 @@ def plan(spec: StudySpec, outcomes: Outcomes) -> Plan:
     waiting = False
     budgets: dict[tuple[str, str, int], int] = {}
     best: dict[tuple[str, str, int], Point] = {}
-    for index, (model, model_spec) in enumerate(spec.models.items()):
+    for model, model_spec in spec.models.items():
         for arm in spec.arms_on(model):
             others = [horizon for horizon in spec.horizons(arm, model) if horizon != model_spec.tune_at]
-            order = sorted(model_spec.horizons)
             for horizon in (model_spec.tune_at, *others):
                 search = _search_for(spec, arm, model, horizon, best)
                 if search is None:
                     waiting = True
                     continue
                 conversation, budget = search
-                place = 0 if horizon == model_spec.tune_at else 1 + order.index(horizon)
-                stage = (index, place, 0)
-                found, tried = _converse(spec, arm, model, horizon, conversation, outcomes, stage)
+                found, tried = _converse(spec, arm, model, horizon, conversation, outcomes)
                 budgets[arm, model, horizon] = budget
                 _within_budget(spec, arm, model, horizon, tried, budget)
                 trials += tried
@@ -104,10 +100,8 @@ def plan(spec: StudySpec, outcomes: Outcomes) -> Plan:
                     continue
                 best[arm, model, horizon] = found.best
                 if horizon in spec.horizons(arm, model):
-                    stage = (index, 1 + order.index(horizon), 1)
                     trials += [
-                        _trial(spec, arm, "reporting", model, horizon, seed, found.best, stage)
-                        for seed in model_spec.seeds
+                        _trial(spec, arm, "reporting", model, horizon, seed, found.best) for seed in model_spec.seeds
                     ]
     for name, ablation in spec.ablations.items():
         for horizon in ablation.horizons:
@@ -117,7 +111,7 @@ def plan(spec: StudySpec, outcomes: Outcomes) -> Plan:
                 continue
             seeds = spec.models[ablation.model].seeds[: ablation.seeds]
             trials += [_ablation_trial(spec, name, ablation, horizon, seed, values) for seed in seeds]
-    ordered = sorted(trials, key=lambda trial: trial.stage)
+    ordered = sorted(trials, key=functools.partial(_place, spec))
     finished = not waiting and all(trial.name in outcomes for trial in ordered)
     return Plan(tuple(ordered), finished, budgets)
 
@@ -220,10 +214,10 @@ def _budget(spec: StudySpec, arm: str, model: str, horizon: int) -> int:
 
 
 def _converse(
-    spec: StudySpec, arm: str, model: str, horizon: int, search: Search, outcomes: Outcomes, stage: tuple[int, int, int]
+    spec: StudySpec, arm: str, model: str, horizon: int, search: Search, outcomes: Outcomes
 ) -> tuple[Replay, list[Trial]]:
     def trials_of(point: Point) -> list[Trial]:
-        return [_trial(spec, arm, "tuning", model, horizon, seed, point, stage) for seed in spec.tuning.seeds]
+        return [_trial(spec, arm, "tuning", model, horizon, seed, point) for seed in spec.tuning.seeds]
 
     def loss_of(point: Point) -> float | None:
         found = [outcomes.get(trial.name) for trial in trials_of(point)]
@@ -241,31 +235,30 @@ def _within_budget(spec: StudySpec, arm: str, model: str, horizon: int, tried: S
         )
 
 
-def _trial(
-    spec: StudySpec,
-    arm: str,
-    phase: Phase,
-    model: str,
-    horizon: int,
-    seed: int,
-    values: Point,
-    stage: tuple[int, int, int],
-) -> Trial:
+def _trial(spec: StudySpec, arm: str, phase: Phase, model: str, horizon: int, seed: int, values: Point) -> Trial:
     common = common_overrides(spec, spec.arms[arm], model)
     chosen = value_overrides(values, lambda: _composed(tuple(common)))
     overrides = (*common, *chosen, f"train.steps={horizon}", f"seed={seed}")
-    return Trial(arm, phase, model, horizon, seed, values, overrides, stage)
+    return Trial(arm, phase, model, horizon, seed, values, overrides)
 
 
 def _ablation_trial(
     spec: StudySpec, name: str, ablation: AblationSpec, horizon: int, seed: int, values: Point
 ) -> Trial:
     values = {**values, **ablation.values}
-    models = list(spec.models)
-    stage = (models.index(ablation.model), 1 + len(spec.models[ablation.model].horizons), 1)
-    like = _trial(spec, ablation.of, "reporting", ablation.model, horizon, seed, values, stage)
+    like = _trial(spec, ablation.of, "reporting", ablation.model, horizon, seed, values)
     overrides = (*_merged(like.overrides, ablation.overrides), *ablation.overrides)
-    return Trial(name, "reporting", ablation.model, horizon, seed, values, overrides, stage)
+    return Trial(name, "reporting", ablation.model, horizon, seed, values, overrides)
+
+
+def _place(spec: StudySpec, trial: Trial) -> tuple[int, float, bool]:
+    """What runs first has a lower one."""
+    horizon: float = trial.horizon
+    if trial.arm in spec.ablations:
+        horizon = math.inf
+    elif trial.phase == "tuning" and trial.horizon == spec.models[trial.model].tune_at:
+        horizon = 0
+    return list(spec.models).index(trial.model), horizon, trial.phase == "reporting"
 
 
 def _merged(overrides: Sequence[str], later: Sequence[str]) -> list[str]:

@@ -93,6 +93,7 @@ class Strategy(ABC):
         self.device = distributed.device
         self.bf16 = bf16
         self.compile_model = compile_model
+        self.compile_noise = None if compile_model else False  # as sophia.random takes it
 
     @abstractmethod
     def prepare(
@@ -157,8 +158,7 @@ class Strategy(ABC):
 
     def parameter_normals(self, seed: int, step: int) -> list[Tensor]:
         """Hutchinson's noise u ~ N(0, I) in the form of each parameter of the model."""
-        compile = None if self.compile_model else False
-        return [normals_like(p, seed, step, name, compile=compile) for name, p in self.parameters().items()]
+        return [normals_like(p, seed, step, name, compile=self.compile_noise) for name, p in self.parameters().items()]
 
     def normals(self, seed: int, step: int) -> list[Tensor]:
         """The same noise for each parameter, where the strategy shards this rank's part of it."""

@@ -305,9 +305,9 @@ class DeepSpeed(Strategy):
         self._engine.zero_grad()
 
     def normals(self, seed: int, step: int) -> list[Tensor]:
-        compile = None if self.compile_model else False
+        form = self.compile_noise
         return [
-            normals(seed, step, part.name, part.start, part.start + part.count, partition.device, compile=compile)
+            normals(seed, step, part.name, part.start, part.start + part.count, partition.device, compile=form)
             for part, partition in self._placed()
         ]
 
