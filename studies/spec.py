@@ -99,10 +99,14 @@ Space = Annotated[Annotated[Choices, Tag("values")] | Annotated[Range, Tag("rang
 
 
 class ArmSpec(Section):
-    """One arm: what it overrides, and the spaces of its hyper-parameters by configuration key."""
+    """One arm: what it overrides, and the spaces of its hyper-parameters by configuration key.
+
+    `horizons` keeps an arm to some of those that its models report, where a longer run is not worth its cost.
+    """
 
     overrides: tuple[str, ...]
     search: dict[Key, Space] = {}
+    horizons: tuple[PositiveInt, ...] = ()
 
 
 class AblationSpec(Section):
@@ -209,6 +213,19 @@ class StudySpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _arms_reported(self) -> Self:
+        for name, arm in self.arms.items():
+            where = f"arms.{name}.horizons={list(arm.horizons)}"
+            if arm.horizons and name == self.baseline:
+                raise ValueError(f"{where}: the baseline is needed wherever another arm is; leave it out")
+            for model in self.models:
+                if name in self.arms_on(model) and not self.horizons(name, model):
+                    raise ValueError(
+                        f"{where}: {model} reports none of them; choose from its horizons, or leave {name} out of its arms"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _searches_fit(self) -> Self:
         method, seeds = self.tuning.method, len(self.tuning.seeds)
         if self.tuning.trials % seeds:
@@ -263,7 +280,8 @@ class StudySpec(Section):
             return ()
         spec = self.models[model]
         chosen = spec.horizons if arm == self.baseline else spec.arm_horizons or spec.horizons
-        return tuple(sorted(chosen))
+        kept = self.arms[arm].horizons
+        return tuple(sorted(horizon for horizon in chosen if not kept or horizon in kept))
 
 
 def load_spec(study: str | Path, directory: Path = STUDY_DIRECTORY) -> StudySpec:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from studies.plan import plan
+from studies.plan import expected_trials, plan
 from studies.spec import STUDY_DIRECTORY, load_spec, validate_spec
 from tests.studies.small import small
 from training.compose import compose
@@ -35,6 +35,8 @@ def change(values: dict[str, Any], path: str, value: Any) -> None:
         ("arms/adamw/search/optimizer.lr", {"values": [1e-3], "widen": True}, "at least two values"),
         ("arms/adamw/search/optimizer.lr", {"values": [1e-3, 2e-3], "start": 3e-3}, "start=0.003 is not among"),
         ("arms/adamw/search/optimizer.lr", {"low": 1.0, "high": 0.5}, "low=1.0 is not below high=0.5"),
+        ("arms/adamw/horizons", [50], r"arms.adamw.horizons=\[50\]: the baseline is needed"),
+        ("arms/sophiag/horizons", [100], r"arms.sophiag.horizons=\[100\]: gpt2_micro reports none of them"),
         ("ablations/sophiag_k1/of", "lion", "of=lion is no arm"),
         ("ablations/sophiag_k1/horizons", [25], r"sophiag has no runs of \[25\] steps"),
     ],
@@ -80,6 +82,20 @@ def test_the_baseline_runs_at_all_horizons_and_the_others_where_the_study_says()
     assert spec.horizons("adamw", "gpt2_nano") == (25, 50, 100)
     assert spec.horizons("sophiag", "gpt2_nano") == (50, 100)
     assert spec.arms_on("gpt2_micro")[0] == "adamw"
+
+
+def test_an_arm_may_keep_to_some_of_the_horizons() -> None:
+    values = small()
+    values["arms"]["sophiag"]["horizons"] = [50]
+    spec = validate_spec(values, "small.yaml")
+    assert spec.horizons("sophiag", "gpt2_nano") == (50,)
+    assert spec.horizons("adamw", "gpt2_nano") == (25, 50, 100)
+    trials = expected_trials(spec)
+    assert trials == {
+        key: count
+        for key, count in expected_trials(validate_spec(small(), "")).items()
+        if key[:3] != ("sophiag", "gpt2_nano", 100)
+    }
 
 
 def test_a_study_survives_being_written_out(tmp_path: Path) -> None:
