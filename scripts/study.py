@@ -8,6 +8,7 @@
     python scripts/study.py plan study=cpu_scale --speed gpt2_micro=26000 gpt2_mini=10500     and hours
     python scripts/study.py status study=cpu_scale              what is done
     python scripts/study.py times study=cpu_scale               reference times, on an idle machine
+    python scripts/study.py verify study=cpu_scale              a run of each arm again: is its record true?
     python scripts/study.py report study=cpu_scale              HTML, Markdown, JSON
     python scripts/study.py sweep study=cpu_scale               W&B sweep files
 
@@ -34,6 +35,7 @@ from studies.runner import Launch, run_study
 from studies.spec import StudySpec, load_spec
 from studies.sweeps import write_sweeps
 from studies.times import measure
+from studies.verify import unequal, verify
 from training.config import ConfigurationError
 from training.jobs import at_once, launch
 from training.records import RecordError
@@ -45,7 +47,7 @@ EXIT_INTERRUPTED = 75
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "plan", "status", "times", "report", "sweep"))
+    parser.add_argument("command", choices=("run", "plan", "status", "times", "verify", "report", "sweep"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="study=…, hydra/launcher=…, tracker=…")
     parser.add_argument("--hours", type=float, help="begin no trial after so long")
     parser.add_argument("--work", type=Path, default=Path("runs"), help="where runs are at work (default: runs)")
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--start", type=float, default=10.0, help="plan: seconds that a run takes to start and compile")
     options = parser.parse_args(arguments)
-    console = Console(stderr=options.command in ("run", "times"))
+    console = Console(stderr=options.command in ("run", "times", "verify"))
     try:
         study, launcher, extras = split(options.overrides)
         spec = load_spec(study)
@@ -78,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "times":
                 times = measure(spec, places, launching, tell=tell_to(console))
                 console.print(f"reference times ({times.source}) in {places.records}", highlight=False)
+            case "verify":
+                return verify_records(places, console)
             case "report":
                 return report(places, console)
             case "sweep":
@@ -134,6 +138,18 @@ def report(places: Places, console: Console) -> int:
     print_summary(results, console)
     console.print(f"report: {written.html}", highlight=False)
     return 0
+
+
+def verify_records(places: Places, console: Console) -> int:
+    """Runs of each arm made again; exit code 1 if one is not what its record says."""
+    results = verify(load_study([places.records]), places.work / "verify", places.records, tell=tell_to(console))
+    apart = unequal(results)
+    for line in apart:
+        console.print(line, highlight=False, soft_wrap=True)
+    if not apart:
+        most = max(one.difference for one in results)
+        console.print(f"{len(results)} runs are what their records say, to {most:.2g} nats", highlight=False)
+    return 1 if apart else 0
 
 
 def speeds_of(spec: StudySpec, given: Sequence[str]) -> dict[str, float]:

@@ -8,10 +8,11 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
-from training.compose import CONFIG_DIRECTORY, compose_dictionary, resolved, validate
+from training.compose import CONFIG_DIRECTORY, Primary, compose_dictionary, resolved, validate
 from training.config import ConfigurationError, RunConfig, RunHeldError, SlurmLauncherConfig
 from training.launch import EXIT_HELD, in_job, run_in_job, start_ranks
 from training.sweep import sweep
@@ -28,12 +29,12 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
             return _hydra(arguments)
-        overrides, config_name = _split_config_name([a for a in arguments if a not in SWEEP_FLAGS])
+        overrides, primary = split_primary([a for a in arguments if a not in SWEEP_FLAGS])
         if any(argument in SWEEP_FLAGS for argument in arguments):
-            return sweep(overrides, config_name)
-        config = validate(compose_dictionary(overrides, config_name))
+            return sweep(overrides, primary)
+        config = validate(compose_dictionary(overrides, primary))
         if isinstance(config.launcher, SlurmLauncherConfig) and not in_job():
-            return sweep(overrides, config_name)  # of one trial: the launcher belongs to Hydra's sweeps
+            return sweep(overrides, primary)  # of one trial: the launcher belongs to Hydra's sweeps
         return start(config)
     except (ConfigurationError, DataError) as error:
         return refuse(error)
@@ -62,26 +63,35 @@ def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def _split_config_name(arguments: Sequence[str]) -> tuple[list[str], str]:
-    """Hydra's --config-name NAME (or -cn) apart from the overrides; --config-dir DIR (or -cd) becomes one of them.
+def split_primary(arguments: Sequence[str]) -> tuple[list[str], Primary]:
+    """Hydra's --config-name NAME (-cn), --config-path DIR (-cp) and --config-dir DIR (-cd) apart from the overrides.
+
+    The primary file lies in the path (`configs` by default); the dir is one more place to look for it, and for choices of
+    groups.
 
     Raises:
-        ConfigurationError: another flag, which Hydra does not have.
+        ConfigurationError: another flag, which Hydra does not have; or no such file in the path.
     """
-    overrides, name = [], "config"
+    overrides, name, path, added = [], "config", CONFIG_DIRECTORY, None
     waiting = iter(arguments)
     for argument in waiting:
         flag, _, value = argument.partition("=")
         if flag in ("--config-name", "-cn"):
-            name = value or next(waiting, "config")
+            name = (value or next(waiting, "config")).removesuffix(".yaml")
+        elif flag in ("--config-path", "-cp"):
+            path = Path(value or next(waiting, ".")).absolute()
         elif flag in ("--config-dir", "-cd"):
-            directory = os.path.abspath(value or next(waiting, "."))
-            overrides.append(f"hydra.searchpath=['file://{directory}']")
+            added = Path(value or next(waiting, ".")).absolute()
+            overrides.append(f"hydra.searchpath=['file://{added}']")
         elif argument.startswith("-"):
             raise ConfigurationError(f"{argument}: no such flag; overrides are written key=value, see --help")
         else:
             overrides.append(argument)
-    return overrides, name
+    if path != CONFIG_DIRECTORY and not (path / f"{name}.yaml").is_file():
+        raise ConfigurationError(f"--config-path {path}: there is no {name}.yaml; give a directory that has one")
+    if added is not None and not (path / f"{name}.yaml").is_file() and (added / f"{name}.yaml").is_file():
+        path = added
+    return overrides, Primary(name, path)
 
 
 def _hydra(arguments: Sequence[str]) -> int:

@@ -8,11 +8,13 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import pydantic
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
+from hydra import version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -29,26 +31,45 @@ PLUGIN_MODULES = ("hydra._internal.core_plugins.", "hydra_plugins.")
 CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
 
 
-def compose(overrides: Sequence[str] = (), config_name: str = "config") -> RunConfig:
-    """The validated configuration of `configs/<config_name>.yaml` under Hydra overrides.
+class Primary(NamedTuple):
+    """The file that a configuration begins with: `<directory>/<name>.yaml`. Groups are found in it and in `configs`."""
+
+    name: str = "config"
+    directory: Path = CONFIG_DIRECTORY
+
+
+PROJECT = Primary()
+
+
+def compose(overrides: Sequence[str] = (), primary: Primary = PROJECT) -> RunConfig:
+    """The validated configuration of `configs/config.yaml`, or another file, under Hydra overrides.
 
     Raises:
         ConfigurationError: one line that names the key, the value and the remedy.
     """
-    return validate(compose_dictionary(overrides, config_name))
+    return validate(compose_dictionary(overrides, primary))
 
 
-def compose_dictionary(overrides: Sequence[str], config_name: str = "config") -> dict[str, Any]:
+def begin_hydra(primary: Primary = PROJECT) -> Hydra:
+    """A fresh Hydra that knows where configurations lie, as its global instance; `GlobalHydra.clear` ends it."""
+    GlobalHydra.instance().clear()
+    version.setbase("1.3")
+    path = create_config_search_path(str(primary.directory))
+    if primary.directory != CONFIG_DIRECTORY:
+        path.prepend("project", f"file://{CONFIG_DIRECTORY}", "schema")  # Hydra wants its schema to be the last
+    return Hydra.create_main_hydra2("sophia", path)
+
+
+def compose_dictionary(overrides: Sequence[str], primary: Primary = PROJECT) -> dict[str, Any]:
     """Hydra's composition as a plain, resolved dictionary, not yet validated.
 
     Raises:
         ConfigurationError: it cannot be composed, or it would have Hydra call what is none of its own plugins.
     """
     outer = GlobalHydra.instance().hydra  # inside a Hydra job (multirun) another Hydra is already initialised
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(CONFIG_DIRECTORY), version_base="1.3"):
-            config = hydra_compose(config_name, overrides=list(overrides), return_hydra_config=True)
+        begin_hydra(primary)
+        config = hydra_compose(primary.name, overrides=list(overrides), return_hydra_config=True)
         refuse_foreign_code(config)
         return resolved(config)
     except ConfigurationError:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from data.errors import DataError
-from training.compose import CONFIG_DIRECTORY, compose, compose_dictionary, refuse_foreign_code, resolved
+from training.compose import PROJECT, Primary, begin_hydra, compose, compose_dictionary, refuse_foreign_code, resolved
 from training.config import ConfigurationError
 from training.launch import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, in_job
 from training.secrets import redacted
@@ -21,14 +21,12 @@ from training.secrets import redacted
 _preempted = False  # a trial of this process was asked to stop: no other is begun
 
 
-def sweep(overrides: Sequence[str], config_name: str = "config") -> int:
+def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
     """Run every trial and wait for all. Returns the worst of the trials' exit codes.
 
     Raises:
         ConfigurationError: a trial cannot be run, or two trials are one run; nothing has been started.
     """
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from hydra.types import RunMode
@@ -37,14 +35,13 @@ def sweep(overrides: Sequence[str], config_name: str = "config") -> int:
         raise ConfigurationError(
             "-m under torchrun: every rank would run the whole sweep; use launcher.nproc_per_node=N instead"
         )
-    check_trials(trials(overrides, config_name), config_name)
-    GlobalHydra.instance().clear()
-    hydra = Hydra.create_main_hydra2("sophia", create_config_search_path(str(CONFIG_DIRECTORY)))
+    check_trials(trials(overrides, primary), primary)
+    hydra = begin_hydra(primary)
     try:
         refuse_foreign_code(
-            hydra.compose_config(config_name, list(overrides), RunMode.MULTIRUN, with_log_configuration=False)
+            hydra.compose_config(primary.name, list(overrides), RunMode.MULTIRUN, with_log_configuration=False)
         )
-        batches = hydra.multirun(config_name, run_trial, list(overrides), with_log_configuration=False)
+        batches = hydra.multirun(primary.name, run_trial, list(overrides), with_log_configuration=False)
     except ConfigurationError:
         raise
     except HydraException as error:
@@ -71,7 +68,7 @@ def _tell_held(held: Sequence[Sequence[str]], trials: int) -> None:
         )
 
 
-def trials(overrides: Sequence[str], config_name: str = "config") -> list[list[str]]:
+def trials(overrides: Sequence[str], primary: Primary = PROJECT) -> list[list[str]]:
     """The overrides of each trial, Hydra's own left out except for where configurations lie.
 
     Raises:
@@ -84,7 +81,7 @@ def trials(overrides: Sequence[str], config_name: str = "config") -> list[list[s
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException:
-        compose_dictionary(overrides, config_name)  # words the error
+        compose_dictionary(overrides, primary)  # words the error
         raise
     batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return [
@@ -94,11 +91,11 @@ def trials(overrides: Sequence[str], config_name: str = "config") -> list[list[s
     ]
 
 
-def check_trials(trials: Sequence[Sequence[str]], config_name: str = "config") -> None:
+def check_trials(trials: Sequence[Sequence[str]], primary: Primary = PROJECT) -> None:
     """Refuse a sweep before its first trial starts: a mistake in any of its trials, or two with one run directory."""
     named: dict[str, int] = {}
     for number, overrides in enumerate(trials):
-        name = compose(overrides, config_name).run_name
+        name = compose(overrides, primary).run_name
         if name in named:
             first = " ".join(o for o in trials[named[name]] if o not in overrides) or "the same values"
             second = " ".join(o for o in overrides if o not in trials[named[name]]) or "the same values"

@@ -1,7 +1,11 @@
 """Composition and validation: every choice composes, every mistake is one line that names key, value and remedy."""
 
-import pytest
+from pathlib import Path
 
+import pytest
+import yaml
+
+from training.command import main, split_primary
 from training.compose import CONFIG_DIRECTORY, compose, compose_dictionary, group_options
 from training.config import ConfigurationError, micro_batch_size, nearest_batches
 
@@ -142,3 +146,26 @@ def test_profile_true_is_short_for_its_section() -> None:
     assert not compose(["profile=false"]).profile.enabled
     with pytest.raises(ConfigurationError, match="profile"):
         compose(["profile=sometimes"])
+
+
+def test_a_run_is_made_again_from_the_configuration_on_record(tmp_path: Path) -> None:
+    """Hydra's --config-path: the file of a record stands for itself, whatever the defaults have become."""
+    before = compose(["optimizer=lion", "model=gpt2_nano", "seed=7", "optimizer.lr=3.0e-4"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(before.model_dump(mode="json")))
+    overrides, primary = split_primary(["--config-path", str(tmp_path), "output_dir=elsewhere"])
+    after = compose(overrides, primary)
+    assert after == before.model_copy(update={"output_dir": "elsewhere"})
+
+
+@pytest.mark.parametrize("flags", [["--config-dir={}", "-cn", "mine"], ["-cp", "{}", "--config-name=mine.yaml"]])
+def test_a_primary_file_of_ones_own_may_build_on_the_projects(tmp_path: Path, flags: list[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults:\n  - config\n  - override optimizer: lion\n  - _self_\nseed: 77\n")
+    overrides, primary = split_primary([flag.format(tmp_path) for flag in flags])
+    config = compose(overrides, primary)
+    assert (config.seed, config.optimizer.name) == (77, "lion")
+    assert compose().optimizer.name == "sophiag", "the next composition is the project's again"
+
+
+def test_a_path_without_the_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config-path", str(tmp_path)]) == 2
+    assert f"--config-path {tmp_path}: there is no config.yaml" in capsys.readouterr().err

@@ -1,0 +1,156 @@
+"""Records put to the proof: a run of every arm once more from its committed configuration, curve held against curve."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from analysis.trials import Study, Trial
+from training.records import RecordError, RunRecord, json_line, write_atomically
+
+VERIFICATION_FILE = "verification.json"
+TOLERANCE = 1e-3  # nats, on a machine of the same type
+
+_TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far a run made again is from its record."""
+
+    run: str  # the record's directory, relative to the study
+    arm: str
+    model: str
+    steps: int
+    seed: int
+    lines: int  # of evaluation and training, in both
+    difference: (
+        float  # nats, the largest between losses of one kind and step; infinite where one run alone has a finite one
+    )
+    recorded_on: str
+    made_again_on: str
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= TOLERANCE
+
+
+def chosen(study: Study) -> list[Trial]:
+    """One reported run of each arm on each model: of the shortest horizon, the first seed, completed if any is."""
+    reported = [trial for trial in study.reporting if trial.run is not None and study.arms[trial.arm].role == "arm"]
+    first: dict[tuple[str, str], Trial] = {}
+    for trial in sorted(reported, key=lambda one: (one.status != "completed", one.horizon, one.seed)):
+        first.setdefault((trial.arm, trial.model), trial)
+    return [first[key] for key in dict.fromkeys((trial.arm, trial.model) for trial in reported)]
+
+
+def verify(study: Study, work: Path, records: Path, *, tell: Callable[[str], None] = print) -> list[Verification]:
+    """Run `chosen` again, as many side by side as the cores allow at the recorded number of threads, and compare.
+
+    The result is also written to `verification.json` beside the study's index.
+
+    Args:
+        study: with its records.
+        work: where the runs are made.
+        records: the study's directory of records.
+
+    Raises:
+        RuntimeError: a run failed; its log is named.
+        ValueError: nothing has been reported yet.
+    """
+    trials = chosen(study)
+    if not trials:
+        raise ValueError(f"{study.name}: no reported run is on record; run the study first")
+    threads = max(_threads(trial) for trial in trials)
+    together = max(1, (os.cpu_count() or 1) // threads)
+
+    def once_more(trial: Trial) -> Verification:
+        tell(f"{trial.arm} on {trial.model}, {trial.horizon:,} steps, seed {trial.seed}: begins")
+        found = compare(trial, _run_again(trial, work), records)
+        tell(f"{trial.arm} on {trial.model}: {found.difference:.2g} nats at most between {found.lines} lines")
+        return found
+
+    with ThreadPoolExecutor(together) as pool:
+        results = list(pool.map(once_more, trials))
+    lines = ",\n".join(f" {json_line(asdict(result))}" for result in results)
+    write_atomically(records / VERIFICATION_FILE, f"[\n{lines}\n]\n")
+    return results
+
+
+def compare(trial: Trial, again: Path, records: Path) -> Verification:
+    """A recorded trial against a run made again.
+
+    Raises:
+        RecordError: they have no line in common.
+    """
+    assert trial.run is not None
+    before, after = trial.run.record, RunRecord.open(again)
+    recorded, repeated = _losses(before), _losses(after)
+    common = sorted(recorded.keys() & repeated.keys())
+    if not common:
+        raise RecordError(f"{again} and {before.directory} have no step in common; compare runs of one configuration")
+    return Verification(
+        run=os.path.relpath(before.directory, records),
+        arm=trial.arm,
+        model=trial.model,
+        steps=trial.horizon,
+        seed=trial.seed,
+        lines=len(common),
+        difference=max(_distance(recorded[key], repeated[key]) for key in common),
+        recorded_on=_machine(before),
+        made_again_on=_machine(after),
+    )
+
+
+def unequal(results: Sequence[Verification]) -> list[str]:
+    """A sentence for each run that differs by more than the tolerance."""
+    return [
+        f"{one.run}: {one.difference:.2g} nats from its record, more than {TOLERANCE:g}"
+        + ("" if one.recorded_on == one.made_again_on else f" (recorded on {one.recorded_on}, now {one.made_again_on})")
+        for one in results
+        if not one.holds
+    ]
+
+
+def _run_again(trial: Trial, work: Path) -> Path:
+    target, log = work / trial.directory.name, work / f"{trial.directory.name}.log"
+    work.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(_TRAIN), "--config-path", str(trial.directory.absolute())]
+    command += [f"output_dir={work.absolute()}", "overwrite=true", "tracker.name=none"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(_threads(trial))}
+    with log.open("w") as file:
+        code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    if not (target / "summary.json").is_file():
+        raise RuntimeError(f"{trial.directory.name} failed with exit code {code}, see {log}")
+    return target
+
+
+def _threads(trial: Trial) -> int:
+    assert trial.run is not None
+    return int(trial.run.record.environment.get("hardware", {}).get("threads") or 1)
+
+
+def _machine(record: RunRecord) -> str:
+    hardware = record.environment.get("hardware", {})
+    return (
+        f"{hardware.get('gpu') or hardware.get('cpu') or 'an unknown machine'}, threads {hardware.get('threads', '?')}"
+    )
+
+
+def _losses(record: RunRecord) -> dict[tuple[str, int], float]:
+    losses: dict[tuple[str, int], float] = {}
+    for line in record.metrics("eval", "train"):
+        loss = line.get("val_loss" if line["kind"] == "eval" else "loss")
+        losses[str(line["kind"]), int(line["step"])] = math.nan if loss is None else float(loss)
+    return losses
+
+
+def _distance(one: float, other: float) -> float:
+    """Between two losses; runs that are not finite at the same place agree."""
+    if math.isfinite(one) != math.isfinite(other):
+        return math.inf
+    return abs(one - other) if math.isfinite(one) else 0.0
