@@ -71,8 +71,8 @@ class Plan:
 def plan(spec: StudySpec, outcomes: Outcomes) -> Plan:
     """The study's trials, as far as its searches have got.
 
-    One model after the other; on each the searches at `tune_at`, then horizon by horizon, the shortest first, so that a study
-    that is broken off has whole horizons to show, then ablations.
+    One model after the other; on each the searches at `tune_at`, then horizon by horizon, the shortest first, and on each
+    arm by arm, so that a study that is broken off has whole horizons and whole arms to show; then ablations.
 
     Args:
         spec: the study.
@@ -251,14 +251,14 @@ def _ablation_trial(
     return Trial(name, "reporting", ablation.model, horizon, seed, values, overrides)
 
 
-def _place(spec: StudySpec, trial: Trial) -> tuple[int, float, bool]:
+def _place(spec: StudySpec, trial: Trial) -> tuple[int, float, int, bool]:
     """What runs first has a lower one."""
-    horizon: float = trial.horizon
+    model = list(spec.models).index(trial.model)
     if trial.arm in spec.ablations:
-        horizon = math.inf
-    elif trial.phase == "tuning" and trial.horizon == spec.models[trial.model].tune_at:
-        horizon = 0
-    return list(spec.models).index(trial.model), horizon, trial.phase == "reporting"
+        return model, math.inf, 0, True
+    tuning = trial.phase == "tuning"
+    search = tuning and trial.horizon == spec.models[trial.model].tune_at
+    return model, 0 if search else trial.horizon, spec.arms_on(trial.model).index(trial.arm), not tuning
 
 
 def _merged(overrides: Sequence[str], later: Sequence[str]) -> list[str]:

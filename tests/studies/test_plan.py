@@ -50,23 +50,29 @@ def test_at_first_only_the_searches_can_begin(spec: StudySpec) -> None:
     assert not first.finished
 
 
-def test_models_follow_one_another_and_on_each_the_short_horizons_come_first(finished: Plan) -> None:
+def test_models_follow_one_another_and_on_each_the_short_horizons_come_first_arm_by_arm(finished: Plan) -> None:
     places = []
     for trial in finished.trials:
-        place = (trial.model, trial.arm.startswith("sophiag_"), trial.horizon, trial.phase)
+        search = trial.phase == "tuning" and trial.horizon == 50
+        arm = "any" if search or trial.arm.startswith("sophiag_") else trial.arm
+        place = (trial.model, trial.arm.startswith("sophiag_"), trial.horizon, arm, trial.phase)
         if place not in places:
             places.append(place)
     nano, micro = "gpt2_nano", "gpt2_micro"
     assert places == [
-        (nano, False, 50, "tuning"),
-        (nano, False, 25, "tuning"),
-        (nano, False, 25, "reporting"),
-        (nano, False, 50, "reporting"),
-        (nano, False, 100, "tuning"),
-        (nano, False, 100, "reporting"),
-        (nano, True, 50, "reporting"),
-        (micro, False, 50, "tuning"),
-        (micro, False, 50, "reporting"),
+        (nano, False, 50, "any", "tuning"),
+        (nano, False, 25, "adamw", "tuning"),
+        (nano, False, 25, "adamw", "reporting"),
+        (nano, False, 50, "adamw", "reporting"),
+        (nano, False, 50, "sophiag", "reporting"),
+        (nano, False, 100, "adamw", "tuning"),
+        (nano, False, 100, "adamw", "reporting"),
+        (nano, False, 100, "sophiag", "tuning"),
+        (nano, False, 100, "sophiag", "reporting"),
+        (nano, True, 50, "any", "reporting"),
+        (micro, False, 50, "any", "tuning"),
+        (micro, False, 50, "adamw", "reporting"),
+        (micro, False, 50, "sophiag", "reporting"),
     ]
 
 
