@@ -171,13 +171,15 @@ def speeds_of(spec: StudySpec, given: Sequence[str]) -> dict[str, float]:
 
 def plan_table(spec: StudySpec, speeds: Mapping[str, float], start_seconds: float) -> Table:
     """Trials, steps and tokens of each arm and model, at most; hours where a speed is given."""
-    table = Table(title=f"{spec.name}: at most", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("model", "arm", "tuning trials", "reported runs", "steps", "tokens", "hours"):
-        table.add_column(column, justify="left" if column in ("model", "arm") else "right")
+    table = _table(f"{spec.name}: at most", "model", "arm")
+    columns = ["tuning trials", "reported runs", "steps", "M tokens", *(["hours"] if speeds else [])]
+    for column in columns:
+        table.add_column(column, justify="right")
     planned = costs(spec, speeds, start_seconds)
     for (model, arm), cost in planned.items():
-        numbers = str(cost.tuning), str(cost.reporting), f"{cost.steps:,}", f"{cost.tokens:.3g}"
-        table.add_row(model, arm, *numbers, "" if cost.seconds is None else f"{cost.seconds / 3600:.2f}")
+        hours = [] if not speeds else ["" if cost.seconds is None else f"{cost.seconds / 3600:,.2f}"]
+        numbers = str(cost.tuning), str(cost.reporting), f"{cost.steps:,}", f"{cost.tokens / 1e6:,.1f}"
+        table.add_row(model, arm, *numbers, *hours)
     trials = sum(cost.tuning + cost.reporting for cost in planned.values())
     table.caption = f"{trials:,} trials, {sum(cost.tokens for cost in planned.values()):.3g} tokens"
     known = [cost.seconds for cost in planned.values() if cost.seconds is not None]
@@ -191,9 +193,11 @@ def plan_table(spec: StudySpec, speeds: Mapping[str, float], start_seconds: floa
 def status_table(spec: StudySpec, places: Places) -> Table:
     """How far each cell has got."""
     known = outcomes(places)
-    table = Table(title=f"{spec.name} in {places.records}", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("model", "arm", "steps", "phase", "done", "of at most", "diverged"):
-        table.add_column(column, justify="left" if column in ("model", "arm", "phase") else "right")
+    table = _table(f"{spec.name} in {places.records}", "model", "arm")
+    table.add_column("steps", justify="right")
+    table.add_column("phase", no_wrap=True)
+    for column in ("done", "of at most", "diverged"):
+        table.add_column(column, justify="right")
     done: dict[tuple[str, str, int, str], list[str]] = {}
     for trial in plan(spec, known).trials:
         if trial.name in known:
@@ -212,6 +216,14 @@ def status_table(spec: StudySpec, places: Places) -> Table:
             str(lost) if lost else "",
             style="green" if len(ended) == count else None,
         )
+    return table
+
+
+def _table(title: str, *names: str) -> Table:
+    """Columns of names first; where the terminal is narrow, it is not these that are cut."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=True)
     return table
 
 

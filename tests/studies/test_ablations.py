@@ -21,11 +21,12 @@ from training.compose import compose
 
 
 def cut_down() -> StudySpec:
-    """The study's own ablations, horizons and seeds with its two arms and a search of one trial."""
+    """The study's own ablations, horizons and seeds with the arms that they vary and a search of one trial."""
     values: dict[str, Any] = yaml.safe_load((STUDY_DIRECTORY / "cpu_scale.yaml").read_text())
     models = {ablation["model"] for ablation in values["ablations"].values()}
     values["models"] = {name: model for name, model in values["models"].items() if name in models}
-    values["arms"] = {name: arm for name, arm in values["arms"].items() if name in ("adamw", "sophiag")}
+    varied = {ablation["of"] for ablation in values["ablations"].values()}
+    values["arms"] = {name: arm for name, arm in values["arms"].items() if name in {values["baseline"], *varied}}
     for model in values["models"].values():
         model.pop("arms", None)
     values["tuning"] |= {"seeds": [1000], "trials": 1, "retune": {"keys": ["optimizer.lr"], "trials": 1}}
