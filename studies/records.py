@@ -9,7 +9,7 @@ results/<study>/study.yaml             the study as it was run
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,16 +122,18 @@ def write_spec(spec: StudySpec, known: Mapping[str, Outcome], places: Places) ->
     """study.yaml: the study as it is run.
 
     Raises:
-        ConfigurationError: reported runs are on record and the seeds or the level were changed since.
+        ConfigurationError: reported runs are on record, and the seeds or the level were changed since, or some of these
+            runs left out.
     """
     path = places.records / SPEC_FILE
     if path.is_file():
         before = load_spec(path)
-        reported = any(trial.phase == "reporting" and trial.name in known for trial in plan(before, known).trials)
-        changed = _changed_after_looking(before, spec)
+        trials = plan(before, known).trials
+        reported = [(t.arm, t.model, t.horizon) for t in trials if t.phase == "reporting" and t.name in known]
+        changed = _changed_after_looking(before, spec) or _left_out(reported, spec)
         if reported and changed:
             raise ConfigurationError(
-                f"{spec.name}: {changed} after reported runs were seen; the number of seeds is fixed beforehand. "
+                f"{spec.name}: {changed} after reported runs were seen; what is reported is fixed beforehand. "
                 f"Restore it as in {path}, or begin a study of another name"
             )
     places.records.mkdir(parents=True, exist_ok=True)
@@ -148,6 +150,13 @@ def _changed_after_looking(before: StudySpec, after: StudySpec) -> str:
     if after.level != before.level:
         return f"level went from {before.level:g} to {after.level:g}"
     return "" if after.baseline == before.baseline else f"baseline went from {before.baseline} to {after.baseline}"
+
+
+def _left_out(reported: Iterable[tuple[str, str, int]], after: StudySpec) -> str:
+    """The first cell with runs on record that a study no longer reports, in words."""
+    kept = {(arm, model, horizon) for arm, model, horizon, phase in expected_trials(after) if phase == "reporting"}
+    gone = next((cell for cell in reported if cell not in kept), None)
+    return "" if gone is None else f"{gone[0]} on {gone[1]} at {gone[2]:,} steps was left out"
 
 
 def _head(spec: StudySpec, plan: Plan) -> dict[str, Any]:

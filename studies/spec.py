@@ -12,8 +12,8 @@
     ablations:
       sophiag_k1: {of: sophiag, overrides: [optimizer.hessian_interval=1], model: gpt2_nano, horizons: [200]}
 
-The number of reporting seeds and every arm's budget stand here, are the same for all arms, and are not changed after
-looking.
+The number of reporting seeds and every arm's budget stand here and are the same for all arms. After a reported run was
+seen, `study.py run` refuses other seeds, and a file that leaves out what has been reported.
 """
 
 import itertools
@@ -218,6 +218,13 @@ class StudySpec(Section):
             where = f"arms.{name}.horizons={list(arm.horizons)}"
             if arm.horizons and name == self.baseline:
                 raise ValueError(f"{where}: the baseline is needed wherever another arm is; leave it out")
+            on = [model for model in self.models if name in self.arms_on(model)]
+            choices = sorted(
+                {h for model in on for h in self.models[model].arm_horizons or self.models[model].horizons}
+            )
+            unknown = [horizon for horizon in arm.horizons if horizon not in choices]
+            if unknown:
+                raise ValueError(f"{where}: no model of {name} reports {unknown}; choose from {choices}")
             for model in self.models:
                 if name in self.arms_on(model) and not self.horizons(name, model):
                     raise ValueError(

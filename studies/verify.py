@@ -28,9 +28,9 @@ class Verification:
     steps: int
     seed: int
     lines: int  # of evaluation and training, in both
-    difference: (
-        float  # nats, the largest between losses of one kind and step; infinite where one run alone has a finite one
-    )
+    # nats, the largest between losses of one kind and step; infinite where one run alone has a finite one, has the line at
+    # all, or ended as it did
+    difference: float
     recorded_on: str
     made_again_on: str
 
@@ -59,30 +59,36 @@ def verify(study: Study, work: Path, records: Path, *, tell: Callable[[str], Non
         records: the study's directory of records.
 
     Raises:
-        RuntimeError: a run failed; its log is named.
+        RuntimeError: runs failed; their logs are named, and what the others have shown is written.
         ValueError: nothing has been reported yet.
     """
     trials = chosen(study)
     if not trials:
         raise ValueError(f"{study.name}: no reported run is on record; run the study first")
-    threads = max(_threads(trial) for trial in trials)
-    together = max(1, (os.cpu_count() or 1) // threads)
+    failures: list[str] = []
 
-    def once_more(trial: Trial) -> Verification:
+    def once_more(trial: Trial) -> Verification | None:
         tell(f"{trial.arm} on {trial.model}, {trial.horizon:,} steps, seed {trial.seed}: begins")
-        found = compare(trial, _run_again(trial, work), records)
+        try:
+            found = compare(trial, _run_again(trial, work), records)
+        except (RecordError, RuntimeError) as error:
+            failures.append(str(error))
+            return None
         tell(f"{trial.arm} on {trial.model}: {found.difference:.2g} nats at most between {found.lines} lines")
         return found
 
-    with ThreadPoolExecutor(together) as pool:
-        results = list(pool.map(once_more, trials))
-    lines = ",\n".join(f" {json_line(asdict(result))}" for result in results)
-    write_atomically(records / VERIFICATION_FILE, f"[\n{lines}\n]\n")
+    with ThreadPoolExecutor(_together(trials)) as pool:
+        results = [found for found in pool.map(once_more, trials) if found is not None]
+    if results:
+        lines = ",\n".join(f" {json_line(asdict(result) | {'holds': result.holds})}" for result in results)
+        write_atomically(records / VERIFICATION_FILE, f"[\n{lines}\n]\n")
+    if failures:
+        raise RuntimeError("; ".join(failures))
     return results
 
 
 def compare(trial: Trial, again: Path, records: Path) -> Verification:
-    """A recorded trial against a run made again.
+    """A recorded trial against a run made again. The record may have been thinned, the run made again has every line.
 
     Raises:
         RecordError: they have no line in common.
@@ -93,6 +99,7 @@ def compare(trial: Trial, again: Path, records: Path) -> Verification:
     common = sorted(recorded.keys() & repeated.keys())
     if not common:
         raise RecordError(f"{again} and {before.directory} have no step in common; compare runs of one configuration")
+    same_end = len(common) == len(recorded) and _status(before) == _status(after)
     return Verification(
         run=os.path.relpath(before.directory, records),
         arm=trial.arm,
@@ -100,7 +107,7 @@ def compare(trial: Trial, again: Path, records: Path) -> Verification:
         steps=trial.horizon,
         seed=trial.seed,
         lines=len(common),
-        difference=max(_distance(recorded[key], repeated[key]) for key in common),
+        difference=max(_distance(recorded[key], repeated[key]) for key in common) if same_end else math.inf,
         recorded_on=_machine(before),
         made_again_on=_machine(after),
     )
@@ -119,6 +126,7 @@ def unequal(results: Sequence[Verification]) -> list[str]:
 def _run_again(trial: Trial, work: Path) -> Path:
     target, log = work / trial.directory.name, work / f"{trial.directory.name}.log"
     work.mkdir(parents=True, exist_ok=True)
+    (target / "summary.json").unlink(missing_ok=True)  # an earlier call's would vouch for a run that never began
     command = [sys.executable, str(_TRAIN), "--config-path", str(trial.directory.absolute())]
     command += [f"output_dir={work.absolute()}", "overwrite=true", "tracker.name=none"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(_threads(trial))}
@@ -129,9 +137,25 @@ def _run_again(trial: Trial, work: Path) -> Path:
     return target
 
 
+def _together(trials: Sequence[Trial]) -> int:
+    """How many of the runs fit side by side: by cores, and one at a time where there is an accelerator."""
+    environments = [trial.run.record.environment for trial in trials if trial.run is not None]
+    if any(environment.get("hardware", {}).get("gpu") for environment in environments):
+        return 1
+    cores = max(
+        _threads(trial) * int(environment.get("world_size") or 1)
+        for trial, environment in zip(trials, environments, strict=True)
+    )
+    return max(1, (os.cpu_count() or 1) // cores)
+
+
 def _threads(trial: Trial) -> int:
     assert trial.run is not None
     return int(trial.run.record.environment.get("hardware", {}).get("threads") or 1)
+
+
+def _status(record: RunRecord) -> str:
+    return str((record.summary or {}).get("status", "unfinished"))
 
 
 def _machine(record: RunRecord) -> str:

@@ -87,10 +87,10 @@ def split_primary(arguments: Sequence[str]) -> tuple[list[str], Primary]:
             raise ConfigurationError(f"{argument}: no such flag; overrides are written key=value, see --help")
         else:
             overrides.append(argument)
-    if path != CONFIG_DIRECTORY and not (path / f"{name}.yaml").is_file():
-        raise ConfigurationError(f"--config-path {path}: there is no {name}.yaml; give a directory that has one")
     if added is not None and not (path / f"{name}.yaml").is_file() and (added / f"{name}.yaml").is_file():
         path = added
+    if path != CONFIG_DIRECTORY and not (path / f"{name}.yaml").is_file():
+        raise ConfigurationError(f"--config-path {path}: there is no {name}.yaml; give a directory that has one")
     return overrides, Primary(name, path)
 
 
@@ -99,8 +99,9 @@ def _hydra(arguments: Sequence[str]) -> int:
     import hydra
     from omegaconf import DictConfig
 
-    if any("hydra." in argument for argument in arguments):
-        compose_dictionary([argument for argument in arguments if "=" in argument and not argument.startswith("-")])
+    primary = _refuse_what_hydra_would_call(arguments)
+    if primary.directory != CONFIG_DIRECTORY:
+        arguments = [*arguments, "--config-path", str(primary.directory)]  # Hydra's own is relative to this module
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name="config")
     def job(config: DictConfig) -> int:
@@ -113,6 +114,19 @@ def _hydra(arguments: Sequence[str]) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def _refuse_what_hydra_would_call(arguments: Sequence[str]) -> Primary:
+    """The file that the arguments begin with, its composition checked where it, or the overrides, may name code."""
+    flags = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
+    kept: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument.partition("=")[0] in flags or before in flags or ("=" in argument and not argument.startswith("-")):
+            kept.append(argument)
+    overrides, primary = split_primary(kept)
+    if any(argument.startswith("-") or "hydra." in argument for argument in kept):
+        compose_dictionary(overrides, primary)
+    return primary
 
 
 def run_job(values: dict[str, Any]) -> int:

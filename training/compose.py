@@ -24,10 +24,19 @@ from pydantic import BaseModel
 from training.config import ConfigurationError, RunConfig
 from training.secrets import redacted, secret_in
 
-RECORD = "config.yaml"
+RECORD, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 # Hydra's own, and those of its plugin packages (joblib, submitit): nothing else may be made of a configuration.
 PLUGIN_SECTIONS = ("hydra.launcher", "hydra.sweeper")
 PLUGIN_MODULES = ("hydra._internal.core_plugins.", "hydra_plugins.")
+# What configs/config.yaml sets of Hydra's, for a record, which has nothing of the kind: it writes no files of its own.
+QUIET = (
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+    "hydra.output_subdir=null",
+    "hydra.run.dir=.",
+    "hydra.sweep.dir=${output_dir}",
+    "hydra.sweep.subdir=.",
+)
 CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -36,6 +45,15 @@ class Primary(NamedTuple):
 
     name: str = "config"
     directory: Path = CONFIG_DIRECTORY
+
+    @property
+    def file(self) -> Path:
+        return self.directory / f"{self.name}.yaml"
+
+    @property
+    def is_record(self) -> bool:
+        """Whether it is the configuration that a run has left: every value resolved, and no defaults list."""
+        return self.file.name == RECORD and (self.directory / ENVIRONMENT_FILE).is_file()
 
 
 PROJECT = Primary()
@@ -69,16 +87,46 @@ def compose_dictionary(overrides: Sequence[str], primary: Primary = PROJECT) -> 
     outer = GlobalHydra.instance().hydra  # inside a Hydra job (multirun) another Hydra is already initialised
     try:
         begin_hydra(primary)
-        config = hydra_compose(primary.name, overrides=list(overrides), return_hydra_config=True)
+        config = hydra_compose(primary.name, overrides=made_again(primary, overrides), return_hydra_config=True)
         refuse_foreign_code(config)
-        return resolved(config)
+        values = resolved(config)
+        return _launched_here(values) if primary.is_record else values
     except ConfigurationError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's, of model=null
-        raise ConfigurationError(redacted(reword_composition_error(error, overrides))) from error
+        raise ConfigurationError(redacted(reword_composition_error(error, overrides, primary))) from error
+    except RecursionError:
+        raise ConfigurationError(
+            f"{primary.file}: its defaults list leads back to itself; give the file another name than that on which it builds"
+        ) from None
     finally:
         GlobalHydra.instance().clear()
         GlobalHydra.instance().hydra = outer
+
+
+def made_again(primary: Primary, overrides: Sequence[str]) -> list[str]:
+    """The overrides that a configuration is composed under: a record's run begins at step 0 and replaces nothing.
+
+    Raises:
+        ConfigurationError: another seed for a record, which holds the seeds that follow from its own.
+    """
+    if not primary.is_record:
+        return list(overrides)
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    if "seed" in keys and not {"seeds.model", "seeds.data", "seeds.curvature"} <= {*keys}:
+        raise ConfigurationError(
+            f"seed: {primary.file} holds the seeds that followed from its own, so that another would change the label alone; "
+            "give seeds.model=, seeds.data= and seeds.curvature= too"
+        )
+    return ["resume=auto", "overwrite=false", *QUIET, *overrides]
+
+
+def _launched_here(values: dict[str, Any]) -> dict[str, Any]:
+    """A record's values with its ranks started on this machine: SLURM's launcher is Hydra's, of which a record has none."""
+    launcher = values.get("launcher")
+    if isinstance(launcher, Mapping) and launcher.get("name") not in ("local", "joblib"):
+        values["launcher"] = {"name": "local", "nproc_per_node": launcher.get("nproc_per_node", 1)}
+    return values
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
@@ -145,7 +193,7 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def reword_composition_error(error: Exception, overrides: Iterable[str]) -> str:
+def reword_composition_error(error: Exception, overrides: Iterable[str], primary: Primary = PROJECT) -> str:
     """One line for Hydra's composition errors."""
     text = str(error)
     chain = f"{text}\n{error.__cause__ or ''}"
@@ -155,6 +203,11 @@ def reword_composition_error(error: Exception, overrides: Iterable[str]) -> str:
         return f"{group}={choice}: there is no such choice{did_you_mean(choice, options)}; choose one of {', '.join(options)}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
+        if re.search(r"No match in the defaults list", text) and key in config_groups():
+            return (
+                f"{key}: {primary.file} chooses from no configuration groups, it holds values; set single keys, {key}.<key>=..., "
+                "or begin with another file"
+            )
         if re.search(r"No match in the defaults list", text):
             return f"{key}: there is no such configuration group; choose one of {', '.join(config_groups())}"
         return f"{key}: unknown key{did_you_mean_key(key)}"

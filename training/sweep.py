@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from data.errors import DataError
-from training.compose import PROJECT, Primary, begin_hydra, compose, compose_dictionary, refuse_foreign_code, resolved
+from training.compose import (
+    PROJECT,
+    Primary,
+    begin_hydra,
+    compose,
+    compose_dictionary,
+    made_again,
+    refuse_foreign_code,
+    resolved,
+)
 from training.config import ConfigurationError
 from training.launch import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, in_job
 from training.secrets import redacted
@@ -35,6 +44,7 @@ def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
         raise ConfigurationError(
             "-m under torchrun: every rank would run the whole sweep; use launcher.nproc_per_node=N instead"
         )
+    overrides = made_again(primary, overrides)
     check_trials(trials(overrides, primary), primary)
     hydra = begin_hydra(primary)
     try:

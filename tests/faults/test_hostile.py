@@ -108,12 +108,14 @@ FOREIGN = {
     "sweeper": ["hydra.sweeper._target_=os.mkdir", "+hydra.sweeper.path={place}"],
     "logging": ["+hydra.job_logging.handlers.x.class=os.mkdir", "+hydra.job_logging.handlers.x.path={place}"],
     "file": ["--config-dir={files}", "experiment=evil"],
+    "primary": ["--config-path", "{files}", "-cn", "evil"],
+    "added primary": ["--config-dir={files}", "--config-name=evil"],
 }
 
 
 @pytest.mark.parametrize(
     ("mode", "foreign"),
-    [(mode, foreign) for mode in ("-m", "--help", "") for foreign in FOREIGN if (mode, foreign) != ("--help", "file")],
+    [(mode, foreign) for mode in ("-m", "--help", "") for foreign in FOREIGN],
 )
 def test_no_configuration_has_hydra_call_anything_but_its_own_plugins(
     mode: str, foreign: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -122,6 +124,7 @@ def test_no_configuration_has_hydra_call_anything_but_its_own_plugins(
     (tmp_path / "experiment").mkdir()
     evil = {"hydra": {"callbacks": {"x": {"_target_": "os.mkdir", "path": str(place)}}}}
     (tmp_path / "experiment" / "evil.yaml").write_text("# @package _global_\n" + json.dumps(evil))
+    (tmp_path / "evil.yaml").write_text(json.dumps({"defaults": ["config", "_self_"], **evil}))
     given = [part.format(place=place, files=tmp_path) for part in FOREIGN[foreign]]
     missing = ["data=text", f"data.paths=[{tmp_path}/none.txt]", f"output_dir={tmp_path}/runs"]
     assert main([*filter(None, [mode]), *missing, *given]) == 2

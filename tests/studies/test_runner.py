@@ -154,6 +154,17 @@ def test_seeds_cannot_change_after_reported_runs_were_seen(spec: StudySpec, plac
         run_study(validate_spec(values, "small.yaml"), places, FakeMachine(), tell=silent)
 
 
+def test_what_was_reported_cannot_be_left_out_afterwards(spec: StudySpec, places: Places) -> None:
+    run_study(spec, places, FakeMachine(), tell=silent)
+    values = small()
+    horizon = spec.horizons("sophiag", "gpt2_nano")[-1]
+    values["arms"]["sophiag"]["horizons"] = list(spec.horizons("sophiag", "gpt2_nano")[:-1])
+    with pytest.raises(
+        ConfigurationError, match=f"sophiag on gpt2_nano at {horizon:,} steps was left out after reported"
+    ):
+        run_study(validate_spec(values, "small.yaml"), places, FakeMachine(), tell=silent)
+
+
 def test_seeds_can_change_before_any_reported_run(spec: StudySpec, places: Places) -> None:
     run_study(spec, places, FakeMachine(stop_after=2), tell=silent)
     values = small()

@@ -4,13 +4,13 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from analysis.records import load_run
-from analysis.trials import Trial
-from studies.verify import TOLERANCE, compare, unequal
+from analysis.trials import Study, Trial
+from studies.verify import TOLERANCE, compare, unequal, verify
 from training.records import RecordError
 
 
@@ -55,6 +55,39 @@ def test_a_loss_that_is_not_finite_agrees_with_its_like_alone(tmp_path: Path) ->
     finite = compare(kept, record(tmp_path / "finite", {4: 2.0, 8: 1.0}), tmp_path)
     assert finite.difference == math.inf
     assert unequal([finite])
+
+
+@pytest.mark.parametrize("end", ["preempted", "completed"])
+def test_a_run_that_ended_early_does_not_vouch_for_the_rest(tmp_path: Path, end: str) -> None:
+    kept = trial(record(tmp_path / "kept", {4: 2.0, 8: 1.0}))
+    short = record(tmp_path / "short", {4: 2.0})
+    (short / "summary.json").write_text(json.dumps({"status": end, "final_val_loss": 2.0}))
+    found = compare(kept, short, tmp_path)
+    assert (found.lines, found.difference) == (2, math.inf)
+    whole = record(tmp_path / "whole", {4: 2.0, 8: 1.0})
+    (whole / "summary.json").write_text(json.dumps({"status": end, "final_val_loss": 1.0}))
+    assert compare(kept, whole, tmp_path).holds == (end == "completed")
+
+
+def test_what_an_earlier_call_left_does_not_vouch_for_a_run_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = [trial(record(tmp_path / "runs" / name, {8: 1.0})) for name in ("one", "two")]
+    for name in ("one", "two"):
+        record(tmp_path / "work" / name, {8: 1.0})
+    train = tmp_path / "train.py"
+    train.write_text(
+        "import pathlib, shutil, sys\n"
+        "source = pathlib.Path(sys.argv[2])\n"
+        "if source.name == 'two': sys.exit(2)\n"
+        "shutil.copytree(source, pathlib.Path(sys.argv[3].removeprefix('output_dir=')) / source.name, dirs_exist_ok=True)\n"
+    )
+    monkeypatch.setattr("studies.verify._TRAIN", train)
+    monkeypatch.setattr("studies.verify.chosen", lambda _: trials)
+    with pytest.raises(RuntimeError, match=r"^two failed with exit code 2, see .*two\.log$"):
+        verify(cast(Study, None), tmp_path / "work", tmp_path, tell=lambda _: None)
+    (written,) = json.loads((tmp_path / "verification.json").read_text())
+    assert (written["run"], written["difference"], written["holds"]) == ("runs/one", 0.0, True)
 
 
 def test_runs_without_a_common_step_are_refused(tmp_path: Path) -> None:

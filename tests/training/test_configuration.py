@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from training.command import main, split_primary
-from training.compose import CONFIG_DIRECTORY, compose, compose_dictionary, group_options
+from training.compose import CONFIG_DIRECTORY, Primary, compose, compose_dictionary, group_options
 from training.config import ConfigurationError, micro_batch_size, nearest_batches
 
 GROUPS = ("model", "data", "tokenizer", "optimizer", "schedule", "strategy", "tracker", "launcher", "experiment")
@@ -155,6 +155,70 @@ def test_a_run_is_made_again_from_the_configuration_on_record(tmp_path: Path) ->
     overrides, primary = split_primary(["--config-path", str(tmp_path), "output_dir=elsewhere"])
     after = compose(overrides, primary)
     assert after == before.model_copy(update={"output_dir": "elsewhere"})
+
+
+def recorded(directory: Path, *overrides: str) -> Path:
+    """What a run leaves of its configuration."""
+    config = compose(["name=kept", *overrides])
+    (directory / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    (directory / "environment.json").write_text("{}")
+    return directory
+
+
+def test_a_record_is_made_again_here_from_step_0_and_replaces_nothing(tmp_path: Path) -> None:
+    given = [
+        "launcher=slurm",
+        "launcher.partition=gpu",
+        "launcher.nproc_per_node=8",
+        "overwrite=true",
+        "resume=some/step",
+    ]
+    record = Primary("config", recorded(tmp_path, *given))
+    config = compose(["train.steps=9"], record)
+    assert (config.launcher.name, config.launcher.nproc_per_node) == ("local", 8)
+    assert (config.overwrite, config.resume, config.train.steps) == (False, "auto", 9)
+    assert compose(["overwrite=true"], record).overwrite
+
+
+def test_another_seed_of_a_record_is_more_than_a_label(tmp_path: Path) -> None:
+    record = Primary("config", recorded(tmp_path, "seed=1"))
+    with pytest.raises(ConfigurationError, match=r"seed: .* would change the label alone; give seeds.model="):
+        compose(["seed=2"], record)
+    config = compose(["seed=2", "seeds.model=2", "seeds.data=2", "seeds.curvature=2"], record)
+    assert config.seeds.data == config.seed == 2
+
+
+def test_groups_of_a_record_are_not_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"tracker: .*config.yaml chooses from no configuration groups.*tracker.<key>"
+    ):
+        compose(["tracker=wandb"], Primary("config", recorded(tmp_path)))
+
+
+def test_a_sweep_over_a_record_writes_the_runs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    record = recorded(tmp_path, f"output_dir={tmp_path}/runs", "data=text", f"data.paths=[{tmp_path}/none.txt]")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["-m", "--config-path", str(record), "name=a,b"]) == 2
+    assert "none.txt" in capfd.readouterr().err
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_a_file_that_builds_on_itself_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("defaults: [config, _self_]\n")
+    with pytest.raises(ConfigurationError, match=r"config\.yaml: its defaults list leads back to itself"):
+        compose([], Primary("config", tmp_path))
+
+
+def test_hydras_flags_find_the_file_where_a_run_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recorded(tmp_path, "seed=77")
+    monkeypatch.chdir(tmp_path.parent)
+    assert main(["--config-path", tmp_path.name, "--cfg", "job"]) == 0
+    assert "seed: 77" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [["--config-dir={}", "-cn", "mine"], ["-cp", "{}", "--config-name=mine.yaml"]])
