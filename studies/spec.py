@@ -150,6 +150,11 @@ class ModelSpec(Section):
     arms: tuple[Name, ...] = ()
     overrides: tuple[str, ...] = ()
 
+    @property
+    def challenged_at(self) -> tuple[int, ...]:
+        """Where the arms besides the baseline are reported."""
+        return self.arm_horizons or self.horizons
+
     @model_validator(mode="after")
     def _horizons_known(self) -> Self:
         known = set(self.horizons)
@@ -219,14 +224,12 @@ class StudySpec(Section):
             if arm.horizons and name == self.baseline:
                 raise ValueError(f"{where}: the baseline is needed wherever another arm is; leave it out")
             on = [model for model in self.models if name in self.arms_on(model)]
-            choices = sorted(
-                {h for model in on for h in self.models[model].arm_horizons or self.models[model].horizons}
-            )
+            choices = sorted({horizon for model in on for horizon in self.models[model].challenged_at})
             unknown = [horizon for horizon in arm.horizons if horizon not in choices]
             if unknown:
                 raise ValueError(f"{where}: no model of {name} reports {unknown}; choose from {choices}")
-            for model in self.models:
-                if name in self.arms_on(model) and not self.horizons(name, model):
+            for model in on:
+                if not self.horizons(name, model):
                     raise ValueError(
                         f"{where}: {model} reports none of them; choose from its horizons, or leave {name} out of its arms"
                     )
@@ -286,7 +289,7 @@ class StudySpec(Section):
         if arm not in self.arms_on(model):
             return ()
         spec = self.models[model]
-        chosen = spec.horizons if arm == self.baseline else spec.arm_horizons or spec.horizons
+        chosen = spec.horizons if arm == self.baseline else spec.challenged_at
         kept = self.arms[arm].horizons
         return tuple(sorted(horizon for horizon in chosen if not kept or horizon in kept))
 

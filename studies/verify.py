@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from analysis.trials import Study, Trial
-from training.records import RecordError, RunRecord, json_line, write_atomically
+from training.records import SUMMARY_FILE, RecordError, RunRecord, json_line, write_atomically
 
 VERIFICATION_FILE = "verification.json"
 TOLERANCE = 1e-3  # nats, on a machine of the same type
@@ -126,32 +127,32 @@ def unequal(results: Sequence[Verification]) -> list[str]:
 def _run_again(trial: Trial, work: Path) -> Path:
     target, log = work / trial.directory.name, work / f"{trial.directory.name}.log"
     work.mkdir(parents=True, exist_ok=True)
-    (target / "summary.json").unlink(missing_ok=True)  # an earlier call's would vouch for a run that never began
+    (target / SUMMARY_FILE).unlink(missing_ok=True)  # an earlier call's would vouch for a run that never began
     command = [sys.executable, str(_TRAIN), "--config-path", str(trial.directory.absolute())]
     command += [f"output_dir={work.absolute()}", "overwrite=true", "tracker.name=none"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(_threads(trial))}
     with log.open("w") as file:
         code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-    if not (target / "summary.json").is_file():
+    if not (target / SUMMARY_FILE).is_file():
         raise RuntimeError(f"{trial.directory.name} failed with exit code {code}, see {log}")
     return target
 
 
 def _together(trials: Sequence[Trial]) -> int:
     """How many of the runs fit side by side: by cores, and one at a time where there is an accelerator."""
-    environments = [trial.run.record.environment for trial in trials if trial.run is not None]
-    if any(environment.get("hardware", {}).get("gpu") for environment in environments):
+    if any(_environment(trial).get("hardware", {}).get("gpu") for trial in trials):
         return 1
-    cores = max(
-        _threads(trial) * int(environment.get("world_size") or 1)
-        for trial, environment in zip(trials, environments, strict=True)
-    )
+    cores = max(_threads(trial) * int(_environment(trial).get("world_size") or 1) for trial in trials)
     return max(1, (os.cpu_count() or 1) // cores)
 
 
-def _threads(trial: Trial) -> int:
+def _environment(trial: Trial) -> dict[str, Any]:
     assert trial.run is not None
-    return int(trial.run.record.environment.get("hardware", {}).get("threads") or 1)
+    return trial.run.record.environment
+
+
+def _threads(trial: Trial) -> int:
+    return int(_environment(trial).get("hardware", {}).get("threads") or 1)
 
 
 def _status(record: RunRecord) -> str:

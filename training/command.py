@@ -4,6 +4,7 @@ A run is composed by Hydra and validated before anything else happens. Hydra's o
 alone can do: --help, --info and completion. It writes no files.
 """
 
+import itertools
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ from training.sweep import sweep
 
 EXIT_CONFIGURATION = 2
 SWEEP_FLAGS = ("-m", "--multirun")
+NAME_FLAGS, PATH_FLAGS, ADDED_FLAGS = ("--config-name", "-cn"), ("--config-path", "-cp"), ("--config-dir", "-cd")
 # Those that show something and run nothing.
 HYDRA_FLAGS = ("-h", "--help", "--hydra-help", "-i", "--info", "-c", "--cfg", "-sc", "--shell-completion", "--version")
 
@@ -76,11 +78,11 @@ def split_primary(arguments: Sequence[str]) -> tuple[list[str], Primary]:
     waiting = iter(arguments)
     for argument in waiting:
         flag, _, value = argument.partition("=")
-        if flag in ("--config-name", "-cn"):
+        if flag in NAME_FLAGS:
             name = (value or next(waiting, "config")).removesuffix(".yaml")
-        elif flag in ("--config-path", "-cp"):
+        elif flag in PATH_FLAGS:
             path = Path(value or next(waiting, ".")).absolute()
-        elif flag in ("--config-dir", "-cd"):
+        elif flag in ADDED_FLAGS:
             added = Path(value or next(waiting, ".")).absolute()
             overrides.append(f"hydra.searchpath=['file://{added}']")
         elif argument.startswith("-"):
@@ -118,9 +120,9 @@ def _hydra(arguments: Sequence[str]) -> int:
 
 def _refuse_what_hydra_would_call(arguments: Sequence[str]) -> Primary:
     """The file that the arguments begin with, its composition checked where it, or the overrides, may name code."""
-    flags = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
+    flags = (*NAME_FLAGS, *PATH_FLAGS, *ADDED_FLAGS)
     kept: list[str] = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
+    for before, argument in itertools.pairwise(["", *arguments]):
         if argument.partition("=")[0] in flags or before in flags or ("=" in argument and not argument.startswith("-")):
             kept.append(argument)
     overrides, primary = split_primary(kept)

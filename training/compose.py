@@ -22,9 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 
 from training.config import ConfigurationError, RunConfig
+from training.records import CONFIG_FILE, ENVIRONMENT_FILE
 from training.secrets import redacted, secret_in
 
-RECORD, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 # Hydra's own, and those of its plugin packages (joblib, submitit): nothing else may be made of a configuration.
 PLUGIN_SECTIONS = ("hydra.launcher", "hydra.sweeper")
 PLUGIN_MODULES = ("hydra._internal.core_plugins.", "hydra_plugins.")
@@ -53,7 +53,7 @@ class Primary(NamedTuple):
     @property
     def is_record(self) -> bool:
         """Whether it is the configuration that a run has left: every value resolved, and no defaults list."""
-        return self.file.name == RECORD and (self.directory / ENVIRONMENT_FILE).is_file()
+        return self.file.name == CONFIG_FILE and (self.directory / ENVIRONMENT_FILE).is_file()
 
 
 PROJECT = Primary()
@@ -187,7 +187,7 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
             raise ConfigurationError(f"{key}={value!r}: has a control character, such as a line's end; leave it out")
         if name := secret_in(value):
             raise ConfigurationError(
-                f"{key}: holds {name} in the clear, and would be written to {RECORD}; set it in the environment where the "
+                f"{key}: holds {name} in the clear, and would be written to {CONFIG_FILE}; set it in the environment where the "
                 "run starts, or in ~/.netrc"
             )
     return config
@@ -203,12 +203,12 @@ def reword_composition_error(error: Exception, overrides: Iterable[str], primary
         return f"{group}={choice}: there is no such choice{did_you_mean(choice, options)}; choose one of {', '.join(options)}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
-        if re.search(r"No match in the defaults list", text) and key in config_groups():
-            return (
-                f"{key}: {primary.file} chooses from no configuration groups, it holds values; set single keys, {key}.<key>=..., "
-                "or begin with another file"
-            )
         if re.search(r"No match in the defaults list", text):
+            if key in config_groups():
+                return (
+                    f"{key}: {primary.file} chooses from no configuration groups, it holds values; set single keys, "
+                    f"{key}.<key>=..., or begin with another file"
+                )
             return f"{key}: there is no such configuration group; choose one of {', '.join(config_groups())}"
         return f"{key}: unknown key{did_you_mean_key(key)}"
     if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", chain):

@@ -44,8 +44,8 @@ def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
         raise ConfigurationError(
             "-m under torchrun: every rank would run the whole sweep; use launcher.nproc_per_node=N instead"
         )
-    overrides = made_again(primary, overrides)
     check_trials(trials(overrides, primary), primary)
+    overrides = made_again(primary, overrides)
     hydra = begin_hydra(primary)
     try:
         refuse_foreign_code(
