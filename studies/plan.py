@@ -252,10 +252,10 @@ def _ablation_trial(
 
 
 def _place(spec: StudySpec, trial: Trial) -> tuple[int, float, int, bool]:
-    """What runs first has a lower one."""
+    """What runs first has a lower one: the arms of every model, then the ablations."""
     model = list(spec.models).index(trial.model)
     if trial.arm in spec.ablations:
-        return model, math.inf, 0, True
+        return len(spec.models) + model, 0, 0, True
     tuning = trial.phase == "tuning"
     search = tuning and trial.horizon == spec.models[trial.model].tune_at
     return model, 0 if search else trial.horizon, spec.arms_on(trial.model).index(trial.arm), not tuning
