@@ -53,7 +53,7 @@ def validation_curves(results: Results) -> Figure:
     models = [model for model in study.models if study.endpoints(study.baseline, model)]
     if not models:
         raise NothingToShow("no reported runs of the baseline")
-    figure, panels = _panels(len(models), height=4.2)
+    figure, panels = _panels(len(models), height=4.2, share_y=False)  # each model ends at a loss of its own
     for axis, model in zip(panels, models, strict=True):
         draw_curves(axis, study, model, "steps")
         axis.set_title(model, fontsize=10)

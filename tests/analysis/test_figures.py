@@ -32,6 +32,15 @@ def test_a_complete_study_gives_every_figure(results: Results, name: str, tmp_pa
     assert extremes[0] < 100 < 250 < extremes[1], "something dark on something light"
 
 
+def test_each_panel_of_curves_reaches_down_to_the_ends_of_its_own_runs(results: Results) -> None:
+    panels = FIGURES["curves"](results).axes
+    assert len(panels) == 2
+    for axis in panels:
+        bottom, top = axis.get_ylim()
+        lowest = min(np.asarray(line.get_ydata(), dtype=float).min() for line in axis.lines)
+        assert 0 < lowest - bottom < 0.1 * (top - bottom)
+
+
 def test_the_same_records_give_the_same_bytes(results: Results, tmp_path: Path) -> None:
     first = save(FIGURES["tokens"](results), tmp_path / "a.png").read_bytes()
     assert save(FIGURES["tokens"](results), tmp_path / "b.png").read_bytes() == first
