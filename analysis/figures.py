@@ -53,7 +53,7 @@ def validation_curves(results: Results) -> Figure:
     models = [model for model in study.models if study.endpoints(study.baseline, model)]
     if not models:
         raise NothingToShow("no reported runs of the baseline")
-    figure, panels = _panels(len(models), height=4.2, share_y=False)  # each model ends at a loss of its own
+    figure, panels = _panels(len(models), height=4.2)
     for axis, model in zip(panels, models, strict=True):
         draw_curves(axis, study, model, "steps")
         axis.set_title(model, fontsize=10)
@@ -133,7 +133,7 @@ def loss_against_tokens(results: Results) -> Figure:
     models = list(results.baselines)
     if not models or all(len(results.baselines[model].endpoints) < 2 for model in models):
         raise NothingToShow("loss against tokens needs at least two horizons of the baseline")
-    figure, panels = _panels(len(models), height=4.2)
+    figure, panels = _panels(len(models), height=4.2, share_y=True)
     palette = colours(study.arm_names())
     # An arm that blew up would flatten all the others: the baseline's losses set the scale.
     ends_of_baseline = [end for model in models for end in study.endpoints(study.baseline, model) if not end.diverged]
@@ -174,7 +174,7 @@ def speed_up_intervals(results: Results) -> Figure:
         raise NothingToShow("no arm has a speed-up: an arm and the baseline need finished runs at common seeds")
     models = list(dict.fromkeys(model for model, _, _ in shown))
     rows = max(sum(1 for key in shown if key[0] == model) for model in models)
-    figure, panels = _panels(len(models), height=1.3 + 0.27 * rows, share_y=False)
+    figure, panels = _panels(len(models), height=1.3 + 0.27 * rows)
     palette = colours(results.study.arm_names())
     for axis, model in zip(panels, models, strict=True):
         members = [(key, one) for key, one in shown.items() if key[0] == model]
@@ -230,7 +230,7 @@ def hessian_interval(results: Results) -> Figure:
         by_k.setdefault(int(run.config["optimizer"]["hessian_interval"]), []).append(run)
     if len(by_k) < 2:
         raise NothingToShow("the figure of k needs Sophia runs with at least two hessian_interval, all else equal")
-    figure, (left, right) = _panels(2, height=3.8, share_y=False)
+    figure, (left, right) = _panels(2, height=3.8)
     ks = sorted(by_k)
     for axis, value, title in (
         (left, lambda run: run.final_val_loss, "final validation loss (nats)"),
@@ -321,7 +321,7 @@ def clipped_gradient_norms(results: Results) -> Figure:
     if not costs:
         raise NothingToShow("no train lines with clipped_norm in the records")
     models = list(dict.fromkeys(cost.model for cost in costs))
-    figure, panels = _panels(len(models), height=3.6, share_y=False)
+    figure, panels = _panels(len(models), height=3.6)
     palette = colours(cost.arm for cost in costs)
     for axis, model in zip(panels, models, strict=True):
         own = [cost for cost in costs if cost.model == model]
@@ -375,7 +375,7 @@ def step_times(results: Results) -> Figure:
     if not costs:
         raise NothingToShow("no run with a ledger in the records")
     models = list(dict.fromkeys(cost.model for cost in costs))
-    figure, panels = _panels(len(models), height=3.6, share_y=False)
+    figure, panels = _panels(len(models), height=3.6)
     shades = dict(zip(TRAINING_KINDS, ("#9db7d6", "#c2342b", "#e0b45c", "#bdbdbd"), strict=True))
     for axis, model in zip(panels, models, strict=True):
         own = [cost for cost in costs if cost.model == model]
@@ -404,7 +404,7 @@ def learning_rate_stability(results: Results) -> Figure:
         raise NothingToShow("stability against the learning rate needs an arm with at least three learning rates")
     arms_in = Counter(cell for _, cell, _ in series)
     cells = [cell for cell in arms_in if arms_in[cell] == max(arms_in.values())][-3:]
-    figure, panels = _panels(len(cells), height=3.8, share_y=False)
+    figure, panels = _panels(len(cells), height=3.8)
     palette = colours(arm for arm, _, _ in series)
     for axis, cell in zip(panels, cells, strict=True):
         for (arm, where, trick), points in series.items():
@@ -487,7 +487,7 @@ FIGURES: Mapping[str, Callable[[Results], Figure]] = {
 
 
 def _panels(
-    count: int, *, width: float | None = None, height: float = 4.2, share_y: bool = True
+    count: int, *, width: float | None = None, height: float = 4.2, share_y: bool = False
 ) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 

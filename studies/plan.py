@@ -72,7 +72,7 @@ def plan(spec: StudySpec, outcomes: Outcomes) -> Plan:
     """The study's trials, as far as its searches have got.
 
     One model after the other; on each the searches at `tune_at`, then horizon by horizon, the shortest first, and on each
-    arm by arm, so that a study that is broken off has whole horizons and whole arms to show; then ablations.
+    arm by arm, so that a study that is broken off has whole horizons and whole arms to show; after all models the ablations.
 
     Args:
         spec: the study.
@@ -251,14 +251,14 @@ def _ablation_trial(
     return Trial(name, "reporting", ablation.model, horizon, seed, values, overrides)
 
 
-def _place(spec: StudySpec, trial: Trial) -> tuple[int, float, int, bool]:
-    """What runs first has a lower one: the arms of every model, then the ablations."""
+def _place(spec: StudySpec, trial: Trial) -> tuple[bool, int, int, int, bool]:
+    """What runs first has a lower one."""
     model = list(spec.models).index(trial.model)
     if trial.arm in spec.ablations:
-        return len(spec.models) + model, 0, 0, True
+        return True, model, 0, 0, True
     tuning = trial.phase == "tuning"
     search = tuning and trial.horizon == spec.models[trial.model].tune_at
-    return model, 0 if search else trial.horizon, spec.arms_on(trial.model).index(trial.arm), not tuning
+    return False, model, 0 if search else trial.horizon, spec.arms_on(trial.model).index(trial.arm), not tuning
 
 
 def _merged(overrides: Sequence[str], later: Sequence[str]) -> list[str]:
