@@ -133,15 +133,25 @@ class Watchdog:
             self._store = None
 
     def _wait_for_peers(self) -> None:
+        """Until all have shown their stacks; the store's rank, whose end the others would notice, leaves last."""
         if self._store is None:
             return
+        world_size = self._distributed.world_size
+        until = time.monotonic() + PEERS_SECONDS
         try:
             self._store.add("shown", 1)
-            until = time.monotonic() + PEERS_SECONDS
-            while time.monotonic() < until and self._store.add("shown", 0) < self._distributed.world_size:
-                time.sleep(0.1)
+            self._wait_for_count("shown", world_size, until)
+            if self._distributed.is_main:
+                self._wait_for_count("left", world_size - 1, until)
+            else:
+                self._store.add("left", 1)
         except RuntimeError:
             self._store = None
+
+    def _wait_for_count(self, name: str, count: int, until: float) -> None:
+        assert self._store is not None
+        while time.monotonic() < until and self._store.add(name, 0) < count:
+            time.sleep(0.1)
 
 
 def _own_store(distributed: Distributed) -> dist.Store | None:

@@ -6,6 +6,7 @@ import os
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 from tests.faults.kills import overrides_of
 from tests.faults.sittings import Sitting, completed
@@ -14,10 +15,25 @@ from training import checkpoints, watchdog
 
 
 def hang_on_rank_1(step: int) -> None:
-    """A loop without end on one rank; the other waits for it in a collective."""
+    """A loop without end on one rank; the other, which has the store, waits for it in a collective.
+
+    The stuck rank is slow to see that both have shown their stacks: if the store left first, its heartbeat would end it
+    for that.
+    """
     from training import loop
 
     original = loop.forward_backward
+    tell_peers = watchdog.Watchdog._tell_peers
+    slow = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: time.sleep(3))
+
+    def tell_late(self, reason):
+        tell_peers(self, reason)
+        time.sleep(0.5)
+
+    if os.environ["RANK"] == "1":
+        watchdog.time = slow  # type: ignore[assignment]
+    else:
+        watchdog.Watchdog._tell_peers = tell_late  # type: ignore[method-assign]
 
     def endless(run, *rest):
         while os.environ["RANK"] == "1" and run.state.step == step - 1:
