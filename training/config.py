@@ -110,42 +110,45 @@ class TokenizerConfig(Section):
         return self
 
 
-class AdamWConfig(Section):
-    name: Literal["adamw"]
+class OptimizerSettings(Section):
+    """What every optimizer has. The rate of the embeddings, which are the output layer too, is lr · embedding_lr_ratio."""
+
     lr: PositiveFloat
+    embedding_lr_ratio: PositiveFloat = 1.0
+
+
+class AdamWConfig(OptimizerSettings):
+    name: Literal["adamw"]
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
 
 
-class LionConfig(Section):
+class LionConfig(OptimizerSettings):
     name: Literal["lion"]
-    lr: PositiveFloat
     betas: tuple[Beta, Beta] = (0.95, 0.98)
     weight_decay: NonNegativeFloat
 
 
-class SignumConfig(Section):
+class SignumConfig(OptimizerSettings):
     """Momentum-sign descent: Sophia with h = 0, the paper's "clip only" ablation."""
 
     name: Literal["signum"]
-    lr: PositiveFloat
     betas: tuple[Beta] = (0.96,)
     weight_decay: NonNegativeFloat
 
 
-class MuonConfig(Section):
+class MuonConfig(OptimizerSettings):
     """torch.optim.Muon for the hidden matrices; AdamW (`betas`, `eps`) at the same rate for embeddings and norms."""
 
     name: Literal["muon"]
-    lr: PositiveFloat
     momentum: Beta = 0.95
     weight_decay: NonNegativeFloat = 0.1
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
 
 
-class CurvatureSettings(Section):
+class CurvatureSettings(OptimizerSettings):
     """What every method with a curvature pass shares."""
 
     hessian_interval: PositiveInt = 10
@@ -157,7 +160,6 @@ Estimator = Literal["gnb", "hutchinson", "hutchinson_differences", "empirical_fi
 
 class SophiaConfig(CurvatureSettings):
     name: Literal["sophiag", "sophiah"]
-    lr: PositiveFloat
     betas: tuple[Beta, Beta] = (0.96, 0.99)
     gamma: PositiveFloat
     eps: NonNegativeFloat = 1e-12
@@ -199,7 +201,6 @@ class SophiaConfig(CurvatureSettings):
 
 class AdaHessianConfig(CurvatureSettings):
     name: Literal["adahessian"]
-    lr: PositiveFloat
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: PositiveFloat = 1e-4
     weight_decay: NonNegativeFloat = 0.1

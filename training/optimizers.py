@@ -1,6 +1,7 @@
 """The optimizers of a run: parameter groups by rule, and one constructor for each `optimizer=`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,17 +22,35 @@ from training.config import (
 Named = Mapping[str, Tensor]
 
 
-def parameter_groups(parameters: Named, weight_decay: float) -> list[dict[str, Any]]:
+def is_embedding(name: str) -> bool:
+    """Whether a parameter is an embedding: GPT-2's tokens, tied to its output layer, and positions."""
+    return "embedding" in name
+
+
+def parameter_groups(
+    parameters: Named, weight_decay: float, lr: float, embedding_lr_ratio: float = 1.0
+) -> list[dict[str, Any]]:
     """Weight decay for matrices, none for the rest (biases, norms); every parameter in exactly one group.
 
     Args:
         parameters: by name; shards (DTensor) have their full tensor's dimensions.
+        lr: the groups' peak rate.
+        embedding_lr_ratio: what the rate of the embeddings is multiplied by. At 1 they share a group with the other
+            matrices.
     """
-    decayed = {name: p for name, p in parameters.items() if p.dim() >= 2}
-    others = {name: p for name, p in parameters.items() if p.dim() < 2}
-    groups: list[dict[str, Any]] = [
-        {"params": list(decayed.values()), "names": list(decayed), "weight_decay": weight_decay},
-        {"params": list(others.values()), "names": list(others), "weight_decay": 0.0},
+
+    def group(decay: float, rate: float, belongs: Callable[[str, Tensor], bool]) -> dict[str, Any]:
+        names = [name for name, parameter in parameters.items() if belongs(name, parameter)]
+        params = [parameters[name] for name in names]
+        return {"params": params, "names": names, "weight_decay": decay, "lr": rate, "peak_lr": rate}
+
+    def apart(name: str) -> bool:
+        return embedding_lr_ratio != 1 and is_embedding(name)
+
+    groups = [
+        group(weight_decay, lr, lambda name, p: p.dim() >= 2 and not apart(name)),
+        group(0.0, lr, lambda name, p: p.dim() < 2 and not apart(name)),
+        group(weight_decay, lr * embedding_lr_ratio, lambda name, p: apart(name)),
     ]
     owned = [id(p) for group in groups for p in group["params"]]
     if len(set(owned)) != len(owned) or len(owned) != len(parameters):
@@ -47,14 +66,7 @@ def build_optimizers(config: OptimizerConfig, *, compile_step: bool) -> Callable
         compile_step: let the project's own optimizers compile their elementwise update.
     """
 
-    def build(parameters: Named) -> list[Optimizer]:
-        optimizers = _construct(config, parameters, compile_step)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["peak_lr"] = config.lr
-        return optimizers
-
-    return build
+    return partial(_construct, config, compile_step=compile_step)
 
 
 def gamma_controller(config: OptimizerConfig, optimizers: Sequence[Optimizer]) -> GammaController | None:
@@ -66,21 +78,23 @@ def gamma_controller(config: OptimizerConfig, optimizers: Sequence[Optimizer]) -
     return GammaController(optimizer, config.unclipped_target)
 
 
-def _construct(config: OptimizerConfig, parameters: Named, compile_step: bool) -> list[Optimizer]:
-    groups = parameter_groups(parameters, config.weight_decay)
+def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool) -> list[Optimizer]:
+    grouped = partial(
+        parameter_groups, weight_decay=config.weight_decay, lr=config.lr, embedding_lr_ratio=config.embedding_lr_ratio
+    )
     form = None if compile_step else False  # None: compiled where it is worth the compiling
     match config:
         case AdamWConfig():
-            return [_adamw(groups, config.lr, config.betas, config.eps)]
+            return [_adamw(grouped(parameters), config.lr, config.betas, config.eps)]
         case LionConfig():
-            return [Lion(groups, lr=config.lr, betas=config.betas, compile=form)]
+            return [Lion(grouped(parameters), lr=config.lr, betas=config.betas, compile=form)]
         case SignumConfig():
             momentum = (config.betas[0], 0.0)
-            return [Sophia(groups, lr=config.lr, betas=momentum, hessian_interval=None, compile=form)]
+            return [Sophia(grouped(parameters), lr=config.lr, betas=momentum, hessian_interval=None, compile=form)]
         case SophiaConfig():
             return [
                 Sophia(
-                    groups,
+                    grouped(parameters),
                     lr=config.lr,
                     betas=config.betas,
                     gamma=config.gamma,
@@ -94,7 +108,7 @@ def _construct(config: OptimizerConfig, parameters: Named, compile_step: bool) -
         case AdaHessianConfig():
             return [
                 AdaHessian(
-                    groups,
+                    grouped(parameters),
                     lr=config.lr,
                     betas=config.betas,
                     eps=config.eps,
@@ -103,17 +117,15 @@ def _construct(config: OptimizerConfig, parameters: Named, compile_step: bool) -
                 )
             ]
         case MuonConfig():
-            hidden = {name: p for name, p in parameters.items() if p.dim() == 2 and "embedding" not in name}
+            hidden = {name: p for name, p in parameters.items() if p.dim() == 2 and not is_embedding(name)}
             rest = {name: p for name, p in parameters.items() if name not in hidden}
             muon = torch.optim.Muon(
-                [{"params": list(hidden.values()), "names": list(hidden)}],
+                grouped(hidden),
                 lr=config.lr,
                 momentum=config.momentum,
-                weight_decay=config.weight_decay,
                 adjust_lr_fn="match_rms_adamw",
             )
-            adamw_groups = parameter_groups(rest, config.weight_decay)
-            return [muon, _adamw(adamw_groups, config.lr, config.betas, config.eps)]
+            return [muon, _adamw(grouped(rest), config.lr, config.betas, config.eps)]
 
 
 def _adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> Optimizer:

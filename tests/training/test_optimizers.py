@@ -18,10 +18,13 @@ def gradients_of(model: GPT2, scale: float = 1.0) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator) * scale
 
 
-def stepped(arm: str, scale: float, max_norm: float | None, steps: int = 2) -> tuple[GPT2, torch.Tensor]:
+def stepped(
+    arm: str, scale: float, max_norm: float | None, steps: int = 2, ratio: float = 1.0
+) -> tuple[GPT2, torch.Tensor]:
     model = GPT2(SHAPE)
     parameters = dict(model.named_parameters())
-    optimizers = build_optimizers(compose([f"optimizer={arm}"]).optimizer, compile_step=False)(parameters)
+    config = compose([f"optimizer={arm}", f"optimizer.embedding_lr_ratio={ratio}"]).optimizer
+    optimizers = build_optimizers(config, compile_step=False)(parameters)
     for _ in range(steps):
         gradients_of(model, scale)
         statistics = clip_and_step(optimizers, max_norm)
@@ -29,7 +32,7 @@ def stepped(arm: str, scale: float, max_norm: float | None, steps: int = 2) -> t
 
 
 def test_matrices_decay_and_the_rest_does_not() -> None:
-    groups = parameter_groups(dict(GPT2(SHAPE).named_parameters()), 0.1)
+    groups = parameter_groups(dict(GPT2(SHAPE).named_parameters()), 0.1, 6e-4)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert all(p.dim() == 2 for p in groups[0]["params"])
     assert all(p.dim() == 1 for p in groups[1]["params"])
@@ -41,6 +44,32 @@ def test_every_parameter_is_stepped_exactly_once(arm: str) -> None:
     optimizers = build_optimizers(compose([f"optimizer={arm}"]).optimizer, compile_step=False)(parameters)
     owned = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(id(p) for p in parameters.values())
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_step_of_the_embeddings_is_the_ratio_times_as_long(arm: str) -> None:
+    model = GPT2(SHAPE)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    (plain, _), (scaled, _) = (stepped(arm, 1.0, 1.0, steps=1, ratio=ratio) for ratio in (1.0, 4.0))
+    for (name, one), (_, other) in zip(plain.named_parameters(), scaled.named_parameters(), strict=True):
+        expected = one - weights[name]
+        assert expected.abs().max() > 1e-5
+        if name in ("token_embedding.weight", "position_embedding.weight"):
+            torch.testing.assert_close(other - weights[name], 4 * expected, rtol=1e-3, atol=1e-6)
+        else:
+            assert torch.equal(one, other)
+
+
+def test_the_schedule_scales_each_groups_own_peak() -> None:
+    from training.strategies.ddp import DDP
+
+    config = compose(["optimizer=muon", "optimizer.lr=2e-3", "optimizer.embedding_lr_ratio=0.25"]).optimizer
+    strategy = object.__new__(DDP)
+    strategy.optimizers = build_optimizers(config, compile_step=False)(dict(GPT2(SHAPE).named_parameters()))
+    strategy.set_learning_rate(0.5)
+    rates = {name: group["lr"] for o in strategy.optimizers for group in o.param_groups for name in group["names"]}
+    assert {rate for name, rate in rates.items() if "embedding" in name} == {0.25e-3}
+    assert {rate for name, rate in rates.items() if "embedding" not in name} == {1e-3}
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -51,9 +51,10 @@ def small(corpus: list[str], directory: Path, name: str, *overrides: str) -> lis
     given = {o.split("=")[0] for o in overrides}
     defaults = [
         *("model=gpt2_nano", "model.n_embd=32", f"output_dir={directory}", f"name={name}", "optimizer=sophiag"),
-        *("optimizer.hessian_interval=5", f"train.steps={STEPS}", "train.global_batch_size=8"),
-        *("train.micro_batch_size=4", "train.sequence_length=32", "train.precision=fp32", "train.compile=false"),
-        *("train.device=cpu", "train.grad_clip=0.5", f"eval.interval={STEPS}", "eval.tokens=256"),
+        *("optimizer.hessian_interval=5", "optimizer.embedding_lr_ratio=0.5", f"train.steps={STEPS}"),
+        *("train.global_batch_size=8", "train.micro_batch_size=4", "train.sequence_length=32"),
+        *("train.precision=fp32", "train.compile=false", "train.device=cpu", "train.grad_clip=0.5"),
+        *(f"eval.interval={STEPS}", "eval.tokens=256"),
         *("schedule.warmup_steps=1", "checkpoint.interval=null"),
     ]
     return [*corpus, *(d for d in defaults if d.split("=")[0] not in given), *overrides]
