@@ -279,7 +279,7 @@ def ablations(results: Results) -> Figure:
     names.reverse()
     axis.set_yticks(range(len(shown)), names, fontsize=8)
     axis.set_ylim(-0.6, len(shown) - 0.4)
-    axis.set_xlabel("final loss minus that of the arm (nats); right of the line is worse", fontsize=8.5)
+    axis.set_xlabel("final loss minus the arm's (nats); to the right is worse", fontsize=8.5)
     _dress(axis)
     return figure
 
