@@ -321,12 +321,13 @@ def clipped_gradient_norms(results: Results) -> Figure:
     if not costs:
         raise NothingToShow("no train lines with clipped_norm in the records")
     models = list(dict.fromkeys(cost.model for cost in costs))
-    figure, panels = _panels(len(models), height=3.6)
+    bars = max(Counter(cost.model for cost in costs).values())
+    figure, panels = _panels(len(models), height=max(2.6, 1.2 + 0.2 * bars))
     palette = colours(cost.arm for cost in costs)
     for axis, model in zip(panels, models, strict=True):
         own = [cost for cost in costs if cost.model == model]
         axis.barh([label(c.arm) for c in own], [c.clipped_norm_share for c in own], color=[palette[c.arm] for c in own])
-        axis.invert_yaxis()
+        axis.set_ylim(bars - 0.4, -0.6)  # bars of one height in all panels
         axis.set_xlim(0, 1)
         axis.set_xlabel("share of steps with a clipped gradient norm")
         axis.set_title(model, fontsize=10)
@@ -375,7 +376,8 @@ def step_times(results: Results) -> Figure:
     if not costs:
         raise NothingToShow("no run with a ledger in the records")
     models = list(dict.fromkeys(cost.model for cost in costs))
-    figure, panels = _panels(len(models), height=3.6)
+    bars = max(Counter(cost.model for cost in costs).values())
+    figure, panels = _panels(len(models), height=max(2.6, 1.2 + 0.2 * bars))
     shades = dict(zip(TRAINING_KINDS, ("#9db7d6", "#c2342b", "#e0b45c", "#bdbdbd"), strict=True))
     for axis, model in zip(panels, models, strict=True):
         own = [cost for cost in costs if cost.model == model]
@@ -386,12 +388,13 @@ def step_times(results: Results) -> Figure:
                 [label(cost.arm) for cost in own], width, left=left, color=shades[kind], label=kind.replace("_", "-")
             )
             left += width
-        axis.invert_yaxis()
+        axis.set_ylim(bars - 0.4, -0.6)
         axis.set_xlabel("seconds per step")
         axis.set_title(model, fontsize=10)
         axis.tick_params(labelsize=8)
         _dress(axis)
-    panels[0].legend(frameon=False, fontsize=8)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
     return figure
 
 
@@ -417,10 +420,11 @@ def learning_rate_stability(results: Results) -> Figure:
             axis.plot(lost, [0.97] * len(lost), "x", color=palette[arm], transform=axis.get_xaxis_transform())
         axis.set_xscale("log")
         ticks: list[float] = []
-        for rate in sorted({rate for (_, where, _), points in series.items() if where == cell for rate in points}):
-            if not ticks or rate > 1.35 * ticks[-1]:  # room for a label
+        rates = sorted({rate for (_, where, _), points in series.items() if where == cell for rate in points})
+        for rate in rates:
+            if not ticks or rate > ticks[-1] * (rates[-1] / rates[0]) ** (1 / 12):  # room for a label
                 ticks.append(rate)
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
+        axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], fontsize=7)
         axis.minorticks_off()
         axis.set_xlabel("peak learning rate (×: every run diverged)")
         axis.set_title(cell, fontsize=9)
