@@ -19,7 +19,7 @@ from analysis.colours import colours, label
 from analysis.guards import INCIDENTAL, TIMING, is_under
 from analysis.records import Currency, Curve, Run, flatten, last_line
 from analysis.reference import load_reference
-from analysis.results import CLAIM_NAMES, CURRENCY_NAMES, Results, model_sizes
+from analysis.results import CLAIM_NAMES, CURRENCY_NAMES, ArmCost, Results, model_sizes
 from analysis.scaling import ScalingLaw
 from analysis.sensitivity import REFRESH, comparable_runs
 from analysis.speedup import Endpoints
@@ -320,19 +320,12 @@ def clipped_gradient_norms(results: Results) -> Figure:
     costs = [cost for cost in results.costs if math.isfinite(cost.clipped_norm_share)]
     if not costs:
         raise NothingToShow("no train lines with clipped_norm in the records")
-    models = list(dict.fromkeys(cost.model for cost in costs))
-    bars = max(Counter(cost.model for cost in costs).values())
-    figure, panels = _panels(len(models), height=max(2.6, 1.2 + 0.2 * bars))
+    figure, panels = _bar_panels(costs)
     palette = colours(cost.arm for cost in costs)
-    for axis, model in zip(panels, models, strict=True):
-        own = [cost for cost in costs if cost.model == model]
+    for axis, own in panels:
         axis.barh([label(c.arm) for c in own], [c.clipped_norm_share for c in own], color=[palette[c.arm] for c in own])
-        axis.set_ylim(bars - 0.4, -0.6)  # bars of one height in all panels
         axis.set_xlim(0, 1)
         axis.set_xlabel("share of steps with a clipped gradient norm")
-        axis.set_title(model, fontsize=10)
-        axis.tick_params(labelsize=8)
-        _dress(axis)
     return figure
 
 
@@ -375,12 +368,9 @@ def step_times(results: Results) -> Figure:
     costs = [cost for cost in results.costs if math.isfinite(cost.seconds_per_step)]
     if not costs:
         raise NothingToShow("no run with a ledger in the records")
-    models = list(dict.fromkeys(cost.model for cost in costs))
-    bars = max(Counter(cost.model for cost in costs).values())
-    figure, panels = _panels(len(models), height=max(2.6, 1.2 + 0.2 * bars))
+    figure, panels = _bar_panels(costs)
     shades = dict(zip(TRAINING_KINDS, ("#9db7d6", "#c2342b", "#e0b45c", "#bdbdbd"), strict=True))
-    for axis, model in zip(panels, models, strict=True):
-        own = [cost for cost in costs if cost.model == model]
+    for axis, own in panels:
         left = np.zeros(len(own))
         for kind in TRAINING_KINDS:
             width = np.array([cost.seconds_by_kind.get(kind, 0.0) for cost in own])
@@ -388,12 +378,8 @@ def step_times(results: Results) -> Figure:
                 [label(cost.arm) for cost in own], width, left=left, color=shades[kind], label=kind.replace("_", "-")
             )
             left += width
-        axis.set_ylim(bars - 0.4, -0.6)
         axis.set_xlabel("seconds per step")
-        axis.set_title(model, fontsize=10)
-        axis.tick_params(labelsize=8)
-        _dress(axis)
-    handles, names = panels[0].get_legend_handles_labels()
+    handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
     return figure
 
@@ -420,9 +406,9 @@ def learning_rate_stability(results: Results) -> Figure:
             axis.plot(lost, [0.97] * len(lost), "x", color=palette[arm], transform=axis.get_xaxis_transform())
         axis.set_xscale("log")
         ticks: list[float] = []
-        rates = sorted({rate for (_, where, _), points in series.items() if where == cell for rate in points})
-        for rate in rates:
-            if not ticks or rate > ticks[-1] * (rates[-1] / rates[0]) ** (1 / 12):  # room for a label
+        tried = sorted({rate for (_, where, _), points in series.items() if where == cell for rate in points})
+        for rate in tried:
+            if not ticks or rate > ticks[-1] * (tried[-1] / tried[0]) ** (1 / 12):  # room for a label
                 ticks.append(rate)
         axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], fontsize=7)
         axis.minorticks_off()
@@ -498,6 +484,21 @@ def _panels(
     figure = Figure(figsize=(width or min(6.2 * count, 16), height), dpi=150, layout="constrained")
     grid = figure.subplots(1, count, squeeze=False, sharey=share_y)
     return figure, list(grid[0])
+
+
+def _bar_panels(costs: Sequence[ArmCost]) -> tuple[Figure, list[tuple[Axes, list[ArmCost]]]]:
+    """A panel a model, with room for a bar of each of its arms; bars are of one height in all panels."""
+    models: dict[str, list[ArmCost]] = {}
+    for cost in costs:
+        models.setdefault(cost.model, []).append(cost)
+    bars = max(map(len, models.values()))
+    figure, panels = _panels(len(models), height=max(2.6, 1.2 + 0.2 * bars))
+    for axis, model in zip(panels, models, strict=True):
+        axis.set_ylim(bars - 0.4, -0.6)
+        axis.set_title(model, fontsize=10)
+        axis.tick_params(labelsize=8)
+        _dress(axis)
+    return figure, list(zip(panels, models.values(), strict=True))
 
 
 def _dress(axis: Axes) -> None:

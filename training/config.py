@@ -139,7 +139,7 @@ class SignumConfig(OptimizerSettings):
 
 
 class MuonConfig(OptimizerSettings):
-    """torch.optim.Muon for the hidden matrices; AdamW (`betas`, `eps`) at the same rate for embeddings and norms."""
+    """torch.optim.Muon for the hidden matrices; AdamW (`betas`, `eps`) at the same rate for the rest."""
 
     name: Literal["muon"]
     momentum: Beta = 0.95

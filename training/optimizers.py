@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from models import parameter_kind
 from sophia import AdaHessian, GammaController, Lion, Sophia
 from training.config import (
     AdaHessianConfig,
@@ -22,11 +23,6 @@ from training.config import (
 Named = Mapping[str, Tensor]
 
 
-def is_embedding(name: str) -> bool:
-    """Whether a parameter is an embedding: GPT-2's tokens, tied to its output layer, and positions."""
-    return "embedding" in name
-
-
 def parameter_groups(
     parameters: Named, weight_decay: float, lr: float, embedding_lr_ratio: float = 1.0
 ) -> list[dict[str, Any]]:
@@ -39,23 +35,18 @@ def parameter_groups(
             matrices.
     """
 
-    def group(decay: float, rate: float, belongs: Callable[[str, Tensor], bool]) -> dict[str, Any]:
-        names = [name for name, parameter in parameters.items() if belongs(name, parameter)]
-        params = [parameters[name] for name in names]
-        return {"params": params, "names": names, "weight_decay": decay, "lr": rate, "peak_lr": rate}
-
-    def apart(name: str) -> bool:
-        return embedding_lr_ratio != 1 and is_embedding(name)
-
-    groups = [
-        group(weight_decay, lr, lambda name, p: p.dim() >= 2 and not apart(name)),
-        group(0.0, lr, lambda name, p: p.dim() < 2 and not apart(name)),
-        group(weight_decay, lr * embedding_lr_ratio, lambda name, p: apart(name)),
-    ]
-    owned = [id(p) for group in groups for p in group["params"]]
-    if len(set(owned)) != len(owned) or len(owned) != len(parameters):
-        raise ValueError("a parameter is owned by no group or by more than one")
-    return [group for group in groups if group["params"]]
+    if len({id(p) for p in parameters.values()}) != len(parameters):
+        raise ValueError("a parameter has more than one name and would be stepped more than once")
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        apart = embedding_lr_ratio != 1 and parameter_kind(name) == "embedding"
+        decays = parameter.dim() >= 2
+        rate = lr * embedding_lr_ratio if apart else lr
+        settings = {"weight_decay": weight_decay if decays else 0.0, "lr": rate, "peak_lr": rate}
+        group = groups.setdefault((apart, not decays), {"params": [], "names": [], **settings})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return [groups[key] for key in sorted(groups)]
 
 
 def build_optimizers(config: OptimizerConfig, *, compile_step: bool) -> Callable[[Named], list[Optimizer]]:
@@ -117,7 +108,7 @@ def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool
                 )
             ]
         case MuonConfig():
-            hidden = {name: p for name, p in parameters.items() if p.dim() == 2 and not is_embedding(name)}
+            hidden = {name: p for name, p in parameters.items() if p.dim() == 2 and parameter_kind(name) != "embedding"}
             rest = {name: p for name, p in parameters.items() if name not in hidden}
             muon = torch.optim.Muon(
                 grouped(hidden),
