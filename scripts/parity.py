@@ -207,6 +207,7 @@ def work(listing: Path) -> int:
     """A rank: joins the others once and runs every job of the listing. Returns the first exit code that is not 0."""
     import torch.distributed as dist
 
+    from training.distributed import destroy_process_groups
     from training.run import execute
 
     if "WORLD_SIZE" in os.environ:
@@ -218,8 +219,7 @@ def work(listing: Path) -> int:
                 print(f"{' '.join(job)}: {outcome.status}", file=sys.stderr)
                 return outcome.exit_code
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        destroy_process_groups()
     return 0
 
 

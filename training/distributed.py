@@ -2,8 +2,10 @@
 
 import datetime
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -137,8 +139,50 @@ class Distributed:
         if self.heartbeat is not None:
             self.barrier()  # no rank ends, and with it perhaps the store, while another still watches
             self.heartbeat.stop()
-        if self.world_size > 1 and dist.is_initialized() and not self.joined:
-            dist.destroy_process_group()
+        if self.world_size > 1 and not self.joined:
+            destroy_process_groups()
+        else:  # the group stays, perhaps until the process ends
+            let_gloo_finish()
+
+
+def destroy_process_groups() -> None:
+    """`torch.distributed.destroy_process_group` of all groups, where there are any; the process may end after it.
+
+    DDP, device meshes and DeepSpeed hold groups longer, and gloo's threads live on with them.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    let_gloo_finish()
+
+
+def let_gloo_finish(seconds: float = 10.0) -> None:
+    """Wait, with the interpreter's lock released, until gloo's threads hold no tensor any more, at most `seconds`.
+
+    A thread says that its collective is done, and only then lets go of the tensors, for which it takes the interpreter's
+    lock. If the interpreter has begun to end by then, std::terminate ends the process: SIGABRT after all is done and
+    saved (torch 2.13 with Python below 3.14, pytorch/pytorch#190489). Where there is no /proc, there is nothing to see,
+    and the wait is a short sleep.
+    """
+    until = time.monotonic() + seconds
+    asleep = 0
+    # A thread that waits for the lock sleeps, too; while this one sleeps, the lock is free, and the next look finds it
+    # awake.
+    while asleep < 2 and time.monotonic() < until:
+        time.sleep(0.002)
+        asleep = asleep + 1 if all(state == "S" for state in _gloo_threads()) else 0
+
+
+def _gloo_threads() -> list[str]:
+    """The states of the threads of this process that carry out gloo's collectives, as in proc(5): S sleeps, R runs."""
+    states = []
+    for thread in Path("/proc/self/task").glob("*"):
+        try:
+            name, fields = (thread / "stat").read_text().split("(", 1)[1].rsplit(")", 1)
+        except OSError:  # it has ended
+            continue
+        if name.startswith("pt_gloo"):
+            states.append(fields.split()[0])
+    return states
 
 
 def _store_of_this_attempt(world_size: int, timeout: datetime.timedelta) -> dist.Store:

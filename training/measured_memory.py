@@ -18,7 +18,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from models import GPT2, GPT2Config
 from training.config import RunConfig, micro_batch_size
-from training.distributed import Distributed
+from training.distributed import Distributed, destroy_process_groups
 from training.optimizers import build_optimizers
 from training.planned_memory import curvature_of, one_step, step_batch
 from training.strategies import build_strategy
@@ -76,7 +76,7 @@ def _rank(rank: int, values: dict[str, Any], shape: dict[str, Any], world_size: 
         peaks.put((tracked, allocated))
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+        destroy_process_groups()
 
 
 def _tracked(config: RunConfig, shape: GPT2Config, rank: int, world_size: int) -> int:

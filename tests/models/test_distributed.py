@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from models import GPT2, GPT2Config
+from training.distributed import destroy_process_groups
 
 CONFIG = GPT2Config(300, 2, 2, 32, 16, bias=True, attention_layer_scaling=True)
 WORLD_SIZE = 2
@@ -77,7 +78,7 @@ def worker(rank: int, rendezvous: str) -> None:
         expected[name] = list(torch.autograd.grad(loss, list(model.parameters()), retain_graph=True))
     check_replicas(rank, expected)
     check_shards(rank, expected)
-    dist.destroy_process_group()
+    destroy_process_groups()
 
 
 def test_replicas_and_shards_have_the_gradients_of_a_single_process(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from sophia import (
     hutchinson_differences,
 )
 from sophia.random import normals, normals_like
+from training.distributed import destroy_process_groups
 
 WORLD, ROWS, STEPS = 2, 8, 7
 
@@ -133,7 +134,7 @@ def worker(rank: int, directory: str) -> None:
     if rank == 0:
         torch.save(results, f"{directory}/results")
     torch.save(results["gamma"], f"{directory}/gamma{rank}")
-    dist.destroy_process_group()
+    destroy_process_groups()
 
 
 @pytest.fixture(scope="module")

@@ -115,13 +115,21 @@ def launch(directory: Path) -> None:
         runs[f"share {share}"] = {"overrides": overrides}
     looks = [[look, kind] for look in ranks.LOOKS for kind in ranks.KINDS]
     (directory / "work.json").write_text(json.dumps({"runs": runs, "looks": looks}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ranks.__file__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["--redirects=3", f"--log-dir={directory / 'logs'}", ranks.__file__, str(directory)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*command, str(directory)], env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+    environment["PYTHONFAULTHANDLER"] = "1"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:] + ends_of_logs(directory / "logs")
 
     ranks.run({"overrides": moved(corpus, directory, "moved", "strategy=single")})
     (directory / "corpus.json").write_text(json.dumps(corpus))
+
+
+def ends_of_logs(directory: Path) -> str:
+    """What each rank said last."""
+    logs = sorted(directory.rglob("std*.log"), key=lambda log: log.parent.name)
+    return "".join(f"\n{log.parent.name}/{log.name}:\n{log.read_text()[-3000:]}" for log in logs)
 
 
 #: Settings that must not change the curve of the strategy.

@@ -27,7 +27,7 @@ from models import GPT2, GPT2Config
 from training.compose import compose
 from training.config import RunConfig
 from training.curvature import CurvaturePass
-from training.distributed import Distributed
+from training.distributed import Distributed, destroy_process_groups
 from training.optimizers import build_optimizers
 from training.run import execute
 from training.strategies import build_strategy
@@ -210,7 +210,7 @@ def main(directory: Path) -> None:
     if dist.get_rank() == 0:
         (directory / "seen.json").write_text(json.dumps(seen))
     dist.barrier()
-    dist.destroy_process_group()
+    destroy_process_groups()
 
 
 def attempt(action: Any, argument: Any) -> Any:
