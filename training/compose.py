@@ -90,7 +90,7 @@ def compose_dictionary(overrides: Sequence[str], primary: Primary = PROJECT) -> 
         config = hydra_compose(primary.name, overrides=made_again(primary, overrides), return_hydra_config=True)
         refuse_foreign_code(config)
         values = resolved(config)
-        return _launched_here(values) if primary.is_record else values
+        return launched_here(values) if primary.is_record else values
     except ConfigurationError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's, of model=null
@@ -121,7 +121,7 @@ def made_again(primary: Primary, overrides: Sequence[str]) -> list[str]:
     return ["resume=auto", "overwrite=false", *QUIET, *overrides]
 
 
-def _launched_here(values: dict[str, Any]) -> dict[str, Any]:
+def launched_here(values: dict[str, Any]) -> dict[str, Any]:
     """A record's values with its ranks started on this machine: SLURM's launcher is Hydra's, of which a record has none."""
     launcher = values.get("launcher")
     if isinstance(launcher, Mapping) and launcher.get("name") not in ("local", "joblib"):

@@ -19,6 +19,7 @@ from training.compose import (
     begin_hydra,
     compose,
     compose_dictionary,
+    launched_here,
     made_again,
     refuse_foreign_code,
     resolved,
@@ -124,8 +125,11 @@ def run_trial(config: DictConfig) -> int:
     global _preempted
     if _preempted:
         return EXIT_PREEMPTED
+    values = resolved(config)
+    if not in_job():
+        values = launched_here(values)  # of a record that a job has made: the trials of a sweep over it run here
     try:
-        code = start(validate(resolved(config)))
+        code = start(validate(values))
     except (ConfigurationError, DataError) as error:
         return refuse(error)
     except Exception:

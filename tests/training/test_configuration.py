@@ -195,10 +195,12 @@ def test_groups_of_a_record_are_not_said_to_be_missing(tmp_path: Path) -> None:
         compose(["tracker=wandb"], Primary("config", recorded(tmp_path)))
 
 
-def test_a_sweep_over_a_record_writes_the_runs_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("launcher", ["local", "slurm"])
+def test_a_sweep_over_a_record_runs_here_and_writes_the_runs_alone(
+    launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    record = recorded(tmp_path, f"output_dir={tmp_path}/runs", "data=text", f"data.paths=[{tmp_path}/none.txt]")
+    given = [f"launcher={launcher}", f"output_dir={tmp_path}/runs", "data=text", f"data.paths=[{tmp_path}/none.txt]"]
+    record = recorded(tmp_path, *given)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert main(["-m", "--config-path", str(record), "name=a,b"]) == 2
