@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from data import prepare
 from training import command
 from training.compose import compose
 from training.corpus import source_of, token_directory_of, tokenizer_of
+from training.signals import StopSignals
 
 SUBJECTS = ("the light", "a ship", "nobody", "the old keeper", "every winter", "her brother", "the sea")
 VERBS = ("came over", "was lost in", "remembered", "spoke of", "turned from", "waited for")
@@ -108,6 +111,15 @@ def curve(run_directory: Path) -> list[dict[str, Any]]:
         {key: value for key, value in line.items() if key not in CLOCKED}
         for line in lines(run_directory, "train", "eval", "hessian")
     ]
+
+
+def signal_self(number: int) -> None:
+    """Send this process, which is in a run, a signal; returns once the run knows that it is asked to stop."""
+    os.kill(os.getpid(), number)
+    (listener,) = (thread for thread in threading.enumerate() if thread.name == "signals")
+    asked_to_stop: StopSignals = listener._target.__self__  # type: ignore[attr-defined]
+    while not asked_to_stop():
+        time.sleep(0.001)
 
 
 def summary(run_directory: Path) -> dict[str, Any]:

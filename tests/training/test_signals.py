@@ -10,14 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.training.runs import before, curve, lines, run, run_in_child, summary, tiny
+from tests.training.runs import before, curve, lines, run, run_in_child, signal_self, summary, tiny
 
 PREEMPTED = 75
-
-
-def signal_self(number: int) -> None:
-    os.kill(os.getpid(), number)
-    time.sleep(0.3)  # the listener's turn
 
 
 def stop_in_step(step: int, number: int) -> None:
@@ -83,6 +78,7 @@ def two_signals_under_a_launcher(step: int, passed_on_seconds: float) -> None:
     def twice() -> None:
         for _ in range(2):
             signal_self(signal.SIGTERM)
+            time.sleep(0.3)
 
     before(loop, "forward_backward", twice, lambda run, *rest: run.state.step == step - 1)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import sys
 import traceback
@@ -24,6 +23,7 @@ import torch.distributed as dist
 import training.loop as loop
 from data.batches import Batch
 from models import GPT2, GPT2Config
+from tests.training.runs import signal_self
 from training.compose import compose
 from training.config import RunConfig
 from training.curvature import CurvaturePass
@@ -53,7 +53,7 @@ def stopped_after(step: int | None) -> Iterator[None]:
     def reported(self: Any, number: int, *arguments: Any) -> None:
         original(self, number, *arguments)
         if number == step:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signal_self(signal.SIGUSR1)
 
     loop.Reporter.step = reported  # type: ignore[method-assign]
     try:
