@@ -24,21 +24,25 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
         page: where the section will stand; links are relative to it.
         arm: whose verdict is told, in the models on which it was reported.
     """
-    study = results.study
-    models = [
-        model for model in study.models if any(one.model == model and one.arm == arm for one in results.headlines)
+    parts = [
+        verdict(results, directory, page, arm),
+        f"![Speed-ups with their intervals]({_link(directory, page)}/figures/{FIGURE}.png)",
+        limits(results, _models(results, arm)),
+        markdown(side_by_side(results, arm)).split("\n", 2)[2],
     ]
-    place = Path(os.path.relpath(directory, page.parent)).as_posix()
+    return "\n\n".join(part.strip() for part in parts)
+
+
+def verdict(results: Results, directory: Path, page: Path, arm: str) -> str:
+    """The section's first part alone: the arm's verdict, three sentences a model. Arguments as of `section`."""
+    study, place = results.study, _link(directory, page)
     parts = [
         f"**{label(arm)} against a tuned {label(study.baseline)}** ([report]({place}/report.md), {_runs(results)}):"
     ]
     if study.under_way:
         parts.insert(0, study.under_way)
-    for model in models:
+    for model in _models(results, arm):
         parts.append("\n".join(f"- {sentence}" for sentence in results.sentences(arm, model)))
-    parts.append(f"![Speed-ups with their intervals]({place}/figures/{FIGURE}.png)")
-    parts.append(limits(results, models))
-    parts.append(markdown(side_by_side(results, arm)).split("\n", 2)[2])
     return "\n\n".join(part.strip() for part in parts)
 
 
@@ -141,6 +145,16 @@ def _name(arm: str) -> str:
 
 def _loss(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "diverged"
+
+
+def _models(results: Results, arm: str) -> list[str]:
+    """Those on which the arm was reported."""
+    told = {one.model for one in results.headlines if one.arm == arm}
+    return [model for model in results.study.models if model in told]
+
+
+def _link(directory: Path, page: Path) -> str:
+    return Path(os.path.relpath(directory, page.parent)).as_posix()
 
 
 def _runs(results: Results) -> str:

@@ -2,6 +2,7 @@
 
 python scripts/results.py                         results/cpu_scale and README.md
 python scripts/results.py results/smoke --page some/page.md --arm lion
+python scripts/results.py results/cpu_embeddings --part embeddings --brief   the verdict alone, into another part of README.md
 """
 
 import argparse
@@ -13,7 +14,7 @@ from rich.console import Console
 from analysis.pages import write_part
 from analysis.report import print_summary, write_report
 from analysis.results import analyse
-from analysis.standing import section
+from analysis.standing import section, verdict
 from analysis.trials import load_study
 from training.records import RecordError
 
@@ -23,13 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="?", type=Path, default=ROOT / "results" / "cpu_scale", help="its directory")
-    parser.add_argument("--page", type=Path, default=ROOT / "README.md", help="with a part `results`")
+    parser.add_argument("--page", type=Path, default=ROOT / "README.md", help="the page that tells the verdict")
+    parser.add_argument("--part", default="results", help="where: between <!-- PART:begin --> and <!-- PART:end -->")
+    parser.add_argument("--brief", action="store_true", help="the verdict alone, without figure, limits and table")
     parser.add_argument("--arm", default="sophiag", help="whose verdict the page tells")
     options = parser.parse_args(arguments)
     try:
         results = analyse(load_study([options.study]))
         written = write_report(results, options.study)
-        write_part(options.page, "results", section(results, options.study, options.page, options.arm))
+        told = verdict if options.brief else section
+        write_part(options.page, options.part, told(results, options.study, options.page, options.arm))
     except (FileNotFoundError, RecordError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

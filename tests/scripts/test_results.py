@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from analysis.pages import read_part
 from analysis.results import analyse
 from analysis.trials import load_study
 from scripts.results import main as rebuild
@@ -61,6 +62,16 @@ def test_a_second_call_changes_nothing(study: Path, tmp_path: Path) -> None:
     first = page.read_bytes(), (study / "report.html").read_bytes()
     rebuild([str(study), "--page", str(page)])
     assert (page.read_bytes(), (study / "report.html").read_bytes()) == first
+
+
+def test_a_brief_part_has_the_verdict_alone(study: Path, tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"{PAGE}<!-- more:begin -->\n<!-- more:end -->\n")
+    assert rebuild([str(study), "--page", str(page), "--part", "more", "--brief"]) == 0
+    assert page.read_text().startswith(PAGE)
+    told = read_part(page, "more").splitlines()
+    assert told[0].startswith("**Sophia-G against a tuned AdamW** ([report](results/synthetic/report.md)")
+    assert told[2:] == [f"- {one}" for one in analyse(load_study([study])).sentences("sophiag", "tiny")]
 
 
 def test_a_page_without_the_part_is_refused_and_left_alone(
