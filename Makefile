@@ -52,8 +52,9 @@ test-slurm: setup ## a sweep on a SLURM of one node, set up here (root; Debian: 
 test-faults: setup ## runs killed, corrupted, starved and fed bad input: a quarter of an hour, numbers to docs/reliability.md (root for full disks)
 	$(BIN)/python scripts/faults.py
 
-results: setup ## results/cpu_scale: report, figures and the README's section, from the records
+results: setup ## results/cpu_scale and cpu_embeddings: reports, figures and the README's section, from the records
 	$(BIN)/python scripts/results.py
+	$(BIN)/python scripts/results.py results/cpu_embeddings --part embeddings --brief
 
 lock: ## resolve pyproject.toml's ranges anew into requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
