@@ -7,25 +7,25 @@ import sys
 
 import pytest
 
-# The tensors of ten collectives are slow to go, and gloo's threads are the last to hold them. The main thread keeps the
-# interpreter's lock, so that they have hardly begun when it gets to the end.
+# The tensors of collectives are slow to go, and gloo's threads are the last to hold most of them. The main thread keeps
+# the interpreter's lock, so that they have hardly begun when it gets to the end.
 SCRIPT = """
-import os, sys, threading
+import os, sys
 import torch, torch.distributed as dist
 from training.distributed import Distributed, destroy_process_groups
 
 class Slow(torch.Tensor):
     def __del__(self):
-        for _ in range(10):
+        for _ in range(5):
             matrix @ matrix
-        os.write(1, b"main " if threading.current_thread() is threading.main_thread() else b"gloo ")
+        os.write(1, b"gone ")
 
 torch.set_num_threads(1)
 matrix = torch.ones(1000, 1000)
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 kept = dist.group.WORLD  # as DDP and DeepSpeed do
 sys.setswitchinterval(1000)
-for _ in range(10):
+for _ in range(20):
     dist.all_reduce(torch.ones(3).as_subclass(Slow), async_op=True)
 {leave}
 os.write(1, b"left ")
@@ -40,6 +40,4 @@ def test_gloo_threads_are_done_before_the_interpreter_ends(leave: str) -> None:
     command = [sys.executable, "-c", SCRIPT.format(leave=leave)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 3, done.stderr
-    *dropped, last = done.stdout.split()
-    assert (len(dropped), last) == (10, "left")
-    assert dropped.count("gloo") > 5
+    assert done.stdout.split() == ["gone"] * 20 + ["left"]
