@@ -125,10 +125,10 @@ def run_trial(config: DictConfig) -> int:
     global _preempted
     if _preempted:
         return EXIT_PREEMPTED
-    values = resolved(config)
-    if not in_job():
-        values = launched_here(values)  # of a record that a job has made: the trials of a sweep over it run here
     try:
+        values = resolved(config)
+        if not in_job():
+            values = launched_here(values)  # of a record that a job has made: the trials of a sweep over it run here
         code = start(validate(values))
     except (ConfigurationError, DataError) as error:
         return refuse(error)

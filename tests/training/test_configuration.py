@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from training.command import main, split_primary
 from training.compose import CONFIG_DIRECTORY, Primary, compose, compose_dictionary, group_options
 from training.config import ConfigurationError, micro_batch_size, nearest_batches
+from training.launch import EXIT_FAILED
+from training.sweep import run_trial
 
 GROUPS = ("model", "data", "tokenizer", "optimizer", "schedule", "strategy", "tracker", "launcher", "experiment")
 CHOICES = [f"{group}={choice}" for group in GROUPS for choice in group_options(group)]
@@ -206,6 +209,11 @@ def test_a_sweep_over_a_record_runs_here_and_writes_the_runs_alone(
     assert main(["-m", "--config-path", str(record), "name=a,b"]) == 2
     assert "none.txt" in capfd.readouterr().err
     assert not list((tmp_path / "here").iterdir())
+
+
+def test_a_trial_that_cannot_be_resolved_does_not_end_its_sweep(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_trial(OmegaConf.create({"name": "${nowhere}"})) == EXIT_FAILED
+    assert "nowhere" in capfd.readouterr().err
 
 
 def test_a_file_that_builds_on_itself_is_one_line(tmp_path: Path) -> None:
