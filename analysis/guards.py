@@ -29,6 +29,7 @@ INCIDENTAL = (
 # Keys that leave the loss curve alone (contract of determinism) but not the clock.
 TIMING = (
     *("strategy", "train.micro_batch_size", "train.compile", "train.deterministic", "train.device"),
+    "train.shared_forward",
     *("eval.micro_batch_size", "environment.hardware", "environment.world_size"),
 )
 # What the arms of a comparison are.
@@ -124,6 +125,7 @@ def inspect(study: Study) -> list[Finding]:
         *_budgets(study),
         *_under_tuned(study, searches),
         *_degenerate(study),
+        *_prices(study),
         *_code(study),
     ]
     return sorted(found, key=lambda finding: finding.severity != "serious")
@@ -435,6 +437,29 @@ def _degenerate(study: Study) -> list[Finding]:
             tuple(trial.directory for trial in lost),
         )
     ]
+
+
+def _prices(study: Study) -> list[Finding]:
+    """Arms whose refreshes cost different FLOPs in different runs: some took the training forward, some their own."""
+    findings = []
+    for arm in study.arms:
+        routes: dict[str, list[Path]] = {}
+        for run in study.runs(arm=arm):
+            if route := (run.record.summary or {}).get("curvature_forward"):
+                routes.setdefault(str(route), []).append(run.directory)
+        if len(routes) > 1:
+            shown = "; ".join(f"{route} forward: {len(runs)} runs" for route, runs in sorted(routes.items()))
+            findings.append(
+                Finding(
+                    "compute",
+                    "serious",
+                    f"The curvature passes of {label(arm)} do not all cost the same",
+                    f"{shown}. Compute and seconds of this arm mix two prices: run all with one train.shared_forward and "
+                    "one kind of strategy.",
+                    tuple(min(routes.values(), key=len)),
+                )
+            )
+    return findings
 
 
 def _code(study: Study) -> list[Finding]:

@@ -242,6 +242,8 @@ class _ChunkedLosses(torch.autograd.Function):
                     head.passes.add_(d_weight, torch.mm(logits.t(), scaled))
 
         if differentiable:
+            if d_weight is None:  # no rows
+                d_weight = torch.zeros_like(weight, dtype=torch.float32)
             ctx.set_materialize_grads(False)
             ctx.gradients = d_hidden, d_weight
             ctx.dtypes = hidden.dtype, weight.dtype
@@ -338,8 +340,8 @@ def _first_above(cumulative: Tensor, mass: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _chunk_rows(rows: int, device: str) -> int:
-    """Chunks of equal size, about CHUNK_ROWS each, so that no short one is left over."""
-    return -(-rows // max(1, round(rows / CHUNK_ROWS.get(device, CHUNK_ROWS["cuda"]))))
+    """Chunks of equal size, about CHUNK_ROWS each, so that no short one is left over; 1 where there are no rows."""
+    return max(1, -(-rows // max(1, round(rows / CHUNK_ROWS.get(device, CHUNK_ROWS["cuda"])))))
 
 
 def _in_slices(function: Callable[..., Any]) -> Callable[..., Any]:

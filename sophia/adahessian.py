@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sophia.elementwise import ParamsT, advance, check_betas, check_number
+from sophia.elementwise import SMALLEST, ParamsT, advance, check_betas, check_number, widened
 from sophia.kernels import apply, local
 from sophia.rules import adahessian_update, squared_hessian_update
 from sophia.second_order import SecondOrderOptimizer
@@ -60,7 +60,7 @@ class AdaHessian(SecondOrderOptimizer):
     def _validate_group(self, group: dict[str, Any]) -> None:
         check_number(group, "lr", "the paper uses 0.15")
         check_betas(group)
-        check_number(group, "eps", "the paper uses 1e-4", positive=True)
+        check_number(group, "eps", "the paper uses 1e-4", least=SMALLEST)
         check_number(group, "weight_decay", "0 switches it off")
         if group["hessian_interval"] is None:
             raise ValueError(
@@ -83,7 +83,8 @@ class AdaHessian(SecondOrderOptimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        lr, (beta1, beta2), eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+        lr, eps, weight_decay = widened(group["lr"]), group["eps"], group["weight_decay"]
+        beta1, beta2 = group["betas"]
         for p, grad, state in zip(params, grads, states, strict=True):
             # Where a count is still 0, m or v is zero whatever divides it: 1 avoids 0/0.
             correction1 = 1 - beta1 ** state["step"].double().clamp_min(1)

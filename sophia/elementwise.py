@@ -16,6 +16,9 @@ ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tens
 
 HALF = (torch.bfloat16, torch.float16)
 
+# The smallest ε: float32 rounds less to nothing, and 0 / 0 is a step of NaN.
+SMALLEST = torch.finfo(torch.float32).tiny
+
 # The 0-D float32 entries of a state: how many steps, and how many curvature estimates, it has taken in.
 COUNTS = ("step", "hessian_step")
 
@@ -101,6 +104,12 @@ class ElementwiseOptimizer(Optimizer):
                     self.state[p][key] = value.to(device=p.device, dtype=torch.float32)
 
 
+def widened(value: float | Tensor) -> float | Tensor:
+    """A hyper-parameter with the precision of a Python float where it is a tensor, so that all forms of a rule compute
+    with the same numbers. MPS, which lacks float64, keeps what it is given."""
+    return value.double() if isinstance(value, Tensor) and value.device.type != "mps" else value
+
+
 def state_like(p: Tensor) -> Tensor:
     """Zeros in the shape, layout and placement of p, in the dtype of the arithmetic."""
     dtype = torch.float32 if p.dtype in HALF else p.dtype
@@ -138,16 +147,18 @@ def checked_grad(p: Tensor) -> Tensor:
     return grad
 
 
-def check_number(group: Mapping[str, Any], name: str, remedy: str, *, positive: bool = False) -> None:
+def check_number(
+    group: Mapping[str, Any], name: str, remedy: str, *, positive: bool = False, least: float = 0.0
+) -> None:
     """Raises ValueError that names the value, what was expected and the remedy, unless group[name] is a finite number
-    >= 0, or > 0. A 0-D tensor is taken on trust: reading it would stall the device."""
+    >= least, or > 0. A 0-D tensor is taken on trust: reading it would stall the device."""
     value = group[name]
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}, expected a number or a 0-D tensor")
         return
-    if not _is_number(value) or not 0 <= value < math.inf or (positive and value == 0):
-        raise ValueError(f"{name} = {value!r}, expected a number {'> 0' if positive else '>= 0'}: {remedy}")
+    if not _is_number(value) or not least <= value < math.inf or (positive and value == 0):
+        raise ValueError(f"{name} = {value!r}, expected a number {'> 0' if positive else f'>= {least:.3g}'}: {remedy}")
 
 
 def check_betas(group: Mapping[str, Any]) -> None:

@@ -79,7 +79,8 @@ def apply(
                 results += _call_in_pieces(rule, row, scalars)
         if len(small) > 1:
             _write_back(rule, joined, small)
-        results += [rule(*row, *scalars) for row in odd]
+        for row in odd:
+            results += [rule(*piece, *scalars) for piece in _cut_as_it_lies(row)]
     return [result for result in results if result is not None]
 
 
@@ -143,6 +144,13 @@ def _write_back(rule: Rule, joined: Row, rows: Sequence[Row]) -> None:
 def _call_in_pieces(rule: Rule, row: Row, scalars: Sequence[Any]) -> list[Tensor | None]:
     size = EAGER_PIECE if row[0].device.type == "cpu" else LONGEST_ROW
     return [rule(*piece, *scalars) for piece in zip(*(t.split(size) for t in row), strict=True)]
+
+
+def _cut_as_it_lies(row: Row) -> Iterable[Row]:
+    """A row without a common layout in pieces of at most LONGEST_ROW coordinates, along its longest dimension."""
+    parts = -(-row[0].numel() // LONGEST_ROW)
+    dimension = max(range(row[0].dim()), key=row[0].size)
+    return zip(*(t.tensor_split(parts, dimension) for t in row), strict=True)
 
 
 def _call_compiled(rule: Rule, rows: Sequence[Row], scalars: Sequence[float | Tensor | None]) -> list[Tensor | None]:

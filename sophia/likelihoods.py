@@ -60,13 +60,13 @@ def sample_labels(
     """Labels drawn from softmax(logits) by inverting its distribution function: the smallest y with F(y) > u.
 
     The softmax is summed in float64, so that the probabilities hold to 2^-24, the resolution of u, and a class of
-    probability zero is never drawn.
+    probability zero is never drawn. A row that is not finite gets the last class; its loss is not finite either.
     """
     labels = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     for rows, u, out in zip(logits.split(_ROWS), uniform.split(_ROWS), labels.split(_ROWS), strict=True):
         cumulative = F.softmax(rows.float(), dim=-1).double().cumsum(dim=-1)
         threshold = u.double().unsqueeze(-1) * cumulative[:, -1:]
-        out.copy_(torch.searchsorted(cumulative, threshold, right=True).squeeze(-1))
+        out.copy_(torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_max_(rows.shape[-1] - 1))
     return labels
 
 

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sophia.elementwise import ElementwiseOptimizer, ParamsT, check_betas, check_number, checked_grad, state_like
+from sophia.elementwise import (
+    ElementwiseOptimizer,
+    ParamsT,
+    check_betas,
+    check_number,
+    checked_grad,
+    state_like,
+    widened,
+)
 from sophia.kernels import apply, local
 from sophia.rules import lion_update
 
@@ -69,7 +77,7 @@ class Lion(ElementwiseOptimizer):
                     [local(self.state[p]["exp_avg"]) for p in params],
                 ],
                 [
-                    group["lr"],
+                    widened(group["lr"]),
                     group["betas"][0],
                     group["betas"][1],
                     group["weight_decay"],

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sophia.elementwise import ParamsT, advance, check_betas, check_number
+from sophia.elementwise import SMALLEST, ParamsT, advance, check_betas, check_number, widened
 from sophia.kernels import Rule, apply, local
 from sophia.rules import gauss_newton_update, hessian_update, sophia_unclipped_update, sophia_update
 from sophia.second_order import SecondOrderOptimizer
@@ -92,7 +92,7 @@ class Sophia(SecondOrderOptimizer):
         check_number(group, "lr", "the paper uses 2e-4 to 7e-4")
         check_betas(group)
         check_number(group, "gamma", "try 0.05 (GNB) or 0.01 (Hutchinson)", positive=True)
-        check_number(group, "eps", "the paper uses 1e-12", positive=True)
+        check_number(group, "eps", "the paper uses 1e-12", least=SMALLEST)
         check_number(group, "weight_decay", "the paper uses 0.2")
         for name, remedy in (
             ("clip", "the threshold is always 1, scale lr instead"),
@@ -136,7 +136,8 @@ class Sophia(SecondOrderOptimizer):
             [local(state["exp_avg"]) for state in states],
             [local(state["hessian"]) for state in states],
         ]
-        lr, (beta1, beta2), gamma, eps = group["lr"], group["betas"], group["gamma"], group["eps"]
+        lr, gamma = widened(group["lr"]), widened(group["gamma"])
+        (beta1, beta2), eps = group["betas"], group["eps"]
         if not group["bias_correction"]:
             scalars = [lr, beta1, gamma, eps, group["weight_decay"], grad_scale, found_inf]
             self._counts += apply(rule, tensors, scalars, self._form)

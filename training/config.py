@@ -17,6 +17,8 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+# float32 rounds less to nothing, and 0 / 0 is a step of NaN.
+Epsilon = Annotated[float, Field(ge=2.0**-126, allow_inf_nan=False)]
 
 
 class ConfigurationError(ValueError):
@@ -111,16 +113,18 @@ class TokenizerConfig(Section):
 
 
 class OptimizerSettings(Section):
-    """What every optimizer has. The rate of the embeddings, which are the output layer too, is lr · embedding_lr_ratio."""
+    """What every optimizer has. The rate of the embeddings, which are the output layer too, is lr · embedding_lr_ratio;
+    with `decay_embeddings` false they have no weight decay."""
 
     lr: PositiveFloat
     embedding_lr_ratio: PositiveFloat = 1.0
+    decay_embeddings: bool = True
 
 
 class AdamWConfig(OptimizerSettings):
     name: Literal["adamw"]
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
+    eps: Epsilon = 1e-8
     weight_decay: NonNegativeFloat = 0.1
 
 
@@ -145,7 +149,7 @@ class MuonConfig(OptimizerSettings):
     momentum: Beta = 0.95
     weight_decay: NonNegativeFloat = 0.1
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
+    eps: Epsilon = 1e-8
 
 
 class CurvatureSettings(OptimizerSettings):
@@ -162,7 +166,7 @@ class SophiaConfig(CurvatureSettings):
     name: Literal["sophiag", "sophiah"]
     betas: tuple[Beta, Beta] = (0.96, 0.99)
     gamma: PositiveFloat
-    eps: NonNegativeFloat = 1e-12
+    eps: Epsilon = 1e-12
     weight_decay: NonNegativeFloat = 0.2
     estimator: Estimator
     clip: bool = True
@@ -202,7 +206,7 @@ class SophiaConfig(CurvatureSettings):
 class AdaHessianConfig(CurvatureSettings):
     name: Literal["adahessian"]
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-4
+    eps: Epsilon = 1e-4
     weight_decay: NonNegativeFloat = 0.1
     estimator: Literal["hutchinson", "hutchinson_differences"] = "hutchinson"
 
@@ -449,6 +453,8 @@ class RunConfig(Section):
         full["data"].pop("local", None)
         if set(full["seeds"].values()) == {self.seed}:
             del full["seeds"]
+        if self.optimizer.decay_embeddings:  # as in every run from before there was the key
+            del full["optimizer"]["decay_embeddings"]
         return full
 
     def identity_hash(self) -> str:

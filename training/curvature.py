@@ -122,6 +122,10 @@ class CurvaturePass:
         """`within_training`, under a strategy that can differentiate one forward twice."""
         return self.within_training(step) and isinstance(strategy, KeepsGraphs)
 
+    def forward_of(self, strategy: Strategy) -> str:
+        """Where the refreshes after a warm start take their forward: "shared" with training, or their "own"."""
+        return "shared" if self.shares_forward(strategy, 1 + self.interval) else "own"
+
     def run_within_training(
         self, strategy: KeepsGraphs, batch: Batch, step: int, predictions: int, ledger: Ledger
     ) -> tuple[Tensor, int, Tensor]:
@@ -296,11 +300,14 @@ class CurvaturePass:
     ) -> list[Tensor]:
         """u ⊙ (∇L(θ + δu) − ∇L(θ − δu)) / 2δ; θ comes back bit for bit from a copy."""
         noise = strategy.normals(self._seed, step)
+        devices = [strategy.device] if strategy.device.type == "cuda" else []
         with strategy.full_precision():
             delta = strategy.difference_step(noise)
             gradients: list[list[Tensor]] = []
             for sign in (1.0, -1.0):
-                with strategy.perturbed(noise, sign * delta):
+                # The generators go back after the first gradient, so that both draw the same dropout masks: the noise of
+                # different masks, divided by 2δ, would drown the curvature.
+                with torch.random.fork_rng(devices, enabled=sign > 0), strategy.perturbed(noise, sign * delta):
                     self._backward(strategy, slices, _training_loss, num_predictions)
                     gradients.append(strategy.take_gradients())
         estimates = torch._foreach_sub(gradients[0], gradients[1])

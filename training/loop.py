@@ -113,6 +113,7 @@ class Reporter:
         self._run = run
         self._pending: list[_Report] = []
         self._on_cuda = run.strategy.device.type == "cuda"
+        self._behind = int(self._on_cuda)  # reports that may be on their way
         self._seconds = run.ledger.seconds
         guards, state = run.config.guards, run.state
         self._spikes = LossSpikes(guards.spike_deviations) if guards.spike_deviations is not None else None
@@ -144,7 +145,7 @@ class Reporter:
             arrived.record()
         tokens = step * run.config.train.global_batch_size * run.config.train.sequence_length
         self._pending.append(_Report(step, lr, numbers, arrived, tokens, run.ledger.flops))
-        if len(self._pending) > (1 if self._on_cuda else 0):
+        if len(self._pending) > self._behind:
             self._write(self._pending.pop(0))
 
     def flush(self) -> None:
@@ -191,8 +192,8 @@ class Reporter:
                 f"step {step}: {what} is not finite, the step is skipped ({state.skipped_in_a_row} in a row, "
                 f"{allowed} are allowed)"
             )
-        self.diverged = state.skipped_in_a_row > allowed
-        if self.diverged:
+        if state.skipped_in_a_row > allowed and not self.diverged:
+            self.diverged = True
             run.reason = f"{state.skipped_in_a_row} steps in a row, up to step {step}, were not finite"
         if self._spikes is not None:
             spike = self._spikes.observe(loss)
@@ -293,8 +294,10 @@ def train(run: Run) -> Status:
                 case Verdict.FAIL:
                     return "failed"
                 case Verdict.STOP:
+                    reporter.flush()
+                    if reporter.diverged:
+                        return "diverged"
                     if run.saved_step < state.step:
-                        reporter.flush()
                         save(run)
                     return "preempted"
             assert batch is not None
@@ -329,21 +332,22 @@ def train(run: Run) -> Status:
             state.step = step
             run.profiler_step()
             last = step == config.train.steps
+            interval = config.checkpoint.interval
+            unsaved |= interval is not None and step % interval == 0
+            evaluates = evaluation_due(run)
 
+            if evaluates or last or unsaved or reporter.diverged:
+                reporter.flush()
             if reporter.diverged:
                 return "diverged"
-            if evaluation_due(run):
-                reporter.flush()
+            if evaluates:
                 if not evaluate(run):  # a resumed run does so first
                     save(run)
                     return "preempted"
                 if not math.isfinite(state.final_val_loss or 0.0):
                     run.reason = f"the validation loss after step {step} is not finite"
                     return "diverged"
-            interval = config.checkpoint.interval
-            unsaved |= interval is not None and step % interval == 0
             if last or unsaved:
-                reporter.flush()
                 # Weights may be broken where steps are skipped: the last good checkpoint stays the last.
                 if last or state.skipped_in_a_row == 0:
                     save(run)

@@ -24,7 +24,12 @@ Named = Mapping[str, Tensor]
 
 
 def parameter_groups(
-    parameters: Named, weight_decay: float, lr: float, embedding_lr_ratio: float = 1.0
+    parameters: Named,
+    weight_decay: float,
+    lr: float,
+    embedding_lr_ratio: float = 1.0,
+    *,
+    decay_embeddings: bool = True,
 ) -> list[dict[str, Any]]:
     """Weight decay for matrices, none for the rest (biases, norms); every parameter in exactly one group.
 
@@ -33,14 +38,16 @@ def parameter_groups(
         lr: the groups' peak rate.
         embedding_lr_ratio: what the rate of the embeddings is multiplied by. At 1 they share a group with the other
             matrices.
+        decay_embeddings: whether the embeddings of tokens and positions decay with the other matrices.
     """
 
     if len({id(p) for p in parameters.values()}) != len(parameters):
         raise ValueError("a parameter has more than one name and would be stepped more than once")
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        apart = embedding_lr_ratio != 1 and parameter_kind(name) == "embedding"
-        decays = parameter.dim() >= 2
+        embeds = parameter_kind(name) == "embedding"
+        apart = embedding_lr_ratio != 1 and embeds
+        decays = parameter.dim() >= 2 and (decay_embeddings or not embeds)
         rate = lr * embedding_lr_ratio if apart else lr
         settings = {"weight_decay": weight_decay if decays else 0.0, "lr": rate, "peak_lr": rate}
         group = groups.setdefault((apart, not decays), {"params": [], "names": [], **settings})
@@ -71,7 +78,11 @@ def gamma_controller(config: OptimizerConfig, optimizers: Sequence[Optimizer]) -
 
 def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool) -> list[Optimizer]:
     grouped = partial(
-        parameter_groups, weight_decay=config.weight_decay, lr=config.lr, embedding_lr_ratio=config.embedding_lr_ratio
+        parameter_groups,
+        weight_decay=config.weight_decay,
+        lr=config.lr,
+        embedding_lr_ratio=config.embedding_lr_ratio,
+        decay_embeddings=config.decay_embeddings,
     )
     form = None if compile_step else False  # None: compiled where it is worth the compiling
     match config:

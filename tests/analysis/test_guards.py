@@ -293,3 +293,13 @@ def test_a_crossing_in_the_middle_of_a_schedule_is_shown_and_called_no_speed_up(
     assert "A crossing in the middle of a schedule is no speed-up" in " ".join(
         str(compare_runs(runs).table().caption).split()
     )
+
+
+def test_refreshes_of_one_arm_at_two_prices_are_told(doctor: Doctor, tmp_path: Path) -> None:
+    doctor.write()
+    for seed, route in ((1, "shared"), (2, "own"), (3, "shared")):
+        path = doctor.directory / "runs" / f"sophiag-reporting-200-{seed}" / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"curvature_forward": route}))
+    (finding,) = inspect(load_study([doctor.directory]))
+    assert (finding.guard, finding.severity) == ("compute", "serious")
+    assert [path.name for path in finding.runs] == ["sophiag-reporting-200-2"]

@@ -75,6 +75,15 @@ class TestChunkedLosses:
         with pytest.raises(RuntimeError, match=r"sampled_loss_sum\.backward\(retain_graph=True\) before"):
             gradients(sampled_loss_sum, hidden)
 
+    def test_a_batch_without_a_label_to_draw_has_a_sampled_loss_of_zero(self) -> None:
+        hidden, weight, targets, uniforms = inputs(30)
+        loss_sum, sampled_loss_sum = LossHead(VOCAB_SIZE)(hidden, weight, targets, torch.full_like(uniforms, -1))
+        assert loss_sum > 0
+        assert sampled_loss_sum == 0
+        gradient_of_hidden, gradient_of_weight = gradients(sampled_loss_sum, hidden, weight)
+        assert not gradient_of_hidden.any()
+        assert not gradient_of_weight.any()
+
     def test_without_gradients_the_losses_are_the_same_and_none_are_computed(self) -> None:
         hidden, weight, targets, uniforms = inputs(30)
         head = LossHead(VOCAB_SIZE)

@@ -62,6 +62,7 @@ def test_a_wrong_hyperparameter_is_named_with_its_value(cls: type, name: str, va
         ("gamma", 0.0),
         ("gamma", -1.0),
         ("eps", 0.0),
+        ("eps", 1e-46),  # float32 rounds it to 0
         ("eps", -1e-12),
         ("hessian_interval", 0),
         ("hessian_interval", 2.5),

@@ -116,6 +116,56 @@ def test_central_differences_are_the_exact_product_up_to_the_step(problem) -> No
     assert all(bool((p.grad == 1).all()) for p in problem.params)
 
 
+def test_central_differences_draw_the_dropout_masks_of_one_forward_twice() -> None:
+    torch.manual_seed(0)
+    w, x = torch.randn(30, 20, requires_grad=True), torch.randn(64, 30)
+    loss = lambda: F.dropout((x @ w).tanh(), 0.3).square().mean()  # noqa: E731
+    torch.manual_seed(1)
+    (exact,) = hutchinson(loss, [w], seed=0, step=1)
+    after = torch.rand(3)
+    torch.manual_seed(1)
+    (differences,) = hutchinson_differences(loss, [w], seed=0, step=1)
+    assert (exact - differences).norm() < 5e-3 * exact.norm()
+    assert torch.equal(after, torch.rand(3))
+
+
+def test_central_differences_leave_no_trace_of_a_loss_that_raises() -> None:
+    w = torch.randn(5, requires_grad=True)
+    before, w.grad = w.detach().clone(), torch.ones(5)
+    with pytest.raises(ZeroDivisionError):
+        hutchinson_differences(lambda: w.sum() * (1 // 0), [w], seed=0, step=1)
+    assert torch.equal(w, before)
+    assert bool((w.grad == 1).all())
+
+
+def test_central_differences_of_weights_that_are_all_zero() -> None:
+    w = torch.zeros(50, requires_grad=True)
+    (exact,), (differences,) = (
+        estimator(lambda: (3 * w.square()).sum() / 2, [w], seed=0, step=1)
+        for estimator in (hutchinson, hutchinson_differences)
+    )
+    torch.testing.assert_close(differences, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_central_differences_put_the_running_statistics_back() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+    before = [buffer.clone() for buffer in model.buffers()]
+    x = torch.randn(16, 4)
+    given = {"seed": 0, "step": 1, "buffers": model.buffers()}
+    hutchinson_differences(lambda: model(x).square().mean(), model.parameters(), **given)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_labels_of_rows_that_are_not_finite_stay_in_the_vocabulary_and_their_loss_is_not_finite(bad: float) -> None:
+    logits = torch.randn(6, 9)
+    logits[2] = bad
+    logits[4, 3] = float("nan") if bad != bad else bad
+    labels = sample_labels(logits, torch.full((6,), 0.999))
+    assert bool(((labels >= 0) & (labels < 9)).all())
+    assert not F.cross_entropy(logits, labels).isfinite()
+
+
 def test_parameters_out_of_the_loss_or_linear_in_it_have_zero_curvature() -> None:
     x, unused, linear = (torch.ones(2, requires_grad=True) for _ in range(3))
     loss = lambda: (x**3).sum() + linear.sum()  # noqa: E731

@@ -31,9 +31,10 @@ def run(
     amp: bool = False,
     steps: int = 7,
     shapes: Sequence[tuple[int, ...]] = tuple(SHAPES),
+    lr_dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], list[dict[str, Tensor]], int]:
     """Parameters, states and the last unclipped count of a run with a schedule, refreshes and, with amp, a held
-    step."""
+    step. The rate is a float, or a tensor of `lr_dtype`."""
     generator = torch.Generator().manual_seed(0)
 
     def random_like(p: Tensor) -> Tensor:
@@ -42,7 +43,8 @@ def run(
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
     optimizer = cls(params, lr=3e-3, **options)
     for t in range(steps):
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - t / 10)
+        lr = 3e-3 * (1 - t / 10)
+        optimizer.param_groups[0]["lr"] = lr if lr_dtype is None else torch.tensor(lr, dtype=lr_dtype)
         if amp:
             optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.7), torch.tensor(float(t == 4))
         if not isinstance(optimizer, Lion) and t % 3 == 0:
@@ -91,6 +93,32 @@ def test_compiled_form_is_the_same_to_the_last_bit_and_a_schedule_compiles_nothi
     assert_identical(eager, compiled)
     assert_identical(run(SophiaG, {"compile": False}, amp=True, shapes=[(40, 2), (11, 11)]), small)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == first
+
+
+@pytest.mark.parametrize("cls", [SophiaG, Lion])
+def test_a_rate_in_a_float32_tensor_gives_the_same_numbers_in_every_form(cls: type) -> None:
+    eager, foreach, compiled = (
+        run(cls, form, steps=12, lr_dtype=torch.float32)
+        for form in ({"compile": False, "foreach": False}, {"foreach": True}, {"compile": True})
+    )
+    assert_identical(eager, foreach)
+    assert_identical(eager, compiled)
+
+
+def test_a_row_without_a_common_layout_is_cut_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def rule(a: Tensor, b: Tensor) -> None:
+        sizes.append(a.numel())
+        a.add_(b)
+
+    rule.updated = (0,)  # type: ignore[attr-defined]
+    monkeypatch.setattr(kernels, "LONGEST_ROW", 50)
+    a, b = torch.zeros(12, 20), torch.ones(20, 12).t()
+    kernels.apply(rule, [[a], [b]], [], kernels.Form(False, False))
+    assert sum(sizes) == 240
+    assert max(sizes) <= 50
+    assert bool((a == 1).all())
 
 
 def test_the_unclipped_count_comes_out_of_the_pass_that_updates_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,8 @@ MISTAKES = [
     (["train.compile=maybe"], ["train.compile=maybe", "auto"]),
     (["optimizer.betas=[0.9,1.5]"], ["optimizer.betas.1=1.5", "below 1"]),
     (["optimizer.lr=nan"], ["optimizer.lr=nan", "finite"]),
+    (["optimizer=sophiag", "optimizer.eps=0"], ["optimizer.eps=0", "at least 1.17"]),
+    (["optimizer=adamw", "optimizer.eps=1e-46"], ["optimizer.eps=1e-46", "at least 1.17"]),
     (["train.micro_batch_size=3"], ["train.micro_batch_size=3", "train.micro_batch_size=2 or 4", "=15 or 18"]),
     (["train.sequence_length=4096"], ["train.sequence_length=4096", "model.block_size"]),
     (["schedule.warmup_steps=500"], ["schedule.warmup_steps=500", "train.steps=200"]),

@@ -163,6 +163,36 @@ def test_more_than_n_skipped_steps_in_a_row_end_as_diverged_and_the_last_good_ch
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000008"]
 
 
+def report_a_step_late(steps: tuple[int, ...]) -> None:
+    """As on CUDA, where the numbers of a step are read after the next one has been queued."""
+    from training.loop import Reporter
+
+    spoil_gradients(steps)
+    original = Reporter.__init__
+
+    def late(self: Reporter, run: Any) -> None:
+        original(self, run)
+        self._behind = 1
+
+    Reporter.__init__ = late  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("step", [24, 16, 13], ids=["at the end", "before an evaluation", "between"])
+def test_a_run_diverges_alike_whether_its_numbers_come_at_once_or_a_step_late(
+    corpus: list[str], tmp_path: Path, step: int
+) -> None:
+    ended = {}
+    for name, prepare in {"at once": spoil_gradients, "late": report_a_step_late}.items():
+        overrides = tiny(corpus, tmp_path, "train.max_skipped_steps=0", name=name.replace(" ", "-"))
+        assert run_in_child(overrides, prepare, (step,)) == 3, name
+        directory = tmp_path / name.replace(" ", "-")
+        ended[name] = summary(directory)
+        assert lines(directory, "train")[-1]["step"] >= step
+        assert all(line["step"] < step for line in lines(directory, "eval"))
+    assert ended["late"]["status"] == ended["at once"]["status"] == "diverged"
+    assert ended["late"]["reason"] == ended["at once"]["reason"]
+
+
 def test_skipped_steps_are_counted_over_an_interruption(corpus: list[str], tmp_path: Path) -> None:
     overrides = tiny(corpus, tmp_path, "train.max_skipped_steps=3")
     assert run_in_child([*overrides, "train.steps=24"], spoil_gradients_then_stop, 8) == 75

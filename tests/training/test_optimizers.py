@@ -38,6 +38,27 @@ def test_matrices_decay_and_the_rest_does_not() -> None:
     assert all(p.dim() == 1 for p in groups[1]["params"])
 
 
+@pytest.mark.parametrize("decays", [True, False])
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_embeddings_decay_unless_the_key_says_otherwise(arm: str, decays: bool) -> None:
+    parameters = dict(GPT2(SHAPE).named_parameters())
+    config = compose(
+        [f"optimizer={arm}", "optimizer.weight_decay=0.1", f"optimizer.decay_embeddings={decays}"]
+    ).optimizer
+    optimizers = build_optimizers(config, compile_step=False)(parameters)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, p in parameters.items():
+        embeds = name in ("token_embedding.weight", "position_embedding.weight")
+        assert decay[id(p)] == (0.1 if p.dim() == 2 and (decays or not embeds) else 0.0), name
+
+
+def test_decaying_embeddings_leave_the_name_of_a_run_as_it_was_without_the_key() -> None:
+    plain, without = compose(["optimizer=sophiag"]), compose(["optimizer=sophiag", "optimizer.decay_embeddings=false"])
+    assert "decay_embeddings" not in plain.identity()["optimizer"]
+    assert plain.run_name != without.run_name
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_parameter_is_stepped_exactly_once(arm: str) -> None:
     parameters = dict(GPT2(SHAPE).named_parameters())

@@ -26,6 +26,7 @@ def test_recipe_has_the_published_values(size: str, arm: str) -> None:
     assert (config.data.name, config.tokenizer.name) == ("openwebtext", "gpt2")
     optimizer = config.optimizer
     assert optimizer.name == arm
+    assert not optimizer.decay_embeddings  # as in the authors' code
     match arm:
         case "adamw":
             assert (optimizer.lr, optimizer.betas, optimizer.weight_decay) == (ADAMW[size], (0.9, 0.95), 0.1)

@@ -165,8 +165,10 @@ class Strategy(ABC):
         return self.parameter_normals(seed, step)
 
     def difference_step(self, directions: Sequence[Tensor]) -> Tensor:
-        """() δ for a central difference along `directions`: a share of the weights' norm over the directions' norm."""
-        return DIFFERENCE_SHARE * self.norm(self.weights()) / self.norm(directions)
+        """() δ for a central difference along `directions`: a share of the weights' norm over the directions' norm, or the
+        share itself where all weights are zero."""
+        size = self.norm(self.weights()) / self.norm(directions)
+        return DIFFERENCE_SHARE * torch.where(size > 0, size, 1)
 
     def norm(self, tensors: Iterable[Tensor]) -> Tensor:
         """() the Euclidean norm over tensors in the form of `normals`, over all ranks."""
