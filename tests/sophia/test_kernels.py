@@ -32,6 +32,7 @@ def run(
     steps: int = 7,
     shapes: Sequence[tuple[int, ...]] = tuple(SHAPES),
     lr_dtype: torch.dtype | None = None,
+    peak_lr: float = 3e-3,
 ) -> tuple[list[Tensor], list[dict[str, Tensor]], int]:
     """Parameters, states and the last unclipped count of a run with a schedule, refreshes and, with amp, a held
     step. The rate is a float, or a tensor of `lr_dtype`."""
@@ -43,7 +44,7 @@ def run(
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
     optimizer = cls(params, lr=3e-3, **options)
     for t in range(steps):
-        lr = 3e-3 * (1 - t / 10)
+        lr = peak_lr * (1 - t / 10)
         optimizer.param_groups[0]["lr"] = lr if lr_dtype is None else torch.tensor(lr, dtype=lr_dtype)
         if amp:
             optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.7), torch.tensor(float(t == 4))
@@ -96,9 +97,12 @@ def test_compiled_form_is_the_same_to_the_last_bit_and_a_schedule_compiles_nothi
 
 
 @pytest.mark.parametrize("cls", [SophiaG, Lion])
-def test_a_rate_in_a_float32_tensor_gives_the_same_numbers_in_every_form(cls: type) -> None:
+def test_a_rate_in_a_float32_tensor_gives_the_same_numbers_in_every_form(
+    cls: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "JOINED_BELOW", 20)
     eager, foreach, compiled = (
-        run(cls, form, steps=12, lr_dtype=torch.float32)
+        run(cls, form, steps=12, lr_dtype=torch.float32, peak_lr=0.3)
         for form in ({"compile": False, "foreach": False}, {"foreach": True}, {"compile": True})
     )
     assert_identical(eager, foreach)
