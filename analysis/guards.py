@@ -456,7 +456,7 @@ def _prices(study: Study) -> list[Finding]:
                     f"The curvature passes of {label(arm)} do not all cost the same",
                     f"{shown}. Compute and seconds of this arm mix two prices: run all with one train.shared_forward and "
                     "one kind of strategy.",
-                    tuple(min(routes.values(), key=len)),
+                    tuple(sorted(routes.values(), key=len)[0]),
                 )
             )
     return findings
