@@ -11,9 +11,10 @@ import copy
 import io
 import os
 import shutil
+import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -298,3 +299,158 @@ def spoil_command_lines(scratch: Path, examples: int, number: int) -> dict[str, 
     if os.path.exists(scratch / "never"):
         faults.append("a refused command line has left files")
     return {**counts, "faults": faults}
+
+
+# Files that somebody keeps beside the project's: {name} is what the error has to name.
+BROKEN_FILES: dict[str, bytes] = {
+    "an open bracket": b"train:\n  steps: [1, 2\n",
+    "a tab": b"train:\n\tsteps: 5\n",
+    "a key twice": b"train:\n  steps: 5\n  steps: 6\n",
+    "a section twice": b"train: {steps: 5}\ntrain: {steps: 6}\n",
+    "an unknown tag": b"train: !python/object/apply:os.system ['true']\n",
+    "another tag": b"train: {steps: !five 5}\n",
+    "NUL": b"train: {steps: 5}\n\0\n",
+    "not UTF-8": b"train: {steps: 5} # \xff\n",
+    "a scalar": b"five\n",
+    "a list": b"- train\n- steps\n",
+    "a number": b"5\n",
+    "a colon too few": b"train\n  steps: 5\n",
+    "a colon too many": b"train: steps: 5\n",
+    "a quote too few": b"name: 'run\n",
+    "an unknown alias": b"train: *missing\n",
+    "two documents": b"train: {steps: 5}\n---\ntrain: {steps: 6}\n",
+    "an unknown key": b"train: {stpes: 5}\n",
+    "an unknown section": b"trian: {steps: 5}\n",
+    "an unknown choice": b"defaults:\n  - override /model: gpt3\n",
+    "an unknown group": b"defaults:\n  - override /modle: gpt2_small\n",
+    "itself": b"defaults:\n  - mine\n",
+    "an unknown interpolation": b"train: {steps: '${train.stpes}'}\n",
+    "an unknown resolver": b"train: {steps: '${eval:1}'}\n",
+    "half an interpolation": b"train: {steps: '${train.steps'}\n",
+    "a circle of interpolations": b"train: {steps: '${train.steps}'}\n",
+    "a million aliases": b"".join(
+        [b"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"]
+        + [b"a%d: &a%d [%s]\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 10)) for n in range(1, 8)]
+    ),
+    "nested without end": b"train: " + b"[" * 20_000 + b"]" * 20_000,
+}
+
+# What a file of somebody else would have the program do. The first line of each is what is refused.
+FOREIGN_FILES: dict[str, str] = {
+    "a module path": "hydra: {job: {env_set: {PYTHONPATH: /tmp/evil}}}",
+    "a server for the key": "hydra: {job: {env_set: {WANDB_BASE_URL: 'http://127.0.0.1:9'}}}",
+    "a preloaded library": "hydra: {job: {env_set: {LD_PRELOAD: /tmp/evil.so}}}",
+    "a shell line": "launcher: {setup: ['touch /tmp/evil']}",
+    "a comment of two lines": 'hydra: {launcher: {comment: "a\\ntouch /tmp/evil"}}',
+    "a package of configurations": "hydra: {searchpath: ['pkg://antigravity']}",
+    "a directory of configurations": "hydra: {searchpath: ['file:///tmp/evil']}",
+    "a callback": "hydra: {callbacks: {x: {_target_: os.mkdir, path: /tmp/evil}}}",
+    "a launcher": "hydra: {launcher: {_target_: os.mkdir}}",
+    "a secret": "tracker: {group: '${oc.env:AWS_SECRET_ACCESS_KEY}'}",
+    "a secret in a list": "tracker: {tags: ['${oc.decode:${oc.env:AWS_SECRET_ACCESS_KEY}}']}",
+    "a secret in a name": "name: 'run-${oc.env:AWS_SECRET_ACCESS_KEY}'",
+}
+
+
+def break_files(scratch: Path, kinds: Mapping[str, bytes] = BROKEN_FILES) -> dict[str, Any]:
+    """Compose with a file that is broken, as an experiment and as the primary one, for a run and for what Hydra shows."""
+    faults, tried = [], 0
+    for kind, content in kinds.items():
+        for mode in ("", "-m", "--cfg"):
+            for primary in (False, True):
+                place = scratch / f"{kind.replace(' ', '-')}-{mode}-{primary}"
+                (place / "experiment").mkdir(parents=True)
+                file = place / "mine.yaml" if primary else place / "experiment" / "mine.yaml"
+                header = b"" if primary else b"# @package _global_\n"
+                file.write_bytes(header + content)
+                chosen = ["--config-name=mine"] if primary else ["experiment=mine"]
+                shown = {"": [], "-m": ["-m"], "--cfg": ["--cfg", "job"]}[mode]
+                tried += 1
+                fault = _fault_of_line([*shown, f"--config-dir={place}", *chosen], scratch)
+                faults += [f"{kind}, {mode or 'run'}, {file.relative_to(place)}: {fault}"] if fault else []
+    return {"tried": tried, "refused": tried - len(faults), "faults": faults}
+
+
+def refuse_foreign_files(scratch: Path, kinds: Mapping[str, str] = FOREIGN_FILES) -> dict[str, Any]:
+    """Compose with a file that would run code, send keys elsewhere or write secrets down."""
+    secret = "wJalrXUtnFEMI-K7MDENG-bPxRfiCY"
+    faults, tried = [], 0
+    before, os.environ["AWS_SECRET_ACCESS_KEY"] = os.environ.get("AWS_SECRET_ACCESS_KEY"), secret
+    environment = dict(os.environ)
+    try:
+        for kind, content in kinds.items():
+            for mode in ("", "-m", "--cfg"):
+                for package in ("# @package _global_\n", ""):
+                    place = scratch / f"{kind.replace(' ', '-')}-{mode}-{bool(package)}"
+                    (place / "experiment").mkdir(parents=True)
+                    file = place / "experiment" / "mine.yaml"
+                    if package:
+                        file.write_text(package + content + "\n")
+                    else:  # the package is named by whoever chooses the file
+                        (place / "experiment" / "inner.yaml").write_text(content + "\n")
+                        file.write_text("# @package _global_\ndefaults:\n  - inner@_global_\n")
+                    shown = {"": [], "-m": ["-m"], "--cfg": ["--cfg", "job"]}[mode]
+                    tried += 1
+                    slurm = ["launcher=slurm"] if "launcher" in content else []
+                    line = [*shown, f"--config-dir={place}", "experiment=mine", *slurm]
+                    fault = _fault_of_line(line, scratch, secret)
+                    if os.environ != environment:
+                        fault = "the environment was changed"
+                        os.environ.clear()
+                        os.environ.update(environment)
+                    faults += [f"{kind}, {mode or 'run'}, {package.strip() or 'inner'}: {fault}"] if fault else []
+    finally:
+        os.environ.pop("AWS_SECRET_ACCESS_KEY")
+        if before is not None:
+            os.environ["AWS_SECRET_ACCESS_KEY"] = before
+    return {"tried": tried, "refused": tried - len(faults), "faults": faults}
+
+
+# Values that may not become a part of a path, and keys from which paths are made.
+BAD_NAMES = ("../x", "/abs/x", "a/b", "..", ".", ".hidden", "<script>", "a'b", '"', "a\0b", "x" * 300, "a b\n", "-x", "javascript:x")
+NAME_KEYS = ("name", "model.name", "data.name")
+
+
+def refuse_names(scratch: Path) -> dict[str, Any]:
+    """Names that would lead out of `output_dir` or `data.directory`, into markup, or past what a file system takes."""
+    faults, tried = [], 0
+    inside = scratch / "a" / "b" / "c"
+    inside.mkdir(parents=True)
+    for key in NAME_KEYS:
+        for bad in BAD_NAMES:
+            tried += 1
+            quoted = bad.replace("\\", "\\\\").replace("'", "\\'")
+            line = [f"{key}='{quoted}'", f"output_dir={inside}/runs", f"data.directory={inside}/tokens"]
+            fault = _fault_of_line(line, scratch)
+            left = [str(path) for path in scratch.rglob("*") if path not in (inside, *inside.parents)]
+            faults += [f"{key}={bad!r:.40}: {fault or left[:3]}"] if fault or left else []
+    return {"tried": tried, "refused": tried - len(faults), "faults": faults}
+
+
+def _fault_of_line(arguments: Sequence[str], scratch: Path, secret: str | None = None) -> str | None:
+    """What is wrong with how a command line that cannot be run was refused."""
+    said, shown = io.StringIO(), io.StringIO()
+    missing = ["data=text", f"data.paths=[{scratch}/none.txt]", "train.compile=false"]
+    missing += [] if any("output_dir=" in a for a in arguments) else [f"output_dir={scratch}/never"]
+    missing += [] if any("data.directory=" in a for a in arguments) else [f"data.directory={scratch}/none"]
+    began = time.monotonic()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
+            code: Any = main([*missing, *arguments])
+    except SystemExit as error:
+        code = error.code
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    seconds, text = time.monotonic() - began, said.getvalue()
+    if secret is not None and secret in text + shown.getvalue():
+        return "the secret is shown"
+    if seconds > 20:
+        return f"took {seconds:.0f} s"
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    if code != 2 or len(errors) != 1 or "Traceback" in text:
+        return f"exit code {code}: {text[:300]!r}"
+    if "none.txt" in errors[0]:
+        return "was taken: only the missing corpus is refused"
+    if len(errors[0]) < 30 or "Exception" in errors[0] or "ConfigKeyError" in errors[0] or "=…" in errors[0]:
+        return f"half a message: {errors[0]}"
+    return None
