@@ -6,7 +6,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from training.command import main, split_primary
+from training.command import main, parse
 from training.compose import CONFIG_DIRECTORY, Primary, compose, compose_dictionary, group_options
 from training.config import ConfigurationError, micro_batch_size, nearest_batches
 from training.launch import EXIT_FAILED
@@ -155,8 +155,8 @@ def test_a_run_is_made_again_from_the_configuration_on_record(tmp_path: Path) ->
     """Hydra's --config-path: the file of a record stands for itself, whatever the defaults have become."""
     before = compose(["optimizer=lion", "model=gpt2_nano", "seed=7", "optimizer.lr=3.0e-4"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(before.model_dump(mode="json")))
-    overrides, primary = split_primary(["--config-path", str(tmp_path), "output_dir=elsewhere"])
-    after = compose(overrides, primary)
+    asked, primary = parse(["--config-path", str(tmp_path), "output_dir=elsewhere"])
+    after = compose(asked.overrides, primary)
     assert after == before.model_copy(update={"output_dir": "elsewhere"})
 
 
@@ -234,8 +234,8 @@ def test_hydras_flags_find_the_file_where_a_run_does(
 @pytest.mark.parametrize("flags", [["--config-dir={}", "-cn", "mine"], ["-cp", "{}", "--config-name=mine.yaml"]])
 def test_a_primary_file_of_ones_own_may_build_on_the_projects(tmp_path: Path, flags: list[str]) -> None:
     (tmp_path / "mine.yaml").write_text("defaults:\n  - config\n  - override optimizer: lion\n  - _self_\nseed: 77\n")
-    overrides, primary = split_primary([flag.format(tmp_path) for flag in flags])
-    config = compose(overrides, primary)
+    asked, primary = parse([flag.format(tmp_path) for flag in flags])
+    config = compose(asked.overrides, primary)
     assert (config.seed, config.optimizer.name) == (77, "lion")
     assert compose().optimizer.name == "sophiag", "the next composition is the project's again"
 
