@@ -80,7 +80,9 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, Primary]:
     """
     asked = _parser().parse_intermixed_args(list(arguments))
     if asked.experimental_rerun is not None:
-        raise ConfigurationError("--experimental-rerun: would unpickle a file; run the configuration of a record instead")
+        raise ConfigurationError(
+            "--experimental-rerun: would unpickle a file; run the configuration of a record instead"
+        )
     name = (asked.config_name or "config").removesuffix(".yaml")
     path = CONFIG_DIRECTORY if asked.config_path is None else Path(asked.config_path).absolute()
     added = None if asked.config_dir is None else Path(asked.config_dir).absolute()
@@ -118,7 +120,10 @@ def show(asked: Namespace, primary: Primary) -> int:
         elif asked.hydra_help:
             hydra.hydra_help(primary.name, _parser(), asked)
         elif asked.cfg:
-            hydra.show_cfg(primary.name, asked.overrides, asked.cfg, asked.package, asked.resolve)
+            try:
+                hydra.show_cfg(primary.name, asked.overrides, asked.cfg, asked.package, asked.resolve)
+            except SystemExit:  # it has said that there is no such --package
+                return EXIT_CONFIGURATION
         elif asked.info:
             hydra.show_info(asked.info, primary.name, asked.overrides)
         else:

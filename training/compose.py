@@ -20,8 +20,7 @@ from typing import Any, NamedTuple, get_args
 import pydantic
 from hydra import compose as hydra_compose
 from hydra import version
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
+from hydra._internal.core_plugins import file_config_source, importlib_resources_config_source
 from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import create_config_search_path
@@ -58,7 +57,15 @@ CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
 READABLE_VARIABLES = frozenset(
     (
         *("USER", "LOGNAME", "HOME", "HOSTNAME", "PWD", "TMPDIR", "SCRATCH", "WORK", "CUDA_VISIBLE_DEVICES"),
-        *("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "SLURM_CLUSTER_NAME", "SLURM_SUBMIT_DIR", "SLURM_TMPDIR"),
+        *(
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "OMP_NUM_THREADS",
+            "SLURM_CLUSTER_NAME",
+            "SLURM_SUBMIT_DIR",
+            "SLURM_TMPDIR",
+        ),
         *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"),
         *("SLURM_NNODES", "SLURM_NTASKS", "SLURM_NODEID", "SLURM_PROCID", "SLURM_CPUS_PER_TASK", "SLURM_GPUS_ON_NODE"),
     )
@@ -71,17 +78,18 @@ def readable_variable(name: str, *default: Any, _node_: Node) -> str | None:
     """OmegaConf's `oc.env` for `READABLE_VARIABLES`.
 
     Raises:
-        ConfigurationError: another variable, set or not.
-        KeyError: the variable is not set and there is no default.
+        ConfigurationError: another variable, set or not; or the variable is not set and there is no default.
     """
+    key = _node_._get_full_key(None)
     if name not in READABLE_VARIABLES:
-        key = _node_._get_full_key(None)
         raise ConfigurationError(
             f"{key}: reads the environment variable {shown(name)}, and a configuration is written to {CONFIG_FILE}; leave a "
             f"secret to the environment, and have the shell write anything else: {key}=$NAME"
         )
     if name not in os.environ and not default:
-        raise KeyError(f"the environment variable {name} is not set; set it, or give a default: ${{oc.env:{name},default}}")
+        raise ConfigurationError(
+            f"{key}: the environment variable {name} is not set; set it, or give a default: ${{oc.env:{name},default}}"
+        )
     value = os.environ.get(name, *default)
     return None if value is None else str(value)
 
@@ -124,7 +132,8 @@ def compose(overrides: Sequence[str] = (), primary: Primary = PROJECT) -> RunCon
     return validate(compose_dictionary(overrides, primary))
 
 
-class _Files(FileConfigSource):
+# Both have the names of Hydra's own: in a worker Hydra registers those anew, and keeps what has the same name.
+class FileConfigSource(file_config_source.FileConfigSource):
     """Hydra's source of YAML files, with this project's reading of them and its rule for those of others."""
 
     def load_config(self, config_path: str) -> ConfigResult:
@@ -155,12 +164,14 @@ class _Files(FileConfigSource):
         return ConfigResult(config=config, path=f"file://{self.path}", provider=self.provider, header=header)
 
 
-class _Packages(ImportlibResourcesConfigSource):
+class ImportlibResourcesConfigSource(importlib_resources_config_source.ImportlibResourcesConfigSource):
     """Hydra's source of configurations in Python packages, for Hydra's own: to look into one is to import it."""
 
     def __init__(self, provider: str, path: str) -> None:
         if provider.startswith("hydra.searchpath"):
-            raise ConfigurationError(f"hydra.searchpath=[{shown(path)}]: would import a package; give a directory, file://...")
+            raise ConfigurationError(
+                f"hydra.searchpath=[{shown(path)}]: would import a package; give a directory, file://..."
+            )
         super().__init__(provider, path)
 
 
@@ -177,7 +188,7 @@ def refuse_reach_for_hydra(file: Path, config_path: str, package: str | None, va
         ConfigurationError: naming the file and the key.
     """
     remedy = "which files outside of configs/ may not set; give it on the command line"
-    reached = [("its place", config_path.rpartition("/")[0]), ("# @package", package or "")]
+    reached = [(f"its place, {config_path}", config_path.rpartition("/")[0]), (f"# @package {package}", package or "")]
     defaults = values.get("defaults")
     for item in defaults if isinstance(defaults, list) else []:
         for entry, choice in item.items() if isinstance(item, dict) else [(str(item), None)]:
@@ -187,7 +198,7 @@ def refuse_reach_for_hydra(file: Path, config_path: str, package: str | None, va
             reached.append((f"defaults: {entry}", place if overriding else f"{group}/{place}"))
     for where, path in reached:
         if "hydra" in re.split(r"[./@:]", path) or "$" in path:
-            raise ConfigurationError(f"{file}: {shown(where)} {shown(path)}: is a part of hydra, {remedy}")
+            raise ConfigurationError(f"{file}: {shown(where)}: a part of hydra, {remedy}")
     for key, value in _leaves(values.get("hydra", {}), "hydra"):
         if (key, value) not in _settings_of_hydra():
             raise ConfigurationError(f"{file}: {shown(key)}={shown(value)}: a key of hydra, {remedy}")
@@ -201,7 +212,9 @@ def refuse_reach_of_overrides(overrides: Iterable[str], origin: str = "a job") -
     """
     for override in overrides:
         if "hydra" in re.split(r"[./@:]", _key_of(override)):
-            raise ConfigurationError(f"{origin}: {shown(override)}: a key of hydra, which the command line alone may set")
+            raise ConfigurationError(
+                f"{origin}: {shown(override)}: a key of hydra, which the command line alone may set"
+            )
 
 
 @functools.cache
@@ -216,7 +229,7 @@ def begin_hydra(primary: Primary = PROJECT) -> Hydra:
     GlobalHydra.instance().clear()
     version.setbase("1.3")
     Plugins.instance()  # registers Hydra's sources, which ours replace
-    SourcesRegistry.instance().types |= {"file": _Files, "pkg": _Packages}
+    SourcesRegistry.instance().types |= {"file": FileConfigSource, "pkg": ImportlibResourcesConfigSource}
     path = create_config_search_path(str(primary.directory))
     if primary.directory != CONFIG_DIRECTORY:
         path.prepend("project", f"file://{CONFIG_DIRECTORY}", "schema")  # Hydra wants its schema to be the last
@@ -342,7 +355,9 @@ def check_hydra(config: DictConfig, overrides: Sequence[str]) -> None:
     assert isinstance(launcher, dict)
     for path, value in _leaves(launcher, "hydra.launcher"):
         if _has_control_character(f"{path}{value}"):
-            raise ConfigurationError(f"{path!r}: {shown(value)!r} has a line's end or control character; leave it out")
+            raise ConfigurationError(
+                f"{shown(path)}={shown(value)}: has a control character, such as a line's end; leave it out"
+            )
     setup = launcher.get("setup")
     if setup and setup != _own_setup() and not SETUP_KEYS & {_key_of(override) for override in overrides}:
         raise ConfigurationError(
@@ -397,15 +412,36 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
     return config
 
 
+# What Hydra says of a composition, and what OmegaConf says of a value: in the words of a remedy.
+COMPOSITION_ERRORS = {
+    r"Ambiguous value for argument '(.+)'": r"\1: several values; sweep over them with -m, or put them in quotes or brackets",
+    r"Sweep parameters '(.+)' requires": r"\1: several values; sweep over them with -m",
+    r"An item is already at '([^']+)'": r"\1: is there already; write \1=... to change it",
+    r"Could not delete '([^']*)'": r"~\1: there is nothing to remove; leave it out",
+    r"Could not delete from config. '([^']*)'": r"~\1: there is nothing to remove; leave it out",
+    r"No config source registered for schema (\w+)": r"hydra.searchpath: \1://: no place for files; give [file:///...]",
+    r"In '([^']+)': Could not load '([^']+)'": r"\1.yaml: its defaults list names \2, which is no file; correct the name",
+}
+VALUE_ERRORS = {
+    r"Cannot merge": f"a list or value where a section is expected, or the reverse; write it as in {PROJECT.file}",
+    r"Unsupported interpolation type (\S+)": r"${\1:...}: there is no such resolver; use oc.env, oc.select or oc.decode",
+    r"Recursive interpolation": "its ${...} leads back to itself; give it a value",
+    r"Interpolation key '(.*)' not found": r"${\1}: there is no such key; give a value, or the dotted name of a key",
+    r"HydraConfig was not set": "${hydra:...} is known in a sweep alone; give a value",
+}
+
+
 def reword_composition_error(error: Exception, overrides: Iterable[str], primary: Primary = PROJECT) -> str:
     """One line for Hydra's composition errors."""
     text = str(error)
     chain = f"{text}\n{error.__cause__ or ''}"
-    if match := re.search(r"Could not find '([^']*)/([^'/]+)'", text):
-        group, choice = match.groups()
-        if not (options := group_options(group)):
-            return f"{group}={choice}: there is no such file; give one of those in {primary.directory} and {CONFIG_DIRECTORY}"
-        return f"{group}={choice}: there is no such choice{did_you_mean(choice, options)}; choose one of {', '.join(options)}"
+    if match := re.search(r"Could not find '([^']*)'", text):
+        group, _, choice = match.group(1).partition("/")
+        if group not in config_groups():
+            group, _, choice = match.group(1).rpartition("/")
+        options = group_options(group) or re.findall(r"^\t([\w/]+)$", text, re.MULTILINE)
+        choose = f"choose one of {', '.join(options)}" if options else f"give the name of one, as in {CONFIG_DIRECTORY}"
+        return f"{group}={choice}: there is no such choice{did_you_mean(choice, options)}; {choose}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
         if re.search(r"No match in the defaults list", text):
@@ -425,10 +461,14 @@ def reword_composition_error(error: Exception, overrides: Iterable[str], primary
         for group, value in pairs:
             if group in config_groups() and value not in group_options(group):
                 return f"{group}={value}: no name of a choice; choose one of {', '.join(group_options(group))}"
-    if match := re.search(r"In '([^']+)': Could not load '([^']+)'", text):
-        return f"{match.group(1)}.yaml: its defaults list names {match.group(2)}, and there is no such file; correct the name"
+        if any(_key_of(one) == "hydra" for one in overrides):
+            return "hydra: a section, not a value; set one of its keys"
+        return not_an_override(next((one for one in overrides if not _key_of(one)), "the command line"))
+    for said, meant in COMPOSITION_ERRORS.items():
+        if match := re.search(said, text):
+            return shown(match.expand(meant))
     if match := re.search(r"In '([^']+)': \w+ raised while composing config", text):
-        return f"{match.group(1)}.yaml: {omegaconf_problem(error)}; write values, lists and sections as in {primary.file}"
+        return f"{match.group(1)}.yaml: {omegaconf_problem(error)}"
     if any(isinstance(one, OmegaConfBaseException) for one in _causes(error)):
         return omegaconf_problem(error)
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
@@ -436,15 +476,14 @@ def reword_composition_error(error: Exception, overrides: Iterable[str], primary
 
 def not_an_override(override: str) -> str:
     """One line for what Hydra cannot read, with the form in which it could where that is plain."""
-    key, equals, value = override.partition("=")
+    key, _, value = override.partition("=")
     if re.fullmatch(r"[+~]*[\w./@-]+", key, re.ASCII) and value and value[0] not in "[{'\"":
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        given = shlex.quote(shown(f"{key}='{escaped}'"))
+        given = shown(f"{key}='{escaped}'")
+        given = shlex.quote(given) if re.search(r'["$`!\\]', given) else f'"{given}"'  # as one types it in a shell
         return f"{shown(override)}: not an override; put the value in quotes: {given}"
-    return (
-        f"{shown(override)}: not an override; write key=value, and quote lists and the text in them: "
-        """'optimizer.betas=[0.9,0.95]', "data.paths=['a b.txt']" """
-    ).strip()
+    remedy = "write key=value, and quote lists and text in them, as in 'optimizer.betas=[0.9,0.95]' \"data.paths=['a b.txt']\""
+    return f"{shown(override) or repr(override)}: not an override; {remedy}"
 
 
 def omegaconf_problem(error: BaseException) -> str:
@@ -454,12 +493,11 @@ def omegaconf_problem(error: BaseException) -> str:
     key = next((str(one.full_key) for one in ours if one.full_key), "")
     if isinstance(ours[-1], GrammarParseError):
         said = f"its ${{...}} cannot be read ({said}); close the brace, or quote text with '\\${{'"
-    if match := re.search(r"Unsupported interpolation type (.+)", said):
-        said = f"${{{match.group(1)}:...}}: there is no such resolver; use oc.env, oc.select or oc.decode"
-    if "Recursive interpolation" in said:
-        said = "its ${...} leads back to itself; give it a value"
-    if match := re.search(r"Interpolation key '(.*)' not found", said):
-        said = f"${{{match.group(1)}}}: there is no such key; give a value, or the whole dotted name of a key"
+    said = re.sub(r"^\w+ raised while resolving interpolation: ", "", said)
+    for pattern, meant in VALUE_ERRORS.items():
+        if match := re.search(pattern, said):
+            said = match.expand(meant)
+            break
     return shown(f"{key}: {said}" if key else said)
 
 
@@ -576,6 +614,8 @@ def did_you_mean_key(key: str, location: Sequence[int | str] = ()) -> str:
     section, _, leaf = key.rpartition(".")
     if any("." in str(part) for part in location):
         return f"; nest it, {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
+    if key in config_groups():
+        return f"; choose one with {key}=<name>: {', '.join(group_options(key))}"
     if key in known_keys():
         if section in config_groups():
             return f"; it belongs to another choice of {section}, see configs/{section}/"

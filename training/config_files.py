@@ -72,7 +72,9 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     if len(content) > MAX_BYTES:
-        raise ConfigurationError(f"{path}: larger than {MAX_BYTES >> 20} MiB, which no configuration is; give another file")
+        raise ConfigurationError(
+            f"{path}: larger than {MAX_BYTES >> 20} MiB, which no configuration is; give another file"
+        )
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -121,10 +123,13 @@ def _reworded(path: Path, error: yaml.MarkedYAMLError) -> str:
     """One line: where, PyYAML's problem and, where that is elsewhere, what it was reading; the remedy."""
     problem = error.problem or error.context or "not YAML"
     mark = error.problem_mark or error.context_mark
+    assert mark is not None
     while_at = ""
     if error.context and error.problem and error.context_mark and error.context_mark.line != mark.line:
         while_at = f" ({error.context} that begins in line {error.context_mark.line + 1})"
-    remedy = next((f"; {remedy}" for said, remedy in _REMEDIES.items() if re.search(said, f"{problem} {error.context}")), "")
+    remedy = next(
+        (f"; {remedy}" for said, remedy in _REMEDIES.items() if re.search(said, f"{problem} {error.context}")), ""
+    )
     return f"{_at(path, mark.line, mark.column)}: {problem}{while_at}{remedy}"
 
 

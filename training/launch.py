@@ -6,8 +6,8 @@ The configuration is composed and validated once, in the parent; the ranks recei
 import contextlib
 import logging
 import os
-import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,15 +32,22 @@ def in_job() -> bool:
 
 
 def refuse_absent_slurm(launcher: Mapping[str, Any]) -> None:
-    """Refuse Hydra's settings of a launcher for SLURM where there is no SLURM.
+    """Refuse Hydra's settings of a launcher for SLURM where no SLURM answers.
 
     Raises:
-        ConfigurationError: `srun` is not on the path.
+        ConfigurationError: its commands are not installed, or find no controller.
     """
-    if str(launcher.get("_target_")).endswith(".SlurmLauncher") and shutil.which("srun") is None:
+    if not str(launcher.get("_target_")).endswith(".SlurmLauncher"):
+        return
+    try:
+        asked = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, check=False)
+        problem = "" if asked.returncode == 0 else (asked.stderr or asked.stdout).strip().rpartition("\n")[2]
+    except OSError as error:
+        problem = f"scontrol: {error.strerror}"
+    if problem:
         raise ConfigurationError(
-            "launcher=slurm: this machine has no SLURM (no srun on the path); start on a node of the cluster, or choose "
-            "launcher=submitit, launcher=joblib or launcher=local"
+            f"launcher=slurm: no SLURM answers here ({problem}); start on a node of the cluster, or choose launcher=submitit, "
+            "launcher=joblib or launcher=local"
         )
 
 
