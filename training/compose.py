@@ -136,6 +136,13 @@ def compose(overrides: Sequence[str] = (), primary: Primary = PROJECT) -> RunCon
 class FileConfigSource(file_config_source.FileConfigSource):
     """Hydra's source of YAML files, with this project's reading of them and its rule for those of others."""
 
+    def __init__(self, provider: str, path: str) -> None:
+        super().__init__(provider, path)
+        if provider.startswith("hydra.searchpath") and not Path(self.path).is_dir():
+            raise ConfigurationError(
+                f"hydra.searchpath=[{shown(path)}]: there is no such directory; give one that has files"
+            )
+
     def load_config(self, config_path: str) -> ConfigResult:
         file = Path(self.path, self._normalize_file_name(config_path)).resolve()
         values = read_yaml(file)

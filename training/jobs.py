@@ -23,7 +23,6 @@ from training.compose import (
     resolved,
     worded_errors,
 )
-from training.config import ConfigurationError
 from training.launch import refuse_absent_slurm
 
 EXIT_FAILED = 1
@@ -39,12 +38,11 @@ def launch(jobs: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[
         launcher: Hydra overrides that choose and set the launcher, such as `hydra/launcher=joblib`.
 
     Raises:
-        ConfigurationError: there is no such launcher, or it is not installed.
+        ConfigurationError: there is no such launcher, or a job's overrides cannot be composed.
     """
     from hydra._internal.callbacks import Callbacks
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.plugins import Plugins
-    from hydra.errors import HydraException
     from hydra.types import HydraContext, RunMode
 
     for job in jobs:
@@ -60,13 +58,13 @@ def launch(jobs: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[
                 from_shell=False,
             )
             check_hydra(config, launcher)
-        refuse_absent_slurm(config.hydra.launcher)
-        context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
-        plugin = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=run_logged, config=config)
-        returns = plugin.launch([[quoted(override) for override in job] for job in jobs], initial_job_idx=0)
-        return [int(one.return_value) for one in returns]
-    except HydraException as error:
-        raise ConfigurationError(f"{' '.join(launcher)}: {' '.join(str(error).split())}") from error
+            refuse_absent_slurm(config.hydra.launcher)
+            context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
+            plugin = Plugins.instance().instantiate_launcher(
+                hydra_context=context, task_function=run_logged, config=config
+            )
+            returns = plugin.launch([[quoted(override) for override in job] for job in jobs], initial_job_idx=0)
+            return [int(one.return_value) for one in returns]
     finally:
         GlobalHydra.instance().clear()
 
