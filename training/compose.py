@@ -57,15 +57,8 @@ CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
 READABLE_VARIABLES = frozenset(
     (
         *("USER", "LOGNAME", "HOME", "HOSTNAME", "PWD", "TMPDIR", "SCRATCH", "WORK", "CUDA_VISIBLE_DEVICES"),
-        *(
-            "RANK",
-            "LOCAL_RANK",
-            "WORLD_SIZE",
-            "OMP_NUM_THREADS",
-            "SLURM_CLUSTER_NAME",
-            "SLURM_SUBMIT_DIR",
-            "SLURM_TMPDIR",
-        ),
+        *("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS"),
+        *("SLURM_CLUSTER_NAME", "SLURM_SUBMIT_DIR", "SLURM_TMPDIR"),
         *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"),
         *("SLURM_NNODES", "SLURM_NTASKS", "SLURM_NODEID", "SLURM_PROCID", "SLURM_CPUS_PER_TASK", "SLURM_GPUS_ON_NODE"),
     )
@@ -201,7 +194,7 @@ def refuse_reach_for_hydra(file: Path, config_path: str, package: str | None, va
         for entry, choice in item.items() if isinstance(item, dict) else [(str(item), None)]:
             *words, group = str(entry).split(" ")
             group, _, place = group.partition("@")
-            overriding = "override" in words and "/" not in str(choice)
+            overriding = "override" in words and {*words} <= {"override", "optional"} and "/" not in str(choice)
             reached.append((f"defaults: {entry}", place if overriding else f"{group}/{place}"))
     for where, path in reached:
         if "hydra" in re.split(r"[./@:]", path) or "$" in path:
