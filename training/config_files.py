@@ -28,6 +28,7 @@ _REMEDIES = {
     r"another document|single document": "keep one document in a file",
     r"undefined alias": "put text that begins with '*' in quotes",
     r"expected <block end>": "indent the line like its neighbours",
+    r"expected the node content": "give a value, and close brackets",
     r"expected ',' or": "close the bracket, and part its members with commas",
 }
 
