@@ -109,12 +109,18 @@ def trackers(corpus: Corpus, scratch: Path) -> Found:
 
 def configurations(corpus: Corpus, scratch: Path) -> Found:
     """Random valid configurations build and step; spoilt ones and spoilt command lines are refused in one line."""
-    from tests.faults.configurations import mutate_configurations, spoil_command_lines, step_configurations
+    from tests.faults.configurations import (
+        mutate_configurations,
+        spoil_command_lines,
+        spoil_files,
+        step_configurations,
+    )
 
     return {
         "valid": step_configurations(corpus, scratch, 250, SEED),
         "mutated": mutate_configurations(corpus, scratch, 2000, SEED),
         "command_lines": spoil_command_lines(scratch, 300, SEED),
+        "files": spoil_files(scratch, 300, SEED),
     }
 
 
@@ -256,6 +262,11 @@ def report() -> str:
             f"| {lines['tried']} spoilt command lines | {lines['refused']} refused in one line | "
             f"{len(lines['faults'])} tracebacks |",
         ]
+        if files := found["configurations"].get("files"):
+            rows.append(
+                f"| {files['tried']} damaged YAML files | {files['refused']} refused in one line | "
+                f"{len(files['faults'])} tracebacks |"
+            )
     if found["corpora"]:
         bad, long, readers, tokens = (
             found["corpora"][part] for part in ("bad_files", "gigabytes", "readers", "tokens")

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
-import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from training.compose import CONFIG_DIRECTORY
 from training.config import ConfigurationError
+from training.config_files import read_yaml
 
 STUDY_DIRECTORY = CONFIG_DIRECTORY / "study"
 
@@ -304,11 +304,7 @@ def load_spec(study: str | Path, directory: Path = STUDY_DIRECTORY) -> StudySpec
     if not path.is_file():
         known = sorted(file.stem for file in directory.glob("*.yaml"))
         raise ConfigurationError(f"study={study}: there is no {path}; choose one of {', '.join(known)}, or give a file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{path} cannot be parsed: {' '.join(str(error).split())}") from error
-    return validate_spec(values, str(path))
+    return validate_spec(read_yaml(path), str(path))
 
 
 def validate_spec(values: Any, origin: str) -> StudySpec:

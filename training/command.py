@@ -1,42 +1,46 @@
 """The command line of train.py: compose, validate, run here or start the ranks.
 
-A run is composed by Hydra and validated before anything else happens. Hydra's own entry point is used only for what it
-alone can do: --help, --info and completion. It writes no files.
+A run is composed by Hydra and validated before anything else happens. Hydra reads the flags and shows what --help, --cfg
+and --info ask for; it writes no files.
 """
 
-import itertools
 import logging
 import os
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from data.errors import DataError
-from training.compose import CONFIG_DIRECTORY, Primary, compose_dictionary, resolved, validate
+from training.compose import (
+    CONFIG_DIRECTORY,
+    Primary,
+    begin_hydra,
+    compose_dictionary,
+    made_again,
+    validate,
+    worded_errors,
+)
 from training.config import ConfigurationError, RunConfig, RunHeldError, SlurmLauncherConfig
 from training.launch import EXIT_HELD, in_job, run_in_job, start_ranks
 from training.sweep import sweep
 
 EXIT_CONFIGURATION = 2
-SWEEP_FLAGS = ("-m", "--multirun")
-NAME_FLAGS, PATH_FLAGS, ADDED_FLAGS = ("--config-name", "-cn"), ("--config-path", "-cp"), ("--config-dir", "-cd")
-# Those that show something and run nothing.
-HYDRA_FLAGS = ("-h", "--help", "--hydra-help", "-i", "--info", "-c", "--cfg", "-sc", "--shell-completion", "--version")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code. Rank 0 speaks."""
     logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.WARNING, format="%(message)s")
     try:
-        if any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
-            return _hydra(arguments)
-        overrides, primary = split_primary([a for a in arguments if a not in SWEEP_FLAGS])
-        if any(argument in SWEEP_FLAGS for argument in arguments):
-            return sweep(overrides, primary)
-        config = validate(compose_dictionary(overrides, primary))
+        asked, primary = parse(arguments)
+        if asked.help or asked.hydra_help or asked.cfg or asked.info or asked.shell_completion:
+            return show(asked, primary)
+        if asked.multirun:
+            return sweep(asked.overrides, primary)
+        config = validate(compose_dictionary(asked.overrides, primary))
         if isinstance(config.launcher, SlurmLauncherConfig) and not in_job():
-            return sweep(overrides, primary)  # of one trial: the launcher belongs to Hydra's sweeps
+            return sweep(asked.overrides, primary)  # of one trial: the launcher belongs to Hydra's sweeps
         return start(config)
     except (ConfigurationError, DataError) as error:
         return refuse(error)
@@ -65,70 +69,66 @@ def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def split_primary(arguments: Sequence[str]) -> tuple[list[str], Primary]:
-    """Hydra's --config-name NAME (-cn), --config-path DIR (-cp) and --config-dir DIR (-cd) apart from the overrides.
+def parse(arguments: Sequence[str]) -> tuple[Namespace, Primary]:
+    """Hydra's flags and the overrides, and the file that the configuration begins with.
 
-    The primary file lies in the path (`configs` by default); the dir is one more place to look for it, and for choices of
-    groups.
+    --config-name names the file, which lies in --config-path (`configs` by default); --config-dir is one more place to look
+    for it, and for choices of groups.
 
     Raises:
-        ConfigurationError: another flag, which Hydra does not have; or no such file in the path.
+        ConfigurationError: another flag, which Hydra does not have; or no such file or directory.
     """
-    overrides, name, path, added = [], "config", CONFIG_DIRECTORY, None
-    waiting = iter(arguments)
-    for argument in waiting:
-        flag, _, value = argument.partition("=")
-        if flag in NAME_FLAGS:
-            name = (value or next(waiting, "config")).removesuffix(".yaml")
-        elif flag in PATH_FLAGS:
-            path = Path(value or next(waiting, ".")).absolute()
-        elif flag in ADDED_FLAGS:
-            added = Path(value or next(waiting, ".")).absolute()
-            overrides.append(f"hydra.searchpath=['file://{added}']")
-        elif argument.startswith("-"):
-            raise ConfigurationError(f"{argument}: no such flag; overrides are written key=value, see --help")
-        else:
-            overrides.append(argument)
+    asked = _parser().parse_intermixed_args(list(arguments))
+    if asked.experimental_rerun is not None:
+        raise ConfigurationError(
+            "--experimental-rerun: would unpickle a file; run the configuration of a record instead"
+        )
+    name = (asked.config_name or "config").removesuffix(".yaml")
+    path = CONFIG_DIRECTORY if asked.config_path is None else Path(asked.config_path).absolute()
+    added = None if asked.config_dir is None else Path(asked.config_dir).absolute()
+    if added is not None and not added.is_dir():
+        raise ConfigurationError(f"--config-dir {added}: there is no such directory; give one that has configurations")
     if added is not None and not (path / f"{name}.yaml").is_file() and (added / f"{name}.yaml").is_file():
         path = added
-    if path != CONFIG_DIRECTORY and not (path / f"{name}.yaml").is_file():
-        raise ConfigurationError(f"--config-path {path}: there is no {name}.yaml; give a directory that has one")
-    return overrides, Primary(name, path)
+    if not (path / f"{name}.yaml").is_file():
+        flag = f"--config-name {name}" if asked.config_path is None else f"--config-path {path}"
+        raise ConfigurationError(f"{flag}: there is no {name}.yaml in {path}; give a directory that has one")
+    return asked, Primary(name, path, added)
 
 
-def _hydra(arguments: Sequence[str]) -> int:
-    """Hydra's own flags (--help, --info, --cfg, completion), through Hydra's entry point."""
-    import hydra
-    from omegaconf import DictConfig
+def _parser() -> ArgumentParser:
+    """Hydra's parser of the command line, whose mistakes are one line."""
+    from hydra._internal.utils import get_args_parser
 
-    primary = _refuse_what_hydra_would_call(arguments)
-    if primary.directory != CONFIG_DIRECTORY:
-        arguments = [*arguments, "--config-path", str(primary.directory)]  # Hydra's own is relative to this module
+    def refuse_flag(message: str) -> NoReturn:
+        raise ConfigurationError(f"{message}; overrides are written key=value, see --help")
 
-    @hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name="config")
-    def job(config: DictConfig) -> int:
-        return run_job(resolved(config))
+    parser = get_args_parser()
+    parser.error = refuse_flag  # type: ignore[method-assign]
+    return parser
 
-    before = sys.argv
-    sys.argv = [before[0], *arguments]
-    try:
-        job()
-    finally:
-        sys.argv = before
+
+def show(asked: Namespace, primary: Primary) -> int:
+    """Answer --help, --hydra-help, --info, --cfg and --shell-completion about what the overrides compose."""
+    if not asked.shell_completion:
+        compose_dictionary(asked.overrides, primary)
+    with worded_errors(asked.overrides, primary):
+        hydra = begin_hydra(primary)
+        asked.overrides = made_again(primary, asked.overrides)
+        if asked.help:
+            hydra.app_help(primary.name, _parser(), asked)
+        elif asked.hydra_help:
+            hydra.hydra_help(primary.name, _parser(), asked)
+        elif asked.cfg:
+            try:
+                hydra.show_cfg(primary.name, asked.overrides, asked.cfg, asked.package, asked.resolve)
+            except SystemExit:  # it has said that there is no such --package
+                return EXIT_CONFIGURATION
+        elif asked.info:
+            hydra.show_info(asked.info, primary.name, asked.overrides)
+        else:
+            hydra.shell_completion(primary.name, asked.overrides)
     return 0
-
-
-def _refuse_what_hydra_would_call(arguments: Sequence[str]) -> Primary:
-    """The file that the arguments begin with, its composition checked where it, or the overrides, may name code."""
-    flags = (*NAME_FLAGS, *PATH_FLAGS, *ADDED_FLAGS)
-    kept: list[str] = []
-    for before, argument in itertools.pairwise(["", *arguments]):
-        if argument.partition("=")[0] in flags or before in flags or ("=" in argument and not argument.startswith("-")):
-            kept.append(argument)
-    overrides, primary = split_primary(kept)
-    if any(argument.startswith("-") or "hydra." in argument for argument in kept):
-        compose_dictionary(overrides, primary)
-    return primary
 
 
 def run_job(values: dict[str, Any]) -> int:

@@ -1,10 +1,17 @@
 """From command-line overrides to a validated RunConfig: Hydra's one place in the project.
 
 Hydra's composition errors and pydantic's validation errors become one line each: the key, the value, the remedy.
+
+Files outside of `configs` may come from others. They set the run's own keys; what Hydra does with a run (its `hydra` node,
+and the shell commands of `launcher.setup`) is set by the project's files and the command line alone.
 """
 
+import contextlib
 import difflib
+import functools
+import os
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,21 +20,29 @@ from typing import Any, NamedTuple, get_args
 import pydantic
 from hydra import compose as hydra_compose
 from hydra import version
+from hydra._internal.core_plugins import file_config_source, importlib_resources_config_source
 from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, OverrideParseException
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from omegaconf import DictConfig, Node, OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from pydantic import BaseModel
 
 from training.config import ConfigurationError, RunConfig
+from training.config_files import read_text, read_yaml
 from training.records import CONFIG_FILE, ENVIRONMENT_FILE
 from training.secrets import redacted, secret_in
 
 # Hydra's own, and those of its plugin packages (joblib, submitit): nothing else may be made of a configuration.
 PLUGIN_SECTIONS = ("hydra.launcher", "hydra.sweeper")
 PLUGIN_MODULES = ("hydra._internal.core_plugins.", "hydra_plugins.")
+# The keys by which a command line sets the shell commands of a job.
+SETUP_KEYS = {"launcher", "launcher.setup", "hydra.launcher", "hydra.launcher.setup"}
 # What configs/config.yaml sets of Hydra's, for a record, which has nothing of the kind: it writes no files of its own.
 QUIET = (
     "hydra/job_logging=none",
@@ -38,13 +53,55 @@ QUIET = (
     "hydra.sweep.subdir=.",
 )
 CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
+# What `${oc.env:NAME}` may read. The value is written to the record, so this has no credentials (SLURM_JWT is one).
+READABLE_VARIABLES = frozenset(
+    (
+        *("USER", "LOGNAME", "HOME", "HOSTNAME", "PWD", "TMPDIR", "SCRATCH", "WORK", "CUDA_VISIBLE_DEVICES"),
+        *("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS"),
+        *("SLURM_CLUSTER_NAME", "SLURM_SUBMIT_DIR", "SLURM_TMPDIR"),
+        *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"),
+        *("SLURM_NNODES", "SLURM_NTASKS", "SLURM_NODEID", "SLURM_PROCID", "SLURM_CPUS_PER_TASK", "SLURM_GPUS_ON_NODE"),
+    )
+)
+# Hydra's syntax in a value: lists, quotes, sweeps, interpolations. A value without any of it may be put in quotes.
+_SYNTAX = re.compile(r"""[\\'"()\[\]{}$,]""")
+
+
+def readable_variable(name: str, *default: Any, _node_: Node) -> str | None:
+    """OmegaConf's `oc.env` for `READABLE_VARIABLES`.
+
+    Raises:
+        ConfigurationError: another variable, set or not; or the variable is not set and there is no default.
+    """
+    key = _node_._get_full_key(None)
+    if name not in READABLE_VARIABLES:
+        raise ConfigurationError(
+            f"{key}: reads the environment variable {shown(name)}, and a configuration is written to {CONFIG_FILE}; leave a "
+            f"secret to the environment, and have the shell write anything else: {key}=$NAME"
+        )
+    if name not in os.environ and not default:
+        raise ConfigurationError(
+            f"{key}: the environment variable {name} is not set; set it, or give a default: ${{oc.env:{name},default}}"
+        )
+    value = os.environ.get(name, *default)
+    return None if value is None else str(value)
+
+
+# For the whole process: the trials of a sweep resolve their values in Hydra's hands, in workers and jobs too.
+OmegaConf.register_new_resolver("oc.env", readable_variable, replace=True)
+for _unused in ("oc.create", "oc.deprecated", "oc.dict.keys", "oc.dict.values"):  # none makes a plain value
+    OmegaConf.clear_resolver(_unused)
 
 
 class Primary(NamedTuple):
-    """The file that a configuration begins with: `<directory>/<name>.yaml`. Groups are found in it and in `configs`."""
+    """The file that a configuration begins with: `<directory>/<name>.yaml`.
+
+    Groups are found in its directory, in `configs` and, after these, in `added`.
+    """
 
     name: str = "config"
     directory: Path = CONFIG_DIRECTORY
+    added: Path | None = None
 
     @property
     def file(self) -> Path:
@@ -68,13 +125,116 @@ def compose(overrides: Sequence[str] = (), primary: Primary = PROJECT) -> RunCon
     return validate(compose_dictionary(overrides, primary))
 
 
+# Both have the names of Hydra's own: in a worker Hydra registers those anew, and keeps what has the same name.
+class FileConfigSource(file_config_source.FileConfigSource):
+    """Hydra's source of YAML files, with this project's reading of them and its rule for those of others."""
+
+    def __init__(self, provider: str, path: str) -> None:
+        super().__init__(provider, path)
+        if provider.startswith("hydra.searchpath") and not Path(self.path).is_dir():
+            raise ConfigurationError(
+                f"hydra.searchpath=[{shown(path)}]: there is no such directory; give one that has files"
+            )
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        file = Path(self.path, self._normalize_file_name(config_path)).resolve()
+        values = read_yaml(file)
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            said = f"the text {shown(values)!r}" if isinstance(values, str) else f"a {type(values).__name__}"
+            raise ConfigurationError(
+                f"{file}: holds {said}, where keys and values are expected; write lines of key: value, with a space after the "
+                "colon"
+            )
+        defaults = values.get("defaults", [])
+        if not isinstance(defaults, list) or not all(
+            isinstance(item, str) or (isinstance(item, dict) and len(item) == 1) for item in defaults
+        ):
+            raise ConfigurationError(
+                f"{file}: defaults: not a list of choices, one a line; write for example '- override /optimizer: lion'"
+            )
+        header = ConfigSource._get_header_dict(read_text(file)[:512])
+        if not file.is_relative_to(CONFIG_DIRECTORY):
+            refuse_reach_for_hydra(file, config_path, header.get("package"), values)
+        try:
+            config = OmegaConf.create(values)
+        except OmegaConfBaseException as error:
+            raise ConfigurationError(f"{file}: {omegaconf_problem(error)}") from error
+        return ConfigResult(config=config, path=f"file://{self.path}", provider=self.provider, header=header)
+
+
+class ImportlibResourcesConfigSource(importlib_resources_config_source.ImportlibResourcesConfigSource):
+    """Hydra's source of configurations in Python packages, for Hydra's own: to look into one is to import it."""
+
+    def __init__(self, provider: str, path: str) -> None:
+        if provider.startswith("hydra.searchpath"):
+            raise ConfigurationError(
+                f"hydra.searchpath=[{shown(path)}]: would import a package; give a directory, file://..."
+            )
+        super().__init__(provider, path)
+
+
+def refuse_reach_for_hydra(file: Path, config_path: str, package: str | None, values: Mapping[str, Any]) -> None:
+    """Refuse a file of others that would set keys of Hydra's node: by content, place, package or what it builds on.
+
+    It may choose one of the launchers that are installed, and repeat what the project's files say, as a copy of one does.
+
+    Args:
+        config_path: the file's place in its directory, `<group>/<choice>`.
+        package: of its header: where in the configuration its content goes.
+
+    Raises:
+        ConfigurationError: naming the file and the key.
+    """
+    remedy = "which files outside of configs/ may not set; give it on the command line"
+    reached = [(f"its place, {config_path}", config_path.rpartition("/")[0]), (f"# @package {package}", package or "")]
+    defaults = values.get("defaults")
+    for item in defaults if isinstance(defaults, list) else []:
+        for entry, choice in item.items() if isinstance(item, dict) else [(str(item), None)]:
+            *words, group = str(entry).split(" ")
+            group, _, place = group.partition("@")
+            overriding = "override" in words and {*words} <= {"override", "optional"} and "/" not in str(choice)
+            reached.append((f"defaults: {entry}", place if overriding else f"{group}/{place}"))
+    for where, path in reached:
+        if "hydra" in re.split(r"[./@:]", path) or "$" in path:
+            raise ConfigurationError(f"{file}: {shown(where)}: a part of hydra, {remedy}")
+    for key, value in _leaves(values.get("hydra", {}), "hydra"):
+        if (key, value) not in _settings_of_hydra():
+            raise ConfigurationError(f"{file}: {shown(key)}={shown(value)}: a key of hydra, {remedy}")
+
+
+def refuse_reach_of_overrides(overrides: Iterable[str], origin: str = "a job") -> None:
+    """Refuse overrides that a file holds (a study's) and that would set keys of Hydra's node.
+
+    Raises:
+        ConfigurationError: naming the first such override.
+    """
+    for override in overrides:
+        if "hydra" in re.split(r"[./@:]", _key_of(override)):
+            raise ConfigurationError(
+                f"{origin}: {shown(override)}: a key of hydra, which the command line alone may set"
+            )
+
+
+@functools.cache
+def _settings_of_hydra() -> frozenset[tuple[str, Any]]:
+    """What the project's own files set of Hydra's."""
+    files = (CONFIG_DIRECTORY / "config.yaml", *(CONFIG_DIRECTORY / "launcher").glob("*.yaml"))
+    return frozenset(leaf for file in files for leaf in _leaves(read_yaml(file).get("hydra", {}), "hydra"))
+
+
 def begin_hydra(primary: Primary = PROJECT) -> Hydra:
     """A fresh Hydra that knows where configurations lie, as its global instance; `GlobalHydra.clear` ends it."""
     GlobalHydra.instance().clear()
     version.setbase("1.3")
+    Plugins.instance()  # registers Hydra's sources, which ours replace
+    SourcesRegistry.instance().types |= {"file": FileConfigSource, "pkg": ImportlibResourcesConfigSource}
     path = create_config_search_path(str(primary.directory))
     if primary.directory != CONFIG_DIRECTORY:
         path.prepend("project", f"file://{CONFIG_DIRECTORY}", "schema")  # Hydra wants its schema to be the last
+    if primary.added is not None:
+        path.prepend("command-line", f"file://{primary.added}", "schema")
     return Hydra.create_main_hydra2("sophia", path)
 
 
@@ -86,33 +246,64 @@ def compose_dictionary(overrides: Sequence[str], primary: Primary = PROJECT) -> 
     """
     outer = GlobalHydra.instance().hydra  # inside a Hydra job (multirun) another Hydra is already initialised
     try:
-        begin_hydra(primary)
-        config = hydra_compose(primary.name, overrides=made_again(primary, overrides), return_hydra_config=True)
-        refuse_foreign_code(config)
-        values = resolved(config)
-        return launched_here(values) if primary.is_record else values
-    except ConfigurationError:
-        raise
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's, of model=null
-        raise ConfigurationError(redacted(reword_composition_error(error, overrides, primary))) from error
-    except RecursionError:
-        raise ConfigurationError(
-            f"{primary.file}: its defaults list leads back to itself; give the file another name than that on which it builds"
-        ) from None
+        with worded_errors(overrides, primary):
+            begin_hydra(primary)
+            config = hydra_compose(primary.name, overrides=made_again(primary, overrides), return_hydra_config=True)
+            check_hydra(config, overrides)
+            values = resolved(config)
+            return launched_here(values) if primary.is_record else values
     finally:
         GlobalHydra.instance().clear()
         GlobalHydra.instance().hydra = outer
 
 
+@contextlib.contextmanager
+def worded_errors(overrides: Sequence[str], primary: Primary = PROJECT) -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise of a configuration into a ConfigurationError of one line."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's, of model=null
+        ours = next((one for one in _causes(error) if isinstance(one, ConfigurationError)), None)
+        if ours is error:
+            raise
+        line = str(ours) if ours else reword_composition_error(error, overrides, primary)
+        raise ConfigurationError(redacted(line)) from error
+    except RecursionError:
+        raise ConfigurationError(
+            f"{primary.file}: its defaults list leads back to itself; give the file another name than that on which it builds"
+        ) from None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, that from which it was raised, and so on."""
+    at: BaseException | None = error
+    while at is not None:
+        yield at
+        at = at.__cause__ or at.__context__
+
+
+def quoted(override: str) -> str:
+    """The override, its value in quotes where Hydra could not read it and it has none of Hydra's syntax: `name=jörg`."""
+    key, equals, value = override.partition("=")
+    if not equals or not value or _SYNTAX.search(value):
+        return override
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return f"{key}='{value}'"
+    return override
+
+
 def made_again(primary: Primary, overrides: Sequence[str]) -> list[str]:
-    """The overrides that a configuration is composed under: a record's run begins at step 0 and replaces nothing.
+    """The overrides as Hydra reads them. A record's run begins at step 0 and replaces nothing.
 
     Raises:
         ConfigurationError: another seed for a record, which holds the seeds that follow from its own.
     """
+    overrides = [quoted(override) for override in overrides]
     if not primary.is_record:
-        return list(overrides)
-    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+        return overrides
+    keys = [_key_of(override) for override in overrides]
     if "seed" in keys and not {"seeds.model", "seeds.data", "seeds.curvature"} <= {*keys}:
         raise ConfigurationError(
             f"seed: {primary.file} holds the seeds that followed from its own, so that another would change the label alone; "
@@ -137,11 +328,11 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def refuse_foreign_code(config: DictConfig) -> None:
-    """Refuse a composition in whose `hydra` node something else than Hydra's own plugins is named.
+def check_hydra(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse a composition in which Hydra would call or run what is neither its own nor given on the command line.
 
-    Hydra makes objects of what stands there under `_target_`, and logging of classes and factories: launcher, sweeper,
-    callbacks and handlers.
+    Hydra makes objects of what stands in its node under `_target_`, and logging of classes and factories: launcher,
+    sweeper, callbacks and handlers. What stands in `hydra.launcher` becomes a job script.
 
     Raises:
         ConfigurationError: naming the first such key.
@@ -160,6 +351,34 @@ def refuse_foreign_code(config: DictConfig) -> None:
                 f"{path}={named}: names code outside of this project, which no configuration may; remove it, and choose "
                 "launchers with launcher="
             )
+    launcher = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+    assert isinstance(launcher, dict)
+    for path, value in _leaves(launcher, "hydra.launcher"):
+        if _has_control_character(f"{path}{value}"):
+            raise ConfigurationError(
+                f"{shown(path)}={shown(value)}: has a control character, such as a line's end; leave it out"
+            )
+    setup = launcher.get("setup")
+    if setup and setup != _own_setup() and not SETUP_KEYS & {_key_of(override) for override in overrides}:
+        raise ConfigurationError(
+            f"launcher.setup={shown(setup)}: a file sets the shell commands of a job, which the command line alone may; "
+            "give launcher.setup=[...] there"
+        )
+
+
+@functools.cache
+def _own_setup() -> list[str]:
+    """The shell commands of launcher=slurm."""
+    return list(read_yaml(CONFIG_DIRECTORY / "launcher" / "slurm.yaml")["launcher"]["setup"])
+
+
+def _key_of(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _has_control_character(text: str) -> bool:
+    """Cc: control characters, ends of lines among them; Cs: half a character, which no file can hold."""
+    return any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
 
 
 def _leaves(values: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -183,7 +402,7 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
     for key, value in _leaves(config.model_dump(mode="json"), ""):
         if not isinstance(value, str):
             continue
-        if any(unicodedata.category(character) == "Cc" for character in value):
+        if _has_control_character(value):
             raise ConfigurationError(f"{key}={value!r}: has a control character, such as a line's end; leave it out")
         if name := secret_in(value):
             raise ConfigurationError(
@@ -193,14 +412,36 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
     return config
 
 
+# What Hydra says of a composition, and what OmegaConf says of a value: in the words of a remedy.
+COMPOSITION_ERRORS = {
+    r"Ambiguous value for argument '(.+)'": r"\1: several values; sweep over them with -m, or put them in quotes or brackets",
+    r"Sweep parameters '(.+)' requires": r"\1: several values; sweep over them with -m",
+    r"An item is already at '([^']+)'": r"\1: is there already; write \1=... to change it",
+    r"Could not delete '([^']*)'": r"~\1: there is nothing to remove; leave it out",
+    r"Could not delete from config. '([^']*)'": r"~\1: there is nothing to remove; leave it out",
+    r"No config source registered for schema (\w+)": r"hydra.searchpath: \1://: no place for files; give [file:///...]",
+    r"In '([^']+)': Could not load '([^']+)'": r"\1.yaml: its defaults list names \2, which is no file; correct the name",
+}
+VALUE_ERRORS = {
+    r"Cannot merge": f"a list or value where a section is expected, or the reverse; write it as in {PROJECT.file}",
+    r"Unsupported interpolation type (\S+)": r"${\1:...}: there is no such resolver; use oc.env, oc.select or oc.decode",
+    r"Recursive interpolation": "its ${...} leads back to itself; give it a value",
+    r"Interpolation key '(.*)' not found": r"${\1}: there is no such key; give a value, or the dotted name of a key",
+    r"HydraConfig was not set": "${hydra:...} is known in a sweep alone; give a value",
+}
+
+
 def reword_composition_error(error: Exception, overrides: Iterable[str], primary: Primary = PROJECT) -> str:
     """One line for Hydra's composition errors."""
     text = str(error)
     chain = f"{text}\n{error.__cause__ or ''}"
-    if match := re.search(r"Could not find '([^']+)/([^']+)'", text):
-        group, choice = match.groups()
-        options = group_options(group)
-        return f"{group}={choice}: there is no such choice{did_you_mean(choice, options)}; choose one of {', '.join(options)}"
+    if match := re.search(r"Could not find '([^']*)'", text):
+        group, _, choice = match.group(1).partition("/")
+        if group not in config_groups():
+            group, _, choice = match.group(1).rpartition("/")
+        options = group_options(group) or re.findall(r"^\t([\w/]+)$", text, re.MULTILINE)
+        choose = f"choose one of {', '.join(options)}" if options else f"give the name of one, as in {CONFIG_DIRECTORY}"
+        return f"{group}={choice}: there is no such choice{did_you_mean(choice, options)}; {choose}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
         if re.search(r"No match in the defaults list", text):
@@ -213,19 +454,51 @@ def reword_composition_error(error: Exception, overrides: Iterable[str], primary
         return f"{key}: unknown key{did_you_mean_key(key)}"
     if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", chain):
         return f"{match.group(2)}: unknown key{did_you_mean_key(match.group(2))}"
-    if re.search(
-        r"mismatched input|extraneous input|token recognition|LexerNoViableAlt|no viable alternative|parsing override",
-        chain,
-    ):
-        culprit = next((o for o in overrides if o in text), "the command line")
-        return f"{culprit}: not an override; write key=value, and quote lists: 'optimizer.betas=[0.9,0.95]'"
+    if isinstance(error, OverrideParseException):
+        return not_an_override(error.override)
     if "Config group override must be" in text:
         pairs = [override.lstrip("+").partition("=")[::2] for override in overrides]
         for group, value in pairs:
             if group in config_groups() and value not in group_options(group):
                 return f"{group}={value}: no name of a choice; choose one of {', '.join(group_options(group))}"
-    first_line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    return first_line
+        if any(_key_of(one) == "hydra" for one in overrides):
+            return "hydra: a section, not a value; set one of its keys"
+        return not_an_override(next((one for one in overrides if not _key_of(one)), "the command line"))
+    for said, meant in COMPOSITION_ERRORS.items():
+        if match := re.search(said, text):
+            return shown(match.expand(meant))
+    if match := re.search(r"In '([^']+)': \w+ raised while composing config", text):
+        return f"{match.group(1)}.yaml: {omegaconf_problem(error)}"
+    if any(isinstance(one, OmegaConfBaseException) for one in _causes(error)):
+        return omegaconf_problem(error)
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+
+
+def not_an_override(override: str) -> str:
+    """One line for what Hydra cannot read, with the form in which it could where that is plain."""
+    key, _, value = override.partition("=")
+    if re.fullmatch(r"[+~]*[\w./@-]+", key, re.ASCII) and value and value[0] not in "[{'\"":
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        given = shown(f"{key}='{escaped}'")
+        given = shlex.quote(given) if re.search(r'["$`!\\]', given) else f'"{given}"'  # as one types it in a shell
+        return f"{shown(override)}: not an override; put the value in quotes: {given}"
+    remedy = "write key=value, and quote lists and text in them, as in 'optimizer.betas=[0.9,0.95]' \"data.paths=['a b.txt']\""
+    return f"{shown(override) or repr(override)}: not an override; {remedy}"
+
+
+def omegaconf_problem(error: BaseException) -> str:
+    """The first line of OmegaConf's own error, with the key."""
+    ours = [one for one in _causes(error) if isinstance(one, OmegaConfBaseException)]
+    said = next((line.strip() for line in str(ours[-1]).splitlines() if line.strip()), type(ours[-1]).__name__)
+    key = next((str(one.full_key) for one in ours if one.full_key), "")
+    if isinstance(ours[-1], GrammarParseError):
+        said = f"its ${{...}} cannot be read ({said}); close the brace, or quote text with '\\${{'"
+    said = re.sub(r"^\w+ raised while resolving interpolation: ", "", said)
+    for pattern, meant in VALUE_ERRORS.items():
+        if match := re.search(pattern, said):
+            said = match.expand(meant)
+            break
+    return shown(f"{key}: {said}" if key else said)
 
 
 def config_groups() -> list[str]:
@@ -247,6 +520,7 @@ def reword_validation_error(error: pydantic.ValidationError) -> str:
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     kind = first["type"]
     if kind == "extra_forbidden":
+        key = key or "''"
         return f"{key}={given}: unknown key{did_you_mean_key(key, first['loc'])}{more}"
     if kind == "value_error":
         return f"{first['msg'].removeprefix('Value error, ')}{more}"
@@ -261,8 +535,9 @@ def reword_validation_error(error: pydantic.ValidationError) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as one line, of no more than two hundred characters."""
-    text = "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" else c for c in str(value))
+    """A value as one line, of no more than two hundred characters and without secrets."""
+    # Hidden before the cut, of which a secret would leave its head.
+    text = "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in redacted(str(value)))
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
@@ -337,8 +612,14 @@ def known_keys(model: Any = RunConfig, prefix: str = "") -> set[str]:
 def did_you_mean_key(key: str, location: Sequence[int | str] = ()) -> str:
     """The nearest known key, preferring the section's own; or the section's keys."""
     section, _, leaf = key.rpartition(".")
+    if any("." in str(part) for part in location):
+        return f"; nest it, {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
+    if key in config_groups():
+        return f"; choose one with {key}=<name>: {', '.join(group_options(key))}"
     if key in known_keys():
-        return f"; it belongs to another choice of {section}, see configs/{section}/"
+        if section in config_groups():
+            return f"; it belongs to another choice of {section}, see configs/{section}/"
+        return f"; the files leave out {section or key}, or give it one value; correct that, or set it with ++{key}=..."
     siblings = {k.rpartition(".")[2] for k in known_keys() if k.rpartition(".")[0] == section}
     if near := difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6):
         return f"; did you mean {section + '.' if section else ''}{near[0]}?"

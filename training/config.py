@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+MAX_INT = 2**63 - 1  # what generators and counters take
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INT, strict=True)]
+YEAR = 366 * 24 * 60  # minutes; a clock's wait overflows at much longer ones
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -302,7 +304,7 @@ class GuardsConfig(Section):
 
     spike_deviations: PositiveFloat | None = 6.0
     weights_interval: PositiveInt | None = 100
-    hang_minutes: PositiveFloat | None = 10.0
+    hang_minutes: Annotated[PositiveFloat, Field(le=YEAR)] | None = 10.0
 
 
 class TrackerConfig(Section):
@@ -346,8 +348,8 @@ class SlurmLauncherConfig(Section):
     partition: SlurmName | None = None
     account: SlurmName | None = None
     qos: SlurmName | None = None
-    timeout_minutes: PositiveInt = 1440
-    signal_seconds: PositiveInt = 120
+    timeout_minutes: Annotated[PositiveInt, Field(le=YEAR)] = 1440
+    signal_seconds: Annotated[PositiveInt, Field(le=65535)] = 120  # sbatch takes no more
     requeue: bool = True
     parallel: PositiveInt = 256
     setup: tuple[str, ...] = ()

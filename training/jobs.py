@@ -14,8 +14,16 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from training.compose import CONFIG_DIRECTORY, refuse_foreign_code, resolved
-from training.config import ConfigurationError
+from training.compose import (
+    PROJECT,
+    begin_hydra,
+    check_hydra,
+    quoted,
+    refuse_reach_of_overrides,
+    resolved,
+    worded_errors,
+)
+from training.launch import refuse_absent_slurm
 
 EXIT_FAILED = 1
 
@@ -30,36 +38,33 @@ def launch(jobs: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[
         launcher: Hydra overrides that choose and set the launcher, such as `hydra/launcher=joblib`.
 
     Raises:
-        ConfigurationError: there is no such launcher, or it is not installed.
+        ConfigurationError: there is no such launcher, or a job's overrides cannot be composed.
     """
-    from hydra import initialize_config_dir
     from hydra._internal.callbacks import Callbacks
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.plugins import Plugins
-    from hydra.errors import HydraException
     from hydra.types import HydraContext, RunMode
 
-    GlobalHydra.instance().clear()
+    for job in jobs:
+        refuse_reach_of_overrides(job)
     try:
-        with initialize_config_dir(str(CONFIG_DIRECTORY), version_base="1.3"):
-            hydra = GlobalHydra.instance().hydra
-            assert hydra is not None
+        with worded_errors(launcher):
+            hydra = begin_hydra()
             config = hydra.compose_config(
-                "config",
-                overrides=list(launcher),
+                PROJECT.name,
+                overrides=[quoted(override) for override in launcher],
                 run_mode=RunMode.MULTIRUN,
                 with_log_configuration=False,
                 from_shell=False,
             )
-            refuse_foreign_code(config)
+            check_hydra(config, launcher)
+            refuse_absent_slurm(config.hydra.launcher)
             context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
             plugin = Plugins.instance().instantiate_launcher(
                 hydra_context=context, task_function=run_logged, config=config
             )
-            returns = plugin.launch([list(job) for job in jobs], initial_job_idx=0)
+            returns = plugin.launch([[quoted(override) for override in job] for job in jobs], initial_job_idx=0)
             return [int(one.return_value) for one in returns]
-    except HydraException as error:
-        raise ConfigurationError(f"{' '.join(launcher)}: {' '.join(str(error).split())}") from error
     finally:
         GlobalHydra.instance().clear()
 

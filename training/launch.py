@@ -7,13 +7,14 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
-from training.config import RunConfig, SlurmLauncherConfig
+from training.config import ConfigurationError, RunConfig, SlurmLauncherConfig
 from training.heartbeat import EXIT_RANK_LOST
 
 EXIT_FAILED = 1
@@ -28,6 +29,26 @@ REQUEUE_SECONDS = 120
 def in_job() -> bool:
     """Whether this process is a task of a job that submitit has started."""
     return "SUBMITIT_EXECUTOR" in os.environ
+
+
+def refuse_absent_slurm(launcher: Mapping[str, Any]) -> None:
+    """Refuse Hydra's settings of a launcher for SLURM where no SLURM answers.
+
+    Raises:
+        ConfigurationError: its commands are not installed, or find no controller.
+    """
+    if not str(launcher.get("_target_")).endswith(".SlurmLauncher"):
+        return
+    try:
+        asked = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, check=False)
+        problem = "" if asked.returncode == 0 else (asked.stderr or asked.stdout).strip().rpartition("\n")[2]
+    except OSError as error:
+        problem = f"scontrol: {error.strerror}"
+    if problem:
+        raise ConfigurationError(
+            f"launcher=slurm: no SLURM answers here ({problem}); start on a node of the cluster, or choose launcher=submitit, "
+            "launcher=joblib or launcher=local"
+        )
 
 
 def start_ranks(config: RunConfig) -> int:
@@ -87,7 +108,6 @@ def run_rank(values: dict[str, Any]) -> int:
     from data.errors import DataError
     from training.command import refuse
     from training.compose import validate
-    from training.config import ConfigurationError
     from training.run import execute
 
     # A terminal's Ctrl-C goes to its whole process group. The parent passes it on; twice would mean "at once".

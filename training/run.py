@@ -143,7 +143,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     )
     if config.train.deterministic:
         hardware.make_deterministic()
-    torch.manual_seed(config.seeds.model * world_size + rank)  # dropout alone draws from this stream
+    torch.manual_seed((config.seeds.model * world_size + rank) % 2**63)  # dropout alone draws from this stream
     ledger = Ledger(distributed.device, CompilationClock.installed())
     strategy = build_strategy(config, distributed)
     with torch.device("meta"):

@@ -17,15 +17,16 @@ from training.compose import (
     PROJECT,
     Primary,
     begin_hydra,
+    check_hydra,
     compose,
-    compose_dictionary,
     launched_here,
     made_again,
-    refuse_foreign_code,
+    quoted,
     resolved,
+    worded_errors,
 )
 from training.config import ConfigurationError
-from training.launch import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, in_job
+from training.launch import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, in_job, refuse_absent_slurm
 from training.secrets import redacted
 
 _preempted = False  # a trial of this process was asked to stop: no other is begun
@@ -49,10 +50,11 @@ def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
     overrides = made_again(primary, overrides)
     hydra = begin_hydra(primary)
     try:
-        refuse_foreign_code(
-            hydra.compose_config(primary.name, list(overrides), RunMode.MULTIRUN, with_log_configuration=False)
-        )
-        batches = hydra.multirun(primary.name, run_trial, list(overrides), with_log_configuration=False)
+        with worded_errors(overrides, primary):
+            master = hydra.compose_config(primary.name, overrides, RunMode.MULTIRUN, with_log_configuration=False)
+            check_hydra(master, overrides)
+        refuse_absent_slurm(master.hydra.launcher)
+        batches = hydra.multirun(primary.name, run_trial, overrides, with_log_configuration=False)
     except ConfigurationError:
         raise
     except HydraException as error:
@@ -87,13 +89,9 @@ def trials(overrides: Sequence[str], primary: Primary = PROJECT) -> list[list[st
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
 
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException:
-        compose_dictionary(overrides, primary)  # words the error
-        raise
+    with worded_errors(overrides, primary):
+        parsed = OverridesParser.create().parse_overrides([quoted(override) for override in overrides])
     batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return [
         [o for o in trial if not o.startswith("hydra") or o.startswith("hydra.searchpath=")]

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from tests.training.runs import lines
 from training.command import main
-from training.compose import compose_dictionary, known_keys, validate
+from training.compose import CONFIG_DIRECTORY, compose_dictionary, known_keys, validate
 from training.config import ConfigurationError, RunConfig
 from training.run import execute
 
@@ -407,7 +407,22 @@ def refuse_foreign_files(scratch: Path, kinds: Mapping[str, str] = FOREIGN_FILES
 
 
 # Values that may not become a part of a path, and keys from which paths are made.
-BAD_NAMES = ("../x", "/abs/x", "a/b", "..", ".", ".hidden", "<script>", "a'b", '"', "a\0b", "x" * 300, "a b\n", "-x", "javascript:x")
+BAD_NAMES = (
+    "../x",
+    "/abs/x",
+    "a/b",
+    "..",
+    ".",
+    ".hidden",
+    "<script>",
+    "a'b",
+    '"',
+    "a\0b",
+    "x" * 300,
+    "a b\n",
+    "-x",
+    "javascript:x",
+)
 NAME_KEYS = ("name", "model.name", "data.name")
 
 
@@ -454,3 +469,47 @@ def _fault_of_line(arguments: Sequence[str], scratch: Path, secret: str | None =
     if len(errors[0]) < 30 or "Exception" in errors[0] or "ConfigKeyError" in errors[0] or "=…" in errors[0]:
         return f"half a message: {errors[0]}"
     return None
+
+
+PLACE = "# @package _global_\n"
+PIECES = st.one_of(
+    st.text(max_size=3).map(str.encode),
+    st.binary(max_size=3),
+    st.sampled_from(
+        [b"\t", b"\n", b"\0", b": ", b"- ", b"{", b"[", b"&a ", b"*a", b"!!set ", b"'", b"#", b"${", b"<<: ", b"? "]
+    ),
+)
+
+
+def spoil_files(scratch: Path, examples: int, number: int) -> dict[str, Any]:
+    """Give train.py `examples` randomly damaged YAML files of an experiment: exit code 2 and one line on standard error."""
+    counts, faults = Counter[str](), list[str]()
+    file = scratch / "files" / "experiment" / "mine.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = PLACE.encode() + (CONFIG_DIRECTORY / "config.yaml").read_bytes().partition(b"\nname:")[2]
+    # A file that is still valid stops at its corpus, which is not there.
+    missing = ["data=text", f"data.paths=[{scratch}/none.txt]", f"data.directory={scratch}/none", "name=never"]
+
+    @drawn(examples, number)
+    @given(st.lists(st.tuples(st.integers(len(PLACE), len(whole)), st.integers(0, 5), PIECES), min_size=1, max_size=3))
+    def spoil(changes: list[tuple[int, int, bytes]]) -> None:
+        content = whole
+        for place, removed, piece in changes:
+            content = content[:place] + piece + content[place + removed :]
+        file.write_bytes(content)
+        counts["tried"] += 1
+        said = io.StringIO()
+        given = [*missing, f"output_dir={scratch}/never", "train.compile=false", "launcher=local"]
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+                code = main([f"--config-dir={scratch}/files", "experiment=mine", *given])
+        except Exception as error:
+            faults.append(f"{changes}: {type(error).__name__}: {error}")
+            return
+        if code == 2 and said.getvalue().startswith("error: ") and said.getvalue().count("\n") == 1:
+            counts["refused"] += 1
+        else:
+            faults.append(f"{changes}: exit code {code}, {said.getvalue()!r}")
+
+    spoil()
+    return {**counts, "faults": faults}

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.faults.configurations import mutate_configurations, spoil_command_lines, step_configurations
+from tests.faults.configurations import (
+    mutate_configurations,
+    spoil_command_lines,
+    spoil_files,
+    step_configurations,
+)
 
 
 def test_random_valid_configurations_build_and_step(corpus: list[str], tmp_path: Path) -> None:
@@ -20,4 +25,9 @@ def test_random_mutations_are_valid_or_refused_in_a_line(corpus: list[str], tmp_
 
 def test_random_command_lines_are_refused_in_a_line(tmp_path: Path) -> None:
     found = spoil_command_lines(tmp_path, 30, 0)
+    assert found["faults"] == []
+
+
+def test_random_damage_to_a_file_is_refused_in_a_line(tmp_path: Path) -> None:
+    found = spoil_files(tmp_path, 30, 0)
     assert found["faults"] == []

@@ -12,7 +12,7 @@ from tests.faults.hostile import CASES, Bomb, fault_of
 from tests.faults.sittings import completed
 from tests.training.runs import tiny
 from training.command import main
-from training.compose import compose
+from training.compose import CONFIG_DIRECTORY, Primary, compose
 from training.config import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +130,8 @@ def test_no_configuration_has_hydra_call_anything_but_its_own_plugins(
     assert main([*filter(None, [mode]), *missing, *given]) == 2
     said = capfd.readouterr().err
     assert said.count("error: ") == 1
-    assert "names code outside of this project" in said
+    in_a_file = foreign in ("file", "primary", "added primary")
+    assert ("evil.yaml: hydra.callbacks" if in_a_file else "names code outside of this project") in said
     assert not place.exists()
 
 
@@ -142,10 +143,83 @@ def test_configurations_of_another_directory_are_taken(tmp_path: Path, capfd: py
         assert "train.steps=0: out of range" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("override", ["launcher.partition='a\\nb'", "launcher.account='a b'", "launcher.qos='$(id)'"])
+GLOBAL = "# @package _global_\n"
+# Files of somebody else, the first of which is chosen with experiment= or, in `PRIMARIES`, begun with.
+REACHES = {
+    "content": {"experiment/x": GLOBAL + "hydra: {job: {env_set: {WANDB_BASE_URL: 'http://x'}}}\n"},
+    "header": {"experiment/x": "# @package hydra.job.env_set\nPYTHONPATH: y\n"},
+    "package of a choice": {"experiment/x": GLOBAL + "defaults: [/stuff@hydra.job.env_set: y]\n", "stuff/y": "A: b\n"},
+    "package of a file": {"experiment/x": GLOBAL + "defaults: [/stuff/y@hydra.job.env_set]\n", "stuff/y": "A: b\n"},
+    "content of another": {
+        "experiment/x": GLOBAL + "defaults: [/stuff@_global_: y]\n",
+        "stuff/y": "hydra: {job: {env_set: {A: b}}}\n",
+    },
+    "group": {"experiment/x": GLOBAL + "defaults: [/hydra/job/env_set: y]\n", "hydra/job/env_set/y": "A: b\n"},
+    "launcher": {
+        "experiment/x": GLOBAL + "defaults: [override /hydra/launcher: y]\n",
+        "hydra/launcher/y": "{_target_: hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher}\n",
+    },
+    "setup": {
+        "experiment/x": GLOBAL + "defaults: [override /launcher: slurm]\nlauncher: {setup: [touch made]}\n",
+    },
+    "setup by reference": {
+        "experiment/x": GLOBAL
+        + "defaults: [override /launcher: slurm]\nstudy: {y: [touch made]}\nlauncher: {setup: '${study.y}'}\n",
+    },
+}
+PRIMARIES = {
+    "search path": {"x": "defaults: [config, _self_]\nhydra: {searchpath: ['pkg://made']}\n"},
+    "reference": {"x": "defaults: [config, _self_]\nhydra: '${study}'\nstudy: {job: {env_set: {A: b}}}\n"},
+    "package": {"x": "defaults: [config, stuff@hydra.job.env_set: y, _self_]\n", "stuff/y": "A: b\n"},
+}
+
+
+@pytest.mark.parametrize("mode", ["-m", ""])
+@pytest.mark.parametrize("reach", [*REACHES, *PRIMARIES])
+def test_a_file_of_others_sets_nothing_of_hydras(
+    reach: str, mode: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, content in (REACHES | PRIMARIES)[reach].items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.yaml").write_text(content)
+    chosen = ["experiment=x"] if reach in REACHES else ["--config-name=x"]
+    assert main([*filter(None, [mode]), f"--config-dir={tmp_path}", *chosen, f"output_dir={tmp_path}/runs"]) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert "the command line" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_copy_of_the_projects_configuration_may_stand_anywhere(tmp_path: Path) -> None:
+    for file in ("config.yaml", "launcher/joblib.yaml"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text((CONFIG_DIRECTORY / file).read_text())
+    assert compose(["launcher=joblib"], Primary("config", tmp_path)).launcher.name == "joblib"
+
+
+def test_the_command_line_sets_the_commands_of_a_job() -> None:
+    launcher = compose(["launcher=slurm", "launcher.setup=[module load cuda]"]).launcher
+    assert getattr(launcher, "setup", None) == ("module load cuda",)
+
+
+def test_no_configuration_is_looked_for_in_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "looked_into").mkdir()
+    (tmp_path / "looked_into" / "__init__.py").write_text("raise SystemError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"hydra\.searchpath=\[pkg://looked_into\]: would import a package"):
+        compose(["hydra.searchpath=[pkg://looked_into]"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("launcher.partition='a\nb'", "launcher.account='a b'", "launcher.qos='$(id)'", "launcher.setup=['a\nb']"),
+        *("hydra.launcher.comment='a\nb'", "+hydra.launcher.additional_parameters={x: 'a\nb'}"),
+    ],
+)
 def test_nothing_of_a_configuration_becomes_a_line_of_a_job_script(override: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"launcher\.\w+=.*: not a valid name"):
-        compose(["launcher=slurm", override.replace("\\n", "\n")])
+    with pytest.raises(ConfigurationError, match=r"launcher\.[\w.]+=.*: (not a valid name|has a control character)"):
+        compose(["launcher=slurm", override])
 
 
 def test_control_characters_are_refused_in_every_value() -> None:

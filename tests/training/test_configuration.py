@@ -6,7 +6,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from training.command import main, split_primary
+from training.command import main, parse
 from training.compose import CONFIG_DIRECTORY, Primary, compose, compose_dictionary, group_options
 from training.config import ConfigurationError, micro_batch_size, nearest_batches
 from training.launch import EXIT_FAILED
@@ -89,6 +89,23 @@ MISTAKES = [
     (["nosuch=1"], ["nosuch", "known keys"]),
     (["optimizer.betas=[0.9"], ["key=value"]),
     (["train=5"], ["train=5", "section"]),
+    (["seed=9223372036854775808"], ["seed=9223372036854775808", "at most 9223372036854775807"]),
+    (["seeds.data=18446744073709551616"], ["seeds.data=18446744073709551616", "at most"]),
+    (["guards.hang_minutes=1e300"], ["guards.hang_minutes=1e+300", "at most 527040"]),
+    (["launcher=slurm", "launcher.signal_seconds=65536"], ["launcher.signal_seconds=65536", "at most 65535"]),
+    (["seed='${oc.create:{a:1}}'"], ["seed: ${oc.create:...}", "no such resolver"]),
+    (["seed='${nowhere}'"], ["seed: ${nowhere}", "no such key"]),
+    (["seed='${train.steps}'", "train.steps='${seed}'"], ["seed: its ${...} leads back to itself"]),
+    (["data.paths=[/tmp/jörg]"], ["data.paths=[/tmp/jörg]", "quote lists and text in them"]),
+    (["output_dir=/tmp/a(b)"], ["""put the value in quotes: "output_dir='/tmp/a(b)'\""""]),
+    (["=1"], ["=1: not an override"]),
+    (["hydra.searchpath=['file:///nowhere']"], ["hydra.searchpath=[file:///nowhere]", "no such directory"]),
+    (["seed=1,2"], ["seed=1,2: several values", "-m"]),
+    (["+seed=1"], ["seed: is there already", "seed=..."]),
+    (["~train.nothing"], ["~train.nothing: there is nothing to remove"]),
+    (["train=[1]"], ["train: a list or value where a section is expected"]),
+    (["experiment=demo/nope"], ["experiment=demo/nope: there is no such choice", "demo/adamw"]),
+    (["hydra/launcher=nope"], ["hydra/launcher=nope", "choose one of basic"]),
     (["model.n_head=3"], ["model.n_embd=128", "model.n_head=3"]),
 ]
 
@@ -101,6 +118,37 @@ def test_a_mistake_is_one_line_with_key_value_and_remedy(overrides: list[str], e
     assert "\n" not in message
     for part in expected:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    "directory", ["/tmp/jörg", "/tmp/a b", "/tmp/a=b", "~/a#b;c", "/tmp/日本", "/tmp/'a'", "a\\'b"]
+)
+def test_a_directory_of_any_name_may_be_given(directory: str) -> None:
+    given = directory if "'" not in directory else f'"{directory}"'
+    assert compose([f"output_dir={given}"]).output_dir == directory.replace("\\'", "\\'")
+
+
+def test_largest_seed_and_time_are_valid() -> None:
+    config = compose([f"seed={2**63 - 1}", "guards.hang_minutes=527040"])
+    assert config.seeds.data == 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("train.steps: 5\n", "train.steps=5: unknown key; nest it, train: {steps: ...}"),
+        ("train: [1]\n", "a list or value where a section is expected"),
+        ("defaults: [nothing]\n", "mine.yaml: its defaults list names experiment/nothing, which is no file"),
+        ("defaults: [override /nothing: x]\n", "nothing: there is no such configuration group"),
+        ("model: {_target_: os.system}\n", "model._target_=os.system: unknown key"),
+    ],
+)
+def test_a_mistake_in_an_experiment_names_its_key(content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\n" + content)
+    with pytest.raises(ConfigurationError) as caught:
+        compose(["experiment=mine"], Primary(added=tmp_path))
+    assert said in str(caught.value)
 
 
 def test_seed_sets_the_three_seeds_unless_they_are_given() -> None:
@@ -157,8 +205,8 @@ def test_a_run_is_made_again_from_the_configuration_on_record(tmp_path: Path) ->
     """Hydra's --config-path: the file of a record stands for itself, whatever the defaults have become."""
     before = compose(["optimizer=lion", "model=gpt2_nano", "seed=7", "optimizer.lr=3.0e-4"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(before.model_dump(mode="json")))
-    overrides, primary = split_primary(["--config-path", str(tmp_path), "output_dir=elsewhere"])
-    after = compose(overrides, primary)
+    asked, primary = parse(["--config-path", str(tmp_path), "output_dir=elsewhere"])
+    after = compose(asked.overrides, primary)
     assert after == before.model_copy(update={"output_dir": "elsewhere"})
 
 
@@ -233,11 +281,49 @@ def test_hydras_flags_find_the_file_where_a_run_does(
     assert "seed: 77" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--cfg", "job", "--config-dir", "{}", "experiment=mine"],
+        ["experiment=mine", "-cd", "{}", "-c", "job"],
+        ["experiment=mine", "--config-dir={}", "train.steps=9", "--cfg=job", "--resolve"],
+        ["--config-dir", "{}", "--help", "experiment=mine"],
+        ["--config-dir={}", "-cn", "own", "--cfg", "job"],
+    ],
+)
+def test_hydras_flags_show_what_a_run_would_have(
+    flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 4711\n")
+    (tmp_path / "own.yaml").write_text("defaults: [config, _self_]\nseed: 4711\n")
+    assert main([flag.format(tmp_path) for flag in flags]) == 0
+    assert "seed: 4711" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--cfg", "nothing"], "--cfg/-c: invalid choice: 'nothing'"),
+        (["--nothing"], "unrecognized arguments: --nothing"),
+        (["--experimental-rerun", "x"], "--experimental-rerun: would unpickle"),
+        (["--config-dir", "/nowhere"], "--config-dir /nowhere: there is no such directory"),
+        (["--cfg", "job", "--package", "nowhere"], "package 'nowhere' not found"),
+        (["--help", "seed='${nowhere}'"], "seed: ${nowhere}"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_one_line(flags: list[str], said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(flags) == 2
+    heard = capfd.readouterr().err
+    assert said in heard
+    assert heard.count("\n") == 1
+
+
 @pytest.mark.parametrize("flags", [["--config-dir={}", "-cn", "mine"], ["-cp", "{}", "--config-name=mine.yaml"]])
 def test_a_primary_file_of_ones_own_may_build_on_the_projects(tmp_path: Path, flags: list[str]) -> None:
     (tmp_path / "mine.yaml").write_text("defaults:\n  - config\n  - override optimizer: lion\n  - _self_\nseed: 77\n")
-    overrides, primary = split_primary([flag.format(tmp_path) for flag in flags])
-    config = compose(overrides, primary)
+    asked, primary = parse([flag.format(tmp_path) for flag in flags])
+    config = compose(asked.overrides, primary)
     assert (config.seed, config.optimizer.name) == (77, "lion")
     assert compose().optimizer.name == "sophiag", "the next composition is the project's again"
 

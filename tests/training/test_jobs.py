@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from training.command import main
 from training.config import ConfigurationError
 from training.jobs import at_once, launch
 
@@ -46,6 +47,30 @@ def test_jobs_go_side_by_side_through_joblib(tmp_path: Path) -> None:
 def test_an_unknown_launcher_is_a_configuration_error() -> None:
     with pytest.raises(ConfigurationError, match="hydra/launcher=nowhere"):
         launch([["name=a"]], ["hydra/launcher=nowhere"])
+
+
+@pytest.mark.parametrize(
+    "override", ["+hydra.job.env_set.A=b", "+experiment@hydra.job.env_set=x", "hydra/launcher=joblib"]
+)
+def test_a_job_sets_nothing_of_hydras(override: str) -> None:
+    with pytest.raises(ConfigurationError, match="a key of hydra, which the command line alone may set"):
+        launch([["name=a", override]])
+
+
+@pytest.mark.parametrize("scontrol", [None, "#!/bin/sh\necho 'no controller' >&2; exit 1\n"])
+def test_slurm_that_does_not_answer_is_a_configuration_error(
+    scontrol: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if scontrol is not None:
+        (tmp_path / "scontrol").write_text(scontrol)
+        (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigurationError, match="launcher=slurm: no SLURM answers here"):
+        launch([["name=a"]], ["hydra/launcher=submitit_slurm"])
+    assert main(["launcher=slurm", f"output_dir={tmp_path}/runs"]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: launcher=slurm: no SLURM answers here")
+    assert said.count("\n") == 1
 
 
 def test_a_launcher_is_handed_what_it_can_run_side_by_side() -> None:

@@ -56,6 +56,47 @@ def test_a_key_that_would_be_written_to_the_record_is_refused(override: str, mon
     assert KEY not in str(caught.value)
 
 
+def test_a_key_that_straddles_the_end_of_what_is_shown_is_hidden_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEY)
+    for length in range(150, 201, 10):
+        with pytest.raises(ConfigurationError) as caught:
+            compose([f"optimizer.lr={'x' * length}{KEY}"])
+        assert KEY[:8] not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "${oc.env:AWS_SECRET_ACCESS_KEY}",
+        "a${oc.env:AWS_SECRET_ACCESS_KEY,none}",
+        "${oc.decode:${oc.env:AWS_SECRET_ACCESS_KEY}}",
+        "${oc.env:${oc.select:nothing,AWS_SECRET_ACCESS_KEY}}",
+        "${oc.env:SLURM_JWT}",
+    ],
+)
+@pytest.mark.parametrize("key", ["tracker.group", "tracker.tags"])
+def test_no_value_is_read_from_a_variable_that_may_be_a_secret(
+    key: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "SLURM_JWT"):
+        monkeypatch.setenv(name, KEY)
+    given = f"['{value}']" if key == "tracker.tags" else f"'{value}'"
+    with pytest.raises(
+        ConfigurationError, match=rf"{key}.*: reads the environment variable (AWS_SECRET|SLURM_JWT)"
+    ) as caught:
+        compose([f"{key}={given}"])
+    assert KEY not in str(caught.value)
+
+
+def test_a_harmless_variable_may_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.delenv("SCRATCH", raising=False)
+    assert compose(["name=job-${oc.env:SLURM_JOB_ID}"]).name == "job-17"
+    assert compose(["output_dir='${oc.env:SCRATCH,runs}/mine'"]).output_dir == "runs/mine"
+    with pytest.raises(ConfigurationError, match="name: the environment variable SCRATCH is not set"):
+        compose(["name=${oc.env:SCRATCH}"])
+
+
 @pytest.mark.parametrize(
     "text",
     ["eval.tokens=1000: not a known value", "write key=value", "export WANDB_API_KEY=$KEY", "tokenizer=gpt2", ""],
