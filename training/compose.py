@@ -285,6 +285,8 @@ def expectation(error: Any) -> str:
         return f"not a known value; choose one of {context['expected']}"
     if kind == "string_pattern_mismatch":
         return "not a valid name; use letters, digits, '.', '_' and '-', beginning with a letter or digit"
+    if kind == "string_too_long":
+        return f"too long; give at most {context['max_length']} characters"
     if kind in ("too_short", "tuple_type", "too_long"):
         length = context.get("min_length", context.get("max_length", ""))
         return f"a list of {length or 'other'} length or type is expected; for example '[...]'".replace("  ", " ")

@@ -15,6 +15,9 @@ PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# A component of paths, alone or with others (`run_name`, <data.name>-<tokenizer>); a file system takes 255 bytes of one.
+NAME_CHARACTERS = 200
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=NAME_CHARACTERS)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -34,7 +37,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """GPT-2's shape; the vocabulary is the tokenizer's. `init_from` is a directory of Hugging Face GPT-2 weights."""
 
-    name: str
+    name: Name
     n_layer: PositiveInt
     n_head: PositiveInt
     n_embd: PositiveInt
@@ -64,13 +67,13 @@ class ValidationSplitConfig(Section):
 
 class SampleDataConfig(Section):
     kind: Literal["sample"]
-    name: str
+    name: Name
     directory: str = "tokens"
 
 
 class HubDataConfig(Section):
     kind: Literal["hub"]
-    name: str
+    name: Name
     repository: str
     revision: str
     files: str
@@ -82,7 +85,7 @@ class HubDataConfig(Section):
 
 class FilesDataConfig(Section):
     kind: Literal["files"]
-    name: str
+    name: Name
     paths: Annotated[tuple[str, ...], Field(min_length=1)]
     text_column: str = "text"
     validation: ValidationSplitConfig
@@ -379,7 +382,7 @@ def _profiled(value: Any) -> Any:
 class RunConfig(Section):
     """A complete run. `name` is derived when not given (`run_name`)."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    name: Name | None = None
     seed: NonNegativeInt = 0
     output_dir: str = "runs"
     resume: str = "auto"
@@ -411,6 +414,11 @@ class RunConfig(Section):
                 f"train.micro_batch_size={self.train.micro_batch_size} does not divide "
                 f"train.global_batch_size={self.train.global_batch_size}; "
                 + nearest_batches(self.train.global_batch_size, self.train.micro_batch_size, 1)
+            )
+        if len(self.run_name) > NAME_CHARACTERS:
+            raise ValueError(
+                f"name: {self.run_name} would be longer than {NAME_CHARACTERS} characters; shorten model.name, data.name or "
+                "seed, or give name="
             )
         if self.schedule.warmup_steps is not None and self.schedule.warmup_steps >= self.train.steps:
             raise ValueError(
