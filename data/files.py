@@ -26,7 +26,8 @@ def written_beside(path: Path) -> Iterator[BufferedRandom]:
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with BufferedRandom(partial.open("wb+", buffering=0), 1 << 20) as file:
+        partial.unlink(missing_ok=True)  # of a killed process with this number
+        with BufferedRandom(partial.open("xb+", buffering=0), 1 << 20) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

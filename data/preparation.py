@@ -23,7 +23,7 @@ from typing import Any
 
 from data import plan
 from data.errors import DataError
-from data.files import cannot_write, write_json
+from data.files import cannot_write, entries, write_json
 from data.manifest import FORMAT, MANIFEST_FILE, SPLITS, Manifest, Shard, Split, TokenizerInfo, load_manifest
 from data.progress import Progress
 from data.sources import SampleSource, Source
@@ -38,11 +38,24 @@ LOCK_FILE = ".lock"
 # text are the same in all but the rarest.
 _TRAINING_BYTES = 128 << 20
 
-_STALE = re.compile(r".*\.partial|(train|validation)-\d{5,}\.npy")
+# What lies in a token directory; any other is not prepared in, for a preparation deletes what an earlier one left.
+_SHARD, _PARTIAL = r"(train|validation)-\d{5,}\.npy", r"\.\d+\.partial"
+_FILE = rf"{_SHARD}|(manifest|preparation|tokenizer)\.json"
+_OWN_NAMES = {
+    rf"({_FILE})({_PARTIAL})?|\.lock|\.nfs.+": None,
+    RECEIPTS: rf"(\d{{5,}}|tokenizer)\.json({_PARTIAL})?",
+}
+_STALE = re.compile(rf"({_FILE}){_PARTIAL}|{_SHARD}")
 
 
 def token_directory(root: str | Path, source: Source, tokenizer: TokenizerSpec) -> Path:
-    """Where the tokens of a source are kept: `<root>/<source>-<tokenizer>`, such as tokens/sample-gpt2."""
+    """Where the tokens of a source are kept: `<root>/<source>-<tokenizer>`, such as tokens/sample-gpt2.
+
+    Raises:
+        DataError: the source's name would lead out of `root`.
+    """
+    if Path(source.name).name != source.name or "\0" in source.name:
+        raise DataError(f"data.name={source.name!r} becomes part of a directory's name; leave out slashes")
     return Path(root) / f"{source.name}-{tokenizer.label}"
 
 
@@ -104,6 +117,7 @@ def prepare(
             directory.mkdir(parents=True, exist_ok=True)
             with _exclusive(directory, display) as lock:
                 if not (directory / MANIFEST_FILE).exists():
+                    _refuse_foreign(directory)
                     _prepare(source, tokenizer, directory, workers or _usable_cores(), display, lock)
         except OSError as error:
             raise cannot_write(error, directory) from error
@@ -148,6 +162,19 @@ def _prepare(source: Source, spec: TokenizerSpec, directory: Path, workers: int,
     )
     manifest.write(directory)
     shutil.rmtree(directory / RECEIPTS, ignore_errors=True)
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Refuse a directory that an unfinished preparation has not left: shards lie beside their receipts."""
+    found = entries(directory, _OWN_NAMES)
+    foreign = [path.relative_to(directory).as_posix() for path, own in found if not own or path.is_symlink()]
+    if not (directory / RECEIPTS).is_dir():
+        foreign += [path.name for path, own in found if own and path.name != LOCK_FILE]
+    if foreign:
+        raise DataError(
+            f"{directory} holds {', '.join(foreign[:3])} and no {MANIFEST_FILE}: it is no token directory; give another "
+            "data.directory= or data.name=, or move that away"
+        )
 
 
 def _train(
@@ -253,7 +280,7 @@ def _exclusive(directory: Path, display: Progress) -> Iterator[int]:
 
     The kernel releases it with the last process that holds it, so a kill leaves no stale lock.
     """
-    descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         told = False
         while not _locked(descriptor, directory):

@@ -214,7 +214,27 @@ def test_what_is_in_the_way_is_kept_unless_it_is_an_export_to_be_overwritten(
     assert json.loads((made / "training.json").read_text())["step"] == 2
     assert main([str(tiny_run), str(made), "--overwrite"]) == 0
     assert json.loads((made / "training.json").read_text())["step"] == 3
+    (made / "thesis.txt").write_text("years of work")
+    assert "holds thesis.txt besides an export" in refused(main([str(tiny_run), str(made), "--overwrite"]))
+    assert (made / "thesis.txt").read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "mine"]
+
+
+def test_an_export_is_not_lost_where_its_replacement_cannot_take_its_place(
+    trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(trained, tmp_path / "model")
+    renamed = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return renamed(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(exporting.ConfigurationError, match="cannot be written: Input/output error"):
+        export(trained, tmp_path / "model", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, refused: Callable[[int], str]) -> None:
