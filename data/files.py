@@ -71,11 +71,9 @@ def entries(directory: Path, own: Mapping[str, str | None]) -> list[tuple[Path, 
     return found
 
 
-def cannot_read(error: OSError, directory: Path) -> DataError:
-    """The error for what may not be read, or whose disk is broken, at or in `directory`."""
-    return DataError(
-        f"{error.filename or directory} cannot be read: {error.strerror or error}; correct the permissions or the path"
-    )
+def cannot_use(error: OSError, path: Path) -> DataError:
+    """The error for what may not be read or written, or whose disk is broken, at or below `path`."""
+    return DataError(f"{error.filename or path}: {error.strerror or error}; check the path and its permissions")
 
 
 def cannot_write(error: OSError, directory: Path) -> DataError:

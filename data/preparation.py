@@ -23,7 +23,7 @@ from typing import Any
 
 from data import plan
 from data.errors import DataError
-from data.files import cannot_write, entries, write_json
+from data.files import cannot_use, cannot_write, entries, write_json
 from data.manifest import FORMAT, MANIFEST_FILE, SPLITS, Manifest, Shard, Split, TokenizerInfo, load_manifest
 from data.progress import Progress
 from data.sources import SampleSource, Source
@@ -70,7 +70,7 @@ def ensure_prepared(
         DataError: the tokens are not there, with the command that makes them; or they were made from something else.
     """
     directory = token_directory(root, source, tokenizer)
-    if (directory / MANIFEST_FILE).exists():
+    if _is_prepared(directory):
         _check_request(directory, load_manifest(directory), source, tokenizer)
         return directory
     if isinstance(source, SampleSource):
@@ -112,7 +112,7 @@ def prepare(
         raise ValueError(f"workers={workers}: at least one is needed")
     directory = Path(directory)
     display = progress if progress is not None else Progress()
-    if not (directory / MANIFEST_FILE).exists():  # else it may be a read-only copy, with no place for a lock
+    if not _is_prepared(directory):  # else it may be a read-only copy, with no place for a lock
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with _exclusive(directory, display) as lock:
@@ -162,6 +162,13 @@ def _prepare(source: Source, spec: TokenizerSpec, directory: Path, workers: int,
     )
     manifest.write(directory)
     shutil.rmtree(directory / RECEIPTS, ignore_errors=True)
+
+
+def _is_prepared(directory: Path) -> bool:
+    try:
+        return (directory / MANIFEST_FILE).exists()
+    except OSError as error:
+        raise cannot_use(error, directory) from error
 
 
 def _refuse_foreign(directory: Path) -> None:
@@ -260,9 +267,12 @@ def _check_request(directory: Path, manifest: Manifest, source: Source, tokenize
     held: dict[str, Any] = {"tokenizer": manifest.tokenizer.name, "split": manifest.split_rule}
     if tokenizer.vocab_size is not None:
         asked["vocab_size"], held["vocab_size"] = tokenizer.vocab_size, manifest.vocab_size
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        held |= json.loads((directory / PREPARATION_FILE).read_text(encoding="utf-8"))["request"]
-        asked |= source.request()
+    try:
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            held |= json.loads((directory / PREPARATION_FILE).read_text(encoding="utf-8"))["request"]
+            asked |= source.request()
+    except OSError as error:
+        raise cannot_use(error, directory) from error
     different = sorted(key for key in asked.keys() | held.keys() if asked.get(key) != held.get(key))
     if different:
         raise DataError(

@@ -89,10 +89,12 @@ def split_primary(arguments: Sequence[str]) -> tuple[list[str], Primary]:
             raise ConfigurationError(f"{argument}: no such flag; overrides are written key=value, see --help")
         else:
             overrides.append(argument)
-    if added is not None and not (path / f"{name}.yaml").is_file() and (added / f"{name}.yaml").is_file():
+    if added is not None and not os.path.isfile(path / f"{name}.yaml") and os.path.isfile(added / f"{name}.yaml"):
         path = added
-    if path != CONFIG_DIRECTORY and not (path / f"{name}.yaml").is_file():
-        raise ConfigurationError(f"--config-path {path}: there is no {name}.yaml; give a directory that has one")
+    if path != CONFIG_DIRECTORY and not os.path.isfile(path / f"{name}.yaml"):
+        raise ConfigurationError(
+            f"--config-path {path}: there is no {name}.yaml that may be read; give a directory that has one"
+        )
     return overrides, Primary(name, path)
 
 

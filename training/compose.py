@@ -4,6 +4,7 @@ Hydra's composition errors and pydantic's validation errors become one line each
 """
 
 import difflib
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ class Primary(NamedTuple):
     @property
     def is_record(self) -> bool:
         """Whether it is the configuration that a run has left: every value resolved, and no defaults list."""
-        return self.file.name == CONFIG_FILE and (self.directory / ENVIRONMENT_FILE).is_file()
+        return self.file.name == CONFIG_FILE and os.path.isfile(self.directory / ENVIRONMENT_FILE)
 
 
 PROJECT = Primary()
@@ -95,6 +96,10 @@ def compose_dictionary(overrides: Sequence[str], primary: Primary = PROJECT) -> 
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's, of model=null
         raise ConfigurationError(redacted(reword_composition_error(error, overrides, primary))) from error
+    except OSError as error:  # a directory of configurations that may not be listed
+        raise ConfigurationError(
+            f"{error.filename}: cannot be read ({error.strerror}); check its permissions"
+        ) from error
     except RecursionError:
         raise ConfigurationError(
             f"{primary.file}: its defaults list leads back to itself; give the file another name than that on which it builds"

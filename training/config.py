@@ -417,8 +417,8 @@ class RunConfig(Section):
             )
         if len(self.run_name) > NAME_CHARACTERS:
             raise ValueError(
-                f"name: {self.run_name} would be longer than {NAME_CHARACTERS} characters; shorten model.name, data.name or "
-                "seed, or give name="
+                f"name: {self.run_name} would be longer than {NAME_CHARACTERS} characters; shorten model.name or "
+                "data.name, or give name="
             )
         if self.schedule.warmup_steps is not None and self.schedule.warmup_steps >= self.train.steps:
             raise ValueError(

@@ -43,12 +43,16 @@ OWN_NAMES: dict[str, str | None] = {
 
 
 def is_run(directory: Path) -> bool:
-    """Whether the directory's config.yaml is a run's: a mapping with the sections of one, of whatever version."""
+    """Whether the directory's config.yaml is a run's: a mapping with the sections of one, of whatever version.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     path = directory / records.CONFIG_FILE
     sections = {name for name, field in RunConfig.model_fields.items() if field.is_required()}
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+    except (ValueError, yaml.YAMLError, RecursionError):
         return False
     return isinstance(values, dict) and sections <= values.keys()
 

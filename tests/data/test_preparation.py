@@ -313,9 +313,26 @@ def test_a_directory_that_no_preparation_has_left_is_left_alone(
     assert {found.name for found in (tmp_path / "t").iterdir()} - {".lock"} == {Path(foreign).parts[0]}
 
 
+@pytest.mark.parametrize("path", ["", "manifest.json", "preparation.json", "train-00000.npy"])
+def test_tokens_that_may_not_be_read_are_named(
+    path: str, tmp_path: Path, corpus: FileSource, permissions_bind: None
+) -> None:
+    root = tmp_path / "tokens"
+    directory = data.token_directory(root, corpus, GPT2)
+    data.prepare(corpus, GPT2, directory, workers=1)
+    (directory / path).chmod(0)
+    uses = [lambda: data.TokenDataset(directory, "train")]
+    if not path.endswith(".npy"):  # which these do not open
+        uses = [lambda: data.prepare(corpus, GPT2, directory), lambda: data.ensure_prepared(root, corpus, GPT2)]
+    for use in uses:
+        with pytest.raises(DataError, match=f"{directory / path}.*Permission denied"):
+            use()
+    directory.chmod(0o755)
+
+
 @pytest.mark.parametrize("name", ["../x", "/abs", "a/b", "a/", "a\0b"])
 def test_a_sources_name_does_not_lead_out_of_the_directory_of_tokens(name: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="data.name="):
+    with pytest.raises(DataError, match=r"data\.name="):
         data.token_directory(tmp_path, FileSource(paths=["*"], name=name), GPT2)
 
 

@@ -240,3 +240,14 @@ def test_an_export_is_not_lost_where_its_replacement_cannot_take_its_place(
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, refused: Callable[[int], str]) -> None:
     assert "no such directory" in refused(main([str(tmp_path / "nowhere"), str(tmp_path / "out")]))
     assert "is no run record" in refused(main([str(tmp_path), str(tmp_path / "out")]))
+
+
+@pytest.mark.parametrize("path", ["", "config.yaml", "checkpoints", "checkpoints/step-00000003"])
+def test_a_run_that_may_not_be_read_is_named(
+    path: str, tiny_run: Path, tmp_path: Path, permissions_bind: None, refused: Callable[[int], str]
+) -> None:
+    normal = (tiny_run / path).stat().st_mode
+    (tiny_run / path).chmod(0)
+    code = main([str(tiny_run), str(tmp_path / "out")])
+    (tiny_run / path).chmod(normal)
+    assert str(tiny_run / path) in refused(code)

@@ -64,6 +64,62 @@ def test_a_run_stays_in_its_output_directory(
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
+@pytest.fixture(scope="module")
+def finished(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("finished")
+    assert run(tiny(corpus, root, "train.steps=3")) == 0
+    return root
+
+
+@pytest.mark.parametrize(
+    ("path", "mode", "overrides"),
+    [
+        ("", 0, []),
+        ("", 0, ["name=new"]),
+        ("", 0o555, ["name=new"]),
+        ("run", 0, []),
+        ("run", 0o333, []),
+        ("run", 0o333, ["overwrite=true"]),
+        ("run", 0o555, ["overwrite=true"]),
+        ("run/checkpoints", 0, ["overwrite=true"]),
+        ("run/config.yaml", 0, []),
+        ("run/config.yaml", 0, ["overwrite=true"]),
+        ("run/summary.json", 0, []),
+        ("run/environment.json", 0, []),
+        ("run/.lock", 0, []),
+        ("run", 0, ["name=new", "train.steps=9", "resume={}/run"]),
+        ("run/checkpoints", 0, ["name=new", "train.steps=9", "resume={}/run"]),
+        ("run/checkpoints/step-00000003", 0, ["name=new", "train.steps=9", "resume={}/run/checkpoints/step-00000003"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value if isinstance(value, str) else oct(value),
+)
+def test_what_may_not_be_read_or_written_is_named_in_one_line(
+    path: str,
+    mode: int,
+    overrides: list[str],
+    finished: Path,
+    corpus: list[str],
+    tmp_path: Path,
+    permissions_bind: None,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    root = tmp_path / "runs"
+    shutil.copytree(finished, root)
+    before = {file: file.read_bytes() for file in root.rglob("*") if file.is_file()}
+    normal = (root / path).stat().st_mode
+    (root / path).chmod(mode)
+    capfd.readouterr()
+    command = tiny(corpus, root, "train.steps=3")
+    command = [one for one in command if one.partition("=")[0] not in {o.partition("=")[0] for o in overrides}]
+    code = run([*command, *(override.format(root) for override in overrides)])
+    (root / path).chmod(normal)
+    assert code == 2
+    assert f"{root / path}" in message(capfd)
+    assert {file: file.read_bytes() for file in root.rglob("*") if file.is_file() and file.name != ".lock"} == {
+        file: content for file, content in before.items() if file.name != ".lock"
+    }
+
+
 def test_an_empty_directory_is_taken(corpus: list[str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     assert run(tiny(corpus, tmp_path, "train.steps=3")) == 0
