@@ -190,7 +190,8 @@ class MetricsWriter:
             OSError: the disk does not take it, or the file at its path is no longer the one that was written.
         """
         os.fsync(self._file.fileno())
-        if not self.path.exists() or self.path.stat().st_size != self._size:
+        found = self.path.lstat() if self.path.exists() else None
+        if not found or found.st_size != self._size or not os.path.samestat(found, os.fstat(self._file.fileno())):
             raise OSError(errno.ESTALE, f"{self.path} was replaced, removed or changed by another process")
         return self._size
 
