@@ -45,12 +45,6 @@ def plan(config: RunConfig, directory: Path, *, restarted: bool = False) -> Plan
         ConfigurationError: the directory holds something else, or what `resume=` asks for cannot be done.
         OSError: the directory cannot be read.
     """
-    place = os.path.realpath(directory)
-    if place != os.path.join(os.path.realpath(config.output_dir), config.run_name):
-        raise ConfigurationError(
-            f"{directory} leads to {place}, and a run stays in its output_dir=; remove the link, or give "
-            f"output_dir={os.path.dirname(place)}"
-        )
     if restarted and (directory / records.CONFIG_FILE).exists():
         config = config.model_copy(update={"overwrite": False, "resume": "auto"})
     given = None if config.resume in ("auto", "never") else Path(config.resume)

@@ -32,9 +32,9 @@ from training.memory import keep_memory_mapped
 from training.optimizers import build_optimizers, gamma_controller
 from training.profiling import profiler
 from training.recorder import Recorder
-from training.records import RunRecord, Status
+from training.records import RecordError, RunRecord, Status
 from training.resumption import Plan, check_tokens, is_restart, plan
-from training.run_directory import REPLACED, RunDirectory, is_run
+from training.run_directory import REPLACED, RunDirectory, is_run, refuse_links
 from training.signals import StopSignals
 from training.strategies import build_strategy
 from training.strategies.base import Piece, Strategy
@@ -300,6 +300,7 @@ def _decide(config: RunConfig, place: RunDirectory) -> Plan:
     """The plan, made under the directory's lock where there is a run already, so that it stays true."""
     restored = False
     try:
+        refuse_links(place.path)
         there = is_run(place.path) or (place.path / REPLACED).is_dir()
         if there and os.access(place.path, os.W_OK):
             place.take()
@@ -340,6 +341,8 @@ def _open_record(
         if decided.checkpoint is not None and decided.metrics_bytes is not None:
             checkpoints.set_aside_newer(directory / "checkpoints", Checkpoint(decided.checkpoint, verify=False).step)
         return recorder
+    except RecordError as error:
+        raise ConfigurationError(str(error)) from error
     except OSError as error:
         raise ConfigurationError(
             f"output_dir={config.output_dir}: {error.filename or directory} cannot be written: {error.strerror}; "

@@ -97,12 +97,19 @@ def refuse_to_replace(directory: Path) -> None:
 
 
 def refuse_links(directory: Path) -> None:
-    """Refuse to write where a link, a pipe or a device lies in the place of a file or directory of the run.
+    """Refuse a run directory that is a link, or that has a link, a pipe or a device in the place of what a run writes.
 
     Raises:
         ConfigurationError: naming the first one.
+        OSError: the directory cannot be read.
     """
-    for path, own in entries(directory, OWN_NAMES):
+    if directory.is_symlink():
+        place = os.path.realpath(directory)
+        raise ConfigurationError(
+            f"{directory} is a link to {place}, and a run stays in its output_dir=; remove the link, or give output_dir="
+            f"{os.path.dirname(place)}"
+        )
+    for path, own in entries(directory, OWN_NAMES) if directory.is_dir() else ():
         if own and not _is_plain(path):
             what = f"a link to {os.readlink(path)}" if path.is_symlink() else "neither a file nor a directory"
             raise ConfigurationError(
@@ -140,12 +147,10 @@ class RunDirectory:
 
         Raises:
             RunHeldError: another process has it; host and process are named.
-            ConfigurationError: something in it is a link.
-            OSError: it cannot be read or written.
+            OSError: the lock file cannot be opened, or is a link.
         """
         if self._lock is not None:
             return
-        refuse_links(self.path)
         lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -178,7 +183,7 @@ class RunDirectory:
             self.release()
             try:
                 return self.take()
-            except ConfigurationError as error:
+            except RunHeldError as error:
                 raise OSError(errno.EBUSY, str(error)) from error
         raise OSError(errno.EBUSY, str(self._held()))
 

@@ -60,7 +60,7 @@ def test_a_run_stays_in_its_output_directory(
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "run").symlink_to(tmp_path / "elsewhere")
     assert run(tiny(corpus, tmp_path / "runs")) == 2
-    assert f"leads to {tmp_path / 'elsewhere'}, and a run stays in its output_dir=" in message(capfd)
+    assert f"is a link to {tmp_path / 'elsewhere'}, and a run stays in its output_dir=" in message(capfd)
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
