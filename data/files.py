@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedRandom
 from pathlib import Path
@@ -25,7 +26,8 @@ def written_beside(path: Path) -> Iterator[BufferedRandom]:
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with BufferedRandom(partial.open("wb+", buffering=0), 1 << 20) as file:
+        partial.unlink(missing_ok=True)  # of a killed process with this number
+        with BufferedRandom(partial.open("xb+", buffering=0), 1 << 20) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -51,6 +53,27 @@ def sync_directory(directory: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def entries(directory: Path, own: Mapping[str, str | None]) -> list[tuple[Path, bool]]:
+    """What lies in a directory, each with whether its name is one of `own`; sorted.
+
+    Args:
+        own: patterns of names, each with that of the names in a directory of such a name, or None where anything may
+            lie in it; directories with a pattern are looked into.
+    """
+    found = []
+    for path in sorted(directory.iterdir()):
+        patterns = [inside for name, inside in own.items() if re.fullmatch(name, path.name)]
+        found.append((path, bool(patterns)))
+        if any(patterns) and path.is_dir() and not path.is_symlink():
+            found += [(member, bool(re.fullmatch(str(patterns[0]), member.name))) for member in sorted(path.iterdir())]
+    return found
+
+
+def cannot_use(error: OSError, path: Path) -> DataError:
+    """The error for what may not be read or written, or whose disk is broken, at or below `path`."""
+    return DataError(f"{error.filename or path}: {error.strerror or error}; check the path and its permissions")
 
 
 def cannot_write(error: OSError, directory: Path) -> DataError:

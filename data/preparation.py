@@ -23,7 +23,7 @@ from typing import Any
 
 from data import plan
 from data.errors import DataError
-from data.files import cannot_write, write_json
+from data.files import cannot_use, cannot_write, entries, write_json
 from data.manifest import FORMAT, MANIFEST_FILE, SPLITS, Manifest, Shard, Split, TokenizerInfo, load_manifest
 from data.progress import Progress
 from data.sources import SampleSource, Source
@@ -38,11 +38,24 @@ LOCK_FILE = ".lock"
 # text are the same in all but the rarest.
 _TRAINING_BYTES = 128 << 20
 
-_STALE = re.compile(r".*\.partial|(train|validation)-\d{5,}\.npy")
+# What lies in a token directory; any other is not prepared in, for a preparation deletes what an earlier one left.
+_SHARD, _PARTIAL = r"(train|validation)-\d{5,}\.npy", r"\.\d+\.partial"
+_FILE = rf"{_SHARD}|(manifest|preparation|tokenizer)\.json"
+_OWN_NAMES = {
+    rf"({_FILE})({_PARTIAL})?|\.lock|\.nfs.+": None,
+    RECEIPTS: rf"(\d{{5,}}|tokenizer)\.json({_PARTIAL})?",
+}
+_STALE = re.compile(rf"({_FILE}){_PARTIAL}|{_SHARD}")
 
 
 def token_directory(root: str | Path, source: Source, tokenizer: TokenizerSpec) -> Path:
-    """Where the tokens of a source are kept: `<root>/<source>-<tokenizer>`, such as tokens/sample-gpt2."""
+    """Where the tokens of a source are kept: `<root>/<source>-<tokenizer>`, such as tokens/sample-gpt2.
+
+    Raises:
+        DataError: the source's name would lead out of `root`.
+    """
+    if Path(source.name).name != source.name or "\0" in source.name:
+        raise DataError(f"data.name={source.name!r} becomes part of a directory's name; leave out slashes")
     return Path(root) / f"{source.name}-{tokenizer.label}"
 
 
@@ -57,7 +70,7 @@ def ensure_prepared(
         DataError: the tokens are not there, with the command that makes them; or they were made from something else.
     """
     directory = token_directory(root, source, tokenizer)
-    if (directory / MANIFEST_FILE).exists():
+    if _is_prepared(directory):
         _check_request(directory, load_manifest(directory), source, tokenizer)
         return directory
     if isinstance(source, SampleSource):
@@ -99,11 +112,12 @@ def prepare(
         raise ValueError(f"workers={workers}: at least one is needed")
     directory = Path(directory)
     display = progress if progress is not None else Progress()
-    if not (directory / MANIFEST_FILE).exists():  # else it may be a read-only copy, with no place for a lock
+    if not _is_prepared(directory):  # else it may be a read-only copy, with no place for a lock
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with _exclusive(directory, display) as lock:
                 if not (directory / MANIFEST_FILE).exists():
+                    _refuse_foreign(directory)
                     _prepare(source, tokenizer, directory, workers or _usable_cores(), display, lock)
         except OSError as error:
             raise cannot_write(error, directory) from error
@@ -148,6 +162,26 @@ def _prepare(source: Source, spec: TokenizerSpec, directory: Path, workers: int,
     )
     manifest.write(directory)
     shutil.rmtree(directory / RECEIPTS, ignore_errors=True)
+
+
+def _is_prepared(directory: Path) -> bool:
+    try:
+        return (directory / MANIFEST_FILE).exists()
+    except OSError as error:
+        raise cannot_use(error, directory) from error
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Refuse a directory that an unfinished preparation has not left: shards lie beside their receipts."""
+    found = entries(directory, _OWN_NAMES)
+    foreign = [path.relative_to(directory).as_posix() for path, own in found if not own or path.is_symlink()]
+    if not (directory / RECEIPTS).is_dir():
+        foreign += [path.name for path, own in found if own and path.name != LOCK_FILE]
+    if foreign:
+        raise DataError(
+            f"{directory} holds {', '.join(foreign[:3])} and no {MANIFEST_FILE}: it is no token directory; give another "
+            "data.directory= or data.name=, or move that away"
+        )
 
 
 def _train(
@@ -233,9 +267,12 @@ def _check_request(directory: Path, manifest: Manifest, source: Source, tokenize
     held: dict[str, Any] = {"tokenizer": manifest.tokenizer.name, "split": manifest.split_rule}
     if tokenizer.vocab_size is not None:
         asked["vocab_size"], held["vocab_size"] = tokenizer.vocab_size, manifest.vocab_size
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        held |= json.loads((directory / PREPARATION_FILE).read_text(encoding="utf-8"))["request"]
-        asked |= source.request()
+    try:
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            held |= json.loads((directory / PREPARATION_FILE).read_text(encoding="utf-8"))["request"]
+            asked |= source.request()
+    except OSError as error:
+        raise cannot_use(error, directory) from error
     different = sorted(key for key in asked.keys() | held.keys() if asked.get(key) != held.get(key))
     if different:
         raise DataError(
@@ -253,7 +290,7 @@ def _exclusive(directory: Path, display: Progress) -> Iterator[int]:
 
     The kernel releases it with the last process that holds it, so a kill leaves no stale lock.
     """
-    descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         told = False
         while not _locked(descriptor, directory):

@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         comparison = compare_runs(options.runs, baseline=options.baseline)
-    except (RecordError, ValueError) as error:
+    except (OSError, RecordError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     console = Console()

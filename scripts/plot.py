@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if options.name != "all":
                     raise
                 print(f"{name}: {reason}", file=sys.stderr)
-    except (FileNotFoundError, RecordError, ValueError) as error:
+    except (OSError, RecordError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

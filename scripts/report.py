@@ -1,6 +1,7 @@
 """The report of a study or of any runs: `python scripts/report.py results/cpu_scale` or `... runs --output report`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -18,13 +19,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="where to write (default: the study directory, or ./report)")
     parser.add_argument("--baseline", default="adamw", help="for bare runs: the arm that others are held against")
     options = parser.parse_args(arguments)
-    study_directory = options.paths[0] if (options.paths[0] / INDEX_FILE).is_file() else None
+    study_directory = options.paths[0] if os.path.isfile(options.paths[0] / INDEX_FILE) else None
     try:
         results = analyse(load_study(options.paths, baseline=options.baseline))
-    except (FileNotFoundError, RecordError, ValueError) as error:
+        written = write_report(results, options.output or study_directory or Path("report"))
+    except (OSError, RecordError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    written = write_report(results, options.output or study_directory or Path("report"))
     console = Console()
     print_summary(results, console)
     console.print(f"report: {written.html}  {written.markdown}  {written.json}")

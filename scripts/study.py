@@ -28,6 +28,7 @@ from rich.table import Table
 from analysis.report import print_summary, write_report
 from analysis.results import analyse
 from analysis.trials import load_study
+from data.files import cannot_use
 from studies.costs import costs
 from studies.plan import expected_trials, plan
 from studies.records import Places, outcomes
@@ -36,6 +37,7 @@ from studies.spec import StudySpec, load_spec
 from studies.sweeps import write_sweeps
 from studies.times import measure
 from studies.verify import unequal, verify
+from training.command import refuse
 from training.config import ConfigurationError
 from training.jobs import at_once, launch
 from training.records import RecordError
@@ -90,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigurationError, FileNotFoundError, RecordError, RuntimeError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
+    except OSError as error:
+        return refuse(cannot_use(error, options.records))
     return 0
 
 

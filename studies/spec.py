@@ -31,7 +31,8 @@ from training.config_files import read_yaml
 
 STUDY_DIRECTORY = CONFIG_DIRECTORY / "study"
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$")]
+# Part of a trial's name, <arm>-<model>-<horizon>-<hash>-s<seed>, which a file system takes up to 255 bytes of.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$", max_length=64)]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, strict=True)]
 # A configuration key, or one element of a list: optimizer.betas[0].

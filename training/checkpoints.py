@@ -308,7 +308,7 @@ def available(root: Path) -> list[Path]:
     """The complete checkpoint directories of a run, newest first; not yet verified."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
     return sorted(found, key=step_of, reverse=True)
 
 

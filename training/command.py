@@ -86,13 +86,15 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, Primary]:
     name = (asked.config_name or "config").removesuffix(".yaml")
     path = CONFIG_DIRECTORY if asked.config_path is None else Path(asked.config_path).absolute()
     added = None if asked.config_dir is None else Path(asked.config_dir).absolute()
-    if added is not None and not added.is_dir():
+    if added is not None and not os.path.isdir(added):
         raise ConfigurationError(f"--config-dir {added}: there is no such directory; give one that has configurations")
-    if added is not None and not (path / f"{name}.yaml").is_file() and (added / f"{name}.yaml").is_file():
+    if added is not None and not os.path.isfile(path / f"{name}.yaml") and os.path.isfile(added / f"{name}.yaml"):
         path = added
-    if not (path / f"{name}.yaml").is_file():
+    if not os.path.isfile(path / f"{name}.yaml"):
         flag = f"--config-name {name}" if asked.config_path is None else f"--config-path {path}"
-        raise ConfigurationError(f"{flag}: there is no {name}.yaml in {path}; give a directory that has one")
+        raise ConfigurationError(
+            f"{flag}: there is no {name}.yaml in {path} that may be read; give a directory that has one"
+        )
     return asked, Primary(name, path, added)
 
 

@@ -110,7 +110,7 @@ class Primary(NamedTuple):
     @property
     def is_record(self) -> bool:
         """Whether it is the configuration that a run has left: every value resolved, and no defaults list."""
-        return self.file.name == CONFIG_FILE and (self.directory / ENVIRONMENT_FILE).is_file()
+        return self.file.name == CONFIG_FILE and os.path.isfile(self.directory / ENVIRONMENT_FILE)
 
 
 PROJECT = Primary()
@@ -268,6 +268,10 @@ def worded_errors(overrides: Sequence[str], primary: Primary = PROJECT) -> Itera
             raise
         line = str(ours) if ours else reword_composition_error(error, overrides, primary)
         raise ConfigurationError(redacted(line)) from error
+    except OSError as error:  # a directory of configurations that may not be listed
+        raise ConfigurationError(
+            f"{error.filename}: cannot be read ({error.strerror}); check its permissions"
+        ) from error
     except RecursionError:
         raise ConfigurationError(
             f"{primary.file}: its defaults list leads back to itself; give the file another name than that on which it builds"
@@ -560,6 +564,8 @@ def expectation(error: Any) -> str:
         return f"not a known value; choose one of {context['expected']}"
     if kind == "string_pattern_mismatch":
         return "not a valid name; use letters, digits, '.', '_' and '-', beginning with a letter or digit"
+    if kind == "string_too_long":
+        return f"too long; give at most {context['max_length']} characters"
     if kind in ("too_short", "tuple_type", "too_long"):
         length = context.get("min_length", context.get("max_length", ""))
         return f"a list of {length or 'other'} length or type is expected; for example '[...]'".replace("  ", " ")

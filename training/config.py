@@ -17,6 +17,9 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INT, strict=True)]
 YEAR = 366 * 24 * 60  # minutes; a clock's wait overflows at much longer ones
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# A component of paths, alone or with others (`run_name`, <data.name>-<tokenizer>); a file system takes 255 bytes of one.
+NAME_CHARACTERS = 200
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=NAME_CHARACTERS)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # float32 rounds less to nothing, and 0 / 0 is a step of NaN.
@@ -38,7 +41,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """GPT-2's shape; the vocabulary is the tokenizer's. `init_from` is a directory of Hugging Face GPT-2 weights."""
 
-    name: str
+    name: Name
     n_layer: PositiveInt
     n_head: PositiveInt
     n_embd: PositiveInt
@@ -68,13 +71,13 @@ class ValidationSplitConfig(Section):
 
 class SampleDataConfig(Section):
     kind: Literal["sample"]
-    name: str
+    name: Name
     directory: str = "tokens"
 
 
 class HubDataConfig(Section):
     kind: Literal["hub"]
-    name: str
+    name: Name
     repository: str
     revision: str
     files: str
@@ -86,7 +89,7 @@ class HubDataConfig(Section):
 
 class FilesDataConfig(Section):
     kind: Literal["files"]
-    name: str
+    name: Name
     paths: Annotated[tuple[str, ...], Field(min_length=1)]
     text_column: str = "text"
     validation: ValidationSplitConfig
@@ -385,7 +388,7 @@ def _profiled(value: Any) -> Any:
 class RunConfig(Section):
     """A complete run. `name` is derived when not given (`run_name`)."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    name: Name | None = None
     seed: NonNegativeInt = 0
     output_dir: str = "runs"
     resume: str = "auto"
@@ -417,6 +420,11 @@ class RunConfig(Section):
                 f"train.micro_batch_size={self.train.micro_batch_size} does not divide "
                 f"train.global_batch_size={self.train.global_batch_size}; "
                 + nearest_batches(self.train.global_batch_size, self.train.micro_batch_size, 1)
+            )
+        if len(self.run_name) > NAME_CHARACTERS:
+            raise ValueError(
+                f"name: {self.run_name} would be longer than {NAME_CHARACTERS} characters; shorten model.name or "
+                "data.name, or give name="
             )
         if self.schedule.warmup_steps is not None and self.schedule.warmup_steps >= self.train.steps:
             raise ValueError(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from data.files import sync_directory
+from data.files import entries, sync_directory
 from data.tokenizers import END_OF_TEXT, TOKENIZER_FILE, Tokenizer
 from models import GPT2
 from training.config import ConfigurationError
@@ -26,6 +26,11 @@ from training.inference import TrainedModel
 
 TRAINING_FILE = "training.json"
 WEIGHTS_FILE = "model.safetensors"
+#: Every name in an export; what else lies beside them is not deleted with them.
+OWN_NAMES = {
+    r"(generation_|tokenizer_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json": None,
+    r"tokenizer\.json|training\.json|README\.md": None,
+}
 TOLERANCE = 1e-5  # of the largest logit
 # Letters, digits, contractions, runs of white space and characters of two, three and four bytes.
 PROBE_TEXT = "It's the 1st of May,\n\n  isn't it?\tNaïve – 中文 🙂 <- (x += 1);  \r\n"
@@ -40,15 +45,16 @@ def export(trained: TrainedModel, directory: Path, *, overwrite: bool = False) -
 
     Args:
         trained: the model, on the CPU.
-        directory: is made; it may exist if it is empty, or holds an export and `overwrite` is set.
+        directory: is made; it may exist if it is empty, or holds an export and nothing else and `overwrite` is set.
 
     Raises:
         ConfigurationError: the directory holds something else, or cannot be written.
         ExportError: transformers loads something that differs from the model.
     """
-    _refuse_to_replace(directory, overwrite)
-    partial = directory.absolute().with_name(f".{directory.absolute().name}.{os.getpid()}.partial")
+    place = directory.absolute()
+    partial, replaced = (place.with_name(f".{place.name}.{os.getpid()}.{end}") for end in ("partial", "replaced"))
     try:
+        _refuse_to_replace(directory, overwrite)
         partial.mkdir(parents=True)
         _write(trained, partial)
         difference = _compare(trained.model, trained.tokenizer, partial)
@@ -56,9 +62,15 @@ def export(trained: TrainedModel, directory: Path, *, overwrite: bool = False) -
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         if directory.exists():
-            shutil.rmtree(directory)
-        partial.rename(directory)
-        sync_directory(directory.absolute().parent)
+            place.rename(replaced)
+        try:
+            partial.rename(place)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(place)
+            raise
+        sync_directory(place.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise ConfigurationError(
             f"{directory} cannot be written: {error.strerror or error}; make room, or choose another directory"
@@ -71,8 +83,12 @@ def export(trained: TrainedModel, directory: Path, *, overwrite: bool = False) -
 def _refuse_to_replace(directory: Path, overwrite: bool) -> None:
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
-    if not (directory / TRAINING_FILE).is_file():
+    if directory.is_symlink() or not (directory / TRAINING_FILE).is_file():
         raise ConfigurationError(f"{directory} exists and is no export: choose another directory")
+    if foreign := [path.name for path, own in entries(directory, OWN_NAMES) if not own or path.is_symlink()]:
+        raise ConfigurationError(
+            f"{directory} holds {', '.join(foreign[:3])} besides an export: move it away, or choose another directory"
+        )
     if not overwrite:
         raise ConfigurationError(f"{directory} already holds an export: choose another directory, or --overwrite")
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.errors import DataError
+from data.files import cannot_use
 from data.manifest import load_manifest
 from data.tokenizers import Tokenizer, gpt2, open_tokenizer
 from models import GPT2, GPT2Config
@@ -67,8 +68,15 @@ def open_trained(path: Path, *, device: torch.device | str = "cpu", tokens: Path
         ConfigurationError: there is no such directory, or its configuration is not valid.
         RecordError: the directory is no run record.
         CheckpointError: no checkpoint is valid, or the one given is damaged.
-        DataError: the tokenizer is missing, or is not the one that the run was trained with.
+        DataError: the tokenizer is missing, or is not the one that the run was trained with; or a file may not be read.
     """
+    try:
+        return _open(path, device, tokens)
+    except OSError as error:
+        raise cannot_use(error, path) from error
+
+
+def _open(path: Path, device: torch.device | str, tokens: Path | None) -> TrainedModel:
     if not path.is_dir():
         raise ConfigurationError(f"{path}: no such directory; give a run, runs/<name>, or a checkpoint of one")
     run = _run_of(path)

@@ -1,16 +1,16 @@
 """Where a run's lines go: the record first, then the display and the tracker. Rank 0 writes, the others do nothing."""
 
+import contextlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from training import records
 from training.config import RunConfig, RunHeldError
 from training.records import MetricsWriter
-from training.resumption import LOCK_FILE, Plan, RunLock
+from training.resumption import Plan
+from training.run_directory import RunDirectory
 from training.terminal import Display
 from training.trackers import Tracker, build_tracker
 
@@ -19,7 +19,7 @@ from training.trackers import Tracker, build_tracker
 class Recorder:
     """One run's outputs. `failure` is why the record cannot be written any more: the loop ends the run over it."""
 
-    directory: Path
+    place: RunDirectory
     display: Display
     metrics: MetricsWriter | None = None  # rank 0
     tracker: Tracker | None = None  # rank 0
@@ -29,27 +29,35 @@ class Recorder:
     def open(
         cls,
         config: RunConfig,
-        directory: Path,
+        place: RunDirectory,
         plan: Plan,
         environment: Mapping[str, Any],
         display: Display,
     ) -> "Recorder":
-        """Create or reopen the run directory, on rank 0: the first writes of a run happen here.
+        """Create or reopen the record, on rank 0, in a directory that this process has: a run's first writes.
 
         Raises:
             RunHeldError: another process has begun this run since the plan was made.
+            ConfigurationError: the run to be replaced holds what no run writes.
             OSError: the directory cannot be written.
         """
+        directory = place.path
         if plan.metrics_bytes is None:
-            _make_room(config, directory)
+            if (directory / records.CONFIG_FILE).exists():
+                if not config.overwrite:
+                    raise RunHeldError(
+                        f"{directory} has been begun by another process just now; start the command again"
+                    )
+                place.set_aside()
             records.write_config(directory, config.model_dump(mode="json") | {"name": config.run_name})
         if plan.metrics_bytes is None or not (directory / records.ENVIRONMENT_FILE).exists():
             records.write_environment(directory, environment)
         (directory / "checkpoints").mkdir(exist_ok=True)
         (directory / records.SUMMARY_FILE).unlink(missing_ok=True)
         metrics = MetricsWriter(directory, plan.metrics_bytes)
+        place.delete_replaced()
         display.message(f"run directory {directory}")
-        return cls(directory, display, metrics, build_tracker(config, directory, environment, display.message))
+        return cls(place, display, metrics, build_tracker(config, directory, environment, display.message))
 
     def write(self, line: Mapping[str, Any]) -> None:
         if self.metrics is None or self.failure is not None:
@@ -71,42 +79,37 @@ class Recorder:
         self.display.message(text)
 
     def sync(self) -> int:
-        """The record is on the disk up to here: its size in bytes.
+        """The record is on the disk up to here, and is this process's: its size in bytes.
 
         Raises:
             OSError: it is not.
         """
-        return self.metrics.sync() if self.metrics is not None else 0
+        if self.metrics is None:
+            return 0
+        try:
+            self.place.confirm()
+            return self.metrics.sync()
+        except OSError as error:
+            self.failure = error.strerror or str(error)
+            raise
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the summary and close everything. A disk that takes no summary is told on the terminal."""
-        self.display.close()
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary, if the record is still this process's. A disk that takes none is told on the terminal."""
         if self.metrics is None:
             return
         try:
-            self.metrics.sync()
-            self.metrics.close()
-            records.write_summary(self.directory, summary)
+            self.sync()
+            records.write_summary(self.place.path, summary)
         except OSError as error:
-            self.message(f"{self.directory / records.SUMMARY_FILE} could not be written: {error.strerror}")
+            path = self.place.path / records.SUMMARY_FILE
+            self.message(f"{path} could not be written: {error.strerror}")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary and close everything."""
+        self.display.close()
+        self.summarize(summary)
+        if self.metrics is not None:
+            with contextlib.suppress(OSError):  # of a disk that is gone, which has been told
+                self.metrics.close()
         if self.tracker is not None:
             self.tracker.finish(summary)
-
-
-def take_directory(directory: Path) -> RunLock:
-    """The run directory, made if need be, and its lock."""
-    directory.mkdir(parents=True, exist_ok=True)
-    return RunLock(directory)
-
-
-def _make_room(config: RunConfig, directory: Path) -> None:
-    """Remove the run that this one replaces; its lock stays, for it is held."""
-    if (directory / records.CONFIG_FILE).exists() and not config.overwrite:
-        raise RunHeldError(f"{directory} has been begun by another process just now; start the command again")
-    for path in sorted(directory.iterdir(), key=lambda path: path.name == records.CONFIG_FILE):  # what says "run" last
-        if path.name == LOCK_FILE:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

@@ -10,6 +10,7 @@ Importing this module needs neither torch nor Hydra.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -43,7 +44,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     data = content.encode() if isinstance(content, str) else content
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)  # of a killed process with this number
+        with partial.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -135,6 +137,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 class MetricsWriter:
     """Appends lines to metrics.jsonl; each line reaches the operating system at once, the disk at `sync()`.
 
+    The file is a new one each time: what another process, which takes itself for the run's, still writes to the old one
+    is in no record.
+
     Args:
         directory: the run directory.
         resume_at: the size in bytes of metrics.jsonl at the checkpoint that the run resumes from; what lies beyond is
@@ -143,30 +148,23 @@ class MetricsWriter:
 
     def __init__(self, directory: Path, resume_at: int | None = None) -> None:
         self.path = directory / METRICS_FILE
-        if resume_at is None:
-            self.path.write_bytes(b"")
-        else:
-            self._cut(resume_at)
-        sync_directory(directory)
+        write_atomically(self.path, b"" if resume_at is None else self._cut(resume_at))
         self._file = self.path.open("ab", buffering=0)
         self._size = os.fstat(self._file.fileno()).st_size
 
-    def _cut(self, size: int) -> None:
-        self.path.touch()  # a run may have been killed before its first line
-        have = self.path.stat().st_size
-        if have < size:
+    def _cut(self, size: int) -> bytes:
+        """The lines up to there; those beyond are kept aside."""
+        lines = self.path.read_bytes() if self.path.exists() else b""  # killed before its first line
+        if len(lines) < size:
             raise RecordError(
-                f"{self.path} has {have} bytes, the checkpoint was saved at {size}: lines are missing; "
+                f"{self.path} has {len(lines)} bytes, the checkpoint was saved at {size}: lines are missing; "
                 "start anew with overwrite=true or restore the file"
             )
-        with self.path.open("r+b") as file:
-            file.seek(size)
-            beyond = file.read()
-            if beyond:
-                taken = [p.name for p in self.path.parent.glob("metrics.cut-*.jsonl")]
-                number = next(n for n in range(1, len(taken) + 2) if f"metrics.cut-{n}.jsonl" not in taken)
-                write_atomically(self.path.with_name(f"metrics.cut-{number}.jsonl"), beyond)
-                file.truncate(size)
+        if beyond := lines[size:]:
+            taken = [p.name for p in self.path.parent.glob("metrics.cut-*.jsonl")]
+            number = next(n for n in range(1, len(taken) + 2) if f"metrics.cut-{n}.jsonl" not in taken)
+            write_atomically(self.path.with_name(f"metrics.cut-{number}.jsonl"), beyond)
+        return lines[:size]
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append a line, whole or not at all.
@@ -186,8 +184,15 @@ class MetricsWriter:
         self._size = os.fstat(self._file.fileno()).st_size
 
     def sync(self) -> int:
-        """Flush to the disk and return the size in bytes."""
+        """Flush to the disk and return the size in bytes.
+
+        Raises:
+            OSError: the disk does not take it, or the file at its path is no longer the one that was written.
+        """
         os.fsync(self._file.fileno())
+        found = self.path.lstat() if self.path.exists() else None
+        if not found or found.st_size != self._size or not os.path.samestat(found, os.fstat(self._file.fileno())):
+            raise OSError(errno.ESTALE, f"{self.path} was replaced, removed or changed by another process")
         return self._size
 
     def close(self) -> None:

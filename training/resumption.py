@@ -1,26 +1,20 @@
-"""What is to be done with a run directory: begin, go on, leave alone. Nothing is changed here.
+"""What is to be done with a run directory: begin, resume, leave alone. Nothing is changed here."""
 
-One process at a time has a run directory: its lock lies in it and goes with the process, however that ends.
-"""
-
-import fcntl
-import logging
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
 from training import checkpoints, records
 from training.checkpoints import Checkpoint
 from training.compose import validate
-from training.config import ConfigurationError, RunConfig, RunHeldError
+from training.config import ConfigurationError, RunConfig
 from training.records import RecordError, RunRecord, Status
+from training.run_directory import refuse_to_replace, refuse_unnamed
 
-LOCK_FILE = ".lock"
 #: Set by torchrun and by SLURM in a process that takes the place of one that ended.
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
@@ -35,59 +29,30 @@ class Plan:
     rejected: tuple[str, ...] = ()  # why newer checkpoints are passed over
 
 
-class RunLock:
-    """Held by rank 0 of a run from before its directory is changed until the process ends.
-
-    Raises:
-        RunHeldError: another process has it; host and process are named.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        path = directory / LOCK_FILE
-        self._file: TextIO = path.open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise RunHeldError(
-                f"{directory} is being run by {holder}; wait for it, stop it, or give another name="
-            ) from error
-        except OSError as error:
-            logging.getLogger(__name__).warning(
-                "%s: the file system has no locks (%s); see to it yourself that no other process runs this",
-                directory,
-                error.strerror,
-            )
-            return
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {platform.node()}\n")
-        self._file.flush()
-
-    def release(self) -> None:
-        self._file.close()
-
-
 def is_restart() -> bool:
     """Whether a launcher has put this process in the place of one that ended."""
     return any(int(os.environ.get(name) or 0) > 0 for name in RESTART_COUNTS)
 
 
-def plan(config: RunConfig, directory: Path) -> Plan:
+def plan(config: RunConfig, directory: Path, *, restarted: bool = False) -> Plan:
     """Decide how the run begins.
+
+    Args:
+        restarted: this process takes the place of one that had begun the run, if there is one in the directory: the
+            command's overwrite=true, resume=never or resume=<path> was obeyed then.
 
     Raises:
         ConfigurationError: the directory holds something else, or what `resume=` asks for cannot be done.
+        OSError: the directory cannot be read.
     """
-    if is_restart() and (directory / records.CONFIG_FILE).exists():
-        # The command's overwrite=true, resume=never or resume=<path> was obeyed when the run began.
+    if restarted and (directory / records.CONFIG_FILE).exists():
         config = config.model_copy(update={"overwrite": False, "resume": "auto"})
     given = None if config.resume in ("auto", "never") else Path(config.resume)
     if not (directory / records.CONFIG_FILE).exists():
-        _refuse_foreign(directory)
+        refuse_unnamed(directory)
         return Plan(checkpoint=_given_checkpoint(given, config) if given else None)
     if config.overwrite:
+        refuse_to_replace(directory)
         return Plan(checkpoint=_given_checkpoint(given, config) if given else None)
     there = _same_run(config, directory)
     root = directory / "checkpoints"
@@ -134,23 +99,6 @@ def _record(directory: Path) -> RunRecord:
         raise ConfigurationError(f"{error}; restore or remove that file, or overwrite=true begins anew") from error
 
 
-def _refuse_foreign(directory: Path) -> None:
-    """A run takes only a directory that is not there, is empty, or is one that a run was about to take."""
-    try:
-        found = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise ConfigurationError(
-            f"{directory} cannot be a run directory: {error.strerror}; choose another output_dir="
-        ) from error
-    if found:
-        raise ConfigurationError(
-            f"{directory} holds {', '.join(found[:3])} and no {records.CONFIG_FILE}: it is no run directory; "
-            "give another name= or output_dir="
-        )
-
-
 def _misfit(checkpoint: Checkpoint, config: RunConfig, directory: Path) -> str | None:
     """Why a sound checkpoint in the run's own directory is not this run's."""
     metrics = directory / records.METRICS_FILE
@@ -178,6 +126,11 @@ def _given_checkpoint(path: Path, config: RunConfig) -> Path:
             checkpoint = Checkpoint(path)
     except checkpoints.CheckpointError as error:
         raise ConfigurationError(f"resume={path}: {error}; give a checkpoint or a run directory") from error
+    except OSError as error:
+        raise ConfigurationError(
+            f"resume={path}: {error.filename or path} cannot be read: {error.strerror}; correct the permissions, or give "
+            "another checkpoint or run directory"
+        ) from error
     theirs = checkpoint.state["config"]["optimizer"]["name"]
     if theirs != config.optimizer.name:
         raise ConfigurationError(
@@ -202,7 +155,7 @@ def _same_run(config: RunConfig, directory: Path) -> RunConfig:
         there = validate(yaml.safe_load((directory / records.CONFIG_FILE).read_text()))
     except (ConfigurationError, yaml.YAMLError, OSError, ValueError, TypeError) as error:
         raise ConfigurationError(
-            f"{directory / records.CONFIG_FILE} cannot be read ({error}); give another name= or overwrite=true"
+            f"{directory / records.CONFIG_FILE} cannot be read ({error}); give another name=, or remove the directory"
         ) from error
     if there.identity() == config.identity() and there.seed == config.seed:
         return there

@@ -19,7 +19,7 @@ from data.errors import DataError
 from data.files import sync_directory
 from data.manifest import Manifest
 from models import GPT2, GPT2Config
-from training import checkpoints, hardware, records
+from training import checkpoints, hardware
 from training.checkpoints import Checkpoint, CheckpointError
 from training.config import ConfigurationError, RunConfig, micro_batch_size
 from training.corpus import open_corpus
@@ -32,8 +32,9 @@ from training.memory import keep_memory_mapped
 from training.optimizers import build_optimizers, gamma_controller
 from training.profiling import profiler
 from training.recorder import Recorder
-from training.records import RunRecord, Status
-from training.resumption import Plan, RunLock, check_tokens, plan
+from training.records import RecordError, RunRecord, Status
+from training.resumption import Plan, check_tokens, is_restart, plan
+from training.run_directory import REPLACED, RunDirectory, is_run, refuse_links
 from training.signals import StopSignals
 from training.strategies import build_strategy
 from training.strategies.base import Piece, Strategy
@@ -117,7 +118,8 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     config = resolve(config, distributed.device, warn=distributed.is_main)
     micro = micro_batch_size(config, distributed.world_size)
     directory = Path(config.output_dir) / config.run_name
-    decided = distributed.broadcast_object(distributed.on_main(lambda: _decide(config, directory, held)))
+    place = held.enter_context(RunDirectory(directory))
+    decided = distributed.broadcast_object(distributed.on_main(lambda: _decide(config, place)))
     if decided.finished is not None:
         if distributed.is_main:
             print(f"{directory} is already {decided.finished} for this configuration; overwrite=true runs it again")
@@ -159,8 +161,8 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
 
     display = Display(config.train.steps, state.step, enabled=distributed.is_main)
     recorder = distributed.on_main(
-        lambda: _open_record(config, directory, decided, distributed, manifest, weights, display, held)
-    ) or Recorder(directory, display)
+        lambda: _open_record(config, place, decided, distributed, manifest, weights, display)
+    ) or Recorder(place, display)
     for line in decided.rejected:
         recorder.message(f"passed over: {line}")
     if decided.checkpoint is not None:
@@ -184,7 +186,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
 
     def report_hang(line: str) -> None:
         recorder.write({"kind": "event", "event": "hang", "step": run.state.step, "reason": line})
-        records.write_summary(directory, summarize(run, "failed", line))
+        recorder.summarize(summarize(run, "failed", line))
 
     minutes = config.guards.hang_minutes
     watchdog = Watchdog(None if minutes is None else 60 * minutes, distributed, directory / "stacks", report_hang)
@@ -236,7 +238,7 @@ def _train(run: Run, watchdog: Watchdog, recorder: Recorder) -> Status:
         if status == "diverged":
             recorder.write({"kind": "event", "event": "diverged", "step": run.state.step, "reason": run.reason})
         recorder.finish(summarize(run, status, run.reason))
-        recorder.message(closing_line(run, status, recorder.directory))
+        recorder.message(closing_line(run, status, recorder.place.path))
     return status
 
 
@@ -295,24 +297,34 @@ def model_shape(config: RunConfig, manifest: Manifest) -> GPT2Config:
     )
 
 
-def _decide(config: RunConfig, directory: Path, held: contextlib.ExitStack) -> Plan:
+def _decide(config: RunConfig, place: RunDirectory) -> Plan:
     """The plan, made under the directory's lock where there is a run already, so that it stays true."""
-    if (directory / records.CONFIG_FILE).exists() and os.access(directory, os.W_OK):
-        held.callback(RunLock(directory).release)
-    return plan(config, directory)
+    restored = False
+    try:
+        refuse_links(place.path)
+        there = is_run(place.path) or (place.path / REPLACED).is_dir()
+        if there and os.access(place.path, os.W_OK):
+            place.take()
+            restored = place.restore()
+        return plan(config, place.path, restarted=is_restart() and not restored)
+    except OSError as error:
+        raise ConfigurationError(
+            f"output_dir={config.output_dir}: {error.filename or place.path} cannot be used: {error.strerror}; "
+            "correct the permissions or choose another output_dir="
+        ) from error
 
 
 def _open_record(
     config: RunConfig,
-    directory: Path,
+    place: RunDirectory,
     decided: Plan,
     distributed: Distributed,
     manifest: Manifest,
     weights: InitialWeights,
     display: Display,
-    held: contextlib.ExitStack,
 ) -> Recorder:
     """The first writes of a run, on rank 0."""
+    directory = place.path
     environment = {
         "versions": hardware.versions(),
         "git": hardware.git_state(),
@@ -322,14 +334,16 @@ def _open_record(
         "initial_weights_sha256": weights.sha256(),
     }
     try:
-        if not (directory / records.CONFIG_FILE).exists():
+        if not directory.exists():
             directory.mkdir(parents=True, exist_ok=True)
             sync_directory(directory.parent)
-            held.callback(RunLock(directory).release)
-        recorder = Recorder.open(config, directory, decided, environment, display)
+        place.take()
+        recorder = Recorder.open(config, place, decided, environment, display)
         if decided.checkpoint is not None and decided.metrics_bytes is not None:
             checkpoints.set_aside_newer(directory / "checkpoints", Checkpoint(decided.checkpoint, verify=False).step)
         return recorder
+    except RecordError as error:
+        raise ConfigurationError(str(error)) from error
     except OSError as error:
         raise ConfigurationError(
             f"output_dir={config.output_dir}: {error.filename or directory} cannot be written: {error.strerror}; "

@@ -295,6 +295,47 @@ def test_the_manifest_says_where_tokens_come_from_and_nothing_of_the_machine(
     assert request["paths"] == list(corpus.paths)
 
 
+@pytest.mark.parametrize(
+    "foreign", ["train-00000.npy", "model.partial", "units/7.txt", "thesis.tex", "units"], ids=lambda name: name
+)
+def test_a_directory_that_no_preparation_has_left_is_left_alone(
+    foreign: str, tmp_path: Path, corpus: FileSource
+) -> None:
+    path = tmp_path / "t" / foreign
+    path.parent.mkdir(parents=True)
+    if foreign == "units":
+        (tmp_path / "elsewhere").mkdir()
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        path.write_text("years of work")
+    with pytest.raises(DataError, match=f"holds {foreign} and no manifest.json: it is no token directory"):
+        data.prepare(corpus, GPT2, tmp_path / "t")
+    assert {found.name for found in (tmp_path / "t").iterdir()} - {".lock"} == {Path(foreign).parts[0]}
+
+
+@pytest.mark.parametrize("path", ["", "manifest.json", "preparation.json", "train-00000.npy"])
+def test_tokens_that_may_not_be_read_are_named(
+    path: str, tmp_path: Path, corpus: FileSource, permissions_bind: None
+) -> None:
+    root = tmp_path / "tokens"
+    directory = data.token_directory(root, corpus, GPT2)
+    data.prepare(corpus, GPT2, directory, workers=1)
+    (directory / path).chmod(0)
+    uses = [lambda: data.TokenDataset(directory, "train")]
+    if not path.endswith(".npy"):  # which these do not open
+        uses = [lambda: data.prepare(corpus, GPT2, directory), lambda: data.ensure_prepared(root, corpus, GPT2)]
+    for use in uses:
+        with pytest.raises(DataError, match=f"{directory / path}.*Permission denied"):
+            use()
+    directory.chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["../x", "/abs", "a/b", "a/", "a\0b"])
+def test_a_sources_name_does_not_lead_out_of_the_directory_of_tokens(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.name="):
+        data.token_directory(tmp_path, FileSource(paths=["*"], name=name), GPT2)
+
+
 def test_a_corpus_of_no_text_is_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [None, None])
     with pytest.raises(DataError, match="has no document with text in it"):

@@ -214,9 +214,40 @@ def test_what_is_in_the_way_is_kept_unless_it_is_an_export_to_be_overwritten(
     assert json.loads((made / "training.json").read_text())["step"] == 2
     assert main([str(tiny_run), str(made), "--overwrite"]) == 0
     assert json.loads((made / "training.json").read_text())["step"] == 3
+    (made / "thesis.txt").write_text("years of work")
+    assert "holds thesis.txt besides an export" in refused(main([str(tiny_run), str(made), "--overwrite"]))
+    assert (made / "thesis.txt").read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "mine"]
+
+
+def test_an_export_is_not_lost_where_its_replacement_cannot_take_its_place(
+    trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(trained, tmp_path / "model")
+    renamed = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return renamed(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(exporting.ConfigurationError, match="cannot be written: Input/output error"):
+        export(trained, tmp_path / "model", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, refused: Callable[[int], str]) -> None:
     assert "no such directory" in refused(main([str(tmp_path / "nowhere"), str(tmp_path / "out")]))
     assert "is no run record" in refused(main([str(tmp_path), str(tmp_path / "out")]))
+
+
+@pytest.mark.parametrize("path", ["", "config.yaml", "checkpoints", "checkpoints/step-00000003"])
+def test_a_run_that_may_not_be_read_is_named(
+    path: str, tiny_run: Path, tmp_path: Path, permissions_bind: None, refused: Callable[[int], str]
+) -> None:
+    normal = (tiny_run / path).stat().st_mode
+    (tiny_run / path).chmod(0)
+    code = main([str(tiny_run), str(tmp_path / "out")])
+    (tiny_run / path).chmod(normal)
+    assert str(tiny_run / path) in refused(code)

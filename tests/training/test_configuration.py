@@ -86,6 +86,14 @@ MISTAKES = [
     (["train.precision=" + 300 * "a"], ["train.precision=" + 200 * "a" + "…: not a known value"]),
     (["launcher.partition='"], ["not an override"]),
     (["name=../elsewhere"], ["name=../elsewhere", "letters"]),
+    (["model.name=../../../x"], ["model.name=../../../x", "letters"]),
+    (["model.name=/abs/x"], ["model.name=/abs/x", "letters"]),
+    (["model.name='<script>'"], ["model.name=<script>", "letters"]),
+    (["model.name='a\"b'"], ['model.name=a"b', "letters"]),
+    (["data.name=.."], ["data.name=..", "letters"]),
+    (["data=text", "data.paths=[x]", "data.name=a/b"], ["data.name=a/b", "letters"]),
+    ([f"name={'x' * 300}"], ["name=xxx", "at most 200 characters"]),
+    ([f"model.name={'m' * 150}", f"data.name={'d' * 150}"], ["longer than 200", "shorten model.name"]),
     (["nosuch=1"], ["nosuch", "known keys"]),
     (["optimizer.betas=[0.9"], ["key=value"]),
     (["train=5"], ["train=5", "section"]),
@@ -326,6 +334,23 @@ def test_a_primary_file_of_ones_own_may_build_on_the_projects(tmp_path: Path, fl
     config = compose(asked.overrides, primary)
     assert (config.seed, config.optimizer.name) == (77, "lion")
     assert compose().optimizer.name == "sophiag", "the next composition is the project's again"
+
+
+@pytest.mark.parametrize("path", ["", "experiment", "experiment/mine.yaml", "mine.yaml"])
+@pytest.mark.parametrize("flags", [["--config-path={}", "-cn=mine"], ["--config-dir={}", "+experiment=mine"]])
+def test_configurations_that_may_not_be_read_are_one_line(
+    flags: list[str], path: str, tmp_path: Path, permissions_bind: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 5\n")
+    (tmp_path / "mine.yaml").write_text("defaults: [config, experiment: mine, _self_]\n")
+    if path == "mine.yaml" and "--config-dir={}" in flags:
+        flags = ["--config-dir={}", "-cn=mine"]
+    (tmp_path / path).chmod(0)
+    assert main([flag.format(tmp_path) for flag in flags]) == 2
+    (tmp_path / path).chmod(0o755)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
 
 
 def test_a_path_without_the_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

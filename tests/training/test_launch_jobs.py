@@ -13,7 +13,7 @@ from tests.training.runs import lines, run, summary
 from tests.training.test_launch import start, wait_for
 from training.config import ConfigurationError
 from training.launch import EXIT_HELD
-from training.resumption import RunLock
+from training.run_directory import RunDirectory
 from training.sweep import check_trials, trials
 
 NAMES = "name='${optimizer.name}-${seed}'"
@@ -80,7 +80,8 @@ def test_a_trial_that_another_process_has_is_left_to_it_and_the_others_run(
 ) -> None:
     sweep = ["-m", f"launcher={launcher}", *tiny, NAMES, f"output_dir={tmp_path}", "optimizer=adamw,lion"]
     (tmp_path / "adamw-0").mkdir()
-    holder = RunLock(tmp_path / "adamw-0")
+    holder = RunDirectory(tmp_path / "adamw-0")
+    holder.take()
     process = start("train.py", sweep)
     _, said = process.communicate(timeout=120)
     assert process.returncode == EXIT_HELD, said[-3000:]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.training.runs import lines, run, run_in_child, summary, tiny
 from tests.training.test_resume import kill_before_recording
+from training.compose import compose
 from training.config import ConfigurationError
 from training.launch import EXIT_HELD
-from training.resumption import RunLock
+from training.run_directory import RunDirectory
 
 
 def message(capfd: pytest.CaptureFixture[str]) -> str:
@@ -34,6 +38,86 @@ def test_a_directory_that_is_no_run_is_left_alone(
     assert "holds thesis.tex and no config.yaml" in message(capfd)
     assert [path.name for path in thesis.parent.iterdir()] == ["thesis.tex"]
     assert thesis.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("config", ["theme: dark\n", None], ids=["another program's", "a run's"])
+def test_overwriting_deletes_nothing_that_no_run_has_made(
+    config: str | None, corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    home = tmp_path / "run"
+    (home / ".git").mkdir(parents=True)
+    (home / "thesis.tex").write_text("years of work")
+    (home / "config.yaml").write_text(config or yaml.safe_dump(compose(tiny(corpus, tmp_path)).model_dump(mode="json")))
+    assert run(tiny(corpus, tmp_path, "overwrite=true")) == 2
+    assert ("not the configuration of a run" if config else "holds .git, thesis.tex, which no run") in message(capfd)
+    assert {path.name for path in home.iterdir()} - {".lock"} == {".git", "config.yaml", "thesis.tex"}
+
+
+def test_a_run_stays_in_its_output_directory(
+    corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "run").symlink_to(tmp_path / "elsewhere")
+    assert run(tiny(corpus, tmp_path / "runs")) == 2
+    assert f"is a link to {tmp_path / 'elsewhere'}, and a run stays in its output_dir=" in message(capfd)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("finished")
+    assert run(tiny(corpus, root, "train.steps=3")) == 0
+    return root
+
+
+@pytest.mark.parametrize(
+    ("path", "mode", "overrides"),
+    [
+        ("", 0, []),
+        ("", 0, ["name=new"]),
+        ("", 0o555, ["name=new"]),
+        ("run", 0, []),
+        ("run", 0o333, []),
+        ("run", 0o333, ["overwrite=true"]),
+        ("run", 0o555, ["overwrite=true"]),
+        ("run/checkpoints", 0, ["overwrite=true"]),
+        ("run/config.yaml", 0, []),
+        ("run/config.yaml", 0, ["overwrite=true"]),
+        ("run/summary.json", 0, []),
+        ("run/environment.json", 0, []),
+        ("run/.lock", 0, []),
+        ("run", 0, ["name=new", "train.steps=9", "resume={}/run"]),
+        ("run/checkpoints", 0, ["name=new", "train.steps=9", "resume={}/run"]),
+        ("run/checkpoints/step-00000003", 0, ["name=new", "train.steps=9", "resume={}/run/checkpoints/step-00000003"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value if isinstance(value, str) else oct(value),
+)
+def test_what_may_not_be_read_or_written_is_named_in_one_line(
+    path: str,
+    mode: int,
+    overrides: list[str],
+    finished: Path,
+    corpus: list[str],
+    tmp_path: Path,
+    permissions_bind: None,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    root = tmp_path / "runs"
+    shutil.copytree(finished, root)
+    before = {file: file.read_bytes() for file in root.rglob("*") if file.is_file()}
+    normal = (root / path).stat().st_mode
+    (root / path).chmod(mode)
+    capfd.readouterr()
+    command = tiny(corpus, root, "train.steps=3")
+    command = [one for one in command if one.partition("=")[0] not in {o.partition("=")[0] for o in overrides}]
+    code = run([*command, *(override.format(root) for override in overrides)])
+    (root / path).chmod(normal)
+    assert code == 2
+    assert f"{root / path}" in message(capfd)
+    assert {file: file.read_bytes() for file in root.rglob("*") if file.is_file() and file.name != ".lock"} == {
+        file: content for file, content in before.items() if file.name != ".lock"
+    }
 
 
 def test_an_empty_directory_is_taken(corpus: list[str], tmp_path: Path) -> None:
@@ -96,6 +180,29 @@ def test_overwriting_removes_all_of_the_run_before(corpus: list[str], tmp_path: 
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
 
 
+def kill_when_the_metrics_are_begun() -> None:
+    from training import recorder
+
+    recorder.MetricsWriter = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_whose_replacement_was_killed_is_there_again(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before, after = tiny(corpus, tmp_path, "train.steps=3"), tiny(corpus, tmp_path, "train.steps=4", "overwrite=true")
+    assert run(before) == 0
+    record = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert run_in_child(after, kill_when_the_metrics_are_begun) == -signal.SIGKILL
+    capfd.readouterr()
+    assert run(before) == 0
+    assert "is already completed" in capfd.readouterr().out
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == record
+    assert run_in_child(after, kill_when_the_metrics_are_begun) == -signal.SIGKILL
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun starts the killed one again
+    assert run(after) == 0
+    assert summary(tmp_path / "run")["steps"] == 4
+
+
 def test_a_run_killed_before_its_first_checkpoint_keeps_its_lines_aside(corpus: list[str], tmp_path: Path) -> None:
     overrides = tiny(corpus, tmp_path)
     assert run_in_child(overrides, kill_before_recording, 7) < 0
@@ -122,18 +229,65 @@ def test_a_run_killed_while_it_was_beginning_begins_again(cut: str, corpus: list
 # Two processes on one directory.
 
 
-def wait_in_step(step: int, arrived: str) -> None:
+def wait_in_step(step: int, arrived: str, until: str | None = None, locks: bool = True) -> None:
+    """Stop in a step, until a file is there or for good."""
     from training import loop
+
+    if not locks:
+        fcntl.flock = no_locks
 
     original = loop.forward_backward
 
     def waiting(run, batch, *rest):
         if run.state.step == step - 1:
             Path(arrived).touch()
-            time.sleep(60)
+            wait_for(Path(until) if until else None)
         return original(run, batch, *rest)
 
     loop.forward_backward = waiting
+
+
+def wait_for(path: Path | None) -> None:
+    end = time.monotonic() + 60
+    while not (path and path.exists()) and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def no_locks(descriptor: int, operation: int) -> None:
+    raise OSError(95, "Operation not supported")
+
+
+@pytest.mark.parametrize("locks", [True, False], ids=["lock deleted", "no locks"])
+def test_of_two_processes_in_one_directory_the_first_ends_and_the_second_has_a_record_of_its_own(
+    locks: bool, corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.training.runs import _SERVER, _child
+
+    overrides = tiny(corpus, tmp_path)
+    arrived, done, errors = tmp_path / "arrived", tmp_path / "done", tmp_path / "errors"
+    arguments = (13, str(arrived), str(done), locks)
+    first = _SERVER.Process(target=_child, args=(overrides, wait_in_step, arguments, errors))
+    first.start()
+    try:
+        wait_for(arrived)
+        if locks:
+            (tmp_path / "run" / ".lock").unlink()
+        else:
+            monkeypatch.setattr(fcntl, "flock", no_locks)
+        assert run(overrides) == 0
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+        done.touch()
+        first.join(60)
+        assert first.exitcode == 1
+    finally:
+        first.kill()
+        first.join()
+    said = errors.read_text()
+    assert f"is being run by process {os.getpid()} on " in said
+    assert "Traceback" not in said
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(1, 25))
+    assert summary(tmp_path / "run")["status"] == "completed"
 
 
 def test_a_directory_that_is_being_run_is_refused_and_not_touched(
@@ -146,9 +300,7 @@ def test_a_directory_that_is_being_run_is_refused_and_not_touched(
     holder = _SERVER.Process(target=_child, args=(overrides, wait_in_step, (13, str(arrived)), None))
     holder.start()
     try:
-        until = time.monotonic() + 60
-        while not arrived.exists() and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_for(arrived)
         record = (tmp_path / "run" / "metrics.jsonl").read_bytes()
         for more in ([], ["overwrite=true"], [f"resume={tmp_path}/run/checkpoints/step-00000010"]):
             capfd.readouterr()
@@ -162,11 +314,13 @@ def test_a_directory_that_is_being_run_is_refused_and_not_touched(
 
 
 def test_the_lock_is_let_go_with_the_run_and_by_whoever_holds_it(tmp_path: Path) -> None:
-    lock = RunLock(tmp_path)
+    lock = RunDirectory(tmp_path)
+    lock.take()
     with pytest.raises(ConfigurationError, match=f"process {os.getpid()} on"):
-        RunLock(tmp_path)
+        RunDirectory(tmp_path).take()
     lock.release()
-    RunLock(tmp_path).release()
+    with RunDirectory(tmp_path) as second:
+        second.take()
 
 
 def _race(overrides: list[str], barrier, codes) -> None:

@@ -1,0 +1,247 @@
+"""A run's directory: what may lie in it, which process has it, and how one run takes the place of another.
+
+    <run>/.lock        host and process of the run, and a token of its own; the lock ends with the process
+    <run>/.replaced/   under overwrite=true: the run before, until the one that replaces it has begun
+
+Only rank 0 writes here, apart from checkpoints and stacks. Nothing is written through a link.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import platform
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import yaml
+
+from data.files import entries, sync_directory
+from training import records
+from training.config import ConfigurationError, RunConfig, RunHeldError
+
+LOCK_FILE = ".lock"
+REPLACED = ".replaced"
+DISCARDED = ".discarded-"  # a replaced run while it is deleted
+
+# What a run that was killed as it began may leave. NFS keeps a deleted file that is open as .nfs…
+_HIDDEN: dict[str, str | None] = {r"\.lock|\.replaced|\.discarded-\w+|\..+\.partial|\.nfs.+": None}
+#: Every name that a run writes, with the names in it where it is a directory of the run's own.
+OWN_NAMES: dict[str, str | None] = {
+    r"config\.yaml|environment\.json|summary\.json|metrics(\.cut-\d+)?\.jsonl": None,
+    "checkpoints": r"(superseded-)?step-\d{8,}|\.step-\d{8,}\.(partial|discarded)",
+    "stacks": r"rank-\d{5}\.txt",
+    "profile": r"trace\.json|table\.txt|\..+\.partial",
+    "tensorboard|wandb": None,
+    **_HIDDEN,
+}
+
+
+def is_run(directory: Path) -> bool:
+    """Whether the directory's config.yaml is a run's: a mapping with the sections of one, of whatever version.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    path = directory / records.CONFIG_FILE
+    sections = {name for name, field in RunConfig.model_fields.items() if field.is_required()}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (ValueError, yaml.YAMLError, RecursionError):
+        return False
+    return isinstance(values, dict) and sections <= values.keys()
+
+
+def refuse_unnamed(directory: Path) -> None:
+    """Refuse to begin a run in a directory that holds more than what a run left that was killed as it began.
+
+    Raises:
+        ConfigurationError: naming what lies there.
+    """
+    try:
+        found = [path.name for path, own in entries(directory, _HIDDEN) if not own]
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        raise ConfigurationError(
+            f"{directory} cannot be a run directory: {error.strerror}; choose another output_dir="
+        ) from error
+    if found:
+        raise ConfigurationError(
+            f"{directory} holds {_listed(found)} and no {records.CONFIG_FILE}: it is no run directory; "
+            "give another name= or output_dir="
+        )
+
+
+def refuse_to_replace(directory: Path) -> None:
+    """Refuse to delete a directory that is not a run's, or that holds anything besides what a run writes.
+
+    Raises:
+        ConfigurationError: naming what is foreign.
+    """
+    remedy = "move it away, remove the directory yourself, or give another name="
+    if not is_run(directory):
+        raise ConfigurationError(
+            f"overwrite=true: {directory / records.CONFIG_FILE} is not the configuration of a run, and what is not a "
+            f"run's is not deleted; {remedy}"
+        )
+    if found := [path.relative_to(directory).as_posix() for path, own in entries(directory, OWN_NAMES) if not own]:
+        raise ConfigurationError(
+            f"overwrite=true: {directory} holds {_listed(found)}, which no run writes, and would be deleted; {remedy}"
+        )
+
+
+def refuse_links(directory: Path) -> None:
+    """Refuse a run directory that is a link, or that has a link, a pipe or a device in the place of what a run writes.
+
+    Raises:
+        ConfigurationError: naming the first one.
+        OSError: the directory cannot be read.
+    """
+    if directory.is_symlink():
+        place = os.path.realpath(directory)
+        raise ConfigurationError(
+            f"{directory} is a link to {place}, and a run stays in its output_dir=; remove the link, or give output_dir="
+            f"{os.path.dirname(place)}"
+        )
+    for path, own in entries(directory, OWN_NAMES) if directory.is_dir() else ():
+        if own and not _is_plain(path):
+            what = f"a link to {os.readlink(path)}" if path.is_symlink() else "neither a file nor a directory"
+            raise ConfigurationError(
+                f"{path} is {what}, and a run writes its own files only; remove it or give another name="
+            )
+
+
+def _is_plain(path: Path) -> bool:
+    mode = path.lstat().st_mode
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+class RunDirectory:
+    """A run directory and this process's hold on it, from before it is changed until the context is left."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+        self._owner = f"process {os.getpid()} on {platform.node()}\n{secrets.token_hex(16)}\n".encode()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def take(self) -> None:
+        """Lock the directory, which exists, for this process; at once where it has it already.
+
+        Raises:
+            RunHeldError: another process has it; host and process are named.
+            OSError: the lock file cannot be opened, or is a link.
+        """
+        if self._lock is not None:
+            return
+        lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise self._held() from error
+        except OSError as error:
+            logging.getLogger(__name__).warning(
+                "%s: the file system has no locks (%s): a second process that runs this would end the first",
+                self.path,
+                error.strerror,
+            )
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, self._owner, 0)
+        self._lock = lock
+
+    def confirm(self) -> None:
+        """Check that this process still has the directory: that the lock file is the one that it wrote.
+
+        Another process takes the directory although this one is alive where the file system has no locks, or the lock
+        file was deleted. A lock file that is gone, without another in its place, is written again.
+
+        Raises:
+            OSError: another process has it, or nothing can be read.
+        """
+        try:
+            if self._read_lock() == self._owner:
+                return
+        except FileNotFoundError:
+            self.release()
+            try:
+                return self.take()
+            except RunHeldError as error:
+                raise OSError(errno.EBUSY, str(error)) from error
+        raise OSError(errno.EBUSY, str(self._held()))
+
+    def release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock = None
+
+    def _held(self) -> RunHeldError:
+        holder = self._read_lock().decode(errors="replace").partition("\n")[0] or "another process"
+        return RunHeldError(f"{self.path} is being run by {holder}; wait for it, stop it, or give another name=")
+
+    def _read_lock(self) -> bytes:
+        lock = os.open(self.path / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return os.pread(lock, 1024, 0)
+        finally:
+            os.close(lock)
+
+    # One run in the place of another. The configuration is moved first, and moved back last: so it always tells whose the
+    # files beside it are, wherever a crash comes in between.
+
+    def set_aside(self) -> None:
+        """Move the run that another one replaces into .replaced.
+
+        Raises:
+            ConfigurationError: it is no run, or holds what no run writes.
+        """
+        refuse_to_replace(self.path)
+        aside = self.path / REPLACED
+        aside.mkdir()
+        for path in _configuration_first(self._content()):
+            path.rename(aside / path.name)
+        sync_directory(self.path)
+
+    def delete_replaced(self) -> None:
+        """Delete the run that was set aside: the new one has begun."""
+        if (self.path / REPLACED).is_dir():
+            (self.path / REPLACED).rename(self.path / f"{DISCARDED}{secrets.token_hex(4)}")
+        for discarded in self.path.glob(f"{DISCARDED}*"):
+            shutil.rmtree(discarded, ignore_errors=True)
+
+    def restore(self) -> bool:
+        """Undo a replacement that ended before the new run had begun. Returns whether there was one."""
+        aside = self.path / REPLACED
+        if not aside.is_dir():
+            return False
+        if (aside / records.CONFIG_FILE).exists() and (self.path / records.CONFIG_FILE).exists():
+            for path in reversed(_configuration_first(self._content())):  # of the new run, before its first step
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in reversed(_configuration_first(aside.iterdir())):
+            path.rename(self.path / path.name)
+        aside.rmdir()
+        return True
+
+    def _content(self) -> Iterable[Path]:
+        return (p for p in self.path.iterdir() if p.name not in (LOCK_FILE, REPLACED) and DISCARDED not in p.name)
+
+
+def _configuration_first(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: path.name != records.CONFIG_FILE)
