@@ -4,12 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from analysis.report import print_summary, write_report
 from analysis.results import analyse
 from analysis.trials import INDEX_FILE, load_study
+from training.command import refuse
 from training.records import RecordError
+from training.terminal import SafeConsole
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,13 +21,12 @@ def main(arguments: list[str] | None = None) -> int:
     study_directory = options.paths[0] if (options.paths[0] / INDEX_FILE).is_file() else None
     try:
         results = analyse(load_study(options.paths, baseline=options.baseline))
+        written = write_report(results, options.output or study_directory or Path("report"))
     except (FileNotFoundError, RecordError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    written = write_report(results, options.output or study_directory or Path("report"))
-    console = Console()
+        return refuse(error)
+    console = SafeConsole()
     print_summary(results, console)
-    console.print(f"report: {written.html}  {written.markdown}  {written.json}")
+    console.print(f"report: {written.html}  {written.markdown}  {written.json}", markup=False)
     return 0
 
 
