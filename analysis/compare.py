@@ -101,12 +101,12 @@ class Comparison:
         title = f"Final validation loss, and the steps, FLOPs and seconds to {baseline}'s final loss\n({self.caveat})"
         table = _table(title, caption=Text(self._caption()), caption_justify="left")
         table.add_column("optimizer", no_wrap=True)
-        table.add_column("best setting" if self.is_sweep else "setting", min_width=9)
+        table.add_column("best setting" if self.is_sweep else "setting")
         table.add_column("seeds", justify="right", no_wrap=True)
-        table.add_column("final loss", justify="right", min_width=8)
-        table.add_column(Text(f"− {baseline}"), justify="right", min_width=9)
+        table.add_column("final loss", justify="right")
+        table.add_column(Text(f"− {baseline}"), justify="right")
         for currency in ("steps", "FLOPs", "seconds"):  # where the terminal is narrow, "not reached" takes two lines
-            table.add_column(currency, justify="right", min_width=8)
+            table.add_column(currency, justify="right")
         for one in self.arms:
             cells = (
                 label(one.arm),
@@ -357,5 +357,6 @@ def _table(title: str, **options: Any) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
+        show_edge=False,
         **options,
     )

@@ -248,6 +248,12 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
         ValueError: the baseline has no finished reported run.
     """
     if against_baseline and not any(study.endpoints(study.baseline, model) for model in study.models):
+        settings = [arm for arm in study.arms if arm.startswith(f"{study.baseline} (")]
+        if settings:
+            raise ValueError(
+                f"these runs are a sweep, {len(settings)} settings of the baseline {study.baseline!r}: compare them with "
+                f"scripts/compare.py, or name one of them, --baseline {settings[0]!r}"
+            )
         raise ValueError(
             f"no finished reported run of the baseline {study.baseline!r} in {study.name}: run it first, or name "
             f"another baseline (arms: {', '.join(study.arms) or 'none'})"

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         written = write_report(results, options.study)
         told = verdict if options.brief else section
         write_part(options.page, options.part, told(results, options.study, options.page, options.arm))
-    except (FileNotFoundError, RecordError, ValueError) as error:
+    except (OSError, RecordError, ValueError) as error:
         return refuse(error)
     console = SafeConsole()
     print_summary(results, console)

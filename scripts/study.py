@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "sweep":
                 for path in write_sweeps(spec, options.sweeps or places.records / "sweeps"):
                     console.print(f"wandb sweep {path}", highlight=False)
-    except (ConfigurationError, FileNotFoundError, RecordError, RuntimeError, ValueError) as error:
+    except (ConfigurationError, OSError, RecordError, RuntimeError, ValueError) as error:
         print(printable(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
     return 0
