@@ -21,10 +21,14 @@ def markdown(text: str) -> str:
 
     Only what would be markup is changed: "< 0.001" and "[0.76, 0.82]" stay as they are.
     """
-    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", " ".join(text.split()))
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", line).replace("](", r"]\(")
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", _shown(" ".join(text.split()))).replace("](", r"]\(")
 
 
 def figure(text: str) -> str:
     """Text in a figure: dollar signs are no mathematics."""
-    return text.replace("$", r"\$")
+    return _shown(text).replace("$", r"\$")
+
+
+def _shown(text: str) -> str:
+    """Control characters as one that can be seen."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", text)
