@@ -1,81 +1,143 @@
-"""A few runs of one horizon and one seed side by side: a demonstration, which a study then puts to the test."""
+"""Runs of one horizon side by side: single runs, or a sweep, of which each optimizer's best setting is shown.
+
+A demonstration, which a study then puts to the test.
+"""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
+from analysis import escaping
 from analysis.colours import colours, label
-from analysis.guards import OPTIMIZER, Difference, differences
-from analysis.records import Currency, Run, load_runs
+from analysis.figures import save, seed_curves
+from analysis.guards import INCIDENTAL, OPTIMIZER, SEED, TIMING, Difference, differences, is_under
+from analysis.records import CURRENCIES, Currency, Curve, Run, flatten, load_runs
+from analysis.statistics import Interval, paired_interval
 from analysis.target import TimeToTarget, times_to_target
-from training.records import write_atomically
+from analysis.trials import short
+from training.records import CONFIG_FILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_CAVEAT = "one horizon, one seed: a demonstration, not a test"
+
+@dataclass(frozen=True)
+class Setting:
+    """The runs of one optimizer that differ in their seed alone."""
+
+    optimizer: str
+    runs: tuple[Run, ...]  # ascending in seed; each completed or diverged
+    values: str  # the learning rate, and what else tells the optimizer's settings apart: "lr=0.003, gamma=0.05"
+
+    @property
+    def loss(self) -> float:
+        """Mean final validation loss over the seeds, nats; infinite where a run diverged."""
+        losses = [run.final_val_loss for run in self.runs]
+        return float(np.mean(losses)) if np.all(np.isfinite(losses)) else float("inf")
+
+    @property
+    def outcome(self) -> str:
+        """The loss in words: "4.1234", or how many runs diverged."""
+        if np.isfinite(self.loss):
+            return f"{self.loss:.4f}"
+        lost = sum(not np.isfinite(run.final_val_loss) for run in self.runs)
+        return "diverged" if lost == len(self.runs) else f"{lost} of {len(self.runs)} diverged"
 
 
 @dataclass(frozen=True)
-class ComparedRun:
-    """One run, and what it had spent when it first reached the baseline's final loss."""
+class ComparedArm:
+    """An optimizer's best setting, and what its mean curve had spent when it first reached the baseline's final loss."""
 
-    run: Run
-    arm: str  # the optimizer's name, made unique where an optimizer comes twice
+    setting: Setting
+    curve: Curve  # evaluations, means over the seeds
+    difference: (
+        Interval | None
+    )  # of the final loss from the baseline's, paired by seed; None where nothing can be paired
     to_target: dict[Currency, TimeToTarget]
+
+    @property
+    def arm(self) -> str:
+        return self.setting.optimizer
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs of one horizon and one seed, the baseline first."""
+    """The best setting of each optimizer at one horizon, the baseline's first."""
 
-    baseline: ComparedRun
-    others: list[ComparedRun]
-    target: float  # the baseline's final validation loss, nats
+    baseline: ComparedArm
+    others: list[ComparedArm]
+    settings: list[Setting]  # all that were tried
+    target: float  # the baseline's final validation loss, mean over its seeds, nats
     warnings: list[Difference]
+    left_out: list[str]  # each run that has not ended, and its status
 
     @property
-    def runs(self) -> list[ComparedRun]:
+    def arms(self) -> list[ComparedArm]:
         return [self.baseline, *self.others]
+
+    @property
+    def caveat(self) -> str:
+        if self.is_sweep:
+            return "one horizon, each optimizer at its best setting, chosen on the seeds shown: a look, not a test"
+        seeds = max(len(one.setting.runs) for one in self.arms)
+        return f"one horizon, {'one seed' if seeds == 1 else f'{seeds} seeds'}: a demonstration, not a test"
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether an optimizer was tried with more than one setting."""
+        return len(self.settings) > len(self.arms)
 
     def table(self) -> Table:
         """A rich table: final loss, and the steps, FLOPs and seconds to the baseline's final loss."""
         baseline = label(self.baseline.arm)
-        table = Table(
-            title=f"Final validation loss, and the steps, FLOPs and seconds to {baseline}'s final loss\n({_CAVEAT})",
-            caption=self._caption(),
-            caption_justify="left",
-            title_justify="left",
-        )
-        table.add_column("optimizer")
+        title = f"Final validation loss, and the steps, FLOPs and seconds to {baseline}'s final loss\n({self.caveat})"
+        table = _table(title, caption=Text(self._caption()), caption_justify="left")
+        table.add_column("optimizer", no_wrap=True)
+        table.add_column("best setting" if self.is_sweep else "setting")
+        table.add_column("seeds", justify="right", no_wrap=True)
         table.add_column("final loss", justify="right")
-        table.add_column(f"− {baseline}", justify="right")
-        for currency in ("steps", "FLOPs", "seconds"):
-            table.add_column(currency, justify="right", no_wrap=True)
-        for compared in self.runs:
-            final = compared.run.final_val_loss
-            gap = "" if compared is self.baseline else f"{final - self.target:+.4f}" if np.isfinite(final) else "–"
-            table.add_row(
-                label(compared.arm),
-                f"{final:.4f}" if np.isfinite(final) else compared.run.status,
-                gap,
-                *(self._spent(compared, currency) for currency in ("steps", "flops", "seconds")),
+        table.add_column(Text(f"− {baseline}"), justify="right")
+        for currency in ("steps", "FLOPs", "seconds"):  # where the terminal is narrow, "not reached" takes two lines
+            table.add_column(currency, justify="right")
+        for one in self.arms:
+            cells = (
+                label(one.arm),
+                one.setting.values,
+                str(len(one.setting.runs)),
+                one.setting.outcome,
+                "" if one is self.baseline else _difference(one.difference),
+                *(self._spent(one, currency) for currency in ("steps", "flops", "seconds")),
             )
+            table.add_row(*map(Text, cells))
+        return table
+
+    def tried(self) -> Table:
+        """A rich table of every setting with its final loss, each optimizer's best first."""
+        table = _table("Every setting that was tried")
+        for column in ("optimizer", "setting", "seeds", "final loss"):
+            table.add_column(column, justify="right" if column in ("seeds", "final loss") else "left")
+        order = [one.arm for one in self.arms]
+        for one in sorted(self.settings, key=lambda one: (order.index(one.optimizer), *_rank(one))):
+            table.add_row(*map(Text, (label(one.optimizer), one.values, str(len(one.runs)), one.outcome)))
         return table
 
     def plot(self, path: str | Path) -> Path:
-        """Write a PNG (or what the suffix says): validation loss over steps and over seconds, side by side."""
+        """Write a PNG (or what the suffix says): validation loss over steps and over seconds, side by side.
+
+        Raises:
+            RecordError: the file cannot be written.
+        """
         # The object interface, with no pyplot: no display, no global state, nothing to close.
         from matplotlib.figure import Figure
 
-        path = Path(path)
         figure = Figure(figsize=(11, 4.6), dpi=160, layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         self._draw(axes[0], "steps", "training steps")
@@ -84,25 +146,24 @@ class Comparison:
         axes[0].set_ylim(*self._loss_limits())
         handles, labels = axes[0].get_legend_handles_labels()
         axes[0].legend(handles, labels, frameon=False, loc="upper right")
-        figure.suptitle(f"Validation loss, the same model and data under each optimizer\n{_CAVEAT}", fontsize=11)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
-        figure.savefig(content, format=path.suffix.removeprefix(".") or "png")
-        write_atomically(path, content.getvalue())
-        return path
+        figure.suptitle(f"Validation loss, the same model and data under each optimizer\n{self.caveat}", fontsize=11)
+        return save(figure, Path(path))
 
     def _draw(self, axis: Axes, currency: Currency, title: str) -> None:
-        palette = colours(compared.arm for compared in self.runs)
+        palette = colours(compared.arm for compared in self.arms)
         axis.axhline(self.target, color=palette[self.baseline.arm], linestyle=(0, (5, 4)), linewidth=1.1, alpha=0.8)
-        for compared in self.runs:
-            curve = compared.run.evaluations
-            emphasis = 2.4 if compared.arm.startswith("sophia") else 1.8
+        for compared in self.arms:
+            setting, colour = compared.setting, palette[compared.arm]
+            if len(setting.runs) > 1:
+                spent, losses = seed_curves([run.evaluations for run in setting.runs], currency)
+                axis.fill_between(spent, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+            name = label(compared.arm) + (f" ({setting.values})" if self.is_sweep else "")
             axis.plot(
-                curve.axis(currency),
-                curve["val_loss"],
-                color=palette[compared.arm],
-                linewidth=emphasis,
-                label=f"{label(compared.arm)}  {_final(compared.run)}",
+                compared.curve.axis(currency),
+                compared.curve["val_loss"],
+                color=colour,
+                linewidth=2.4 if compared.arm.startswith("sophia") else 1.8,
+                label=escaping.figure(f"{name}  {setting.outcome}"),
                 solid_capstyle="round",
             )
             crossing = compared.to_target[currency]
@@ -110,7 +171,7 @@ class Comparison:
                 axis.plot(crossing.spent, self.target, "o", color=palette[compared.arm], markersize=6.5, zorder=5)
                 axis.plot(crossing.spent, self.target, "o", color="white", markersize=2.5, zorder=6)
         axis.annotate(
-            f"{label(self.baseline.arm)}'s final loss, {self.target:.3f}",
+            escaping.figure(f"{label(self.baseline.arm)}'s final loss, {self.target:.3f}"),
             xy=(0.015, self.target),
             xycoords=("axes fraction", "data"),
             xytext=(0, -4),
@@ -129,9 +190,9 @@ class Comparison:
     def _loss_limits(self) -> tuple[float, float]:
         """The loss falls fastest in the first steps, where nothing is compared: show what comes after a twelfth."""
         lowest, highest = self.target, self.target
-        for compared in self.runs:
-            curve = compared.run.evaluations
-            late = curve["val_loss"][curve.steps >= compared.run.horizon / 12]
+        for compared in self.arms:
+            curve = compared.curve
+            late = curve["val_loss"][curve.steps >= compared.setting.runs[0].horizon / 12]
             if len(late) and np.isfinite(late).any():
                 lowest = min(lowest, float(np.nanmin(late)))
                 # The first of the late losses: a divergence later on may leave the picture.
@@ -139,11 +200,12 @@ class Comparison:
         margin = 0.06 * max(highest - lowest, 1e-3)
         return lowest - 2 * margin, highest + margin
 
-    def _spent(self, compared: ComparedRun, currency: Currency) -> str:
+    def _spent(self, compared: ComparedArm, currency: Currency) -> str:
         spent = compared.to_target[currency]
         if not spent.reached:
             return "not reached"
-        amount = f"{spent.spent:.3g}" if currency == "flops" else f"{spent.spent:,.0f}"
+        few = currency == "flops" or (currency == "seconds" and spent.spent < 100)
+        amount = f"{spent.spent:.3g}" if few else f"{spent.spent:,.0f}"
         if compared is self.baseline:
             return amount
         share = spent.spent / self.baseline.to_target[currency].spent
@@ -154,52 +216,147 @@ class Comparison:
             f"In brackets: the share of what {label(self.baseline.arm)} spent. A crossing in the middle of a schedule "
             "is no speed-up: the fair test compares runs that are each decayed to the end, over seeds and horizons."
         ]
+        if max(len(one.setting.runs) for one in self.arms) > 1:
+            lines.append(
+                "Losses and curves are means over seeds; differences are paired by seed, ± makes their 95% interval."
+            )
         lines += [f"NOT COMPARABLE ({warning.affects}): {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
 
-def compare_runs(directories: Sequence[str | Path], baseline: str = "adamw") -> Comparison:
-    """Compare one run per optimizer with the baseline's, all of one horizon and one seed.
+def find_run_directories(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """Of paths such as a shell makes of `runs/*`: the run directories, and what else there is.
 
-    Differences beside the optimizer are labelled in the table, not hidden.
+    Raises:
+        FileNotFoundError: a path does not exist, or none is a run directory.
+    """
+    runs: list[Path] = []
+    others: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; give run directories, for example runs/*")
+        (runs if (path / CONFIG_FILE).is_file() else others).append(path)
+    if not runs:
+        raise FileNotFoundError(
+            f"no run record among {', '.join(map(str, others))}; give run directories, for example runs/*"
+        )
+    return runs, others
+
+
+def compare_runs(directories: Sequence[str | Path], baseline: str = "adamw") -> Comparison:
+    """Compare each optimizer's best setting with the baseline's, all of one horizon.
+
+    Runs that differ in nothing but the seed are one setting. An optimizer's best has the lowest mean final loss of those
+    with the most seeds. Differences beside the optimizer are labelled in the table, not hidden.
 
     Args:
-        directories: run directories, the baseline's among them.
+        directories: run directories, some of the baseline among them.
         baseline: the optimizer that the others are held against.
 
     Raises:
-        ValueError: not exactly one run of the baseline among them, or it did not complete.
+        ValueError: no run of the baseline among them has ended, or its best setting diverged.
     """
-    runs = load_runs(directories)
-    candidates = [run for run in runs if run.optimizer == baseline]
-    if len(candidates) != 1:
+    ended: list[Run] = []
+    left_out: list[str] = []
+    for run in load_runs(directories):
+        if run.status in ("completed", "diverged") and len(run.evaluations):
+            ended.append(run)
+        else:
+            left_out.append(f"{run.directory}: {run.optimizer}, {run.status}")
+    if not any(run.optimizer == baseline for run in ended):
+        optimizers = ", ".join(dict.fromkeys(run.optimizer for run in ended)) or "none"
+        waiting = f"; not ended: {'; '.join(left_out)}; the same command again resumes a run" if left_out else ""
         raise ValueError(
-            f"{len(candidates)} of the {len(runs)} runs are of the baseline {baseline!r} "
-            f"(the optimizers are {', '.join(run.optimizer for run in runs) or 'none'}): give exactly one"
+            f"none of the {len(ended)} runs that have ended is of the baseline {baseline!r} (the optimizers are "
+            f"{optimizers}): name another with --baseline, or add its runs{waiting}"
         )
-    reference = candidates[0]
-    target = reference.final_val_loss
-    if not np.isfinite(target):
+    settings = _settings(ended)
+    best: dict[str, Setting] = {}
+    for one in sorted(settings, key=_rank):
+        best.setdefault(one.optimizer, one)
+    reference = best.pop(baseline)
+    target = float(_mean_curve(reference.runs)["val_loss"][-1])
+    if not np.isfinite(reference.loss):
         raise ValueError(
-            f"the baseline run {reference.directory} has no final validation loss (its status is "
-            f"{reference.status!r}): let it finish, `python train.py` with the same arguments resumes it"
+            f"every setting of the baseline {baseline!r} has a run that diverged: run it with a lower optimizer.lr"
         )
-    times = [run.optimizer for run in runs]
+    chosen = [reference, *best.values()]
     compared = [
-        ComparedRun(
-            run=run,
-            arm=run.optimizer if times.count(run.optimizer) == 1 else f"{run.optimizer} ({run.name})",
-            to_target=times_to_target(run.evaluations, target),
-        )
-        for run in runs
+        ComparedArm(one, curve := _mean_curve(one.runs), _paired(one, reference), times_to_target(curve, target))
+        for one in chosen
     ]
+    seeds = {run.seed for run in ended}
     return Comparison(
-        baseline=next(one for one in compared if one.run is reference),
-        others=[one for one in compared if one.run is not reference],
+        baseline=compared[0],
+        others=compared[1:],
+        settings=settings,
         target=target,
-        warnings=differences(runs, by_design=OPTIMIZER),
+        warnings=differences(
+            [run for one in chosen for run in one.runs], by_design=OPTIMIZER if len(seeds) == 1 else (*OPTIMIZER, *SEED)
+        ),
+        left_out=left_out,
     )
 
 
-def _final(run: Run) -> str:
-    return f"{run.final_val_loss:.3f}" if np.isfinite(run.final_val_loss) else run.status
+def _settings(runs: Sequence[Run]) -> list[Setting]:
+    """Runs grouped by all that determines them but the seed."""
+    ignored = (*INCIDENTAL, *TIMING, "seed", "seeds")
+    values = [{k: v for k, v in flatten(run.config).items() if not is_under(k, ignored)} for run in runs]
+    groups: dict[str, dict[int, Run]] = {}
+    of: dict[str, dict[str, object]] = {}
+    for run, own in zip(runs, values, strict=True):
+        key = repr(sorted(own.items()))
+        groups.setdefault(key, {})[run.seed] = run
+        of[key] = own
+    settings = []
+    for key, by_seed in groups.items():
+        optimizer = next(iter(by_seed.values())).optimizer
+        siblings = [own for own in of.values() if own.get("optimizer.name") == optimizer]
+        telling = [
+            name
+            for name in sorted(
+                {name for own in siblings for name in own}, key=lambda name: (name != "optimizer.lr", name)
+            )
+            if name == "optimizer.lr" or len({repr(own.get(name)) for own in siblings}) > 1
+        ]
+        shown = ", ".join(f"{name.removeprefix('optimizer.')}={short(of[key].get(name))}" for name in telling)
+        settings.append(Setting(optimizer, tuple(by_seed[seed] for seed in sorted(by_seed)), shown))
+    return settings
+
+
+def _rank(setting: Setting) -> tuple[bool, int, float]:
+    """Best first: settings without a diverged run, then with more seeds, then with a lower loss."""
+    return not np.isfinite(setting.loss), -len(setting.runs), setting.loss
+
+
+def _mean_curve(runs: Sequence[Run]) -> Curve:
+    """The evaluations of runs that differ in their seed, means at the steps that all of them have."""
+    curves = [run.evaluations for run in runs]
+    spent = {currency: seed_curves(curves, currency)[0] for currency in CURRENCIES}
+    return Curve(**spent, columns={"val_loss": seed_curves(curves, "steps")[1].mean(axis=0)})
+
+
+def _paired(one: Setting, reference: Setting) -> Interval | None:
+    losses, others = ({run.seed: run.final_val_loss for run in setting.runs} for setting in (one, reference))
+    paired = [losses[seed] - others[seed] for seed in losses if seed in others]
+    return paired_interval(paired) if paired and np.all(np.isfinite(paired)) else None
+
+
+def _difference(interval: Interval | None) -> str:
+    if interval is None:
+        return "–"
+    if not np.isfinite(interval.low):
+        return f"{interval.estimate:+.4f}"
+    return f"{interval.estimate:+.4f} ± {interval.high - interval.estimate:.2g}"
+
+
+def _table(title: str, **options: Any) -> Table:
+    return Table(
+        title=Text(title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        **options,
+    )

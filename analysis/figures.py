@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis import escaping
 from analysis.colours import colours, label
 from analysis.guards import INCIDENTAL, TIMING, is_under
 from analysis.records import Currency, Curve, Run, flatten, last_line
@@ -25,7 +26,7 @@ from analysis.sensitivity import REFRESH, comparable_runs
 from analysis.speedup import Endpoints
 from analysis.trials import Study
 from analysis.wallclock import TRAINING_KINDS
-from training.records import write_atomically
+from training.records import RecordError, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,11 +40,20 @@ class NothingToShow(ValueError):
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure in the format of the path's suffix (.png, .svg, .pdf)."""
+    """Write a figure in the format of the path's suffix (.png, .svg, .pdf).
+
+    Raises:
+        RecordError: the file cannot be written.
+    """
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix.removeprefix(".") or "png", metadata=_reproducible(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content.getvalue())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.getvalue())
+    except OSError as error:
+        raise RecordError(
+            f"{path} cannot be written: {error.strerror or error}; make room, or name another file"
+        ) from error
     return path
 
 
@@ -56,11 +66,11 @@ def validation_curves(results: Results) -> Figure:
     figure, panels = _panels(len(models), height=4.2)
     for axis, model in zip(panels, models, strict=True):
         draw_curves(axis, study, model, "steps")
-        axis.set_title(model, fontsize=10)
+        axis.set_title(escaping.figure(model), fontsize=10)
         for published in load_reference().of(model):
             axis.axhline(published.loss, color=colours([published.arm])[published.arm], linewidth=0.8, linestyle=":")
             axis.annotate(
-                f"paper, {label(published.arm)} {published.loss:.3f}",
+                f"paper, {_label(published.arm)} {published.loss:.3f}",
                 (0.99, published.loss),
                 xycoords=("axes fraction", "data"),
                 ha="right",
@@ -83,7 +93,7 @@ def draw_curves(axis: Axes, study: Study, model: str, currency: Currency) -> Non
         runs = [run for run in study.runs(arm=arm, model=model) if run.horizon == horizon and len(run.evaluations)]
         x, losses = seed_curves([run.evaluations for run in runs], currency)
         axis.fill_between(x, np.nanmin(losses, axis=0), np.nanmax(losses, axis=0), color=palette[arm], alpha=0.15, lw=0)
-        axis.plot(x, np.nanmean(losses, axis=0), color=palette[arm], linewidth=1.8, label=label(arm))
+        axis.plot(x, np.nanmean(losses, axis=0), color=palette[arm], linewidth=1.8, label=_label(arm))
         late = losses[:, x >= 0.1 * x[-1]]
         finals.append((np.nanmin(late), np.nanmax(late)))
     low, high = min(one for one, _ in finals), sorted(one for _, one in finals)[len(finals) // 2]
@@ -116,7 +126,7 @@ def loss_against_size(results: Results) -> Figure:
             for model in study.models
             if model in sizes and (ends := [e for e in study.endpoints(arm, model) if not e.diverged])
         ]
-        _draw_points(axis, [size for size, _ in points], [end for _, end in points], palette[arm], label(arm))
+        _draw_points(axis, [size for size, _ in points], [end for _, end in points], palette[arm], _label(arm))
         if arm in laws:
             _draw_law(axis, laws[arm], palette[arm])
     axis.set_xscale("log")
@@ -150,13 +160,13 @@ def loss_against_tokens(results: Results) -> Figure:
         for arm in study.arm_names():
             ends = [end for end in study.endpoints(arm, model) if not end.diverged]
             worst = max((float(end.losses.mean()) for end in ends), default=0.0)
-            name = label(arm) if worst <= scale else f"{label(arm)} (up to {worst:.1f}, off the scale)"
+            name = _label(arm) if worst <= scale else f"{_label(arm)} (up to {worst:.1f}, off the scale)"
             _draw_points(axis, [float(end.tokens.mean()) for end in ends], ends, palette[arm], name, line=False)
         if axis.get_ylim()[1] > scale:
             axis.set_ylim(top=scale)
         axis.set_xscale("log")
         _ticks_at(axis, [float(end.tokens.mean()) for end in study.endpoints(study.baseline, model)], _millions)
-        axis.set_title(f"{model} ({curve.method})", fontsize=10)
+        axis.set_title(escaping.figure(f"{model} ({curve.method})"), fontsize=10)
         axis.set_xlabel("training tokens")
         _dress(axis)
     panels[0].set_ylabel("final validation loss (nats)")
@@ -187,15 +197,15 @@ def speed_up_intervals(results: Results) -> Figure:
             for end, censored, marker in ((one.low, one.low_censored, "<"), (one.high, one.high_censored, ">")):
                 axis.plot(end, y, marker if censored else "|", color=palette[arm], markersize=6 if censored else 8)
             axis.plot(one.estimate, y, "o", color=palette[arm], markersize=5)
-            names.append((y, f"{label(arm)}, {CLAIM_NAMES[currency]}"))
+            names.append((y, f"{_label(arm)}, {CLAIM_NAMES[currency]}"))
         axis.set_yticks([y for y, _ in names], [name for _, name in names], fontsize=8)
         axis.set_xscale("log")
         axis.set_ylim(0.4, rows + 0.6)
         _plain_ratios(axis, [(one.low, one.high) for _, one in members])
         axis.set_xlabel(
-            f"speed-up against {label(results.study.baseline)} (1: none, 2: the paper's claim)", fontsize=8.5
+            f"speed-up against {_label(results.study.baseline)} (1: none, 2: the paper's claim)", fontsize=8.5
         )
-        axis.set_title(model, fontsize=10)
+        axis.set_title(escaping.figure(model), fontsize=10)
         _dress(axis)
     return figure
 
@@ -273,11 +283,11 @@ def ablations(results: Results) -> Figure:
     cells = dict.fromkeys(f"{label(one.of)}, {one.model}, {one.horizon:,} steps" for one in shown)
     names = [one.setting for one in shown]
     if len(cells) == 1:
-        axis.set_title(f"against {next(iter(cells))}", fontsize=9)
+        axis.set_title(escaping.figure(f"against {next(iter(cells))}"), fontsize=9)
     else:
         names = [f"{one.setting}  ({label(one.of)}, {one.model}, {one.horizon:,})" for one in shown]
     names.reverse()
-    axis.set_yticks(range(len(shown)), names, fontsize=8)
+    axis.set_yticks(range(len(shown)), list(map(escaping.figure, names)), fontsize=8)
     axis.set_ylim(-0.6, len(shown) - 0.4)
     axis.set_xlabel("final loss minus the arm's (nats); to the right is worse", fontsize=8.5)
     _dress(axis)
@@ -306,7 +316,7 @@ def unclipped_fraction(results: Results) -> Figure:
         share = run.training.steps / run.horizon
         axis.plot(share, run.training["unclipped_fraction"], color=palette[arm], linewidth=0.9, alpha=0.7)
     for arm in palette:
-        axis.plot([], [], color=palette[arm], label=label(arm))
+        axis.plot([], [], color=palette[arm], label=_label(arm))
     axis.set_xlabel("share of the run")
     axis.set_ylabel("unclipped fraction")
     axis.set_ylim(bottom=0)
@@ -323,7 +333,9 @@ def clipped_gradient_norms(results: Results) -> Figure:
     figure, panels = _bar_panels(costs)
     palette = colours(cost.arm for cost in costs)
     for axis, own in panels:
-        axis.barh([label(c.arm) for c in own], [c.clipped_norm_share for c in own], color=[palette[c.arm] for c in own])
+        axis.barh(
+            [_label(c.arm) for c in own], [c.clipped_norm_share for c in own], color=[palette[c.arm] for c in own]
+        )
         axis.set_xlim(0, 1)
         axis.set_xlabel("share of steps with a clipped gradient norm")
     return figure
@@ -351,13 +363,11 @@ def hessian_histogram(results: Results) -> Figure:
         if index == 0:
             axis.stairs(share, edges, fill=True, color="#d9d9d9", label=kind)
         else:
-            axis.stairs(share, edges, linewidth=1.5, label=kind)
+            axis.stairs(share, edges, linewidth=1.5, label=escaping.figure(kind))
     axis.set_xlabel("log10 of the Hessian entry (outermost bins: everything beyond)")
     axis.set_ylabel("share of positive entries")
-    axis.set_title(
-        f"{run.name}, step {last['step']:,}; {last.get('positive_fraction', math.nan):.1%} of entries are positive",
-        fontsize=9,
-    )
+    positive = f"{last.get('positive_fraction', math.nan):.1%} of entries are positive"
+    axis.set_title(escaping.figure(f"{run.name}, step {last['step']:,}; {positive}"), fontsize=9)
     axis.legend(frameon=False, fontsize=8)
     _dress(axis)
     return figure
@@ -375,7 +385,7 @@ def step_times(results: Results) -> Figure:
         for kind in TRAINING_KINDS:
             width = np.array([cost.seconds_by_kind.get(kind, 0.0) for cost in own])
             axis.barh(
-                [label(cost.arm) for cost in own], width, left=left, color=shades[kind], label=kind.replace("_", "-")
+                [_label(cost.arm) for cost in own], width, left=left, color=shades[kind], label=kind.replace("_", "-")
             )
             left += width
         axis.set_xlabel("seconds per step")
@@ -400,7 +410,7 @@ def learning_rate_stability(results: Results) -> Figure:
             if where != cell:
                 continue
             rates, best = list(points), list(points.values())
-            name = f"{label(arm)}{', attention trick' if trick else ''}"
+            name = f"{_label(arm)}{', attention trick' if trick else ''}"
             axis.plot(rates, best, "o--" if trick else "o-", color=palette[arm], label=name, markersize=4)
             lost = [rate for rate, loss in points.items() if not np.isfinite(loss)]
             axis.plot(lost, [0.97] * len(lost), "x", color=palette[arm], transform=axis.get_xaxis_transform())
@@ -413,7 +423,7 @@ def learning_rate_stability(results: Results) -> Figure:
         axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], fontsize=7)
         axis.minorticks_off()
         axis.set_xlabel("peak learning rate (×: every run diverged)")
-        axis.set_title(cell, fontsize=9)
+        axis.set_title(escaping.figure(cell), fontsize=9)
         _dress(axis)
     panels[0].set_ylabel("best final validation loss (nats)")
     panels[0].legend(frameon=False, fontsize=8)
@@ -429,9 +439,12 @@ def momentum_against_horizon(results: Results) -> Figure:
             continue
         optimizer = run.config["optimizer"]
         # Muon's momentum of its hidden matrices; its betas are those of its AdamW.
-        key, best = (
-            ("momentum", optimizer["momentum"]) if "momentum" in optimizer else ("betas[0]", optimizer["betas"][0])
-        )
+        if "momentum" in optimizer:
+            key, best = "momentum", optimizer["momentum"]
+        elif "betas" in optimizer:
+            key, best = "betas[0]", optimizer["betas"][0]
+        else:
+            continue
         if len({repr(c.values.get(f"optimizer.{key}")) for c in search.candidates}) > 1:
             found.setdefault((search.arm, search.model), []).append((search.horizon, float(best)))
     if not found:
@@ -448,7 +461,7 @@ def momentum_against_horizon(results: Results) -> Figure:
             "o",
             linestyle=styles[model],
             color=palette[arm],
-            label=f"{label(arm)}, {model}",
+            label=f"{_label(arm)}, {escaping.figure(model)}",
         )
     axis.set_xscale("log")
     _ticks_at(axis, sorted({horizon for points in found.values() for horizon, _ in points}), "{:,.0f}".format)
@@ -476,6 +489,10 @@ FIGURES: Mapping[str, Callable[[Results], Figure]] = {
 }
 
 
+def _label(arm: str) -> str:
+    return escaping.figure(label(arm))
+
+
 def _panels(
     count: int, *, width: float | None = None, height: float = 4.2, share_y: bool = False
 ) -> tuple[Figure, list[Axes]]:
@@ -495,7 +512,7 @@ def _bar_panels(costs: Sequence[ArmCost]) -> tuple[Figure, list[tuple[Axes, list
     figure, panels = _panels(len(models), height=max(2.6, 1.2 + 0.2 * bars))
     for axis, model in zip(panels, models, strict=True):
         axis.set_ylim(bars - 0.4, -0.6)
-        axis.set_title(model, fontsize=10)
+        axis.set_title(escaping.figure(model), fontsize=10)
         axis.tick_params(labelsize=8)
         _dress(axis)
     return figure, list(zip(panels, models.values(), strict=True))
@@ -578,6 +595,8 @@ def _losses_by_rate(study: Study) -> dict[tuple[str, str, bool], dict[float, flo
         own = {
             key: value for key, value in values.items() if not is_under(key, (*INCIDENTAL, *TIMING, "seed", "seeds"))
         }
+        if "optimizer.lr" not in own:
+            continue
         rate = float(own.pop("optimizer.lr"))
         key = (run.optimizer, f"{trial.model}, {trial.horizon:,} steps", bool(values.get(trick, False)), trial.phase)
         losses.setdefault(key, {}).setdefault(rate, {}).setdefault(repr(own), []).append(trial.loss)
@@ -596,7 +615,9 @@ def _losses_by_rate(study: Study) -> dict[tuple[str, str, bool], dict[float, flo
 def _group_title(group: Sequence[Run]) -> str:
     first = group[0]
     seeds = len({run.seed for run in group})
-    return f"{label(first.optimizer)}, {first.model}, {first.horizon:,} steps, {seeds} seed{'s' if seeds > 1 else ''}"
+    return escaping.figure(
+        f"{label(first.optimizer)}, {first.model}, {first.horizon:,} steps, {seeds} seed{'s' if seeds > 1 else ''}"
+    )
 
 
 def _reproducible(path: Path) -> dict[str, Any]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -22,17 +22,15 @@ from rich.panel import Panel
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from analysis import tables
+from analysis import escaping, tables
 from analysis.colours import colours, label
 from analysis.figures import FIGURES, NothingToShow, save, seed_curves
+from analysis.guards import Finding
 from analysis.records import CURRENCIES, Currency
-from analysis.results import CLAIM_NAMES, CURRENCY_NAMES, Headline, Results, in_short, write_json
+from analysis.results import CLAIM_NAMES, CURRENCY_NAMES, Headline, Results, in_short, significant, write_json
 from analysis.speedup import CLAIM_CURRENCIES, THRESHOLDS, SpeedUp
 from analysis.tables import Cell, CellKey, Table
-from training.records import write_atomically
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from training.records import RecordError, write_atomically
 
 _AXES: dict[Currency, str] = {
     "steps": "training steps",
@@ -61,11 +59,22 @@ def write_report(results: Results, directory: Path) -> Written:
     """Write report.html, report.md, report.json and figures/*.png into a directory.
 
     Links to run records are relative to it, so a study's directory can be moved as a whole.
+
+    Raises:
+        RecordError: the directory cannot be written.
     """
+    try:
+        return _write(results, directory)
+    except OSError as error:
+        raise RecordError(
+            f"{directory}: the report cannot be written: {error.strerror or error}; make room, or name another directory"
+        ) from error
+
+
+def _write(results: Results, directory: Path) -> Written:
     directory.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    for name, figure in draw_figures(results).items():
-        pictures.append(save(figure, directory / "figures" / f"{name}.png"))
+    pictures, failed = draw_figures(results, directory / "figures")
+    results = dataclasses.replace(results, findings=[*results.findings, *failed])
     written = Written(
         html=directory / "report.html",
         markdown=directory / "report.md",
@@ -79,15 +88,20 @@ def write_report(results: Results, directory: Path) -> Written:
     return written
 
 
-def draw_figures(results: Results) -> dict[str, Figure]:
-    """Every figure that the records hold enough for, by name."""
-    figures = {}
+def draw_figures(results: Results, directory: Path) -> tuple[list[Path], list[Finding]]:
+    """Write every figure that the records hold enough for; a figure that fails is a warning, never the report's end."""
+    pictures, failed = [], []
     for name, draw in FIGURES.items():
         try:
-            figures[name] = draw(results)
+            pictures.append(save(draw(results), directory / f"{name}.png"))
         except NothingToShow:
             continue
-    return figures
+        except (OSError, RecordError):
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            failed.append(Finding("figure", "note", f"The figure {name} could not be drawn", reason))
+    return pictures, failed
 
 
 def render_html(results: Results, location: Path, pictures: dict[str, bytes] | None = None) -> str:
@@ -126,7 +140,7 @@ def render_html(results: Results, location: Path, pictures: dict[str, bytes] | N
         # Closing tags inside a script element would end it: plotly has none, the data must not.
         plotly=Markup(get_plotlyjs()),
         data=Markup(json.dumps(chart_data(results), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")),
-        link=lambda run: _relative(Path(run), location),
+        link=lambda run: escaping.href(Path(run), location),
         anchor=_slug,
         anchored=lambda key: key in anchors,
         row_anchor=lambda row: next((anchors[key] for key, first in first_rows.items() if first is row), ""),
@@ -135,25 +149,27 @@ def render_html(results: Results, location: Path, pictures: dict[str, bytes] | N
 
 def render_markdown(results: Results, location: Path, pictures: Sequence[Path] = ()) -> str:
     """The report as Markdown; pictures are linked where they lie."""
-    parts = [f"# {_title(results)}", results.study.description, _facts(results), results.study.under_way]
+    plain = escaping.markdown
+    top = (results.study.description, _facts(results), results.study.under_way)
+    parts = [f"# {plain(_title(results))}", *map(plain, top)]
     parts += [tables.markdown(tables.verdict(results)).replace("###", "##", 1)]
     parts += ["## Warnings"]
     parts += [
         "\n".join(
-            f"- **{'Serious' if finding.severity == 'serious' else 'Note'}: {finding.title}.** {finding.detail}"
+            f"- **{'Serious' if finding.severity == 'serious' else 'Note'}: {plain(finding.title)}.** {plain(finding.detail)}"
             for finding in results.findings
         )
         or "No guard had anything to say."
     ]
-    parts += ["## The verdict in sentences", "\n".join(f"- {sentence}" for sentence in _sentences(results))]
+    parts += ["## The verdict in sentences", "\n".join(f"- {plain(sentence)}" for sentence in _sentences(results))]
     parts += ["## Figures"] if pictures else []
-    parts += [f"![{_caption(path.stem)}]({_relative(path, location)})" for path in pictures]
+    parts += [f"![{_caption(path.stem)}]({escaping.href(path, location)})" for path in pictures]
     parts += ["## Tables"]
     for name, make in tables.TABLES.items():
         table = make(results)
         if table and name not in ("verdict", "runs"):
             parts.append(tables.markdown(_relinked(table, location)))
-    parts += ["## How it was measured", *method(results)]
+    parts += ["## How it was measured", *map(plain, method(results))]
     parts += [tables.markdown(_relinked(tables.runs(results), location)).replace("###", "##", 1)]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
@@ -391,14 +407,10 @@ def _slug(key: CellKey) -> str:
     return "runs-" + re.sub(r"[^A-Za-z0-9]+", "-", "-".join(map(str, key))).strip("-").lower()
 
 
-def _relative(path: Path, location: Path) -> str:
-    return Path(os.path.relpath(path, location)).as_posix()
-
-
 def _relinked(table: Table, location: Path) -> Table:
     rows = tuple(
         tuple(
-            Cell(cell.text, cell.sort, cell.source, cell.tone, _relative(Path(cell.href), location))
+            Cell(cell.text, cell.sort, cell.source, cell.tone, escaping.href(Path(cell.href), location))
             if cell.href
             else cell
             for cell in row
@@ -410,14 +422,14 @@ def _relinked(table: Table, location: Path) -> Table:
 
 def _rounded(values: Any, digits: int) -> list[float | None]:
     """Lists for JSON: so many significant digits, null for what is not finite."""
-    return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in np.asarray(values, float)]
+    return [significant(value, digits) if math.isfinite(value) else None for value in np.asarray(values, float)]
 
 
 def _rich(table: Table, columns: Sequence[int]) -> RichTable:
     """A table for the terminal, with the columns that fit."""
-    shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    shown = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
     for column in columns:
-        shown.add_column(table.columns[column], justify="right" if column in table.numeric else "left")
+        shown.add_column(Text(table.columns[column]), justify="right" if column in table.numeric else "left")
     for row in table.rows:
         shown.add_row(*(Text(row[column].text, style=_TONES.get(row[column].tone, "")) for column in columns))
     return shown

@@ -172,8 +172,8 @@ class Results:
                     "currency": one.currency,
                     "threshold": one.claim.threshold,
                     "verdict": one.claim.verdict,
-                    "p": one.claim.p,
-                    "adjusted_p": one.claim.adjusted_p,
+                    "p": _number(one.claim.p),
+                    "adjusted_p": _number(one.claim.adjusted_p),
                     "family": one.family,
                     "horizon": one.speed_up.horizon,
                     "estimate": _number(one.speed_up.estimate),
@@ -214,8 +214,8 @@ class Results:
             "beta2_gamma_grid": None
             if self.grid is None
             else {
-                "gamma": list(self.grid.gammas),
-                "beta2": list(self.grid.betas),
+                "gamma": [_number(gamma) for gamma in self.grid.gammas],
+                "beta2": [_number(beta) for beta in self.grid.betas],
                 "loss": [[_number(loss) for loss in row] for row in self.grid.losses],
                 "runs": [self.link(run.directory) for run in self.grid.runs],
             },
@@ -248,6 +248,12 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
         ValueError: the baseline has no finished reported run.
     """
     if against_baseline and not any(study.endpoints(study.baseline, model) for model in study.models):
+        settings = [arm for arm in study.arms if arm.startswith(f"{study.baseline} (")]
+        if settings:
+            raise ValueError(
+                f"these runs are a sweep, {len(settings)} settings of the baseline {study.baseline!r}: compare them with "
+                f"scripts/compare.py, or name one of them, --baseline {settings[0]!r}"
+            )
         raise ValueError(
             f"no finished reported run of the baseline {study.baseline!r} in {study.name}: run it first, or name "
             f"another baseline (arms: {', '.join(study.arms) or 'none'})"
@@ -313,7 +319,10 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
 
 
 def write_json(results: Results, path: Path) -> None:
-    """The results for machines. Strict JSON: what is not finite is null."""
+    """The results for machines. Strict JSON: what is not finite is null.
+
+    Numbers have six significant digits: further ones differ from one processor to the next.
+    """
     write_atomically(path, json.dumps(results.as_json(), indent=1, allow_nan=False) + "\n")
 
 
@@ -532,5 +541,10 @@ def _trends(study: Study, results: Sequence[SpeedUp]) -> list[Trend]:
     return trends
 
 
+def significant(value: float, digits: int = 6) -> float:
+    """The value to so many significant digits; a whole number stays as it is."""
+    return float(value) if float(value).is_integer() else float(f"{value:.{digits}g}")
+
+
 def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    return significant(value) if math.isfinite(value) else None

@@ -116,9 +116,12 @@ def comparable_runs(study: Study, keys: Sequence[str], *, prefix: str = "sophia"
         run = trial.run
         if run is None or not run.completed or not run.optimizer.startswith(prefix):
             continue
+        values = flatten(run.config)
+        if any(key not in values for key in keys):
+            continue
         rest = {
             key: value
-            for key, value in flatten(run.config).items()
+            for key, value in values.items()
             if key not in keys and not is_under(key, (*INCIDENTAL, *TIMING, "seed", "seeds"))
         }
         if "optimizer.betas" in keys:

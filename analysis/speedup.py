@@ -458,8 +458,9 @@ def _test(one: _Paired, together: Sequence[_Paired], baseline: Baseline, log_rat
         weights=np.full((len(members), 1, horizons), 1 / horizons),
         present=np.ones((len(members), 1), dtype=bool),
     )
-    clock = clock_variance * baseline.curve.slope(one.baseline_log_tokens(log_ratio)) ** 2
-    clock = np.where(clock_variance > _ROUNDING**2, clock, 0.0)  # also where the curve has no slope, a single horizon
+    # A single horizon has no slope: what is tested there is the loss after the whole run, whatever the clock said.
+    slope = np.nan_to_num(baseline.curve.slope(one.baseline_log_tokens(log_ratio)), nan=0.0)
+    clock = np.where(clock_variance > _ROUNDING**2, clock_variance, 0.0) * slope**2
     both = variance + clock
     with np.errstate(divide="ignore", invalid="ignore"):
         welch = np.where(clock > 0, both**2 / (variance**2 / freedom + clock**2 / clock_freedom), freedom)

@@ -4,10 +4,10 @@ stands beside what others published."""
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from analysis import escaping
 from analysis.colours import label
 from analysis.reference import PublishedLoss, load_reference
 from analysis.results import Results, model_sizes
@@ -26,7 +26,7 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
     """
     parts = [
         verdict(results, directory, page, arm),
-        f"![Speed-ups with their intervals]({_link(directory, page)}/figures/{FIGURE}.png)",
+        f"![Speed-ups with their intervals]({escaping.href(directory, page.parent)}/figures/{FIGURE}.png)",
         limits(results, _models(results, arm)),
         markdown(side_by_side(results, arm)).split("\n", 2)[2],
     ]
@@ -35,14 +35,14 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
 
 def verdict(results: Results, directory: Path, page: Path, arm: str) -> str:
     """The section's first part alone: the arm's verdict, three sentences a model. Arguments as of `section`."""
-    study, place = results.study, _link(directory, page)
+    study, place = results.study, escaping.href(directory, page.parent)
     parts = [
         f"**{label(arm)} against a tuned {label(study.baseline)}** ([report]({place}/report.md), {_runs(results)}):"
     ]
     if study.under_way:
-        parts.insert(0, study.under_way)
+        parts.insert(0, escaping.markdown(study.under_way))
     for model in _models(results, arm):
-        parts.append("\n".join(f"- {sentence}" for sentence in results.sentences(arm, model)))
+        parts.append("\n".join(f"- {escaping.markdown(sentence)}" for sentence in results.sentences(arm, model)))
     return "\n\n".join(part.strip() for part in parts)
 
 
@@ -151,10 +151,6 @@ def _models(results: Results, arm: str) -> list[str]:
     """Those on which the arm was reported."""
     told = {one.model for one in results.headlines if one.arm == arm}
     return [model for model in results.study.models if model in told]
-
-
-def _link(directory: Path, page: Path) -> str:
-    return Path(os.path.relpath(directory, page.parent)).as_posix()
 
 
 def _runs(results: Results) -> str:

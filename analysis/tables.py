@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis import escaping
 from analysis.colours import label
 from analysis.records import CURRENCIES, Currency
 from analysis.reference import load_reference
@@ -618,21 +619,25 @@ TABLES: Mapping[str, Callable[[Results], Table]] = {
 
 def markdown(table: Table) -> str:
     """GitHub's table, title and note included."""
-    lines = [f"### {table.title}", ""]
-    lines.append("| " + " | ".join(table.columns) + " |")
+    lines = [f"### {escaping.markdown(table.title)}", ""]
+    lines.append("| " + " | ".join(map(_in_row, table.columns)) + " |")
     lines.append("| " + " | ".join("---:" if i in table.numeric else "---" for i in range(len(table.columns))) + " |")
     for row in table.rows:
         lines.append("| " + " | ".join(_markdown_cell(cell) for cell in row) + " |")
     if table.note:
-        lines += ["", table.note]
+        lines += ["", escaping.markdown(table.note)]
     return "\n".join(lines) + "\n"
 
 
 def _markdown_cell(cell: Cell) -> str:
-    text = cell.text.replace("|", "\\|")
+    text = _in_row(cell.text)
     if cell.tone in ("supported", "not supported"):
         text = f"**{text}**"
     return f"[{text}]({cell.href})" if cell.href else text
+
+
+def _in_row(text: str) -> str:
+    return escaping.markdown(text).replace("|", "\\|")
 
 
 def _speed_up_rows(results: Sequence[SpeedUp]) -> list[tuple[Cell, ...]]:

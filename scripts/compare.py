@@ -1,30 +1,43 @@
-"""Compare runs of one horizon: `python scripts/compare.py runs/a runs/b [--baseline adamw] [--plot curves.png]`."""
+"""Compare runs of one horizon, single ones or a sweep: a table and a picture.
+
+    python scripts/compare.py runs/*
+    python scripts/compare.py runs/<adamw> runs/<sophiag> --baseline adamw --plot curves.png
+
+Of a sweep each optimizer's best setting is shown, a mean over its seeds. The picture is comparison.png beside the runs.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
-from analysis.compare import compare_runs
+from analysis.compare import compare_runs, find_run_directories
+from training.command import refuse
 from training.records import RecordError
+from training.terminal import SafeConsole, printable
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="A table and a plot of a few runs of one horizon and one seed.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories, one of the baseline among them")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories, some of the baseline among them")
     parser.add_argument("--baseline", default="adamw", help="the optimizer that the others are held against")
-    parser.add_argument("--plot", type=Path, help="write the curves to this file (.png, .svg, .pdf)")
+    parser.add_argument(
+        "--plot", type=Path, help="the picture (.png, .svg, .pdf; default: comparison.png beside the runs)"
+    )
     options = parser.parse_args(arguments)
     try:
-        comparison = compare_runs(options.runs, baseline=options.baseline)
+        directories, others = find_run_directories(options.runs)
+        comparison = compare_runs(directories, baseline=options.baseline)
+        picture = comparison.plot(options.plot or directories[0].absolute().parent / "comparison.png")
     except (OSError, RecordError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    console = Console()
+        return refuse(error)
+    for what, which in (("no run record", map(str, others)), ("not ended", comparison.left_out)):
+        if named := "; ".join(which):
+            print(printable(f"passed over, {what}: {named}"), file=sys.stderr)
+    console = SafeConsole()
     console.print(comparison.table())
-    if options.plot:
-        console.print(f"curves: {comparison.plot(options.plot)}")
+    if comparison.is_sweep:
+        console.print(comparison.tried())
+    console.print(f"curves: {picture}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from training.command import refuse
 from training.config import ConfigurationError
+from training.terminal import SafeConsole, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,8 +59,6 @@ def evaluate(options: argparse.Namespace) -> int:
         if value is not None and value < least:
             raise ConfigurationError(f"--{name.replace('_', '-')} {value}: expected a number of at least {least}")
 
-    from rich.console import Console
-
     from training.export import export, quiet_transformers
     from training.inference import choose_device, open_trained
 
@@ -69,7 +68,7 @@ def evaluate(options: argparse.Namespace) -> int:
         if not (options.model / "config.json").is_file():
             trained = open_trained(options.model, tokens=options.token_directory)
             for line in trained.passed_over:
-                print(f"passed over: {line}", file=sys.stderr)
+                print(printable(f"passed over: {line}"), file=sys.stderr)
             directory = Path(temporary) / "export"
             export(trained, directory)
             home = options.model if trained.run is None else trained.run.directory
@@ -86,7 +85,7 @@ def evaluate(options: argparse.Namespace) -> int:
             precision=options.precision,
             include_path=options.include_path,
         )
-    console = Console()
+    console = SafeConsole(markup=False)
     console.print(table(str(options.model), results))
     downstream.write_results(output, results)
     console.print(f"results: {output}", highlight=False, soft_wrap=True)
@@ -96,11 +95,12 @@ def evaluate(options: argparse.Namespace) -> int:
 def table(title: str, results: Sequence["TaskResult"]) -> "Table":
     """A row for each metric of each task, and for each suite the mean over its tasks."""
     from rich.table import Table
+    from rich.text import Text
 
     from training.downstream import suite_mean
 
     step = results[0].step if results else None
-    shown = Table(title=title if step is None else f"{title}, step {step:,}", title_justify="left")
+    shown = Table(title=Text(title if step is None else f"{title}, step {step:,}"), title_justify="left")
     for heading in ("task", "shots", "examples"):
         shown.add_column(heading, justify="left" if heading == "task" else "right")
     shown.add_column("metric")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training.command import refuse
+from training.terminal import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,12 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         trained = open_trained(options.run, tokens=options.token_directory)
         for line in trained.passed_over:
-            print(f"passed over: {line}", file=sys.stderr)
+            print(printable(f"passed over: {line}"), file=sys.stderr)
         with quiet_transformers():
             difference = export(trained, options.directory, overwrite=options.overwrite)
     except (*OPENING_ERRORS, ExportError) as error:
         return refuse(error)
-    print(f"{options.directory}: {trained.checkpoint}; transformers gives its logits to {difference:.1g} and its ids")
+    said = f"{options.directory}: {trained.checkpoint}; transformers gives its logits to {difference:.1g} and its ids"
+    print(printable(said))
     return 0
 
 

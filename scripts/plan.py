@@ -16,12 +16,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from training.cluster import split_cluster
+from training.command import refuse
 from training.config import ConfigurationError
 from training.plan_tables import check_tables, model_table, print_plan, write_check
 from training.planner import OPTIMIZERS, make_plan
+from training.records import write_atomically
+from training.terminal import SafeConsole
 
 RESULTS = Path("results/planner")
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"of --check (default: {RESULTS})")
     options = parser.parse_args(arguments)
     logging.getLogger("torch").setLevel(logging.ERROR)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = SafeConsole(width=None if sys.stdout.isatty() else 120)
     try:
         if options.check:
             written = write_check(options.output, tell=lambda line: console.print(line, highlight=False))
@@ -50,15 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         plan = make_plan(overrides, cluster, [name for name in options.optimizers.split(",") if name])
     except ConfigurationError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refuse(error)
     print_plan(plan, console)
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        partial = options.json.with_name(options.json.name + ".partial")
-        partial.write_text(json.dumps(plan.as_dictionary(), indent=1) + "\n")
-        partial.replace(options.json)
-        console.print(f"written: {options.json}", highlight=False)
+        try:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(options.json, json.dumps(plan.as_dictionary(), indent=1) + "\n")
+        except OSError as error:
+            reason = f"--json {options.json} cannot be written: {error.strerror}; name another file"
+            return refuse(ConfigurationError(reason))
+        console.print(f"written: {options.json}", highlight=False, markup=False)
     return 0
 
 

@@ -8,7 +8,9 @@ from analysis.figures import FIGURES, NothingToShow, save
 from analysis.results import analyse
 from analysis.tables import TABLES, markdown
 from analysis.trials import load_study
+from training.command import refuse
 from training.records import RecordError
+from training.terminal import printable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         study = load_study(options.paths, baseline=options.baseline)
         results = analyse(study, against_baseline=False)
         if options.table:
-            print(markdown(TABLES[options.name](results)))
+            print(printable(markdown(TABLES[options.name](results))), end="")
             return 0
         for name in FIGURES if options.name == "all" else [options.name]:
             output = options.output or Path(f"{name}.png")
@@ -44,10 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
             except NothingToShow as reason:
                 if options.name != "all":
                     raise
-                print(f"{name}: {reason}", file=sys.stderr)
+                print(printable(f"{name}: {reason}"), file=sys.stderr)
     except (OSError, RecordError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        return refuse(error)
     return 0
 
 

@@ -5,12 +5,12 @@ import os
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from analysis.report import print_summary, write_report
 from analysis.results import analyse
 from analysis.trials import INDEX_FILE, load_study
+from training.command import refuse
 from training.records import RecordError
+from training.terminal import SafeConsole
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,11 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
         results = analyse(load_study(options.paths, baseline=options.baseline))
         written = write_report(results, options.output or study_directory or Path("report"))
     except (OSError, RecordError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    console = Console()
+        return refuse(error)
+    console = SafeConsole()
     print_summary(results, console)
-    console.print(f"report: {written.html}  {written.markdown}  {written.json}")
+    console.print(f"report: {written.html}  {written.markdown}  {written.json}", markup=False)
     return 0
 
 

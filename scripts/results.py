@@ -9,14 +9,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from analysis.pages import write_part
 from analysis.report import print_summary, write_report
 from analysis.results import analyse
 from analysis.standing import section, verdict
 from analysis.trials import load_study
+from training.command import refuse
 from training.records import RecordError
+from training.terminal import SafeConsole
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,10 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         written = write_report(results, options.study)
         told = verdict if options.brief else section
         write_part(options.page, options.part, told(results, options.study, options.page, options.arm))
-    except (FileNotFoundError, RecordError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    console = Console()
+    except (OSError, RecordError, ValueError) as error:
+        return refuse(error)
+    console = SafeConsole()
     print_summary(results, console)
     console.print(f"report: {written.html}\npage: {options.page}", highlight=False)
     return 0

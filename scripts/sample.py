@@ -16,6 +16,7 @@ from pathlib import Path
 
 from training.command import refuse
 from training.config import ConfigurationError
+from training.terminal import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +60,7 @@ def sample(options: argparse.Namespace) -> int:
     sampling = Sampling(options.temperature, options.top_k or None, options.top_p)
     trained = open_trained(options.run, device=choose_device(options.device), tokens=options.token_directory)
     for line in trained.passed_over:
-        print(f"passed over: {line}", file=sys.stderr)
+        print(printable(f"passed over: {line}"), file=sys.stderr)
     tokenizer, context = trained.tokenizer, trained.model.config.block_size
     prompt = [int(token) for token in tokenizer.encode(options.prompt)]
     if len(prompt) > context:
@@ -69,7 +70,7 @@ def sample(options: argparse.Namespace) -> int:
         )
     for number in range(options.samples):
         seed = options.seed + number
-        print(f"{trained.checkpoint}, seed {seed}:", file=sys.stderr, flush=True)
+        print(printable(f"{trained.checkpoint}, seed {seed}:"), file=sys.stderr, flush=True)
         write(tokenizer.decode(prompt))
         drawn = generate(
             trained.model, prompt or [tokenizer.end_of_text], options.tokens, sampling, seed, tokenizer.end_of_text
@@ -82,10 +83,7 @@ def sample(options: argparse.Namespace) -> int:
 
 def write(text: str) -> None:
     """Print at once. On a terminal, control characters, of which an untrained model is full, are shown, not obeyed."""
-    if sys.stdout.isatty():
-        pictures = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-        text = text.translate(pictures | dict.fromkeys(range(128, 160), 0xFFFD))
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

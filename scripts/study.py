@@ -24,6 +24,7 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from analysis.report import print_summary, write_report
 from analysis.results import analyse
@@ -41,6 +42,7 @@ from training.command import refuse
 from training.config import ConfigurationError
 from training.jobs import at_once, launch
 from training.records import RecordError
+from training.terminal import SafeConsole, printable
 
 # What may be said on the command line: how the runs are run. What determines their curves belongs in the study file.
 RUN_TIME = ("tracker", "launcher", "strategy", "checkpoint", "train.micro_batch_size", "train.compile", "train.device")
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--start", type=float, default=10.0, help="plan: seconds that a run takes to start and compile")
     options = parser.parse_args(arguments)
-    console = Console(stderr=options.command in ("run", "times", "verify"))
+    console = SafeConsole(stderr=options.command in ("run", "times", "verify"))
     try:
         study, launcher, extras = split(options.overrides)
         spec = load_spec(study)
@@ -90,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for path in write_sweeps(spec, options.sweeps or places.records / "sweeps"):
                     console.print(f"wandb sweep {path}", highlight=False)
     except (ConfigurationError, FileNotFoundError, RecordError, RuntimeError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(printable(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
     except OSError as error:
         return refuse(cannot_use(error, options.records))
@@ -131,7 +133,7 @@ def run(
     sitting = run_study(spec, places, launching, at_once=together, hours=hours, tell=tell_to(console))
     console.print(f"{sitting.ran} trials ended in this sitting; records and index in {places.records}", highlight=False)
     if sitting.finished:
-        return report(places, Console())
+        return report(places, SafeConsole())
     return EXIT_INTERRUPTED if sitting.interrupted else 1
 
 
@@ -140,7 +142,7 @@ def report(places: Places, console: Console) -> int:
     results = analyse(load_study([places.records]))
     written = write_report(results, places.records)
     print_summary(results, console)
-    console.print(f"report: {written.html}", highlight=False)
+    console.print(f"report: {written.html}", highlight=False, markup=False)
     return 0
 
 
@@ -149,7 +151,7 @@ def verify_records(places: Places, console: Console) -> int:
     results = verify(load_study([places.records]), places.work / "verify", places.records, tell=tell_to(console))
     apart = unequal(results)
     for line in apart:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if not apart:
         most = max(one.difference for one in results)
         console.print(f"{len(results)} runs are what their records say, to {most:.2g} nats", highlight=False)
@@ -183,7 +185,7 @@ def plan_table(spec: StudySpec, speeds: Mapping[str, float], start_seconds: floa
     for (model, arm), cost in planned.items():
         hours = [] if not speeds else ["" if cost.seconds is None else f"{cost.seconds / 3600:,.2f}"]
         numbers = str(cost.tuning), str(cost.reporting), f"{cost.steps:,}", f"{cost.tokens / 1e6:,.1f}"
-        table.add_row(model, arm, *numbers, *hours)
+        table.add_row(Text(model), Text(arm), *numbers, *hours)
     trials = sum(cost.tuning + cost.reporting for cost in planned.values())
     table.caption = f"{trials:,} trials, {sum(cost.tokens for cost in planned.values()):.3g} tokens"
     known = [cost.seconds for cost in planned.values() if cost.seconds is not None]
@@ -211,8 +213,8 @@ def status_table(spec: StudySpec, places: Places) -> Table:
         ended = done.get((arm, model, horizon, phase), [])
         lost = ended.count("diverged")
         table.add_row(
-            model,
-            arm,
+            Text(model),
+            Text(arm),
             f"{horizon:,}",
             phase,
             str(len(ended)),
@@ -225,7 +227,7 @@ def status_table(spec: StudySpec, places: Places) -> Table:
 
 def _table(title: str, *names: str) -> Table:
     """Columns of names first; where the terminal is narrow, it is not these that are cut."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in names:
         table.add_column(name, no_wrap=True)
     return table

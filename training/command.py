@@ -25,6 +25,7 @@ from training.compose import (
 from training.config import ConfigurationError, RunConfig, RunHeldError, SlurmLauncherConfig
 from training.launch import EXIT_HELD, in_job, run_in_job, start_ranks
 from training.sweep import sweep
+from training.terminal import printable
 
 EXIT_CONFIGURATION = 2
 
@@ -60,7 +61,7 @@ def start(config: RunConfig) -> int:
 def refuse(error: Exception) -> int:
     """One line on rank 0's standard error, and the exit code of what cannot be run: not at all, or not now."""
     if _rank() == 0:
-        line = " ".join(str(error).split())
+        line = printable(" ".join(str(error).split()))
         print(f"error: {line}", file=sys.stderr, flush=True)
     return EXIT_HELD if isinstance(error, RunHeldError) else EXIT_CONFIGURATION
 

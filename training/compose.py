@@ -49,7 +49,7 @@ QUIET = (
     "hydra/hydra_logging=none",
     "hydra.output_subdir=null",
     "hydra.run.dir=.",
-    "hydra.sweep.dir=${output_dir}",
+    "hydra.sweep.dir=${output_dir}/.sweep",
     "hydra.sweep.subdir=.",
 )
 CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"

@@ -209,18 +209,35 @@ def _load_model(directory: Path, precision: str, device: str) -> tuple[Any, Any]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
+        _refuse_code(directory)
         model = AutoModelForCausalLM.from_pretrained(
             directory,
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
         )
         model.to(device)  # type: ignore[arg-type]
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except ConfigurationError:
+        raise
+    except Exception as error:  # transformers meets a damaged directory with exceptions of many libraries
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigurationError(f"{directory} holds no model that transformers can load: {reason}") from error
     return model.eval(), tokenizer
+
+
+def _refuse_code(directory: Path) -> None:
+    """transformers would ask on the terminal whether to run it.
+
+    Raises:
+        ConfigurationError: a file of the directory names code to be run with the model.
+    """
+    for path in (directory / "config.json", directory / "tokenizer_config.json"):
+        if path.is_file() and "auto_map" in json.loads(path.read_text()):
+            raise ConfigurationError(
+                f"{path}: auto_map names code that would be run; remove it if transformers has the model's class itself"
+            )
 
 
 @contextlib.contextmanager
@@ -255,7 +272,7 @@ def _metrics(values: dict[str, Any], higher_is_better: dict[str, bool | None]) -
 def _step_of(directory: Path) -> int | None:
     try:
         return json.loads((directory / TRAINING_FILE).read_text())["step"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -271,7 +288,7 @@ def read_results(path: Path) -> list[TaskResult]:
             TaskResult(**(entry | {"metrics": {name: Metric(**metric) for name, metric in entry["metrics"].items()}}))
             for entry in content["results"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecordError(f"{path} holds no downstream results ({error}); name another file with --output") from error
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from data.files import entries, sync_directory
 from data.tokenizers import END_OF_TEXT, TOKENIZER_FILE, Tokenizer
@@ -71,9 +72,10 @@ def export(trained: TrainedModel, directory: Path, *, overwrite: bool = False) -
             raise
         sync_directory(place.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConfigurationError(
-            f"{directory} cannot be written: {error.strerror or error}; make room, or choose another directory"
+            f"{directory} cannot be written: {reason}; make room, or choose another directory"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

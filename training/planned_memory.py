@@ -32,7 +32,7 @@ from data.batches import Batch
 from models import GPT2, GPT2Config
 from sophia.kernels import Form
 from training import planned_zero
-from training.config import DDPConfig, DeepSpeedConfig, FSDPConfig, RunConfig, micro_batch_size
+from training.config import AdaHessianConfig, DDPConfig, DeepSpeedConfig, FSDPConfig, RunConfig, micro_batch_size
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
 from training.ledger import Ledger
@@ -325,7 +325,9 @@ def _make_state(config: RunConfig, strategy: Strategy, trace: MemoryTrace, devic
             optimizer._form = Form(foreach=foreach, compile=bool(config.train.compile))
     for parameter in strategy.parameters().values():
         parameter.grad = torch.zeros_like(parameter)
-    if CurvaturePass.of(config.optimizer, 0, 1, 1) is not None:
+    if isinstance(config.optimizer, AdaHessianConfig):  # which takes no other estimates
+        strategy.update_hessian(estimates=[torch.zeros_like(p) for p in strategy.parameters().values()])
+    elif CurvaturePass.of(config.optimizer, 0, 1, 1) is not None:
         strategy.update_hessian(num_predictions=1)
     strategy.step(None)
     for optimizer in strategy.optimizers:

@@ -45,6 +45,8 @@ GPT2_VOCABULARY = 50257
 MOST_GPUS = 4096
 #: float32 numbers that an update reads and writes for each parameter, with the gradient and the weight.
 UPDATE_ACCESSES = {"adamw": 7, "lion": 5, "signum": 5, "sophiag": 6, "sophiah": 6, "adahessian": 6, "muon": 5}
+#: Of an optimizer that is not listed, which is taken to keep two numbers for each parameter, as AdamW does.
+OTHER_UPDATE_ACCESSES = 7
 #: Reads and writes of folding an estimate into h.
 REFRESH_ACCESSES = 3
 NEWTON_SCHULZ_STEPS = 5
@@ -149,7 +151,7 @@ def make_plan(
     With `search`, settings that fit are looked for where the overrides' own do not.
 
     Raises:
-        ConfigurationError: the overrides are no valid run.
+        ConfigurationError: the overrides are no valid run, or an optimizer does not exist.
     """
     composed, notes = compose_for(overrides, cluster)
     config, shape = composed, planned_shape(composed)
@@ -158,9 +160,11 @@ def make_plan(
     chosen = config.optimizer.name
     plans: list[OptimizerPlan] = []
     refused: dict[str, str] = {}
+    others = dict.fromkeys(name for name in optimizers if name != chosen)
+    sections = {name: compose_dictionary([f"optimizer={name}"])["optimizer"] for name in others}
     for name in dict.fromkeys((*optimizers, chosen)):
         try:
-            other = with_optimizer(config, name, notes)
+            other = config if name == chosen else with_optimizer(config, sections[name], notes)
         except ConfigurationError as error:
             refused[name] = str(error)
             continue
@@ -231,11 +235,8 @@ def fitting_micro_batch(train: dict[str, Any], gpus: int, notes: list[str]) -> i
     return nearest
 
 
-def with_optimizer(config: RunConfig, name: str, notes: list[str]) -> RunConfig:
-    """The same run with another optimizer, at its group's defaults; Hutchinson by differences where it must be."""
-    if name == config.optimizer.name:
-        return config
-    section = compose_dictionary([f"optimizer={name}"])["optimizer"]
+def with_optimizer(config: RunConfig, section: dict[str, Any], notes: list[str]) -> RunConfig:
+    """The same run with another optimizer's section; Hutchinson by differences where it must be."""
     values = config.model_dump(mode="json") | {"optimizer": section}
     try:
         return validate(values)
@@ -243,7 +244,9 @@ def with_optimizer(config: RunConfig, name: str, notes: list[str]) -> RunConfig:
         if section.get("estimator") != "hutchinson":
             raise
         section["estimator"] = "hutchinson_differences"
-        notes.append(f"{name}: optimizer.estimator=hutchinson_differences, since double backward fails on shards")
+        notes.append(
+            f"{section['name']}: optimizer.estimator=hutchinson_differences, since double backward fails on shards"
+        )
         return validate(values)
 
 
@@ -334,7 +337,8 @@ def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, t
             work += estimates * rows * length * recomputed
         one = max(work / rate_of_pass, sum(traffic.curvature_pass.values()) / cluster.link_bandwidth)
         curvature_seconds = (one + REFRESH_ACCESSES * FLOAT32 * mine / memory_rate) / curvature.interval
-    update = UPDATE_ACCESSES[config.optimizer.name] * FLOAT32 * mine / memory_rate
+    accesses = UPDATE_ACCESSES.get(config.optimizer.name, OTHER_UPDATE_ACCESSES)
+    update = accesses * FLOAT32 * mine / memory_rate
     if isinstance(config.optimizer, MuonConfig):  # every rank does all of it
         update += newton_schulz_flops(shape) / (cluster.bf16_tflops * 1e12 * cluster.utilisation)
     communication = sum(traffic.step.values()) / cluster.link_bandwidth

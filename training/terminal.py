@@ -4,14 +4,31 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.segment import Segment
 from rich.text import Text
 
 SECONDS_BETWEEN_PLAIN_LINES = 15.0
+# Of each control character but newline and tab, its picture.
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+_PICTURES |= dict.fromkeys(range(128, 160), 0xFFFD)
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: control characters, escape sequences with them, are shown and not obeyed."""
+    return text.translate(_PICTURES)
+
+
+class SafeConsole(Console):
+    """A console for names and texts out of records, of which a terminal obeys nothing."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 class _Metrics(ProgressColumn):

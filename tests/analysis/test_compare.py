@@ -1,12 +1,14 @@
 """A few runs side by side: the table says what was reached, when, and what the comparison is worth."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
 from analysis.compare import Comparison, compare_runs
+from scripts.compare import main
 from tests.analysis.synthetic import write_run
 
 
@@ -77,5 +79,107 @@ def test_a_diverged_arm_stands_in_the_table(tmp_path: Path) -> None:
 
 
 def test_a_missing_baseline_is_an_error_that_says_which_optimizers_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"0 of the 1 runs are of the baseline 'adamw' \(the optimizers are lion\)"):
+    with pytest.raises(ValueError, match=r"baseline 'adamw' \(the optimizers are lion\)"):
         compare_runs([write_run(tmp_path / "l", optimizer="lion", train_lines=False)])
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> list[Path]:
+    """What `-m optimizer=adamw,lion optimizer.lr=1e-3,3e-3 seed=0,1,2` leaves: the higher rate is better by 0.1 nats."""
+    finals = {"adamw": 4.6, "lion": 4.5}
+    return [
+        write_run(
+            tmp_path / "runs" / f"{optimizer}-{rate:g}-s{seed}",
+            optimizer=optimizer,
+            seed=seed,
+            final=final + 0.1 * (rate < 3e-3) + 0.001 * seed * (1 + (optimizer == "lion")),
+            config={"optimizer.lr": rate},
+            train_lines=False,
+        )
+        for optimizer, final in finals.items()
+        for rate in (1e-3, 3e-3)
+        for seed in (0, 1, 2)
+    ]
+
+
+def test_of_a_sweep_each_optimizers_best_setting_is_compared_over_its_seeds(sweep: list[Path]) -> None:
+    comparison = compare_runs(sweep)
+    assert [one.arm for one in comparison.arms] == ["adamw", "lion"]
+    assert all(one.setting.values == "lr=0.003" and len(one.setting.runs) == 3 for one in comparison.arms)
+    assert comparison.target == pytest.approx(4.601)
+    (lion,) = comparison.others
+    assert lion.difference is not None
+    assert lion.difference.estimate == pytest.approx(-0.099)
+    # t at 97.5% and two degrees of freedom, times the standard error of -0.1, -0.099 and -0.098.
+    assert lion.difference.high - lion.difference.estimate == pytest.approx(4.3027 * 0.001 / 3**0.5, rel=1e-3)
+    assert lion.to_target["steps"].reached
+    assert not comparison.warnings
+    assert "chosen on the seeds shown" in text_of(comparison)
+
+
+def test_the_command_compares_all_that_a_sweep_leaves_and_draws_it(
+    sweep: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = sweep[0].parent
+    (runs / "multirun.yaml").write_text("hydra: {}\n")
+    assert main(list(map(str, runs.iterdir()))) == 0
+    out, err = capsys.readouterr()
+    assert "Every setting that was tried" in out
+    assert str(runs / "comparison.png") in out
+    assert err == f"passed over, no run record: {runs / 'multirun.yaml'}\n"
+    with Image.open(runs / "comparison.png") as image:
+        assert image.width > 1000
+
+
+def test_a_setting_with_fewer_seeds_or_a_diverged_run_does_not_win(tmp_path: Path) -> None:
+    def run(rate: float, seed: int, final: float, **options: Any) -> Path:
+        config = {"optimizer.lr": rate}
+        return write_run(
+            tmp_path / f"{rate}-{seed}", seed=seed, final=final, config=config, train_lines=False, **options
+        )
+
+    runs = [
+        run(1e-3, 0, 4.6),
+        run(1e-3, 1, 4.6),
+        run(2e-3, 0, 4.0),
+        run(4e-3, 0, 4.0),
+        run(4e-3, 1, 9.0, status="diverged"),
+    ]
+    comparison = compare_runs(runs)
+    assert comparison.baseline.setting.values == "lr=0.001"
+    assert [one.outcome for one in comparison.settings] == ["4.6000", "4.0000", "1 of 2 diverged"]
+
+
+def test_a_run_that_has_not_ended_is_named_and_left_out(sweep: list[Path]) -> None:
+    summary = sweep[0] / "summary.json"
+    summary.write_text(summary.read_text().replace('"completed"', '"preempted"'))
+    assert compare_runs(sweep).left_out == [f"{sweep[0]}: adamw, preempted"]
+    with pytest.raises(ValueError, match="preempted; the same command again resumes"):
+        compare_runs(sweep[:1])
+
+
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lion = write_run(tmp_path / "l", optimizer="lion", train_lines=False)
+    for arguments in (
+        [tmp_path / "nowhere"],
+        [tmp_path],
+        [lion],
+        [lion, "--baseline=lion", f"--plot={lion}/summary.json/x.png"],
+    ):
+        assert main(list(map(str, arguments))) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_names_out_of_records_reach_no_terminal_and_no_mathematics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = "\x1b]0;owned\x07[/bold] $\\frac$"
+    runs = [
+        write_run(tmp_path / "a", train_lines=False),
+        write_run(tmp_path / "l", config={"optimizer.name": hostile}, train_lines=False),
+    ]
+    assert main([*map(str, runs), "--plot", str(tmp_path / "curves.png")]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert "\u241b]0;o" in out

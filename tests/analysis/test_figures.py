@@ -1,13 +1,16 @@
 """Every figure of the paper comes from records by one command, and says what it misses where it cannot."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from analysis.figures import FIGURES, NothingToShow, save
 from analysis.reference import load_reference
+from analysis.report import draw_figures
 from analysis.results import Results, analyse
 from analysis.trials import load_study
 from scripts.plot import main as plot
@@ -107,3 +110,34 @@ def test_at_each_learning_rate_stability_shows_a_mean_over_seeds_and_not_the_luc
             write_run(tmp_path / f"{rate}{seed}", steps=4, seed=seed, final=loss, train_lines=False, config=config)
     figure = FIGURES["stability"](analyse(load_study([tmp_path]), against_baseline=False))
     assert figure.axes[0].get_lines()[0].get_ydata().tolist() == [3.5, 3.5, 3.5]
+
+
+def test_an_optimizer_without_betas_costs_the_momentum_figure_alone_its_points(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "synthetic", models={"tiny": 1e6})
+    for path in study.glob("runs/*-lion-*/config.yaml"):
+        content = yaml.safe_load(path.read_text())
+        del content["optimizer"]["betas"]
+        path.write_text(yaml.safe_dump(content))
+    figure = FIGURES["momentum"](analyse(load_study([study])))
+    assert [line.get_label() for line in figure.axes[0].lines] == ["AdamW, tiny", "Sophia-G, tiny"]
+
+
+def test_sophias_relatives_without_gamma_or_k_are_left_out_of_its_grids(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", steps=4, train_lines=False)
+    write_run(tmp_path / "s", steps=4, optimizer="sophiax", train_lines=False)
+    results = analyse(load_study([tmp_path]))
+    assert results.grid is None
+    with pytest.raises(NothingToShow):
+        FIGURES["interval"](results)
+
+
+def test_names_with_dollar_signs_are_drawn_as_they_are_written(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "synthetic", models={"tiny": 1e6})
+    odd = "$\\frac$"
+    index = (study / "study.json").read_text().replace('"tiny"', json.dumps(f"t{odd}"))
+    (study / "study.json").write_text(index.replace('"lion"', json.dumps(f"l{odd}")))
+    for path in study.glob("runs/*/config.yaml"):
+        path.write_text(path.read_text().replace("name: tiny", f"name: t{odd}").replace("name: lion", f"name: l{odd}"))
+    pictures, failed = draw_figures(analyse(load_study([study])), tmp_path / "figures")
+    assert not failed
+    assert len(pictures) > 8

@@ -5,10 +5,12 @@ import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from rich.console import Console
 
+from analysis.figures import FIGURES
 from analysis.report import Written, print_summary, render_html, write_report
 from analysis.results import Results, analyse
 from analysis.trials import load_study
@@ -108,8 +110,65 @@ def test_the_command_writes_all_formats_and_names_its_errors(
     study = write_study(tmp_path / "synthetic", models={"tiny": 1e6})
     assert report([str(study)]) == 0
     assert {"report.html", "report.md", "report.json", "figures"} <= {path.name for path in study.iterdir()}
-    assert report([str(tmp_path / "nowhere")]) == 1
+    assert report([str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_figure_that_fails_is_a_warning_in_the_report(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(results: Results) -> None:
+        raise KeyError("betas")
+
+    monkeypatch.setattr("analysis.report.FIGURES", {"grid": FIGURES["grid"], "momentum": broken})
+    written = write_report(results, tmp_path)
+    assert [path.name for path in written.figures] == ["grid.png"]
+    for page in (written.html, written.markdown, written.json):
+        assert "The figure momentum could not be drawn" in page.read_text()
+
+
+def test_a_full_disk_is_one_line(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    assert results.study.directory is not None
+    for module in ("report", "figures"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"analysis.{module}.FIGURES", {"grid": FIGURES["grid"]})
+            patch.setattr(f"analysis.{module}.write_atomically", full)
+            assert report([str(results.study.directory), "--output", str(tmp_path / "out")]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert "No space left on device" in err
+
+
+def test_a_sweep_is_one_line_that_says_what_to_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rate in (1e-3, 3e-3):
+        write_run(tmp_path / f"a{rate}", steps=4, config={"optimizer.lr": rate}, train_lines=False)
+    assert report([str(tmp_path)]) == 2
+    assert "scripts/compare.py, or name one of them, --baseline 'adamw (lr=0.001)'" in capsys.readouterr().err
+
+
+def test_a_directory_named_like_a_script_is_a_plain_link_and_markup_in_names_is_text(tmp_path: Path) -> None:
+    place = Path("javascript:alert(1)") / "a [b](c)#d"
+    for seed in (1, 2):
+        for optimizer in ("adamw", "<script>alert(1)</script>[x](javascript:alert)"):
+            directory = tmp_path / place / f"{optimizer[:3]}{seed}"
+            write_run(directory, seed=seed, steps=4, config={"optimizer.name": optimizer}, train_lines=False)
+    written = write_report(analyse(load_study([tmp_path])), tmp_path)
+    collector = Collector()
+    collector.feed(written.html.read_text())
+    links = [link for link in collector.links if not link.startswith("#")]
+    assert links
+    assert all((tmp_path / unquote(link) / "config.yaml").is_file() and ":" not in link for link in links)
+    assert "<script>alert" not in written.html.read_text()
+    text = written.markdown.read_text()
+    assert "&lt;script>alert(1)" in text
+    assert "<script" not in text
+    assert "](javascript:" not in text
 
 
 def test_a_text_that_looks_like_markup_stays_text(tmp_path: Path) -> None:

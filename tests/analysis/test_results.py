@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -196,3 +198,18 @@ def test_a_trend_against_size_comes_with_its_worth(results: Results) -> None:
     assert found.points == 4
     assert "extrapolation" in found.worth(tokens=1e9, parameters=1e9)
     assert math.isfinite(found.at(tokens=1e6, parameters=2e6).estimate)
+
+
+def test_json_has_no_digits_that_differ_between_processors(results: Results) -> None:
+    def numbers(value: Any) -> Iterator[float]:
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            for member in value:
+                yield from numbers(member)
+        elif isinstance(value, float):
+            yield value
+
+    found = list(numbers(results.as_json()))
+    assert len(found) > 100
+    assert all(value == float(f"{value:.6g}") or value.is_integer() for value in found)

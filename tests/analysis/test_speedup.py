@@ -11,6 +11,7 @@ import pytest
 from scipy import optimize
 
 from analysis.records import CURRENCIES, Currency
+from analysis.results import analyse
 from analysis.speedup import (
     CLAIM_CURRENCIES,
     Claim,
@@ -385,3 +386,16 @@ def test_losses_that_no_power_law_fits_are_called_a_bad_fit() -> None:
     assert fit_baseline(ends).lack_of_fit_p < 1e-3
     good = [cell("adamw", h, law(h * 1000) + rng.normal(0, 1e-3, 5)) for h in (1000, 2000, 4000, 8000)]
     assert fit_baseline(good).lack_of_fit_p > 0.01
+
+
+def test_on_the_clock_a_single_horizon_is_tested_by_its_losses(tmp_path: Path) -> None:
+    """The baseline's curve has no slope there, which is no reason to call a finite loss diverged."""
+    for seed in (1, 2, 3):
+        write_run(tmp_path / f"a{seed}", seed=seed, final=4.6 + noise(seed, scale=0.01), train_lines=False)
+        seconds = 0.05 + 0.002 * seed
+        options = {"final": 4.5 + noise(seed, 1, scale=0.01), "seconds_per_step": seconds}
+        write_run(tmp_path / f"l{seed}", optimizer="lion", seed=seed, train_lines=False, **options)
+    results = analyse(load_study([tmp_path]))
+    by_currency = {one.currency: one for one in results.speed_ups}
+    assert by_currency["seconds"].estimate_censored == by_currency["steps"].estimate_censored == "above"
+    assert not any(math.isnan(one.claim.p) for one in results.headlines)

@@ -3,10 +3,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +52,7 @@ metric_list:
   - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
 metadata: {{version: 2.0}}
 """
+DEEP = "[" * 100_000 + "]" * 100_000
 WITHOUT_DATA = "task: without_data\ndataset_path: nobody/nothing\noutput_type: loglikelihood\ntest_split: test\n"
 
 
@@ -192,6 +195,40 @@ def test_pickled_weights_are_not_read(
     torch.save({}, directory / "pytorch_model.bin")
     line = refused(main([str(directory), "--tasks", "choice", "--include-path", str(tasks)]))
     assert "holds no model that transformers can load" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        ("config.json", lambda c: c | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "no model that"),
+        ("config.json", lambda c: c | {"quantization_config": [1]}, "no model that transformers can load"),
+        ("config.json", lambda c: c | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map names code"),
+        (
+            "tokenizer_config.json",
+            lambda c: c | {"auto_map": {"AutoTokenizer": ["evil.T", None]}},
+            "auto_map names code",
+        ),
+        ("tokenizer.json", lambda c: None, "no model that transformers can load"),
+        ("tokenizer.json", lambda c: DEEP, "no model that transformers can load"),
+        ("config.json", lambda c: DEEP, "no model that transformers can load"),
+    ],
+)
+def test_a_directory_that_names_code_or_cannot_be_read_is_one_line(
+    name: str,
+    change: Callable[[Any], Any],
+    expected: str,
+    exported: Path,
+    tasks: Path,
+    tmp_path: Path,
+    refused: Callable[[int], str],
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(exported, directory)
+    (directory / "evil.py").write_text(f"open({str(tmp_path / 'exploded')!r}, 'w')")
+    changed = change(json.loads((directory / name).read_text()))
+    (directory / name).write_text(changed if changed is DEEP else json.dumps(changed))
+    assert expected in refused(main([str(directory), "--tasks", "choice", "--include-path", str(tasks)]))
+    assert not (tmp_path / "exploded").exists()
 
 
 def result(task: str, **metrics: Metric) -> TaskResult:

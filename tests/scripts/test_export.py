@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from data.tokenizers import END_OF_TEXT, gpt2
 from models import GPT2, GPT2Config
@@ -187,12 +188,23 @@ def _without_last_merge(trained: TrainedModel) -> object:
     return Forgetful("bpe", trained.tokenizer._ranks)
 
 
-def test_a_full_disk_leaves_nothing(trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_leaves_nothing(
+    error: Exception, trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(described: object) -> str:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(exporting, "_model_card", full)
-    with pytest.raises(exporting.ConfigurationError, match="cannot be written: No space left on device"):
+    with pytest.raises(
+        exporting.ConfigurationError, match=r"cannot be written: .*No space left on device.*; make room"
+    ):
         export(trained, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 

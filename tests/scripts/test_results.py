@@ -79,6 +79,6 @@ def test_a_page_without_the_part_is_refused_and_left_alone(
 ) -> None:
     page = tmp_path / "README.md"
     page.write_text("# Title\n")
-    assert rebuild([str(study), "--page", str(page)]) == 1
+    assert rebuild([str(study), "--page", str(page)]) == 2
     assert "<!-- results:begin -->" in capsys.readouterr().err
     assert page.read_text() == "# Title\n"

@@ -54,6 +54,7 @@ def test_trials_run_side_by_side_and_are_passed_over_the_second_time(tiny: list[
         assert steps(tmp_path / f"adamw-{seed}") == list(range(1, 13))
     assert run(["-m", *sweep[2:]]) == 0
     assert [resumed_at(tmp_path / f"adamw-{seed}") for seed in (0, 1)] == [[], []]
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["adamw-0", "adamw-1"]
 
 
 def test_jobs_of_two_tasks_are_told_of_the_time_limit_save_and_start_again(tiny: list[str], tmp_path: Path) -> None:

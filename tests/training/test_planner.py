@@ -13,7 +13,14 @@ from training.config import ConfigurationError, RunConfig
 from training.memory_trace import MemoryTrace
 from training.plan_tables import TOLERANCE, check_case
 from training.planned_memory import planned_memory
-from training.planner import largest_micro_batch, make_plan, newton_schulz_flops, planned_traffic
+from training.planner import (
+    UPDATE_ACCESSES,
+    largest_micro_batch,
+    make_plan,
+    newton_schulz_flops,
+    plan_optimizer,
+    planned_traffic,
+)
 
 SMALL = ("model=gpt2_nano", "train.sequence_length=64", "train.global_batch_size=16", "train.micro_batch_size=4")
 BF16 = ("train.precision=bf16", "train.compile=false")
@@ -236,3 +243,24 @@ def _parameters() -> list[torch.nn.Parameter]:
 
     with torch.device("meta"):
         return list(GPT2(shape()).parameters())
+
+
+def test_adahessian_which_takes_no_labels_is_planned_beside_another() -> None:
+    cluster, _ = split_cluster([])
+    planned = make_plan([*SMALL, *BF16], cluster, ["adamw", "adahessian"], search=False).optimizers
+    memory = {one.optimizer: sum(phase["curvature"] for phase in one.memory.values()) for one in planned}
+    assert memory["adahessian"] == memory["sophiag"] > memory["adamw"] == 0
+
+
+def test_an_optimizer_that_the_table_of_updates_lacks_is_planned_as_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster, _ = split_cluster([])
+    config = small("optimizer=adamw")
+    listed = plan_optimizer(config, shape(), cluster)
+    monkeypatch.delitem(UPDATE_ACCESSES, "adamw")
+    assert plan_optimizer(config, shape(), cluster).seconds == listed.seconds
+
+
+def test_an_optimizer_that_does_not_exist_is_refused() -> None:
+    cluster, _ = split_cluster([])
+    with pytest.raises(ConfigurationError, match=r"optimizer=nonsense: there is no such choice; choose one of .*adamw"):
+        make_plan([*SMALL, *BF16], cluster, ["adamw", "nonsense"])
