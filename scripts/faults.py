@@ -1,6 +1,6 @@
 """Break runs on purpose and count what survives: kills, damage, full disks, signals, bad input, hostile files.
 
-    python scripts/faults.py                    every campaign, a quarter of an hour on two cores (make test-faults)
+    python scripts/faults.py                    every campaign, half an hour on two cores (make test-faults)
     python scripts/faults.py kills signals      some of them
     python scripts/faults.py --report           docs/reliability.md's numbers from results/faults/ alone
 
@@ -74,10 +74,16 @@ def disks(corpus: Corpus, scratch: Path) -> Found:
 
 
 def signals(corpus: Corpus, scratch: Path) -> Found:
-    """SIGTERM, SIGINT and SIGUSR1 at random moments; the second signal; the last-moment save of a larger model."""
-    from tests.faults.stops import stop_again_and_again, stop_torchrun, stop_twice, time_of_a_large_save
+    """Every stop signal at random moments; the second signal; a large last-moment save; shards that shrink under a run."""
+    from tests.faults.stops import (
+        shrink_shards,
+        stop_again_and_again,
+        stop_torchrun,
+        stop_twice,
+        time_of_a_large_save,
+    )
 
-    for name in ("single", "ddp", "zero2", "torchrun"):
+    for name in ("single", "ddp", "zero2", "torchrun", "shards"):
         (scratch / name).mkdir()
     zero = ("strategy=deepspeed", "strategy.zero_stage=2")
     return {
@@ -87,6 +93,7 @@ def signals(corpus: Corpus, scratch: Path) -> Found:
         "torchrun": stop_torchrun(corpus, scratch / "torchrun", 6, SEED),
         "second_signal": stop_twice(corpus, scratch, 9, SEED),
         "larger_model": time_of_a_large_save(corpus, scratch),
+        "shards": shrink_shards(corpus, scratch / "shards", 10, SEED),
     }
 
 
@@ -108,10 +115,13 @@ def trackers(corpus: Corpus, scratch: Path) -> Found:
 
 
 def configurations(corpus: Corpus, scratch: Path) -> Found:
-    """Random valid configurations build and step; spoilt ones and spoilt command lines are refused in one line."""
+    """Random valid configurations build and step; spoilt ones, broken files and files of others are refused in one line."""
     from tests.faults.configurations import (
+        break_files,
         mutate_configurations,
         spoil_command_lines,
+        refuse_foreign_files,
+        refuse_names,
         spoil_files,
         step_configurations,
     )
@@ -121,6 +131,9 @@ def configurations(corpus: Corpus, scratch: Path) -> Found:
         "mutated": mutate_configurations(corpus, scratch, 2000, SEED),
         "command_lines": spoil_command_lines(scratch, 300, SEED),
         "files": spoil_files(scratch, 300, SEED),
+        "broken": break_files(_made(scratch / "broken")),
+        "foreign": refuse_foreign_files(_made(scratch / "foreign")),
+        "names": refuse_names(_made(scratch / "names")),
     }
 
 
@@ -143,9 +156,52 @@ def hostile(corpus: Corpus, scratch: Path) -> Found:
     return {"files": meet_all(scratch)}
 
 
+def directories(corpus: Corpus, scratch: Path) -> Found:
+    """Directories of others, links, FIFOs, devices, permissions and disks that fail, in the place of a run's files."""
+    from tests.faults import directories
+
+    return directories.meet_all(corpus, scratch)
+
+
+def records(corpus: Corpus, scratch: Path) -> Found:
+    """Records and checkpoints that parse and are wrong."""
+    from tests.faults.records import spoil_records
+
+    return {"files": spoil_records(corpus, scratch, 400, SEED)}
+
+
+def compilers(corpus: Corpus, scratch: Path) -> Found:
+    """A cache of torch.compile with damaged libraries; signals to the process group while the compiler runs."""
+    from tests.faults.compilers import interrupt_compilers, spoil_cache
+
+    return {
+        "cache": spoil_cache(corpus, _made(scratch / "cache")),
+        "interrupted": interrupt_compilers(corpus, _made(scratch / "interrupted"), 4),
+    }
+
+
+def ranks(corpus: Corpus, scratch: Path) -> Found:
+    """Ranks that were started with other configurations or tokens; ranks whose launcher is killed."""
+    from tests.faults.ranks import kill_launchers, other_corpus, ranks_that_differ
+
+    return {
+        "differ": ranks_that_differ(corpus, _made(scratch / "differ")),
+        "tokens": other_corpus(corpus, _made(scratch / "tokens")),
+        "launchers": kill_launchers(corpus, _made(scratch / "launchers"), 12, SEED),
+    }
+
+
+def _made(place: Path) -> Path:
+    place.mkdir()
+    return place
+
+
 CAMPAIGNS: dict[str, Callable[[Corpus, Path], Found]] = {
     campaign.__name__: campaign
-    for campaign in (kills, corruptions, disks, signals, trackers, configurations, corpora, hostile)
+    for campaign in (
+        *(kills, corruptions, disks, signals, trackers, configurations, corpora, hostile),
+        *(directories, records, compilers, ranks),
+    )
 }
 
 
@@ -233,7 +289,7 @@ def report() -> str:
         if part in found["signals"]:
             values = found["signals"][part]
             rows.append(
-                f"| {values['signals']} signals, as many SIGTERM as SIGINT and SIGUSR1, {what} | {values['honoured']} honoured, "
+                f"| {values['signals']} signals, as many of each kind, {what} | {values['honoured']} honoured, "
                 f"{values['steps_lost']} steps lost | saved and ended after {values['seconds_to_the_end']['median']:.2f} s "
                 f"(median), {values['seconds_to_the_end']['longest']:.2f} s (longest) |"
             )
@@ -248,6 +304,12 @@ def report() -> str:
         rows.append(
             f"| last-moment save of {values['parameters'] / 1e6:.0f}M weights, {values['bytes'] / 1e6:.0f} MB | "
             f"{values['save_seconds']:.1f} s | {values['seconds_to_the_end']:.1f} s from the signal to the end |"
+        )
+    if "shards" in found["signals"]:
+        values = found["signals"]["shards"]
+        came = _unless_faults(values, "saved and ended in one line, same curve once the shard was whole")
+        rows.append(
+            f"| {values['tried']} shards cut under a run | {came} | {values['longest_seconds']:.2f} s at most |"
         )
     if "closed_port" in found["trackers"]:
         came = _unless_faults(found["trackers"]["closed_port"], "a warning, the record complete, the key in no file")
@@ -267,6 +329,13 @@ def report() -> str:
                 f"| {files['tried']} damaged YAML files | {files['refused']} refused in one line | "
                 f"{len(files['faults'])} tracebacks |"
             )
+        for part, what in {
+            "broken": "files with one of the usual mistakes, as experiment or primary file, run, swept and shown",
+            "foreign": "files that would run code, send keys elsewhere or write secrets down",
+            "names": "names that lead out of their directory, into markup or past a file system's limit",
+        }.items():
+            if values := found["configurations"].get(part):
+                rows.append(f"| {values['tried']} {what} | {values['refused']} refused in one line | |")
     if found["corpora"]:
         bad, long, readers, tokens = (
             found["corpora"][part] for part in ("bad_files", "gigabytes", "readers", "tokens")
@@ -284,6 +353,32 @@ def report() -> str:
     for values in found["hostile"].values():
         rows.append(
             f"| {values['tried']} hostile files | {values['refused']} refused | no code run, no file outside read |"
+        )
+    from tests.faults.directories import KINDS
+
+    for kind, (_, what, came) in KINDS.items():
+        if values := found["directories"].get(kind):
+            rows.append(f"| {values['tried']} {what} | {values['as_promised']} as promised | {came} |")
+    for values in found["records"].values():
+        rows.append(
+            f"| {values['tried']} records that parse and are wrong | {values.get('refused', 0)} refused in one line, "
+            f"{values.get('ran', 0)} ended with the same curve | {len(values['faults'])} faults |"
+        )
+    if values := found["compilers"].get("cache"):
+        came = _unless_faults(values, "dropped and compiled again, same curve")
+        rows.append(f"| {values['libraries']} damaged libraries in torch.compile's cache | {came} | |")
+    if values := found["compilers"].get("interrupted"):
+        came = _unless_faults(values, "SIGINT: saved and ended with 75; the next start compiles")
+        rows.append(f"| {values['tried']} SIGINTs and SIGKILLs to the process group while g++ runs | {came} | |")
+    if values := found["ranks"].get("differ"):
+        tried = values["tried"] + found["ranks"]["tokens"]["tried"]
+        refused = values["refused"] + found["ranks"]["tokens"]["refused"]
+        rows.append(f"| {tried} pairs of ranks that differ in a key or in their tokens | {refused} refused by name | |")
+    if values := found["ranks"].get("launchers"):
+        came = _unless_faults(values, "no rank outlived it, none took part in the next run, same curve")
+        rows.append(
+            f"| {values['killed']} SIGKILLs to the launcher, half during start-up, half on one fixed port | {came} | "
+            f"the last rank ended after {values['longest_orphan_seconds']} s at most |"
         )
     return "\n".join(rows) + "\n"
 

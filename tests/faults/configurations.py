@@ -301,7 +301,7 @@ def spoil_command_lines(scratch: Path, examples: int, number: int) -> dict[str, 
     return {**counts, "faults": faults}
 
 
-# Files that somebody keeps beside the project's: {name} is what the error has to name.
+# Files that somebody keeps beside the project's.
 BROKEN_FILES: dict[str, bytes] = {
     "an open bracket": b"train:\n  steps: [1, 2\n",
     "a tab": b"train:\n\tsteps: 5\n",
@@ -335,7 +335,7 @@ BROKEN_FILES: dict[str, bytes] = {
     "nested without end": b"train: " + b"[" * 20_000 + b"]" * 20_000,
 }
 
-# What a file of somebody else would have the program do. The first line of each is what is refused.
+# What a file of somebody else would have the program do.
 FOREIGN_FILES: dict[str, str] = {
     "a module path": "hydra: {job: {env_set: {PYTHONPATH: /tmp/evil}}}",
     "a server for the key": "hydra: {job: {env_set: {WANDB_BASE_URL: 'http://127.0.0.1:9'}}}",
@@ -352,11 +352,15 @@ FOREIGN_FILES: dict[str, str] = {
 }
 
 
+# What only a run refuses: --cfg shows what was composed, and runs nothing.
+SHOWN = ("an unknown key", "an unknown section", "a shell line")
+
+
 def break_files(scratch: Path, kinds: Mapping[str, bytes] = BROKEN_FILES) -> dict[str, Any]:
     """Compose with a file that is broken, as an experiment and as the primary one, for a run and for what Hydra shows."""
     faults, tried = [], 0
     for kind, content in kinds.items():
-        for mode in ("", "-m", "--cfg"):
+        for mode in ("", "-m", *(["--cfg"] if kind not in SHOWN else [])):
             for primary in (False, True):
                 place = scratch / f"{kind.replace(' ', '-')}-{mode}-{primary}"
                 (place / "experiment").mkdir(parents=True)
@@ -379,7 +383,7 @@ def refuse_foreign_files(scratch: Path, kinds: Mapping[str, str] = FOREIGN_FILES
     environment = dict(os.environ)
     try:
         for kind, content in kinds.items():
-            for mode in ("", "-m", "--cfg"):
+            for mode in ("", "-m", *(["--cfg"] if kind not in SHOWN else [])):
                 for package in ("# @package _global_\n", ""):
                     place = scratch / f"{kind.replace(' ', '-')}-{mode}-{bool(package)}"
                     (place / "experiment").mkdir(parents=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,3 +169,41 @@ def time_of_a_large_save(corpus: Sequence[str], scratch: Path) -> dict[str, Any]
         "seconds_to_the_end": round(seconds, 2),
         "faults": [] if codes == [PREEMPTED] else [f"exit codes {codes}: {sitting.said()}"],
     }
+
+
+def shrink_shards(corpus: Sequence[str], scratch: Path, times: int, seed: int) -> dict[str, Any]:
+    """Cut a shard of tokens under a run at a random moment: it is saved and ends, and resumes once the shard is whole."""
+    generator = np.random.default_rng(seed)
+    given = next(Path(o.split("=", 1)[1]) for o in corpus if o.startswith("data.directory="))
+    tokens = scratch / "tokens"
+    shutil.copytree(given, tokens)
+    mine = [*corpus, f"data.directory={tokens}"]
+    steps, log = 400, scratch / "log"
+    completed(overrides_of(mine, scratch, "undisturbed", steps, "checkpoint.interval=1000"), log)
+    faults, seconds = [], []
+    for number in range(times):
+        name = f"run-{number}"
+        command = overrides_of(mine, scratch, name, steps, "checkpoint.interval=1000")
+        split = ("train", "validation")[number % 2]
+        shard = sorted(tokens.glob(f"*/{split}-*.npy"))[0]
+        content = shard.read_bytes()
+        sitting = Sitting(command, log)
+        assert sitting.wait_until(lambda n=name: last_step(scratch / n) > 0)
+        time.sleep(generator.uniform(0, 0.2))
+        os.truncate(shard, int(generator.integers(200, len(content) // 2)))
+        began = time.monotonic()
+        (code,) = sitting.wait()
+        seconds.append(time.monotonic() - began)
+        shard.write_bytes(content)
+        said = sitting.said()
+        newest = next(iter(checkpoints.available(scratch / name / "checkpoints")), None)
+        if code != 1 or shard.name not in said or "Traceback" in said:
+            faults.append(f"{split}: exit code {code}: {said[-500:]}")
+        elif newest is None or checkpoints.step_of(newest) != last_step(scratch / name):
+            faults.append(f"{split}: step {last_step(scratch / name)} was made, {newest} was saved")
+        completed(command, log)
+        difference, found = compare(scratch / name, scratch / "undisturbed", steps)
+        faults += [f"{split}: {fault}" for fault in found] + (
+            [f"{split}: differs by {difference}"] if difference else []
+        )
+    return {"tried": times, "longest_seconds": round(max(seconds), 2), "faults": faults}

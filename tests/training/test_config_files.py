@@ -1,6 +1,5 @@
 """A mistake in a YAML file is one line with the file, the line and the column, whatever it is."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -94,7 +93,7 @@ def test_a_mistake_in_a_choice_of_a_group_is_one_line_of_a_run_of_a_sweep_and_of
         assert said.count("\n") == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.usefixtures("permissions_bind")
 def test_a_file_without_permission_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").touch(mode=0)
     with pytest.raises(ConfigurationError, match=r"mine\.yaml: cannot be read \(Permission denied\)"):
