@@ -119,9 +119,9 @@ def configurations(corpus: Corpus, scratch: Path) -> Found:
     from tests.faults.configurations import (
         break_files,
         mutate_configurations,
-        spoil_command_lines,
         refuse_foreign_files,
         refuse_names,
+        spoil_command_lines,
         spoil_files,
         step_configurations,
     )
@@ -334,7 +334,8 @@ def report() -> str:
             "foreign": "files that would run code, send keys elsewhere or write secrets down",
             "names": "names that lead out of their directory, into markup or past a file system's limit",
         }.items():
-            if values := found["configurations"].get(part):
+            if part in found["configurations"]:
+                values = found["configurations"][part]
                 rows.append(f"| {values['tried']} {what} | {values['refused']} refused in one line | |")
     if found["corpora"]:
         bad, long, readers, tokens = (
@@ -357,24 +358,29 @@ def report() -> str:
     from tests.faults.directories import KINDS
 
     for kind, (_, what, came) in KINDS.items():
-        if values := found["directories"].get(kind):
+        if kind in found["directories"]:
+            values = found["directories"][kind]
             rows.append(f"| {values['tried']} {what} | {values['as_promised']} as promised | {came} |")
     for values in found["records"].values():
         rows.append(
             f"| {values['tried']} records that parse and are wrong | {values.get('refused', 0)} refused in one line, "
             f"{values.get('ran', 0)} ended with the same curve | {len(values['faults'])} faults |"
         )
-    if values := found["compilers"].get("cache"):
+    if "cache" in found["compilers"]:
+        values = found["compilers"]["cache"]
         came = _unless_faults(values, "dropped and compiled again, same curve")
         rows.append(f"| {values['libraries']} damaged libraries in torch.compile's cache | {came} | |")
-    if values := found["compilers"].get("interrupted"):
+    if "interrupted" in found["compilers"]:
+        values = found["compilers"]["interrupted"]
         came = _unless_faults(values, "SIGINT: saved and ended with 75; the next start compiles")
         rows.append(f"| {values['tried']} SIGINTs and SIGKILLs to the process group while g++ runs | {came} | |")
-    if values := found["ranks"].get("differ"):
+    if "differ" in found["ranks"]:
+        values = found["ranks"]["differ"]
         tried = values["tried"] + found["ranks"]["tokens"]["tried"]
         refused = values["refused"] + found["ranks"]["tokens"]["refused"]
         rows.append(f"| {tried} pairs of ranks that differ in a key or in their tokens | {refused} refused by name | |")
-    if values := found["ranks"].get("launchers"):
+    if "launchers" in found["ranks"]:
+        values = found["ranks"]["launchers"]
         came = _unless_faults(values, "no rank outlived it, none took part in the next run, same curve")
         rows.append(
             f"| {values['killed']} SIGKILLs to the launcher, half during start-up, half on one fixed port | {came} | "
