@@ -20,13 +20,13 @@ from typing import Any
 from tests.faults.disks import hashes
 from tests.faults.kills import overrides_of
 from tests.faults.sittings import Sitting, completed
+from tests.permissions import bound_by_permissions
 from tests.training.runs import curve
 from training import checkpoints
 
 STEPS = 24
 #: No case needs longer, on a loaded machine either.
 BOUND_SECONDS = 30.0
-NOBODY = 65534
 RECORD_FILES = ("config.yaml", "environment.json", "summary.json", "metrics.jsonl")
 
 
@@ -195,33 +195,25 @@ def special_corpora(run: Unfinished) -> dict[str, list[str]]:
     return found
 
 
-def as_nobody() -> None:
-    """Permissions bind in this process from here on."""
-    os.setgroups([])
-    os.setgid(NOBODY)
-    os.setuid(NOBODY)
+def permissions_bind() -> None:
+    """Permissions count in this process from here on."""
+    bound_by_permissions().__enter__()
 
 
 def permissions(run: Unfinished) -> dict[str, list[str]]:
     """Files and directories that the run's user may not read, or not write."""
-    if os.getuid() != 0:
-        return {}
     found = {}
     newest = f"checkpoints/{checkpoints.available(run.pristine / 'checkpoints')[0].name}"
     passed_over = (newest, f"{newest}/manifest.json", f"{newest}/rank-00000.safetensors")
-    for parent in (run.scratch, *run.scratch.parents[:1]):
-        parent.chmod(0o755)
     for name in (".", *RECORD_FILES, "checkpoints", *passed_over):
         for mode in (0o000, 0o444):
-            place = run.copy()
-            for path in (place, *place.rglob("*")):
-                os.chown(path, NOBODY, NOBODY)
-            (place / name).chmod(mode)
-            if mode == 0o444 and not (place / name).is_dir():
-                os.chown(place / name, 0, 0)
+            path = run.copy() / name
+            before = path.stat().st_mode
+            path.chmod(mode)
             codes = [0] if name in passed_over else [0, 1, 2]
-            _, found[f"mode {mode:03o}, {name}"] = run.resumes(name, codes, prepare=as_nobody)
-            (place / name).chmod(0o755)
+            _, found[f"mode {mode:03o}, {name}"] = run.resumes(name, codes, prepare=permissions_bind)
+            if path.exists():
+                path.chmod(before)
     return found
 
 
