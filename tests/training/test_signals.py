@@ -211,7 +211,9 @@ def signal_the_group_while_a_child_works(step: int, number: int, report: Path) -
 
     def signalled() -> None:
         os.setpgrp()
-        child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read(); sys.exit(7)"], stdin=subprocess.PIPE)
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import sys; sys.stdin.read(); sys.exit(7)"], stdin=subprocess.PIPE
+        )
         (listener,) = (thread for thread in threading.enumerate() if thread.name == "signals")
         os.killpg(0, number)
         while not listener._args[-1].__self__():  # type: ignore[attr-defined]
