@@ -56,10 +56,7 @@ def resolve_compile(train: TrainConfig, *, warn: bool) -> bool:
     if train.compile is False:
         return False
     if (dropped := drop_unfinished()) and warn:
-        log.warning(
-            "torch.compile's cache: dropped %s, left unfinished by a compilation that was killed",
-            ", ".join(map(str, dropped)),
-        )
+        log.warning("a killed compilation left %s unfinished (%d in all): dropped", dropped[0], len(dropped))
     failure = compiler_failure()
     if failure is None:
         return True

@@ -80,9 +80,9 @@ class StopSignals:
         self._speaks = speaks
         self._received: list[int] = []
         self._since = 0.0
-        # A sweep has the signals blocked. One of its workers that ended by itself would take the others with it.
-        self._begun = in_sweep = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        self._passed_on = in_sweep or "TORCHELASTIC_RUN_ID" in os.environ
+        # The worker of a sweep has the signals blocked. If it ended by itself, joblib would kill the others.
+        self._begun = is_worker = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._passed_on = is_worker or "TORCHELASTIC_RUN_ID" in os.environ
 
     def __call__(self) -> bool:
         return bool(self._received)
@@ -125,24 +125,29 @@ class StopSignals:
 
 
 @contextlib.contextmanager
-def passed_on_to_trials(exit_code: int) -> Iterator[None]:
+def passed_on_to_workers(launcher: str, exit_code: int) -> Iterator[None]:
     """Pass stop signals on to the worker processes of a sweep, which save and return, and wait for them.
 
-    Without workers there is nothing to wait for, and the process ends with `exit_code`: trials in this process listen
-    for themselves, and the jobs of a cluster are the cluster's.
+    Args:
+        launcher: the target of Hydra's launcher. joblib alone has workers: a trial in this process listens itself, and
+            what a cluster runs is the cluster's.
+        exit_code: of this process if it is asked to stop before it has workers.
     """
+    if "joblib" not in launcher:
+        yield
+        return
     stopped: list[int] = []
 
     def notice(number: int) -> None:
         if stopped and number == signal.SIGHUP:
             return
-        workers = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
         name = signal.Signals(number).name
+        workers = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
         for worker in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, number)
         if stopped or not workers:
-            say(f"{name}: ending")
+            say(f"{name}: ending at once")
             os._exit(128 + number if stopped else exit_code)
         stopped.append(number)
         say(f"{name}: the trials finish their step and save; a second signal ends them at once")

@@ -27,6 +27,7 @@ from training.compose import (
 from training.config import ConfigurationError
 from training.launch import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, in_job
 from training.secrets import redacted
+from training.signals import passed_on_to_workers, stop_pending
 
 _preempted = False  # a trial of this process was asked to stop: no other is begun
 
@@ -49,10 +50,10 @@ def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
     overrides = made_again(primary, overrides)
     hydra = begin_hydra(primary)
     try:
-        refuse_foreign_code(
-            hydra.compose_config(primary.name, list(overrides), RunMode.MULTIRUN, with_log_configuration=False)
-        )
-        batches = hydra.multirun(primary.name, run_trial, list(overrides), with_log_configuration=False)
+        config = hydra.compose_config(primary.name, list(overrides), RunMode.MULTIRUN, with_log_configuration=False)
+        refuse_foreign_code(config)
+        with passed_on_to_workers(config.hydra.launcher._target_, EXIT_PREEMPTED):
+            batches = hydra.multirun(primary.name, run_trial, list(overrides), with_log_configuration=False)
     except ConfigurationError:
         raise
     except HydraException as error:
@@ -123,7 +124,7 @@ def run_trial(config: DictConfig) -> int:
     from training.compose import validate
 
     global _preempted
-    if _preempted:
+    if _preempted or stop_pending():
         return EXIT_PREEMPTED
     try:
         values = resolved(config)

@@ -79,7 +79,9 @@ def test_a_run_says_what_it_dropped_and_stays_compiled(
     os.truncate(library, 1000)
     monkeypatch.setattr(hardware, "compiler_failure", lambda: "truncated" if library.exists() else None)
     with caplog.at_level(logging.WARNING):
-        assert hardware.resolve_compile(TrainConfig(steps=1, global_batch_size=1, sequence_length=1, compile="auto"), warn=True)
+        assert hardware.resolve_compile(
+            TrainConfig(steps=1, global_batch_size=1, sequence_length=1, compile="auto"), warn=True
+        )
     assert [record.message for record in caplog.records if str(library) in record.message]
 
 
