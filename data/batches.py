@@ -240,12 +240,16 @@ class ValidationWindows:
         self.predictions = dataset.tokens - 1 if tokens_limit is None else min(tokens_limit, dataset.tokens - 1)
         self.windows = -(-self.predictions // sequence_length)
 
+    def forwards(self, batch_size: int) -> int:
+        """How many batches of `batch_size` rows each rank has."""
+        return -(-self.windows // (self.world_size * batch_size))
+
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """This rank's windows in batches of exactly `batch_size` rows; `indices` are the windows' numbers."""
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1")
-        per_rank = -(-self.windows // self.world_size)
-        for first in range(0, per_rank, batch_size):
+        for number in range(self.forwards(batch_size)):
+            first = number * batch_size
             numbers = (first + np.arange(batch_size, dtype=np.int64)) * self.world_size + self.rank
             yield self._batch(np.where(numbers < self.windows, numbers, -1))
 
@@ -260,6 +264,14 @@ class ValidationWindows:
             rest = self.predictions - start
             self.dataset.read(np.array([start]), tokens[full : full + 1, :rest], targets[full : full + 1, :rest])
         return Batch(tokens, targets, numbers)
+
+
+def next_batch(batches: Iterator[Batch]) -> tuple[Batch | None, str | None]:
+    """The next batch, or why it cannot be read; neither at the end."""
+    try:
+        return next(batches, None), None
+    except (DataError, OSError) as error:
+        return None, str(error)
 
 
 def _check_rank(rank: int, world_size: int) -> None:

@@ -1,10 +1,17 @@
-"""The tokens of one split: memory-mapped shards, read as one stream."""
+"""The tokens of one split: shards, read as one stream.
+
+Shards are read and not mapped. A file that shrinks under a map ends the process by SIGBUS, and a page that has to come
+from the disk would stop the training thread, for a page fault holds the interpreter's lock.
+"""
 
 from __future__ import annotations
 
 import bisect
+import errno
 import itertools
-import mmap
+import os
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -15,15 +22,14 @@ from data.errors import DataError
 from data.manifest import Manifest, Shard, load_manifest, shard_remedy
 
 # Windows are gathered in blocks of about this many tokens, and a block is cast to int64 at once. As stored, a block
-# stays in the second-level cache, so memory is crossed once, from the page cache to the int64 arrays; and joining
-# slices of the maps costs a third of NumPy's slicing and assignment, window by window.
+# stays in the second-level cache, so memory is crossed once, from the page cache to the int64 arrays.
 _BLOCK_TOKENS = 64 * 1024
 
 
 class TokenDataset:
     """The token stream of one split of a token directory.
 
-    Opening maps the shards, which costs no reading, and checks the header and the size of each; `verify` reads all.
+    Opening costs no reading and checks the header and the size of each shard, which stays open; `verify` reads all.
 
     Args:
         directory: a prepared token directory.
@@ -43,7 +49,10 @@ class TokenDataset:
         shards = self.manifest.splits[split].shards
         self._names = [shard.file for shard in shards]
         self._dtype = self.manifest.dtype
-        self._maps = [_map_shard(self.directory, shard, self._dtype) for shard in shards]
+        self._files: list[tuple[int, int]] = []  # of each shard the descriptor, and where its tokens begin
+        weakref.finalize(self, _close, self._files)
+        for shard in shards:
+            self._files.append(_open_shard(self.directory, shard, self._dtype))
         # Shard j holds the stream's positions [bounds[j], bounds[j+1]).
         self._bounds = list(itertools.accumulate((shard.tokens for shard in shards), initial=0))
 
@@ -61,7 +70,8 @@ class TokenDataset:
         """Copy windows of the stream and their successors, across shard ends where need be.
 
         Raises:
-            DataError: a token is outside of the vocabulary; the message names the shard and the position.
+            DataError: a token is outside of the vocabulary, or its shard has been cut or cannot be read any more; the
+                message names the shard and the position.
             IndexError: a window does not lie in the stream.
         """
         length = tokens.shape[1] + 1
@@ -71,26 +81,35 @@ class TokenDataset:
         rows = max(1, _BLOCK_TOKENS // length)
         for first in range(0, len(places), rows):
             chosen = places[first : first + rows]
-            block = np.frombuffer(b"".join(self._slices(chosen, length)), self._dtype).reshape(-1, length)
+            block = np.frombuffer(b"".join(self._stored(chosen, length)), self._dtype).reshape(-1, length)
             if block.max() >= self.vocab_size:
                 self._refuse(chosen, block)
             tokens[first : first + rows] = block[:, :-1]
             targets[first : first + rows] = block[:, 1:]
 
-    def _slices(self, starts: list[int], length: int) -> list[memoryview]:
-        """The stored bytes of windows, one after the other: one slice a window, and more where it crosses shards."""
-        maps, bounds, size = self._maps, self._bounds, self._dtype.itemsize
-        slices = []
+    def _stored(self, starts: list[int], length: int) -> list[bytes]:
+        """The stored bytes of windows, one after the other: one read a window, and more where it crosses shards."""
+        files, bounds, size = self._files, self._bounds, self._dtype.itemsize
+        parts = []
         for start in starts:
-            shard = bisect.bisect_right(bounds, start) - 1
-            first = (start - bounds[shard]) * size
-            slices.append(maps[shard][first : first + length * size])
-            rest = start + length - bounds[shard + 1]
-            while rest > 0:
-                shard += 1
-                slices.append(maps[shard][: rest * size])
-                rest -= bounds[shard + 1] - bounds[shard]
-        return slices
+            shard, end = bisect.bisect_right(bounds, start) - 1, start + length
+            while start < end:
+                descriptor, offset = files[shard]
+                position = start - bounds[shard]
+                wanted = min(end, bounds[shard + 1]) - start
+                try:
+                    part = os.pread(descriptor, wanted * size, offset + position * size)
+                except OSError as error:
+                    raise self._unreadable(shard, position, error.strerror or str(error)) from error
+                if len(part) < wanted * size:
+                    raise self._unreadable(shard, position + len(part) // size, "the file ends before it")
+                parts.append(part)
+                start, shard = start + wanted, shard + 1
+        return parts
+
+    def _unreadable(self, shard: int, position: int, reason: str) -> DataError:
+        path = self.directory / self._names[shard]
+        return DataError(f"{path}: token {position} cannot be read: {reason}; {shard_remedy(self.directory)}")
 
     def _refuse(self, starts: list[int], windows: np.ndarray) -> None:
         row, column = np.argwhere(windows >= self.vocab_size)[0].tolist()
@@ -102,25 +121,36 @@ class TokenDataset:
         )
 
 
-def _map_shard(directory: Path, shard: Shard, dtype: np.dtype[Any]) -> memoryview:
-    """Map one shard, read only: the bytes of its tokens."""
+def _open_shard(directory: Path, shard: Shard, dtype: np.dtype[Any]) -> tuple[int, int]:
+    """Open one shard: its descriptor, and the byte at which its tokens begin."""
     path = directory / shard.file
     try:
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
             shape, _, found = np.lib.format.read_array_header_1_0(file)
             header_bytes = file.tell()
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            size = os.fstat(file.fileno()).st_size
+            descriptor = os.dup(file.fileno())
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; {shard_remedy(directory)}") from error
+        remedy = "raise the limit (ulimit -n)" if error.errno == errno.EMFILE else shard_remedy(directory)
+        raise DataError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
     except (ValueError, TypeError, SyntaxError, TokenError, RecursionError) as error:  # NumPy parses it as Python
         raise DataError(f"{path} is damaged: no NumPy header ({error}); {shard_remedy(directory)}") from error
-    if version != (1, 0) or shape != (shard.tokens,) or found != dtype:
-        raise DataError(
-            f"{path} is damaged: its header says {found} of shape {shape} where the manifest has {dtype} of shape "
-            f"({shard.tokens},); {shard_remedy(directory)}"
-        )
+    wrong = None
     expected = header_bytes + shard.tokens * dtype.itemsize
-    if len(mapped) != expected:
-        raise DataError(f"{path} has {len(mapped)} bytes and should have {expected}; {shard_remedy(directory)}")
-    return memoryview(mapped)[header_bytes:]
+    if version != (1, 0) or shape != (shard.tokens,) or found != dtype:
+        wrong = (
+            f"{path} is damaged: its header says {found} of shape {shape} where the manifest has {dtype} of shape "
+            f"({shard.tokens},)"
+        )
+    elif size != expected:
+        wrong = f"{path} has {size} bytes and should have {expected}"
+    if wrong is not None:
+        os.close(descriptor)
+        raise DataError(f"{wrong}; {shard_remedy(directory)}")
+    return descriptor, header_bytes
+
+
+def _close(files: Sequence[tuple[int, int]]) -> None:
+    for descriptor, _ in files:
+        os.close(descriptor)

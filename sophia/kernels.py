@@ -217,8 +217,9 @@ def _warn_that_compiling_failed(error: Exception) -> None:
     _compiler_failed = True
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     warnings.warn(
-        f"the optimizer step runs uncompiled, several times slower: torch.compile failed ({reason}). Install a C++ "
-        "compiler (on a GPU Triton), or pass compile=False to say that this is meant.",
+        f"the optimizer step runs uncompiled, several times slower: torch.compile failed ({reason}). Remove the library "
+        "that is damaged, if one is named, or install a C++ compiler (on a GPU Triton), or pass compile=False to say "
+        "that this is meant.",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from data.batches import ValidationWindows
+from data.batches import ValidationWindows, next_batch
 from training.strategies.base import Strategy
 
 
@@ -14,7 +14,7 @@ def validation_loss(
     windows: ValidationWindows,
     micro_batch_size: int,
     progress: Callable[[str], None] = lambda doing: None,
-    interrupted: Callable[[], bool] = lambda: False,
+    interrupted: Callable[[str | None], bool] = lambda problem: False,
 ) -> tuple[float, int] | None:
     """Mean cross entropy in nats per token over the whole set, and the number of tokens, over all ranks.
 
@@ -23,14 +23,18 @@ def validation_loss(
         windows: this rank's share of the fixed windows; padding has targets of -100.
         micro_batch_size: windows per forward.
         progress: called with a few words before each forward.
-        interrupted: asked before each forward, the same on all ranks; true ends the evaluation without a result.
+        interrupted: asked before each forward, with why this rank has no data for it; must answer the same on all ranks.
+            True ends the evaluation without a result.
     """
     strategy.model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=strategy.device)
-    for number, batch in enumerate(windows.batches(micro_batch_size)):
-        if interrupted():
+    batches = windows.batches(micro_batch_size)
+    for number in range(windows.forwards(micro_batch_size)):
+        batch, problem = next_batch(batches)
+        if interrupted(problem):
             strategy.model.train()
             return None
+        assert batch is not None
         progress(f"evaluating, forward {number}")
         tokens = torch.from_numpy(batch.tokens).to(strategy.device)
         targets = torch.from_numpy(batch.targets).to(strategy.device)

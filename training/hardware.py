@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from training.compiler_cache import drop_unfinished
 from training.config import ConfigurationError, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ def resolve_compile(train: TrainConfig, *, warn: bool) -> bool:
     """
     if train.compile is False:
         return False
+    if (dropped := drop_unfinished()) and warn:
+        log.warning("a killed compilation left %s unfinished (%d in all): dropped", dropped[0], len(dropped))
     failure = compiler_failure()
     if failure is None:
         return True

@@ -24,8 +24,9 @@ from training.compose import (
     worded_errors,
 )
 from training.launch import refuse_absent_slurm
+from training.signals import passed_on_to_workers, stop_pending
 
-EXIT_FAILED = 1
+EXIT_FAILED, EXIT_PREEMPTED = 1, 75
 
 
 def launch(jobs: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[int]:
@@ -63,7 +64,8 @@ def launch(jobs: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[
             plugin = Plugins.instance().instantiate_launcher(
                 hydra_context=context, task_function=run_logged, config=config
             )
-            returns = plugin.launch([[quoted(override) for override in job] for job in jobs], initial_job_idx=0)
+            with passed_on_to_workers(config.hydra.launcher._target_, EXIT_PREEMPTED):
+                returns = plugin.launch([[quoted(override) for override in job] for job in jobs], initial_job_idx=0)
             return [int(one.return_value) for one in returns]
     finally:
         GlobalHydra.instance().clear()
@@ -89,6 +91,8 @@ def run_logged(config: DictConfig) -> int:
 
     from training.command import run_job
 
+    if stop_pending():
+        return EXIT_PREEMPTED
     values: dict[str, Any] = resolved(config)
     log = Path(str(values["output_dir"])) / f"{values['name']}.log"
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -5,21 +5,24 @@ The configuration is composed and validated once, in the parent; the ranks recei
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 from training.config import ConfigurationError, RunConfig, SlurmLauncherConfig
 from training.heartbeat import EXIT_RANK_LOST
+from training.signals import heeded
 
 EXIT_FAILED = 1
 EXIT_PREEMPTED = 75
 EXIT_HELD = 77  # another process has the run directory
+NOT_BEGUN = -1  # no exit code: a rank that has not begun the run
 #: How long ranks may take to save a checkpoint after they were asked to stop, before they are killed.
 SAVING_SECONDS = 300
 #: How long a preempted task waits for SLURM to end it before it ends itself.
@@ -55,7 +58,7 @@ def start_ranks(config: RunConfig) -> int:
     """Start `launcher.nproc_per_node` ranks of the run on this machine and wait. Returns the exit code of the run.
 
     A rank that dies ends the others; with `launcher.max_restarts` all are started again and go on from the last
-    checkpoint. SIGTERM, SIGINT and SIGUSR1 are passed on, and the ranks have `SAVING_SECONDS` to save.
+    checkpoint. A stop signal is passed on, and the ranks have `SAVING_SECONDS` to save.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -74,19 +77,52 @@ def start_ranks(config: RunConfig) -> int:
         max_restarts=getattr(config.launcher, "max_restarts", 0),
         monitor_interval=0.5,
         start_method="spawn",
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        signals_to_handle="",  # ours are there before torch's would be, and know SIGHUP
         shutdown_timeout=SAVING_SECONDS,
     )
+    # torch does not say how ranks end that were signalled.
+    codes = multiprocessing.get_context("spawn").Array("i", [NOT_BEGUN] * ranks, lock=False)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it never counts as the second signal (training/signals.py)
+        raise SignalException(f"process {os.getpid()} got signal {number}", sigval=signal.Signals(number))
+
+    handlers = {number: signal.signal(number, stop) for number in heeded()}
     try:
-        results: dict[int, int] = elastic_launch(launch, run_rank)(config.model_dump(mode="json"))
+        results: dict[int, int] = elastic_launch(launch, run_rank)(config.model_dump(mode="json"), codes)
     except ChildFailedError as error:
         if all(failure.exitcode == EXIT_PREEMPTED for failure in error.failures.values()):
             return EXIT_PREEMPTED
         print(f"error: {describe_failure(error)}", file=sys.stderr, flush=True)
         return EXIT_FAILED
-    except SignalException:
-        return EXIT_PREEMPTED
+    except SignalException as error:
+        return code_of_stopped_ranks(error.sigval, list(codes))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return max(results.values(), default=0)
+
+
+def code_of_stopped_ranks(signalled: signal.Signals, codes: Sequence[int]) -> int:
+    """The exit code of a run whose ranks were asked to stop, and a line unless all of them have said how it ended.
+
+    Args:
+        codes: what each rank returned; `NOT_BEGUN` of one that had not begun the run, `EXIT_FAILED` of one that began it
+            and did not get to its end.
+    """
+    if EXIT_FAILED in codes:
+        missing = ", ".join(str(rank) for rank, code in enumerate(codes) if code == EXIT_FAILED)
+        print(
+            f"error: {signalled.name}: rank {missing} ended before the run was saved; the same command resumes from the "
+            "last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        return EXIT_FAILED
+    if NOT_BEGUN in codes:
+        print(f"{signalled.name} before training has begun: nothing to save", file=sys.stderr, flush=True)
+        return EXIT_PREEMPTED
+    return max(codes)
 
 
 def describe_failure(error: Any) -> str:
@@ -103,8 +139,8 @@ def describe_failure(error: Any) -> str:
     return f"rank {rank} failed ({how}) and the others were stopped; started again, the run goes on from its checkpoint"
 
 
-def run_rank(values: dict[str, Any]) -> int:
-    """One rank's work: validate again (cheap), run, and return the exit code."""
+def run_rank(values: dict[str, Any], codes: Any) -> int:
+    """One rank's work: validate again (cheap), run, and return the exit code, which is also left in `codes`."""
     from data.errors import DataError
     from training.command import refuse
     from training.compose import validate
@@ -113,10 +149,13 @@ def run_rank(values: dict[str, Any]) -> int:
     # A terminal's Ctrl-C goes to its whole process group. The parent passes it on; twice would mean "at once".
     os.setpgrp()
     logging.basicConfig(level=logging.INFO if os.environ.get("RANK") == "0" else logging.WARNING, format="%(message)s")
+    place = int(os.environ["LOCAL_RANK"])
+    codes[place] = EXIT_FAILED
     try:
         code = execute(validate(values)).exit_code
     except (ConfigurationError, DataError) as error:
-        return refuse(error)
+        code = refuse(error)
+    codes[place] = code
     if code == EXIT_PREEMPTED:
         # A parent that was told to stop no longer reads results, and a child that returns one waits until it is read.
         sys.exit(code)

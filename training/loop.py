@@ -6,11 +6,12 @@
 Where a strategy allows it, the curvature pass takes its labels from the forward of the training loss.
 
 The loop does not know which strategy, optimizer or tracker it has. Whatever ends a run early (a signal, a full disk, a
-damaged shard) may be seen by one rank alone; the ranks agree between steps, so that all end it in the same place.
+damaged shard) may be seen by one rank alone; the ranks agree between steps and between the forwards of an evaluation, so
+that all end it in the same place.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -18,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.batches import Batch, Batches, ValidationWindows
-from data.errors import DataError
+from data.batches import Batch, Batches, ValidationWindows, next_batch
 from models.flops import evaluation_flops, forward_backward_flops
 from sophia import GammaController
 from sophia.diagnostics import UnclippedAlarm
@@ -88,7 +88,8 @@ class Verdict(IntEnum):
 
     GO_ON = 0
     STOP = 1  # save and end as preempted
-    FAIL = 2  # end without saving
+    NO_DATA = 2  # save and end as failed
+    FAIL = 3  # end as failed: what would be saved could not be recorded
 
 
 @dataclass(frozen=True)
@@ -281,8 +282,9 @@ def train(run: Run) -> Status:
     step_flops = forward_backward_flops(shape, step_tokens, length)
     reporter = Reporter(run)
     first = state.step + 1
-    if evaluation_due(run) and not evaluate(run):  # of the start, or of a sitting that was asked to stop before it
-        return "preempted"
+    # Of the start, or of a sitting that was asked to stop before it.
+    if evaluation_due(run) and (verdict := evaluate(run)) is not Verdict.GO_ON:
+        return end_early(run, verdict)
     unsaved = False  # a checkpoint is due and waits for a step that is not skipped
     with run.batches.prefetch(first, config.train.steps) as prefetched:
         for step in range(first, config.train.steps + 1):
@@ -290,16 +292,9 @@ def train(run: Run) -> Status:
             with ledger.measure("data"):
                 batch, problem = next_batch(prefetched)
 
-            match agree(run, problem):
-                case Verdict.FAIL:
-                    return "failed"
-                case Verdict.STOP:
-                    reporter.flush()
-                    if reporter.diverged:
-                        return "diverged"
-                    if run.saved_step < state.step:
-                        save(run)
-                    return "preempted"
+            if (verdict := agree(run, problem)) is not Verdict.GO_ON:
+                reporter.flush()
+                return "diverged" if reporter.diverged else end_early(run, verdict)
             assert batch is not None
 
             run.progress(f"at step {step}")
@@ -341,9 +336,8 @@ def train(run: Run) -> Status:
             if reporter.diverged:
                 return "diverged"
             if evaluates:
-                if not evaluate(run):  # a resumed run does so first
-                    save(run)
-                    return "preempted"
+                if (verdict := evaluate(run)) is not Verdict.GO_ON:  # a resumed run evaluates first
+                    return end_early(run, verdict)
                 if not math.isfinite(state.final_val_loss or 0.0):
                     run.reason = f"the validation loss after step {step} is not finite"
                     return "diverged"
@@ -357,22 +351,24 @@ def train(run: Run) -> Status:
     return "completed" if agree(run, None) is not Verdict.FAIL else "failed"
 
 
-def next_batch(prefetched: Iterator[Batch]) -> tuple[Batch | None, str | None]:
-    """The batch, or why there is none."""
-    try:
-        return next(prefetched), None
-    except (DataError, OSError) as error:
-        return None, str(error)
-
-
 def agree(run: Run, problem: str | None) -> Verdict:
-    """What all ranks do next; `problem` is why this one cannot go on."""
-    problem = problem or run.failure()
-    mine = Verdict.FAIL if problem else Verdict.STOP if run.stop_requested() else Verdict.GO_ON
+    """What all ranks do next; `problem` is why this one has no data."""
+    mine = Verdict.STOP if run.stop_requested() else Verdict.GO_ON
+    if problem is not None:
+        mine = Verdict.NO_DATA
+    if (failure := run.failure()) is not None:
+        mine, problem = Verdict.FAIL, failure
     verdict = Verdict(run.strategy.distributed.highest(mine))
-    if verdict is Verdict.FAIL:
+    if verdict >= Verdict.NO_DATA:
         run.reason = next(filter(None, run.strategy.distributed.gather_objects(problem)))
     return verdict
+
+
+def end_early(run: Run, verdict: Verdict) -> Status:
+    """Save what has not been saved, where that can be recorded. Returns how the run ends."""
+    if verdict is not Verdict.FAIL and run.saved_step < run.state.step:
+        save(run)
+    return "preempted" if verdict is Verdict.STOP else "failed"
 
 
 def evaluation_due(run: Run) -> bool:
@@ -381,21 +377,24 @@ def evaluation_due(run: Run) -> bool:
     return due and run.state.evaluated_step < step
 
 
-def evaluate(run: Run) -> bool:
-    """An eval line: the validation loss after `state.step` updates. False where a rank was asked to stop meanwhile.
+def evaluate(run: Run) -> Verdict:
+    """An eval line: the validation loss after `state.step` updates. None is written where a rank has to stop meanwhile.
 
     The whole validation set may take longer than a cluster waits between its signal and the end.
     """
     ledger, state, config = run.ledger, run.state, run.config
+    verdict = Verdict.GO_ON
 
-    def interrupted() -> bool:
-        return run.strategy.distributed.any(run.stop_requested())
+    def interrupted(problem: str | None) -> bool:
+        nonlocal verdict
+        verdict = agree(run, problem)
+        return verdict is not Verdict.GO_ON
 
     run.progress(f"evaluating after step {state.step}")
     with ledger.measure("evaluation", part=True):
         found = validation_loss(run.strategy, run.validation, run.eval_micro_batch_size, run.progress, interrupted)
     if found is None:
-        return False
+        return verdict
     loss, tokens = found
     ledger.add("evaluation", tokens, evaluation_flops(run.strategy.model.config, tokens, config.train.sequence_length))
     state.evaluated_step = state.step
@@ -403,7 +402,7 @@ def evaluate(run: Run) -> bool:
     if math.isfinite(loss) and (state.best_val_loss is None or loss < state.best_val_loss):
         state.best_val_loss = loss
     run.write({"kind": "eval", **position(run), "val_loss": loss, "val_tokens": tokens})
-    return True
+    return Verdict.GO_ON
 
 
 def save(run: Run) -> None:

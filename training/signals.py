@@ -1,30 +1,74 @@
-"""SIGTERM, SIGINT and SIGUSR1 ask a run to stop; a second one ends the process at once.
+"""SIGTERM, SIGINT, SIGUSR1, SIGHUP and SIGQUIT ask a run to stop; a second one ends the process at once.
 
-Under torchrun one request may come twice: systemd and some clusters signal every process of a job, and torchrun passes
-its signal on besides. There the same signal within `PASSED_ON_SECONDS` of the first is the first.
+A terminal that closes sends SIGHUP more than once (the kernel and the shell both do), and systemd may send it right after
+SIGTERM. So SIGHUP never counts as the second signal. nohup ignores it, and then it stays ignored.
+
+Under torchrun and in a sweep one request may come twice: systemd and some clusters signal every process of a job, a
+terminal its whole process group, and the parent passes its signal on besides. There the same signal within
+`PASSED_ON_SECONDS` of the first is the first.
 
 Python runs signal handlers between bytecodes of the main thread, which may be waiting in a collective or a kernel. So
 the handlers do nothing, and a thread listens on the pipe into which the interpreter's C-level handler writes the
 signal's number: the second signal ends a process that hangs, too.
+
+That thread alone takes the signals; in all others they are blocked. Child processes inherit that: a compiler that a
+terminal's Ctrl-C also reaches finishes its work, and the workers of a sweep keep a signal until their trial listens.
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Self
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 PASSED_ON_SECONDS = 2.0
+
+
+def heeded() -> list[signal.Signals]:
+    """The stop signals less SIGHUP and SIGQUIT where whoever started this process had them ignored (nohup, a shell's
+    background jobs)."""
+    return [
+        number
+        for number in STOP_SIGNALS
+        if number not in (signal.SIGHUP, signal.SIGQUIT) or signal.getsignal(number) is not signal.SIG_IGN
+    ]
+
+
+@contextlib.contextmanager
+def listening(notice: Callable[[int], None]) -> Iterator[None]:
+    """Have a thread call `notice` for each stop signal. Outside of the main thread, where signals cannot be caught, it
+    is never called."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = heeded()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, _left_to_the_listener) for number in numbers}
+    listener = threading.Thread(target=_listen, args=(reading, numbers, notice), name="signals", daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(descriptor)
+        os.close(writing)
+        listener.join()
+        os.close(reading)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class StopSignals:
     """A context in which stop signals are noticed; called, it says whether one has come.
-
-    Outside of the main thread, where signals cannot be caught, it is never asked to stop.
 
     Args:
         exit_code: of a process that is asked to stop before `begin`: it has nothing to save yet and ends at once.
@@ -34,12 +78,11 @@ class StopSignals:
     def __init__(self, exit_code: int, *, speaks: bool) -> None:
         self._exit_code = exit_code
         self._speaks = speaks
-        self._begun = False
         self._received: list[int] = []
         self._since = 0.0
-        self._passed_on = "TORCHELASTIC_RUN_ID" in os.environ
-        self._previous: dict[int, Any] = {}
-        self._pipe: tuple[int, int] | None = None
+        # The worker of a sweep has the signals blocked. If it ended by itself, joblib would kill the others.
+        self._begun = is_worker = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._passed_on = is_worker or "TORCHELASTIC_RUN_ID" in os.environ
 
     def __call__(self) -> bool:
         return bool(self._received)
@@ -50,53 +93,84 @@ class StopSignals:
         self._begun = True
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        reading, writing = self._pipe = os.pipe()
-        os.set_blocking(writing, False)
-        for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, _left_to_the_listener)
-        self._previous_descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        self._listener = threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True)
-        self._listener.start()
+        self._listening = listening(self.notice)
+        self._listening.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pipe is None:
-            return
-        reading, writing = self._pipe
-        signal.set_wakeup_fd(self._previous_descriptor)
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        os.close(writing)
-        self._listener.join()
-        os.close(reading)
+        self._listening.__exit__(kind, error, trace)
 
-    def _listen(self, reading: int) -> None:
-        while numbers := os.read(reading, 1):
-            number = numbers[0]
-            if number not in STOP_SIGNALS:
-                continue
-            if self._passed_on and number in self._received and time.monotonic() - self._since < PASSED_ON_SECONDS:
-                continue
-            if self._received:
-                self._say(f"{signal.Signals(number).name}, the second signal: ending at once")
-                os._exit(128 + number)
+    def notice(self, number: int) -> None:
+        """A stop signal has come."""
+        name = signal.Signals(number).name
+        if not self._received:
             self._since = time.monotonic()
             self._received.append(number)
             if not self._begun:
-                self._say(f"{signal.Signals(number).name} before training has begun: ending")
+                self._say(f"{name} before training has begun: ending")
                 os._exit(self._exit_code)
-            self._say(
-                f"{signal.Signals(number).name}: finishing the step and saving; a second signal ends the run at once"
-            )
+            self._say(f"{name}: finishing the step and saving; a second signal ends the run at once")
+        elif number != signal.SIGHUP and not self._is_passed_on(number):
+            self._say(f"{name}, the second signal: ending at once")
+            os._exit(128 + number)
+
+    def _is_passed_on(self, number: int) -> bool:
+        return self._passed_on and number in self._received and time.monotonic() - self._since < PASSED_ON_SECONDS
 
     def _say(self, text: str) -> None:
         if self._speaks:
-            with contextlib.suppress(OSError):  # a log on a full disk: the signal is obeyed all the same
-                print(text, file=sys.stderr, flush=True)
+            say(text)
+
+
+@contextlib.contextmanager
+def passed_on_to_workers(launcher: str, exit_code: int) -> Iterator[None]:
+    """Pass stop signals on to the worker processes of a sweep, which save and return, and wait for them.
+
+    Args:
+        launcher: the target of Hydra's launcher. joblib alone has workers: a trial in this process listens itself, and
+            what a cluster runs is the cluster's.
+        exit_code: of this process if it is asked to stop before it has workers.
+    """
+    if "joblib" not in launcher:
+        yield
+        return
+    stopped: list[int] = []
+
+    def notice(number: int) -> None:
+        if stopped and number == signal.SIGHUP:
+            return
+        name = signal.Signals(number).name
+        workers = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, number)
+        if stopped or not workers:
+            say(f"{name}: ending at once")
+            os._exit(128 + number if stopped else exit_code)
+        stopped.append(number)
+        say(f"{name}: the trials finish their step and save; a second signal ends them at once")
+
+    with listening(notice):
+        yield
+
+
+def stop_pending() -> bool:
+    """Whether a stop signal waits in this worker of a sweep for a trial that listens."""
+    return not signal.sigpending().isdisjoint(STOP_SIGNALS)
+
+
+def say(text: str) -> None:
+    with contextlib.suppress(OSError):  # a log on a full disk, a closed terminal: the signal is obeyed all the same
+        print(text, file=sys.stderr, flush=True)
+
+
+def _listen(reading: int, numbers: Sequence[int], notice: Callable[[int], None]) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    while received := os.read(reading, 1):
+        if received[0] in numbers:
+            notice(received[0])
 
 
 def _left_to_the_listener(number: int, frame: FrameType | None) -> None:

@@ -28,6 +28,7 @@ from training.compose import (
 from training.config import ConfigurationError
 from training.launch import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, in_job, refuse_absent_slurm
 from training.secrets import redacted
+from training.signals import passed_on_to_workers, stop_pending
 
 _preempted = False  # a trial of this process was asked to stop: no other is begun
 
@@ -54,7 +55,8 @@ def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
             master = hydra.compose_config(primary.name, overrides, RunMode.MULTIRUN, with_log_configuration=False)
             check_hydra(master, overrides)
         refuse_absent_slurm(master.hydra.launcher)
-        batches = hydra.multirun(primary.name, run_trial, overrides, with_log_configuration=False)
+        with passed_on_to_workers(master.hydra.launcher._target_, EXIT_PREEMPTED):
+            batches = hydra.multirun(primary.name, run_trial, overrides, with_log_configuration=False)
     except ConfigurationError:
         raise
     except HydraException as error:
@@ -121,7 +123,7 @@ def run_trial(config: DictConfig) -> int:
     from training.compose import validate
 
     global _preempted
-    if _preempted:
+    if _preempted or stop_pending():
         return EXIT_PREEMPTED
     try:
         values = resolved(config)

@@ -116,6 +116,25 @@ def test_a_shard_of_wrong_size_or_header_is_named_when_opened(tokens: Path, dama
         TokenDataset(tokens, "train")
 
 
+@pytest.mark.parametrize(("kept", "position"), [(60, 60), (0, 0)])
+def test_a_shard_that_shrinks_while_it_is_read_is_named_with_the_position(
+    tokens: Path, kept: int, position: int
+) -> None:
+    dataset = TokenDataset(tokens, "train")
+    path = tokens / "train-00000.npy"
+    os.truncate(path, path.stat().st_size - (100 - kept) * 2)
+    with pytest.raises(DataError, match=rf"train-00000.npy: token {position} cannot be read: the file ends before it"):
+        read_all(dataset)
+
+
+def test_a_dataset_that_is_dropped_closes_its_shards(tokens: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    dataset = TokenDataset(tokens, "train")
+    assert len(os.listdir("/proc/self/fd")) == len(before) + 2
+    del dataset
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 @given(data=st.data())
 def test_any_flipped_bit_of_any_shard_is_found_by_verify(tokens: Path, data: st.DataObject) -> None:

@@ -63,6 +63,35 @@ def flip_on_rank_1(step: int) -> None:
     DDP.step = struck  # type: ignore[method-assign]
 
 
+def unreadable_on_rank_1(step: int) -> None:
+    """A shard on the second machine's disk: the training data of a step cannot be read, nor any validation data."""
+    from data.batches import Batches, ValidationWindows
+    from data.errors import DataError
+    from tests.training.runs import before
+
+    def unreadable() -> None:
+        raise DataError(
+            "validation-00000.npy: token 7 cannot be read" if step == 0 else "train-00000.npy: token 7 is 301"
+        )
+
+    if os.environ["RANK"] == "1":
+        before(Batches, "at", unreadable, lambda _, at: at == step)
+        before(ValidationWindows, "_batch", unreadable, lambda *_: step == 0)
+
+
+def test_data_that_one_rank_cannot_read_ends_all_after_a_save(corpus: list[str], tmp_path: Path) -> None:
+    command = overrides_of(corpus, tmp_path, "run", 12)
+    for step, saved, reason in ((8, 7, "train-00000.npy"), (0, 8, "validation-00000.npy")):
+        sitting = Sitting(command, tmp_path / "log", ranks=2, prepare=partial(unreadable_on_rank_1, step))
+        assert sitting.wait(60) == [1, 1]
+        ended = summary(tmp_path / "run")
+        assert (ended["status"], ended["steps"]) == ("failed", saved)
+        assert reason in ended["reason"]
+        assert checkpoints.step_of(checkpoints.available(tmp_path / "run" / "checkpoints")[0]) == saved
+        assert f"from step-{saved:08d}" in sitting.said()
+    completed(command, tmp_path / "log", ranks=2)
+
+
 def test_a_rank_that_hangs_ends_all_with_the_stacks_of_all(corpus: list[str], tmp_path: Path) -> None:
     command = overrides_of(corpus, tmp_path, "run", 12, "guards.hang_minutes=0.05")
     sitting = Sitting(command, tmp_path / "log", ranks=2, prepare=partial(hang_on_rank_1, 8))

@@ -13,7 +13,7 @@ import training.loop as loop
 run_rank = launch.run_rank
 
 
-def dying_rank(values: dict[str, Any]) -> int:
+def dying_rank(values: dict[str, Any], codes: Any) -> int:
     """`run_rank`, but rank 1 is killed two steps before the end, again after each restart."""
     reported = loop.Reporter.step
 
@@ -23,7 +23,7 @@ def dying_rank(values: dict[str, Any]) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
 
     loop.Reporter.step = report  # type: ignore[method-assign]
-    return run_rank(values)
+    return run_rank(values, codes)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def signal_self(number: int) -> None:
     """Send this process, which is in a run, a signal; returns once the run knows that it is asked to stop."""
     os.kill(os.getpid(), number)
     (listener,) = (thread for thread in threading.enumerate() if thread.name == "signals")
-    asked_to_stop: StopSignals = listener._target.__self__  # type: ignore[attr-defined]
+    asked_to_stop: StopSignals = listener._args[-1].__self__  # type: ignore[attr-defined]
     while not asked_to_stop():
         time.sleep(0.001)
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tests.training.runs import curve, lines, run, summary
 from training import heartbeat
 from training.heartbeat import EXIT_RANK_LOST, Heartbeat
-from training.launch import describe_failure
+from training.launch import EXIT_FAILED, EXIT_PREEMPTED, NOT_BEGUN, code_of_stopped_ranks, describe_failure
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,7 +64,8 @@ def test_dead_ranks_are_started_again_and_named_in_the_end(tiny: list[str], tmp_
     assert losses(directory) == pytest.approx(losses(tmp_path / "single"), abs=1e-5)
 
 
-def test_a_signal_to_the_parent_lets_all_ranks_save_and_one_process_go_on(tiny: list[str], tmp_path: Path) -> None:
+def test_signals_to_the_parent_let_all_ranks_save_and_one_process_go_on(tiny: list[str], tmp_path: Path) -> None:
+    """SIGHUP twice, as from a terminal that closes."""
     long = [
         *tiny,
         f"output_dir={tmp_path}",
@@ -75,9 +76,13 @@ def test_a_signal_to_the_parent_lets_all_ranks_save_and_one_process_go_on(tiny: 
     ]
     process = start("train.py", [*long, "launcher.nproc_per_node=2"])
     wait_for(tmp_path / "run" / "metrics.jsonl", '"step":5,')
-    process.send_signal(signal.SIGTERM)
+    for _ in range(2):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
     _, said = process.communicate(timeout=90)
     assert process.returncode == 75, said[-3000:]
+    saved = summary(tmp_path / "run")["steps"]
+    assert (tmp_path / "run" / "checkpoints" / f"step-{saved:08d}").is_dir()
     assert summary(tmp_path / "run")["status"] == "preempted"
     assert run(long) == 0
     assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(1, 401))
@@ -85,6 +90,23 @@ def test_a_signal_to_the_parent_lets_all_ranks_save_and_one_process_go_on(tiny: 
     # Hundreds of steps make a rounding difference grow; the first after the interruption show whether it left a trace.
     assert losses(tmp_path / "run")[:40] == pytest.approx(losses(tmp_path / "single")[:40], abs=1e-4)
     assert len(curve(tmp_path / "run")) == len(curve(tmp_path / "single"))
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected", "said"),
+    [
+        ([EXIT_PREEMPTED, EXIT_PREEMPTED], EXIT_PREEMPTED, ""),
+        ([0, 0], 0, ""),
+        ([NOT_BEGUN, NOT_BEGUN], EXIT_PREEMPTED, "nothing to save"),
+        ([EXIT_PREEMPTED, EXIT_FAILED], EXIT_FAILED, "rank 1 ended before the run was saved"),
+        ([NOT_BEGUN, EXIT_FAILED], EXIT_FAILED, "rank 1 ended before the run was saved"),
+    ],
+)
+def test_ranks_that_are_stopped_count_as_preempted_only_if_all_have_saved(
+    codes: list[int], expected: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code_of_stopped_ranks(signal.SIGTERM, codes) == expected
+    assert said in capsys.readouterr().err
 
 
 def failure(exitcode: int, timestamp: float, message: object = "To enable traceback see: https://…") -> SimpleNamespace:

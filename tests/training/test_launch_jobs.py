@@ -57,6 +57,25 @@ def test_trials_run_side_by_side_and_are_passed_over_the_second_time(tiny: list[
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["adamw-0", "adamw-1"]
 
 
+def test_a_sweep_side_by_side_that_is_hung_up_on_has_saved_its_trials(tiny: list[str], tmp_path: Path) -> None:
+    """The third trial has to wait for a worker, and is not begun."""
+    sweep = ["-m", "launcher=joblib", "hydra.launcher.n_jobs=2", *tiny, NAMES, f"output_dir={tmp_path}", "seed=0,1,2"]
+    sweep += ["optimizer=adamw", "train.steps=100000", "eval.interval=100000", "checkpoint.interval=null"]
+    process = start("train.py", sweep)
+    for seed in (0, 1):
+        wait_for(tmp_path / f"adamw-{seed}" / "metrics.jsonl", '"step":5,')
+    for _ in range(2):  # the group and the parent in it, as when a terminal closes
+        os.killpg(process.pid, signal.SIGHUP)
+        process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors[-3000:]
+    for seed in (0, 1):
+        saved = summary(tmp_path / f"adamw-{seed}")
+        assert saved["status"] == "preempted"
+        assert (tmp_path / f"adamw-{seed}" / "checkpoints" / f"step-{saved['steps']:08d}").is_dir()
+    assert not (tmp_path / "adamw-2").exists()
+
+
 def test_jobs_of_two_tasks_are_told_of_the_time_limit_save_and_start_again(tiny: list[str], tmp_path: Path) -> None:
     """What launcher=slurm does, through submitit's local executor; on a real SLURM: make test-slurm."""
     sweep = ["-m", "launcher=submitit", "launcher.nproc_per_node=2", *tiny, NAMES, f"output_dir={tmp_path}"]

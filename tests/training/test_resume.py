@@ -91,6 +91,55 @@ def test_a_run_killed_by_sigkill_has_the_same_curve_bit_for_bit(
     assert summary(tmp_path / "run")["status"] == "completed"
 
 
+def cut(shard: Path) -> None:
+    os.truncate(shard, 200)
+
+
+def overwrite(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:128] + b"\xff" * (shard.stat().st_size - 128))
+
+
+@pytest.mark.parametrize(
+    ("shard", "damage", "said"),
+    [
+        ("train-00000.npy", cut, "cannot be read: the file ends before it"),
+        ("train-00000.npy", overwrite, "is 65535 and the vocabulary has 300"),
+        ("validation-00000.npy", cut, "cannot be read: the file ends before it"),
+    ],
+)
+def test_a_shard_that_is_damaged_under_a_run_costs_no_step(
+    shard: str,
+    damage: Callable[[Path], None],
+    said: str,
+    corpus: list[str],
+    tmp_path: Path,
+    undisturbed: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from training import loop
+
+    (directory,) = (Path(given.split("=")[1]) for given in corpus if given.startswith("data.directory="))
+    shutil.copytree(directory, tmp_path / "tokens")
+    overrides = tiny([*corpus, f"data.directory={tmp_path / 'tokens'}"], tmp_path)
+    (path,) = (tmp_path / "tokens").rglob(shard)
+    whole = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "forward_backward", loop.forward_backward)
+        before(loop, "forward_backward", lambda: damage(path), lambda run, *rest: run.state.step == 12)
+        assert run(overrides) == 1
+    ended = summary(tmp_path / "run")
+    assert ended["status"] == "failed"
+    assert ended["steps"] >= 13  # batches that were read ahead are used
+    assert f"{shard}" in ended["reason"]
+    assert said in ended["reason"]
+    assert f"step-{ended['steps']:08d}" in capsys.readouterr().err.splitlines()[-1]
+    path.write_bytes(whole)
+    assert run(overrides) == 0
+    assert curve(tmp_path / "run") == undisturbed["sophiag"]
+    assert [line["step"] for line in lines(tmp_path / "run", "event")] == [ended["steps"]]
+
+
 @pytest.mark.parametrize("optimizer", [o for o in OPTIMIZERS if o != "sophiag"])
 def test_every_optimizer_resumes_bit_for_bit(
     optimizer: str, corpus: list[str], tmp_path: Path, undisturbed: dict[str, Any]

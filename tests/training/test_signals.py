@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.training.runs import before, curve, lines, run, run_in_child, signal_self, summary, tiny
+from training.signals import STOP_SIGNALS
 
 PREEMPTED = 75
 
@@ -110,7 +115,7 @@ def undisturbed(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     return curve(directory / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_ends_the_run_after_a_saved_step_and_it_goes_on_bit_for_bit(
     number: signal.Signals, corpus: list[str], tmp_path: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
@@ -190,6 +195,93 @@ def test_a_second_signal_ends_a_process_that_is_stuck_in_c(corpus: list[str], tm
 
 
 def test_the_handlers_of_before_are_there_after_a_run(corpus: list[str], tmp_path: Path) -> None:
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    def state() -> list[Any]:
+        return [[signal.getsignal(number) for number in STOP_SIGNALS], signal.pthread_sigmask(signal.SIG_BLOCK, ())]
+
+    before_it = state()
     assert run(tiny(corpus, tmp_path, "train.steps=3")) == 0
-    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    assert before_it == state()
+
+
+def signal_the_group_while_a_child_works(step: int, number: int, report: Path) -> None:
+    """What a terminal does, while a compiler, say, is at work for this process."""
+    import subprocess
+
+    from training import loop
+
+    def signalled() -> None:
+        os.setpgrp()
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import sys; sys.stdin.read(); sys.exit(7)"], stdin=subprocess.PIPE
+        )
+        (listener,) = (thread for thread in threading.enumerate() if thread.name == "signals")
+        os.killpg(0, number)
+        while not listener._args[-1].__self__():  # type: ignore[attr-defined]
+            time.sleep(0.001)
+        child.communicate()
+        report.write_text(str(child.returncode))
+
+    before(loop, "forward_backward", signalled, lambda run, *rest: run.state.step == step - 1)
+
+
+def test_a_signal_to_the_process_group_leaves_a_compiler_at_work(corpus: list[str], tmp_path: Path) -> None:
+    report = tmp_path / "exit code"
+    overrides = tiny(corpus, tmp_path)
+    assert run_in_child(overrides, signal_the_group_while_a_child_works, 13, signal.SIGINT, report) == PREEMPTED
+    assert summary(tmp_path / "run")["steps"] == 13
+    assert report.read_text() == "7"
+
+
+def signals_of_a_session_that_ends(step: int) -> None:
+    """systemd sends SIGHUP after SIGTERM; the kernel and the shell send it each when a terminal closes."""
+    from training import loop
+
+    def three() -> None:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGHUP):
+            signal_self(number)
+            time.sleep(0.1)
+
+    before(loop, "forward_backward", three, lambda run, *rest: run.state.step == step - 1)
+
+
+def test_sighup_is_never_the_second_signal(corpus: list[str], tmp_path: Path) -> None:
+    assert run_in_child(tiny(corpus, tmp_path), signals_of_a_session_that_ends, 13) == PREEMPTED
+    assert (tmp_path / "run" / "checkpoints" / "step-00000013").is_dir()
+
+
+def hang_up_ignored(step: int) -> None:
+    from training import loop
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before(
+        loop,
+        "forward_backward",
+        lambda: os.kill(os.getpid(), signal.SIGHUP),
+        lambda run, *rest: run.state.step == step - 1,
+    )
+
+
+def test_sighup_stays_ignored_under_nohup(corpus: list[str], tmp_path: Path) -> None:
+    assert run_in_child(tiny(corpus, tmp_path), hang_up_ignored, 13) == 0
+    assert summary(tmp_path / "run")["status"] == "completed"
+
+
+def on_a_terminal(name: str) -> None:
+    os.login_tty(os.open(name, os.O_RDWR))
+
+
+def test_a_terminal_that_closes_leaves_a_saved_run(corpus: list[str], tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    overrides = tiny(corpus, tmp_path, "train.steps=100000", "checkpoint.interval=null", "eval.interval=100000")
+    with ThreadPoolExecutor(1) as pool:
+        code = pool.submit(run_in_child, overrides, on_a_terminal, os.ttyname(theirs))
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not code.done() and not (metrics.exists() and '"step":5,' in metrics.read_text()):
+            if select.select([ours], [], [], 0.05)[0]:
+                os.read(ours, 4096)
+        os.close(theirs)
+        os.close(ours)
+        assert code.result() == PREEMPTED
+    saved = summary(tmp_path / "run")
+    assert saved["status"] == "preempted"
+    assert (tmp_path / "run" / "checkpoints" / f"step-{saved['steps']:08d}").is_dir()
