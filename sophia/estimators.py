@@ -5,7 +5,8 @@ one of (seed, step, parameter name, index), so that they depend neither on the s
 ranks.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sophia.likelihoods import Categorical, Likelihood
-from sophia.random import normals_like
+from sophia.random import generators_kept, normals_like
 
 
 def gauss_newton_bartlett(
@@ -138,6 +139,7 @@ def hutchinson(
     seed: int,
     step: int,
     names: Sequence[str] | None = None,
+    buffers: Iterable[Tensor] = (),
 ) -> list[Tensor]:
     """ĥ = u ⊙ (∇²L u) with u ~ N(0, I), by double backward (Liu et al. 2024, Algorithm 1). Entries may be negative.
 
@@ -155,13 +157,14 @@ def hutchinson(
         seed: of the noise u.
         step: the training step.
         names: of the parameters, which key the noise; by default "0", "1", ….
+        buffers: put back afterwards; `model.buffers()` where BatchNorm would take the estimate into its running mean.
 
     Returns:
         ĥ for each parameter, in its shape and dtype; zeros for one on which the loss does not depend.
     """
     params = list(params)
     noise = _noise(params, seed, step, names)
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+    with _put_back(buffers), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         grads = torch.autograd.grad(loss_fn(), params, create_graph=True, materialize_grads=True)
         curved = [(grad, u) for grad, u in zip(grads, noise, strict=True) if grad.requires_grad]
         if not curved:  # linear in all of them
@@ -184,15 +187,11 @@ def hutchinson_differences(
     """ĥ = u ⊙ (∇L(θ+δu) - ∇L(θ-δu)) / 2δ with δ = relative_step · ‖θ‖ / ‖u‖: first-order gradients suffice.
 
     So it works with fused attention, torch.compile and sharded models. About 1e-3 from the exact product in relative
-    norm on a GPT-2 in float32: the truncation error falls as δ², the rounding error grows as 1/δ. `loss_fn` must
-    not use autocast. Both gradients draw the same dropout masks from torch's default generators, which end where one
-    forward leaves them. .grad is left alone and the weights come back bit for bit, also when `loss_fn` raises.
-    Arguments and result as of `hutchinson`, and besides:
-
-    Args:
-        relative_step: δ relative to the weights; δ itself where all weights are zero.
-        buffers: `model.buffers()` of a model whose forward changes them (BatchNorm's running statistics); they are
-            put back.
+    norm on a GPT-2 in float32: the truncation error falls as δ², the rounding error grows as 1/δ. Where all weights
+    are zero, ‖θ‖ counts as 1. `loss_fn` must not use autocast. It is called twice and has to be the same function of
+    the weights both times: torch's generators, from which dropout draws, stand alike at both calls; other randomness
+    must not change between them. .grad is left alone and the weights come back bit for bit, also where `loss_fn`
+    raises. Arguments and result as of `hutchinson`.
 
     Raises:
         TypeError: weights in half precision, or autocast: the difference of two gradients would drown in rounding.
@@ -210,29 +209,41 @@ def hutchinson_differences(
                 "would drown in rounding; leave the autocast region, or take the exact product, hutchinson()"
             )
     noise = _noise(params, seed, step, names)
-    size = _norm(params) / _norm(noise)
-    delta = relative_step * torch.where(size > 0, size, 1)
+    norm = _norm(params)
+    delta = relative_step * torch.where(norm == 0, 1, norm) / _norm(noise)
     weights, grads = [p.detach().clone() for p in params], [p.grad for p in params]
-    buffers = list(buffers)
-    kept = [buffer.clone() for buffer in buffers]
-    devices = {p.device for p in params if p.device.type == "cuda"}
-    gradients: list[list[Tensor]] = []
+
+    def gradient_at(scale: Tensor) -> list[Tensor]:
+        for p, weight, u in zip(params, weights, noise, strict=True):
+            p.copy_(weight + u * scale)
+            p.grad = None
+        with torch.enable_grad():
+            loss_fn().backward()  # type: ignore[no-untyped-call] # not autograd.grad, which DDP and FSDP do not hook
+        # Copies: DistributedDataParallel may hand out views of buckets that it uses again.
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
+
     try:
-        for sign in (1, -1):
-            for p, weight, u in zip(params, weights, noise, strict=True):
-                p.copy_(weight + u * (sign * delta))
-                p.grad = None
-            # The noise of different dropout masks, divided by 2δ, would drown the curvature.
-            with torch.random.fork_rng(devices, enabled=sign > 0), torch.enable_grad():
-                loss_fn().backward()  # type: ignore[no-untyped-call] # not autograd.grad, which DDP and FSDP do not hook
-            gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+        with _put_back(buffers):
+            # Other dropout masks would be another function, and the difference of the two would be divided by 2δ.
+            with generators_kept(p.device for p in params):
+                plus = gradient_at(delta)
+            minus = gradient_at(-delta)
     finally:
         for p, weight, grad in zip(params, weights, grads, strict=True):
             p.copy_(weight)
             p.grad = grad
-        for buffer, value in zip(buffers, kept, strict=True):
-            buffer.copy_(value)
-    return [u * (plus - minus) / (2 * delta) for u, plus, minus in zip(noise, *gradients, strict=True)]
+    return [u * (above - below) / (2 * delta) for u, above, below in zip(noise, plus, minus, strict=True)]
+
+
+@contextmanager
+def _put_back(buffers: Iterable[Tensor]) -> Iterator[None]:
+    """What these tensors held before, they hold afterwards."""
+    saved = [(buffer, buffer.clone()) for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, before in saved:
+            buffer.copy_(before)
 
 
 def _predictions(outputs: Tensor, positions: Tensor | None, likelihood: Likelihood) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ micro-batches and shards do not enter.
 import hashlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import cache
 
 import torch
@@ -184,3 +185,12 @@ def normals_like(
     return DTensor.from_local(
         local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
     )
+
+
+def generators_kept(devices: Iterable[torch.device]) -> AbstractContextManager[None]:
+    """Puts torch's own generators, which dropout draws from, back afterwards: the CPU's and those of the devices.
+
+    Two computations draw the same dropout masks if the first is made within.
+    """
+    accelerators = {device for device in devices if device.type not in ("cpu", "meta")}
+    return torch.random.fork_rng(accelerators, device_type=next((d.type for d in accelerators), "cuda"))

@@ -99,17 +99,20 @@ class CurvaturePass:
     def run(self, strategy: Strategy, batch: Batch, step: int) -> Tensor:
         """Estimate at the current weights and fold into h; gradients are clear before and after.
 
+        Training draws the dropout masks afterwards that it would have drawn without the pass.
+
         Returns 1 (0-D, on the device) where a non-finite estimate was held back.
         """
         slices = list(self.slices(strategy, batch))
         num_predictions = self._count_predictions(strategy, slices)
-        if step == 1 and self._warm_start:
-            skipped = strategy.update_hessian(estimates=self._first(strategy, slices, num_predictions))
-        elif self._label_draws == 1 and self.estimator in ("gnb", "empirical_fisher"):
-            self._backward(strategy, slices, self._loss(step, 0), num_predictions)
-            skipped = strategy.update_hessian(num_predictions=num_predictions)
-        else:
-            skipped = strategy.update_hessian(estimates=self._estimate(strategy, slices, step, num_predictions))
+        with random.generators_kept([strategy.device]):
+            if step == 1 and self._warm_start:
+                skipped = strategy.update_hessian(estimates=self._first(strategy, slices, num_predictions))
+            elif self._label_draws == 1 and self.estimator in ("gnb", "empirical_fisher"):
+                self._backward(strategy, slices, self._loss(step, 0), num_predictions)
+                skipped = strategy.update_hessian(num_predictions=num_predictions)
+            else:
+                skipped = strategy.update_hessian(estimates=self._estimate(strategy, slices, step, num_predictions))
         strategy.zero_grad()
         return skipped
 
@@ -298,22 +301,23 @@ class CurvaturePass:
     def _differences(
         self, strategy: Strategy, slices: list[CurvatureSlice], step: int, num_predictions: int
     ) -> list[Tensor]:
-        """u ⊙ (∇L(θ + δu) − ∇L(θ − δu)) / 2δ; θ comes back bit for bit from a copy."""
+        """u ⊙ (∇L(θ + δu) − ∇L(θ − δu)) / 2δ, both under the same dropout masks; θ comes back bit for bit from a copy."""
         noise = strategy.normals(self._seed, step)
         devices = [strategy.device] if strategy.device.type == "cuda" else []
         with strategy.full_precision():
             delta = strategy.difference_step(noise)
-            gradients: list[list[Tensor]] = []
-            for sign in (1.0, -1.0):
-                # The generators go back after the first gradient, so that both draw the same dropout masks: the noise of
-                # different masks, divided by 2δ, would drown the curvature.
-                with torch.random.fork_rng(devices, enabled=sign > 0), strategy.perturbed(noise, sign * delta):
+
+            def gradient_at(scale: Tensor) -> list[Tensor]:
+                with strategy.perturbed(noise, scale):
                     self._backward(strategy, slices, _training_loss, num_predictions)
-                    gradients.append(strategy.take_gradients())
-        estimates = torch._foreach_sub(gradients[0], gradients[1])
+                    return strategy.take_gradients()
+
+            with random.generators_kept([strategy.device]):
+                estimates = gradient_at(delta)
+            torch._foreach_sub_(estimates, gradient_at(-delta))
         torch._foreach_mul_(estimates, noise)
         torch._foreach_div_(estimates, 2 * delta)
-        return list(estimates)
+        return estimates
 
     def bytes_communicated(self, strategy: Strategy, step: int) -> int:
         """Bytes that each rank sends in the refresh before this step."""

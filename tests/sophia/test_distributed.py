@@ -86,15 +86,21 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, li
     }
 
 
+def differences(model: nn.Module) -> list[Tensor]:
+    x, y = batch(1)
+    return hutchinson_differences(lambda: F.cross_entropy(model(x), y), model.parameters(), seed=3, step=5)
+
+
 def worker(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=WORLD)
     results: dict[str, Any] = {}
 
-    ddp = DistributedDataParallel(make_model())
+    ddp = DistributedDataParallel(make_model(), gradient_as_bucket_view=True)
     optimizer = make_optimizer(ddp)
     results["ddp fractions"] = train(ddp, optimizer, rank, WORLD)
     results["ddp"] = snapshot(ddp, optimizer)
+    results["ddp differences"] = differences(ddp)
 
     sharded = make_model()
     for layer in sharded:
@@ -112,10 +118,8 @@ def worker(rank: int, directory: str) -> None:
     controller.update()
     results["gamma"] = float(controller.gamma)
 
-    estimates = hutchinson_differences(
-        lambda: F.cross_entropy(sharded(batch(1)[0]), batch(1)[1]), sharded.parameters(), seed=3, step=5
-    )
-    results["differences"] = [whole(estimate) for estimate in estimates]
+    estimates = differences(sharded)
+    results["fsdp differences"] = [whole(estimate) for estimate in estimates]
     results["noise"] = [whole(normals_like(p, 1, 2, "name")) for p in sharded.parameters()]
 
     second = SophiaH(sharded.parameters())
@@ -184,19 +188,20 @@ def test_noise_of_shards_is_the_slice_of_the_whole(distributed: dict) -> None:
         assert torch.equal(noise, normals(1, 2, "name", 0, p.numel()).view(p.shape))
 
 
-def test_central_differences_under_fsdp_are_those_of_one_process(distributed: dict) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_central_differences_of_several_processes_are_those_of_one(distributed: dict, engine: str) -> None:
     model = make_model()
     with torch.no_grad():
-        for p, weight in zip(model.parameters(), distributed["fsdp"]["weights"], strict=True):
+        for p, weight in zip(model.parameters(), distributed[engine]["weights"], strict=True):
             p.copy_(weight)
     x, y = batch(1)
     exact = hutchinson(lambda: F.cross_entropy(model(x), y), model.parameters(), seed=3, step=5)
-    flat, exact_flat = (torch.cat([t.flatten() for t in ts]) for ts in (distributed["differences"], exact))
+    flat, exact_flat = (torch.cat([t.flatten() for t in ts]) for ts in (distributed[f"{engine} differences"], exact))
     assert (flat - exact_flat).norm() < 1e-3 * exact_flat.norm()
 
 
 def test_sharded_estimates_are_taken_in_and_plain_ones_refused(distributed: dict) -> None:
-    for estimate, h in zip(distributed["differences"], distributed["taken in"], strict=True):
+    for estimate, h in zip(distributed["fsdp differences"], distributed["taken in"], strict=True):
         torch.testing.assert_close(h, 0.01 * estimate, rtol=1e-5, atol=1e-9)
     assert "the estimate for parameter 0 is a Tensor and the parameter a DTensor" in distributed["plain estimates"]
 

@@ -116,54 +116,63 @@ def test_central_differences_are_the_exact_product_up_to_the_step(problem) -> No
     assert all(bool((p.grad == 1).all()) for p in problem.params)
 
 
-def test_central_differences_draw_the_dropout_masks_of_one_forward_twice() -> None:
+def test_central_differences_with_dropout_are_the_exact_product_under_the_same_masks(network) -> None:
+    """And both leave the generator where one forward leaves it. float64: what remains is the truncation, O(δ²)."""
+
+    def loss() -> Tensor:
+        dropped = F.dropout(F.tanh(network.logits()), 0.5)
+        return F.cross_entropy(dropped, network.targets)
+
+    estimates, following = [], []
+    for estimator in (hutchinson, hutchinson_differences):
+        torch.manual_seed(11)
+        estimates.append(network.flat(estimator(loss, network.params, seed=3, step=7)))
+        following.append(torch.rand(3))
+    exact, differences = estimates
+    assert (differences - exact).norm() < 1e-5 * exact.norm()
+    assert torch.equal(*following)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_loss_that_raises_leaves_weights_gradients_and_buffers_as_they_were(network, fails_at: int) -> None:
+    calls, buffer = [0], torch.zeros(2)
+
+    def loss() -> Tensor:
+        calls[0] += 1
+        buffer.add_(1)
+        if calls[0] == fails_at:
+            raise RuntimeError("out of memory")
+        return network.loss()
+
+    before = [p.detach().clone() for p in network.params]
+    for p in network.params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        hutchinson_differences(loss, network.params, seed=0, step=1, buffers=[buffer])
+    assert all(torch.equal(p, q) for p, q in zip(network.params, before, strict=True))
+    assert all(bool((p.grad == 1).all()) for p in network.params)
+    assert bool((buffer == 0).all())
+
+
+def test_weights_that_are_all_zero_have_a_curvature() -> None:
+    """Of logistic regression, where training often starts: H = XᵀX / 4n there. float32 leaves 1e-7 / 1e-3 of it."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(50, 3, generator=generator), torch.randint(2, (50,), generator=generator).float()
+    w = torch.zeros(3, requires_grad=True)
+    (estimate,) = hutchinson_differences(lambda: F.binary_cross_entropy_with_logits(x @ w, y), [w], seed=0, step=1)
+    noise = normals_like(w, 0, 1, "0")
+    torch.testing.assert_close(estimate, noise * (x.T @ x @ noise) / (4 * 50), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("estimator", [hutchinson, hutchinson_differences])
+def test_the_estimate_is_kept_out_of_batch_norms_running_statistics(estimator) -> None:
     torch.manual_seed(0)
-    w, x = torch.randn(30, 20, requires_grad=True), torch.randn(64, 30)
-    loss = lambda: F.dropout((x @ w).tanh(), 0.3).square().mean()  # noqa: E731
-    torch.manual_seed(1)
-    (exact,) = hutchinson(loss, [w], seed=0, step=1)
-    after = torch.rand(3)
-    torch.manual_seed(1)
-    (differences,) = hutchinson_differences(loss, [w], seed=0, step=1)
-    assert (exact - differences).norm() < 5e-3 * exact.norm()
-    assert torch.equal(after, torch.rand(3))
-
-
-def test_central_differences_leave_no_trace_of_a_loss_that_raises() -> None:
-    w = torch.randn(5, requires_grad=True)
-    before, w.grad = w.detach().clone(), torch.ones(5)
-    with pytest.raises(ZeroDivisionError):
-        hutchinson_differences(lambda: w.sum() * (1 // 0), [w], seed=0, step=1)
-    assert torch.equal(w, before)
-    assert bool((w.grad == 1).all())
-
-
-def test_central_differences_of_weights_that_are_all_zero() -> None:
-    w = torch.zeros(50, requires_grad=True)
-    (exact,), (differences,) = (
-        estimator(lambda: (3 * w.square()).sum() / 2, [w], seed=0, step=1)
-        for estimator in (hutchinson, hutchinson_differences)
-    )
-    torch.testing.assert_close(differences, exact, rtol=1e-4, atol=1e-4)
-
-
-def test_central_differences_put_the_running_statistics_back() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    x = torch.randn(8, 3)
     before = [buffer.clone() for buffer in model.buffers()]
-    x = torch.randn(16, 4)
-    given = {"seed": 0, "step": 1, "buffers": model.buffers()}
-    hutchinson_differences(lambda: model(x).square().mean(), model.parameters(), **given)
+    assert len(before) == 3
+    estimator(lambda: model(x).square().mean(), model.parameters(), seed=0, step=1, buffers=model.buffers())
     assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_labels_of_rows_that_are_not_finite_stay_in_the_vocabulary_and_their_loss_is_not_finite(bad: float) -> None:
-    logits = torch.randn(6, 9)
-    logits[2] = bad
-    logits[4, 3] = float("nan") if bad != bad else bad
-    labels = sample_labels(logits, torch.full((6,), 0.999))
-    assert bool(((labels >= 0) & (labels < 9)).all())
-    assert not F.cross_entropy(logits, labels).isfinite()
 
 
 def test_parameters_out_of_the_loss_or_linear_in_it_have_zero_curvature() -> None:

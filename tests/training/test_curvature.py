@@ -1,9 +1,13 @@
 """The curvature pass of the loop: equal to the library's estimator, whatever the split; padding weighs nothing."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import sophia
 from data.batches import Batch
@@ -32,10 +36,10 @@ class SeededWeights:
                     parameter.mul_(8)
 
 
-def strategy(rank: int = 0, world_size: int = 1, config: SophiaConfig = CONFIG) -> DDP:
+def strategy(rank: int = 0, world_size: int = 1, config: SophiaConfig = CONFIG, shape: GPT2Config = SHAPE) -> DDP:
     made = DDP(Distributed(rank, rank, 1, torch.device("cpu")), bf16=False, compile_model=False)
     with torch.device("meta"):
-        model = GPT2(SHAPE)
+        model = GPT2(shape)
     made.prepare(model, SeededWeights(), build_optimizers(config, compile_step=False))
     made.distributed = Distributed(rank, rank, world_size, torch.device("cpu"))
     return made
@@ -177,6 +181,37 @@ def test_central_differences_agree_with_the_exact_product() -> None:
     differences = run(CONFIG.model_copy(update={"estimator": "hutchinson_differences"}))
     error = torch.cat([(d - e).flatten() for d, e in zip(differences, exact, strict=True)]).norm()
     assert error < 5e-3 * torch.cat([e.flatten() for e in exact]).norm()
+
+
+def with_dropout(estimator: str, micro_batch_size: int, *, recomputed: bool = False) -> tuple[list[Tensor], Tensor]:
+    """h of a refresh of a model with dropout 0.1, and what the generator draws next."""
+    config = CONFIG.model_copy(update={"estimator": estimator})
+    made = strategy(config=config, shape=replace(SHAPE, dropout=0.1))
+    if recomputed:
+        for block in made.model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    torch.manual_seed(5)
+    CurvaturePass(config, SEED, BATCH, micro_batch_size).run(made, batch(), STEP)
+    return hessians(made), torch.rand(3)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("micro_batch_size", [2, BATCH])
+def test_central_differences_with_dropout_are_the_exact_product_under_the_same_masks(
+    micro_batch_size: int, recomputed: bool
+) -> None:
+    """In float32, whose rounding over 2δ leaves the bound; masks that differ would be wrong fifty times over."""
+    exact, _ = with_dropout("hutchinson", micro_batch_size)
+    differences, _ = with_dropout("hutchinson_differences", micro_batch_size, recomputed=recomputed)
+    error = torch.cat([(d - e).flatten() for d, e in zip(differences, exact, strict=True)]).norm()
+    assert error < 5e-3 * torch.cat([e.flatten() for e in exact]).norm()
+
+
+@pytest.mark.parametrize("estimator", ["gnb", "empirical_fisher", "hutchinson", "hutchinson_differences"])
+def test_training_draws_the_dropout_masks_that_it_would_have_drawn_without_the_pass(estimator: str) -> None:
+    _, following = with_dropout(estimator, 2)
+    torch.manual_seed(5)
+    assert torch.equal(following, torch.rand(3))
 
 
 def test_weights_are_bit_for_bit_what_they_were_after_central_differences() -> None:
