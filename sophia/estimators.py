@@ -188,7 +188,7 @@ def hutchinson_differences(
 
     So it works with fused attention, torch.compile and sharded models. About 1e-3 from the exact product in relative
     norm on a GPT-2 in float32: the truncation error falls as δ², the rounding error grows as 1/δ. Where all weights
-    are zero, ‖θ‖ counts as 1. `loss_fn` must not use autocast. It is called twice and has to be the same function of
+    are zero, δ = relative_step. `loss_fn` must not use autocast. It is called twice and has to be the same function of
     the weights both times: torch's generators, from which dropout draws, stand alike at both calls; other randomness
     must not change between them. .grad is left alone and the weights come back bit for bit, also where `loss_fn`
     raises. Arguments and result as of `hutchinson`.
@@ -209,8 +209,8 @@ def hutchinson_differences(
                 "would drown in rounding; leave the autocast region, or take the exact product, hutchinson()"
             )
     noise = _noise(params, seed, step, names)
-    norm = _norm(params)
-    delta = relative_step * torch.where(norm == 0, 1, norm) / _norm(noise)
+    size = _norm(params) / _norm(noise)
+    delta = relative_step * torch.where(size > 0, size, 1)
     weights, grads = [p.detach().clone() for p in params], [p.grad for p in params]
 
     def gradient_at(scale: Tensor) -> list[Tensor]:

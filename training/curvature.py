@@ -303,7 +303,6 @@ class CurvaturePass:
     ) -> list[Tensor]:
         """u ⊙ (∇L(θ + δu) − ∇L(θ − δu)) / 2δ, both under the same dropout masks; θ comes back bit for bit from a copy."""
         noise = strategy.normals(self._seed, step)
-        devices = [strategy.device] if strategy.device.type == "cuda" else []
         with strategy.full_precision():
             delta = strategy.difference_step(noise)
 
