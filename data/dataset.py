@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import DataError
+from data.files import open_regular
 from data.manifest import Manifest, Shard, load_manifest, shard_remedy
 
 # Windows are gathered in blocks of about this many tokens, and a block is cast to int64 at once. As stored, a block
@@ -106,7 +107,7 @@ def _map_shard(directory: Path, shard: Shard, dtype: np.dtype[Any]) -> memoryvie
     """Map one shard, read only: the bytes of its tokens."""
     path = directory / shard.file
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             version = np.lib.format.read_magic(file)
             shape, _, found = np.lib.format.read_array_header_1_0(file)
             header_bytes = file.tell()
