@@ -7,6 +7,7 @@ from PIL import Image
 from rich.console import Console
 
 from analysis.compare import Comparison, compare_runs
+from scripts.compare import main as compare
 from tests.analysis.synthetic import write_run
 
 
@@ -79,3 +80,10 @@ def test_a_diverged_arm_stands_in_the_table(tmp_path: Path) -> None:
 def test_a_missing_baseline_is_an_error_that_says_which_optimizers_there_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"0 of the 1 runs are of the baseline 'adamw' \(the optimizers are lion\)"):
         compare_runs([write_run(tmp_path / "l", optimizer="lion", train_lines=False)])
+
+
+def test_a_damaged_record_is_an_error_of_one_line(three_runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    (three_runs[1] / "summary.json").write_text("[]")
+    assert compare([str(path) for path in three_runs]) != 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{three_runs[1] / 'summary.json'} is damaged" in line
