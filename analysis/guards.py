@@ -117,6 +117,7 @@ def inspect(study: Study) -> list[Finding]:
     """Every guard over a study; serious findings first."""
     searches = tunings(study)
     found = [
+        *_damaged(study),
         *_fairness(study),
         *_decayed(study),
         *_seeds(study),
@@ -129,6 +130,15 @@ def inspect(study: Study) -> list[Finding]:
         *_code(study),
     ]
     return sorted(found, key=lambda finding: finding.severity != "serious")
+
+
+def _damaged(study: Study) -> list[Finding]:
+    """Records that cannot be read, and that nothing here counts."""
+    if not study.damaged:
+        return []
+    count = len(study.damaged)
+    title = f"{count} damaged record{' is' if count == 1 else 's are'} left out"
+    return [Finding("records", "serious", title, study.left_out)]
 
 
 @dataclass(frozen=True)

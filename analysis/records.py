@@ -10,22 +10,32 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import operator
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 from numpy.typing import NDArray
+from pydantic import Field
 
-from training.records import RecordError, RunRecord
+from training.records import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    Form,
+    RecordError,
+    RunRecord,
+    metrics_content,
+    parse_line,
+    require,
+)
 
 Currency = Literal["steps", "tokens", "flops", "seconds"]
 CURRENCIES: tuple[Currency, ...] = ("steps", "tokens", "flops", "seconds")
@@ -41,6 +51,38 @@ _SCHEMA = pa.schema(
     [("kind", pa.string()), ("step", pa.int64())]
     + [(name, pa.float64()) for name in ("tokens", "flops", "seconds", "val_loss", *_TRAIN_COLUMNS)]
 ).set(2 + 4 + _TRAIN_COLUMNS.index("clipped_norm"), pa.field("clipped_norm", pa.bool_()))
+
+
+# What the analysis needs of a configuration, which may be of an earlier version.
+class _Optimizer(Form):
+    name: str
+    lr: float | None = None
+    betas: list[float] | None = None
+    gamma: float | None = None
+    hessian_interval: int | None = None
+
+
+class _Model(Form):
+    name: str = ""
+    n_layer: int = 0
+    n_embd: int = 0
+
+
+class _Train(Form):
+    steps: Annotated[int, Field(gt=0)]
+
+
+class _Schedule(Form):
+    final_ratio: float = 0.0
+
+
+class _Config(Form):
+    name: str | None = None
+    seed: int
+    optimizer: _Optimizer
+    model: _Model
+    train: _Train
+    schedule: _Schedule = _Schedule()
 
 
 @dataclass(frozen=True)
@@ -147,32 +189,56 @@ def find_runs(roots: Iterable[str | Path]) -> list[Path]:
     for root in map(Path, roots):
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is no directory: give run directories, or directories that hold them")
-        found.update(path.parent for path in root.rglob("metrics.jsonl") if (path.parent / "config.yaml").is_file())
+        found.update(path.parent for path in root.rglob(METRICS_FILE) if os.path.lexists(path.parent / CONFIG_FILE))
     return sorted(found)
 
 
 def load_runs(directories: Sequence[str | Path], *, train_points: int = 400, workers: int = 2) -> list[Run]:
-    """Load runs in the order given; at most `workers` metrics files are in memory at a time.
+    """Load runs in the order given, as `load_each`.
+
+    Raises:
+        RecordError: of the first record that is damaged.
+    """
+    loaded = load_each(directories, train_points=train_points, workers=workers)
+    if damaged := [error for error in loaded if isinstance(error, RecordError)]:
+        raise damaged[0]
+    return [run for run in loaded if isinstance(run, Run)]
+
+
+def load_each(
+    directories: Sequence[str | Path], *, train_points: int = 400, workers: int = 2
+) -> list[Run | RecordError]:
+    """Load runs in the order given, in the place of a damaged one what is wrong with it.
+
+    At most `workers` metrics files are in memory at a time.
 
     Args:
         directories: run directories.
         train_points: bins that the train lines of a run are averaged into; 0 keeps none.
         workers: threads (the parser releases the interpreter lock).
     """
+
+    def load(directory: str | Path) -> Run | RecordError:
+        try:
+            return load_run(directory, train_points=train_points)
+        except RecordError as error:
+            return error
+
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        return list(pool.map(lambda directory: load_run(directory, train_points=train_points), directories))
+        return list(pool.map(load, directories))
 
 
 def load_run(directory: str | Path, *, train_points: int = 400) -> Run:
     """Load one run; see `load_runs`.
 
     Raises:
-        RecordError: the directory is no run record, or a line of metrics.jsonl other than the last is no JSON.
+        RecordError: the directory is no run record, or one of its files is damaged.
     """
     record = RunRecord.open(directory)
+    require(_Config, record.config, record.directory / CONFIG_FILE)
     table = read_metrics(record.metrics_path)
-    evaluations = _curve(table, "eval", _EVAL_COLUMNS)
-    training = _curve(table, "train", _TRAIN_COLUMNS)
+    evaluations = _curve(table, "eval", _EVAL_COLUMNS, record.metrics_path)
+    training = _curve(table, "train", _TRAIN_COLUMNS, record.metrics_path)
     clipped = training["clipped_norm"]
     return Run(
         record=record,
@@ -190,11 +256,9 @@ def read_metrics(path: Path, *, train_lines: int = _TRAIN_LINES) -> pa.Table:
     step with the curvature passes.
 
     Raises:
-        RecordError: a line other than the last is no JSON.
+        RecordError: the file cannot be read, or a line other than the last is damaged.
     """
-    if not path.is_file():
-        return _SCHEMA.empty_table()
-    content = path.read_bytes()
+    content = metrics_content(path)
     lines = content.split(b"\n")
     # A run that was killed while it wrote leaves a torn line without a newline at the end.
     lines.pop()
@@ -218,16 +282,17 @@ def read_metrics(path: Path, *, train_lines: int = _TRAIN_LINES) -> pa.Table:
 
 
 def last_line(path: Path, kind: str) -> dict[str, Any] | None:
-    """The last whole line of a kind in a metrics.jsonl, found without parsing the others; None if there is none."""
-    if not path.is_file():
-        return None
-    content = path.read_bytes()
+    """The last whole line of a kind in a metrics.jsonl, found without parsing the others; None if there is none.
+
+    Raises:
+        RecordError: the file cannot be read, or the line is damaged.
+    """
+    content = metrics_content(path)
     content = content[: content.rfind(b"\n") + 1]
     at = max(content.rfind(f'{{"kind":{space}"{kind}"'.encode()) for space in ("", " "))
     if at < 0:
         return None
-    line: dict[str, Any] = json.loads(content[at : content.index(b"\n", at)])
-    return line
+    return parse_line(content[at : content.index(b"\n", at)], path, content.count(b"\n", 0, at) + 1)
 
 
 def _stride(count: int, wanted: int) -> int:
@@ -255,20 +320,25 @@ def _read_leniently(content: bytes, path: Path) -> pa.Table:
     for number, line in enumerate(io.BytesIO(content), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RecordError(f"{path}:{number} is no JSON: {error}; restore the file or leave the run out") from error
+        row = parse_line(line, path, number)
+        for name in _SCHEMA.names:
+            if name != "kind" and not isinstance(row.get(name), (int, float, type(None))):
+                raise RecordError(f"{path}:{number}: {name} is {row[name]!r:.40} and a number is expected")
         clipped = row.get("clipped_norm")
         rows.append(
             {name: row.get(name) for name in _SCHEMA.names}
             | {"clipped_norm": None if clipped is None else bool(clipped)}
         )
-    return pa.Table.from_pylist(rows, schema=_SCHEMA)
+    try:
+        return pa.Table.from_pylist(rows, schema=_SCHEMA)
+    except (pa.ArrowException, OverflowError) as error:
+        raise RecordError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
-def _curve(table: pa.Table, kind: str, columns: Sequence[str]) -> Curve:
+def _curve(table: pa.Table, kind: str, columns: Sequence[str], path: Path) -> Curve:
     lines = table.filter(pc.equal(table["kind"], kind)).select([*_COUNTERS, *columns])
+    if missing := [name for name in _COUNTERS if lines[name].null_count]:
+        raise RecordError(f"{path} is damaged: a line of kind {kind!r} has no {missing[0]}")
     values = {name: _float(lines[name]) for name in lines.column_names}
     steps = values["step"]
     if np.any(np.diff(steps) <= 0):

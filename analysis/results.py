@@ -257,6 +257,7 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
         raise ValueError(
             f"no finished reported run of the baseline {study.baseline!r} in {study.name}: run it first, or name "
             f"another baseline (arms: {', '.join(study.arms) or 'none'})"
+            + (f"; damaged: {study.left_out}" if study.damaged else "")
         )
     baselines: dict[str, Baseline] = {}
     findings = list(inspect(study))

@@ -7,17 +7,19 @@ well: the arms are then the optimizers, and everything counts as reported.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+from pydantic import Field, model_validator
 
-from analysis.records import Run, find_runs, flatten, load_runs
+from analysis.records import Run, find_runs, flatten, load_each
 from analysis.speedup import Endpoints
 from analysis.wallclock import ReferenceTimes, training_seconds
+from training.records import CONFIG_FILE, Form, RecordError, read_object
 
 INDEX_FILE = "study.json"
 REFERENCE_TIMES_FILE = "reference_times.json"
@@ -99,6 +101,15 @@ class Study:
     planned: bool = True  # False: read off bare records, so that nothing is known about plans and budgets
     finished: bool = True
     trials_at_most: int | None = None  # in all, if every search uses its budget
+    damaged: tuple[str, ...] = ()  # a line about each record that is left out because it cannot be read
+
+    @property
+    def left_out(self) -> str:
+        """Which records are damaged, and how: a sentence of a few, empty where none is."""
+        if not self.damaged:
+            return ""
+        more = f"; and {len(self.damaged) - 3} more" if len(self.damaged) > 3 else ""
+        return f"{'; '.join(self.damaged[:3])}{more}. Restore these files, or run again."
 
     @property
     def reporting(self) -> list[Trial]:
@@ -171,6 +182,7 @@ def load_study(paths: Sequence[str | Path], *, baseline: str = "adamw", train_po
 
     Raises:
         FileNotFoundError: a path does not exist, or holds neither a study nor a run.
+        RecordError: the study's own files are damaged, or the record of every run is.
     """
     roots = [Path(path) for path in paths]
     if len(roots) == 1 and (roots[0] / INDEX_FILE).is_file():
@@ -180,7 +192,18 @@ def load_study(paths: Sequence[str | Path], *, baseline: str = "adamw", train_po
         raise FileNotFoundError(
             f"no run record under {', '.join(map(str, roots))}: give a study directory, or run directories"
         )
-    return study_of_runs(load_runs(directories, train_points=train_points), baseline=baseline)
+    runs, damaged = _sound(load_each(directories, train_points=train_points))
+    study = replace(study_of_runs(runs, baseline=baseline), damaged=damaged)
+    if not runs:
+        raise RecordError(f"no run record can be read: {study.left_out}")
+    return study
+
+
+def _sound(loaded: Iterable[Run | RecordError]) -> tuple[list[Run], tuple[str, ...]]:
+    """The runs, and a line about each that is damaged."""
+    listed = list(loaded)
+    damaged = tuple(" ".join(str(error).split()) for error in listed if isinstance(error, RecordError))
+    return [run for run in listed if isinstance(run, Run)], damaged
 
 
 def study_of_runs(runs: Sequence[Run], *, baseline: str = "adamw", name: str = "runs") -> Study:
@@ -232,11 +255,14 @@ def arm_names(runs: Sequence[Run]) -> list[str]:
 
 
 def _from_index(directory: Path, train_points: int) -> Study:
-    index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
+    index = read_object(directory / INDEX_FILE, _ReadIndex)
+    if index is None:
+        raise RecordError(f"{directory} is no study: {INDEX_FILE} is missing")
     entries = index["trials"]
     directories = [directory / entry["run"] for entry in entries]
-    existing = [path for path in directories if (path / "config.yaml").is_file()]
-    runs = dict(zip(existing, load_runs(existing, train_points=train_points), strict=True))
+    existing = [path for path in directories if os.path.lexists(path / CONFIG_FILE)]
+    sound, damaged = _sound(load_each(existing, train_points=train_points))
+    runs = {run.directory: run for run in sound}
     arms = {
         name: Arm(
             name=name,
@@ -277,9 +303,56 @@ def _from_index(directory: Path, train_points: int) -> Study:
         description=index.get("description", ""),
         finished=bool(index.get("finished", True)),
         trials_at_most=index.get("trials_at_most"),
+        damaged=damaged,
         directory=directory,
         reference_times=ReferenceTimes.load(times) if times.is_file() else None,
     )
+
+
+class _ReadArm(Form):
+    role: Role = "arm"
+    search: dict[str, Any] | None = None
+    budget: int | None = None
+    method: str = ""
+    of: str | None = None
+    varies: list[str] | None = None
+    budgets: dict[str, dict[str, int]] | None = None
+
+
+class _ReadTrial(Form):
+    arm: str
+    phase: Phase
+    model: str
+    horizon: int
+    seed: int
+    values: dict[str, Any] | None = None
+    run: str
+
+
+class _ReadSeeds(Form):
+    reporting: list[int]
+
+
+class _ReadIndex(Form):
+    """What a study.json must hold to be read."""
+
+    name: str
+    baseline: str
+    arms: dict[str, _ReadArm]
+    trials: list[_ReadTrial]
+    seeds: _ReadSeeds
+    level: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    description: str = ""
+    finished: bool = True
+    trials_at_most: int | None = None
+
+    @model_validator(mode="after")
+    def _arms_are_known(self) -> Self:
+        if unknown := [
+            name for name in (self.baseline, *(trial.arm for trial in self.trials)) if name not in self.arms
+        ]:
+            raise ValueError(f"there is no arm {unknown[0]!r} in it")
+        return self
 
 
 def _endpoints(arm: str, model: str, horizon: int, by_seed: dict[int, Run], times: ReferenceTimes | None) -> Endpoints:

@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from analysis.records import Run
-from training.records import write_atomically
+from training.records import Form, RecordError, read_object, write_atomically
 
 TRAINING_KINDS = ("forward_backward", "curvature", "optimizer", "data")
 # The same computation under every optimizer, so that one measurement per model serves all arms.
@@ -28,6 +28,11 @@ def training_seconds(run: Run) -> float:
     if not ledger:
         return run.total("seconds")
     return float(sum(ledger.get(kind, {}).get("seconds", 0.0) for kind in TRAINING_KINDS))
+
+
+class _File(Form):
+    seconds: dict[str, dict[str, dict[str, float]]]
+    source: str
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,14 @@ class ReferenceTimes:
 
     @classmethod
     def load(cls, path: Path) -> ReferenceTimes:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        """Read what `save` has written.
+
+        Raises:
+            RecordError: it cannot be read, or is damaged.
+        """
+        content = read_object(path, _File)
+        if content is None:
+            raise RecordError(f"{path} is missing")
         return cls(seconds=content["seconds"], source=content["source"])
 
 

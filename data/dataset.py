@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import DataError
+from data.files import open_regular
 from data.manifest import Manifest, Shard, load_manifest, shard_remedy
 
 # Windows are gathered in blocks of about this many tokens, and a block is cast to int64 at once. As stored, a block
@@ -125,7 +126,7 @@ def _open_shard(directory: Path, shard: Shard, dtype: np.dtype[Any]) -> tuple[in
     """Open one shard: its descriptor, and the byte at which its tokens begin."""
     path = directory / shard.file
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             version = np.lib.format.read_magic(file)
             shape, _, found = np.lib.format.read_array_header_1_0(file)
             header_bytes = file.tell()

@@ -1,6 +1,7 @@
-"""Durable files: written beside their place, synced, renamed.
+"""Files that can be trusted: written beside their place, synced, renamed; read within limits.
 
-A reader sees the old file or the new one, never a half of one.
+A reader sees the old file or the new one, never a half of one. What it reads may still be damaged or not a file at all:
+a FIFO is not waited for, a device not read, a file of a terabyte not loaded.
 """
 
 from __future__ import annotations
@@ -9,13 +10,19 @@ import errno
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from io import BufferedRandom
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from data.errors import DataError
+
+# Nothing that this project writes is nested more than ten deep; Python's recursive functions fail near a thousand.
+_DEEPEST = 100
 
 
 @contextmanager
@@ -74,6 +81,79 @@ def entries(directory: Path, own: Mapping[str, str | None]) -> list[tuple[Path, 
 def cannot_use(error: OSError, path: Path) -> DataError:
     """The error for what may not be read or written, or whose disk is broken, at or below `path`."""
     return DataError(f"{error.filename or path}: {error.strerror or error}; check the path and its permissions")
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading.
+
+    Raises:
+        OSError: it cannot be opened, or is a FIFO, a device or a directory.
+    """
+    return open(path, "rb", opener=_regular)
+
+
+def _regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # without it, opening a FIFO waits for a writer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is a directory, a FIFO or a device, and a regular file is expected", path)
+    return descriptor
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        OSError: as `open_regular`, or the disk cannot read it.
+        ValueError: it has more than `limit` bytes.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ValueError(f"it has {size:,} bytes, and at most {limit:,} are read")
+        return file.read(limit)
+
+
+def read_json(path: Path, limit: int) -> Any:
+    """The JSON value in a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: as `read_regular`.
+        ValueError: it is too large, not UTF-8, not JSON, or nested so deeply that recursive functions would fail.
+    """
+    content = read_regular(path, limit)
+    try:
+        values = json.loads(content.decode())
+    except RecursionError:
+        raise ValueError(f"it is nested more than {_DEEPEST} deep") from None
+    check_nesting(values, len(content))
+    return values
+
+
+def check_nesting(value: Any, size: int) -> None:
+    """Refuse parsed JSON or YAML of `size` bytes that is nested too deeply, or repeats itself by YAML's aliases.
+
+    Raises:
+        ValueError: it is, or does.
+    """
+    level = [value]
+    for _ in range(_DEEPEST):
+        members = (m.values() if isinstance(m, dict) else m for m in level if isinstance(m, (dict, list)))
+        level = [member for of_one in members for member in of_one]
+        if not level:
+            return
+        if len(level) > size:  # each value has at least one byte
+            raise ValueError("its aliases stand for more values than it has bytes")
+    raise ValueError(f"it is nested more than {_DEEPEST} deep")
+
+
+def problem(error: ValueError) -> str:
+    """What is wrong with a file's content, in one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        return f"{key or 'its content'}: {first['msg']}"
+    return " ".join(str(error).split())
 
 
 def cannot_write(error: OSError, directory: Path) -> DataError:

@@ -11,18 +11,18 @@ The shards of a split, in the order of the manifest, are one stream of tokens.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from data.errors import DataError
-from data.files import canonical_json, write_json
+from data.files import canonical_json, open_regular, problem, read_json, write_json
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
@@ -30,7 +30,7 @@ SPLITS = ("train", "validation")
 
 # A manifest names files inside of its own directory and nowhere else.
 _SHARD_NAME = re.compile(r"(train|validation)-\d{5,}\.npy")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MANIFEST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,37 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
+class _Read(BaseModel):
+    """What a manifest.json must hold to be read."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _ReadShard(_Read):
+    file: str
+    tokens: Annotated[int, Field(gt=0)]
+    documents: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _ReadSplit(_Read):
+    shards: list[_ReadShard]
+
+
+class _ReadTokenizer(_Read):
+    name: str
+    vocab_size: Annotated[int, Field(gt=0, le=1 << 32)]  # ids are uint32
+    end_of_text: Annotated[int, Field(ge=0)]
+    sha256: str
+
+
+class _ReadManifest(_Read):
+    source: dict[str, Any]
+    split_rule: dict[str, Any]
+    tokenizer: _ReadTokenizer
+    splits: dict[str, _ReadSplit]
+
+
 def load_manifest(directory: str | Path) -> Manifest:
     """Read and check `directory/manifest.json`.
 
@@ -122,7 +153,7 @@ def load_manifest(directory: str | Path) -> Manifest:
     path = Path(directory) / MANIFEST_FILE
     remedy = f"remove {path.parent} and prepare it again with scripts/prepare_data.py"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, _MANIFEST_BYTES)
     except FileNotFoundError:
         raise DataError(
             f"{path.parent} holds no prepared tokens: there is no {MANIFEST_FILE} in it; "
@@ -131,14 +162,14 @@ def load_manifest(directory: str | Path) -> Manifest:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from error
     except ValueError as error:
-        raise DataError(f"{path} is damaged: not JSON ({error}); {remedy}") from error
+        raise DataError(f"{path} is damaged: not JSON ({problem(error)}); {remedy}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         given = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise DataError(f"{path} has format {given!r} and this version reads format {FORMAT}; {remedy}")
     try:
         manifest = _parse(content)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is damaged: {error!r}; {remedy}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {problem(error)}; {remedy}") from error
     if content.get("sha256") != manifest.sha256:
         raise DataError(
             f"{path} was changed after it was written: its content has sha256 {manifest.sha256}, "
@@ -148,19 +179,17 @@ def load_manifest(directory: str | Path) -> Manifest:
 
 
 def _parse(content: dict[str, Any]) -> Manifest:
-    tokenizer = TokenizerInfo(**content["tokenizer"])
-    if not 0 <= tokenizer.end_of_text < tokenizer.vocab_size:
+    read = _ReadManifest.model_validate(content)
+    tokenizer = TokenizerInfo(**read.tokenizer.model_dump())
+    if tokenizer.end_of_text >= tokenizer.vocab_size:
         raise ValueError(f"end_of_text {tokenizer.end_of_text} is not in a vocabulary of {tokenizer.vocab_size}")
-    splits = {}
-    for name in SPLITS:
-        shards = tuple(Shard(**shard) for shard in content["splits"][name]["shards"])
-        for shard in shards:
-            if not _SHARD_NAME.fullmatch(shard.file):
-                raise ValueError(f"{shard.file!r} is not the name of a shard")
-            if not _SHA256.fullmatch(shard.sha256) or shard.tokens <= 0 or shard.documents < 0:
-                raise ValueError(f"the entry of {shard.file} is not valid")
-        splits[name] = Split(shards)
-    return Manifest(content["source"], content["split_rule"], tokenizer, splits)
+    if missing := [name for name in SPLITS if name not in read.splits]:
+        raise ValueError(f"splits.{missing[0]} is missing")
+    splits = {name: Split(tuple(Shard(**shard.model_dump()) for shard in read.splits[name].shards)) for name in SPLITS}
+    for shard in (shard for split in splits.values() for shard in split.shards):
+        if not _SHARD_NAME.fullmatch(shard.file):
+            raise ValueError(f"{shard.file!r} is not the name of a shard")
+    return Manifest(read.source, read.split_rule, tokenizer, splits)
 
 
 def verify(directory: str | Path, report: Callable[[str], None] | None = None) -> Manifest:
@@ -177,7 +206,7 @@ def verify(directory: str | Path, report: Callable[[str], None] | None = None) -
             if report is not None:
                 report(shard.file)
             try:
-                with path.open("rb") as file:
+                with open_regular(path) as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
                 raise DataError(f"{path} cannot be read: {error.strerror}; {shard_remedy(directory)}") from error

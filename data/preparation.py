@@ -8,7 +8,6 @@ next run keeps every unit whose receipt still fits and makes the rest. The manif
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
 import re
@@ -23,7 +22,7 @@ from typing import Any
 
 from data import plan
 from data.errors import DataError
-from data.files import cannot_use, cannot_write, entries, write_json
+from data.files import cannot_use, cannot_write, entries, read_json, write_json
 from data.manifest import FORMAT, MANIFEST_FILE, SPLITS, Manifest, Shard, Split, TokenizerInfo, load_manifest
 from data.progress import Progress
 from data.sources import SampleSource, Source
@@ -37,6 +36,7 @@ LOCK_FILE = ".lock"
 # A tokenizer is trained on this much of the training documents, spread over the whole corpus; merges learnt from more
 # text are the same in all but the rarest.
 _TRAINING_BYTES = 128 << 20
+_RECEIPT_BYTES = 64 << 20
 
 # What lies in a token directory; any other is not prepared in, for a preparation deletes what an earlier one left.
 _SHARD, _PARTIAL = r"(train|validation)-\d{5,}\.npy", r"\.\d+\.partial"
@@ -196,7 +196,7 @@ def _train(
     fingerprint = [unit.fingerprint({**common, "vocab_size": spec.vocab_size}) for unit in units]
     receipt = directory / RECEIPTS / TOKENIZER_FILE
     with suppress(OSError, ValueError, KeyError, TypeError, DataError):
-        content = json.loads(receipt.read_text(encoding="utf-8"))
+        content = read_json(receipt, _RECEIPT_BYTES)
         if content["fingerprint"] == fingerprint:
             return open_tokenizer(TokenizerInfo(**content["tokenizer"]), directory).info
     total = sum(unit.bytes for unit in units)
@@ -218,7 +218,7 @@ def _train(
 def _receipt(directory: Path, unit: plan.Unit, fingerprint: str) -> dict[str, Shard] | None:
     """What was made of the unit, by split; None if nothing, or of something else, or if it is damaged."""
     try:
-        content = json.loads(receipt_path(directory, unit).read_text(encoding="utf-8"))
+        content = read_json(receipt_path(directory, unit), _RECEIPT_BYTES)
         if content["fingerprint"] != fingerprint:
             return None
         shards = {split: Shard(**content["shards"][split]) for split in SPLITS if content["shards"][split] is not None}
@@ -269,7 +269,7 @@ def _check_request(directory: Path, manifest: Manifest, source: Source, tokenize
         asked["vocab_size"], held["vocab_size"] = tokenizer.vocab_size, manifest.vocab_size
     try:
         with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            held |= json.loads((directory / PREPARATION_FILE).read_text(encoding="utf-8"))["request"]
+            held |= read_json(directory / PREPARATION_FILE, _RECEIPT_BYTES)["request"]
             asked |= source.request()
     except OSError as error:
         raise cannot_use(error, directory) from error

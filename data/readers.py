@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from data.documents import cut_documents
 from data.errors import DataError
+from data.files import open_regular
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -66,7 +67,7 @@ def text_bytes(path: Path, text_column: str) -> int:
         raise DataError(f"{path} is a directory and should be a file; give a glob, such as {path}/*.txt")
     if suffix is None:
         raise DataError(f"{path} has none of the known endings {', '.join(SUFFIXES)}; rename it, or narrow the glob")
-    with _faults_named(path), path.open("rb") as file:
+    with _faults_named(path), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
     if size == 0:
         raise DataError(f"{path} is empty; remove it, or fetch it again if that was not meant")
@@ -89,7 +90,7 @@ def segments(path: Path, text_column: str, limit: int) -> list[Segment]:
         return [Segment(os.fspath(path), 0, 0, size, None)]
     parts = -(-size // limit)
     nominal = [size * part // parts for part in range(1, parts)]
-    with _faults_named(path), path.open("rb") as file:
+    with _faults_named(path), open_regular(path) as file:
         if suffix == ".txt":
             inner = [_after_paragraph(file, place, size) for place in nominal]
         else:
@@ -110,18 +111,18 @@ def read_documents(segment: Segment, text_column: str, advance: Advance) -> Iter
             case ".parquet":
                 yield from _read_parquet(path, segment, text_column, advance)
             case ".jsonl":
-                with path.open("rb") as file:
+                with open_regular(path) as file:
                     file.seek(segment.start)
                     yield from _read_json_lines(path, file, segment.start, segment.stop, text_column, advance)
             case ".jsonl.gz":
-                with path.open("rb") as packed, gzip.GzipFile(fileobj=packed) as file:
+                with open_regular(path) as packed, gzip.GzipFile(fileobj=packed) as file:
                     yield from _read_json_lines(path, file, 0, None, text_column, _compressed(packed, advance))
             case ".txt":
-                with path.open("rb") as file:
+                with open_regular(path) as file:
                     file.seek(segment.start)
                     yield from cut_documents(_read_text(path, file, segment.start, segment.stop, advance))
             case ".txt.xz":
-                with path.open("rb") as packed, lzma.LZMAFile(packed) as file:
+                with open_regular(path) as packed, lzma.LZMAFile(packed) as file:
                     yield from cut_documents(_read_text(path, file, 0, None, _compressed(packed, advance)))
             case _:
                 raise DataError(f"{path} has none of the known endings {', '.join(SUFFIXES)}")
@@ -152,7 +153,9 @@ def _faults_named(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist (any more), or is a link to nothing; restore or remove it") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}); check the disk, or fetch the file again") from error
+        raise DataError(
+            f"{path} cannot be read ({error.strerror or error}); check the disk, or fetch the file again"
+        ) from error
 
 
 # Plain text

@@ -11,7 +11,6 @@ import base64
 import functools
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import numpy as np
 import tiktoken
 
 from data.errors import DataError
-from data.files import written_beside
+from data.files import read_json, written_beside
 from data.manifest import TokenizerInfo, load_manifest
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
+_TOKENIZER_BYTES = 256 << 20
 
 _VOCAB_BPE = Path(__file__).parent / "sample" / "gpt2_vocab.bpe"
 _VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # as tiktoken pins it
@@ -270,7 +270,7 @@ def read_bpe(path: Path) -> Tokenizer:
     """
     to_byte = _byte_of_character()
     try:
-        vocabulary: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+        vocabulary: dict[str, int] = read_json(path, _TOKENIZER_BYTES)["model"]["vocab"]
         ranks = {
             bytes(to_byte[character] for character in token): rank
             for token, rank in vocabulary.items()

@@ -24,7 +24,11 @@ from training.records import (
     ENVIRONMENT_FILE,
     METRICS_FILE,
     SUMMARY_FILE,
+    RecordError,
     json_line,
+    metrics_content,
+    parse_line,
+    read_summary,
     write_atomically,
 )
 
@@ -68,16 +72,20 @@ def outcomes(places: Places) -> dict[str, Outcome]:
 
 
 def read_outcome(directory: Path) -> Outcome | None:
-    """How the run in a directory ended; None where it has not, or was preempted or failed and can be run again."""
-    path = directory / SUMMARY_FILE
-    if not path.is_file():
-        return None
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    if summary["status"] == "diverged":
+    """How the run in a directory ended; None where it has not, or was preempted or failed and can be run again.
+
+    Raises:
+        RecordError: its summary cannot be read, or is damaged.
+    """
+    summary = read_summary(directory)
+    if summary is not None and summary["status"] == "diverged":
         return Outcome("diverged", math.inf)
-    if summary["status"] != "completed":
+    if summary is None or summary["status"] != "completed":
         return None
-    return Outcome("completed", float(summary["final_val_loss"]))
+    loss = summary.get("final_val_loss")
+    if loss is None:
+        raise RecordError(f"{directory / SUMMARY_FILE} is damaged: a completed run has a final_val_loss")
+    return Outcome("completed", float(loss))
 
 
 def keep(trial: Trial, places: Places) -> None:
@@ -96,8 +104,8 @@ def keep(trial: Trial, places: Places) -> None:
 
 def thin_metrics(path: Path, phase: str) -> bytes:
     """All eval and event lines; of train and hessian lines a few at equal distances, the last one always."""
-    lines = path.read_bytes().splitlines()
-    kinds = [json.loads(line)["kind"] for line in lines]
+    lines = metrics_content(path).splitlines()
+    kinds = [parse_line(line, path, number)["kind"] for number, line in enumerate(lines, start=1)]
     kept: set[int] = {index for index, kind in enumerate(kinds) if kind in ("eval", "event")}
     for kind, limit in (("train", _TRAIN_LINES[phase]), ("hessian", _HESSIAN_LINES[phase])):
         places = [index for index, one in enumerate(kinds) if one == kind]

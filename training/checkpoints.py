@@ -1,7 +1,8 @@
 """Checkpoints: full tensors by parameter name in safetensors shards, with a JSON manifest; never a pickle.
 
     <run>/checkpoints/step-00000100/
-        manifest.json            step, tensors and where their elements lie, state of ledger and records, sha256 of each file
+        manifest.json            step, tensors and where their elements lie, numbers of the optimizer's state, state of ledger
+                                 and records, sha256 of each file
         rank-00000.safetensors   this rank's pieces: flat ranges of full tensors (training/strategies/base.py)
 
 A checkpoint is written into a hidden directory beside, flushed, and renamed when every rank has written: a directory with
@@ -16,33 +17,114 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import torch
+from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.files import sync_directory
+from data.files import check_nesting, open_regular, problem, read_regular, sync_directory
+from training.config import ConfigurationError
 from training.distributed import Distributed
-from training.records import write_atomically
-from training.strategies.base import Piece
+from training.ledger import Entry, Kind
+from training.loop import TrainingState
+from training.records import Form, write_atomically
+from training.strategies.base import SAVED_DTYPES, Number, NumberPiece, Piece
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "sophia-checkpoint-2"
 _NAME = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(r"rank-\d{5}\.safetensors")
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
-_DTYPES |= {str(d).removeprefix("torch."): d for d in (torch.int64, torch.int32, torch.uint8, torch.bool)}
-_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-_SAFETENSORS_DTYPES |= {"I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool"}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAVED_DTYPES}
+_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "BOOL": "bool"}
+_SAFETENSORS_DTYPES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
+# A model of 1.5 billion parameters that a thousand ranks have written needs 400 MB.
+_MANIFEST_BYTES = 1 << 30
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is incomplete or damaged. The message names the file and what is wrong with it."""
+
+
+# What a manifest must hold to be read.
+
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Piece(Form):
+    name: str
+    shape: list[_Count]
+    dtype: str
+    start: _Count
+    count: _Count
+
+    @model_validator(mode="after")
+    def _known_type(self) -> Self:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"{self.dtype!r} is no type of tensor that a checkpoint holds")
+        return self
+
+
+class _File(Form):
+    sha256: str
+    bytes: _Count
+    pieces: list[_Piece]
+    numbers: dict[str, StrictBool | StrictInt | StrictFloat | None] = Field(default_factory=dict)
+
+
+class _LedgerState(BaseModel):
+    entries: dict[Kind, Entry]
+    bytes_communicated: int
+
+
+class _SpikesState(BaseModel):
+    mean: float
+    variance: float
+    seen: int
+    high: bool
+
+
+class _AlarmState(BaseModel):
+    zero_since: int | None
+    told: bool
+
+
+class _GammaState(BaseModel):
+    gamma: float
+
+
+class RunState(BaseModel):
+    """What a resumed run needs besides tensors, as `training.run` saves it."""
+
+    training: TrainingState
+    ledger: _LedgerState
+    metrics_bytes: _Count  # size of metrics.jsonl
+    config: dict[str, Any]
+    good: bool = True  # False where a step was skipped right before
+    val_loss: float | None = None  # where there was an evaluation at this step
+
+    @model_validator(mode="after")
+    def _guards(self) -> Self:
+        training = self.training
+        forms: tuple[tuple[type[BaseModel], Any], ...] = (
+            *((_SpikesState, training.spikes), (_AlarmState, training.alarm), (_GammaState, training.gamma)),
+        )
+        for form, values in forms:
+            if values is not None:
+                form.model_validate(values)
+        return self
+
+
+class _Manifest(Form):
+    format: Literal["sophia-checkpoint-2"]
+    step: _Count
+    files: dict[str, _File]
+    state: Annotated[RunState, Field(strict=False)]
 
 
 def checkpoint_name(step: int) -> str:
@@ -52,7 +134,7 @@ def checkpoint_name(step: int) -> str:
 def save(
     root: Path,
     step: int,
-    pieces: Iterable[Piece],
+    pieces: Iterable[Piece | NumberPiece],
     state: dict[str, Any],
     distributed: Distributed,
 ) -> Path:
@@ -62,13 +144,12 @@ def save(
         root: the run's checkpoints/ directory.
         step: updates made so far.
         pieces: this rank's part; over all ranks every element of every tensor exactly once.
-        state: JSON values of rank 0 that a resumed run needs besides (ledger, record size, …). Of these `prune` knows
-            `val_loss`, where there was an evaluation at this step, and `good`, false where a step was skipped last.
+        state: JSON values of rank 0, in the form of `RunState`.
         distributed: the ranks that take part.
 
     Raises:
-        OSError: on every rank: the disk is full or not writable; what was written of this checkpoint is removed, older
-            ones are untouched.
+        OSError: on every rank: the disk is full or not writable, or the optimizer has come to keep state that cannot be
+            saved; what was written of this checkpoint is removed, older ones are untouched.
     """
     final = root / checkpoint_name(step)
     partial = root / f".{checkpoint_name(step)}.partial"
@@ -91,9 +172,11 @@ def save(
 
 
 def _failure_of(action: Callable[..., None], *arguments: Any) -> tuple[int, str] | None:
-    """Error number and words of what a disk did not do; None where it did."""
+    """Error number and words of what could not be done; None where it was."""
     try:
         action(*arguments)
+    except ConfigurationError as error:
+        return errno.EINVAL, str(error)
     except OSError as error:
         return error.errno or errno.EIO, error.strerror or str(error)
     except SafetensorError as error:  # safetensors' word for any error of the operating system
@@ -125,10 +208,14 @@ def manifest_text(manifest: dict[str, Any]) -> str:
     return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), **manifest}, indent=1)
 
 
-def _write_rank_file(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
+def _write_rank_file(path: Path, pieces: Iterable[Piece | NumberPiece]) -> dict[str, Any]:
     tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Number] = {}
     described: list[dict[str, Any]] = []
     for piece in pieces:
+        if isinstance(piece, NumberPiece):
+            numbers[piece.name] = piece.value
+            continue
         key = f"{piece.name}@{piece.start}"
         tensors[key] = piece.values.detach().to("cpu").contiguous()
         described.append(
@@ -144,7 +231,8 @@ def _write_rank_file(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
     with path.open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"file": path.name, "sha256": digest, "bytes": path.stat().st_size, "pieces": described}
+    entry = {"file": path.name, "sha256": digest, "bytes": path.stat().st_size, "pieces": described}
+    return entry | {"numbers": numbers} if numbers else entry
 
 
 def _shares_storage(tensor: Tensor) -> bool:
@@ -167,19 +255,29 @@ class Checkpoint:
         verify: hash every file against the manifest first.
 
     Raises:
-        CheckpointError: a file is missing, damaged, of another length or hash, or names a path outside; the file is named.
+        CheckpointError: a file is missing, damaged, unreadable, of another length or hash, or names a path outside; the
+            file is named.
     """
 
     def __init__(self, directory: Path, *, verify: bool = True) -> None:
         self.directory = directory
+        try:
+            self._read(verify)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename or directory} cannot be read: {error.strerror or error}") from error
+
+    def _read(self, verify: bool) -> None:
+        directory = self.directory
         manifest = _read_manifest(directory)
         self.step: int = manifest["step"]
         self.state: dict[str, Any] = manifest["state"]
         self._places: dict[str, list[_Place]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
+        self._numbers: dict[str, Number] = {}
         self._files: dict[str, Any] = {}
         for name, entry in manifest["files"].items():
+            self._numbers |= entry.get("numbers", {})
             self._check_file(name, entry, verify)
             self._check_header(name, entry["pieces"])
             for piece in entry["pieces"]:
@@ -208,7 +306,7 @@ class Checkpoint:
         if path.stat().st_size != entry["bytes"]:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
         if verify:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                     raise CheckpointError(f"{path} does not have the sha256 of the manifest: it is damaged")
 
@@ -228,6 +326,9 @@ class Checkpoint:
 
     def names(self) -> Sequence[str]:
         return list(self._places)
+
+    def numbers(self) -> Mapping[str, Number]:
+        return self._numbers
 
     def shape(self, name: str) -> tuple[int, ...]:
         self._require(name)
@@ -273,28 +374,21 @@ def _key(piece: dict[str, Any]) -> str:
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST_FILE
-    if path.is_symlink() or not path.is_file():
+    if path.is_symlink() or not path.exists():
         raise CheckpointError(f"{path} is missing: {directory} is no complete checkpoint")
     try:
-        text = path.read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        if manifest["format"] != FORMAT:
+        text = read_regular(path, _MANIFEST_BYTES).decode()
+        manifest: dict[str, Any] = json.loads(text)
+        if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
             raise CheckpointError(f"{path}: format {manifest['format']!r} is not {FORMAT!r}")
-        del manifest["sha256"]
+        check_nesting(manifest, len(text))
+        _Manifest.model_validate(manifest)
+        manifest.pop("sha256", None)
         if text != manifest_text(manifest):
             raise CheckpointError(f"{path} does not have the sha256 that is written in it: it is damaged")
-        for entry in manifest["files"].values():
-            for piece in entry["pieces"]:
-                if min(piece["start"], piece["count"], *piece["shape"], 0) < 0 or piece["dtype"] not in _DTYPES:
-                    raise CheckpointError(f"{path}: a tensor with impossible values: {piece}")
-        if not isinstance(manifest["step"], int) or not isinstance(manifest["state"], dict):
-            raise CheckpointError(f"{path}: step and state are missing")
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+    except (ValueError, RecursionError) as error:
+        said = problem(error) if isinstance(error, ValueError) else "it is nested too deeply"
+        raise CheckpointError(f"{path} is damaged: {said}") from error
     if _NAME.fullmatch(directory.name) and directory.name != checkpoint_name(manifest["step"]):
         raise CheckpointError(f"{path} is of step {manifest['step']}: the directory has another's name")
     return manifest
@@ -305,10 +399,17 @@ def step_of(path: Path) -> int:
 
 
 def available(root: Path) -> list[Path]:
-    """The complete checkpoint directories of a run, newest first; not yet verified."""
-    if not root.is_dir():
+    """The complete checkpoint directories of a run, newest first; not yet verified.
+
+    Raises:
+        OSError: `root` cannot be listed.
+    """
+    try:
+        # One whose disk does not even say that it is a directory counts: whoever opens it is told why.
+        found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and not os.path.isfile(path)]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+    found = [path for path in found if not path.is_symlink()]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -320,9 +421,16 @@ def newest_valid(
     Args:
         root: the run's checkpoints/ directory.
         fits: says why a sound checkpoint cannot be used, None where it can.
+
+    Raises:
+        CheckpointError: `root` cannot be listed.
     """
     rejected = []
-    for path in available(root):
+    try:
+        found = available(root)
+    except OSError as error:
+        raise CheckpointError(f"{root} cannot be read: {error.strerror}") from error
+    for path in found:
         try:
             checkpoint = Checkpoint(path)
         except CheckpointError as error:

@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
+from data.files import problem, read_json
 from training.config import ConfigurationError
 from training.export import TRAINING_FILE
 from training.records import RecordError, json_line, write_atomically
@@ -45,6 +47,9 @@ class Metric:
     value: float | None  # None: not finite, or not a number
     stderr: float | None  # None where the harness gives none
     higher_is_better: bool | None
+
+
+_RESULTS_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -271,25 +276,25 @@ def _metrics(values: dict[str, Any], higher_is_better: dict[str, bool | None]) -
 
 def _step_of(directory: Path) -> int | None:
     try:
-        return json.loads((directory / TRAINING_FILE).read_text())["step"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return int(read_json(directory / TRAINING_FILE, _RESULTS_BYTES)["step"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def read_results(path: Path) -> list[TaskResult]:
     """The results in a file, none where there is no file. Raises RecordError: it is no file of results."""
-    if not path.exists():
-        return []
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path, _RESULTS_BYTES)
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r} is not {FORMAT!r}")
-        return [
-            TaskResult(**(entry | {"metrics": {name: Metric(**metric) for name, metric in entry["metrics"].items()}}))
-            for entry in content["results"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RecordError(f"{path} holds no downstream results ({error}); name another file with --output") from error
+        return TypeAdapter(list[TaskResult]).validate_python(content["results"])
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}; name another file with --output") from error
+    except (ValueError, KeyError, TypeError) as error:
+        said = problem(error) if isinstance(error, ValueError) else repr(error)
+        raise RecordError(f"{path} holds no downstream results ({said}); name another file with --output") from error
 
 
 def write_results(path: Path, results: Sequence[TaskResult]) -> None:

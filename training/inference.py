@@ -108,11 +108,8 @@ def _run_of(path: Path) -> RunRecord | None:
 
 
 def _config_of(checkpoint: Checkpoint) -> RunConfig:
-    values = checkpoint.state.get("config")
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{checkpoint.directory / MANIFEST_FILE} holds no configuration: it is damaged")
     try:
-        return validate(values)
+        return validate(checkpoint.state["config"])
     except ConfigurationError as error:
         raise ConfigurationError(f"the configuration of {checkpoint.directory} is not valid: {error}") from error
 

@@ -19,6 +19,7 @@ from training.config import (
     SignumConfig,
     SophiaConfig,
 )
+from training.strategies.state import numbers_of
 
 Named = Mapping[str, Tensor]
 
@@ -64,7 +65,13 @@ def build_optimizers(config: OptimizerConfig, *, compile_step: bool) -> Callable
         compile_step: let the project's own optimizers compile their elementwise update.
     """
 
-    return partial(_construct, config, compile_step=compile_step)
+    def build(parameters: Named) -> list[Optimizer]:
+        optimizers = _construct(config, parameters, compile_step=compile_step)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["initial"] = numbers_of(group)  # what the optimizer has changed by then is saved
+        return optimizers
+
+    return build
 
 
 def gamma_controller(config: OptimizerConfig, optimizers: Sequence[Optimizer]) -> GammaController | None:

@@ -11,6 +11,7 @@ Importing this module needs neither torch nor Hydra.
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data.files import sync_directory
+from data.files import check_nesting, problem, read_json, read_regular, sync_directory
 
 Status = Literal["completed", "diverged", "preempted", "failed"]
 
@@ -29,6 +31,11 @@ CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+
+# A run's small files have some kilobytes, a study's index a megabyte, the metrics of a million steps 300.
+_CONFIG_BYTES = 4 << 20
+_JSON_BYTES = 256 << 20
+_METRICS_BYTES = 4 << 30
 
 # libyaml reads a thousand configurations in a second, the Python parser takes ten.
 _YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -72,6 +79,42 @@ def _json_value(value: Any) -> Any:
     return value
 
 
+class Form(BaseModel):
+    """What a file must hold to be read; besides it may hold anything."""
+
+    model_config = ConfigDict(strict=True)
+
+
+# Files of earlier versions lack some of what a run writes.
+class _Environment(Form):
+    versions: dict[str, Any] = {}
+    git: dict[str, Any] = {}
+    hardware: dict[str, Any] = {}
+    world_size: int | None = None
+    data_manifest_sha256: str | None = None
+    initial_weights_sha256: str | None = None
+
+
+class _Entry(Form):
+    tokens: float
+    flops: float
+    seconds: float
+    count: int
+
+
+class _Summary(Form):
+    status: Status
+    final_val_loss: float | None = None
+    best_val_loss: float | None = None
+    steps: int | None = None
+    tokens: float | None = None
+    flops: float | None = None
+    seconds: float | None = None
+    ledger: dict[str, _Entry] = {}
+    peak_memory_bytes: float | None = None
+    parameters: float | None = None
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """A run directory, read."""
@@ -86,17 +129,11 @@ class RunRecord:
         """Read the small files of a run record; `metrics()` and `metrics_path` give the rest.
 
         Raises:
-            RecordError: the directory has no config.yaml, or a file cannot be parsed (named).
+            RecordError: the directory has no config.yaml, or a file cannot be read or is damaged (named).
         """
         root = Path(directory)
-        config = root / CONFIG_FILE
-        if not config.is_file():
-            raise RecordError(f"{root} is no run record: {CONFIG_FILE} is missing; give a run directory, runs/<name>")
-        try:
-            loaded = yaml.load(config.read_text(), Loader=_YAML_LOADER)
-        except yaml.YAMLError as error:
-            raise RecordError(f"{config} cannot be parsed: {error}") from error
-        return cls(root, loaded, _read_json(root / ENVIRONMENT_FILE) or {}, _read_json(root / SUMMARY_FILE))
+        environment = read_object(root / ENVIRONMENT_FILE, _Environment)
+        return cls(root, read_config(root), environment or {}, read_summary(root))
 
     @property
     def metrics_path(self) -> Path:
@@ -106,32 +143,106 @@ class RunRecord:
         """The lines of metrics.jsonl in order, of the given kinds or of all.
 
         Raises:
-            RecordError: a line is no JSON object (named by number); an unfinished last line is left out.
+            RecordError: the file cannot be read, or a line is no JSON object of a kind and a step (named by number); an
+                unfinished last line is left out.
         """
-        if not self.metrics_path.exists():
-            return
-        with self.metrics_path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    return
-                try:
-                    values = json.loads(line)
-                except ValueError as error:
-                    raise RecordError(f"{self.metrics_path}:{number} is no JSON: {error}") from error
-                if not kinds or values.get("kind") in kinds:
-                    yield values
+        for number, line in enumerate(io.BytesIO(metrics_content(self.metrics_path)), start=1):
+            if not line.endswith(b"\n"):
+                return
+            values = parse_line(line, self.metrics_path, number)
+            if not kinds or values["kind"] in kinds:
+                yield values
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
+def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    """A line of metrics.jsonl.
+
+    Raises:
+        RecordError: it is no JSON object of a kind and a step.
+    """
     try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise RecordError(f"{path} cannot be parsed: {error}") from error
-    if not isinstance(values, dict):
-        raise RecordError(f"{path} holds a {type(values).__name__} where an object is expected")
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{path}:{number} is no JSON: {error}; restore the file") from error
+    if not isinstance(values, dict) or not isinstance(values.get("kind"), str) or type(values.get("step")) is not int:
+        raise RecordError(f"{path}:{number} is no object with a kind and a step; restore the file")
     return values
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The resolved configuration of a run directory.
+
+    Raises:
+        RecordError: there is none, it cannot be read, or it is no mapping.
+    """
+    path = directory / CONFIG_FILE
+    try:
+        content = read_regular(path, _CONFIG_BYTES)
+        values = yaml.load(content, Loader=_YAML_LOADER)
+        check_nesting(values, len(content))
+    except FileNotFoundError:
+        raise RecordError(
+            f"{directory} is no run record: {CONFIG_FILE} is missing; give a run directory, runs/<name>"
+        ) from None
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
+    # PyYAML constructs numbers and dates from any text that is tagged as one, and lets errors of all kinds through.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise RecordError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecordError(f"{path} cannot be read: a mapping is expected, it holds {type(values).__name__}")
+    return values
+
+
+def read_summary(directory: Path) -> dict[str, Any] | None:
+    """summary.json of a run directory; None for a run that has not ended.
+
+    Raises:
+        RecordError: it cannot be read, or is damaged.
+    """
+    return read_object(directory / SUMMARY_FILE, _Summary)
+
+
+def read_object(path: Path, form: type[Form]) -> dict[str, Any] | None:
+    """The JSON object in a file, with all of its keys; None where there is no file.
+
+    Raises:
+        RecordError: it cannot be read, or lacks something of its form.
+    """
+    try:
+        values: dict[str, Any] = read_json(path, _JSON_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RecordError(f"{path} is damaged: {problem(error)}") from error
+    require(form, values, path)
+    return values
+
+
+def require(form: type[Form], values: Any, path: Path) -> None:
+    """Raise RecordError where the values of a file lack something of its form."""
+    try:
+        form.model_validate(values)
+    except ValidationError as error:
+        raise RecordError(f"{path} is damaged: {problem(error)}") from error
+
+
+def metrics_content(path: Path) -> bytes:
+    """The content of a metrics.jsonl; empty where there is none.
+
+    Raises:
+        RecordError: it cannot be read.
+    """
+    try:
+        return read_regular(path, _METRICS_BYTES)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RecordError(f"{path} is damaged: {problem(error)}") from error
 
 
 class MetricsWriter:

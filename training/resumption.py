@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from data.files import open_regular
 from training import checkpoints, records
-from training.checkpoints import Checkpoint
+from training.checkpoints import Checkpoint, CheckpointError
 from training.compose import validate
 from training.config import ConfigurationError, RunConfig
 from training.records import RecordError, RunRecord, Status
@@ -69,10 +68,14 @@ def plan(config: RunConfig, directory: Path, *, restarted: bool = False) -> Plan
         raise ConfigurationError(
             f"resume=never: {directory} exists; choose resume=auto to go on, overwrite=true to replace it"
         )
+    _size(directory / records.METRICS_FILE)
     status = (_record(directory).summary or {}).get("status")
     if status in ("completed", "diverged"):
         return Plan(finished=status)
-    newest, rejected = checkpoints.newest_valid(root, lambda checkpoint: _misfit(checkpoint, config, directory))
+    try:
+        newest, rejected = checkpoints.newest_valid(root, lambda checkpoint: _misfit(checkpoint, config, directory))
+    except CheckpointError as error:
+        raise ConfigurationError(f"{error}; correct its permissions, or overwrite=true begins anew") from error
     if newest is not None:
         return Plan(checkpoint=newest.directory, metrics_bytes=newest.state["metrics_bytes"], rejected=tuple(rejected))
     if rejected:
@@ -102,7 +105,7 @@ def _record(directory: Path) -> RunRecord:
 def _misfit(checkpoint: Checkpoint, config: RunConfig, directory: Path) -> str | None:
     """Why a sound checkpoint in the run's own directory is not this run's."""
     metrics = directory / records.METRICS_FILE
-    have = metrics.stat().st_size if metrics.exists() else 0
+    have = _size(metrics)
     if have < checkpoint.state["metrics_bytes"]:
         return f"{metrics} has {have} bytes and had {checkpoint.state['metrics_bytes']} at this checkpoint"
     try:
@@ -112,6 +115,23 @@ def _misfit(checkpoint: Checkpoint, config: RunConfig, directory: Path) -> str |
     if (theirs.identity(), theirs.seed) != (config.identity(), config.seed):
         return "it is of another configuration"
     return None
+
+
+def _size(path: Path) -> int:
+    """Bytes of a record's file; 0 where there is none.
+
+    Raises:
+        ConfigurationError: it cannot be read, or is no regular file.
+    """
+    try:
+        with open_regular(path) as file:
+            return os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be read: {error.strerror}; restore it, or overwrite=true begins anew"
+        ) from error
 
 
 def _given_checkpoint(path: Path, config: RunConfig) -> Path:
@@ -124,14 +144,15 @@ def _given_checkpoint(path: Path, config: RunConfig) -> Path:
                 raise ConfigurationError(f"resume={path}: no valid checkpoint in {path / 'checkpoints'} ({reason})")
         else:
             checkpoint = Checkpoint(path)
-    except checkpoints.CheckpointError as error:
+    except CheckpointError as error:
         raise ConfigurationError(f"resume={path}: {error}; give a checkpoint or a run directory") from error
     except OSError as error:
         raise ConfigurationError(
             f"resume={path}: {error.filename or path} cannot be read: {error.strerror}; correct the permissions, or give "
             "another checkpoint or run directory"
         ) from error
-    theirs = checkpoint.state["config"]["optimizer"]["name"]
+    optimizer = checkpoint.state["config"].get("optimizer")
+    theirs = optimizer.get("name") if isinstance(optimizer, dict) else None
     if theirs != config.optimizer.name:
         raise ConfigurationError(
             f"optimizer={config.optimizer.name}: {checkpoint.directory} has the state of optimizer={theirs}; choose that, "
@@ -152,8 +173,10 @@ def _same_run(config: RunConfig, directory: Path) -> RunConfig:
         ConfigurationError: it is another one's; the differing keys are named.
     """
     try:
-        there = validate(yaml.safe_load((directory / records.CONFIG_FILE).read_text()))
-    except (ConfigurationError, yaml.YAMLError, OSError, ValueError, TypeError) as error:
+        there = validate(records.read_config(directory))
+    except RecordError as error:
+        raise ConfigurationError(f"{error}; give another name= or overwrite=true") from error
+    except ConfigurationError as error:
         raise ConfigurationError(
             f"{directory / records.CONFIG_FILE} cannot be read ({error}); give another name=, or remove the directory"
         ) from error

@@ -20,7 +20,7 @@ from data.files import sync_directory
 from data.manifest import Manifest
 from models import GPT2, GPT2Config
 from training import checkpoints, hardware
-from training.checkpoints import Checkpoint, CheckpointError
+from training.checkpoints import Checkpoint, CheckpointError, RunState
 from training.config import ConfigurationError, RunConfig, micro_batch_size
 from training.corpus import open_corpus
 from training.curvature import CurvaturePass
@@ -37,7 +37,8 @@ from training.resumption import Plan, check_tokens, is_restart, plan
 from training.run_directory import REPLACED, RunDirectory, is_run, refuse_links
 from training.signals import StopSignals
 from training.strategies import build_strategy
-from training.strategies.base import Piece, Strategy
+from training.strategies.base import NumberPiece, Piece, Strategy
+from training.strategies.state import refuse_unsavable_state
 from training.terminal import Display
 from training.watchdog import Watchdog
 from training.weights import InitialWeights
@@ -143,11 +144,12 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     validation = ValidationWindows(
         TokenDataset(tokens_directory, "validation"), config.eval.tokens, length, rank, world_size
     )
+    strategy = build_strategy(config, distributed)
+    refuse_unsavable_state(build_optimizers(config.optimizer, compile_step=False), strategy)
     if config.train.deterministic:
         hardware.make_deterministic()
     torch.manual_seed((config.seeds.model * world_size + rank) % 2**63)  # dropout alone draws from this stream
     ledger = Ledger(distributed.device, CompilationClock.installed())
-    strategy = build_strategy(config, distributed)
     with torch.device("meta"):
         model = GPT2(shape)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -252,7 +254,9 @@ def closing_line(run: Run, status: Status, directory: Path) -> str:
         case "preempted":
             return f"{line}\nstart the same command again and it goes on"
         case "failed":
-            newest = next(iter(checkpoints.available(directory / "checkpoints")), None)
+            newest = None
+            with contextlib.suppress(OSError):
+                newest = next(iter(checkpoints.available(directory / "checkpoints")), None)
             where = "the beginning" if newest is None else newest.name
             return f"{line}\nonce the cause is gone, start the same command again: it goes on from {where}"
     return line
@@ -368,10 +372,10 @@ def _load(path: Path, strategy: Strategy, ledger: Ledger, distributed: Distribut
             torch.set_rng_state(checkpoint.tensor(name))
         elif name == f"rng.cuda.{distributed.rank}" and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint.tensor(name))
-    return TrainingState(**checkpoint.state["training"])
+    return RunState.model_validate(checkpoint.state).training
 
 
-def _pieces(config: RunConfig, strategy: Strategy, rank: int) -> Iterator[Piece]:
+def _pieces(config: RunConfig, strategy: Strategy, rank: int) -> Iterator[Piece | NumberPiece]:
     """This rank's part of a checkpoint. With dropout also its generator's state; without, nothing draws from it."""
     yield from strategy.pieces()
     if config.model.dropout > 0:

@@ -183,3 +183,10 @@ def test_names_out_of_records_reach_no_terminal_and_no_mathematics(
     assert "\x1b" not in out
     assert "\x07" not in out
     assert "\u241b]0;o" in out
+
+
+def test_a_damaged_record_is_an_error_of_one_line(three_runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    (three_runs[1] / "summary.json").write_text("[]")
+    assert main([str(path) for path in three_runs]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{three_runs[1] / 'summary.json'} is damaged" in line

@@ -1,6 +1,7 @@
 """Loading run records: complete, robust to a kill, fast and lean at scale."""
 
 import json
+import os
 import resource
 import shutil
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.records import find_runs, last_line, load_run, load_runs
+from analysis.records import Run, find_runs, last_line, load_each, load_run, load_runs
 from tests.analysis.synthetic import write_run
 from training.records import RecordError
 
@@ -84,6 +85,57 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         load_run(run)
 
 
+#: Done to a record of an AdamW run: the file that is damaged, and how.
+DAMAGES = {
+    "no JSON": ("metrics.jsonl", lambda path: append(path.parent, "garbage\n")),
+    "a loss that is a text": (
+        "metrics.jsonl",
+        lambda path: append(path.parent, '{"kind": "eval", "step": 99, "val_loss": "low"}\n'),
+    ),
+    "a step that is a text": ("metrics.jsonl", lambda path: append(path.parent, '{"kind": "eval", "step": "1"}\n')),
+    "no clock": (
+        "metrics.jsonl",
+        lambda path: append(path.parent, '{"kind": "eval", "step": 99, "tokens": 1, "flops": 1, "val_loss": 1.0}\n'),
+    ),
+    "an enormous step": (
+        "metrics.jsonl",
+        lambda path: append(path.parent, '{"kind": "eval", "step": 1%s}\n' % ("0" * 30)),
+    ),
+    "a list for a line": ("metrics.jsonl", lambda path: append(path.parent, "[1]\n")),
+    "a FIFO of metrics": ("metrics.jsonl", lambda path: (path.unlink(), os.mkfifo(path))),
+    "a terabyte of metrics": ("metrics.jsonl", lambda path: os.truncate(path, 1 << 40)),
+    "an empty configuration": ("config.yaml", lambda path: path.write_text("")),
+    "a configuration that is a list": ("config.yaml", lambda path: path.write_text("- a\n")),
+    "a FIFO of a configuration": ("config.yaml", lambda path: (path.unlink(), os.mkfifo(path))),
+    "a configuration without optimizer": (
+        "config.yaml",
+        lambda path: path.write_text(path.read_text().replace("optimizer:", "optimiser:")),
+    ),
+    "a horizon that is a text": (
+        "config.yaml",
+        lambda path: path.write_text(path.read_text().replace("  steps: 200", "  steps: many")),
+    ),
+    "a summary without status": ("summary.json", lambda path: path.write_text("{}")),
+    "a hash that is a number": ("environment.json", lambda path: path.write_text('{"data_manifest_sha256": 5}')),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_record_is_named_and_the_others_are_loaded(tmp_path: Path, damage: str) -> None:
+    good, bad = (write_run(tmp_path / name, train_lines=False) for name in ("good", "bad"))
+    name, act = DAMAGES[damage]
+    act(bad / name)
+    assert find_runs([tmp_path]) == [bad, good]
+    error, run = load_each([bad, good])
+    assert isinstance(run, Run)
+    assert run.completed
+    assert isinstance(error, RecordError)
+    assert str(bad / name) in str(error)
+    assert "\n" not in str(error)
+    with pytest.raises(RecordError, match=str(bad / name)):
+        load_runs([good, bad])
+
+
 def test_a_run_that_has_not_ended_has_no_final_loss(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r")
     (run / "summary.json").unlink()
@@ -131,3 +183,6 @@ def test_the_last_whole_line_of_a_kind_is_found_without_the_others(tmp_path: Pat
     assert last_line(path, "hessian") == {"kind": "hessian", "step": 2}
     assert last_line(path, "train") == {"kind": "train", "step": 3}
     assert last_line(path, "eval") is None
+    path.write_text('{"kind": "hessian", "step": 1}\n{"kind": "hessian", nothing\n')
+    with pytest.raises(RecordError, match=r"metrics.jsonl:2 is no JSON"):
+        last_line(path, "hessian")

@@ -1,7 +1,9 @@
 """The report: complete in every format, and a page that works in a real browser with nothing loaded from elsewhere."""
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -169,6 +171,47 @@ def test_a_directory_named_like_a_script_is_a_plain_link_and_markup_in_names_is_
     assert "&lt;script>alert(1)" in text
     assert "<script" not in text
     assert "](javascript:" not in text
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_damaged_record_is_left_out_of_the_report_which_says_so(
+    tmp_path: Path, bare: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = tmp_path / "study"
+    write_study(study, models={"tiny": 1e6})
+    if bare:
+        (study / "study.json").unlink()
+        for run in (study / "runs").iterdir():
+            if "-tuning-" in run.name or "sophiag_" in run.name:
+                shutil.rmtree(run)
+    damaged = next(path for path in sorted((study / "runs").iterdir()) if "lion-400-reporting" in path.name)
+    (damaged / "summary.json").write_text('{"status": 5}')
+    os.mkfifo(damaged.with_name("fifo"))  # no run
+    assert report([str(study), "--output", str(tmp_path / "report")]) == 0
+    for name in ("report.html", "report.md", "report.json"):
+        text = (tmp_path / "report" / name).read_text()
+        assert "1 damaged record is left out" in text
+        assert f"{damaged / 'summary.json'} is damaged: status" in text
+    assert "1 damaged record is left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"name": "s", "baseline": "a", "arms": {}, "trials": [], "seeds": {"reporting": []}}',
+        "[" * 9999,
+    ],
+)
+def test_a_damaged_index_is_an_error_of_one_line(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "study.json").write_text(content)
+    assert report([str(tmp_path)]) != 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/study.json is damaged" in line
 
 
 def test_a_text_that_looks_like_markup_stays_text(tmp_path: Path) -> None:

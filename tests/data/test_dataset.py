@@ -107,8 +107,22 @@ def other_length(path: Path) -> None:
     np.save(path, np.arange(99, dtype=np.uint16))
 
 
+def fifo_instead(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def device_instead(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
 @pytest.mark.parametrize(
-    "damage", [cut, lengthen, empty, overwrite_header, other_type, other_length, directory_instead, Path.unlink]
+    "damage",
+    [
+        *(cut, lengthen, empty, overwrite_header, other_type, other_length, directory_instead, fifo_instead),
+        *(device_instead, Path.unlink),
+    ],
 )
 def test_a_shard_of_wrong_size_or_header_is_named_when_opened(tokens: Path, damage: object) -> None:
     damage(tokens / "train-00000.npy")  # type: ignore[operator]
@@ -169,6 +183,62 @@ def test_a_manifest_with_any_changed_byte_is_refused_or_means_the_same(tokens: P
         assert loaded == before  # white space
     finally:
         path.write_bytes(original)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (fifo_instead, "cannot be read: it is a directory, a FIFO or a device"),
+        (device_instead, "cannot be read: it is a directory, a FIFO or a device"),
+        (directory_instead, "cannot be read: it is a directory, a FIFO or a device"),
+        (lambda path: os.truncate(path, 1 << 40), "has 1,099,511,627,776 bytes, and at most"),
+        (lambda path: path.write_text("[" * 100_000), "nested more than 100 deep"),
+        (lambda path: path.write_text("[" * 500 + "]" * 500), "nested more than 100 deep"),
+        (lambda path: path.write_bytes(b'"\xff"'), "'utf-8' codec can't decode"),
+        (lambda path: path.write_text("[]"), "has format 'list'"),
+    ],
+    ids=["fifo", "device", "directory", "a terabyte", "deep", "deep and whole", "not UTF-8", "a list"],
+)
+def test_a_manifest_that_is_no_manifest_is_named_at_once(tokens: Path, damage: object, message: str) -> None:
+    path = tokens / "manifest.json"
+    damage(path)  # type: ignore[operator]
+    with pytest.raises(DataError, match=message) as caught:
+        load_manifest(tokens)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("source", 5),
+        ("split_rule", None),
+        ("tokenizer.vocab_size", "200"),
+        ("tokenizer.vocab_size", 2**40),
+        ("tokenizer.end_of_text", None),
+        ("splits.train", []),
+        ("splits.validation", None),
+        ("splits.train.shards.0.tokens", 100.5),
+        ("splits.train.shards.0.documents", "many"),
+        ("splits.train.shards.0.sha256", 7),
+        ("splits.train.shards.0", None),
+    ],
+)
+def test_a_manifest_with_a_value_of_another_type_is_named_with_the_key(tokens: Path, key: str, value: object) -> None:
+    path = tokens / "manifest.json"
+    content = json.loads(path.read_text())
+    *parents, last = (int(part) if part.isdigit() else part for part in key.split("."))
+    node = content
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=f"manifest.json is damaged: {key}"):
+        load_manifest(tokens)
+    del node[last]
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"manifest\.json (is damaged|was changed)"):
+        load_manifest(tokens)
 
 
 def test_a_manifest_cannot_name_files_outside_of_its_directory(tokens: Path) -> None:

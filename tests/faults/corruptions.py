@@ -48,7 +48,8 @@ def write_checkpoints(root: Path) -> None:
                     pieces.append(Piece(name, shape, 0 if rank == 0 else len(values) // 2, half))
             entry = _write_rank_file(directory / f"rank-{rank:05d}.safetensors", pieces)
             files[entry["file"]] = entry
-        state = {"training": {"step": step}, "metrics_bytes": 10 * step, "good": True, "val_loss": 3.0}
+        state = {"training": {"step": step}, "metrics_bytes": 10 * step, "good": True, "val_loss": 3.0, "config": {}}
+        state |= {"ledger": {"entries": {}, "bytes_communicated": 0}}
         manifest = {"format": "sophia-checkpoint-2", "step": step, "state": state, "files": files}
         (directory / MANIFEST_FILE).write_text(manifest_text(manifest))
 

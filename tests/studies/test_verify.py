@@ -17,7 +17,9 @@ from training.records import RecordError
 def record(directory: Path, losses: Mapping[int, float | None], threads: int = 1) -> Path:
     """A run with an evaluation and a train line at each step."""
     directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text("name: run\nseed: 1\noptimizer: {name: adamw}\ntrain: {steps: 8}\n")
+    (directory / "config.yaml").write_text(
+        "name: run\nseed: 1\nmodel: {}\noptimizer: {name: adamw}\ntrain: {steps: 8}\n"
+    )
     hardware = {"cpu": "some processor", "threads": threads}
     (directory / "environment.json").write_text(json.dumps({"hardware": hardware}))
     lines: list[dict[str, Any]] = []

@@ -1,5 +1,6 @@
 """Checkpoints: complete or absent, readable in any partition, never used when damaged."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -11,13 +12,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unreadable import unreadable
 from training import checkpoints
 from training.checkpoints import Checkpoint, CheckpointError
 from training.distributed import Distributed
-from training.strategies.base import Piece
+from training.strategies.base import NumberPiece, Piece
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 WEIGHT = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+
+
+STATE: dict[str, Any] = {
+    "training": {"step": 5},
+    "ledger": {"entries": {}, "bytes_communicated": 0},
+    "metrics_bytes": 40,
+    "config": {},
+}
 
 
 def saved(root: Path, step: int = 5, **state: Any) -> Path:
@@ -27,7 +37,7 @@ def saved(root: Path, step: int = 5, **state: Any) -> Path:
         Piece("optimizer.w.step", (), 0, torch.tensor([5.0])),
         Piece("optimizer.w.exp_avg", (4, 6), 0, WEIGHT.reshape(-1).to(torch.bfloat16)),
     ]
-    return checkpoints.save(root, step, halves, {"training": {"step": step}, **state}, ALONE)
+    return checkpoints.save(root, step, halves, {**STATE, **state}, ALONE)
 
 
 @given(bounds=st.tuples(st.integers(0, 24), st.integers(0, 24)).map(sorted))
@@ -43,16 +53,18 @@ def test_shapes_types_and_state_come_back(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.tensor("model.w"), WEIGHT)
     assert checkpoint.tensor("optimizer.w.step").shape == ()
     assert checkpoint.tensor("optimizer.w.exp_avg").dtype == torch.bfloat16
-    assert checkpoint.state == {"training": {"step": 5}}
+    assert checkpoint.state == STATE
 
 
 def test_a_missing_part_of_a_tensor_is_found(tmp_path: Path) -> None:
-    checkpoints.save(tmp_path, 1, [Piece("model.w", (4, 6), 0, WEIGHT.reshape(-1)[:10])], {}, ALONE)
+    checkpoints.save(tmp_path, 1, [Piece("model.w", (4, 6), 0, WEIGHT.reshape(-1)[:10])], STATE, ALONE)
     with pytest.raises(CheckpointError, match=r"model\.w has 10 elements"):
         Checkpoint(tmp_path / "step-00000001")
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove", "symlink"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "truncate", "empty", "remove", "symlink", "fifo", "device", "directory", "terabyte", "deep"]
+)
 @pytest.mark.parametrize("file", ["rank-00000.safetensors", "manifest.json"])
 def test_a_damaged_file_is_named_and_the_older_checkpoint_used(tmp_path: Path, file: str, damage: str) -> None:
     saved(tmp_path, 5)
@@ -67,6 +79,17 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_used(tmp_path: Path, f
             victim.write_bytes(content[:-3])
         case "empty":
             victim.write_bytes(b"")
+        case "fifo":
+            os.mkfifo(victim)
+        case "device":
+            victim.symlink_to("/dev/zero")
+        case "directory":
+            victim.mkdir()
+        case "terabyte":
+            victim.touch()
+            os.truncate(victim, 1 << 40)
+        case "deep":
+            victim.write_text("[" * 100_000)
         case "symlink":
             elsewhere = tmp_path / "elsewhere"
             elsewhere.write_bytes(content)
@@ -76,6 +99,58 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_used(tmp_path: Path, f
     assert newest.step == 5
     assert len(rejected) == 1
     assert "step-00000010" in rejected[0]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("place", ["", "rank-00000.safetensors", "manifest.json"])
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(
+    tmp_path: Path, place: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, 5)
+    victim = saved(tmp_path, 10) / place
+    unreadable(monkeypatch, victim, number)
+    newest, (reason,) = checkpoints.newest_valid(tmp_path)
+    assert newest is not None
+    assert newest.step == 5
+    assert str(victim) in reason
+    assert f"cannot be read: {os.strerror(number)}" in reason
+
+
+def test_a_checkpoint_whose_directory_cannot_even_be_looked_at_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, 5)
+    victim = saved(tmp_path, 10)
+    stat = os.stat
+
+    def broken(path: Any, **named: Any) -> os.stat_result:
+        if isinstance(path, (str, Path)) and str(path).startswith(str(victim)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return stat(path, **named)
+
+    monkeypatch.setattr(os, "stat", broken)
+    newest, (reason,) = checkpoints.newest_valid(tmp_path)
+    assert newest is not None
+    assert newest.step == 5
+    assert "Input/output error" in reason
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, 5)
+    monkeypatch.setattr(os, "listdir", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(CheckpointError, match=rf"{tmp_path} cannot be read: Permission denied"):
+        checkpoints.newest_valid(tmp_path)
+
+
+def test_numbers_come_back_exactly_and_with_their_type(tmp_path: Path) -> None:
+    numbers = {"a": 5, "b": 5.0, "c": True, "d": None, "e": 0.1 + 0.2, "f": 1 << 80, "g": float("inf")}
+    pieces = [NumberPiece(f"optimizer.w.{key}", value) for key, value in numbers.items()]
+    checkpoints.save(tmp_path, 1, pieces, STATE, ALONE)
+    found = Checkpoint(tmp_path / "step-00000001").numbers()
+    assert found == {f"optimizer.w.{key}": value for key, value in numbers.items()}
+    assert [type(value) for value in found.values()] == [type(value) for value in numbers.values()]
 
 
 def forged(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -99,21 +174,44 @@ def piece_of(manifest: dict[str, Any]) -> dict[str, Any]:
     return manifest["files"]["rank-00000.safetensors"]["pieces"][0]
 
 
+def nested(depth: int) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for _ in range(depth):
+        values = {"a": values}
+    return values
+
+
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a file outside": (outside, "no plain file of this checkpoint"),
     "an absolute path": (absolute, "no plain file of this checkpoint"),
     "a huge tensor": (lambda m: piece_of(m).update(shape=[1 << 40, 1 << 20], count=1 << 60), "the manifest says"),
     "a huge shape": (lambda m: piece_of(m).update(shape=[1 << 40, 1 << 20]), "two descriptions"),
-    "a negative start": (lambda m: piece_of(m).update(start=-4), "impossible values"),
+    "a negative start": (lambda m: piece_of(m).update(start=-4), "pieces.0.start"),
     "another type": (lambda m: piece_of(m).update(dtype="int32"), "the manifest says int32"),
-    "no type": (lambda m: piece_of(m).update(dtype="object"), "impossible values"),
-    "a shape that is no list": (lambda m: piece_of(m).update(shape="ab"), "damaged"),
+    "no type": (lambda m: piece_of(m).update(dtype="object"), "pieces.0: .*'object' is no type"),
+    "a shape that is no list": (lambda m: piece_of(m).update(shape="ab"), "damaged: .*pieces.0.shape"),
     "a count that is no number": (lambda m: piece_of(m).update(count="many"), "damaged"),
     "overlapping pieces": (lambda m: piece_of(m).update(name="optimizer.w.exp_avg"), "holds other tensors"),
     "another step": (lambda m: m.update(step=6), "another's name"),
-    "no state": (lambda m: m.update(state=None), "step and state are missing"),
+    "no state": (lambda m: m.update(state=None), "damaged: state"),
     "another format": (lambda m: m.update(format="pickle"), "'pickle' is not"),
-    "no files": (lambda m: m.pop("files"), "damaged"),
+    "no files": (lambda m: m.pop("files"), "damaged: files"),
+    "no size": (lambda m: m["files"]["rank-00000.safetensors"].pop("bytes"), "damaged: files.*bytes"),
+    "a number that is a list": (
+        lambda m: m["files"]["rank-00000.safetensors"].update(numbers={"optimizer.w.k": [1]}),
+        "damaged: files.*numbers",
+    ),
+    "a negative step": (lambda m: m.update(step=-1), "damaged: step"),
+    **{f"no {key}": (lambda m, key=key: m["state"].pop(key), f"damaged: state.{key}") for key in STATE},
+    **{f"{key} a text": (lambda m, key=key: m["state"].update({key: "x"}), f"damaged: state.{key}") for key in STATE},
+    "good a list": (lambda m: m["state"].update(good=[]), "damaged: state.good"),
+    "a ledger of unknown kind": (
+        lambda m: m["state"]["ledger"]["entries"].update(coffee={"seconds": 1.0}),
+        "damaged: state.ledger.entries.coffee",
+    ),
+    "spikes without a mean": (lambda m: m["state"]["training"].update(spikes={"seen": 1}), "damaged: state.mean"),
+    "an alarm that is empty": (lambda m: m["state"]["training"].update(alarm={}), "damaged: state.zero_since"),
+    "deep": (lambda m: m["state"].update(config=nested(400)), "nested more than"),
 }
 
 
@@ -231,10 +329,10 @@ def test_whatever_gets_its_name_is_on_the_disk_before_and_its_name_right_after(t
 
 
 def test_a_step_saved_anew_is_never_without_a_checkpoint_but_between_two_renames(tmp_path: Path, monkeypatch) -> None:
-    saved(tmp_path, 5, again=False)
+    saved(tmp_path, 5, val_loss=1.0)
     monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda *_, **__: None)  # killed before anything is deleted
-    final = saved(tmp_path, 5, again=True)
-    assert Checkpoint(final).state["again"] is True
+    final = saved(tmp_path, 5, val_loss=2.0)
+    assert Checkpoint(final).state["val_loss"] == 2.0
     monkeypatch.undo()
     checkpoints.prune(tmp_path, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]

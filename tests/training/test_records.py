@@ -1,11 +1,15 @@
 """The run record: lines survive, are cut where a checkpoint says, and are strict JSON."""
 
+import errno
 import json
+import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.unreadable import unreadable
 from training import records
 from training.records import MetricsWriter, RecordError, RunRecord
 
@@ -64,9 +68,106 @@ def test_a_record_reads_back_and_leaves_out_an_unfinished_last_line(tmp_path: Pa
     assert [line["step"] for line in record.metrics("eval")] == [0]
 
 
+def fifo(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+def directory(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+#: Each done to a file of a record, and a part of the error.
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a FIFO": (fifo, "a FIFO or a device"),
+    "a device": (device, "a FIFO or a device"),
+    "a directory": (directory, "a directory"),
+    "a terabyte": (lambda path: os.truncate(path, 1 << 40), "at most"),
+    "not UTF-8": (lambda path: path.write_bytes(b'{"kind": "\xff\xfe", "step": 1}\n'), "."),
+    "nothing but depth": (lambda path: path.write_text("[" * 100_000 + "\n"), "."),
+    "deep and whole": (lambda path: path.write_text('{"a":' * 999 + "1" + "}" * 999 + "\n"), "."),
+    "a list": (lambda path: path.write_text("[1, 2]\n"), "."),
+    "a number": (lambda path: path.write_text("5\n"), "."),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "summary.json", "metrics.jsonl"])
+def test_a_file_of_a_record_that_is_no_such_file_is_named_at_once(tmp_path: Path, name: str, damage: str) -> None:
+    records.write_config(tmp_path, {"name": "a"})
+    records.write_environment(tmp_path, {"world_size": 1})
+    records.write_summary(tmp_path, {"status": "completed"})
+    (tmp_path / "metrics.jsonl").write_text('{"kind":"eval","step":0}\n')
+    act, message = DAMAGES[damage]
+    act(tmp_path / name)
+    with pytest.raises(RecordError, match=message) as caught:
+        list(RunRecord.open(tmp_path).metrics())
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# Each a list of the one before, nine times.
+ALIASES = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 40))])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "- a\n", "a: &x [*x]\n", "[" * 5000, "!!timestamp now", "!!int ''", "!!bool maybe", "{[a]: 1}", "\0"),
+        ALIASES,
+    ],
+    ids=lambda content: repr(content[:20]),
+)
+def test_a_configuration_that_is_no_plain_mapping_is_named_at_once(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(RecordError, match=rf"{tmp_path}/config.yaml cannot be read: ") as caught:
+        RunRecord.open(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "key"),
+    [
+        ("summary.json", {}, "status"),
+        ("summary.json", {"status": "fine"}, "status"),
+        ("summary.json", {"status": ["completed"]}, "status"),
+        ("summary.json", {"status": "completed", "final_val_loss": "3.1"}, "final_val_loss"),
+        ("summary.json", {"status": "failed", "ledger": []}, "ledger"),
+        ("summary.json", {"status": "failed", "ledger": {"data": {"seconds": 1.0}}}, "ledger.data"),
+        ("environment.json", {"data_manifest_sha256": 5}, "data_manifest_sha256"),
+        ("environment.json", {"world_size": "two"}, "world_size"),
+        ("environment.json", {"git": None}, "git"),
+    ],
+)
+def test_a_value_that_is_missing_or_of_another_type_is_named(tmp_path: Path, name: str, values: dict, key: str) -> None:
+    records.write_config(tmp_path, {"name": "a"})
+    (tmp_path / name).write_text(json.dumps(values))
+    with pytest.raises(RecordError, match=rf"{tmp_path}/{name} is damaged: {key}"):
+        RunRecord.open(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "summary.json"])
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, name: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records.write_config(tmp_path, {"name": "a"})
+    for other in ("environment.json", "summary.json"):
+        (tmp_path / other).write_text('{"status": "completed"}')
+    unreadable(monkeypatch, tmp_path / name, number)
+    with pytest.raises(RecordError, match=rf"{tmp_path}/{name} cannot be read: {os.strerror(number)}"):
+        RunRecord.open(tmp_path)
+
+
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     records.write_config(tmp_path, {})
-    (tmp_path / "metrics.jsonl").write_text('{"kind":"eval"}\nnonsense\n')
+    (tmp_path / "metrics.jsonl").write_text('{"kind":"eval","step":0}\nnonsense\n')
     with pytest.raises(RecordError, match=r"metrics\.jsonl:2 is no JSON"):
         list(RunRecord.open(tmp_path).metrics())
 

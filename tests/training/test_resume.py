@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.training.runs import before, curve, kill_self, lines, run, run_in_child, summary, tiny
+from tests.unreadable import unreadable
 
 OPTIMIZERS = ["sophiag", "sophiah", "adamw", "lion", "muon", "signum", "adahessian"]
 
@@ -198,9 +200,14 @@ def test_lines_beyond_the_checkpoint_are_kept_aside(corpus: list[str], tmp_path:
     assert before_resume == lines(tmp_path / "run")[: len(before_resume) - len(aside)] + aside
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "unreadable"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
-    damage: str, corpus: list[str], tmp_path: Path, undisturbed: dict[str, Any], capfd: pytest.CaptureFixture[str]
+    damage: str,
+    corpus: list[str],
+    tmp_path: Path,
+    undisturbed: dict[str, Any],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     overrides = tiny(corpus, tmp_path)
     assert run_in_child(overrides, kill_before_recording, 23) == -signal.SIGKILL
@@ -213,6 +220,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
             victim.write_bytes(content[:-1])
         case "remove":
             victim.unlink()
+        case "unreadable":
+            unreadable(monkeypatch, victim, errno.EIO)
     assert run(overrides) == 0
     assert f"passed over: {victim}" in capfd.readouterr().err
     assert curve(tmp_path / "run") == undisturbed["sophiag"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -9,6 +10,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,11 @@ import yaml
 
 from tests.training.runs import lines, run, run_in_child, summary, tiny
 from tests.training.test_resume import kill_before_recording
+from tests.unreadable import unreadable
 from training.compose import compose
 from training.config import ConfigurationError
 from training.launch import EXIT_HELD
+from training.records import write_config
 from training.run_directory import RunDirectory
 
 
@@ -164,6 +168,55 @@ def test_a_damaged_summary_is_named(
     (tmp_path / "run" / "summary.json").write_text(content)
     assert run(tiny(corpus, tmp_path, "train.steps=3")) == 2
     assert "summary.json" in message(capfd)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "summary.json", "metrics.jsonl"])
+def test_what_is_no_file_in_the_place_of_a_record_is_named_at_once(
+    name: str, make: Callable[[Path], object], corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides = tiny(corpus, tmp_path, "train.steps=3")
+    config = compose(overrides)
+    directory = tmp_path / "run"
+    directory.mkdir()
+    write_config(directory, config.model_dump(mode="json"))
+    (directory / name).unlink(missing_ok=True)
+    make(directory / name)
+    assert run(overrides) == 2
+    said = message(capfd)
+    assert str(directory / name) in said
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("name", ["environment.json", "summary.json"])
+def test_a_record_that_cannot_be_read_is_named(
+    name: str, number: int, corpus: list[str], tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides = tiny(corpus, tmp_path, "train.steps=3")
+    assert run(overrides) == 0
+    capfd.readouterr()
+    unreadable(monkeypatch, tmp_path / "run" / name, number)
+    assert run(overrides) == 2
+    assert f"{tmp_path / 'run' / name} cannot be read: {os.strerror(number)}" in message(capfd)
+
+
+def test_checkpoints_that_nobody_may_list_do_not_begin_the_run_anew(
+    corpus: list[str], tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides = tiny(corpus, tmp_path)
+    assert run_in_child(overrides, kill_before_recording, 15) < 0
+    record = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    listed = os.listdir
+
+    def refusing(path):
+        if str(path).endswith("checkpoints"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", refusing)
+    assert run(overrides) == 2
+    assert f"{tmp_path / 'run' / 'checkpoints'} cannot be read: Permission denied" in message(capfd)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == record
 
 
 def test_overwriting_removes_all_of_the_run_before(corpus: list[str], tmp_path: Path) -> None:

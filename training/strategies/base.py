@@ -53,8 +53,26 @@ class Piece(NamedTuple):
     values: Tensor  # (n,) flat
 
 
+#: What a state may hold besides tensors, and a checkpoint's manifest holds as it is.
+Number = int | float | bool | None
+#: The types of tensor that a checkpoint holds.
+SAVED_DTYPES = (
+    *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+
+
+class NumberPiece(NamedTuple):
+    """A number of an optimizer's state; one rank has it."""
+
+    name: str  # "optimizer.<parameter>.<state>" or "group.<parameter>.<key>"
+    value: Number
+
+
 class PieceReader(Protocol):
-    """A checkpoint's full tensors, readable in part."""
+    """A checkpoint's full tensors, readable in part, and numbers."""
+
+    def numbers(self) -> Mapping[str, Number]: ...
 
     def names(self) -> Sequence[str]: ...
 
@@ -212,6 +230,8 @@ class Strategy(ABC):
 
     #: Whether each rank holds only a part of `curvature_state()`.
     shards_optimizer_state: bool = False
+    #: Whether one update is several calls of the optimizer's `step`, each with some of its groups' parameters.
+    steps_in_parts: bool = False
 
     def curvature_state(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, h, m) of each parameter, whole or this rank's part of it."""
@@ -228,8 +248,12 @@ class Strategy(ABC):
                 group["lr"] = group["peak_lr"] * factor
 
     @abstractmethod
-    def pieces(self) -> Iterator[Piece]:
-        """This rank's part of weights and optimizer state. Over all ranks each element stands in exactly one piece."""
+    def pieces(self) -> Iterator[Piece | NumberPiece]:
+        """This rank's part of weights and optimizer state. Over all ranks each element stands in exactly one piece.
+
+        Raises:
+            ConfigurationError: the optimizer keeps state that no checkpoint can hold.
+        """
 
     @abstractmethod
     def load(self, reader: PieceReader) -> None:

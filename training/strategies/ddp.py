@@ -10,10 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from models import GPT2, GPT2Output
-from training.strategies.base import KeepsGraphs, Piece, PieceReader, StepStatistics
+from training.strategies.base import KeepsGraphs, NumberPiece, Piece, PieceReader, StepStatistics
 from training.strategies.communication import ddp_traffic
 from training.strategies.gradients import clip_and_step, unclipped, update_hessian
-from training.strategies.state import assigned_pieces, load_state, state_tensors
+from training.strategies.state import assigned_pieces, load_state, saved_state
 from training.weights import InitialWeights
 
 # Small gradients are reduced together: as many bytes as DDP puts into a bucket.
@@ -92,8 +92,8 @@ class DDP(KeepsGraphs):
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
-    def pieces(self) -> Iterator[Piece]:
-        tensors = state_tensors(self.parameters(), self.optimizers)
+    def pieces(self) -> Iterator[Piece | NumberPiece]:
+        tensors = saved_state(self.parameters(), self.optimizers)
         return assigned_pieces(tensors, self.distributed.rank, self.distributed.world_size)
 
     def load(self, reader: PieceReader) -> None:

@@ -25,10 +25,11 @@ from models import GPT2, GPT2Output
 from sophia.random import normals
 from training.config import DeepSpeedConfig
 from training.distributed import Distributed
-from training.strategies.base import Piece, PieceReader, StepStatistics, Strategy, total_norm
+from training.strategies.base import NumberPiece, Piece, PieceReader, StepStatistics, Strategy, total_norm
 from training.strategies.communication import BFLOAT16, FLOAT32, zero_traffic
 from training.strategies.gradients import unclipped
 from training.strategies.precision import keep_norms_float32, keep_residual_float32
+from training.strategies.state import check_savable, counts_on_host, saved_keys
 from training.weights import InitialWeights
 
 
@@ -108,6 +109,7 @@ class DeepSpeed(Strategy):
     """
 
     shards_optimizer_state = True
+    steps_in_parts = True
 
     def __init__(
         self,
@@ -353,39 +355,43 @@ class DeepSpeed(Strategy):
             if "hessian" in state:
                 yield fragment.name, fragment.of(state["hessian"]), fragment.of(state["exp_avg"])
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[Piece | NumberPiece]:
         for fragment, partition in self._placed():
             if fragment.count == 0:
                 continue
             yield Piece(f"model.{fragment.name}", fragment.shape, fragment.start, fragment.of(partition.detach()))
             for key, value in self._client.state.get(partition, {}).items():
+                check_savable(self._client.inner, key, value, partition, sharded=True)
                 name = f"optimizer.{fragment.name}.{key}"
-                if value.shape == partition.shape:
+                if not isinstance(value, Tensor):
+                    if fragment.start == 0:
+                        yield NumberPiece(name, value)
+                elif value.shape == partition.shape:
                     yield Piece(name, fragment.shape, fragment.start, fragment.of(value))
                 elif fragment.start == 0:  # a count, which every parameter of the partition shares
                     yield Piece(name, tuple(value.shape), 0, value.reshape(-1).clone())
 
     @torch.no_grad()
     def load(self, reader: PieceReader) -> None:
-        saved: dict[str, list[str]] = {}  # parameter -> keys of its optimizer state
-        for full_name in reader.names():
-            kind, _, rest = full_name.partition(".")
-            if kind == "optimizer":
-                name, _, key = rest.rpartition(".")
-                saved.setdefault(name, []).append(key)
+        numbers = reader.numbers()
+        tensors, counts = saved_keys(self._shapes, sorted(reader.names())), saved_keys(self._shapes, sorted(numbers))
+        shared: dict[tuple[int, str], Any] = {}  # (partition, key) -> what its parameters have in common
         for fragment, partition in self._placed():
             _read(fragment, fragment.of(partition), f"model.{fragment.name}", reader)
             state = self._client.state[partition]
-            for key in saved.get(fragment.name, ()):
+            for key in tensors.get(fragment.name, ()):
                 name = f"optimizer.{fragment.name}.{key}"
-                if reader.shape(name) != fragment.shape:
-                    on_device = any(group.get("fused") for group in self._client.param_groups)
+                if reader.shape(name) == fragment.shape:
+                    if key not in state:
+                        state[key] = torch.zeros_like(partition, dtype=reader.dtype(name))
+                    _read(fragment, fragment.of(state[key]), name, reader)
+                elif fragment.count:
+                    group = self._client.param_groups[0]
                     count = reader.read(name, 0, 1).reshape(reader.shape(name))
-                    state[key] = count.to(partition.device) if on_device else count
-                    continue
-                if key not in state:
-                    state[key] = torch.zeros_like(partition, dtype=reader.dtype(name))
-                _read(fragment, fragment.of(state[key]), name, reader)
+                    _share(shared, fragment, key, count.item())
+                    state[key] = count if counts_on_host(key, group) else count.to(partition.device)
+            for key in counts.get(fragment.name, ()) if fragment.count else ():
+                state[key] = _share(shared, fragment, key, numbers[f"optimizer.{fragment.name}.{key}"])
         self.weights_changed()
 
     def bytes_communicated(self, micro_batches: int) -> int:
@@ -461,6 +467,17 @@ def _place_at_stages_1_and_2(engine: Any, parameter: Any, rank: int) -> tuple[in
         return outside.start, outside.numel, place.param_group_index, inside.start
     group = next(i for i, members in enumerate(engine.bit16_groups) if any(p is parameter for p in members))
     return 0, 0, group, 0
+
+
+def _share(shared: dict[tuple[int, str], Any], fragment: Fragment, key: str, value: Any) -> Any:
+    """The value that all parameters of a partition have; ValueError where they differ."""
+    known = shared.setdefault((fragment.partition, key), value)
+    if known != value and not (known != known and value != value):
+        raise ValueError(
+            f"state[{key!r}] of {fragment.name} is {value} and that of another parameter of its partition {known}; resume "
+            "under strategy=ddp or fsdp"
+        )
+    return value
 
 
 def _read(fragment: Fragment, into: Tensor, name: str, reader: PieceReader) -> None:

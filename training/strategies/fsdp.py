@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from models import GPT2, GPT2Output
 from training.config import FSDPConfig
 from training.distributed import Distributed
-from training.strategies.base import Piece, PieceReader, StepStatistics, Strategy
+from training.strategies.base import NumberPiece, Piece, PieceReader, StepStatistics, Strategy
 from training.strategies.communication import BFLOAT16, FLOAT32, fsdp_traffic
 from training.strategies.gradients import clip_and_step, unclipped, update_hessian
 from training.strategies.precision import keep_norms_float32
-from training.strategies.state import load_state, sharded_pieces, state_tensors
+from training.strategies.state import load_state, saved_state, sharded_pieces
 from training.weights import InitialWeights
 
 
@@ -126,8 +126,8 @@ class FSDP(Strategy):
         # Not asked of the module anew: while weights are gathered, it shows whole tensors in place of the shards.
         return dict(self._parameters)
 
-    def pieces(self) -> Iterator[Piece]:
-        return sharded_pieces(state_tensors(self._parameters, self.optimizers), is_main=self.distributed.is_main)
+    def pieces(self) -> Iterator[Piece | NumberPiece]:
+        return sharded_pieces(saved_state(self._parameters, self.optimizers), is_main=self.distributed.is_main)
 
     def load(self, reader: PieceReader) -> None:
         load_state(self._parameters, self.optimizers, reader)

@@ -1,44 +1,195 @@
-"""Weights and optimizer state by parameter name, for strategies whose optimizers step the model's own parameters."""
+"""Weights and optimizer state by parameter name, for strategies whose optimizers step the model's own parameters.
 
-from collections.abc import Iterator, Mapping, Sequence
+State is what torch's `state_dict` takes for it: what lies in `optimizer.state` for a parameter, and what the optimizer
+itself changes in its `param_groups`. Tensors and numbers are saved; an optimizer that keeps anything else is refused.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from training.strategies.base import Piece, PieceReader
+from sophia.elementwise import COUNTS
+from training.config import ConfigurationError
+from training.strategies.base import SAVED_DTYPES, Number, NumberPiece, Piece, PieceReader, Strategy
+
+# What the run sets in a group, and not the optimizer.
+_SET_BY_THE_RUN = ("params", "names", "initial", "lr", "peak_lr")
+# One parameter of each kind, under which optimizers group them, in shapes that cost nothing.
+_STAND_INS = {"token_embedding.weight": (4, 4), "blocks.0.mlp.up.weight": (4, 4), "blocks.0.mlp_norm.weight": (4,)}
 
 
-def state_tensors(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    """("model.<name>", weight) and ("optimizer.<name>.<state>", state), in one order on all ranks."""
+def saved_state(
+    parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]
+) -> Iterator[tuple[str, Tensor | Number]]:
+    """("model.<name>", weight), ("optimizer.<name>.<key>", state) and ("group.<name>.<key>", number), in one order on
+    all ranks.
+
+    Raises:
+        ConfigurationError: a state cannot be saved.
+    """
     for name, parameter in parameters.items():
         yield f"model.{name}", parameter.detach()
         for optimizer in optimizers:
-            for key, value in sorted(optimizer.state.get(parameter, {}).items()):
-                if isinstance(value, Tensor):
-                    yield f"optimizer.{name}.{key}", value.detach()
+            state = optimizer.state.get(parameter, {})
+            for key in state:
+                check_savable(optimizer, key, state[key], parameter, sharded=isinstance(parameter, DTensor))
+            for key, value in sorted(state.items()):
+                yield f"optimizer.{name}.{key}", value.detach() if isinstance(value, Tensor) else value
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            changed = _changed(group)
+            for name in group.get("names", ()):
+                for key, number in changed.items():
+                    yield f"group.{name}.{key}", number
 
 
-def assigned_pieces(tensors: Iterator[tuple[str, Tensor]], rank: int, world_size: int) -> Iterator[Piece]:
-    """Whole tensors that every rank holds, dealt out so that the ranks write about the same number of bytes."""
+def state_tensors(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `saved_state`."""
+    for name, value in saved_state(parameters, optimizers):
+        if isinstance(value, Tensor):
+            yield name, value
+
+
+def numbers_of(group: Mapping[str, Any]) -> dict[str, Number]:
+    """The numbers in a parameter group that are not the run's to set."""
+    return {key: value for key, value in group.items() if key not in _SET_BY_THE_RUN and isinstance(value, Number)}
+
+
+def _changed(group: Mapping[str, Any]) -> dict[str, Number]:
+    """The numbers that the optimizer itself has changed since it was built, such as a step count or an estimate."""
+    initial = group.get("initial")
+    if initial is None:
+        return {}
+    return {key: value for key, value in numbers_of(group).items() if key not in initial or value != initial[key]}
+
+
+def check_savable(optimizer: Optimizer, key: Any, value: Any, parameter: Tensor, *, sharded: bool) -> None:
+    """Raise ConfigurationError where a checkpoint cannot hold an entry of a parameter's state.
+
+    Args:
+        sharded: the parameter is one rank's part; a tensor of another shape then has an unknown place in the whole.
+    """
+    where = f"{type(optimizer).__qualname__}: state[{key!r}]"
+    remedy = "keep state in tensors, int, float, bool or None"
+    if not isinstance(key, str):
+        raise ConfigurationError(f"{where} cannot be saved: its key is of type {type(key).__name__}; use a text")
+    if not isinstance(value, Tensor):
+        if not isinstance(value, Number):
+            raise ConfigurationError(f"{where} cannot be saved: it is of type {type(value).__name__}; {remedy}")
+        return
+    if type(value) not in (Tensor, nn.Parameter, DTensor) or value.layout != torch.strided:
+        raise ConfigurationError(f"{where} cannot be saved: it is a {type(value).__name__} of {value.layout}; {remedy}")
+    if value.dtype not in SAVED_DTYPES:
+        raise ConfigurationError(
+            f"{where} cannot be saved: it is a tensor of {value.dtype}; choose float32 or bfloat16"
+        )
+    whole = value.shape == parameter.shape and isinstance(value, DTensor) == isinstance(parameter, DTensor)
+    if sharded and not whole and value.numel() != 1:
+        raise ConfigurationError(
+            f"{where} cannot be saved under this strategy: it has shape {tuple(value.shape)} and its parameter "
+            f"{tuple(parameter.shape)}, of which a rank holds a part; choose strategy=ddp"
+        )
+
+
+def refuse_unsavable_state(
+    build_optimizers: Callable[[Mapping[str, Tensor]], list[Optimizer]], strategy: Strategy
+) -> None:
+    """Step the run's optimizers once with stand-ins for the parameters, and look at what they keep.
+
+    State appears with the first step, which in a run may come after minutes of preparation, and is saved after hours.
+
+    Raises:
+        ConfigurationError: a checkpoint could not hold it; class and key are named.
+    """
+    stand_ins = {name: nn.Parameter(torch.ones(shape, device=strategy.device)) for name, shape in _STAND_INS.items()}
+    for parameter in stand_ins.values():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizers: list[Optimizer] = []
+    before: list[list[dict[str, Any]]] = []
+    # What fails here may work on the model's own parameters; a state that none can see now is refused when it is saved.
+    with warnings.catch_warnings(action="ignore"), contextlib.suppress(Exception):
+        optimizers = build_optimizers(stand_ins)
+        before = [[_values(group) for group in optimizer.param_groups] for optimizer in optimizers]
+        for optimizer in optimizers:
+            optimizer.step()
+    for optimizer, groups_before in zip(optimizers, before, strict=True):
+        for owner, state in optimizer.state.items():
+            if not isinstance(owner, Tensor):
+                raise ConfigurationError(
+                    f"{type(optimizer).__qualname__}: state[{owner!r}] cannot be saved: it belongs to no parameter; keep "
+                    "it in the parameters' states or in param_groups"
+                )
+            for key, value in state.items():
+                check_savable(optimizer, key, value, owner, sharded=strategy.shards_optimizer_state)
+        for group, values in zip(optimizer.param_groups, groups_before, strict=True):
+            _check_group(optimizer, group, values, strategy)
+
+
+def _values(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group holds, of tensors and lists a copy."""
+    return {
+        key: value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
+        for key, value in group.items()
+        if key not in _SET_BY_THE_RUN
+    }
+
+
+def _check_group(optimizer: Optimizer, group: Mapping[str, Any], before: Mapping[str, Any], strategy: Strategy) -> None:
+    """Raise ConfigurationError where a step has changed a group in a way that is lost with the process."""
+    for key, value in _values(group).items():
+        if key in before and _equal(value, before[key]):
+            continue
+        where = f"{type(optimizer).__qualname__}: param_groups[…][{key!r}] changes in a step and"
+        if not isinstance(value, Number):
+            raise ConfigurationError(f"{where} is of type {type(value).__name__}; keep int, float, bool or None there")
+        if strategy.steps_in_parts:
+            raise ConfigurationError(
+                f"{where} would change several times in one under strategy=deepspeed; choose ddp or fsdp"
+            )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)
+
+
+def assigned_pieces(
+    state: Iterable[tuple[str, Tensor | Number]], rank: int, world_size: int
+) -> Iterator[Piece | NumberPiece]:
+    """What every rank holds whole, dealt out so that the ranks write about the same number of bytes; rank 0 the
+    numbers."""
     written = [0] * world_size
-    for name, tensor in tensors:
+    for name, value in state:
+        if not isinstance(value, Tensor):
+            if rank == 0:
+                yield NumberPiece(name, value)
+            continue
         writer = min(range(world_size), key=written.__getitem__)
-        written[writer] += tensor.numel() * tensor.element_size()
+        written[writer] += value.numel() * value.element_size()
         if writer == rank:
-            yield Piece(name, tuple(tensor.shape), 0, tensor.reshape(-1))
+            yield Piece(name, tuple(value.shape), 0, value.reshape(-1))
 
 
-def sharded_pieces(tensors: Iterator[tuple[str, Tensor]], *, is_main: bool) -> Iterator[Piece]:
+def sharded_pieces(state: Iterable[tuple[str, Tensor | Number]], *, is_main: bool) -> Iterator[Piece | NumberPiece]:
     """This rank's shards; what is no DTensor (step counts) every rank holds, and rank 0 writes."""
-    for name, tensor in tensors:
-        if isinstance(tensor, DTensor):
-            start, stop = shard_range(tensor)
+    for name, value in state:
+        if isinstance(value, DTensor):
+            start, stop = shard_range(value)
             if start < stop:
-                yield Piece(name, tuple(tensor.shape), start, tensor.to_local().reshape(-1))
-        elif is_main:
-            yield Piece(name, tuple(tensor.shape), 0, tensor.reshape(-1))
+                yield Piece(name, tuple(value.shape), start, value.to_local().reshape(-1))
+        elif not is_main:
+            continue
+        elif isinstance(value, Tensor):
+            yield Piece(name, tuple(value.shape), 0, value.reshape(-1))
+        else:
+            yield NumberPiece(name, value)
 
 
 @torch.no_grad()
@@ -47,26 +198,50 @@ def load_state(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]
     for name, parameter in parameters.items():
         _read_into(parameter, f"model.{name}", reader)
     names = {id(parameter): name for name, parameter in parameters.items()}
-    saved = sorted(reader.names())
+    numbers = reader.numbers()
+    tensors, counts = saved_keys(parameters, sorted(reader.names())), saved_keys(parameters, sorted(numbers))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                prefix = f"optimizer.{names[id(parameter)]}."
-                for full_name in saved:
-                    if full_name.startswith(prefix):
-                        key = full_name.removeprefix(prefix)
-                        optimizer.state[parameter][key] = _new_state(parameter, full_name, reader)
-        # torch places `step` where its kernels want it (on the device for fused ones) when a state dict is loaded.
-        if type(optimizer).__module__.startswith("torch."):
-            optimizer.load_state_dict(optimizer.state_dict())
+                name = names[id(parameter)]
+                for key in tensors.get(name, ()):
+                    optimizer.state[parameter][key] = _new_state(
+                        parameter, f"optimizer.{name}.{key}", key, group, reader
+                    )
+                for key in counts.get(name, ()):
+                    optimizer.state[parameter][key] = numbers[f"optimizer.{name}.{key}"]
+            for name in group.get("names", ())[:1]:  # all of a group's have the same
+                start = f"group.{name}."
+                group.update({n.removeprefix(start): value for n, value in numbers.items() if n.startswith(start)})
 
 
-def _new_state(parameter: Tensor, name: str, reader: PieceReader) -> Tensor:
-    if reader.shape(name) != tuple(parameter.shape):
-        return reader.read(name, 0, 1).reshape(reader.shape(name))  # the step count
-    state = torch.zeros_like(parameter, dtype=reader.dtype(name))
-    _read_into(state, name, reader)
-    return state
+def saved_keys(parameters: Collection[str], full_names: Iterable[str]) -> dict[str, list[str]]:
+    """Of names "optimizer.<parameter>.<key>" the keys, by parameter; both may have dots in them."""
+    keys: dict[str, list[str]] = {}
+    for full_name in full_names:
+        kind, _, rest = full_name.partition(".")
+        dots = [place for place, character in enumerate(rest) if character == "."]
+        split = next((dot for dot in reversed(dots) if rest[:dot] in parameters), None)
+        if kind == "optimizer" and split is not None:
+            keys.setdefault(rest[:split], []).append(rest[split + 1 :])
+    return keys
+
+
+def _new_state(parameter: Tensor, name: str, key: str, group: Mapping[str, Any], reader: PieceReader) -> Tensor:
+    """A tensor of state as it was saved, where the optimizer would have made it."""
+    shape = torch.Size(reader.shape(name))
+    if shape == parameter.shape:
+        state = torch.zeros_like(parameter, dtype=reader.dtype(name))
+        _read_into(state, name, reader)
+        return state
+    value = reader.read(name, 0, shape.numel()).reshape(shape)
+    return value if counts_on_host(key, group) else value.to(parameter.device)
+
+
+def counts_on_host(key: str, group: Mapping[str, Any]) -> bool:
+    """Whether a state is a count that stays on the CPU: torch's `step`, but for kernels that read it on the device, and
+    the counts of this project's optimizers."""
+    return key in COUNTS and not (key == "step" and (group.get("fused") or group.get("capturable")))
 
 
 def _read_into(tensor: Tensor, name: str, reader: PieceReader) -> None:

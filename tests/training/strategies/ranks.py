@@ -15,15 +15,19 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 import training.loop as loop
+import training.optimizers as optimizers
 from data.batches import Batch
 from models import GPT2, GPT2Config
 from tests.training.runs import signal_self
+from tests.training.toys import Counting
+from training.checkpoints import Checkpoint, save
 from training.compose import compose
 from training.config import RunConfig
 from training.curvature import CurvaturePass
@@ -96,8 +100,10 @@ def run(job: dict[str, Any]) -> str:
 
 
 def build(kind: str, *overrides: str) -> tuple[Strategy, RunConfig]:
-    """A strategy of a tiny model of random weights, Sophia-G as its optimizer."""
-    given = [*KINDS[kind], "optimizer=sophiag", "train.precision=fp32", "train.compile=false", "train.device=cpu"]
+    """A strategy of a tiny model of random weights, Sophia-G as its optimizer unless another is given."""
+    given = [*KINDS[kind], "train.precision=fp32", "train.compile=false", "train.device=cpu"]
+    if not any(override.startswith("optimizer=") for override in overrides):
+        given.append("optimizer=sophiag")
     config = compose([*given, *overrides])
     distributed = Distributed.start("cpu")
     strategy = build_strategy(config, distributed)
@@ -192,7 +198,29 @@ def gradient_of_the_mean(kind: str) -> dict[str, float]:
     return norms
 
 
-LOOKS = {look.__name__: look for look in (curvature_pass, collectives, gradient_of_the_mean)}
+def numbers_in_state(kind: str) -> dict[str, Any]:
+    """A strategy saved after three steps, loaded into another, and both stepped on."""
+    root = Path(sys.argv[1]) / "numbers" / kind
+    with mock.patch.object(optimizers, "_adamw", lambda groups, lr, *_: Counting(groups, 0.1, in_groups=False)):
+        first, second = (build(kind, "optimizer=adamw")[0] for _ in range(2))
+    for _ in range(3):
+        accumulate(first, 1)
+        first.step(None)
+    state = {"training": {}, "ledger": {"entries": {}, "bytes_communicated": 0}, "metrics_bytes": 0, "config": {}}
+    checkpoint = Checkpoint(save(root, 3, first.pieces(), state, first.distributed))
+    second.load(checkpoint)
+    for strategy in (first, second):
+        for _ in range(2):
+            accumulate(strategy, 1)
+            strategy.step(None)
+    same = torch.equal(whole_weights(first), whole_weights(second))
+    return {
+        "numbers": dict(sorted(checkpoint.numbers().items())),
+        "same_weights": not first.distributed.any(not same),
+    }
+
+
+LOOKS = {look.__name__: look for look in (curvature_pass, collectives, gradient_of_the_mean, numbers_in_state)}
 
 
 def main(directory: Path) -> None:
