@@ -104,6 +104,7 @@ class RunState(BaseModel):
     training: TrainingState
     ledger: _LedgerState
     metrics_bytes: _Count  # size of metrics.jsonl
+    metrics_sha256: str | None = None  # of these bytes
     config: dict[str, Any]
     good: bool = True  # False where a step was skipped right before
     val_loss: float | None = None  # where there was an evaluation at this step
@@ -409,7 +410,7 @@ def available(root: Path) -> list[Path]:
         found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and not os.path.isfile(path)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [path for path in found if not path.is_symlink()]
+    found = [path for path in found if not os.path.islink(path)]
     return sorted(found, key=step_of, reverse=True)
 
 

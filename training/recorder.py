@@ -78,6 +78,11 @@ class Recorder:
     def message(self, text: str) -> None:
         self.display.message(text)
 
+    @property
+    def sha256(self) -> str | None:
+        """Of the record so far, on rank 0."""
+        return None if self.metrics is None else self.metrics.sha256
+
     def sync(self) -> int:
         """The record is on the disk up to here, and is this process's: its size in bytes.
 

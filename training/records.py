@@ -11,6 +11,7 @@ Importing this module needs neither torch nor Hydra.
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import math
@@ -23,7 +24,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data.files import check_nesting, problem, read_json, read_regular, sync_directory
+from data.files import check_nesting, open_regular, problem, read_json, read_regular, sync_directory
 
 Status = Literal["completed", "diverged", "preempted", "failed"]
 
@@ -245,6 +246,17 @@ def metrics_content(path: Path) -> bytes:
         raise RecordError(f"{path} is damaged: {problem(error)}") from error
 
 
+def sha256_of_start(path: Path, size: int) -> str:
+    """The hash of a file's first `size` bytes; of none where there is no file."""
+    digest = hashlib.sha256()
+    if path.exists():
+        with open_regular(path) as file:
+            while size > 0 and (block := file.read(min(size, 1 << 20))):
+                digest.update(block)
+                size -= len(block)
+    return digest.hexdigest()
+
+
 class MetricsWriter:
     """Appends lines to metrics.jsonl; each line reaches the operating system at once, the disk at `sync()`.
 
@@ -259,9 +271,11 @@ class MetricsWriter:
 
     def __init__(self, directory: Path, resume_at: int | None = None) -> None:
         self.path = directory / METRICS_FILE
-        write_atomically(self.path, b"" if resume_at is None else self._cut(resume_at))
+        kept = b"" if resume_at is None else self._cut(resume_at)
+        write_atomically(self.path, kept)
         self._file = self.path.open("ab", buffering=0)
-        self._size = os.fstat(self._file.fileno()).st_size
+        self._size = len(kept)
+        self._hash = hashlib.sha256(kept)
 
     def _cut(self, size: int) -> bytes:
         """The lines up to there; those beyond are kept aside."""
@@ -283,8 +297,8 @@ class MetricsWriter:
         Raises:
             OSError: the disk is full or gone; the file names itself.
         """
-        line = memoryview(json_line(values).encode() + b"\n")
-        before = self._size
+        content = json_line(values).encode() + b"\n"
+        line, before = memoryview(content), self._size
         try:
             while line:  # a disk that fills up takes a part first
                 line = line[self._file.write(line) :]
@@ -293,6 +307,12 @@ class MetricsWriter:
                 os.ftruncate(self._file.fileno(), before)
             raise OSError(error.errno, f"{self.path} cannot be written: {error.strerror}") from error
         self._size = os.fstat(self._file.fileno()).st_size
+        self._hash.update(content)
+
+    @property
+    def sha256(self) -> str:
+        """Of what has been written so far."""
+        return self._hash.hexdigest()
 
     def sync(self) -> int:
         """Flush to the disk and return the size in bytes.

@@ -108,6 +108,9 @@ def _misfit(checkpoint: Checkpoint, config: RunConfig, directory: Path) -> str |
     have = _size(metrics)
     if have < checkpoint.state["metrics_bytes"]:
         return f"{metrics} has {have} bytes and had {checkpoint.state['metrics_bytes']} at this checkpoint"
+    expected = checkpoint.state.get("metrics_sha256")
+    if expected is not None and records.sha256_of_start(metrics, checkpoint.state["metrics_bytes"]) != expected:
+        return f"{metrics} is not what was written up to this checkpoint"
     try:
         theirs = validate(checkpoint.state["config"])
     except ConfigurationError as error:

@@ -178,6 +178,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
             "val_loss": current.final_val_loss if current.evaluated_step == current.step else None,
             "ledger": ledger.state_dict(),
             "metrics_bytes": distributed.broadcast_object(distributed.on_main(recorder.sync)),
+            "metrics_sha256": recorder.sha256,
             "config": config.model_dump(mode="json"),
         }
         root, keeping = directory / "checkpoints", config.checkpoint

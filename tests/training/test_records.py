@@ -40,16 +40,16 @@ def test_a_record_shorter_than_its_checkpoint_says_is_refused(tmp_path: Path) ->
 @pytest.mark.parametrize("resume_at", [None, 0, 19])
 def test_two_writers_never_write_one_record_and_the_first_learns_of_it(resume_at: int | None, tmp_path: Path) -> None:
     first = MetricsWriter(tmp_path)
-    first.write({"kind": "a", "n": 1})
-    first.write({"kind": "a", "n": 2})
+    first.write({"kind": "a", "step": 1})
+    first.write({"kind": "a", "step": 2})
     second = MetricsWriter(tmp_path, resume_at)
-    first.write({"kind": "a", "n": 3})
-    second.write({"kind": "b", "n": 4})
-    second.write({"kind": "b", "n": 5})
+    first.write({"kind": "a", "step": 3})
+    second.write({"kind": "b", "step": 4})
+    second.write({"kind": "b", "step": 5})
     second.sync()
     with pytest.raises(OSError, match=r"metrics\.jsonl was replaced"):
         first.sync()
-    lines = [(line["kind"], line["n"]) for line in RunRecord(tmp_path, {}, {}, None).metrics()]
+    lines = [(line["kind"], line["step"]) for line in RunRecord(tmp_path, {}, {}, None).metrics()]
     assert lines == [("a", 1)] * bool(resume_at) + [("b", 4), ("b", 5)]
 
 

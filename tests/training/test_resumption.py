@@ -215,8 +215,23 @@ def test_checkpoints_that_nobody_may_list_do_not_begin_the_run_anew(
 
     monkeypatch.setattr(os, "listdir", refusing)
     assert run(overrides) == 2
-    assert f"{tmp_path / 'run' / 'checkpoints'} cannot be read: Permission denied" in message(capfd)
+    assert f"{tmp_path / 'run' / 'checkpoints'} cannot be used: Permission denied" in message(capfd)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == record
+
+
+def test_a_record_that_was_changed_below_a_checkpoint_is_not_continued(
+    corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides = tiny(corpus, tmp_path)
+    assert run_in_child(overrides, kill_before_recording, 15) < 0
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    record = metrics.read_bytes()
+    metrics.write_bytes(record.replace(b'"step":3', b'"step":7', 1))
+    capfd.readouterr()
+    assert run(overrides) == 2
+    assert f"{metrics} is not what was written up to this checkpoint" in message(capfd)
+    metrics.write_bytes(record)
+    assert run(overrides) == 0
 
 
 def test_overwriting_removes_all_of_the_run_before(corpus: list[str], tmp_path: Path) -> None:

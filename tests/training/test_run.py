@@ -163,7 +163,7 @@ MISTAKES = {
     "train.micro_batch_size=3": "train.micro_batch_size=2 or 4",
     "resume=/nowhere": "resume=/nowhere",
     "strategy=fsdp optimizer=sophiah": "hutchinson_differences",
-    "--nosuch": "no such flag",
+    "--nosuch": "unrecognized arguments",
 }
 
 
