@@ -14,7 +14,12 @@ command again and it goes on), 77 another process has the run directory.
 
 import sys
 
-from training.command import main
+from training.limits import address_space_failure
 
 if __name__ == "__main__":
+    if (failure := address_space_failure()) is not None:
+        print(f"error: {failure}", file=sys.stderr)
+        sys.exit(2)
+    from training.command import main
+
     sys.exit(main(sys.argv[1:]))
