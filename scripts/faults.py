@@ -74,7 +74,7 @@ def disks(corpus: Corpus, scratch: Path) -> Found:
 
 
 def signals(corpus: Corpus, scratch: Path) -> Found:
-    """SIGTERM, SIGINT and SIGUSR1 at random moments; the second signal; the last-moment save of a larger model."""
+    """Every stop signal at random moments; the second signal; the last-moment save of a larger model."""
     from tests.faults.stops import stop_again_and_again, stop_torchrun, stop_twice, time_of_a_large_save
 
     for name in ("single", "ddp", "zero2", "torchrun"):
@@ -84,8 +84,8 @@ def signals(corpus: Corpus, scratch: Path) -> Found:
         "single": stop_again_and_again(corpus, scratch / "single", 60, SEED),
         "ddp": stop_again_and_again(corpus, scratch / "ddp", 60, SEED, ranks=2),
         "zero2": stop_again_and_again(corpus, scratch / "zero2", 15, SEED, *zero, ranks=2),
-        "torchrun": stop_torchrun(corpus, scratch / "torchrun", 6, SEED),
-        "second_signal": stop_twice(corpus, scratch, 9, SEED),
+        "torchrun": stop_torchrun(corpus, scratch / "torchrun", 10, SEED),
+        "second_signal": stop_twice(corpus, scratch, 8, SEED),
         "larger_model": time_of_a_large_save(corpus, scratch),
     }
 
@@ -227,7 +227,7 @@ def report() -> str:
         if part in found["signals"]:
             values = found["signals"][part]
             rows.append(
-                f"| {values['signals']} signals, as many SIGTERM as SIGINT and SIGUSR1, {what} | {values['honoured']} honoured, "
+                f"| {values['signals']} signals, of each kind in turn, {what} | {values['honoured']} honoured, "
                 f"{values['steps_lost']} steps lost | saved and ended after {values['seconds_to_the_end']['median']:.2f} s "
                 f"(median), {values['seconds_to_the_end']['longest']:.2f} s (longest) |"
             )
