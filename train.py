@@ -20,6 +20,10 @@ if __name__ == "__main__":
     if (failure := address_space_failure()) is not None:
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(2)
-    from training.command import main
+    try:
+        from training.command import main
 
-    sys.exit(main(sys.argv[1:]))
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # a run that has begun notices signals itself
+        print("SIGINT before training has begun: ending", file=sys.stderr)
+        sys.exit(75)
