@@ -90,8 +90,8 @@ def signals(corpus: Corpus, scratch: Path) -> Found:
         "single": stop_again_and_again(corpus, scratch / "single", 60, SEED),
         "ddp": stop_again_and_again(corpus, scratch / "ddp", 60, SEED, ranks=2),
         "zero2": stop_again_and_again(corpus, scratch / "zero2", 15, SEED, *zero, ranks=2),
-        "torchrun": stop_torchrun(corpus, scratch / "torchrun", 6, SEED),
-        "second_signal": stop_twice(corpus, scratch, 9, SEED),
+        "torchrun": stop_torchrun(corpus, scratch / "torchrun", 10, SEED),
+        "second_signal": stop_twice(corpus, scratch, 8, SEED),
         "larger_model": time_of_a_large_save(corpus, scratch),
         "shards": shrink_shards(corpus, scratch / "shards", 10, SEED),
     }
@@ -289,7 +289,7 @@ def report() -> str:
         if part in found["signals"]:
             values = found["signals"][part]
             rows.append(
-                f"| {values['signals']} signals, as many of each kind, {what} | {values['honoured']} honoured, "
+                f"| {values['signals']} signals, of each kind in turn, {what} | {values['honoured']} honoured, "
                 f"{values['steps_lost']} steps lost | saved and ended after {values['seconds_to_the_end']['median']:.2f} s "
                 f"(median), {values['seconds_to_the_end']['longest']:.2f} s (longest) |"
             )

@@ -17,6 +17,7 @@ from typing import Any
 
 from training.config import ConfigurationError, RunConfig, SlurmLauncherConfig
 from training.heartbeat import EXIT_RANK_LOST
+from training.limits import descriptors_failure
 from training.signals import heeded
 
 EXIT_FAILED = 1
@@ -59,12 +60,17 @@ def start_ranks(config: RunConfig) -> int:
 
     A rank that dies ends the others; with `launcher.max_restarts` all are started again and go on from the last
     checkpoint. A stop signal is passed on, and the ranks have `SAVING_SECONDS` to save.
+
+    Raises:
+        ConfigurationError: this process may not have enough files open.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     ranks = config.launcher.nproc_per_node
+    if (failure := descriptors_failure(ranks)) is not None:
+        raise ConfigurationError(f"launcher.nproc_per_node={ranks}: {failure}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     launch = LaunchConfig(

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 at random moments lose no step; a second signal ends a run at once."""
+"""Stop signals at random moments lose no step; a second signal ends a run at once."""
 
 from __future__ import annotations
 

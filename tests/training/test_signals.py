@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import select
 import signal
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.training.runs import before, curve, lines, run, run_in_child, signal_self, summary, tiny
+from training import command
 from training.signals import STOP_SIGNALS
 
 PREEMPTED = 75
@@ -185,6 +187,17 @@ def test_a_signal_that_a_launcher_passes_on_is_no_second_one(corpus: list[str], 
 def test_a_signal_in_set_up_ends_the_process_and_leaves_nothing(corpus: list[str], tmp_path: Path) -> None:
     assert run_in_child(tiny(corpus, tmp_path), stop_in_set_up) == PREEMPTED
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_before_a_run_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(Path(__file__).resolve().parents[2] / "train.py"), run_name="__main__")
+    assert ended.value.code == PREEMPTED
+    assert capsys.readouterr().err == "SIGINT before training has begun: ending\n"
 
 
 def test_a_second_signal_ends_a_process_that_is_stuck_in_c(corpus: list[str], tmp_path: Path) -> None:
