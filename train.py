@@ -14,7 +14,11 @@ command again and it goes on), 77 another process has the run directory.
 
 import sys
 
-from training.command import main
+from training.lifeline import die_with_launcher
 
 if __name__ == "__main__":
+    die_with_launcher()
+
+    from training.command import main  # takes seconds, in which the launcher may die
+
     sys.exit(main(sys.argv[1:]))

@@ -54,8 +54,8 @@ def start(config: RunConfig) -> int:
 
 
 def refuse(error: Exception) -> int:
-    """One line on rank 0's standard error, and the exit code of what cannot be run: not at all, or not now."""
-    if _rank() == 0:
+    """One line on each node's standard error, and the exit code of what cannot be run: not at all, or not now."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one node's ranks may be refused, and no others
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr, flush=True)
     return EXIT_HELD if isinstance(error, RunHeldError) else EXIT_CONFIGURATION

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from training.compose import CONFIG_DIRECTORY, refuse_foreign_code, resolved
 from training.config import ConfigurationError
+from training.lifeline import die_with_launcher
 
 EXIT_FAILED = 1
 
@@ -80,6 +81,8 @@ def at_once(launcher: Sequence[str]) -> int | None:
 
 def run_logged(config: DictConfig) -> int:
     """One job: validate and run, its output in its log."""
+    die_with_launcher()
+
     import torch
 
     from training.command import run_job

@@ -15,6 +15,7 @@ from typing import Any
 
 from training.config import RunConfig, SlurmLauncherConfig
 from training.heartbeat import EXIT_RANK_LOST
+from training.lifeline import die_with_launcher
 
 EXIT_FAILED = 1
 EXIT_PREEMPTED = 75
@@ -84,6 +85,8 @@ def describe_failure(error: Any) -> str:
 
 def run_rank(values: dict[str, Any]) -> int:
     """One rank's work: validate again (cheap), run, and return the exit code."""
+    die_with_launcher()
+
     from data.errors import DataError
     from training.command import refuse
     from training.compose import validate

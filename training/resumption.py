@@ -7,17 +7,16 @@ import fcntl
 import logging
 import os
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import yaml
 
 from training import checkpoints, records
 from training.checkpoints import Checkpoint
 from training.compose import validate
-from training.config import ConfigurationError, RunConfig, RunHeldError
+from training.config import ConfigurationError, RunConfig, RunHeldError, flat
 from training.records import RecordError, RunRecord, Status
 
 LOCK_FILE = ".lock"
@@ -206,21 +205,11 @@ def _same_run(config: RunConfig, directory: Path) -> RunConfig:
         ) from error
     if there.identity() == config.identity() and there.seed == config.seed:
         return there
-    here_values, there_values = _flat(config.model_dump(mode="json")), _flat(there.model_dump(mode="json"))
-    relevant = set(_flat(config.identity())) | set(_flat(there.identity())) | {"seed"}
+    here_values, there_values = flat(config.model_dump(mode="json")), flat(there.model_dump(mode="json"))
+    relevant = set(flat(config.identity())) | set(flat(there.identity())) | {"seed"}
     differing = sorted(key for key in relevant if here_values.get(key) != there_values.get(key))
     shown = ", ".join(f"{key}={there_values.get(key)} there and {here_values.get(key)} here" for key in differing[:4])
     raise ConfigurationError(
         f"name={config.run_name}: {directory} is a run of another configuration ({shown}); "
         "give another name= or overwrite=true"
     )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

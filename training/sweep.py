@@ -26,6 +26,7 @@ from training.compose import (
 )
 from training.config import ConfigurationError
 from training.launch import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, in_job
+from training.lifeline import die_with_launcher
 from training.secrets import redacted
 
 _preempted = False  # a trial of this process was asked to stop: no other is begun
@@ -119,6 +120,8 @@ def check_trials(trials: Sequence[Sequence[str]], primary: Primary = PROJECT) ->
 
 def run_trial(config: DictConfig) -> int:
     """One trial, where the launcher has put it. Returns its exit code: what it raises ends it, not the sweep."""
+    die_with_launcher()
+
     from training.command import refuse, start
     from training.compose import validate
 

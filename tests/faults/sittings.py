@@ -39,6 +39,7 @@ class Sitting:
         ranks: how many processes make up the run.
         environment: variables of the processes besides their place among the ranks.
         prepare: called in each process before it begins.
+        own: more overrides of single ranks, as of nodes that were started differently.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Sitting:
         ranks: int = 1,
         environment: Mapping[str, str] | None = None,
         prepare: Callable[[], None] | None = None,
+        own: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
         self.log = log
         self.began = time.time()
@@ -59,7 +61,8 @@ class Sitting:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             variables = given | (place if ranks > 1 else {})
-            process = _SERVER.Process(target=_run, args=(list(overrides), os.fspath(log), variables, prepare))
+            chosen = [*overrides, *(own or {}).get(rank, ())]
+            process = _SERVER.Process(target=_run, args=(chosen, os.fspath(log), variables, prepare))
             process.start()
             self.processes.append(process)
 

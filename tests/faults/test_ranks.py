@@ -1,4 +1,4 @@
-"""What two real ranks do about a rank that hangs, and about weights that are no longer the same."""
+"""What two real ranks do about a rank that hangs, weights that are no longer the same, and ranks started differently."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from tests.faults.kills import overrides_of
 from tests.faults.sittings import Sitting, completed
-from tests.training.runs import curve, lines, summary
+from tests.training.runs import curve, lines, prepare_corpus, summary
 from training import checkpoints, watchdog
 
 
@@ -93,3 +95,58 @@ def test_weights_that_differ_between_ranks_end_the_run_before_they_are_saved(cor
     assert checkpoints.step_of(checkpoints.available(tmp_path / "run" / "checkpoints")[0]) == 10
     completed(command, tmp_path / "log", ranks=2)
     assert curve(tmp_path / "run") == curve(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("own", "named"),
+    [
+        (["seeds.data=7"], "seeds.data=7 on rank 1 and 0 on rank 0"),
+        (["train.global_batch_size=16"], "train.global_batch_size=16 on rank 1 and 8 on rank 0"),
+        (["train.sequence_length=8"], "train.sequence_length=8 on rank 1 and 16 on rank 0"),
+        (["eval.interval=5"], "eval.interval=5 on rank 1 and 8 on rank 0"),
+        (["optimizer.batch_fraction=0.25"], "optimizer.batch_fraction=0.25 on rank 1 and 0.5 on rank 0"),
+        (["train.global_batch_size=9"], "rank 1: train.global_batch_size=9 does not divide over 2 ranks"),
+    ],
+)
+def test_ranks_of_different_configurations_are_refused_and_the_key_is_named(
+    own: list[str], named: str, corpus: list[str], tmp_path: Path
+) -> None:
+    sitting = Sitting(overrides_of(corpus, tmp_path, "run", 12), tmp_path / "log", ranks=2, own={1: own})
+    assert sitting.wait() == [2, 2], sitting.said()
+    assert named in sitting.said()
+    assert len(sitting.said().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_may_differ_in_where_things_lie(corpus: list[str], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    own = {1: [f"output_dir={tmp_path / 'link'}", "overwrite=true", "train.device=auto", "tracker.project=other"]}
+    assert Sitting(overrides_of(corpus, tmp_path, "run", 6), tmp_path / "log", 2, own=own).wait() == [0, 0]
+
+
+def other_code_on_rank_1() -> None:
+    from training import hardware
+
+    if os.environ["RANK"] == "1":
+        hardware.code_sha256 = lambda: "5" * 64  # type: ignore[assignment]
+
+
+def test_ranks_of_another_version_of_the_code_are_refused(corpus: list[str], tmp_path: Path) -> None:
+    command = overrides_of(corpus, tmp_path, "run", 12)
+    sitting = Sitting(command, tmp_path / "log", ranks=2, prepare=other_code_on_rank_1)
+    assert sitting.wait() == [2, 2]
+    assert "error: code=555555555555 on rank 1 and " in sitting.said()
+
+
+@pytest.mark.parametrize(("directory", "named"), [("tokens", "tokens="), ("nowhere", "rank 1: ")])
+def test_ranks_with_other_tokens_or_none_are_refused(
+    directory: str, named: str, corpus: list[str], tmp_path: Path
+) -> None:
+    """As on two nodes that each have a disk of their own."""
+    if directory == "tokens":
+        prepare_corpus(tmp_path, documents=100)
+    own = {1: [f"data.directory={tmp_path / directory}"]}
+    sitting = Sitting(overrides_of(corpus, tmp_path, "run", 12), tmp_path / "log", ranks=2, own=own)
+    assert sitting.wait() == [2, 2], sitting.said()
+    assert sitting.said().startswith(f"error: {named}")
+    assert not (tmp_path / "run").exists()
