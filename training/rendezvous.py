@@ -24,6 +24,7 @@ from training.heartbeat import beats_key
 log = logging.getLogger(__name__)
 
 LIMIT = 600.0  # seconds in which all ranks must come; torchrun's agents have as long
+AGENT_LIMIT = 30.0  # seconds without torchrun's store, which was there before its ranks
 GRACE = 60.0  # seconds that the others wait beyond that for rank 0's verdict
 READING = 10.0  # seconds in which the others read a refusal, before rank 0 and perhaps the store are gone
 SPEAK = 30.0  # seconds between two lines about what is waited for
@@ -86,7 +87,8 @@ def address() -> str:
 def _connect(rank: int) -> dist.TCPStore:
     """The store, served by rank 0 where torchrun's agent does not."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if rank == 0 and not of_agent:
         try:
             return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, multi_tenant=True)
         except RuntimeError as error:
@@ -94,13 +96,14 @@ def _connect(rank: int) -> dist.TCPStore:
                 f"MASTER_PORT={port}: rank 0 cannot listen there ({str(error).splitlines()[0]}); choose another port, or "
                 "end the process that has it"
             ) from error
-    waiting = _Waiting(LIMIT)
+    server = "the launcher of rank 0" if of_agent else "rank 0"
+    waiting = _Waiting(AGENT_LIMIT if of_agent else LIMIT)
     while True:
         try:  # TCPStore alone would wait without a word
             socket.create_connection((host, port), timeout=SPEAK).close()
             return dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
         except (OSError, RuntimeError):
-            waiting.pause(f"rank {rank} waits for rank 0 to listen at {address()}")
+            waiting.pause(f"rank {rank} waits for {server} to listen at {address()}")
 
 
 def _lead(store: dist.Store, world_size: int, claim: str) -> str:

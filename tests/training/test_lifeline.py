@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
+
+from training import jobs, launch, lifeline, sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Children write their process id when it is time to kill the launcher, and nothing after that.
+# Children write their process id when they are under way, once; the last one waits to be orphaned first.
 BY_TORCHRUN = """
 import os, subprocess, sys, time
 child = "import os, sys, time; from training.lifeline import die_with_launcher; die_with_launcher();" \\
@@ -72,27 +77,62 @@ def state_of(pid: int) -> str | None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 @pytest.mark.parametrize(
-    "script",
-    [BY_TORCHRUN, SPAWNED.replace("{orphaned}", "False"), SPAWNED.replace("{orphaned}", "True"), IN_JOBLIB],
-    ids=["torchrun", "spawned", "spawned and orphaned before it looks", "joblib"],
+    ("script", "children"),
+    [
+        (BY_TORCHRUN, 1),
+        (IN_JOBLIB, 2),
+        (SPAWNED.replace("{orphaned}", "False"), 1),
+        (SPAWNED.replace("{orphaned}", "True"), 1),
+    ],
+    ids=["torchrun", "joblib", "spawned", "spawned and orphaned before it looks"],
 )
-def test_a_child_dies_with_its_launcher(script: str, tmp_path: Path) -> None:
+def test_a_child_dies_with_its_launcher(script: str, children: int, tmp_path: Path) -> None:
     (tmp_path / "launcher.py").write_text(script)
-    launcher = subprocess.Popen(
-        [sys.executable, str(tmp_path / "launcher.py")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert launcher.stdout is not None
-    child = int(launcher.stdout.readline())
-    launcher.send_signal(signal.SIGKILL)
+    written = tmp_path / "written"
+    with written.open("w") as file:
+        launcher = subprocess.Popen(
+            [sys.executable, str(tmp_path / "launcher.py")], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=file
+        )
+    until = time.monotonic() + 60
+    while written.read_text().count("\n") < children:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    launcher.kill()
+    launcher.wait()
+    pids = [int(pid) for pid in written.read_text().split()]
     try:
-        wait_for_end(child)
+        for pid in pids:
+            wait_for_end(pid)
     finally:
-        if state_of(child) is not None:
-            os.kill(child, signal.SIGKILL)
-    assert launcher.communicate()[0] == ""
+        for pid in pids:
+            if state_of(pid) is not None:
+                os.kill(pid, signal.SIGKILL)
+    assert len(written.read_text().split()) == children
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        lambda: runpy.run_path(str(ROOT / "train.py"), run_name="__main__"),
+        lambda: launch.run_rank({}),
+        lambda: sweep.run_trial(OmegaConf.create()),
+        lambda: jobs.run_logged(OmegaConf.create()),
+    ],
+    ids=["train.py", "rank", "trial of a sweep", "trial of a study"],
+)
+def test_every_entry_of_a_rank_or_trial_begins_with_it(
+    entry: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Called(BaseException):
+        pass
+
+    def call() -> None:
+        raise Called
+
+    for module in (lifeline, launch, sweep, jobs):
+        monkeypatch.setattr(module, "die_with_launcher", call)
+    with pytest.raises(Called):
+        entry()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")

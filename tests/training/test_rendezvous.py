@@ -141,10 +141,14 @@ def test_a_rank_that_does_not_come_is_named_on_all_after_the_limit(
     assert "rank 0 waits for rank 1, 3 of 4" in caplog.text
 
 
-def test_a_rank_without_rank_0_says_so(join: Join, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "LIMIT", 0.2)
+@pytest.mark.parametrize(("limit", "listener"), [("LIMIT", "rank 0"), ("AGENT_LIMIT", "the launcher of rank 0")])
+def test_a_rank_that_nobody_listens_to_says_so(
+    limit: str, listener: str, join: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, limit, 0.2)
     monkeypatch.setenv("MASTER_PORT", "1")
-    with pytest.raises(ConfigurationError, match=r"rank 1 waits for rank 0 to listen at 127\.0\.0\.1:1, in vain"):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(limit == "AGENT_LIMIT"))
+    with pytest.raises(ConfigurationError, match=rf"rank 1 waits for {listener} to listen at 127\.0\.0\.1:1, in vain"):
         join(1).result()
 
 
