@@ -14,7 +14,7 @@ from typing import Any
 
 from data.errors import DataError
 from training.compose import CONFIG_DIRECTORY, Primary, compose_dictionary, resolved, validate
-from training.config import ConfigurationError, RunConfig, RunHeldError, SlurmLauncherConfig
+from training.config import ConfigurationError, RankRefusedError, RunConfig, RunHeldError, SlurmLauncherConfig
 from training.launch import EXIT_HELD, in_job, run_in_job, start_ranks
 from training.sweep import sweep
 
@@ -55,7 +55,8 @@ def start(config: RunConfig) -> int:
 
 def refuse(error: Exception) -> int:
     """One line on each node's standard error, and the exit code of what cannot be run: not at all, or not now."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one node's ranks may be refused, and no others
+    # What a node's ranks meet, those of other nodes may not.
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, RankRefusedError):
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr, flush=True)
     return EXIT_HELD if isinstance(error, RunHeldError) else EXIT_CONFIGURATION

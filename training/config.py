@@ -28,6 +28,10 @@ class RunHeldError(ConfigurationError):
     """Another process has the run directory; the message names it."""
 
 
+class RankRefusedError(ConfigurationError):
+    """One rank alone cannot take part; it says so itself."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from data.errors import DataError
 from training.config import ConfigurationError
 from training.heartbeat import Heartbeat, leave
-from training.rendezvous import difference, meet
+from training.rendezvous import difference, meet, this_process
 
 T = TypeVar("T")
 
@@ -56,6 +56,8 @@ class Distributed:
         if world_size > 1 and not joined:
             store, attempt = meet(rank, world_size, {"device": place.type, "torch": torch.__version__})
             store.set_timeout(timeout)
+            heartbeat = Heartbeat.of_attempt(attempt, rank, world_size)
+            heartbeat.start()
             dist.init_process_group(
                 _backend(place),
                 store=dist.PrefixStore(f"{attempt}/group", store),
@@ -64,9 +66,6 @@ class Distributed:
                 timeout=timeout,
                 device_id=place if on_cuda else None,
             )
-            heartbeat = Heartbeat.of_attempt(attempt, rank, world_size)
-            dist.barrier()
-            heartbeat.start()
         return cls(rank, local_rank, world_size, place, joined, heartbeat, attempt)
 
     def ensure_group(self) -> None:
@@ -122,9 +121,9 @@ class Distributed:
             result = action()
         except (ConfigurationError, DataError) as error:
             refused = error
-        for rank, error in enumerate(self.gather_objects(refused)):
-            if error is not None:
-                raise type(error)(f"rank {rank}: {error}" if rank > 0 else str(error)) from refused
+        for rank, refusal in enumerate(self.gather_objects(refused)):
+            if refusal is not None:
+                raise type(refusal)(f"rank {rank}: {refusal}" if rank > 0 else str(refusal)) from refused
         return result
 
     def agree(self, values: Mapping[str, Any], remedy: str) -> None:
@@ -133,7 +132,8 @@ class Distributed:
         Raises:
             ConfigurationError: on every rank, where one differs; it names key, rank, both values, and the remedy.
         """
-        if found := difference(self.gather_objects(values)):
+        by_rank = self.gather_objects((values, this_process()))
+        if found := difference([values for values, _ in by_rank], [process for _, process in by_rank]):
             raise ConfigurationError(f"{found}; {remedy}")
 
     def broadcast_object(self, value: Any) -> Any:

@@ -50,7 +50,7 @@ class Heartbeat:
         return cls(dist.PrefixStore(attempt, store), rank, world_size)
 
     def start(self) -> None:
-        """Watch and be watched. Every rank has made its first beat."""
+        """Watch and be watched. Every rank's count is in the store."""
         self._thread.start()
 
     def stop(self) -> None:

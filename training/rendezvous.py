@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
 
-from training.config import ConfigurationError
+from training.config import ConfigurationError, RankRefusedError
 from training.heartbeat import beats_key
 
 log = logging.getLogger(__name__)
@@ -52,30 +52,42 @@ def meet(rank: int, world_size: int, facts: Mapping[str, Any]) -> tuple[dist.Sto
         facts: JSON values without whose agreement the ranks cannot talk to each other.
 
     Raises:
-        ConfigurationError: a rank did not come in time, has other facts, or another process has its place.
+        ConfigurationError: on all ranks, if one did not come in time or has other facts.
+        RankRefusedError: another process has this rank's place, or the store cannot be reached.
     """
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise ConfigurationError(f"WORLD_SIZE={world_size}: {missing[0]} is not set; set it to where rank 0 listens")
     store = _connect(rank)
-    me = {"process": f"process {os.getpid()} on {platform.node()}", "id": uuid.uuid4().hex}
+    me = {"process": this_process(), "id": uuid.uuid4().hex}
     claim = json.dumps(me | {"facts": {"WORLD_SIZE": world_size, **facts}})
     try:
         return store, _lead(store, world_size, claim) if rank == 0 else _follow(store, rank, claim)
     except dist.DistError as error:
-        raise ConfigurationError(
+        raise RankRefusedError(
             f"rank {rank} lost the store at {address()} before all ranks were there; start all ranks again"
         ) from error
 
 
-def difference(by_rank: Sequence[Mapping[str, Any]]) -> str | None:
-    """The first key whose value is not rank 0's on all ranks, with both values and the ranks that differ."""
+def this_process() -> str:
+    return f"process {os.getpid()} on {platform.node()}"
+
+
+def difference(by_rank: Sequence[Mapping[str, Any]], processes: Sequence[str]) -> str | None:
+    """The first key whose value is not rank 0's on all ranks, with both values and the ranks that differ.
+
+    Args:
+        by_rank: each rank's values by key.
+        processes: what each rank is, as `this_process` says.
+    """
     reference = by_rank[0]
     for key in sorted({key for values in by_rank for key in values}):
         odd = [rank for rank, values in enumerate(by_rank) if values.get(key) != reference.get(key)]
         if odd:
             value = by_rank[odd[0]].get(key)
             same = [rank for rank in odd if by_rank[rank].get(key) == value]
-            return f"{key}={value} on rank {_listed(same)} and {reference.get(key)} on rank 0"
+            others = f" and {len(same) - 1} more" if len(same) > 1 else ""
+            where = f"rank {odd[0]} ({processes[odd[0]]}){others}"
+            return f"{key}={value} on {where}, {reference.get(key)} on rank 0"
     return None
 
 
@@ -92,7 +104,7 @@ def _connect(rank: int) -> dist.TCPStore:
         try:
             return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, multi_tenant=True)
         except RuntimeError as error:
-            raise ConfigurationError(
+            raise RankRefusedError(
                 f"MASTER_PORT={port}: rank 0 cannot listen there ({str(error).splitlines()[0]}); choose another port, or "
                 "end the process that has it"
             ) from error
@@ -114,14 +126,16 @@ def _lead(store: dist.Store, world_size: int, claim: str) -> str:
     store.set(NEWEST, opened)
     try:
         _wait_for_claims(store, attempt)
-        claims = store.multi_get([attempt.claim(rank) for rank in range(world_size)])
-        if found := difference([json.loads(value)["facts"] for value in claims]):
+        claims = [json.loads(c) for c in store.multi_get([attempt.claim(rank) for rank in range(world_size)])]
+        if found := difference([c["facts"] for c in claims], [c["process"] for c in claims]):
             raise ConfigurationError(f"{found}; start all ranks alike")
     except ConfigurationError as error:
         decided = json.dumps(attempt._replace(state="refused", reason=str(error)))
         if store.compare_set(NEWEST, opened, decided).decode() == decided:
             _wait_for_readers(store, attempt)
         raise
+    for rank in range(world_size):  # whoever dies from here on is missed
+        dist.PrefixStore(attempt.name, store).add(beats_key(rank), 0)
     decided = json.dumps(attempt._replace(state="closed"))
     if (newest := store.compare_set(NEWEST, opened, decided).decode()) != decided:
         raise _second_leader(store, newest)
@@ -137,10 +151,8 @@ def _wait_for_claims(store: dist.Store, attempt: Attempt) -> None:
         waiting.pause(f"rank 0 waits for rank {_listed(missing)} of {attempt.world_size}")
 
 
-def _second_leader(store: dist.Store, newest: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"rank 0 is {_holder(store, Attempt(*json.loads(newest)), 0)} as well; end one of the two"
-    )
+def _second_leader(store: dist.Store, newest: str) -> RankRefusedError:
+    return RankRefusedError(f"rank 0 is {_holder(store, Attempt(*json.loads(newest)), 0)} as well; end one of the two")
 
 
 def _wait_for_readers(store: dist.Store, attempt: Attempt) -> None:
@@ -166,7 +178,7 @@ def _follow(store: dist.Store, rank: int, claim: str) -> str:
                 raise ConfigurationError(attempt.reason)
             count = dist.PrefixStore(attempt.name, store).add(beats_key(rank), 0)
             if attempt == seen and not mine and count > beats:
-                raise ConfigurationError(
+                raise RankRefusedError(
                     f"rank {rank} is {_holder(store, attempt, rank)} already; end it, or choose another MASTER_PORT"
                 )
             beats = count
@@ -188,7 +200,7 @@ class _Waiting:
     """Pauses between two looks, with a line now and then and an end.
 
     Raises:
-        ConfigurationError: after so many seconds.
+        RankRefusedError: after so many seconds.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -198,7 +210,7 @@ class _Waiting:
     def pause(self, what: str) -> None:
         now = time.monotonic()
         if now - self._began > self._seconds:
-            raise ConfigurationError(
+            raise RankRefusedError(
                 f"{what}, in vain for {now - self._began:.0f} s; start the same command for all ranks"
             )
         if now - self._spoke > SPEAK:

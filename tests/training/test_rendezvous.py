@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from training import rendezvous
-from training.config import ConfigurationError
+from training.config import ConfigurationError, RankRefusedError
 from training.heartbeat import beats_key
 from training.rendezvous import difference, meet
 
@@ -89,7 +90,7 @@ def test_a_second_process_for_a_living_rank_is_refused_and_the_holder_is_named(
     heart = threading.Thread(target=beat)
     heart.start()
     try:
-        with pytest.raises(ConfigurationError, match=r"rank 1 is process \d+ on .* already; end it"):
+        with pytest.raises(RankRefusedError, match=r"rank 1 is process \d+ on .* already; end it"):
             second.result()
     finally:
         stop.set()
@@ -120,13 +121,13 @@ def test_a_second_rank_0_ends_the_first_and_the_others_follow_it(join: Join, ser
 def test_ranks_of_two_kinds_are_refused_on_all(join: Join) -> None:
     futures = [join(0, device="cpu"), join(1, device="cuda")]
     for future in futures:
-        with pytest.raises(ConfigurationError, match="device=cuda on rank 1 and cpu on rank 0"):
+        with pytest.raises(ConfigurationError, match=r"device=cuda on rank 1 \(process .*\), cpu on rank 0"):
             future.result()
 
 
 def test_world_sizes_that_differ_are_refused_on_all(join: Join) -> None:
     for future in [join(0, 2), join(1, 3)]:
-        with pytest.raises(ConfigurationError, match="WORLD_SIZE=3 on rank 1 and 2 on rank 0"):
+        with pytest.raises(ConfigurationError, match=r"WORLD_SIZE=3 on rank 1 \(.*\), 2 on rank 0"):
             future.result()
 
 
@@ -152,6 +153,18 @@ def test_a_rank_that_nobody_listens_to_says_so(
         join(1).result()
 
 
+def test_a_store_that_ends_before_all_are_there_is_one_line(join: Join, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+    monkeypatch.setenv("MASTER_PORT", str(served[0].port))
+    waiting = join(1)
+    served[0].set(rendezvous.NEWEST, json.dumps(rendezvous.Attempt("begun", 2, "open")))
+    wait_for(lambda: served[0].check(["begun/claim/1"]))
+    served.clear()
+    gc.collect()
+    with pytest.raises(RankRefusedError, match="rank 1 lost the store at"):
+        waiting.result()
+
+
 def test_a_port_that_is_taken_is_a_configuration_error(
     join: Join, server: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +174,8 @@ def test_a_port_that_is_taken_is_a_configuration_error(
 
 
 def test_the_first_key_that_differs_is_named_with_its_ranks() -> None:
+    processes = [f"process {10 + rank} on node" for rank in range(4)]
     ranks = [{"a": 1, "b": rank // 2, "c": rank} for rank in range(4)]
-    assert difference(ranks) == "b=1 on rank 2, 3 and 0 on rank 0"
-    assert difference([{"a": 1}, {"a": 1}]) is None
-    assert difference([{"a": 1}, {}]) == "a=None on rank 1 and 1 on rank 0"
+    assert difference(ranks, processes) == "b=1 on rank 2 (process 12 on node) and 1 more, 0 on rank 0"
+    assert difference([{"a": 1}, {"a": 1}], processes) is None
+    assert difference([{"a": 1}, {}], processes) == "a=None on rank 1 (process 11 on node), 1 on rank 0"
