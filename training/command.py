@@ -22,7 +22,7 @@ from training.compose import (
     validate,
     worded_errors,
 )
-from training.config import ConfigurationError, RunConfig, RunHeldError, SlurmLauncherConfig
+from training.config import ConfigurationError, RankRefusedError, RunConfig, RunHeldError, SlurmLauncherConfig
 from training.launch import EXIT_HELD, in_job, run_in_job, start_ranks
 from training.sweep import sweep
 from training.terminal import printable
@@ -59,8 +59,9 @@ def start(config: RunConfig) -> int:
 
 
 def refuse(error: Exception) -> int:
-    """One line on rank 0's standard error, and the exit code of what cannot be run: not at all, or not now."""
-    if _rank() == 0:
+    """One line on each node's standard error, and the exit code of what cannot be run: not at all, or not now."""
+    # What a node's ranks meet, those of other nodes may not.
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, RankRefusedError):
         line = printable(" ".join(str(error).split()))
         print(f"error: {line}", file=sys.stderr, flush=True)
     return EXIT_HELD if isinstance(error, RunHeldError) else EXIT_CONFIGURATION

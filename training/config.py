@@ -7,6 +7,7 @@ into the typed object below or fails. Nothing else reads a raw configuration.
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -32,6 +33,10 @@ class ConfigurationError(ValueError):
 
 class RunHeldError(ConfigurationError):
     """Another process has the run directory; the message names it."""
+
+
+class RankRefusedError(ConfigurationError):
+    """One rank alone cannot take part; it says so itself."""
 
 
 class Section(BaseModel):
@@ -467,9 +472,30 @@ class RunConfig(Section):
             del full["optimizer"]["decay_embeddings"]
         return full
 
+    def shared_by_ranks(self) -> dict[str, Any]:
+        """What must be the same on all ranks: all but places on a node's disks and what rank 0 alone reads."""
+        full = self.model_dump(mode="json") | {"name": self.run_name}
+        for key in ("output_dir", "resume", "overwrite", "tracker", "launcher", "profile"):
+            del full[key]
+        del full["train"]["device"]
+        del full["data"]["directory"]
+        full["data"].pop("local", None)
+        return full
+
     def identity_hash(self) -> str:
         canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted keys, as an override names them."""
+    flattened: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flattened |= flat(value, f"{prefix}{key}.")
+        else:
+            flattened[prefix + key] = value
+    return flattened
 
 
 def refuse_impossible_pairs(config: RunConfig) -> None:

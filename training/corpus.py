@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from data import (
-    DataError,
     FileSource,
     HubSource,
     Manifest,
@@ -60,15 +59,14 @@ def open_corpus(config: RunConfig, distributed: Distributed) -> tuple[Path, Mani
 
     Raises:
         DataError: on every rank, if the tokens are missing (with the command that prepares them) or damaged.
+        ConfigurationError: on every rank, if they are not the same on all.
     """
-    failure: str | None = None
-    if distributed.is_main:
-        try:
-            ensure_prepared(config.data.directory, source_of(config), tokenizer_of(config), progress=progress_display())
-        except DataError as error:
-            failure = str(error)
-    failure = distributed.broadcast_object(failure)
-    if failure is not None:
-        raise DataError(failure)
+    distributed.on_main(
+        lambda: ensure_prepared(
+            config.data.directory, source_of(config), tokenizer_of(config), progress=progress_display()
+        )
+    )
     directory = token_directory_of(config)
-    return directory, load_manifest(directory)
+    manifest = distributed.on_all(lambda: load_manifest(directory))
+    distributed.agree({"tokens": manifest.sha256[:12]}, f"copy the tokens of rank 0 to {directory} on every node")
+    return directory, manifest

@@ -3,7 +3,7 @@
 import datetime
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.errors import DataError
 from training.config import ConfigurationError
 from training.heartbeat import Heartbeat, leave
+from training.rendezvous import difference, meet, this_process
 
 T = TypeVar("T")
 
@@ -28,6 +30,7 @@ class Distributed:
     device: torch.device
     joined: bool = False  # the process group was there before: `stop` leaves it to whoever started it
     heartbeat: Heartbeat | None = None
+    attempt: str = "0"  # the name of what the ranks began together: a store may outlive it
 
     @classmethod
     def start(cls, device: str, timeout: datetime.timedelta = datetime.timedelta(minutes=10)) -> "Distributed":
@@ -38,7 +41,7 @@ class Distributed:
             timeout: how long a collective may wait for the other ranks before it raises.
 
         Raises:
-            ConfigurationError: CUDA is asked for and not there.
+            ConfigurationError: CUDA is asked for and not there; or the ranks do not find each other, or are of two kinds.
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigurationError("train.device=cuda: no CUDA device is visible; choose train.device=cpu or auto")
@@ -49,20 +52,21 @@ class Distributed:
         place = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_cuda else torch.device("cpu")
         if on_cuda:
             torch.cuda.set_device(place)
-        joined, heartbeat = dist.is_initialized(), None
+        joined, heartbeat, attempt = dist.is_initialized(), None, "0"
         if world_size > 1 and not joined:
+            store, attempt = meet(rank, world_size, {"device": place.type, "torch": torch.__version__})
+            store.set_timeout(timeout)
+            heartbeat = Heartbeat.of_attempt(attempt, rank, world_size)
+            heartbeat.start()
             dist.init_process_group(
                 _backend(place),
-                store=_store_of_this_attempt(world_size, timeout),
+                store=dist.PrefixStore(f"{attempt}/group", store),
                 rank=rank,
                 world_size=world_size,
                 timeout=timeout,
                 device_id=place if on_cuda else None,
             )
-            heartbeat = Heartbeat.of_environment(rank, world_size)
-            dist.barrier()
-            heartbeat.start()
-        return cls(rank, local_rank, world_size, place, joined, heartbeat)
+        return cls(rank, local_rank, world_size, place, joined, heartbeat, attempt)
 
     def ensure_group(self) -> None:
         """A process group also in a world of one, for engines that cannot do without.
@@ -110,6 +114,28 @@ class Distributed:
             raise raised
         return result
 
+    def on_all(self, action: Callable[[], T]) -> T:
+        """Have every rank do something that needs no other. A refusal of one rank is raised on all, and names it."""
+        refused: ConfigurationError | DataError | None = None
+        try:
+            result = action()
+        except (ConfigurationError, DataError) as error:
+            refused = error
+        for rank, refusal in enumerate(self.gather_objects(refused)):
+            if refusal is not None:
+                raise type(refusal)(f"rank {rank}: {refusal}" if rank > 0 else str(refusal)) from refused
+        return result
+
+    def agree(self, values: Mapping[str, Any], remedy: str) -> None:
+        """Compare small values by key over the ranks.
+
+        Raises:
+            ConfigurationError: on every rank, where one differs; it names key, rank, both values, and the remedy.
+        """
+        by_rank = self.gather_objects((values, this_process()))
+        if found := difference([values for values, _ in by_rank], [process for _, process in by_rank]):
+            raise ConfigurationError(f"{found}; {remedy}")
+
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         if self.world_size == 1:
@@ -131,8 +157,9 @@ class Distributed:
 
         The error may be that loss, met in a collective; the message then names the rank.
         """
-        if self.heartbeat is not None and (gone := self.heartbeat.silent()):
-            leave(self.rank, gone, f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+        if self.heartbeat is not None and (gone := self.heartbeat.gone()):
+            first_line = "".join(str(error).strip().splitlines()[:1])
+            leave(self.rank, f"{gone} ({type(error).__name__}: {first_line})")
 
     def stop(self) -> None:
         """Leave the ranks in good order. Every rank calls it."""
@@ -183,20 +210,6 @@ def _gloo_threads() -> list[str]:
         if name.startswith("pt_gloo"):
             states.append(fields.split()[0])
     return states
-
-
-def _store_of_this_attempt(world_size: int, timeout: datetime.timedelta) -> dist.Store:
-    """The store at MASTER_ADDR:MASTER_PORT through which the ranks find each other.
-
-    torchrun's agent keeps its store when it starts dead ranks again. Without a prefix of their own the new ranks may read
-    the old ones' addresses in it, and wait for sockets that are gone (torch 2.13, whose rendezvous.py takes the store for
-    a new one).
-    """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    hosting = not of_agent and os.environ["RANK"] == "0"
-    store = dist.TCPStore(address, port, world_size, hosting, timeout, multi_tenant=True)
-    return dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _backend(device: torch.device) -> str:

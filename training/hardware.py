@@ -1,6 +1,7 @@
 """What this machine can do, found out rather than assumed: bf16 units, a working compiler; and its description."""
 
 import functools
+import hashlib
 import logging
 import os
 import platform
@@ -109,6 +110,15 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def code_sha256() -> str:
+    """Of the project's own modules that make a run, wherever they lie."""
+    root, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
+    for package in ("data", "models", "sophia", "training"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def git_state() -> dict[str, Any]:

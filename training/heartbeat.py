@@ -18,6 +18,7 @@ import torch.distributed as dist
 INTERVAL = 1.0  # seconds from one beat to the next
 LIMIT = 120.0  # seconds without a beat after which a rank counts as dead
 SETTLED = 4.0  # seconds in which a living rank is sure to have beaten
+STORE_LOST = "the store through which the ranks talk is gone, and with it rank 0 or its launcher"
 #: sysexits.h's EX_PROTOCOL: this rank is well, another one is gone.
 EXIT_RANK_LOST = 76
 
@@ -42,16 +43,14 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     @classmethod
-    def of_environment(cls, rank: int, world_size: int) -> "Heartbeat":
-        """Over a connection of its own to the store at MASTER_ADDR:MASTER_PORT. Call after the ranks have met there."""
+    def of_attempt(cls, attempt: str, rank: int, world_size: int) -> "Heartbeat":
+        """Over a connection of its own to the store at MASTER_ADDR:MASTER_PORT, where the ranks have met."""
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=LIMIT))
-        # A restarted group of ranks finds its own counts, not those of the ranks before.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return cls(dist.PrefixStore(f"heartbeat/{attempt}", store), rank, world_size)
+        return cls(dist.PrefixStore(attempt, store), rank, world_size)
 
     def start(self) -> None:
-        """Watch and be watched. Every rank has made its first beat."""
+        """Watch and be watched. Every rank's count is in the store."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -62,17 +61,19 @@ class Heartbeat:
         with self._lock, contextlib.suppress(RuntimeError):  # the store may have gone before this rank
             self._store.set(f"left/{self._rank}", "1")
 
-    def silent(self, seconds: float = SETTLED) -> list[int]:
-        """The ranks that do not beat during the next `seconds`; rank 0, where the store may be, if that is gone."""
+    def gone(self, seconds: float = SETTLED) -> str | None:
+        """Which ranks do not beat during the next `seconds`, or that the store is gone. None: all is well."""
         try:
             before = self._read()
             time.sleep(seconds)
             after = self._read()
         except RuntimeError:
-            return [0]
-        return [rank for rank, (a, b) in enumerate(zip(before, after, strict=True)) if a == b and rank != self._rank]
+            return STORE_LOST
+        lost = [rank for rank, (a, b) in enumerate(zip(before, after, strict=True)) if a == b and rank != self._rank]
+        return f"rank {', '.join(map(str, lost))} is gone" if lost else None
 
     def _run(self) -> None:
+        answered = time.monotonic()
         while not self._stopped.wait(INTERVAL):
             try:
                 self._beat()
@@ -80,23 +81,26 @@ class Heartbeat:
             except RuntimeError:
                 if self._stopped.is_set():
                     return
-                lost = [0]
+                leave(self._rank, f"{STORE_LOST}: no answer for {time.monotonic() - answered:.0f} s")
+                return
+            answered = time.monotonic()
             if lost:
-                leave(self._rank, lost, f"no sign of life for {LIMIT:.0f} seconds")
+                seconds = answered - min(self._changed[rank] for rank in lost)
+                leave(self._rank, f"rank {', '.join(map(str, lost))} is gone: no sign of life for {seconds:.0f} s")
 
     def _beat(self) -> None:
         with self._lock:
-            self._store.add(f"beats/{self._rank}", 1)
+            self._store.add(beats_key(self._rank), 1)
 
     def _read(self) -> list[int]:
         with self._lock:
-            return [int(value) for value in self._store.multi_get([f"beats/{r}" for r in range(self._world_size)])]
+            return [int(value) for value in self._store.multi_get([beats_key(r) for r in range(self._world_size)])]
 
     def _overdue(self) -> list[int]:
         """Ranks silent for too long. Rank 0 watches all and all watch rank 0: a request a rank and beat, not W²."""
         watched = range(self._world_size) if self._rank == 0 else range(1)
         with self._lock:
-            counts = [int(value) for value in self._store.multi_get([f"beats/{r}" for r in watched])]
+            counts = [int(value) for value in self._store.multi_get([beats_key(r) for r in watched])]
         now = time.monotonic()
         if not self._counts:
             self._counts, self._changed = counts, [now] * len(counts)
@@ -108,13 +112,16 @@ class Heartbeat:
             return [r for r in overdue if not self._store.check([f"left/{r}"])]
 
 
-def leave(rank: int, lost: list[int], reason: str) -> None:
-    """End this process at once, naming the ranks that are gone. Nothing can be saved: a checkpoint needs all ranks."""
-    names = ", ".join(map(str, lost))
+def beats_key(rank: int) -> str:
+    """Where a rank counts its beats among the keys of its attempt."""
+    return f"beats/{rank}"
+
+
+def leave(rank: int, reason: str) -> None:
+    """End this process at once, saying why. Nothing can be saved: a checkpoint needs all ranks."""
     with contextlib.suppress(OSError):  # a log that cannot be written
         print(
-            f"error: rank {names} is gone ({reason}); rank {rank} stops. Started again, the run goes on from its last "
-            "checkpoint",
+            f"error: {reason}; rank {rank} stops. Start the same command again to resume from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )

@@ -24,6 +24,7 @@ from training.compose import (
     worded_errors,
 )
 from training.launch import refuse_absent_slurm
+from training.lifeline import die_with_launcher
 from training.signals import passed_on_to_workers, stop_pending
 
 EXIT_FAILED, EXIT_PREEMPTED = 1, 75
@@ -87,6 +88,8 @@ def at_once(launcher: Sequence[str]) -> int | None:
 
 def run_logged(config: DictConfig) -> int:
     """One job: validate and run, its output in its log."""
+    die_with_launcher()
+
     import torch
 
     from training.command import run_job

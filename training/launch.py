@@ -17,6 +17,7 @@ from typing import Any
 
 from training.config import ConfigurationError, RunConfig, SlurmLauncherConfig
 from training.heartbeat import EXIT_RANK_LOST
+from training.lifeline import die_with_launcher
 from training.limits import descriptors_failure
 from training.signals import heeded
 
@@ -147,6 +148,8 @@ def describe_failure(error: Any) -> str:
 
 def run_rank(values: dict[str, Any], codes: Any) -> int:
     """One rank's work: validate again (cheap), run, and return the exit code, which is also left in `codes`."""
+    die_with_launcher()
+
     from data.errors import DataError
     from training.command import refuse
     from training.compose import validate

@@ -1,16 +1,14 @@
 """What is to be done with a run directory: begin, resume, leave alone. Nothing is changed here."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data.files import open_regular
 from training import checkpoints, records
 from training.checkpoints import Checkpoint, CheckpointError
 from training.compose import validate
-from training.config import ConfigurationError, RunConfig
+from training.config import ConfigurationError, RunConfig, flat
 from training.records import RecordError, RunRecord, Status
 from training.run_directory import refuse_to_replace, refuse_unnamed
 
@@ -185,21 +183,11 @@ def _same_run(config: RunConfig, directory: Path) -> RunConfig:
         ) from error
     if there.identity() == config.identity() and there.seed == config.seed:
         return there
-    here_values, there_values = _flat(config.model_dump(mode="json")), _flat(there.model_dump(mode="json"))
-    relevant = set(_flat(config.identity())) | set(_flat(there.identity())) | {"seed"}
+    here_values, there_values = flat(config.model_dump(mode="json")), flat(there.model_dump(mode="json"))
+    relevant = set(flat(config.identity())) | set(flat(there.identity())) | {"seed"}
     differing = sorted(key for key in relevant if here_values.get(key) != there_values.get(key))
     shown = ", ".join(f"{key}={there_values.get(key)} there and {here_values.get(key)} here" for key in differing[:4])
     raise ConfigurationError(
         f"name={config.run_name}: {directory} is a run of another configuration ({shown}); "
         "give another name= or overwrite=true"
     )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

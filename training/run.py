@@ -21,7 +21,7 @@ from data.manifest import Manifest
 from models import GPT2, GPT2Config
 from training import checkpoints, hardware
 from training.checkpoints import Checkpoint, CheckpointError, RunState
-from training.config import ConfigurationError, RunConfig, micro_batch_size
+from training.config import ConfigurationError, RunConfig, flat, micro_batch_size
 from training.corpus import open_corpus
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
@@ -73,6 +73,16 @@ def resolve(config: RunConfig, device: torch.device, *, warn: bool = True) -> Ru
     return config.model_copy(update={"train": train_config})
 
 
+def _resolve_for_ranks(config: RunConfig, distributed: Distributed) -> RunConfig:
+    """`resolve`, and what else depends on the ranks that there are."""
+    if config.strategy.name == "single" and distributed.world_size > 1:
+        raise ConfigurationError(
+            f"strategy=single: there are {distributed.world_size} ranks; choose strategy=ddp or start one process"
+        )
+    micro_batch_size(config, distributed.world_size)
+    return resolve(config, distributed.device, warn=distributed.is_main)
+
+
 def execute(config: RunConfig) -> Outcome:
     """One run, from set-up to summary, on every rank of the environment.
 
@@ -112,11 +122,11 @@ def _collective_timeout(config: RunConfig) -> datetime.timedelta:
 
 
 def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, held: contextlib.ExitStack) -> Outcome:
-    if config.strategy.name == "single" and distributed.world_size > 1:
-        raise ConfigurationError(
-            f"strategy=single: there are {distributed.world_size} ranks; choose strategy=ddp or start one process"
-        )
-    config = resolve(config, distributed.device, warn=distributed.is_main)
+    config = distributed.on_all(lambda: _resolve_for_ranks(config, distributed))
+    distributed.agree(
+        {"code": hardware.code_sha256()[:12]} | flat(config.shared_by_ranks()),
+        "start all ranks with the same code and configuration",
+    )
     micro = micro_batch_size(config, distributed.world_size)
     directory = Path(config.output_dir) / config.run_name
     place = held.enter_context(RunDirectory(directory))
@@ -124,26 +134,27 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     if decided.finished is not None:
         if distributed.is_main:
             print(f"{directory} is already {decided.finished} for this configuration; overwrite=true runs it again")
-        summary = RunRecord.open(directory).summary or {}
+        summary = distributed.broadcast_object(distributed.on_main(lambda: RunRecord.open(directory).summary)) or {}
         return Outcome(decided.finished, directory, summary.get("final_val_loss"))
 
     tokens_directory, manifest = open_corpus(config, distributed)
     if decided.metrics_bytes is not None:
-        check_tokens(directory, manifest.sha256)
+        distributed.on_main(lambda: check_tokens(directory, manifest.sha256))
     shape = model_shape(config, manifest)
-    weights = InitialWeights(config.model, shape, config.seeds.model)
+    weights = distributed.on_all(lambda: InitialWeights(config.model, shape, config.seeds.model))
+    training_set, validation_set = distributed.on_all(
+        lambda: [TokenDataset(tokens_directory, split) for split in ("train", "validation")]
+    )
     length, rank, world_size = config.train.sequence_length, distributed.rank, distributed.world_size
     batches = Batches(
-        TokenDataset(tokens_directory, "train"),
+        training_set,
         config.seeds.data,
         config.train.global_batch_size,
         length,
         rank,
         world_size,
     )
-    validation = ValidationWindows(
-        TokenDataset(tokens_directory, "validation"), config.eval.tokens, length, rank, world_size
-    )
+    validation = ValidationWindows(validation_set, config.eval.tokens, length, rank, world_size)
     strategy = build_strategy(config, distributed)
     refuse_unsavable_state(build_optimizers(config.optimizer, compile_step=False), strategy)
     if config.train.deterministic:
@@ -360,9 +371,9 @@ def _load(path: Path, strategy: Strategy, ledger: Ledger, distributed: Distribut
     """Weights, optimizer state, ledger and generator states of a checkpoint, verified before.
 
     Raises:
-        ConfigurationError: it is of another model or optimizer.
+        ConfigurationError: it is of another model or optimizer, or a rank cannot reach it.
     """
-    checkpoint = Checkpoint(path, verify=False)
+    checkpoint = distributed.on_all(lambda: _reached(path))
     try:
         strategy.load(checkpoint)
     except (CheckpointError, ValueError) as error:
@@ -374,6 +385,13 @@ def _load(path: Path, strategy: Strategy, ledger: Ledger, distributed: Distribut
         elif name == f"rng.cuda.{distributed.rank}" and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint.tensor(name))
     return RunState.model_validate(checkpoint.state).training
+
+
+def _reached(path: Path) -> Checkpoint:
+    try:
+        return Checkpoint(path, verify=False)
+    except CheckpointError as error:
+        raise ConfigurationError(f"{error}; put output_dir= on a file system that all nodes share") from error
 
 
 def _pieces(config: RunConfig, strategy: Strategy, rank: int) -> Iterator[Piece | NumberPiece]:

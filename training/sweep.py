@@ -27,6 +27,7 @@ from training.compose import (
 )
 from training.config import ConfigurationError
 from training.launch import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, in_job, refuse_absent_slurm
+from training.lifeline import die_with_launcher
 from training.secrets import redacted
 from training.signals import passed_on_to_workers, stop_pending
 
@@ -119,6 +120,8 @@ def check_trials(trials: Sequence[Sequence[str]], primary: Primary = PROJECT) ->
 
 def run_trial(config: DictConfig) -> int:
     """One trial, where the launcher has put it. Returns its exit code: what it raises ends it, not the sweep."""
+    die_with_launcher()
+
     from training.command import refuse, start
     from training.compose import validate
 

@@ -160,5 +160,4 @@ def _own_store(distributed: Distributed) -> dist.Store | None:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=STORE_TIMEOUT)
-    # A restarted group of ranks finds its own word, not that of the ranks before.
-    return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(f"watchdog/{distributed.attempt}", store)

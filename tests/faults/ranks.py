@@ -38,7 +38,7 @@ def ranks_that_differ(corpus: Sequence[str], scratch: Path, apart: Sequence[str]
     faults = []
     for number, override in enumerate(apart):
         command = overrides_of(corpus, scratch, f"run-{number}", 24)
-        sitting = Sitting(command, scratch / "log", ranks=2, apart=[override])
+        sitting = Sitting(command, scratch / "log", ranks=2, own={1: [override]})
         try:
             codes = sitting.wait(60)
         except AssertionError:
@@ -69,7 +69,7 @@ def other_corpus(corpus: Sequence[str], scratch: Path) -> dict[str, Any]:
     manifest = next(other.glob("*/manifest.json"))
     manifest.write_text(manifest.read_text().replace('"documents":', '"documents" :'))
     command = overrides_of(corpus, scratch, "run", 24)
-    sitting = Sitting(command, scratch / "log", ranks=2, apart=[f"data.directory={other}"])
+    sitting = Sitting(command, scratch / "log", ranks=2, own={1: [f"data.directory={other}"]})
     codes = sitting.wait(60)
     good = codes == [2, 2] and not (scratch / "run").exists()
     return {"tried": 1, "refused": int(good), "faults": [] if good else [f"{codes}: {sitting.said()[-300:]}"]}

@@ -39,7 +39,7 @@ class Sitting:
         ranks: how many processes make up the run.
         environment: variables of the processes besides their place among the ranks.
         prepare: called in each process before it begins.
-        apart: overrides that only the last rank is given.
+        own: more overrides of single ranks, as of nodes that were started differently.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Sitting:
         ranks: int = 1,
         environment: Mapping[str, str] | None = None,
         prepare: Callable[[], None] | None = None,
-        apart: Sequence[str] = (),
+        own: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
         self.log = log
         self.began = time.time()
@@ -61,8 +61,8 @@ class Sitting:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             variables = given | (place if ranks > 1 else {})
-            given_here = [*overrides, *(apart if rank == ranks - 1 else ())]
-            process = _SERVER.Process(target=_run, args=(given_here, os.fspath(log), variables, prepare))
+            chosen = [*overrides, *(own or {}).get(rank, ())]
+            process = _SERVER.Process(target=_run, args=(chosen, os.fspath(log), variables, prepare))
             process.start()
             self.processes.append(process)
 

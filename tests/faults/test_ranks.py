@@ -1,17 +1,21 @@
-"""What two real ranks do about a rank that hangs, and about weights that are no longer the same."""
+"""What two real ranks do about a rank that hangs, weights that are no longer the same, and ranks started differently."""
 
 from __future__ import annotations
 
 import os
+import re
+import signal
 import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from tests.faults.kills import overrides_of
 from tests.faults.sittings import Sitting, completed
-from tests.training.runs import curve, lines, summary
-from training import checkpoints, watchdog
+from tests.training.runs import curve, lines, prepare_corpus, summary
+from training import checkpoints, heartbeat, watchdog
 
 
 def hang_on_rank_1(step: int) -> None:
@@ -92,6 +96,24 @@ def test_data_that_one_rank_cannot_read_ends_all_after_a_save(corpus: list[str],
     completed(command, tmp_path / "log", ranks=2)
 
 
+def die_on_rank_1_before_the_group() -> None:
+    import torch.distributed as dist
+
+    from training import heartbeat
+
+    heartbeat.LIMIT = 2.0
+    if os.environ["RANK"] == "1":
+        dist.init_process_group = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_rank_that_dies_once_the_ranks_have_met_is_missed(corpus: list[str], tmp_path: Path) -> None:
+    """The other one waits for it in the set-up of the process group."""
+    command = overrides_of(corpus, tmp_path, "run", 12, "guards.hang_minutes=null")
+    sitting = Sitting(command, tmp_path / "log", ranks=2, prepare=die_on_rank_1_before_the_group)
+    assert sitting.wait() == [heartbeat.EXIT_RANK_LOST, -signal.SIGKILL]
+    assert re.search(r"error: rank 1 is gone: no sign of life for \d+ s; rank 0 stops", sitting.said())
+
+
 def test_a_rank_that_hangs_ends_all_with_the_stacks_of_all(corpus: list[str], tmp_path: Path) -> None:
     command = overrides_of(corpus, tmp_path, "run", 12, "guards.hang_minutes=0.05")
     sitting = Sitting(command, tmp_path / "log", ranks=2, prepare=partial(hang_on_rank_1, 8))
@@ -122,3 +144,57 @@ def test_weights_that_differ_between_ranks_end_the_run_before_they_are_saved(cor
     assert checkpoints.step_of(checkpoints.available(tmp_path / "run" / "checkpoints")[0]) == 10
     completed(command, tmp_path / "log", ranks=2)
     assert curve(tmp_path / "run") == curve(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("own", "named"),
+    [
+        ("seeds.data=7", r"seeds\.data=7 on rank 1 \(process .*\), 0 on rank 0"),
+        ("train.global_batch_size=16", r"train\.global_batch_size=16 on rank 1 .*, 8 on rank 0"),
+        ("train.sequence_length=8", r"train\.sequence_length=8 on rank 1 .*, 16 on rank 0"),
+        ("eval.interval=5", r"eval\.interval=5 on rank 1 .*, 8 on rank 0"),
+        ("optimizer.batch_fraction=0.25", r"optimizer\.batch_fraction=0\.25 on rank 1 .*, 0\.5 on rank 0"),
+        ("train.global_batch_size=9", r"rank 1: train\.global_batch_size=9 does not divide over 2 ranks"),
+    ],
+)
+def test_ranks_of_different_configurations_are_refused_and_the_key_is_named(
+    own: str, named: str, corpus: list[str], tmp_path: Path
+) -> None:
+    sitting = Sitting(overrides_of(corpus, tmp_path, "run", 12), tmp_path / "log", ranks=2, own={1: [own]})
+    assert sitting.wait() == [2, 2], sitting.said()
+    assert re.fullmatch(f"error: {named}.*\n", sitting.said())
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_may_differ_in_where_things_lie(corpus: list[str], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    own = {1: [f"output_dir={tmp_path / 'link'}", "overwrite=true", "train.device=auto", "tracker.project=other"]}
+    assert Sitting(overrides_of(corpus, tmp_path, "run", 6), tmp_path / "log", 2, own=own).wait() == [0, 0]
+
+
+def other_code_on_rank_1() -> None:
+    from training import hardware
+
+    if os.environ["RANK"] == "1":
+        hardware.code_sha256 = lambda: "5" * 64  # type: ignore[assignment]
+
+
+def test_ranks_of_another_version_of_the_code_are_refused(corpus: list[str], tmp_path: Path) -> None:
+    command = overrides_of(corpus, tmp_path, "run", 12)
+    sitting = Sitting(command, tmp_path / "log", ranks=2, prepare=other_code_on_rank_1)
+    assert sitting.wait() == [2, 2]
+    assert "error: code=555555555555 on rank 1 (" in sitting.said()
+
+
+@pytest.mark.parametrize(("directory", "named"), [("tokens", "tokens="), ("nowhere", "rank 1: ")])
+def test_ranks_with_other_tokens_or_none_are_refused(
+    directory: str, named: str, corpus: list[str], tmp_path: Path
+) -> None:
+    """As on two nodes that each have a disk of their own."""
+    if directory == "tokens":
+        prepare_corpus(tmp_path, documents=100)
+    own = {1: [f"data.directory={tmp_path / directory}"]}
+    sitting = Sitting(overrides_of(corpus, tmp_path, "run", 12), tmp_path / "log", ranks=2, own=own)
+    assert sitting.wait() == [2, 2], sitting.said()
+    assert sitting.said().startswith(f"error: {named}")
+    assert not (tmp_path / "run").exists()

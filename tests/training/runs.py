@@ -53,9 +53,9 @@ def corpus_overrides(directory: Path) -> list[str]:
     ]
 
 
-def prepare_corpus(directory: Path) -> list[str]:
+def prepare_corpus(directory: Path, documents: int = 160) -> list[str]:
     """Write and prepare the corpus; returns the overrides that choose it."""
-    write_corpus(directory)
+    write_corpus(directory, documents)
     overrides = corpus_overrides(directory)
     config = compose(overrides)
     prepare(source_of(config), tokenizer_of(config), token_directory_of(config), workers=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -136,27 +138,42 @@ def test_a_rank_that_stops_beating_is_found_and_no_other(store: dist.TCPStore, m
     ranks = [Heartbeat(store, rank, 3) for rank in range(3)]
     for rank in (0, 1):
         ranks[rank].start()
-    assert ranks[0].silent(seconds=1.5) == [2]
-    assert ranks[1].silent(seconds=1.5) == [2]
+    assert ranks[0].gone(seconds=1.5) == "rank 2 is gone"
+    assert ranks[1].gone(seconds=1.5) == "rank 2 is gone"
     ranks[2].start()
-    assert ranks[0].silent(seconds=1.5) == []
+    assert ranks[0].gone(seconds=1.5) is None
     for rank in ranks:
         rank.stop()
 
 
 def test_a_silent_rank_ends_the_others_after_the_limit(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    left: list[tuple[int, list[int]]] = []
+    left: list[str] = []
     monkeypatch.setattr(heartbeat, "INTERVAL", 0.05)
     monkeypatch.setattr(heartbeat, "LIMIT", 0.4)
-    monkeypatch.setattr(heartbeat, "leave", lambda rank, lost, reason: left.append((rank, lost)))
+    monkeypatch.setattr(heartbeat, "leave", lambda rank, reason: left.append(reason))
     watching, dead = Heartbeat(store, 0, 2), Heartbeat(store, 1, 2)
     watching.start()
     until = time.monotonic() + 30
     while not left and time.monotonic() < until:
         time.sleep(0.05)
     watching.stop()
-    assert (0, [1]) in left
+    assert re.fullmatch(r"rank 1 is gone: no sign of life for \d+ s", left[0])
     assert dead is not None
+
+
+def test_a_store_that_is_gone_is_not_told_as_a_silent_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[str] = []
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.05)
+    monkeypatch.setattr(heartbeat, "leave", lambda rank, reason: left.append(reason))
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("localhost", server.port, is_master=False, wait_for_workers=False)
+    beating = Heartbeat(client, 1, 2)
+    Heartbeat(server, 0, 2)
+    beating.start()
+    del server
+    gc.collect()
+    beating._thread.join(30)
+    assert re.fullmatch(r"the store .* is gone, and with it rank 0 or its launcher: no answer for [01] s", left[0])
 
 
 def test_a_rank_that_has_left_in_good_order_is_not_missed(
