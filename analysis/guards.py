@@ -25,13 +25,15 @@ from analysis.tuning import Tuning, predicted_gain, tunings
 INCIDENTAL = (
     *("name", "output_dir", "resume", "overwrite", "tracker", "launcher", "checkpoint", "profile"),
     *("data.directory", "data.local_directory"),
+    "train.shared_forward",  # what it led to is compared
 )
 # Keys that leave the loss curve alone (contract of determinism) but not the clock.
 TIMING = (
     *("strategy", "train.micro_batch_size", "train.compile", "train.deterministic", "train.device"),
-    "train.shared_forward",
     *("eval.micro_batch_size", "environment.hardware", "environment.world_size"),
 )
+# Whether the curvature passes made a forward of their own: in the losses no difference, in FLOPs and seconds one.
+FORWARD = "curvature.forward"
 # What the arms of a comparison are.
 OPTIMIZER = ("optimizer",)
 
@@ -42,8 +44,23 @@ SEED = ("seed", "seeds", "environment.initial_weights_sha256")
 # A loss difference (nats) that nobody would tune for, however small the noise of a seed.
 _MATTERS = 0.002
 
-Affects = Literal["loss", "seconds"]
+Affects = Literal["loss", "seconds", "FLOPs and seconds"]
 Severity = Literal["serious", "note"]
+
+
+# What runs differ in, and what that means for a comparison.
+_UNFAIR: dict[Affects, tuple[str, str]] = {
+    "loss": ("more than the optimizer", "No difference of loss between them can be put down to the optimizer."),
+    "seconds": (
+        "what the clock depends on",
+        "Losses are not affected; compare seconds by the reference-time model.",
+    ),
+    "FLOPs and seconds": (
+        "the price of a curvature pass",
+        "Losses are not affected; a ratio in compute or seconds holds for the prices that were paid. Runs of one "
+        "train.shared_forward under one kind of strategy pay one price.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -100,10 +117,16 @@ def differences(runs: Sequence[Run], *, by_design: Iterable[str] = OPTIMIZER) ->
     keys = sorted({key for values in flattened.values() for key in values if not is_under(key, ignored)})
     found = []
     for key in keys:
-        values = {run: flat.get(key) for run, flat in flattened.items()}
+        values = {run: flat.get(key) for run, flat in flattened.items() if key != FORWARD or key in flat}
         if len({repr(value) for value in values.values()}) > 1:
-            found.append(Difference(key, values, "seconds" if is_under(key, TIMING) else "loss"))
+            found.append(Difference(key, values, _affects(key)))
     return found
+
+
+def _affects(key: str) -> Affects:
+    if key == FORWARD:
+        return "FLOPs and seconds"
+    return "seconds" if is_under(key, TIMING) else "loss"
 
 
 def require_fair(runs: Sequence[Run], *, by_design: Iterable[str] = OPTIMIZER) -> None:
@@ -126,7 +149,6 @@ def inspect(study: Study) -> list[Finding]:
         *_budgets(study),
         *_under_tuned(study, searches),
         *_degenerate(study),
-        *_prices(study),
         *_code(study),
     ]
     return sorted(found, key=lambda finding: finding.severity != "serious")
@@ -201,20 +223,13 @@ def _fairness(study: Study) -> list[Finding]:
     directories = {trial.run.name: trial.directory for trial in study.reporting if trial.run is not None}
     findings = []
     for difference in by_key.values():
-        loss = difference.affects == "loss"
+        title, consequence = _UNFAIR[difference.affects]
         findings.append(
             Finding(
                 guard="fairness",
-                severity="serious" if loss else "note",
-                title=f"Runs differ in more than the optimizer: {difference.key}"
-                if loss
-                else f"Runs differ in what the clock depends on: {difference.key}",
-                detail=f"{difference}. "
-                + (
-                    "No difference of loss between them can be put down to the optimizer."
-                    if loss
-                    else "Losses are not affected; compare seconds by the reference-time model."
-                ),
+                severity="serious" if difference.affects == "loss" else "note",
+                title=f"Runs differ in {title}: {difference.key}",
+                detail=f"{difference}. {consequence}",
                 runs=tuple(directories[name] for name in difference.values if name in directories),
             )
         )
@@ -449,29 +464,6 @@ def _degenerate(study: Study) -> list[Finding]:
     ]
 
 
-def _prices(study: Study) -> list[Finding]:
-    """Arms whose refreshes cost different FLOPs in different runs: some took the training forward, some their own."""
-    findings = []
-    for arm in study.arms:
-        routes: dict[str, list[Path]] = {}
-        for run in study.runs(arm=arm):
-            if route := (run.record.summary or {}).get("curvature_forward"):
-                routes.setdefault(str(route), []).append(run.directory)
-        if len(routes) > 1:
-            shown = "; ".join(f"{route} forward: {len(runs)} runs" for route, runs in sorted(routes.items()))
-            findings.append(
-                Finding(
-                    "compute",
-                    "serious",
-                    f"The curvature passes of {label(arm)} do not all cost the same",
-                    f"{shown}. Compute and seconds of this arm mix two prices: run all with one train.shared_forward and "
-                    "one kind of strategy.",
-                    tuple(sorted(routes.values(), key=len)[0]),
-                )
-            )
-    return findings
-
-
 def _code(study: Study) -> list[Finding]:
     commits: dict[str, list[Path]] = {}
     dirty = []
@@ -498,7 +490,22 @@ def _comparable_values(run: Run) -> dict[str, Any]:
         if key in environment:
             entry = environment[key]
             values.update(flatten({f"environment.{key}": entry}))
+    if (forward := _curvature_forward(run)) is not None:
+        values[FORWARD] = forward
     return values
+
+
+def _curvature_forward(run: Run) -> str | None:
+    """Whose forward the curvature passes used; None where the estimator leaves no choice."""
+    optimizer, summary = run.config["optimizer"], run.record.summary or {}
+    if optimizer.get("estimator") != "gnb" or optimizer.get("label_draws", 1) > 1:
+        return None
+    if "shared_forwards" not in summary:  # a run under way, or recorded before this was counted
+        keeps_graphs = run.config["strategy"]["name"] in ("ddp", "single")
+        return "training's" if keeps_graphs and run.config["train"].get("shared_forward", True) else "their own"
+    # The first pass of a warm start always has its own.
+    own = summary["ledger"]["curvature"]["count"] - summary["shared_forwards"] - bool(optimizer.get("warm_start"))
+    return "training's" if own <= 0 else "both" if summary["shared_forwards"] else "their own"
 
 
 def is_under(key: str, prefixes: Iterable[str]) -> bool:

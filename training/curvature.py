@@ -125,10 +125,6 @@ class CurvaturePass:
         """`within_training`, under a strategy that can differentiate one forward twice."""
         return self.within_training(step) and isinstance(strategy, KeepsGraphs)
 
-    def forward_of(self, strategy: Strategy) -> str:
-        """Where the refreshes after a warm start take their forward: "shared" with training, or their "own"."""
-        return "shared" if self.shares_forward(strategy, 1 + self.interval) else "own"
-
     def run_within_training(
         self, strategy: KeepsGraphs, batch: Batch, step: int, predictions: int, ledger: Ledger
     ) -> tuple[Tensor, int, Tensor]:

@@ -68,6 +68,7 @@ class Ledger:
     def __init__(self, device: torch.device, compilation: CompilationClock | None = None) -> None:
         self.entries: dict[Kind, Entry] = {kind: Entry() for kind in get_args(Kind)}
         self.bytes_communicated = 0
+        self.shared_forwards = 0  # curvature passes without a forward of their own
         self._compilation = compilation or CompilationClock()
         self._cuda = device.type == "cuda"
         self._pending: list[tuple[Kind, torch.cuda.Event, torch.cuda.Event, float]] = []
@@ -123,9 +124,14 @@ class Ledger:
         return {kind: asdict(entry) for kind, entry in self.entries.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"entries": self.as_dictionary(), "bytes_communicated": self.bytes_communicated}
+        return {
+            "entries": self.as_dictionary(),
+            "bytes_communicated": self.bytes_communicated,
+            "shared_forwards": self.shared_forwards,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for kind, values in state["entries"].items():
             self.entries[kind] = Entry(**values)
         self.bytes_communicated = state["bytes_communicated"]
+        self.shared_forwards = state.get("shared_forwards", 0)  # checkpoints from before it was counted

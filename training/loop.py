@@ -243,6 +243,7 @@ def forward_backward_refresh(
     share, done, held_back = curvature.run_within_training(strategy, batch, step, predictions, ledger)
     flops = curvature.flops(strategy.model.config, length, step, shared_forward=True)
     ledger.add("curvature", curvature.tokens(length, step), flops)
+    ledger.shared_forwards += 1
     rows = len(batch.tokens)
     with ledger.measure("forward_backward", part=True):
         if curvature.covers_batch(rows, strategy.distributed.world_size):

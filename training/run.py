@@ -291,7 +291,7 @@ def summarize(run: Run, status: Status, reason: str | None) -> dict[str, Any]:
         "bytes_communicated": ledger.bytes_communicated,
         "peak_memory_bytes": hardware.peak_memory_bytes(run.strategy.device),
         "parameters": run.parameters,
-        "curvature_forward": run.curvature.forward_of(run.strategy) if run.curvature is not None else None,
+        "shared_forwards": ledger.shared_forwards,
         "skipped_steps": state.skipped_steps,
         "estimates_held_back": state.estimates_held_back,
         "loss_spikes": state.loss_spikes,

@@ -34,6 +34,7 @@ def write_run(
     final: float | None = None,
     evaluations: int = 10,
     curvature_share: float = 0.0,
+    shared_forwards: int | None = None,
     seconds_per_step: float = 0.05,
     status: str = "completed",
     config: Mapping[str, Any] | None = None,
@@ -44,7 +45,8 @@ def write_run(
 ) -> Path:
     """One run record; `config` and `environment` hold dotted keys to override.
 
-    `curvature_share` is what the curvature passes add to the FLOPs and seconds of forward and backward.
+    `curvature_share` is what the curvature passes add to the FLOPs and seconds of forward and backward; of the
+    passes, one every ten steps, so many took the training forward (None: the record does not say).
     """
     tokens = steps * TOKENS_PER_STEP
     final = power_law(tokens) if final is None else final
@@ -120,6 +122,8 @@ def write_run(
         "peak_memory_bytes": 5 * 10**8,
         "parameters": 1_000_000,
     }
+    if shared_forwards is not None:
+        summary["shared_forwards"] = shared_forwards
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
     (directory / "environment.json").write_text(json.dumps(surroundings))

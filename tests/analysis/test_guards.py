@@ -113,6 +113,14 @@ def change_the_number_of_ranks(doctor: Doctor) -> None:
     doctor.runs["sophiag", "reporting", 200, 1]["environment"] = {"world_size": 8}
 
 
+def make_a_forward_for_each_curvature_pass(doctor: Doctor) -> None:
+    for (arm, phase, _, seed), arguments in doctor.runs.items():
+        if (arm, phase) == ("sophiag", "reporting"):
+            shared = 0 if seed == 1 else arguments.get("steps", 200) // 10
+            arguments |= {"curvature_share": 0.05, "shared_forwards": shared}
+            arguments["config"]["optimizer.estimator"] = "gnb"
+
+
 def stop_decaying(doctor: Doctor) -> None:
     for key, arguments in doctor.runs.items():
         if key[1] == "reporting":
@@ -193,6 +201,7 @@ def leave_changes_uncommitted(doctor: Doctor) -> None:
         (change_model, "fairness", "serious", "model.n_layer"),
         (change_hardware, "fairness", "note", "environment.hardware.cores"),
         (change_the_number_of_ranks, "fairness", "note", "environment.world_size"),
+        (make_a_forward_for_each_curvature_pass, "fairness", "note", "the price of a curvature pass"),
         (stop_decaying, "schedule", "serious", "does not decay"),
         (report_a_tuning_seed, "seeds", "serious", "Seeds used for tuning are reported: 100"),
         (lose_a_seed, "seeds", "serious", "Sophia-G, tiny, 200 steps: 2 of 3 seeds have ended"),
@@ -282,6 +291,31 @@ def test_a_different_strategy_touches_the_clock_alone(tmp_path: Path) -> None:
     require_fair(load_runs(paths))
 
 
+def gnb_run(directory: Path, shared: int | None, **config: Any) -> Path:
+    """200 steps with twenty curvature passes of Gauss-Newton-Bartlett, of which so many took the training forward."""
+    values = {"optimizer.estimator": "gnb", **config}
+    return write_run(directory, optimizer="sophiag", curvature_share=0.05, shared_forwards=shared, config=values)
+
+
+def test_curvature_passes_of_another_price_touch_compute_and_clock_alone(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / "adamw"), gnb_run(tmp_path / "shared", 20), gnb_run(tmp_path / "own", 0)]
+    (difference,) = differences(load_runs(paths))
+    assert difference.affects == "FLOPs and seconds"
+    assert difference.values == {"shared": "training's", "own": "their own"}
+    require_fair(load_runs(paths))
+    (difference,) = differences(load_runs([paths[1], gnb_run(tmp_path / "resumed under FSDP", 12)]))
+    assert difference.values["resumed under FSDP"] == "both"
+
+
+def test_the_price_of_a_pass_is_compared_as_it_was_paid(tmp_path: Path) -> None:
+    asked = {"train.shared_forward": False}
+    same = [gnb_run(tmp_path / "shared", 20), gnb_run(tmp_path / "warm", 19, **{"optimizer.warm_start": 2})]
+    assert differences(load_runs([*same, gnb_run(tmp_path / "not on record", None)])) == []
+    assert differences(load_runs([same[0], write_run(tmp_path / "lion", optimizer="lion", config=asked)])) == []
+    (difference,) = differences(load_runs([same[0], gnb_run(tmp_path / "older", None, **asked)]))
+    assert difference.values["older"] == "their own"
+
+
 def test_a_crossing_in_the_middle_of_a_schedule_is_shown_and_called_no_speed_up(doctor: Doctor, tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         doctor.runs["sophiag", "reporting", 200, seed]["final"] -= 0.5
@@ -293,13 +327,3 @@ def test_a_crossing_in_the_middle_of_a_schedule_is_shown_and_called_no_speed_up(
     assert "A crossing in the middle of a schedule is no speed-up" in " ".join(
         str(compare_runs(runs).table().caption).split()
     )
-
-
-def test_refreshes_of_one_arm_at_two_prices_are_told(doctor: Doctor, tmp_path: Path) -> None:
-    doctor.write()
-    for seed, route in ((1, "shared"), (2, "own"), (3, "shared")):
-        path = doctor.directory / "runs" / f"sophiag-reporting-200-{seed}" / "summary.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"curvature_forward": route}))
-    (finding,) = inspect(load_study([doctor.directory]))
-    assert (finding.guard, finding.severity) == ("compute", "serious")
-    assert [path.name for path in finding.runs] == ["sophiag-reporting-200-2"]

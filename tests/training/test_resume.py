@@ -179,7 +179,16 @@ def test_totals_go_on_over_an_interruption(corpus: list[str], tmp_path: Path) ->
     assert run_in_child(overrides, kill_before_recording, 16) == -signal.SIGKILL
     assert run(overrides) == 0
     got, expected = summary(tmp_path / "run"), summary(tmp_path / "undisturbed")
-    for key in ("steps", "tokens", "flops", "final_val_loss", "best_val_loss", "bytes_communicated", "parameters"):
+    for key in (
+        "steps",
+        "tokens",
+        "flops",
+        "final_val_loss",
+        "best_val_loss",
+        "bytes_communicated",
+        "shared_forwards",
+        "parameters",
+    ):
         assert got[key] == expected[key], key
     for kind, entry in expected["ledger"].items():
         for key in ("tokens", "flops", "count"):

@@ -79,6 +79,7 @@ def test_the_record_is_what_the_contract_says(train: Train) -> None:
     ledger = record.summary["ledger"]
     assert ledger["forward_backward"]["tokens"] == 12 * 8 * 32
     assert ledger["curvature"] == ledger["curvature"] | {"tokens": 3 * 4 * 32, "count": 3}
+    assert record.summary["shared_forwards"] == 3
     assert record.summary["flops"] == ledger["forward_backward"]["flops"] + ledger["curvature"]["flops"]
     assert record.summary["final_val_loss"] == evaluated[-1]["val_loss"]
     assert record.summary["best_val_loss"] == min(line["val_loss"] for line in evaluated)
