@@ -501,10 +501,11 @@ def _curvature_forward(run: Run) -> str | None:
     if optimizer.get("estimator") != "gnb" or optimizer.get("label_draws", 1) > 1:
         return None
     if "shared_forwards" not in summary:  # a run under way, or recorded before this was counted
-        keeps_graphs = run.config["strategy"]["name"] in ("ddp", "single")
+        keeps_graphs = run.config.get("strategy", {}).get("name") in ("ddp", "single")
         return "training's" if keeps_graphs and run.config["train"].get("shared_forward", True) else "their own"
     # The first pass of a warm start always has its own.
-    own = summary["ledger"]["curvature"]["count"] - summary["shared_forwards"] - bool(optimizer.get("warm_start"))
+    passes = summary.get("ledger", {}).get("curvature", {}).get("count", 0)
+    own = passes - summary["shared_forwards"] - bool(optimizer.get("warm_start"))
     return "training's" if own <= 0 else "both" if summary["shared_forwards"] else "their own"
 
 

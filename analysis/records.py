@@ -236,6 +236,8 @@ def load_run(directory: str | Path, *, train_points: int = 400) -> Run:
     """
     record = RunRecord.open(directory)
     require(_Config, record.config, record.directory / CONFIG_FILE)
+    if record.config["optimizer"].get("decay_embeddings") is True:  # as in records from before there was the key
+        del record.config["optimizer"]["decay_embeddings"]
     table = read_metrics(record.metrics_path)
     evaluations = _curve(table, "eval", _EVAL_COLUMNS, record.metrics_path)
     training = _curve(table, "train", _TRAIN_COLUMNS, record.metrics_path)

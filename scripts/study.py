@@ -107,7 +107,9 @@ def split(overrides: Sequence[str]) -> tuple[str, list[str], list[str]]:
     """
     study, launcher, extras = None, [], []
     for override in overrides:
-        key, _, value = override.partition("=")
+        key, _, value = override.lstrip("+~").partition("=")
+        if key == "launcher":
+            raise ConfigurationError(f"{override}: a study's trials are launched by Hydra; give hydra/launcher={value}")
         if key == "study":
             study = value
         elif key.startswith("hydra"):

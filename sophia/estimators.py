@@ -209,8 +209,8 @@ def hutchinson_differences(
                 "would drown in rounding; leave the autocast region, or take the exact product, hutchinson()"
             )
     noise = _noise(params, seed, step, names)
-    size = _norm(params) / _norm(noise)
-    delta = relative_step * torch.where(size > 0, size, 1)
+    size = _norm(params)
+    delta = torch.where(size > 0, relative_step * size / _norm(noise), relative_step)
     weights, grads = [p.detach().clone() for p in params], [p.grad for p in params]
 
     def gradient_at(scale: Tensor) -> list[Tensor]:

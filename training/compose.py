@@ -42,7 +42,7 @@ from training.secrets import redacted, secret_in
 PLUGIN_SECTIONS = ("hydra.launcher", "hydra.sweeper")
 PLUGIN_MODULES = ("hydra._internal.core_plugins.", "hydra_plugins.")
 # The keys by which a command line sets the shell commands of a job.
-SETUP_KEYS = {"launcher", "launcher.setup", "hydra.launcher", "hydra.launcher.setup"}
+SETUP_KEYS = {"launcher.setup", "hydra.launcher.setup"}
 # What configs/config.yaml sets of Hydra's, for a record, which has nothing of the kind: it writes no files of its own.
 QUIET = (
     "hydra/job_logging=none",
@@ -56,7 +56,8 @@ CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
 # What `${oc.env:NAME}` may read. The value is written to the record, so this has no credentials (SLURM_JWT is one).
 READABLE_VARIABLES = frozenset(
     (
-        *("USER", "LOGNAME", "HOME", "HOSTNAME", "PWD", "TMPDIR", "SCRATCH", "WORK", "CUDA_VISIBLE_DEVICES"),
+        *("USER", "LOGNAME", "HOME", "HOSTNAME", "PWD", "TMPDIR", "CUDA_VISIBLE_DEVICES"),
+        *("SCRATCH", "PSCRATCH", "SCRATCHDIR", "WORK", "WORKDIR", "PROJECT", "STORE", "XDG_CACHE_HOME", "HF_HOME"),
         *("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS"),
         *("SLURM_CLUSTER_NAME", "SLURM_SUBMIT_DIR", "SLURM_TMPDIR"),
         *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"),

@@ -31,6 +31,7 @@ class Distributed:
     joined: bool = False  # the process group was there before: `stop` leaves it to whoever started it
     heartbeat: Heartbeat | None = None
     attempt: str = "0"  # the name of what the ranks began together: a store may outlive it
+    store: dist.Store | None = None  # of this start or, under torchrun, of all starts of the job
 
     @classmethod
     def start(cls, device: str, timeout: datetime.timedelta = datetime.timedelta(minutes=10)) -> "Distributed":
@@ -43,30 +44,49 @@ class Distributed:
         Raises:
             ConfigurationError: CUDA is asked for and not there; or the ranks do not find each other, or are of two kinds.
         """
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ConfigurationError("train.device=cuda: no CUDA device is visible; choose train.device=cpu or auto")
+        missing = device == "cuda" and not torch.cuda.is_available()
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        on_cuda = device != "cpu" and torch.cuda.is_available()
         # A launcher may show each rank its own GPU alone, whatever its local rank.
         place = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_cuda else torch.device("cpu")
         if on_cuda:
             torch.cuda.set_device(place)
-        joined, heartbeat, attempt = dist.is_initialized(), None, "0"
+        joined, heartbeat, attempt, store = dist.is_initialized(), None, "0", None
         if world_size > 1 and not joined:
-            store, attempt = meet(rank, world_size, {"device": place.type, "torch": torch.__version__})
+            facts = {"device": "no CUDA device" if missing else place.type, "torch": torch.__version__}
+            store, attempt = meet(rank, world_size, facts)  # where one rank has no GPU, all learn it here
             store.set_timeout(timeout)
+        if missing:
+            raise ConfigurationError("train.device=cuda: no CUDA device is visible; choose train.device=cpu or auto")
+        if store is not None:
             heartbeat = Heartbeat.of_attempt(attempt, rank, world_size)
             heartbeat.start()
-            dist.init_process_group(
-                _backend(place),
-                store=dist.PrefixStore(f"{attempt}/group", store),
-                rank=rank,
-                world_size=world_size,
-                timeout=timeout,
-                device_id=place if on_cuda else None,
-            )
-        return cls(rank, local_rank, world_size, place, joined, heartbeat, attempt)
+            try:
+                dist.init_process_group(
+                    _backend(place),
+                    store=dist.PrefixStore(f"{attempt}/group", store),
+                    rank=rank,
+                    world_size=world_size,
+                    timeout=timeout,
+                    device_id=place if on_cuda else None,
+                )
+            except Exception as error:
+                _leave_if_one_is_gone(heartbeat, rank, error)
+                heartbeat.stop()
+                raise
+        return cls(rank, local_rank, world_size, place, joined, heartbeat, attempt, store)
+
+    def mark(self, what: str) -> None:
+        """Leave a mark for ranks that torchrun starts after this one."""
+        if self.store is not None:
+            self.store.set(f"mark/{what}", "1")
+
+    def is_marked(self, what: str) -> bool | None:
+        """Whether an earlier start of this torchrun job has left the mark; None where no store is older than this start."""
+        if self.store is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            return None
+        return bool(self.store.check([f"mark/{what}"]))
 
     def ensure_group(self) -> None:
         """A process group also in a world of one, for engines that cannot do without.
@@ -157,9 +177,8 @@ class Distributed:
 
         The error may be that loss, met in a collective; the message then names the rank.
         """
-        if self.heartbeat is not None and (gone := self.heartbeat.gone()):
-            first_line = "".join(str(error).strip().splitlines()[:1])
-            leave(self.rank, f"{gone} ({type(error).__name__}: {first_line})")
+        if self.heartbeat is not None:
+            _leave_if_one_is_gone(self.heartbeat, self.rank, error)
 
     def stop(self) -> None:
         """Leave the ranks in good order. Every rank calls it."""
@@ -214,3 +233,9 @@ def _gloo_threads() -> list[str]:
 
 def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def _leave_if_one_is_gone(heartbeat: Heartbeat, rank: int, error: Exception) -> None:
+    if gone := heartbeat.gone():
+        first_line = "".join(str(error).strip().splitlines()[:1])
+        leave(rank, f"{gone} ({type(error).__name__}: {first_line})")

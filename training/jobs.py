@@ -75,7 +75,7 @@ def launch(jobs: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[
 def at_once(launcher: Sequence[str]) -> int | None:
     """How many jobs a launcher should be handed together: what it runs side by side; None for all there are (a
     queue)."""
-    chosen = {key: value for key, _, value in (override.partition("=") for override in launcher)}
+    chosen = {key: value.strip("'\"") for key, _, value in (given.lstrip("+").partition("=") for given in launcher)}
     match chosen.get("hydra/launcher", "basic"):
         case "basic":
             return 1

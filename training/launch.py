@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-from training.config import ConfigurationError, RunConfig, SlurmLauncherConfig
+from training.config import ConfigurationError, RankRefusedError, RunConfig, SlurmLauncherConfig
 from training.heartbeat import EXIT_RANK_LOST
 from training.lifeline import die_with_launcher
 from training.limits import descriptors_failure
@@ -95,6 +95,7 @@ def start_ranks(config: RunConfig) -> int:
         raise SignalException(f"process {os.getpid()} got signal {number}", sigval=signal.Signals(number))
 
     handlers = {number: signal.signal(number, stop) for number in heeded()}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, heeded())  # the workers of a sweep have them blocked
     try:
         results: dict[int, int] = elastic_launch(launch, run_rank)(config.model_dump(mode="json"), codes)
     except ChildFailedError as error:
@@ -105,6 +106,7 @@ def start_ranks(config: RunConfig) -> int:
     except SignalException as error:
         return code_of_stopped_ranks(error.sigval, list(codes))
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return max(results.values(), default=0)
@@ -160,13 +162,16 @@ def run_rank(values: dict[str, Any], codes: Any) -> int:
     logging.basicConfig(level=logging.INFO if os.environ.get("RANK") == "0" else logging.WARNING, format="%(message)s")
     place = int(os.environ["LOCAL_RANK"])
     codes[place] = EXIT_FAILED
+    refused = False
     try:
         code = execute(validate(values)).exit_code
     except (ConfigurationError, DataError) as error:
-        code = refuse(error)
+        code, refused = refuse(error), isinstance(error, RankRefusedError)
     codes[place] = code
     if code == EXIT_PREEMPTED:
         # A parent that was told to stop no longer reads results, and a child that returns one waits until it is read.
+        sys.exit(code)
+    if refused:  # alone: a rank that returns would count as one that has succeeded, and the others would wait
         sys.exit(code)
     return code
 

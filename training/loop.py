@@ -284,8 +284,11 @@ def train(run: Run) -> Status:
     reporter = Reporter(run)
     first = state.step + 1
     # Of the start, or of a sitting that was asked to stop before it.
-    if evaluation_due(run) and (verdict := evaluate(run)) is not Verdict.GO_ON:
-        return end_early(run, verdict)
+    if evaluation_due(run):
+        if (verdict := evaluate(run)) is not Verdict.GO_ON:
+            return end_early(run, verdict)
+        if validation_diverged(run):
+            return "diverged"
     unsaved = False  # a checkpoint is due and waits for a step that is not skipped
     with run.batches.prefetch(first, config.train.steps) as prefetched:
         for step in range(first, config.train.steps + 1):
@@ -339,8 +342,7 @@ def train(run: Run) -> Status:
             if evaluates:
                 if (verdict := evaluate(run)) is not Verdict.GO_ON:  # a resumed run evaluates first
                     return end_early(run, verdict)
-                if not math.isfinite(state.final_val_loss or 0.0):
-                    run.reason = f"the validation loss after step {step} is not finite"
+                if validation_diverged(run):
                     return "diverged"
             if last or unsaved:
                 # Weights may be broken where steps are skipped: the last good checkpoint stays the last.
@@ -404,6 +406,14 @@ def evaluate(run: Run) -> Verdict:
         state.best_val_loss = loss
     run.write({"kind": "eval", **position(run), "val_loss": loss, "val_tokens": tokens})
     return Verdict.GO_ON
+
+
+def validation_diverged(run: Run) -> bool:
+    """Whether the last validation loss is not finite, which is then the reason why the run ends."""
+    if math.isfinite(run.state.final_val_loss or 0.0):
+        return False
+    run.reason = f"the validation loss after step {run.state.step} is not finite"
+    return True
 
 
 def save(run: Run) -> None:

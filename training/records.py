@@ -306,7 +306,7 @@ class MetricsWriter:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file.fileno(), before)
             raise OSError(error.errno, f"{self.path} cannot be written: {error.strerror}") from error
-        self._size = os.fstat(self._file.fileno()).st_size
+        self._size = before + len(content)
         self._hash.update(content)
 
     @property

@@ -1,6 +1,7 @@
 """What is to be done with a run directory: begin, resume, leave alone. Nothing is changed here."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +27,9 @@ class Plan:
     rejected: tuple[str, ...] = ()  # why newer checkpoints are passed over
 
 
-def is_restart() -> bool:
+def is_restart(names: Sequence[str] = RESTART_COUNTS) -> bool:
     """Whether a launcher has put this process in the place of one that ended."""
-    return any(int(os.environ.get(name) or 0) > 0 for name in RESTART_COUNTS)
+    return any(int(os.environ.get(name) or 0) > 0 for name in names)
 
 
 def plan(config: RunConfig, directory: Path, *, restarted: bool = False) -> Plan:
@@ -43,7 +44,8 @@ def plan(config: RunConfig, directory: Path, *, restarted: bool = False) -> Plan
         OSError: the directory cannot be read.
     """
     if restarted and (directory / records.CONFIG_FILE).exists():
-        config = config.model_copy(update={"overwrite": False, "resume": "auto"})
+        own = config.resume == "never" or directory.resolve() in Path(config.resume).resolve().parents
+        config = config.model_copy(update={"overwrite": False, "resume": "auto" if own else config.resume})
     given = None if config.resume in ("auto", "never") else Path(config.resume)
     if not (directory / records.CONFIG_FILE).exists():
         refuse_unnamed(directory)

@@ -130,7 +130,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     micro = micro_batch_size(config, distributed.world_size)
     directory = Path(config.output_dir) / config.run_name
     place = held.enter_context(RunDirectory(directory))
-    decided = distributed.broadcast_object(distributed.on_main(lambda: _decide(config, place)))
+    decided = distributed.broadcast_object(distributed.on_main(lambda: _decide(config, place, distributed)))
     if decided.finished is not None:
         if distributed.is_main:
             print(f"{directory} is already {decided.finished} for this configuration; overwrite=true runs it again")
@@ -313,16 +313,21 @@ def model_shape(config: RunConfig, manifest: Manifest) -> GPT2Config:
     )
 
 
-def _decide(config: RunConfig, place: RunDirectory) -> Plan:
+def _decide(config: RunConfig, place: RunDirectory, distributed: Distributed) -> Plan:
     """The plan, made under the directory's lock where there is a run already, so that it stays true."""
     restored = False
+    # torchrun's counter stands still when nodes join or leave, and counts starts that never got to the run.
+    if (begun := distributed.is_marked(f"begun {place.path.absolute()}")) is not None:
+        restarted = begun or is_restart(["SLURM_RESTART_COUNT"])
+    else:
+        restarted = is_restart()
     try:
         refuse_links(place.path)
         there = is_run(place.path) or (place.path / REPLACED).is_dir()
         if there and os.access(place.path, os.W_OK):
             place.take()
             restored = place.restore()
-        return plan(config, place.path, restarted=is_restart() and not restored)
+        return plan(config, place.path, restarted=restarted and not restored)
     except OSError as error:
         raise ConfigurationError(
             f"output_dir={config.output_dir}: {error.filename or place.path} cannot be used: {error.strerror}; "
@@ -355,6 +360,7 @@ def _open_record(
             sync_directory(directory.parent)
         place.take()
         recorder = Recorder.open(config, place, decided, environment, display)
+        distributed.mark(f"begun {directory.absolute()}")
         if decided.checkpoint is not None and decided.metrics_bytes is not None:
             checkpoints.set_aside_newer(directory / "checkpoints", Checkpoint(decided.checkpoint, verify=False).step)
         return recorder

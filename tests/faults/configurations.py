@@ -468,8 +468,8 @@ def _fault_of_line(arguments: Sequence[str], scratch: Path, secret: str | None =
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     if code != 2 or len(errors) != 1 or "Traceback" in text:
         return f"exit code {code}: {text[:300]!r}"
-    if "none.txt" in errors[0]:
-        return "was taken: only the missing corpus is refused"
+    if "none.txt" in errors[0] or "SLURM" in errors[0]:
+        return f"was taken: only a missing corpus or cluster is refused: {errors[0]}"
     if len(errors[0]) < 30 or "Exception" in errors[0] or "ConfigKeyError" in errors[0] or "=…" in errors[0]:
         return f"half a message: {errors[0]}"
     return None

@@ -190,6 +190,16 @@ def test_a_file_of_others_sets_nothing_of_hydras(
     assert not (tmp_path / "runs").exists()
 
 
+def test_choosing_slurm_on_the_command_line_lets_no_file_set_the_commands_of_its_jobs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "x.yaml").write_text(GLOBAL + "launcher: {setup: [touch made]}\n")
+    given = [f"--config-dir={tmp_path}", "experiment=x", "launcher=slurm", f"output_dir={tmp_path}/runs"]
+    assert main(given) == 2
+    assert "launcher.setup=['touch made']: a file sets the shell commands" in capfd.readouterr().err
+
+
 def test_a_copy_of_the_projects_configuration_may_stand_anywhere(tmp_path: Path) -> None:
     for file in ("config.yaml", "launcher/joblib.yaml"):
         (tmp_path / file).parent.mkdir(exist_ok=True)

@@ -226,6 +226,20 @@ def test_an_infinite_loss_ends_as_diverged(corpus: list[str], tmp_path: Path) ->
     assert run(tiny(corpus, tmp_path, *overrides)) == 3  # said again, not run again
 
 
+def lose_validation() -> None:
+    from training import loop
+
+    loop.validation_loss = lambda *_: (math.nan, 256)
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run_also_where_a_sitting_begins(
+    corpus: list[str], tmp_path: Path
+) -> None:
+    assert run_in_child(tiny(corpus, tmp_path), lose_validation) == 3
+    ended = summary(tmp_path / "run")
+    assert (ended["status"], ended["steps"]) == ("diverged", 0)
+
+
 def strike(step: int) -> None:
     """A batch whose loss is ten times what it should be."""
     from training import loop

@@ -19,6 +19,7 @@ from tests.training.runs import curve, lines, run, summary
 from training import heartbeat
 from training.heartbeat import EXIT_RANK_LOST, Heartbeat
 from training.launch import EXIT_FAILED, EXIT_PREEMPTED, NOT_BEGUN, code_of_stopped_ranks, describe_failure
+from training.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,7 +34,13 @@ def start(script: str, overrides: list[str]) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=block_stop_signals,
     )
+
+
+def block_stop_signals() -> None:
+    """As in a worker of a sweep."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def wait_for(path: Path, text: str, seconds: float = 90) -> None:
@@ -48,10 +55,15 @@ def losses(directory: Path) -> list[float]:
 
 
 def test_dead_ranks_are_started_again_and_named_in_the_end(tiny: list[str], tmp_path: Path) -> None:
-    """Rank 1 is killed at step 10, started again from step 8, and killed again; then a single process goes on."""
+    """Rank 1 is killed at step 10, started again from step 8, and killed again; then a single process resumes.
+
+    The first start replaces an older run, the second does not replace the first.
+    """
     overrides = [*tiny, f"output_dir={tmp_path}", "name=run", "checkpoint.interval=4"]
+    assert run([*overrides, "train.steps=2"]) == 0
     began = time.monotonic()
-    process = start("tests/training/dying.py", [*overrides, "launcher.nproc_per_node=2", "launcher.max_restarts=1"])
+    launched = ["launcher.nproc_per_node=2", "launcher.max_restarts=1", "overwrite=true"]
+    process = start("tests/training/dying.py", [*overrides, *launched])
     _, said = process.communicate(timeout=150)
     assert process.returncode == 1
     assert "error: rank 1 failed (killed by SIGKILL)" in said

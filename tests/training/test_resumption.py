@@ -271,6 +271,18 @@ def test_a_run_whose_replacement_was_killed_is_there_again(
     assert summary(tmp_path / "run")["steps"] == 4
 
 
+def test_a_restart_before_the_first_checkpoint_begins_where_resume_says(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny(corpus, tmp_path, name="base")) == 0
+    longer = ["train.steps=40", f"resume={tmp_path}/base", "checkpoint.interval=1000"]
+    assert run_in_child(tiny(corpus, tmp_path, *longer), kill_before_recording, 30) < 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run(tiny(corpus, tmp_path, *longer)) == 0
+    assert f"resuming from {tmp_path}/base/checkpoints/step-00000024 at step 24" in capfd.readouterr().err
+    assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(25, 41))
+
+
 def test_a_run_killed_before_its_first_checkpoint_keeps_its_lines_aside(corpus: list[str], tmp_path: Path) -> None:
     overrides = tiny(corpus, tmp_path)
     assert run_in_child(overrides, kill_before_recording, 7) < 0

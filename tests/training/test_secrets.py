@@ -104,3 +104,8 @@ def test_a_harmless_variable_may_be_read(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_is_no_secret_is_left_alone(text: str) -> None:
     assert redacted(text) == text
     assert secret_in(text) is None
+
+
+def test_a_short_value_of_a_variable_that_is_named_like_a_secret_hides_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    assert redacted("give true or false") == "give true or false"

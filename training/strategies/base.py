@@ -185,8 +185,8 @@ class Strategy(ABC):
     def difference_step(self, directions: Sequence[Tensor]) -> Tensor:
         """() δ for a central difference along `directions`: a share of the weights' norm over the directions' norm, or the
         share itself where all weights are zero."""
-        size = self.norm(self.weights()) / self.norm(directions)
-        return DIFFERENCE_SHARE * torch.where(size > 0, size, 1)
+        size = self.norm(self.weights())
+        return torch.where(size > 0, DIFFERENCE_SHARE * size / self.norm(directions), DIFFERENCE_SHARE)
 
     def norm(self, tensors: Iterable[Tensor]) -> Tensor:
         """() the Euclidean norm over tensors in the form of `normals`, over all ranks."""
