@@ -181,7 +181,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         content = read_regular(path, _CONFIG_BYTES)
         values = yaml.load(content, Loader=_YAML_LOADER)
         check_nesting(values, len(content))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RecordError(
             f"{directory} is no run record: {CONFIG_FILE} is missing; give a run directory, runs/<name>"
         ) from None
@@ -212,7 +212,7 @@ def read_object(path: Path, form: type[Form]) -> dict[str, Any] | None:
     """
     try:
         values: dict[str, Any] = read_json(path, _JSON_BYTES)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
@@ -238,7 +238,7 @@ def metrics_content(path: Path) -> bytes:
     """
     try:
         return read_regular(path, _METRICS_BYTES)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return b""
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error

@@ -254,7 +254,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, refused: Callable
     assert "is no run record" in refused(main([str(tmp_path), str(tmp_path / "out")]))
 
 
-@pytest.mark.parametrize("path", ["", "config.yaml", "checkpoints", "checkpoints/step-00000003"])
+@pytest.mark.parametrize("path", ["", "config.yaml", "checkpoints"])
 def test_a_run_that_may_not_be_read_is_named(
     path: str, tiny_run: Path, tmp_path: Path, permissions_bind: None, refused: Callable[[int], str]
 ) -> None:

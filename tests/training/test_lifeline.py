@@ -114,7 +114,7 @@ def test_a_child_dies_with_its_launcher(script: str, children: int, tmp_path: Pa
     "entry",
     [
         lambda: runpy.run_path(str(ROOT / "train.py"), run_name="__main__"),
-        lambda: launch.run_rank({}),
+        lambda: launch.run_rank({}, []),
         lambda: sweep.run_trial(OmegaConf.create()),
         lambda: jobs.run_logged(OmegaConf.create()),
     ],
