@@ -34,7 +34,7 @@ METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 
 # A run's small files have some kilobytes, a study's index a megabyte, the metrics of a million steps 300.
-_CONFIG_BYTES = 4 << 20
+CONFIG_BYTES = 4 << 20
 _JSON_BYTES = 256 << 20
 _METRICS_BYTES = 4 << 30
 
@@ -178,7 +178,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / CONFIG_FILE
     try:
-        content = read_regular(path, _CONFIG_BYTES)
+        content = read_regular(path, CONFIG_BYTES)
         values = yaml.load(content, Loader=_YAML_LOADER)
         check_nesting(values, len(content))
     except (FileNotFoundError, NotADirectoryError):
@@ -279,7 +279,7 @@ class MetricsWriter:
 
     def _cut(self, size: int) -> bytes:
         """The lines up to there; those beyond are kept aside."""
-        lines = self.path.read_bytes() if self.path.exists() else b""  # killed before its first line
+        lines = metrics_content(self.path)  # none in a run that was killed before its first
         if len(lines) < size:
             raise RecordError(
                 f"{self.path} has {len(lines)} bytes, the checkpoint was saved at {size}: lines are missing; "

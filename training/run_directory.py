@@ -21,7 +21,7 @@ from typing import Self
 
 import yaml
 
-from data.files import entries, sync_directory
+from data.files import entries, read_regular, sync_directory
 from training import records
 from training.config import ConfigurationError, RunConfig, RunHeldError
 
@@ -51,7 +51,7 @@ def is_run(directory: Path) -> bool:
     path = directory / records.CONFIG_FILE
     sections = {name for name, field in RunConfig.model_fields.items() if field.is_required()}
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        values = yaml.safe_load(read_regular(path, records.CONFIG_BYTES)) if path.is_file() else None
     except (ValueError, yaml.YAMLError, RecursionError):
         return False
     return isinstance(values, dict) and sections <= values.keys()

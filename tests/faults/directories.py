@@ -6,6 +6,7 @@ in bounded time with one error line or none, and changes nothing that is not its
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
@@ -53,10 +54,11 @@ class Unfinished:
         self.scratch = scratch
         self.log = scratch / "log"
         self.overrides = functools.partial(overrides_of, corpus, scratch)
+        self.keeping = ("checkpoint.keep=3", "checkpoint.keep_best=false")
         completed(self.overrides("undisturbed", STEPS), self.log)
         self.curve = curve(scratch / "undisturbed")
         self.pristine = scratch / "pristine"
-        completed(self.overrides("run", STEPS), self.log)
+        completed(self.command(), self.log)
         directory = scratch / "run"
         newest = checkpoints.available(directory / "checkpoints")[0]
         shutil.rmtree(newest)  # as if the run had been killed before its last save
@@ -73,7 +75,7 @@ class Unfinished:
         return directory
 
     def command(self, *overrides: str) -> list[str]:
-        return self.overrides("run", STEPS, *overrides)
+        return self.overrides("run", STEPS, *self.keeping, *overrides)
 
     def resumes(self, what: str, codes: Sequence[int] = (0, 1, 2), **named: Any) -> tuple[int | None, list[str]]:
         """Start the run again: refused in one line, or the curve of a run that nothing happened to."""
@@ -195,9 +197,12 @@ def special_corpora(run: Unfinished) -> dict[str, list[str]]:
     return found
 
 
+_BOUND = contextlib.ExitStack()  # as long as the process
+
+
 def permissions_bind() -> None:
     """Permissions count in this process from here on."""
-    bound_by_permissions().__enter__()
+    _BOUND.enter_context(bound_by_permissions())
 
 
 def permissions(run: Unfinished) -> dict[str, list[str]]:
