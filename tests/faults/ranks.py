@@ -5,18 +5,22 @@ A curve must never be a mixture of two configurations, and no rank may outlive i
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
+from data.manifest import load_manifest
 from tests.faults.kills import compare, last_step, overrides_of
 from tests.faults.sittings import LIMIT_SECONDS, Sitting, _free_port, completed
 
@@ -26,7 +30,7 @@ ORPHAN_SECONDS = 15.0
 #: What the second of two ranks is given, and the first is not.
 APART = (
     *("seeds.data=7", "seeds.curvature=7", "seeds.model=7", "optimizer.lr=1e-4", "optimizer.batch_fraction=1.0"),
-    *("optimizer.hessian_interval=4", "optimizer=adamw", "train.global_batch_size=16", "train.sequence_length=8"),
+    *("optimizer.hessian_interval=4", "optimizer=sophiah", "train.global_batch_size=16", "train.sequence_length=8"),
     *("train.micro_batch_size=1", "train.steps=30", "train.grad_clip=0.5", "train.precision=bf16", "eval.interval=5"),
     *("eval.tokens=128", "model.n_layer=1", "model.n_embd=64", "schedule.final_ratio=0.5", "checkpoint.interval=7"),
     *("guards.weights_interval=5", "train.max_skipped_steps=3", "strategy=fsdp"),
@@ -56,18 +60,17 @@ def ranks_that_differ(corpus: Sequence[str], scratch: Path, apart: Sequence[str]
 
 def other_corpus(corpus: Sequence[str], scratch: Path) -> dict[str, Any]:
     """The second rank finds other tokens under the path that the configuration names."""
-    import shutil
-
     directory = next(Path(o.split("=", 1)[1]) for o in corpus if o.startswith("data.directory="))
     other = scratch / "tokens"
     shutil.copytree(directory, other)
-    for shard in other.glob("*/train-*.npy"):
-        tokens = np.load(shard)
-        np.save(shard, tokens[::-1])
-    from data.manifest import MANIFEST_FILE  # noqa: F401 (the copies keep their manifest: only a hash can tell)
-
-    manifest = next(other.glob("*/manifest.json"))
-    manifest.write_text(manifest.read_text().replace('"documents":', '"documents" :'))
+    (tokens,) = other.iterdir()
+    manifest = load_manifest(tokens)
+    train = manifest.splits["train"]
+    shard = tokens / train.shards[0].file
+    np.save(shard, np.load(shard)[::-1])
+    changed = replace(train.shards[0], sha256=hashlib.sha256(shard.read_bytes()).hexdigest())
+    splits = {**manifest.splits, "train": replace(train, shards=(changed, *train.shards[1:]))}
+    replace(manifest, splits=splits).write(tokens)
     command = overrides_of(corpus, scratch, "run", 24)
     sitting = Sitting(command, scratch / "log", ranks=2, own={1: [f"data.directory={other}"]})
     codes = sitting.wait(60)
