@@ -49,7 +49,7 @@ test-gpu: setup ## the tests that depend on the device, on CUDA
 test-slurm: setup ## a sweep on a SLURM of one node, set up here (root; Debian: apt-get install slurm-wlm munge)
 	$(BIN)/python -m pytest -m slurm -ra -k "$(SLURM_TESTS)"
 
-test-faults: setup ## runs killed, corrupted, starved and fed bad input: a quarter of an hour, numbers to docs/reliability.md (root for full disks)
+test-faults: setup ## runs killed, corrupted, starved and fed bad input: half an hour, numbers to docs/reliability.md (root for full disks)
 	$(BIN)/python scripts/faults.py
 
 results: setup ## results/cpu_scale and cpu_embeddings: reports, figures and the README's section, from the records
