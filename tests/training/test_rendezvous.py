@@ -97,11 +97,14 @@ def test_a_second_process_for_a_living_rank_is_refused_and_the_holder_is_named(
         heart.join()
 
 
-def test_of_two_processes_for_one_place_one_alone_gets_it(join: Join, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "LIMIT", 0.5)
+def test_of_two_processes_for_one_place_one_alone_gets_it(
+    join: Join, server: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leader = join(0)
+    wait_for(lambda: server.check([rendezvous.NEWEST]))
+    monkeypatch.setattr(rendezvous, "LIMIT", 5.0)  # seconds that the one without a place waits
     monkeypatch.setattr(rendezvous, "GRACE", 0.0)
     rivals = [join(1), join(1)]
-    leader = join(0)
     errors = [future.exception() for future in rivals]
     assert sum(error is None for error in errors) == 1
     assert leader.exception() is None
