@@ -137,7 +137,7 @@ def test_world_sizes_that_differ_are_refused_on_all(join: Join) -> None:
 def test_a_rank_that_does_not_come_is_named_on_all_after_the_limit(
     join: Join, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(rendezvous, "LIMIT", 0.5)
+    monkeypatch.setattr(rendezvous, "LIMIT", 3.0)
     monkeypatch.setattr(rendezvous, "SPEAK", 0.1)
     for future in [join(0, 4), join(2, 4)]:
         with pytest.raises(ConfigurationError, match=r"rank 0 waits for rank 1, 3 of 4, in vain for \d+ s"):
