@@ -407,10 +407,13 @@ def available(root: Path) -> list[Path]:
     """
     try:
         # One whose disk does not even say that it is a directory counts: whoever opens it is told why.
-        found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and not os.path.isfile(path)]
+        found = [
+            path
+            for path in root.iterdir()
+            if _NAME.fullmatch(path.name) and not os.path.isfile(path) and not os.path.islink(path)
+        ]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [path for path in found if not os.path.islink(path)]
     return sorted(found, key=step_of, reverse=True)
 
 

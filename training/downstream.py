@@ -239,7 +239,7 @@ def _refuse_code(directory: Path) -> None:
         ConfigurationError: a file of the directory names code to be run with the model.
     """
     for path in (directory / "config.json", directory / "tokenizer_config.json"):
-        if path.is_file() and "auto_map" in json.loads(path.read_text()):
+        if path.is_file() and "auto_map" in read_json(path, _RESULTS_BYTES):
             raise ConfigurationError(
                 f"{path}: auto_map names code that would be run; remove it if transformers has the model's class itself"
             )

@@ -23,11 +23,9 @@ from training.compose import (
     resolved,
     worded_errors,
 )
-from training.launch import refuse_absent_slurm
+from training.launch import EXIT_FAILED, EXIT_PREEMPTED, refuse_absent_slurm
 from training.lifeline import die_with_launcher
 from training.signals import passed_on_to_workers, stop_pending
-
-EXIT_FAILED, EXIT_PREEMPTED = 1, 75
 
 
 def launch(jobs: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[int]:

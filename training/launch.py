@@ -168,10 +168,9 @@ def run_rank(values: dict[str, Any], codes: Any) -> int:
     except (ConfigurationError, DataError) as error:
         code, refused = refuse(error), isinstance(error, RankRefusedError)
     codes[place] = code
-    if code == EXIT_PREEMPTED:
-        # A parent that was told to stop no longer reads results, and a child that returns one waits until it is read.
-        sys.exit(code)
-    if refused:  # alone: a rank that returns would count as one that has succeeded, and the others would wait
+    # A parent that was told to stop no longer reads results, and a child that returns one waits until it is read. A rank
+    # that is refused alone would count as one that has succeeded, and the others would wait.
+    if code == EXIT_PREEMPTED or refused:
         sys.exit(code)
     return code
 

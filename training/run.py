@@ -73,14 +73,14 @@ def resolve(config: RunConfig, device: torch.device, *, warn: bool = True) -> Ru
     return config.model_copy(update={"train": train_config})
 
 
-def _resolve_for_ranks(config: RunConfig, distributed: Distributed) -> RunConfig:
-    """`resolve`, and what else depends on the ranks that there are."""
+def _resolve_for_ranks(config: RunConfig, distributed: Distributed) -> tuple[RunConfig, int]:
+    """`resolve`, and the micro-batch of each of the ranks that there are."""
     if config.strategy.name == "single" and distributed.world_size > 1:
         raise ConfigurationError(
             f"strategy=single: there are {distributed.world_size} ranks; choose strategy=ddp or start one process"
         )
-    micro_batch_size(config, distributed.world_size)
-    return resolve(config, distributed.device, warn=distributed.is_main)
+    micro = micro_batch_size(config, distributed.world_size)
+    return resolve(config, distributed.device, warn=distributed.is_main), micro
 
 
 def execute(config: RunConfig) -> Outcome:
@@ -122,12 +122,12 @@ def _collective_timeout(config: RunConfig) -> datetime.timedelta:
 
 
 def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, held: contextlib.ExitStack) -> Outcome:
-    config = distributed.on_all(lambda: _resolve_for_ranks(config, distributed))
+    given = config
+    config, micro = distributed.on_all(lambda: _resolve_for_ranks(given, distributed))
     distributed.agree(
         {"code": hardware.code_sha256()[:12]} | flat(config.shared_by_ranks()),
         "start all ranks with the same code and configuration",
     )
-    micro = micro_batch_size(config, distributed.world_size)
     directory = Path(config.output_dir) / config.run_name
     place = held.enter_context(RunDirectory(directory))
     decided = distributed.broadcast_object(distributed.on_main(lambda: _decide(config, place, distributed)))
