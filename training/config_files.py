@@ -13,6 +13,7 @@ from omegaconf._utils import get_yaml_loader
 
 from training.config import ConfigurationError
 
+CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
 MAX_BYTES = 2**20
 MAX_VALUES = 100_000
 _LOADER = get_yaml_loader()

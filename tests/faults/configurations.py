@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 from tests.training.runs import lines
 from training.command import main
-from training.compose import CONFIG_DIRECTORY, compose_dictionary, known_keys, validate
+from training.compose import CONFIG_DIRECTORY, compose_dictionary, validate
 from training.config import ConfigurationError, RunConfig
+from training.mistakes import known_keys
 from training.run import execute
 
 OPTIMIZERS = ("adamw", "lion", "sophiag", "sophiah", "muon", "signum", "adahessian")

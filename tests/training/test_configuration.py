@@ -7,9 +7,10 @@ import yaml
 from omegaconf import OmegaConf
 
 from training.command import main, parse
-from training.compose import CONFIG_DIRECTORY, Primary, compose, compose_dictionary, group_options
+from training.compose import CONFIG_DIRECTORY, Primary, compose, compose_dictionary
 from training.config import ConfigurationError, micro_batch_size, nearest_batches
 from training.launch import EXIT_FAILED
+from training.mistakes import group_options
 from training.sweep import run_trial
 
 GROUPS = ("model", "data", "tokenizer", "optimizer", "schedule", "strategy", "tracker", "launcher", "experiment")
