@@ -26,15 +26,13 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from training.compose import CONFIG_DIRECTORY
-from training.config import ConfigurationError
+from training.config import ConfigurationError, NonNegativeInt, PositiveInt, whole
 from training.config_files import read_yaml
 
 STUDY_DIRECTORY = CONFIG_DIRECTORY / "study"
 
 # Part of a trial's name, <arm>-<model>-<horizon>-<hash>-s<seed>, which a file system takes up to 255 bytes of.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$", max_length=64)]
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-Seed = Annotated[int, Field(ge=0, strict=True)]
 # A configuration key, or one element of a list: optimizer.betas[0].
 Key = Annotated[str, Field(pattern=r"^[a-z_]+(\.[a-z_0-9]+)+(\[\d+\])?$")]
 Value = bool | int | float | str
@@ -146,7 +144,7 @@ class ModelSpec(Section):
     horizons: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     arm_horizons: tuple[PositiveInt, ...] = ()
     tune_at: PositiveInt
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     like: Name | None = None
     arms: tuple[Name, ...] = ()
     overrides: tuple[str, ...] = ()
@@ -176,7 +174,7 @@ class RetuneSpec(Section):
 class TuningSpec(Section):
     """The search and its budget, the same for every arm."""
 
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     method: Literal["coordinate", "grid", "random", "halton"]
     trials: PositiveInt  # runs, for each arm at `tune_at`
     threshold: Annotated[float, Field(ge=0)] = 0.0  # nats by which a coordinate search must improve to move

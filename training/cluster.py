@@ -3,7 +3,6 @@
 `cluster.` keys belong to the planner alone; no run's configuration, and so no run's name, knows of them.
 """
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,8 @@ from pydantic import Field
 
 from training.compose import CONFIG_DIRECTORY
 from training.config import ConfigurationError, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from training.config_files import parse_value
+from training.mistakes import choose_from, expectation, shown
 
 GPU_DIRECTORY = CONFIG_DIRECTORY / "cluster"
 PREFIX = "cluster."
@@ -68,19 +69,19 @@ def split_cluster(overrides: Sequence[str]) -> tuple[ClusterConfig, list[str]]:
     others = []
     for override in overrides:
         key, equals, value = override.partition("=")
+        if key in ClusterConfig.model_fields or key == "cluster":
+            raise ConfigurationError(f"{override}: did you mean {PREFIX}{'gpu' if key == 'cluster' else key}={value}?")
         if not key.startswith(PREFIX):
             others.append(override)
         elif not equals:
-            raise ConfigurationError(f"{override}: not an override; write {override}=value")
+            raise ConfigurationError(f"{override}: not an override; write {override}=<value>")
         else:
-            given[key.removeprefix(PREFIX)] = yaml.safe_load(value)
+            given[key.removeprefix(PREFIX)] = parse_value(override)
     kind = str(given.pop("gpu", DEFAULT_GPU))
     if kind not in gpu_kinds():
-        near = difflib.get_close_matches(kind, gpu_kinds(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigurationError(
-            f"cluster.gpu={kind}: there is no such kind{hint}; choose one of {', '.join(gpu_kinds())}, or describe your "
-            f"own in {Path('configs/cluster') / (kind + '.yaml')}"
+            f"cluster.gpu={kind}: there is no such kind; {choose_from(kind, gpu_kinds(), 'cluster')}, or describe your own "
+            f"in {Path('configs/cluster') / (kind + '.yaml')}"
         )
     values = yaml.safe_load((GPU_DIRECTORY / f"{kind}.yaml").read_text())
     try:
@@ -88,9 +89,9 @@ def split_cluster(overrides: Sequence[str]) -> tuple[ClusterConfig, list[str]]:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        given_as = f"{PREFIX}{key}={shown(first['input'])}"
         if first["type"] == "extra_forbidden":
-            known = ", ".join(ClusterConfig.model_fields)
-            raise ConfigurationError(f"{PREFIX}{key}={first['input']}: unknown key; known keys: {known}") from error
-        raise ConfigurationError(
-            f"{PREFIX}{key}={first['input']}: {first['msg'][0].lower() + first['msg'][1:]}; see {GPU_DIRECTORY.name}/"
-        ) from error
+            fields = list(ClusterConfig.model_fields)
+            raise ConfigurationError(f"{given_as}: unknown key; {choose_from(key, fields, '')}") from error
+        meant = expectation([first], PREFIX + key, ClusterConfig.model_fields.get(key))
+        raise ConfigurationError(f"{given_as}: {meant}") from error

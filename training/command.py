@@ -24,6 +24,7 @@ from training.compose import (
 )
 from training.config import ConfigurationError, RankRefusedError, RunConfig, RunHeldError, SlurmLauncherConfig
 from training.launch import EXIT_HELD, in_job, run_in_job, start_ranks
+from training.mistakes import not_a_flag
 from training.sweep import sweep
 from training.terminal import printable
 
@@ -105,7 +106,7 @@ def _parser() -> ArgumentParser:
     from hydra._internal.utils import get_args_parser
 
     def refuse_flag(message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}; overrides are written key=value, see --help")
+        raise ConfigurationError(not_a_flag(message))
 
     parser = get_args_parser()
     parser.error = refuse_flag  # type: ignore[method-assign]

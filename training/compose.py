@@ -30,10 +30,11 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from training.config import ConfigurationError, RunConfig
+from training.config import ConfigurationError, RunConfig, whole
 from training.config_files import CONFIG_DIRECTORY, read_text, read_yaml
 from training.mistakes import (
     causes,
+    config_groups,
     key_of,
     omegaconf_problem,
     reword_composition_error,
@@ -70,6 +71,8 @@ READABLE_VARIABLES = frozenset(
 )
 # Hydra's syntax in a value: lists, quotes, sweeps, interpolations. A value without any of it may be put in quotes.
 _SYNTAX = re.compile(r"""[\\'"()\[\]{}$,]""")
+# An element of a list as it is written here, in messages and in studies: optimizer.betas[0]=0.9.
+_ELEMENT = re.compile(r"^(\+{0,2}[\w.]+)\[(\d+)\]=")
 
 
 def readable_variable(name: str, *default: Any, _node_: Node) -> str | None:
@@ -94,6 +97,7 @@ def readable_variable(name: str, *default: Any, _node_: Node) -> str | None:
 
 # For the whole process: the trials of a sweep resolve their values in Hydra's hands, in workers and jobs too.
 OmegaConf.register_new_resolver("oc.env", readable_variable, replace=True)
+OmegaConf.register_new_resolver("whole", whole, replace=True)  # for the integers of Hydra's launchers
 for _unused in ("oc.create", "oc.deprecated", "oc.dict.keys", "oc.dict.values"):  # none makes a plain value
     OmegaConf.clear_resolver(_unused)
 
@@ -271,7 +275,8 @@ def worded_errors(overrides: Sequence[str], primary: Primary = PROJECT) -> Itera
         ours = next((one for one in causes(error) if isinstance(one, ConfigurationError)), None)
         if ours is error:
             raise
-        line = str(ours) if ours else reword_composition_error(error, overrides, primary.file)
+        chosen = functools.partial(chosen_alone, overrides, primary)
+        line = str(ours) if ours else reword_composition_error(error, overrides, primary.file, chosen)
         raise ConfigurationError(redacted(line)) from error
     except OSError as error:  # a directory of configurations that may not be listed
         raise ConfigurationError(
@@ -283,8 +288,23 @@ def worded_errors(overrides: Sequence[str], primary: Primary = PROJECT) -> Itera
         ) from None
 
 
+def chosen_alone(overrides: Sequence[str], primary: Primary) -> dict[str, Any]:
+    """What the choices among the overrides compose, without single keys; nothing where these cannot be composed either."""
+    choices = [override for override in overrides if key_of(override) in config_groups()]
+    if len(choices) == len(overrides):
+        return {}
+    try:
+        return compose_dictionary(choices, primary)
+    except ConfigurationError:
+        return {}
+
+
 def quoted(override: str) -> str:
-    """The override, its value in quotes where Hydra could not read it and it has none of Hydra's syntax: `name=jörg`."""
+    """The override as Hydra reads it: an element of a list as `key.0=`, and a value in quotes where that is needed.
+
+    It is where Hydra could not read the value and it has none of Hydra's syntax: `name=jörg`.
+    """
+    override = _ELEMENT.sub(r"\1.\2=", override, count=1)
     key, equals, value = override.partition("=")
     if not equals or not value or _SYNTAX.search(value):
         return override
@@ -395,7 +415,7 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
     try:
         config = RunConfig.model_validate(dict(values))
     except pydantic.ValidationError as error:
-        raise ConfigurationError(redacted(reword_validation_error(error))) from error
+        raise ConfigurationError(redacted(reword_validation_error(error, values))) from error
     for key, value in _leaves(config.model_dump(mode="json"), ""):
         if not isinstance(value, str):
             continue

@@ -12,9 +12,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+
+def whole(value: Any) -> Any:
+    """A float that is a whole number, such as 1e3, as the integer that it is meant to be; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_INT else value
+
+
 MAX_INT = 2**63 - 1  # what generators and counters take
-PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INT, strict=True)]
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT, strict=True), BeforeValidator(whole)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INT, strict=True), BeforeValidator(whole)]
 YEAR = 366 * 24 * 60  # minutes; a clock's wait overflows at much longer ones
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -108,7 +114,7 @@ class TokenizerConfig(Section):
     """`gpt2` (50,257 tokens, embedded) or a byte-level BPE of `vocab_size` tokens trained on the corpus."""
 
     name: Literal["gpt2", "bpe"] = "gpt2"
-    vocab_size: Annotated[int, Field(gt=256, le=2**24)] | None = None
+    vocab_size: Annotated[int, Field(gt=256, le=2**24, strict=True), BeforeValidator(whole)] | None = None
 
     @model_validator(mode="after")
     def _size_belongs_to_bpe(self) -> Self:
@@ -254,7 +260,7 @@ class FSDPConfig(Section):
 
 class DeepSpeedConfig(Section):
     name: Literal["deepspeed"]
-    zero_stage: Literal[1, 2, 3] = 2
+    zero_stage: Annotated[PositiveInt, Field(le=3)] = 2
     offload_optimizer: bool = False
 
 

@@ -62,6 +62,18 @@ def read_yaml(path: Path) -> Any:
         raise ConfigurationError(f"{path}: {str(error).partition(';')[0]}; put text in quotes") from error
 
 
+def parse_value(override: str) -> Any:
+    """The value of an override that Hydra does not see.
+
+    Raises:
+        ConfigurationError: it is no YAML.
+    """
+    try:
+        return yaml.load(override.partition("=")[2], Loader=_LOADER)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{override}: not a value; close brackets and quotes") from error
+
+
 def read_text(path: Path) -> str:
     """The text of a small UTF-8 file.
 

@@ -1,26 +1,26 @@
 """The wording of mistakes: what Hydra, OmegaConf and pydantic say of a configuration as one line with a remedy."""
 
 import difflib
+import functools
 import re
 import shlex
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import pydantic
 from hydra.errors import OverrideParseException
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from training.config import RunConfig
-from training.config_files import CONFIG_DIRECTORY
+from training.config_files import CONFIG_DIRECTORY, read_yaml
 from training.secrets import redacted
 
 # What Hydra says of a composition, and what OmegaConf says of a value: in the words of a remedy.
 COMPOSITION_ERRORS = {
-    r"Ambiguous value for argument '(.+)'": r"\1: several values; sweep over them with -m, or put them in quotes or brackets",
-    r"Sweep parameters '(.+)' requires": r"\1: several values; sweep over them with -m",
     r"An item is already at '([^']+)'": r"\1: is there already; write \1=... to change it",
     r"Could not delete '([^']*)'": r"~\1: there is nothing to remove; leave it out",
     r"Could not delete from config. '([^']*)'": r"~\1: there is nothing to remove; leave it out",
@@ -34,11 +34,86 @@ VALUE_ERRORS = {
     r"Recursive interpolation": "its ${...} leads back to itself; give it a value",
     r"Interpolation key '(.*)' not found": r"${\1}: there is no such key; give a value, or the dotted name of a key",
     r"HydraConfig was not set": "${hydra:...} is known in a sweep alone; give a value",
+    r"list index out of range|assignment index out of range": "the list has no such element; give the whole list",
 }
+# Names that other projects have for keys of this one; a dotted name is meant in that section alone.
+SYNONYMS = {
+    "name": "run_name exp_name experiment_name job_name",
+    "output_dir": "out_dir outdir out output save_dir log_dir run_dir",
+    "resume": "resume_from ckpt ckpt_path checkpoint_path load",
+    "seed": "random_seed rng_seed manual_seed",
+    "model.n_layer": "n_layers num_layers layers depth num_hidden_layers",
+    "model.n_head": "n_heads num_heads heads num_attention_heads",
+    "model.n_embd": "n_embed d_model hidden_size hidden_dim width dim embed_dim embedding_size",
+    "model.block_size": "n_ctx n_positions max_position_embeddings",
+    "model.init_from": "pretrained from_pretrained init_weights",
+    "data": "dataset corpus data_name",
+    "data.paths": "data_path data_files train_file",
+    "optimizer": "opt optim",
+    "optimizer.lr": "learning_rate max_lr peak_lr base_lr eta",
+    "optimizer.betas": "beta beta1 beta2 beta_1 beta_2 b1 b2 adam_beta1 adam_beta2 momentum",
+    "optimizer.eps": "epsilon adam_epsilon",
+    "optimizer.gamma": "rho",
+    "optimizer.weight_decay": "wd decay l2",
+    "optimizer.hessian_interval": "k hess_interval hessian_freq hessian_every update_period",
+    "schedule": "scheduler lr_scheduler lr_schedule lr_scheduler_type",
+    "schedule.warmup_steps": "warmup warmup_iters num_warmup_steps lr_warmup_steps",
+    "schedule.warmup_share": "warmup_ratio warmup_fraction",
+    "schedule.final_ratio": "min_lr lr_min final_lr end_lr min_lr_ratio",
+    "strategy": "distributed parallel ddp fsdp",
+    "strategy.zero_stage": "zero stage zero_optimization",
+    "train.steps": "steps max_steps max_iters num_steps train_steps total_steps iters iterations epochs num_epochs",
+    "train.global_batch_size": "batch_size batch bs train_batch_size",
+    "train.micro_batch_size": "micro_batch mini_batch_size device_batch_size per_device_train_batch_size "
+    "gradient_accumulation_steps grad_accum_steps accumulation_steps",
+    "train.sequence_length": "seq_len seq_length sequence_len context_length context ctx_len max_seq_len max_length",
+    "train.precision": "dtype bf16 fp16 amp mixed_precision",
+    "train.grad_clip": "clip_grad max_grad_norm clip_grad_norm gradient_clip gradient_clipping",
+    "train.compile": "torch_compile compiled",
+    "train.device": "cuda cpu",
+    "eval.interval": "eval_interval eval_every eval_steps val_interval eval.steps eval.every",
+    "eval.tokens": "eval_iters eval_tokens val_tokens eval.iters eval.batches",
+    "eval.micro_batch_size": "eval_batch_size eval.batch_size",
+    "checkpoint.interval": "save_interval save_every save_steps checkpoint_every checkpoint.every checkpoint.steps",
+    "checkpoint.keep": "save_total_limit keep_last checkpoint.keep_last",
+    "tracker": "logger logging tracking report_to",
+    "tracker=wandb": "wandb wandb_log use_wandb",
+    "tracker=tensorboard": "tensorboard",
+    "tracker.project": "wandb_project project_name",
+    "launcher.nproc_per_node": "gpus num_gpus n_gpus ngpus gpu devices world_size nproc ranks num_processes",
+    "launcher.nodes": "num_nodes nnodes n_nodes",
+}
+# The same for choices.
+SYNONYMS_OF_CHOICES = {
+    "model=gpt2_small": "gpt2 gpt2_124m gpt2_125m 124m 125m small",
+    "model=gpt2_medium": "gpt2_355m gpt2_350m 355m 350m medium",
+    "model=gpt2_large": "gpt2_770m gpt2_774m 770m 774m large",
+    "model=gpt2_xl": "gpt2_1.5b 1.5b xl",
+    "data=openwebtext": "owt",
+    "optimizer=adamw": "adam",
+    "strategy=deepspeed": "zero zero1 zero2 zero3",
+    "tokenizer=gpt2": "tiktoken",
+}
+# Groups of configs that are not a run's, and the commands that take them.
+OTHER_COMMANDS = {
+    "study": "a study has a command of its own: python scripts/study.py run",
+    "cluster": "a run does not choose its GPUs, the planner does: python scripts/plan.py",
+}
+# What a list may hold that is empty.
+LIST_EXAMPLES = {"data.paths": "corpus/*.txt"}
 
 
-def reword_composition_error(error: Exception, overrides: Iterable[str], file: Path) -> str:
-    """One line for Hydra's composition errors; `file` is that with which the configuration begins."""
+def reword_composition_error(
+    error: Exception, overrides: Sequence[str], file: Path, chosen: Callable[[], Mapping[str, Any]]
+) -> str:
+    """One line for Hydra's composition errors.
+
+    Args:
+        error: Hydra's, or OmegaConf's.
+        overrides: as they were given.
+        file: with which the configuration begins.
+        chosen: composes the configuration without the single keys among the overrides.
+    """
     text = str(error)
     chain = f"{text}\n{error.__cause__ or ''}"
     if match := re.search(r"Could not find '([^']*)'", text):
@@ -46,22 +121,27 @@ def reword_composition_error(error: Exception, overrides: Iterable[str], file: P
         if group not in config_groups():
             group, _, choice = match.group(1).rpartition("/")
         options = group_options(group) or re.findall(r"^\t([\w/]+)$", text, re.MULTILINE)
-        choose = f"choose one of {', '.join(options)}" if options else f"give the name of one, as in {CONFIG_DIRECTORY}"
-        return f"{group}={choice}: there is no such choice{did_you_mean(choice, options)}; {choose}"
+        return f"{group}={choice}: there is no such choice; {choose_from(choice, options, group)}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
-        if re.search(r"No match in the defaults list", text):
-            if key in config_groups():
-                return (
-                    f"{key}: {file} chooses from no configuration groups, it holds values; set single keys, "
-                    f"{key}.<key>=..., or begin with another file"
-                )
-            return f"{key}: there is no such configuration group; choose one of {', '.join(config_groups())}"
-        return f"{key}: unknown key{did_you_mean_key(key)}"
+        group = key.partition(".")[0]
+        if group in OTHER_COMMANDS:
+            given = next((one for one in overrides if key_of(one) == key), key)
+            return f"{shown(given)}: {OTHER_COMMANDS[group]} {shown(given)}"
+        if not re.search(r"No match in the defaults list", text):
+            return f"{key}: unknown key{did_you_mean_key(key, chosen())}"
+        if key in config_groups():
+            return (
+                f"{key}: {file} chooses from no configuration groups, it holds values; set single keys, "
+                f"{key}.<key>=..., or begin with another file"
+            )
+        return f"{key}: there is no such configuration group; choose one of {', '.join(config_groups())}"
     if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", chain):
-        return f"{match.group(2)}: unknown key{did_you_mean_key(match.group(2))}"
+        return f"{match.group(2)}: unknown key{did_you_mean_key(match.group(2), chosen())}"
+    if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'", text):
+        return several_values(match.group(1))
     if isinstance(error, OverrideParseException):
-        return not_an_override(error.override)
+        return not_an_override(error.override, overrides)
     if "Config group override must be" in text:
         pairs = [override.lstrip("+").partition("=")[::2] for override in overrides]
         for group, value in pairs:
@@ -69,7 +149,7 @@ def reword_composition_error(error: Exception, overrides: Iterable[str], file: P
                 return f"{group}={value}: no name of a choice; choose one of {', '.join(group_options(group))}"
         if any(key_of(one) == "hydra" for one in overrides):
             return "hydra: a section, not a value; set one of its keys"
-        return not_an_override(next((one for one in overrides if not key_of(one)), "the command line"))
+        return not_an_override(next((one for one in overrides if not key_of(one)), "the command line"), overrides)
     for said, meant in COMPOSITION_ERRORS.items():
         if match := re.search(said, text):
             return shown(match.expand(meant))
@@ -80,21 +160,69 @@ def reword_composition_error(error: Exception, overrides: Iterable[str], file: P
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
-def not_an_override(override: str) -> str:
-    """One line for what Hydra cannot read, with the form in which it could where that is plain."""
-    key, _, value = override.partition("=")
+def several_values(override: str) -> str:
+    """One line for `seed=0,1` without -m."""
+    key, _, values = override.partition("=")
+    given = shown(override)
+    sweep = f"sweep over them: python train.py -m {given}"
+    field = field_at(key.lstrip("+").split("."))
+    if field is not None and get_origin(field.annotation) is tuple:
+        return f"{given}: several values, not a list; write '{key}=[{shown(values)}]', or {sweep}"
+    return f"{given}: several values; give one, or {sweep}"
+
+
+def not_an_override(override: str, overrides: Sequence[str]) -> str:
+    """One line for what Hydra cannot read: what the shell made of it, or the form in which Hydra could read it."""
+    key, equals, value = override.partition("=")
+    given = shown(override) or repr(override)
+    at = list(overrides).index(override) if override in overrides else 0
+    before, after = overrides[:at], overrides[at + 1 :]
+    joined = (" ".join(overrides[at : at + count]) for count in range(2, len(after) + 2))
+    whole = next((one for one in joined if one.count("[") == one.count("]")), None)
+    if override.count("[") > override.count("]") and whole is not None:
+        quoted = shlex.quote(re.sub(r",\s+", ",", whole))
+        return f"{given}: a part of a list, which the shell has cut at its spaces; put it in quotes: {quoted}"
+    if not equals and after and after[0].startswith("="):
+        spaced = override + after[0] + (after[1] if after[0] == "=" and len(after) > 1 else "")
+        return f"{given}: not an override; leave no space around '=': {shown(spaced)}"
+    if not equals and before and before[-1].endswith("="):
+        return f"{given}: not an override; leave no space after '=': {shown(before[-1] + override)}"
     if re.fullmatch(r"[+~]*[\w./@-]+", key, re.ASCII) and value and value[0] not in "[{'\"":
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        given = shown(f"{key}='{escaped}'")
-        given = shlex.quote(given) if re.search(r'["$`!\\]', given) else f'"{given}"'  # as one types it in a shell
-        return f"{shown(override)}: not an override; put the value in quotes: {given}"
+        remedy = shown(f"{key}='{escaped}'")
+        remedy = shlex.quote(remedy) if re.search(r'["$`!\\]', remedy) else f'"{remedy}"'  # as one types it in a shell
+        return f"{given}: not an override; put the value in quotes: {remedy}"
+    if match := re.fullmatch(r"([\w.]+)(?::(.*))?", override, re.ASCII):
+        name, value = match.groups()
+        chosen = [f"{group}={name}" for group in config_groups() if name in group_options(group)]
+        if chosen:
+            return f"{given}: not an override; did you mean {' or '.join(chosen)}?"
+        if name in known_keys():
+            return f"{given}: not an override; write {name}={value or '<value>'}"
+    if not equals and before and "=" in before[-1]:
+        quoted = shlex.quote(f"{before[-1]} {override}")
+        return f"{given}: not an override; write key=value, and put a value with spaces in quotes: {shown(quoted)}"
     remedy = "write key=value, and quote lists and text in them, as in 'optimizer.betas=[0.9,0.95]' \"data.paths=['a b.txt']\""
-    return f"{shown(override) or repr(override)}: not an override; {remedy}"
+    return f"{given}: not an override; {remedy}"
+
+
+def not_a_flag(message: str) -> str:
+    """One line for a flag that Hydra's parser does not know; `message` is argparse's."""
+    match = re.fullmatch(r"unrecognized arguments: -+([\w.-]+)(=\S*)?.*", message, re.DOTALL)
+    if match is None:
+        return f"{message}; overrides are written key=value, see --help"
+    flag, value = match.group(1).replace("-", "_"), match.group(2) or "=<value>"
+    name = flag if flag in known_keys() else next(iter(suggestions(flag, {})), "key")
+    written = name if "=" in name else name + value
+    return f"{shown(message.partition(': ')[2])}: no such flag; overrides are written without dashes: {shown(written)}"
 
 
 def omegaconf_problem(error: BaseException) -> str:
     """The first line of OmegaConf's own error, with the key."""
     ours = [one for one in causes(error) if isinstance(one, OmegaConfBaseException)]
+    for one in ours:  # of Hydra's launcher, whose keys are ours by another name
+        if match := re.search(r"'\$\{(?:whole:\$\{)?([\w.]+)\}+': Value '(.*)' of type .* to Integer", str(one)):
+            return shown(f"{match[1]}={match[2]}: not a whole number; give one such as 1")
     said = next((line.strip() for line in str(ours[-1]).splitlines() if line.strip()), type(ours[-1]).__name__)
     key = next((str(one.full_key) for one in ours if one.full_key), "")
     if isinstance(ours[-1], GrammarParseError):
@@ -107,6 +235,257 @@ def omegaconf_problem(error: BaseException) -> str:
     return shown(f"{key}: {said}" if key else said)
 
 
+def reword_validation_error(error: pydantic.ValidationError, values: Mapping[str, Any]) -> str:
+    """One line for the first of pydantic's errors (unknown keys before anything else: they often cause the rest).
+
+    Args:
+        error: of `RunConfig`.
+        values: that were validated.
+    """
+    by_key: dict[str, list[Any]] = {}
+    for one in sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden"):
+        by_key.setdefault(dotted_key(one["loc"]), []).append(one)
+    key, errors = next(iter(by_key.items()))
+    others = [
+        other for other in by_key if other not in ("", key) and not (other.startswith("seeds.") and "seed" in by_key)
+    ]
+    also = f"; also wrong: {_listed(others)}" if others else ""
+    first, field = errors[0], field_at(errors[0]["loc"])
+    given, kind = shown(first["input"]), first["type"]
+    if kind == "extra_forbidden":
+        return f"{key or repr('')}={given}: unknown key{did_you_mean_key(key, values, first['loc'])}{also}"
+    if kind == "value_error":
+        return f"{first['msg'].removeprefix('Value error, ')}{also}"
+    if kind == "missing" and isinstance(first["loc"][-1], int):  # a member of a list, which is the input
+        key = key.rpartition("[")[0]
+    elif kind == "missing":
+        return f"{key}: missing; give it a value, {key}=...{also}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tag = first.get("ctx", {}).get("discriminator", "name").strip("'")
+        value = shown(first["input"].get(tag)) if isinstance(first["input"], dict) else given
+        expected = first.get("ctx", {}).get("expected_tags", "")
+        return f"{key}.{tag}={value}: expected one of {expected or 'the known names'}; choose with {key}=<name>{also}"
+    return f"{key}={given}: {expectation(errors, key, field)}{also}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def shown(value: Any) -> str:
+    """A value as one types it, on one line, of no more than two hundred characters and without secrets."""
+    if value is None or isinstance(value, bool):
+        value = {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (list, tuple)):
+        value = f"[{','.join(map(shown, value))}]"
+    # Hidden before the cut, of which a secret would leave its head.
+    text = "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in redacted(str(value)))
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def expectation(errors: Sequence[Any], key: str, field: FieldInfo | None) -> str:
+    """What pydantic expected of one key, in the words of a remedy. A union of types has an error for each of them."""
+    error = errors[0]
+    context, kind, default = error.get("ctx", {}), error["type"], None if field is None else field.default
+    kinds = {one["type"] for one in errors}
+    or_null = ", or null" if field is not None and type(None) in get_args(field.annotation) else ""
+    limits = {
+        "greater_than": ("gt", "above"),
+        "greater_than_equal": ("ge", "of at least"),
+        "less_than": ("lt", "below"),
+    }
+    limits["less_than_equal"] = ("le", "of at most")
+    if kind in limits:
+        bound, word = limits[kind]
+        limit = context[bound]
+        return f"out of range; give a number {word} {f'{limit:g}' if isinstance(limit, float) else limit}{or_null}"
+    if kind in ("float_parsing", "float_type", "finite_number"):
+        if isinstance(default, tuple) and isinstance(error["loc"][-1], int):
+            default = default[error["loc"][-1]]
+        example = default if type(default) is float else "6e-4"
+        return f"not a {'finite ' * (kind == 'finite_number')}number; give one such as {example}{or_null}"
+    if kind in ("int_parsing", "int_type", "int_from_float"):
+        if isinstance(error["input"], float) and error["input"].is_integer():
+            return f"too large a number; give a smaller one{or_null}"
+        return f"not a whole number; give one such as {default if type(default) is int else 100}{or_null}"
+    if "literal_error" in kinds:
+        known = next(one["ctx"]["expected"] for one in errors if one["type"] == "literal_error").replace("'", "")
+        return f"not a known value; choose one of {known}" + (", true or false" if len(kinds) > 1 else "")
+    if kind in ("bool_parsing", "bool_type"):
+        return "not a switch; give true or false"
+    if kind == "string_pattern_mismatch":
+        return "not a valid name; use letters, digits, '.', '_' and '-', beginning with a letter or digit"
+    if kind == "string_too_long":
+        return f"too long; give at most {context['max_length']} characters"
+    if kind in ("too_short", "tuple_type", "too_long", "missing") and field is not None:
+        return list_expected(error["input"], key, field)
+    if kind in ("model_type", "dict_type"):
+        inside = [known.removeprefix(f"{key}.") for known in sorted(known_keys()) if known.startswith(f"{key}.")]
+        return f"a section, not a value; set one of its keys, {key}.<key>=...: {', '.join(inside)}"
+    if kind == "string_type":
+        return f"not text; quote it: \"{key}='{shown(error['input'])}'\""
+    return f"{error['msg']}; see configs/ for a valid value"
+
+
+def list_expected(given: Any, key: str, field: FieldInfo) -> str:
+    """What a list should hold, with one to copy: the default, or what was given in brackets."""
+    members = get_args(field.annotation)
+    single = not isinstance(given, (list, tuple, Mapping))
+    if members[-1] is Ellipsis:
+        example = shown([given if single else LIST_EXAMPLES.get(key, "text")])
+        return f"{'not a list' if single else 'an empty list'}; give a list such as {shlex.quote(f'{key}={example}')}"
+    example = shown(list(field.default)) if isinstance(field.default, tuple) else "[...]"
+    count = f"{len(members)} number{'s' * (len(members) > 1)}"
+    has = "not a list" if single else f"has {len(given)}"
+    return f"{has}; give a list of {count}, such as '{key}={example}'"
+
+
+def dotted_key(location: Sequence[int | str]) -> str:
+    """`optimizer.lr` and `optimizer.betas[0]` of pydantic's location, without the tags of its unions."""
+    return _found(location)[0]
+
+
+def field_at(location: Sequence[int | str]) -> FieldInfo | None:
+    """The field of a location, whether or not it has the tags of unions; None of an unknown key."""
+    return _found(location)[1]
+
+
+def _found(location: Sequence[int | str]) -> tuple[str, FieldInfo | None]:
+    key, field, models = "", None, (RunConfig,)
+    for part in location:
+        if isinstance(part, int):
+            key += f"[{part}]"
+        elif tagged := tuple(model for model in models if part in tags_of(model)):
+            models = tagged
+        elif models:  # else a plain value: the part is pydantic's name of one of its types
+            key += f".{part}" if key else part
+            field = next((model.model_fields[part] for model in models if part in model.model_fields), None)
+            models = sections_of(field.annotation) if field is not None else ()
+    return key, field
+
+
+def sections_of(annotation: Any) -> tuple[type[BaseModel], ...]:
+    """The model class of a field, or those of its union; none of a plain value."""
+    return tuple(a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel))
+
+
+def tags_of(model: type[BaseModel]) -> tuple[Any, ...]:
+    """The names, or kinds, by which a union tells the model from its others."""
+    field = model.model_fields.get("kind") or model.model_fields.get("name")
+    return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
+
+
+def known_keys(values: Mapping[str, Any] | None = None) -> set[str]:
+    """Every dotted key that some configuration may have; with values, one of the same choices."""
+
+    def keys_of(model: type[BaseModel], prefix: str, values: Any) -> Iterator[str]:
+        for name, field in model.model_fields.items():
+            yield prefix + name
+            inside = values.get(name) if isinstance(values, Mapping) else None
+            sections = sections_of(field.annotation)
+            for section in [s for s in sections if _tag(inside) in tags_of(s)] or sections:
+                yield from keys_of(section, f"{prefix}{name}.", inside)
+
+    return set(keys_of(RunConfig, "", values))
+
+
+def _tag(values: Any) -> Any:
+    return values.get("kind", values.get("name")) if isinstance(values, Mapping) else None
+
+
+def choices_with(key: str) -> list[str]:
+    """The choices of a group that have the key; none where every choice has it."""
+    group, _, rest = key.partition(".")
+    sections = sections_of(RunConfig.model_fields[group].annotation)
+    having = [section for section in sections if rest.partition(".")[0] in section.model_fields]
+    if len(having) == len(sections):
+        return []
+    tags = {tag for section in having for tag in tags_of(section)}
+    files = {choice: read_yaml(CONFIG_DIRECTORY / group / f"{choice}.yaml") for choice in group_options(group)}
+    return [choice for choice, values in files.items() if _tag(values.get(group, values)) in tags]
+
+
+def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int | str] = ()) -> str:
+    """What to write in the place of an unknown key.
+
+    Args:
+        key: dotted.
+        values: of the configuration, without the key or with it; empty where they are not known.
+        location: pydantic's, of a key in a file.
+    """
+    section = key.rpartition(".")[0]
+    if any("." in str(part) for part in location):
+        return f"; nest it, {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
+    if key in config_groups():
+        return f"; choose one with {key}=<name>: {', '.join(group_options(key))}"
+    if key in known_keys():
+        group = key.partition(".")[0]
+        if choices := choices_with(key):
+            has_not = f", not of {group}={_tag(values.get(group))}" if _tag(values.get(group)) else ""
+            return f"; it is a key of {group}={_either(choices)}{has_not}"
+        return f"; the files leave out {section or key}, or give it one value; correct that, or set it with ++{key}=..."
+    if meant := suggestions(key, values):
+        return f"; did you mean {_either([one + _of_choice(one, values) for one in meant])}?"
+    inside = sorted(known.rpartition(".")[2] for known in known_keys(values) if known.rpartition(".")[0] == section)
+    if not inside:
+        return f"; there is no section {section}; the sections are {', '.join(sorted(RunConfig.model_fields))}"
+    return f"; known keys{' of ' + section if section else ''}: {', '.join(inside)}"
+
+
+def suggestions(key: str, values: Mapping[str, Any]) -> list[str]:
+    """Known keys that the unknown one may stand for, those of the chosen sections before others."""
+    section, _, leaf = key.replace("-", "_").rpartition(".")
+    known = sorted(known_keys(), key=lambda one: (one.count("."), one))
+    anywhere: dict[str, list[str]] = {}
+    for one in known:
+        anywhere.setdefault(one.rpartition(".")[2], []).append(one)
+    anywhere |= _synonyms()
+    own = {one.rpartition(".")[2]: [one] for one in known if one.rpartition(".")[0] == section}
+    meant = anywhere.get(key) or anywhere.get(leaf) or []
+    for names, cutoff in ((own, 0.6), (anywhere, 0.75)):
+        near = difflib.get_close_matches(leaf, names, n=1, cutoff=cutoff)
+        meant = meant or (names[near[0]] if near else [])
+    here = known_keys(values)
+    return ([one for one in meant if one in here or "=" in one] or meant)[:3]
+
+
+@functools.cache
+def _synonyms() -> dict[str, list[str]]:
+    """`SYNONYMS` by the other name."""
+    keys: dict[str, list[str]] = {}
+    for key, names in SYNONYMS.items():
+        for name in names.split():
+            keys.setdefault(name, []).append(key)
+    return keys
+
+
+def _of_choice(key: str, values: Mapping[str, Any]) -> str:
+    """Which choices have the key, where the chosen one does not."""
+    if "=" in key or key in known_keys(values):
+        return ""
+    return f" of {key.partition('.')[0]}={_either(choices_with(key))}"
+
+
+def choose_from(choice: str, options: Sequence[str], group: str) -> str:
+    """What an unknown choice may stand for, by synonym, by its last part, beginning or spelling, and all that there are."""
+    name = choice.lower().replace("-", "_")
+    last = {option: option.rpartition("/")[2] for option in options}
+    meant = [one.partition("=")[2] for one, names in SYNONYMS_OF_CHOICES.items() if name in names.split()]
+    meant = [one for one in meant if f"{group}={one}" in SYNONYMS_OF_CHOICES]
+    meant = meant or [option for option in options if last[option] == name]
+    meant = meant or [option for option in options if name and last[option].startswith(name)]
+    meant = meant or difflib.get_close_matches(choice, options, n=1, cutoff=0.5)
+    all_of_them = ", ".join(options)
+    if meant:
+        return f"did you mean {_either(meant[:3])}? Choices: {all_of_them}"
+    return f"choose one of {all_of_them}" if options else f"give the name of one, as in {CONFIG_DIRECTORY}"
+
+
+def _either(names: Sequence[str]) -> str:
+    """`a`, `a or b`, `a, b or c`."""
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 def config_groups() -> list[str]:
     return sorted(path.name for path in CONFIG_DIRECTORY.iterdir() if path.is_dir())
 
@@ -115,130 +494,6 @@ def group_options(group: str) -> list[str]:
     """The choices of a configuration group, nested ones as `folder/name`."""
     root = CONFIG_DIRECTORY / group
     return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
-
-
-def reword_validation_error(error: pydantic.ValidationError) -> str:
-    """One line for the first of pydantic's errors (unknown keys before anything else: they often cause the rest)."""
-    errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    first = errors[0]
-    key = dotted_key(first["loc"])
-    given = shown(first["input"])
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    kind = first["type"]
-    if kind == "extra_forbidden":
-        key = key or "''"
-        return f"{key}={given}: unknown key{did_you_mean_key(key, first['loc'])}{more}"
-    if kind == "value_error":
-        return f"{first['msg'].removeprefix('Value error, ')}{more}"
-    if kind == "missing":
-        return f"{key}: missing; give it a value, {key}=...{more}"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tag = first.get("ctx", {}).get("discriminator", "name").strip("'")
-        value = shown(first["input"].get(tag)) if isinstance(first["input"], dict) else given
-        expected = first.get("ctx", {}).get("expected_tags", "")
-        return f"{key}.{tag}={value}: expected one of {expected or 'the known names'}; choose with {key}=<name>{more}"
-    return f"{key}={given}: {expectation(first)}{more}"
-
-
-def shown(value: Any) -> str:
-    """A value as one line, of no more than two hundred characters and without secrets."""
-    # Hidden before the cut, of which a secret would leave its head.
-    text = "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in redacted(str(value)))
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def expectation(error: Any) -> str:
-    """What pydantic expected, in the words of a remedy."""
-    context = error.get("ctx", {})
-    kind = error["type"]
-    limits = {"greater_than": ("gt", "above"), "greater_than_equal": ("ge", "at least"), "less_than": ("lt", "below")}
-    limits["less_than_equal"] = ("le", "at most")
-    if kind in limits:
-        bound, word = limits[kind]
-        return f"out of range; give a number {word} {context[bound]}"
-    if kind in ("float_parsing", "float_type", "finite_number"):
-        return "not a finite number; give a number such as 6e-4"
-    if kind in ("int_parsing", "int_type", "int_from_float"):
-        return "not a whole number; give one such as 100"
-    if kind in ("bool_parsing", "bool_type"):
-        return "not a switch; give true or false"
-    if kind == "literal_error":
-        return f"not a known value; choose one of {context['expected']}"
-    if kind == "string_pattern_mismatch":
-        return "not a valid name; use letters, digits, '.', '_' and '-', beginning with a letter or digit"
-    if kind == "string_too_long":
-        return f"too long; give at most {context['max_length']} characters"
-    if kind in ("too_short", "tuple_type", "too_long"):
-        length = context.get("min_length", context.get("max_length", ""))
-        return f"a list of {length or 'other'} length or type is expected; for example '[...]'".replace("  ", " ")
-    if kind in ("model_type", "dict_type"):
-        return "a section, not a value; set one of its keys"
-    if kind == "string_type":
-        return "not text; quote it: key='\"1\"'"
-    return f"{error['msg']}; see configs/ for a valid value"
-
-
-def dotted_key(location: Sequence[int | str]) -> str:
-    """`optimizer.lr` of pydantic's location, without the tags of its unions."""
-    parts: list[str] = []
-    model: Any = RunConfig
-    for part in location:
-        fields = getattr(model, "model_fields", None)
-        if fields is None and isinstance(model, tuple):
-            tagged = [m for m in model if part in get_args(getattr(m.model_fields.get("name"), "annotation", None))]
-            tagged += [m for m in model if part in get_args(getattr(m.model_fields.get("kind"), "annotation", None))]
-            if tagged:
-                model = tagged[0]
-                continue
-        parts.append(str(part))
-        field = fields.get(part) if fields else None
-        model = section_of(field.annotation) if field is not None else None
-    return ".".join(
-        p for p in parts if p not in ("bool", "int", "float") and not p.startswith(("literal[", "constrained-"))
-    )
-
-
-def section_of(annotation: Any) -> Any:
-    """The model class of a field, a tuple of classes for a union, None for a plain value."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    members = tuple(a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel))
-    return members or None
-
-
-def known_keys(model: Any = RunConfig, prefix: str = "") -> set[str]:
-    """Every key that some configuration may have, dotted."""
-    keys: set[str] = set()
-    for name, field in model.model_fields.items():
-        keys.add(prefix + name)
-        section = section_of(field.annotation)
-        for member in section if isinstance(section, tuple) else [section] if section else []:
-            keys |= known_keys(member, f"{prefix}{name}.")
-    return keys
-
-
-def did_you_mean_key(key: str, location: Sequence[int | str] = ()) -> str:
-    """The nearest known key, preferring the section's own; or the section's keys."""
-    section, _, leaf = key.rpartition(".")
-    if any("." in str(part) for part in location):
-        return f"; nest it, {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
-    if key in config_groups():
-        return f"; choose one with {key}=<name>: {', '.join(group_options(key))}"
-    if key in known_keys():
-        if section in config_groups():
-            return f"; it belongs to another choice of {section}, see configs/{section}/"
-        return f"; the files leave out {section or key}, or give it one value; correct that, or set it with ++{key}=..."
-    siblings = {k.rpartition(".")[2] for k in known_keys() if k.rpartition(".")[0] == section}
-    if near := difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6):
-        return f"; did you mean {section + '.' if section else ''}{near[0]}?"
-    if near := difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6):
-        return f"; did you mean {near[0]}?"
-    return f"; known keys{' of ' + section if section else ''}: {', '.join(sorted(siblings)) or 'none'}"
-
-
-def did_you_mean(choice: str, options: Sequence[str]) -> str:
-    near = difflib.get_close_matches(choice, options, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
