@@ -156,11 +156,22 @@ def problem(error: ValueError) -> str:
     return " ".join(str(error).split())
 
 
+def why_not_written(error: OSError) -> tuple[str, str]:
+    """What is the matter where something could not be written, and what to do about it, or nothing."""
+    parent = Path(os.fsdecode(error.filename)).parent if isinstance(error.filename, (str, bytes)) else None
+    if error.errno == errno.ENOENT and parent is not None and parent.is_dir():  # as in /proc
+        return f"{parent} takes no new files", ""
+    remedies = {errno.ENOSPC: "free space", errno.EDQUOT: "free space", errno.EFBIG: "raise ulimit -f"}
+    remedies |= dict.fromkeys((errno.EACCES, errno.EPERM), "correct the permissions")
+    return error.strerror or str(error), remedies.get(error.errno or 0, "")
+
+
 def cannot_write(error: OSError, directory: Path) -> DataError:
     """The error for a disk that is full, read-only or gone while `directory` was being written."""
+    reason, remedy = why_not_written(error)
+    again = f"{remedy} and run the same command again: what was finished is kept"
     return DataError(
-        f"{error.filename or directory} cannot be written: {error.strerror or error}; make room or correct the "
-        "permissions and run the same command again: what was finished is kept"
+        f"{error.filename or directory} cannot be written: {reason}; {again if remedy else 'choose another data.directory='}"
     )
 
 

@@ -70,12 +70,23 @@ def ensure_prepared(
         DataError: the tokens are not there, with the command that makes them; or they were made from something else.
     """
     directory = token_directory(root, source, tokenizer)
-    if _is_prepared(directory):
-        _check_request(directory, load_manifest(directory), source, tokenizer)
-        return directory
-    if isinstance(source, SampleSource):
+    if isinstance(source, SampleSource) and not _is_prepared(directory):
         prepare(source, tokenizer, directory, progress=progress)
         return directory
+    refuse_unprepared(directory, source, tokenizer)
+    _check_request(directory, load_manifest(directory), source, tokenizer)
+    return directory
+
+
+def refuse_unprepared(directory: Path, source: Source, tokenizer: TokenizerSpec) -> None:
+    """Refuse a directory without tokens, unless they are the sample's.
+
+    Raises:
+        DataError: with the source's file that does not exist, or with the command that makes the tokens.
+    """
+    if _is_prepared(directory) or isinstance(source, SampleSource):
+        return
+    source.refuse_absent()
     options = "" if tokenizer.name == "gpt2" else f" tokenizer={tokenizer.name}"
     options += "" if tokenizer.vocab_size is None else f" tokenizer.vocab_size={tokenizer.vocab_size}"
     raise DataError(
@@ -113,6 +124,7 @@ def prepare(
     directory = Path(directory)
     display = progress if progress is not None else Progress()
     if not _is_prepared(directory):  # else it may be a read-only copy, with no place for a lock
+        source.refuse_absent()
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with _exclusive(directory, display) as lock:

@@ -42,6 +42,10 @@ class Source(ABC):
     text_column: str
     split: SplitRule
 
+    def refuse_absent(self) -> None:
+        """Raise DataError if files that should lie on this machine do not. Needs no network."""
+        return
+
     @abstractmethod
     def fetch(self, report: Callable[[str], None]) -> Corpus:
         """Find the files, downloading them if need be; `report` is told what takes time.
@@ -102,14 +106,13 @@ class HubSource(Source):
     split: SplitRule = _DEFAULT_SPLIT
     local: Path | None = None
 
+    def refuse_absent(self) -> None:
+        if self.local is not None:
+            self._files_in(self.local, self.revision)
+
     def fetch(self, report: Callable[[str], None]) -> Corpus:
         root, revision = (self.local, self.revision) if self.local is not None else self._download(report)
-        found = sorted(file for file in root.glob(self.files) if not file.is_dir())
-        if not found:
-            raise DataError(
-                f"no file in {root} matches data.files={self.files!r} ({self.repository} at {revision}); look at the "
-                "repository's list of files and correct the glob"
-            )
+        found = self._files_in(root, revision)
         description = {
             "kind": "hub",
             "repository": self.repository,
@@ -129,6 +132,20 @@ class HubSource(Source):
             "text_column": self.text_column,
             "split": self.split.describe(),
         }
+
+    def _files_in(self, root: Path, revision: str) -> list[Path]:
+        """The repository's files in a directory, sorted by path."""
+        if not root.is_dir():
+            raise DataError(
+                f"data.local: there is no directory {root.absolute()}; give one that has the files of {self.repository}"
+            )
+        found = sorted(file for file in root.glob(self.files) if not file.is_dir())
+        if not found:
+            raise DataError(
+                f"no file in {root} matches data.files={self.files!r} ({self.repository} at {revision}); look at the "
+                "repository's list of files and correct the glob"
+            )
+        return found
 
     def _download(self, report: Callable[[str], None]) -> tuple[Path, str]:
         """The repository's files in the hub's own cache (HF_HOME), which resumes an interrupted download."""
@@ -168,6 +185,9 @@ class FileSource(Source):
     text_column: str = "text"
     split: SplitRule = _DEFAULT_SPLIT
 
+    def refuse_absent(self) -> None:
+        _match(self.paths)
+
     def fetch(self, report: Callable[[str], None]) -> Corpus:
         files = _match(self.paths)
         root = os.path.commonpath([file.parent for file in files])
@@ -202,9 +222,9 @@ def _match(patterns: Sequence[str]) -> list[Path]:
         pattern = os.path.expanduser(pattern)
         matches = glob.glob(pattern, recursive=True)
         if not matches:
+            absent = "no file matches" if glob.has_magic(pattern) else "there is no file"
             raise DataError(
-                f"data.paths: {pattern!r} matches nothing (from {os.getcwd()}); correct the path, quote the glob so "
-                "that the shell leaves it alone, and check that its directory may be read"
+                f"data.paths: {absent} {os.path.abspath(pattern)}; correct the path, and check that its directory may be read"
             )
         for match in matches:
             # A directory that a wildcard passes by is no mistake; one that is named, or looks like a file, is.

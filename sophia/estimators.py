@@ -5,7 +5,7 @@ one of (seed, step, parameter name, index), so that they depend neither on the s
 ranks.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -54,7 +54,7 @@ def gauss_newton_bartlett(
     Raises:
         ValueError: positions of the wrong shape, or no prediction.
     """
-    outputs, positions = _predictions(outputs_fn(), positions, likelihood)
+    outputs, positions = _predictions(_outputs(outputs_fn), positions, likelihood)
     labels = likelihood.sample(outputs.detach(), positions, seed, step, 0)
     loss = likelihood.loss_sum(outputs, labels) / (total_predictions or len(outputs))
     _backward(loss, grad_scaler)
@@ -90,7 +90,7 @@ def gauss_newton_bartlett_mean(
     if draws < 1:
         raise ValueError(f"draws = {draws}, expected an integer >= 1: the labels drawn for each prediction")
     params = list(params)
-    outputs, positions = _predictions(outputs_fn(), positions, likelihood)
+    outputs, positions = _predictions(_outputs(outputs_fn), positions, likelihood)
     n = len(outputs)
     estimates = [torch.zeros_like(p) for p in params]
     for draw in range(draws):
@@ -118,7 +118,7 @@ def empirical_fisher(
     Raises:
         ValueError: targets of the wrong shape, or none to predict.
     """
-    logits = outputs_fn()
+    logits = _outputs(outputs_fn)
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"targets have shape {tuple(targets.shape)}, expected {tuple(logits.shape[:-1])}: one for each position"
@@ -165,7 +165,7 @@ def hutchinson(
     params = list(params)
     noise = _noise(params, seed, step, names)
     with _put_back(buffers), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-        grads = torch.autograd.grad(loss_fn(), params, create_graph=True, materialize_grads=True)
+        grads = torch.autograd.grad(_loss(loss_fn), params, create_graph=True, materialize_grads=True)
         curved = [(grad, u) for grad, u in zip(grads, noise, strict=True) if grad.requires_grad]
         if not curved:  # linear in all of them
             return [torch.zeros_like(p) for p in params]
@@ -218,7 +218,7 @@ def hutchinson_differences(
             p.copy_(weight + u * scale)
             p.grad = None
         with torch.enable_grad():
-            loss_fn().backward()  # type: ignore[no-untyped-call] # not autograd.grad, which DDP and FSDP do not hook
+            _loss(loss_fn).backward()  # type: ignore[no-untyped-call] # not autograd.grad, which DDP and FSDP do not hook
         # Copies: DistributedDataParallel may hand out views of buckets that it uses again.
         return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
 
@@ -244,6 +244,44 @@ def _put_back(buffers: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for buffer, before in saved:
             buffer.copy_(before)
+
+
+def _outputs(outputs_fn: Callable[[], Tensor]) -> Tensor:
+    return _returned(outputs_fn, "outputs_fn", "logits", lambda found: found.dim() > 0)
+
+
+def _loss(loss_fn: Callable[[], Tensor]) -> Tensor:
+    loss = _returned(loss_fn, "loss_fn", "loss", lambda found: found.numel() == 1)
+    if loss.numel() != 1:
+        raise TypeError(
+            f"loss_fn returned a tensor of shape {tuple(loss.shape)}, expected one number: return its .mean()"
+        )
+    return loss
+
+
+def _returned(function: Callable[[], object], name: str, wanted: str, fits: Callable[[Tensor], bool]) -> Tensor:
+    """The tensor that a closure returns.
+
+    Raises:
+        TypeError: it is no function, or returns no tensor; with the expression for the tensor in it where there is one.
+    """
+    if not callable(function):
+        raise TypeError(f"{name} is a {type(function).__name__}, expected a function: write lambda: ... before it")
+    returned = function()
+    if isinstance(returned, Tensor):
+        return returned
+    members: Sequence[tuple[object, object]] = []
+    if isinstance(getattr(returned, wanted, None), Tensor):  # an output of Hugging Face's, which is a dictionary too
+        members = [(f".{wanted}", getattr(returned, wanted))]
+    elif isinstance(returned, Mapping):
+        members = sorted(
+            ((f"[{key!r}]", member) for key, member in returned.items()), key=lambda one: wanted not in one[0]
+        )
+    elif isinstance(returned, Sequence):
+        members = [(f"[{index}]", member) for index, member in enumerate(returned)]
+    place = next((place for place, member in members if isinstance(member, Tensor) and fits(member)), None)
+    remedy = f"take {wanted} out, as in lambda: model(x){place}" if place else f"return {wanted} as a tensor"
+    raise TypeError(f"{name} returned a {type(returned).__name__}, expected a tensor: {remedy}")
 
 
 def _predictions(outputs: Tensor, positions: Tensor | None, likelihood: Likelihood) -> tuple[Tensor, Tensor]:

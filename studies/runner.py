@@ -94,7 +94,7 @@ def run_study(
             if code == CONFIGURATION:
                 raise ConfigurationError(
                     f"{spec.name}: the configuration of {trial.name} is refused, see {places.run(trial)}.log; "
-                    "mend the study file"
+                    "correct the study file"
                 )
             if outcome is not None:
                 keep(trial, places)

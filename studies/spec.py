@@ -26,7 +26,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from training.compose import CONFIG_DIRECTORY
-from training.config import ConfigurationError, NonNegativeInt, PositiveInt, whole
+from training.config import ConfigurationError, NonNegativeInt, PositiveInt
 from training.config_files import read_yaml
 
 STUDY_DIRECTORY = CONFIG_DIRECTORY / "study"

@@ -23,6 +23,7 @@ from training.compose import (
     worded_errors,
 )
 from training.config import ConfigurationError, RankRefusedError, RunConfig, RunHeldError, SlurmLauncherConfig
+from training.inputs import refuse_absent_inputs
 from training.launch import EXIT_HELD, in_job, run_in_job, start_ranks
 from training.mistakes import not_a_flag
 from training.sweep import sweep
@@ -52,8 +53,10 @@ def start(config: RunConfig) -> int:
     """Run a validated configuration in this process, or in ranks that are started here. Returns the exit code."""
     if isinstance(config.launcher, SlurmLauncherConfig):
         return run_in_job(config)
-    if config.launcher.nproc_per_node > 1 and "WORLD_SIZE" not in os.environ:
-        return start_ranks(config)
+    if "WORLD_SIZE" not in os.environ:  # the ranks of torchrun find it out together
+        refuse_absent_inputs(config)
+        if config.launcher.nproc_per_node > 1:
+            return start_ranks(config)
     from training.run import execute
 
     return execute(config).exit_code

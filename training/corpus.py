@@ -1,6 +1,9 @@
 """From the configuration to a corpus: its source, its tokenizer, and the directory of its tokens."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data import (
     FileSource,
@@ -16,7 +19,9 @@ from data import (
     token_directory,
 )
 from training.config import FilesDataConfig, HubDataConfig, RunConfig, SampleDataConfig, ValidationSplitConfig
-from training.distributed import Distributed
+
+if TYPE_CHECKING:  # it takes torch, which a command line that is refused need not wait for
+    from training.distributed import Distributed
 
 
 def source_of(config: RunConfig) -> Source:

@@ -197,6 +197,9 @@ def compose_for(overrides: Sequence[str], cluster: ClusterConfig) -> tuple[RunCo
     assumed: list[str] = []
     recipe = {"train.global_batch_size": 480, "train.sequence_length": 1024, "train.steps": 100_000}
     if "experiment" not in given:
+        context = compose_dictionary(overrides)["model"].get("block_size")
+        if isinstance(context, int):
+            recipe["train.sequence_length"] = min(context, recipe["train.sequence_length"])
         assumed = [f"{key}={value}" for key, value in recipe.items() if key not in given]
         if assumed:
             notes.append(f"assumed, as in the paper: {' '.join(assumed)} (defaults are a laptop's; say otherwise)")

@@ -16,7 +16,7 @@ import torch
 from data.batches import Batches, ValidationWindows
 from data.dataset import TokenDataset
 from data.errors import DataError
-from data.files import sync_directory
+from data.files import sync_directory, why_not_written
 from data.manifest import Manifest
 from models import GPT2, GPT2Config
 from training import checkpoints, hardware
@@ -367,9 +367,10 @@ def _open_record(
     except RecordError as error:
         raise ConfigurationError(str(error)) from error
     except OSError as error:
+        reason, remedy = why_not_written(error)
         raise ConfigurationError(
-            f"output_dir={config.output_dir}: {error.filename or directory} cannot be written: {error.strerror}; "
-            "free space, mend the permissions or choose another output_dir="
+            f"output_dir={config.output_dir}: {error.filename or directory} cannot be written: {reason}; "
+            f"{remedy + ' or ' if remedy else ''}choose another output_dir="
         ) from error
 
 

@@ -69,7 +69,7 @@ def refuse_unnamed(directory: Path) -> None:
         return
     except NotADirectoryError as error:
         raise ConfigurationError(
-            f"{directory} cannot be a run directory: {error.strerror}; choose another output_dir="
+            f"{directory} cannot be a run directory: a part of its path is a file; choose another output_dir="
         ) from error
     if found:
         raise ConfigurationError(

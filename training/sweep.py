@@ -26,6 +26,7 @@ from training.compose import (
     worded_errors,
 )
 from training.config import ConfigurationError
+from training.inputs import refuse_absent_inputs
 from training.launch import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, in_job, refuse_absent_slurm
 from training.lifeline import die_with_launcher
 from training.secrets import redacted
@@ -107,7 +108,10 @@ def check_trials(trials: Sequence[Sequence[str]], primary: Primary = PROJECT) ->
     """Refuse a sweep before its first trial starts: a mistake in any of its trials, or two with one run directory."""
     named: dict[str, int] = {}
     for number, overrides in enumerate(trials):
-        name = compose(overrides, primary).run_name
+        config = compose(overrides, primary)
+        if config.launcher.name != "slurm":  # whose nodes may have files that this one has not
+            refuse_absent_inputs(config)
+        name = config.run_name
         if name in named:
             first = " ".join(o for o in trials[named[name]] if o not in overrides) or "the same values"
             second = " ".join(o for o in overrides if o not in trials[named[name]]) or "the same values"

@@ -245,7 +245,7 @@ def test_a_full_disk_is_one_clear_error_and_what_was_done_is_kept(tmp_path: Path
     )
     errors = process.communicate()[1]
     assert process.returncode == 1
-    assert "cannot be written: File too large; make room" in errors
+    assert "cannot be written: File too large; raise ulimit -f and run the same command again" in errors
     data.prepare(corpus, GPT2, tmp_path / "t", workers=2)
     data.prepare(corpus, GPT2, tmp_path / "anew", workers=2)
     assert contents(tmp_path / "t") == contents(tmp_path / "anew")

@@ -46,7 +46,7 @@ def test_a_corpus_is_described_by_its_files_and_not_by_where_they_are(tmp_path: 
 
 
 def test_a_glob_that_matches_nothing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"'{tmp_path}/\*\.txt' matches nothing"):
+    with pytest.raises(DataError, match=rf"data.paths: no file matches {tmp_path}/\*\.txt;"):
         fetch(FileSource(paths=[f"{tmp_path}/*.txt"]))
 
 

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,6 +209,55 @@ def test_estimators_name_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="event_dims = 0"):
         Categorical(event_dims=0)
     assert Bernoulli().event_dims == 0
+
+
+SCALAR, LOGITS = torch.zeros((), requires_grad=True), torch.zeros(2, 3, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ((LOGITS, None), "a tuple, expected a tensor: take logits out, as in lambda: model(x)[0]"),
+        ([SCALAR, LOGITS], "a list, expected a tensor: take logits out, as in lambda: model(x)[1]"),
+        (
+            SimpleNamespace(logits=LOGITS),
+            "a SimpleNamespace, expected a tensor: take logits out, as in lambda: model(x).logits",
+        ),
+        (
+            {"h": LOGITS, "logits": LOGITS},
+            "a dict, expected a tensor: take logits out, as in lambda: model(x)['logits']",
+        ),
+        (None, "a NoneType, expected a tensor: return logits as a tensor"),
+    ],
+)
+def test_a_model_that_returns_more_than_its_logits_is_told_how_to_take_them_out(returned: object, said: str) -> None:
+    targets = torch.zeros(2, dtype=torch.int64)
+    for estimate in (
+        lambda: gauss_newton_bartlett(lambda: returned, seed=0, step=1),
+        lambda: gauss_newton_bartlett_mean(lambda: returned, [LOGITS], seed=0, step=1, draws=1),
+        lambda: empirical_fisher(lambda: returned, targets),
+    ):
+        with pytest.raises(TypeError, match=f"outputs_fn .*{re.escape(said)}$"):
+            estimate()
+
+
+@pytest.mark.parametrize("estimate", [hutchinson, hutchinson_differences])
+@pytest.mark.parametrize(
+    ("loss_fn", "said"),
+    [
+        (lambda: (LOGITS, LOGITS.sum()), "a tuple, expected a tensor: take loss out, as in lambda: model(x)[1]"),
+        (
+            lambda: SimpleNamespace(loss=SCALAR),
+            "a SimpleNamespace, expected a tensor: take loss out, as in lambda: model(x).loss",
+        ),
+        (lambda: 0.5, "a float, expected a tensor: return loss as a tensor"),
+        (lambda: LOGITS * 2, "returned a tensor of shape (2, 3), expected one number: return its .mean()"),
+        (SCALAR, "is a Tensor, expected a function: write lambda: ... before it"),
+    ],
+)
+def test_a_loss_function_that_returns_no_loss_is_told(estimate: Any, loss_fn: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=f"loss_fn .*{re.escape(said)}$"):
+        estimate(loss_fn, [LOGITS], seed=0, step=1)
 
 
 def test_central_differences_refuse_half_precision() -> None:

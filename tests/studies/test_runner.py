@@ -142,7 +142,7 @@ def test_a_failed_trial_stops_neither_the_others_nor_the_next_sitting(spec: Stud
 def test_a_refused_configuration_ends_the_study_with_the_log(spec: StudySpec, places: Places) -> None:
     machine = FakeMachine()
     machine.codes[plan(spec, {}).trials[0].name] = 2
-    with pytest.raises(ConfigurationError, match=r"is refused, see .*\.log; mend the study file"):
+    with pytest.raises(ConfigurationError, match=r"is refused, see .*\.log; correct the study file"):
         run_study(spec, places, machine, tell=silent)
 
 
