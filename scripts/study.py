@@ -108,6 +108,8 @@ def split(overrides: Sequence[str]) -> tuple[str, list[str], list[str]]:
     study, launcher, extras = None, [], []
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
+        if "=" not in override:
+            raise ConfigurationError(f"{override}: not an override; write study={override}")
         if key == "launcher":
             raise ConfigurationError(f"{override}: a study's trials are launched by Hydra; give hydra/launcher={value}")
         if key == "study":

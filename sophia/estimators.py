@@ -52,6 +52,7 @@ def gauss_newton_bartlett(
         The number of predictions in this call.
 
     Raises:
+        TypeError: `outputs_fn` returns no tensor.
         ValueError: positions of the wrong shape, or no prediction.
     """
     outputs, positions = _predictions(_outputs(outputs_fn), positions, likelihood)
@@ -116,6 +117,7 @@ def empirical_fisher(
     the loss has been fitted it vanishes.
 
     Raises:
+        TypeError: `outputs_fn` returns no tensor.
         ValueError: targets of the wrong shape, or none to predict.
     """
     logits = _outputs(outputs_fn)
@@ -194,6 +196,7 @@ def hutchinson_differences(
     raises. Arguments and result as of `hutchinson`.
 
     Raises:
+        TypeError: `loss_fn` returns no loss.
         TypeError: weights in half precision, or autocast: the difference of two gradients would drown in rounding.
     """
     params = list(params)

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from training.compose import CONFIG_DIRECTORY
-from training.config import ConfigurationError, NonNegativeInt, PositiveInt
+from training.config import ConfigurationError, NonNegativeInt, PositiveInt, whole
 from training.config_files import read_yaml
+from training.mistakes import choose_from, expectation, is_integer
 
 STUDY_DIRECTORY = CONFIG_DIRECTORY / "study"
 
@@ -97,6 +98,19 @@ def _kind_of_space(value: Any) -> str:
 Space = Annotated[Annotated[Choices, Tag("values")] | Annotated[Range, Tag("range")], Discriminator(_kind_of_space)]
 
 
+def _whole_numbers(values: Any) -> Any:
+    """What is searched or set, with 1e3 as 1000 where the key is an integer's."""
+
+    def meant(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: meant(one) for name, one in value.items()}
+        return [meant(one) for one in value] if isinstance(value, list) else whole(value)
+
+    if not isinstance(values, Mapping):
+        return values
+    return {key: meant(value) if is_integer(str(key)) else value for key, value in values.items()}
+
+
 class ArmSpec(Section):
     """One arm: what it overrides, and the spaces of its hyper-parameters by configuration key.
 
@@ -104,7 +118,7 @@ class ArmSpec(Section):
     """
 
     overrides: tuple[str, ...]
-    search: dict[Key, Space] = {}
+    search: Annotated[dict[Key, Space], BeforeValidator(_whole_numbers)] = {}
     horizons: tuple[PositiveInt, ...] = ()
 
 
@@ -116,7 +130,7 @@ class AblationSpec(Section):
 
     of: Name
     overrides: tuple[str, ...] = ()
-    values: dict[Key, Value] = {}
+    values: Annotated[dict[Key, Value], BeforeValidator(_whole_numbers)] = {}
     model: Name
     horizons: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     seeds: PositiveInt | None = None  # how many of the model's reporting seeds, all by default
@@ -302,7 +316,9 @@ def load_spec(study: str | Path, directory: Path = STUDY_DIRECTORY) -> StudySpec
     path = Path(study) if str(study).endswith((".yaml", ".yml")) else directory / f"{study}.yaml"
     if not path.is_file():
         known = sorted(file.stem for file in directory.glob("*.yaml"))
-        raise ConfigurationError(f"study={study}: there is no {path}; choose one of {', '.join(known)}, or give a file")
+        raise ConfigurationError(
+            f"study={study}: there is no {path}; {choose_from(path.stem, known, 'study')}, or give a file"
+        )
     return validate_spec(read_yaml(path), str(path))
 
 
@@ -315,7 +331,15 @@ def validate_spec(values: Any, origin: str) -> StudySpec:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part not in ("values", "range"))
-        text = first["msg"].removeprefix("Value error, ")
+        match first["type"]:
+            case "value_error":
+                text = first["msg"].removeprefix("Value error, ")
+            case "extra_forbidden":
+                text = "unknown key; correct its name or remove it"
+            case "missing":
+                text = "missing; give it a value"
+            case _:
+                text = expectation([first], where, None)
         given = "" if isinstance(first["input"], (Mapping, BaseModel)) else f"={first['input']}"
         raise ConfigurationError(f"{origin}: {where + given + ': ' if where else ''}{text}") from error
 

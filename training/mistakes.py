@@ -350,6 +350,12 @@ def field_at(location: Sequence[int | str]) -> FieldInfo | None:
     return _found(location)[1]
 
 
+def is_integer(key: str) -> bool:
+    field = field_at(key.split("."))
+    kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
+    return any(kind is int or get_args(kind)[:1] == (int,) for kind in kinds)
+
+
 def _found(location: Sequence[int | str]) -> tuple[str, FieldInfo | None]:
     key, field, models = "", None, (RunConfig,)
     for part in location:

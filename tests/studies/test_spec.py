@@ -23,7 +23,7 @@ def change(values: dict[str, Any], path: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        ("seeds", 3, "seeds=3: Extra inputs"),
+        ("seeds", 3, "seeds=3: unknown key"),
         ("baseline", "adam", "baseline=adam is no arm; choose one of adamw, sophiag"),
         ("models/gpt2_nano/tune_at", 60, r"tune_at=\[60\] is not among horizons"),
         ("models/gpt2_nano/seeds", [1, 100], r"\[100\] are tuning seeds too"),
@@ -31,7 +31,8 @@ def change(values: dict[str, Any], path: str, value: Any) -> None:
         ("models/gpt2_micro/arms", ["sophiag"], "the baseline among them"),
         ("tuning/seeds", [100, 101, 102, 103], "tuning.trials=6 is no multiple of the 4 tuning seeds"),
         ("tuning/method", "halton", "needs low and high"),
-        ("tuning/trials", 0, "tuning.trials=0"),
+        ("tuning/trials", 0, "tuning.trials=0: out of range; give a number above 0"),
+        ("tuning/trials", 1.5, "tuning.trials=1.5: not a whole number"),
         ("arms/adamw/search/optimizer.lr", {"values": [1e-3], "widen": True}, "at least two values"),
         ("arms/adamw/search/optimizer.lr", {"values": [1e-3, 2e-3], "start": 3e-3}, "start=0.003 is not among"),
         ("arms/adamw/search/optimizer.lr", {"low": 1.0, "high": 0.5}, "low=1.0 is not below high=0.5"),
@@ -58,7 +59,9 @@ def test_a_grid_larger_than_the_budget_is_refused() -> None:
 
 
 def test_an_unknown_study_names_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"study=smok: there is no .*; choose one of .*smoke"):
+    with pytest.raises(
+        ConfigurationError, match=r"study=smok: there is no .*; did you mean smoke\? Choices: .*, or give a file"
+    ):
         load_spec("smok")
     broken = tmp_path / "broken.yaml"
     broken.write_text("name: [")
@@ -97,6 +100,18 @@ def test_an_arm_may_keep_to_some_of_the_horizons() -> None:
         for key, count in expected_trials(validate_spec(small(), "")).items()
         if key[:3] != ("sophiag", "gpt2_nano", 100)
     }
+
+
+def test_whole_floats_are_integers_where_the_key_is_an_integers() -> None:
+    """Else a study that says 1e1 would name its trials otherwise than one that says 10."""
+    whole, floats = small(), small()
+    for values, interval, steps in ((whole, 10, 100), (floats, 1e1, 1e2)):
+        change(values, "models/gpt2_nano/horizons", [25, 50, steps])
+        change(values, "arms/sophiag/search/optimizer.hessian_interval", {"values": [5, interval], "start": interval})
+        change(values, "ablations/sophiag_k1/values", {"optimizer.hessian_interval": interval})
+    same = validate_spec(floats, "floats.yaml")
+    assert repr(same) == repr(validate_spec(whole, "whole.yaml"))
+    assert [t.name for t in plan(same, {}).trials] == [t.name for t in plan(validate_spec(whole, ""), {}).trials]
 
 
 def test_a_study_survives_being_written_out(tmp_path: Path) -> None:
