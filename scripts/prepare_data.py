@@ -24,6 +24,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=None, help="processes (default: all usable cores)")
     parser.add_argument("--verify", action="store_true", help="check the sha256 of every shard, prepare nothing")
     arguments = parser.parse_intermixed_args()
+    if arguments.workers is not None and arguments.workers < 1:
+        return refuse(ConfigurationError(f"--workers {arguments.workers}: expected a number of at least 1"))
     try:
         config = compose(arguments.overrides)
         directory = token_directory_of(config)

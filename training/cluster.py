@@ -14,7 +14,7 @@ from pydantic import Field
 from training.compose import CONFIG_DIRECTORY
 from training.config import ConfigurationError, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from training.config_files import parse_value
-from training.mistakes import choose_from, expectation, shown
+from training.mistakes import choose_from, either, expectation, likely, shown
 
 GPU_DIRECTORY = CONFIG_DIRECTORY / "cluster"
 PREFIX = "cluster."
@@ -92,6 +92,8 @@ def split_cluster(overrides: Sequence[str]) -> tuple[ClusterConfig, list[str]]:
         given_as = f"{PREFIX}{key}={shown(first['input'])}"
         if first["type"] == "extra_forbidden":
             fields = list(ClusterConfig.model_fields)
-            raise ConfigurationError(f"{given_as}: unknown key; {choose_from(key, fields, '')}") from error
+            near = [PREFIX + one for one in likely(key, fields)]
+            hint = f"did you mean {either(near)}?" if near else f"known keys of cluster: {', '.join(fields)}"
+            raise ConfigurationError(f"{given_as}: unknown key; {hint}") from error
         meant = expectation([first], PREFIX + key, ClusterConfig.model_fields.get(key))
         raise ConfigurationError(f"{given_as}: {meant}") from error

@@ -21,7 +21,7 @@ from training.secrets import redacted
 
 # What Hydra says of a composition, and what OmegaConf says of a value: in the words of a remedy.
 COMPOSITION_ERRORS = {
-    r"An item is already at '([^']+)'": r"\1: is there already; write \1=... to change it",
+    r"An item is already at '([^']+)'": r"+\1: is there already; leave out the '+': \1=...",
     r"Could not delete '([^']*)'": r"~\1: there is nothing to remove; leave it out",
     r"Could not delete from config. '([^']*)'": r"~\1: there is nothing to remove; leave it out",
     r"No config source registered for schema (\w+)": r"hydra.searchpath: \1://: no place for files; give [file:///...]",
@@ -51,7 +51,9 @@ SYNONYMS = {
     "data.paths": "data_path data_files train_file",
     "optimizer": "opt optim",
     "optimizer.lr": "learning_rate max_lr peak_lr base_lr eta",
-    "optimizer.betas": "beta beta1 beta2 beta_1 beta_2 b1 b2 adam_beta1 adam_beta2 momentum",
+    "optimizer.betas": "beta",
+    "optimizer.betas[0]": "beta1 beta_1 b1 adam_beta1 momentum",
+    "optimizer.betas[1]": "beta2 beta_2 b2 adam_beta2",
     "optimizer.eps": "epsilon adam_epsilon",
     "optimizer.gamma": "rho",
     "optimizer.weight_decay": "wd decay l2",
@@ -93,6 +95,7 @@ SYNONYMS_OF_CHOICES = {
     "optimizer=adamw": "adam",
     "strategy=deepspeed": "zero zero1 zero2 zero3",
     "tokenizer=gpt2": "tiktoken",
+    "tracker=wandb": "wb",
 }
 # Groups of configs that are not a run's, and the commands that take them.
 OTHER_COMMANDS = {
@@ -121,6 +124,8 @@ def reword_composition_error(
         if group not in config_groups():
             group, _, choice = match.group(1).rpartition("/")
         options = group_options(group) or re.findall(r"^\t([\w/]+)$", text, re.MULTILINE)
+        if re.search(r"\s\S+=", choice):
+            return f"{shown(f'{group}={choice}')}: several overrides in one pair of quotes; quote each of them alone"
         return f"{group}={choice}: there is no such choice; {choose_from(choice, options, group)}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
@@ -146,7 +151,7 @@ def reword_composition_error(
         pairs = [override.lstrip("+").partition("=")[::2] for override in overrides]
         for group, value in pairs:
             if group in config_groups() and value not in group_options(group):
-                return f"{group}={value}: no name of a choice; choose one of {', '.join(group_options(group))}"
+                return f"{group}={value}: there is no such choice; {choose_from(value, group_options(group), group)}"
         if any(key_of(one) == "hydra" for one in overrides):
             return "hydra: a section, not a value; set one of its keys"
         return not_an_override(next((one for one in overrides if not key_of(one)), "the command line"), overrides)
@@ -173,6 +178,7 @@ def several_values(override: str) -> str:
 
 def not_an_override(override: str, overrides: Sequence[str]) -> str:
     """One line for what Hydra cannot read: what the shell made of it, or the form in which Hydra could read it."""
+    override = next((one for one in overrides if one in (override, override.replace("'", ""))), override)
     key, equals, value = override.partition("=")
     given = shown(override) or repr(override)
     at = list(overrides).index(override) if override in overrides else 0
@@ -187,6 +193,13 @@ def not_an_override(override: str, overrides: Sequence[str]) -> str:
         return f"{given}: not an override; leave no space around '=': {shown(spaced)}"
     if not equals and before and before[-1].endswith("="):
         return f"{given}: not an override; leave no space after '=': {shown(before[-1] + override)}"
+    field = field_at(key.lstrip("+").split("."))
+    if field is not None and get_origin(field.annotation) is tuple:
+        members = [member.strip() for member in value.strip("(){}[]").split(",")]
+        listed = ",".join(f"'{one}'" if get_args(field.annotation)[0] is str else one for one in members)
+        return f'{given}: not a list; write "{key}=[{shown(listed)}]"'
+    if value.endswith(","):
+        return f"{given}: not an override; leave out the comma: {shown(override.rstrip(','))}"
     if re.fullmatch(r"[+~]*[\w./@-]+", key, re.ASCII) and value and value[0] not in "[{'\"":
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
         remedy = shown(f"{key}='{escaped}'")
@@ -194,9 +207,11 @@ def not_an_override(override: str, overrides: Sequence[str]) -> str:
         return f"{given}: not an override; put the value in quotes: {remedy}"
     if match := re.fullmatch(r"([\w.]+)(?::(.*))?", override, re.ASCII):
         name, value = match.groups()
+        if equals:
+            return f"{given}: not an override; write {name}.{shown(value)}"
         chosen = [f"{group}={name}" for group in config_groups() if name in group_options(group)]
-        if chosen:
-            return f"{given}: not an override; did you mean {' or '.join(chosen)}?"
+        if chosen := [one for one in chosen if one.partition("=")[0] not in OTHER_COMMANDS]:
+            return f"{given}: not an override; did you mean {either(chosen)}?"
         if name in known_keys():
             return f"{given}: not an override; write {name}={value or '<value>'}"
     if not equals and before and "=" in before[-1]:
@@ -322,6 +337,8 @@ def expectation(errors: Sequence[Any], key: str, field: FieldInfo | None) -> str
     if kind in ("model_type", "dict_type"):
         inside = [known.removeprefix(f"{key}.") for known in sorted(known_keys()) if known.startswith(f"{key}.")]
         return f"a section, not a value; set one of its keys, {key}.<key>=...: {', '.join(inside)}"
+    if kind == "string_type" and error["input"] is None:
+        return f"missing; give it a value, {key}=..."
     if kind == "string_type":
         return f"not text; quote it: \"{key}='{shown(error['input'])}'\""
     return f"{error['msg']}; see configs/ for a valid value"
@@ -335,9 +352,12 @@ def list_expected(given: Any, key: str, field: FieldInfo) -> str:
         example = shown([given if single else LIST_EXAMPLES.get(key, "text")])
         return f"{'not a list' if single else 'an empty list'}; give a list such as {shlex.quote(f'{key}={example}')}"
     example = shown(list(field.default)) if isinstance(field.default, tuple) else "[...]"
-    count = f"{len(members)} number{'s' * (len(members) > 1)}"
-    has = "not a list" if single else f"has {len(given)}"
-    return f"{has}; give a list of {count}, such as '{key}={example}'"
+    has = "not a list" if single else f"{_numbers(len(given))} in the list"
+    return f"{has}; give a list of {_numbers(len(members))}, such as '{key}={example}'"
+
+
+def _numbers(count: int) -> str:
+    return f"{count} number{'' if count == 1 else 's'}"
 
 
 def dotted_key(location: Sequence[int | str]) -> str:
@@ -428,10 +448,12 @@ def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int
         group = key.partition(".")[0]
         if choices := choices_with(key):
             has_not = f", not of {group}={_tag(values.get(group))}" if _tag(values.get(group)) else ""
-            return f"; it is a key of {group}={_either(choices)}{has_not}"
+            other = [one for one in _synonyms().get(key.rpartition(".")[2], []) if not _of_choice(one, values)]
+            instead = f"; did you mean {either(other)}?" if other else ""
+            return f"; it is a key of {group}={either(choices)}{has_not}{instead}"
         return f"; the files leave out {section or key}, or give it one value; correct that, or set it with ++{key}=..."
     if meant := suggestions(key, values):
-        return f"; did you mean {_either([one + _of_choice(one, values) for one in meant])}?"
+        return f"; did you mean {either([one + _of_choice(one, values) for one in meant])}?"
     inside = sorted(known.rpartition(".")[2] for known in known_keys(values) if known.rpartition(".")[0] == section)
     if not inside:
         return f"; there is no section {section}; the sections are {', '.join(sorted(RunConfig.model_fields))}"
@@ -440,19 +462,19 @@ def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int
 
 def suggestions(key: str, values: Mapping[str, Any]) -> list[str]:
     """Known keys that the unknown one may stand for, those of the chosen sections before others."""
-    section, _, leaf = key.replace("-", "_").rpartition(".")
+    key = key.replace("-", "_").replace("/", ".")
+    section, _, leaf = key.rpartition(".")
     known = sorted(known_keys(), key=lambda one: (one.count("."), one))
     anywhere: dict[str, list[str]] = {}
     for one in known:
         anywhere.setdefault(one.rpartition(".")[2], []).append(one)
     anywhere |= _synonyms()
     own = {one.rpartition(".")[2]: [one] for one in known if one.rpartition(".")[0] == section}
-    meant = anywhere.get(key) or anywhere.get(leaf) or []
+    meant = [key] if key in known else anywhere.get(key) or anywhere.get(leaf) or []
     for names, cutoff in ((own, 0.6), (anywhere, 0.75)):
         near = difflib.get_close_matches(leaf, names, n=1, cutoff=cutoff)
         meant = meant or (names[near[0]] if near else [])
-    here = known_keys(values)
-    return ([one for one in meant if one in here or "=" in one] or meant)[:3]
+    return ([one for one in meant if not _of_choice(one, values)] or meant)[:3]
 
 
 @functools.cache
@@ -467,27 +489,36 @@ def _synonyms() -> dict[str, list[str]]:
 
 def _of_choice(key: str, values: Mapping[str, Any]) -> str:
     """Which choices have the key, where the chosen one does not."""
+    key = key.partition("[")[0]
     if "=" in key or key in known_keys(values):
         return ""
-    return f" of {key.partition('.')[0]}={_either(choices_with(key))}"
+    return f" of {key.partition('.')[0]}={either(choices_with(key))}"
 
 
 def choose_from(choice: str, options: Sequence[str], group: str) -> str:
-    """What an unknown choice may stand for, by synonym, by its last part, beginning or spelling, and all that there are."""
-    name = choice.lower().replace("-", "_")
-    last = {option: option.rpartition("/")[2] for option in options}
-    meant = [one.partition("=")[2] for one, names in SYNONYMS_OF_CHOICES.items() if name in names.split()]
+    """What an unknown choice may stand for, and all that there are."""
+    everything = ", ".join(options)
+    if meant := likely(choice, options, group):
+        return f"did you mean {either(meant)}? Choices: {everything}"
+    return f"choose one of {everything}" if options else f"give the name of one, as in {CONFIG_DIRECTORY}"
+
+
+def likely(choice: str, options: Sequence[str], group: str = "") -> list[str]:
+    """The options that an unknown one may stand for: by synonym, or by its last part, beginning or spelling."""
+    flat = {option: _flat(option.rpartition("/")[2]) for option in options}
+    name = _flat(choice)
+    meant = [one.partition("=")[2] for one, others in SYNONYMS_OF_CHOICES.items() if name in map(_flat, others.split())]
     meant = [one for one in meant if f"{group}={one}" in SYNONYMS_OF_CHOICES]
-    meant = meant or [option for option in options if last[option] == name]
-    meant = meant or [option for option in options if name and last[option].startswith(name)]
-    meant = meant or difflib.get_close_matches(choice, options, n=1, cutoff=0.5)
-    all_of_them = ", ".join(options)
-    if meant:
-        return f"did you mean {_either(meant[:3])}? Choices: {all_of_them}"
-    return f"choose one of {all_of_them}" if options else f"give the name of one, as in {CONFIG_DIRECTORY}"
+    meant = meant or [option for option in options if flat[option] == name]
+    meant = meant or [option for option in options if name and flat[option].startswith(name)]
+    return (meant or difflib.get_close_matches(choice.lower(), options, n=1, cutoff=0.6))[:3]
 
 
-def _either(names: Sequence[str]) -> str:
+def _flat(name: str) -> str:
+    return re.sub(r"[-_. ]", "", name.lower())
+
+
+def either(names: Sequence[str]) -> str:
     """`a`, `a or b`, `a, b or c`."""
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 

@@ -29,6 +29,7 @@ from training.config import ConfigurationError
 from training.inputs import refuse_absent_inputs
 from training.launch import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, in_job, refuse_absent_slurm
 from training.lifeline import die_with_launcher
+from training.mistakes import key_of
 from training.secrets import redacted
 from training.signals import passed_on_to_workers, stop_pending
 
@@ -115,9 +116,12 @@ def check_trials(trials: Sequence[Sequence[str]], primary: Primary = PROJECT) ->
         if name in named:
             first = " ".join(o for o in trials[named[name]] if o not in overrides) or "the same values"
             second = " ".join(o for o in overrides if o not in trials[named[name]]) or "the same values"
+            remedy = "they are one run: leave one of them out"
+            if "name" in map(key_of, overrides):
+                remedy = "leave name= out, or make it differ, for example name='${optimizer.name}-${seed}'"
             raise ConfigurationError(
                 f"name={name}: trials {named[name]} ({first}) and {number} ({second}) of the sweep would share this "
-                "run directory; leave name= out, or make it differ, for example name='${optimizer.name}-${seed}'"
+                f"run directory; {remedy}"
             )
         named[name] = number
 

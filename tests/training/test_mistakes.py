@@ -1,0 +1,68 @@
+"""Mistakes that people make on the command line, each with its one line: mistakes.txt is the table, from top to bottom."""
+
+import importlib
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from training import command
+from training.mistakes import SYNONYMS, SYNONYMS_OF_CHOICES, config_groups, group_options, known_keys
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = Path(__file__).with_name("mistakes.txt").read_text()
+ROWS = re.findall(r"^\$ (.+)\n  (.+)$", TABLE, re.MULTILINE)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty directory but for notes.txt, where no run can begin."""
+
+    def begun(*_: object) -> None:
+        raise AssertionError("the command was not refused")
+
+    monkeypatch.setattr("training.run.execute", begun)
+    monkeypatch.setattr(command, "start_ranks", begun)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("a text\n")
+    yield tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"], "a refused command leaves nothing"
+
+
+def refused(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of a command line, cut into words as a shell would."""
+    script, *words = shlex.split(line)
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    module = "training.command" if script == "train.py" else script.removesuffix(".py").replace("/", ".")
+    main = importlib.import_module(module).main
+    return main(words) if main.__code__.co_argcount else main()
+
+
+def test_the_table_is_whole() -> None:
+    lines = [line for line in TABLE.splitlines() if line and not line.startswith("#")]
+    assert len(lines) == 2 * len(ROWS)
+    assert len({line for line, _ in ROWS}) == len(ROWS) >= 50
+
+
+@pytest.mark.parametrize(("line", "message"), ROWS, ids=[line for line, _ in ROWS])
+def test_a_mistake_is_one_line_with_the_remedy(
+    line: str, message: str, here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(line, monkeypatch) == 2
+    said = capfd.readouterr().err.replace(str(here), "<here>").replace(str(ROOT), "<repository>")
+    assert re.sub(r"-[0-9a-f]{8}-s", "-<hash>-s", said) == f"error: {message}\n"
+
+
+def test_synonyms_are_of_keys_and_choices_that_exist() -> None:
+    assert {key.partition("[")[0].partition("=")[0] for key in SYNONYMS} <= known_keys()
+    choices = {f"{group}={option}" for group in config_groups() for option in group_options(group)}
+    assert SYNONYMS_OF_CHOICES.keys() | {key for key in SYNONYMS if "=" in key} <= choices
+
+
+def test_a_synonym_has_one_meaning_and_is_no_key_of_its_own() -> None:
+    names = [name for others in SYNONYMS.values() for name in others.split()]
+    assert len(set(names)) == len(names)
+    assert not set(names) & known_keys()
