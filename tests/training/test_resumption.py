@@ -145,6 +145,15 @@ def test_an_output_directory_that_cannot_be_written_is_named(
     assert "choose another output_dir=" in message(capfd)
 
 
+def test_a_file_system_that_takes_no_files_is_not_said_to_be_full(
+    corpus: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny(corpus, Path("/proc/runs"))) == 2
+    assert message(capfd) == (
+        "error: output_dir=/proc/runs: /proc/runs cannot be written: /proc takes no new files; choose another output_dir="
+    )
+
+
 @pytest.mark.parametrize(
     "content", ["", "[1, 2", "name: 5\n", "- a\n", "\x00\x01", "!!python/object/apply:os.system [id]\n"]
 )
