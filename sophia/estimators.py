@@ -273,7 +273,7 @@ def _returned(function: Callable[[], object], name: str, wanted: str, fits: Call
     returned = function()
     if isinstance(returned, Tensor):
         return returned
-    members: Sequence[tuple[object, object]] = []
+    members: Sequence[tuple[str, object]] = []
     if isinstance(getattr(returned, wanted, None), Tensor):  # an output of Hugging Face's, which is a dictionary too
         members = [(f".{wanted}", getattr(returned, wanted))]
     elif isinstance(returned, Mapping):

@@ -261,26 +261,32 @@ def reword_validation_error(error: pydantic.ValidationError, values: Mapping[str
     for one in sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden"):
         by_key.setdefault(dotted_key(one["loc"]), []).append(one)
     key, errors = next(iter(by_key.items()))
-    others = [
-        other for other in by_key if other not in ("", key) and not (other.startswith("seeds.") and "seed" in by_key)
-    ]
-    also = f"; also wrong: {_listed(others)}" if others else ""
+    line = _reworded(key, errors, values)
+    follow = (key.partition("[")[0] + "[", "seeds." if key == "seed" else key + ".")
+    others = [other for other in by_key if other not in ("", key) and not other.startswith(follow)]
+    if not others:
+        return line
+    return f"{line}{' Also' if line.endswith('?') else '; also'} wrong: {_listed(others)}"
+
+
+def _reworded(key: str, errors: Sequence[Any], values: Mapping[str, Any]) -> str:
+    """One line for the errors of one key."""
     first, field = errors[0], field_at(errors[0]["loc"])
     given, kind = shown(first["input"]), first["type"]
     if kind == "extra_forbidden":
-        return f"{key or repr('')}={given}: unknown key{did_you_mean_key(key, values, first['loc'])}{also}"
+        return f"{key or repr('')}={given}: unknown key{did_you_mean_key(key, values, first['loc'])}"
     if kind == "value_error":
-        return f"{first['msg'].removeprefix('Value error, ')}{also}"
+        return str(first["msg"].removeprefix("Value error, "))
     if kind == "missing" and isinstance(first["loc"][-1], int):  # a member of a list, which is the input
         key = key.rpartition("[")[0]
     elif kind == "missing":
-        return f"{key}: missing; give it a value, {key}=...{also}"
+        return f"{key}: missing; give it a value, {key}=..."
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         tag = first.get("ctx", {}).get("discriminator", "name").strip("'")
         value = shown(first["input"].get(tag)) if isinstance(first["input"], dict) else given
         expected = first.get("ctx", {}).get("expected_tags", "")
-        return f"{key}.{tag}={value}: expected one of {expected or 'the known names'}; choose with {key}=<name>{also}"
-    return f"{key}={given}: {expectation(errors, key, field)}{also}"
+        return f"{key}.{tag}={value}: expected one of {expected or 'the known names'}; choose with {key}=<name>"
+    return f"{key}={given}: {expectation(errors, key, field)}"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -315,8 +321,8 @@ def expectation(errors: Sequence[Any], key: str, field: FieldInfo | None) -> str
         limit = context[bound]
         return f"out of range; give a number {word} {f'{limit:g}' if isinstance(limit, float) else limit}{or_null}"
     if kind in ("float_parsing", "float_type", "finite_number"):
-        if isinstance(default, tuple) and isinstance(error["loc"][-1], int):
-            default = default[error["loc"][-1]]
+        if isinstance(default, tuple):  # of a list, one of whose members this is
+            default = default[0]
         example = default if type(default) is float else "6e-4"
         return f"not a {'finite ' * (kind == 'finite_number')}number; give one such as {example}{or_null}"
     if kind in ("int_parsing", "int_type", "int_from_float"):
@@ -332,9 +338,9 @@ def expectation(errors: Sequence[Any], key: str, field: FieldInfo | None) -> str
         return "not a valid name; use letters, digits, '.', '_' and '-', beginning with a letter or digit"
     if kind == "string_too_long":
         return f"too long; give at most {context['max_length']} characters"
-    if kind in ("too_short", "tuple_type", "too_long", "missing") and field is not None:
+    if field is not None and get_origin(field.annotation) is tuple and not key.endswith("]"):
         return list_expected(error["input"], key, field)
-    if kind in ("model_type", "dict_type"):
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
         inside = [known.removeprefix(f"{key}.") for known in sorted(known_keys()) if known.startswith(f"{key}.")]
         return f"a section, not a value; set one of its keys, {key}.<key>=...: {', '.join(inside)}"
     if kind == "string_type" and error["input"] is None:
@@ -377,7 +383,8 @@ def is_integer(key: str) -> bool:
 
 
 def _found(location: Sequence[int | str]) -> tuple[str, FieldInfo | None]:
-    key, field, models = "", None, (RunConfig,)
+    key, field = "", None
+    models: tuple[type[BaseModel], ...] = (RunConfig,)
     for part in location:
         if isinstance(part, int):
             key += f"[{part}]"
