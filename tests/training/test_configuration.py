@@ -334,7 +334,7 @@ def test_hydras_flags_show_what_a_run_would_have(
     ("flags", "said"),
     [
         (["--cfg", "nothing"], "--cfg/-c: invalid choice: 'nothing'"),
-        (["--nothing"], "unrecognized arguments: --nothing"),
+        (["--nothing"], "--nothing: no such flag"),
         (["--experimental-rerun", "x"], "--experimental-rerun: would unpickle"),
         (["--config-dir", "/nowhere"], "--config-dir /nowhere: there is no such directory"),
         (["--cfg", "job", "--package", "nowhere"], "package 'nowhere' not found"),

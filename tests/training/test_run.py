@@ -156,32 +156,6 @@ def test_a_run_that_blows_up_ends_as_diverged(train: Train) -> None:
     assert [line["event"] for line in record.metrics("event")][-1] == "diverged"
 
 
-MISTAKES = {
-    "optimizer.lr=abc": "optimizer.lr=abc",
-    "+optimizer.gama=1": "did you mean optimizer.gamma",
-    "model=gpt5": "choose one of",
-    "data=openwebtext": "scripts/prepare_data.py data=openwebtext",
-    "train.micro_batch_size=3": "train.micro_batch_size=2 or 4",
-    "resume=/nowhere": "resume=/nowhere",
-    "strategy=fsdp optimizer=sophiah": "hutchinson_differences",
-    "--nosuch": "unrecognized arguments",
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_exit_code_two_and_writes_nothing(
-    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mistake: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    overrides = [] if "data=" in mistake else tiny
-    assert main([*overrides, *mistake.split(" ")]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    assert MISTAKES[mistake] in lines[0]
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_two_processes_have_the_curve_of_one(train: Train, tiny: list[str], tmp_path: Path) -> None:
     common = ["optimizer=sophiag", "train.steps=50", "optimizer.hessian_interval=20", "optimizer.lr=1e-3"]
     alone = train("alone", *common)

@@ -35,7 +35,7 @@ def test_no_refusal_shows_a_key(
 
 
 def test_what_is_given_to_a_key_is_hidden_though_no_variable_holds_it() -> None:
-    with pytest.raises(ConfigurationError, match=r"tracker\.api_key=<hidden>: unknown key; did you mean"):
+    with pytest.raises(ConfigurationError, match=r"tracker\.api_key=<hidden>: unknown key; known keys of tracker"):
         compose(["+tracker.api_key=abcdef"])
 
 
