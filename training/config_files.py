@@ -69,7 +69,7 @@ def parse_value(override: str) -> Any:
         ConfigurationError: it is no YAML.
     """
     try:
-        return yaml.load(override.partition("=")[2], Loader=_LOADER)
+        return _LOADER(override.partition("=")[2]).get_single_data()
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{override}: not a value; close brackets and quotes") from error
 

@@ -25,7 +25,7 @@ from training.compose import (
     resolved,
     worded_errors,
 )
-from training.config import ConfigurationError
+from training.config import ConfigurationError, RunConfig
 from training.inputs import refuse_absent_inputs
 from training.launch import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, in_job, refuse_absent_slurm
 from training.lifeline import die_with_launcher
@@ -41,6 +41,7 @@ def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
 
     Raises:
         ConfigurationError: a trial cannot be run, or two trials are one run; nothing has been started.
+        DataError: a trial's corpus is missing; nothing has been started.
     """
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -50,17 +51,20 @@ def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
         raise ConfigurationError(
             "-m under torchrun: every rank would run the whole sweep; use launcher.nproc_per_node=N instead"
         )
-    check_trials(trials(overrides, primary), primary)
+    configs = check_trials(trials(overrides, primary), primary)
     overrides = made_again(primary, overrides)
     hydra = begin_hydra(primary)
     try:
         with worded_errors(overrides, primary):
             master = hydra.compose_config(primary.name, overrides, RunMode.MULTIRUN, with_log_configuration=False)
             check_hydra(master, overrides)
+        for config in configs:
+            if config.launcher.name != "slurm":  # whose nodes may have files that this one has not
+                refuse_absent_inputs(config)
         refuse_absent_slurm(master.hydra.launcher)
         with passed_on_to_workers(master.hydra.launcher._target_, EXIT_PREEMPTED):
             batches = hydra.multirun(primary.name, run_trial, overrides, with_log_configuration=False)
-    except ConfigurationError:
+    except (ConfigurationError, DataError):
         raise
     except HydraException as error:
         raise ConfigurationError(redacted(" ".join(str(error).split()))) from error
@@ -105,14 +109,17 @@ def trials(overrides: Sequence[str], primary: Primary = PROJECT) -> list[list[st
     ]
 
 
-def check_trials(trials: Sequence[Sequence[str]], primary: Primary = PROJECT) -> None:
-    """Refuse a sweep before its first trial starts: a mistake in any of its trials, or two with one run directory."""
+def check_trials(trials: Sequence[Sequence[str]], primary: Primary = PROJECT) -> list[RunConfig]:
+    """The trials' configurations, before the first one starts.
+
+    Raises:
+        ConfigurationError: a mistake in any of them, or two with one run directory.
+    """
     named: dict[str, int] = {}
+    configs: list[RunConfig] = []
     for number, overrides in enumerate(trials):
-        config = compose(overrides, primary)
-        if config.launcher.name != "slurm":  # whose nodes may have files that this one has not
-            refuse_absent_inputs(config)
-        name = config.run_name
+        configs.append(compose(overrides, primary))
+        name = configs[-1].run_name
         if name in named:
             first = " ".join(o for o in trials[named[name]] if o not in overrides) or "the same values"
             second = " ".join(o for o in overrides if o not in trials[named[name]]) or "the same values"
@@ -124,6 +131,7 @@ def check_trials(trials: Sequence[Sequence[str]], primary: Primary = PROJECT) ->
                 f"run directory; {remedy}"
             )
         named[name] = number
+    return configs
 
 
 def run_trial(config: DictConfig) -> int:

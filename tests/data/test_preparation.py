@@ -448,8 +448,11 @@ def test_the_sample_prepares_itself_on_first_use_also_from_several_ranks(tmp_pat
     ],
 )
 def test_a_missing_large_corpus_is_refused_with_the_command_that_makes_it(
-    source: data.Source, spec: TokenizerSpec, command: str
+    source: data.Source, spec: TokenizerSpec, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("a text")
     with pytest.raises(DataError) as caught:
         data.ensure_prepared("tokens", source, spec)
     assert str(caught.value).endswith(command)

@@ -164,9 +164,9 @@ def test_every_gpu_kind_is_complete(kind: str) -> None:
     [
         ("cluster.gpu=h10", "h100"),
         ("cluster.gpus=0", "cluster.gpus=0"),
-        ("cluster.gpuz=3", "known keys"),
+        ("cluster.gpuz=3", "did you mean cluster.gpu?"),
         ("cluster.utilisation=1.5", "cluster.utilisation=1.5"),
-        ("cluster.gpus", "cluster.gpus=value"),
+        ("cluster.gpus", "cluster.gpus=<value>"),
     ],
 )
 def test_a_wrong_cluster_is_one_line_with_the_remedy(override: str, named: str) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from training.command import main
 from training.records import RunRecord
 
 ROOT = Path(__file__).resolve().parents[2]
