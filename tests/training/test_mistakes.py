@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from data.errors import DataError
 from training import command
+from training.compose import compose
+from training.config import ConfigurationError
+from training.inputs import refuse_absent_inputs
 from training.mistakes import SYNONYMS, SYNONYMS_OF_CHOICES, config_groups, group_options, known_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +58,17 @@ def test_a_mistake_is_one_line_with_the_remedy(
     assert refused(line, monkeypatch) == 2
     said = capfd.readouterr().err.replace(str(here), "<here>").replace(str(ROOT), "<repository>")
     assert re.sub(r"-[0-9a-f]{8}-s", "-<hash>-s", said) == f"error: {message}\n"
+
+
+@pytest.mark.parametrize("given", ["resume=/nowhere", "model.init_from=/nowhere", "data=openwebtext"])
+def test_a_run_that_has_begun_is_not_refused_for_files_that_are_gone(given: str, tmp_path: Path) -> None:
+    """It may be finished. One that needs them says so when it opens them."""
+    config = compose([given, f"output_dir={tmp_path}", f"data.directory={tmp_path}/tokens"])
+    with pytest.raises((ConfigurationError, DataError)):
+        refuse_absent_inputs(config)
+    (tmp_path / config.run_name).mkdir()
+    (tmp_path / config.run_name / "config.yaml").write_text("")
+    refuse_absent_inputs(config)
 
 
 def test_synonyms_are_of_keys_and_choices_that_exist() -> None:
