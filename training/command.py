@@ -23,11 +23,10 @@ from training.compose import (
     worded_errors,
 )
 from training.config import ConfigurationError, RankRefusedError, RunConfig, RunHeldError, SlurmLauncherConfig
-from training.launch import EXIT_HELD, in_job, run_in_job, start_ranks
+from training.exit_codes import EXIT_CONFIGURATION, EXIT_HELD
+from training.launch import in_job, run_in_job, start_ranks
 from training.sweep import sweep
 from training.terminal import printable
-
-EXIT_CONFIGURATION = 2
 
 
 def main(arguments: Sequence[str]) -> int:

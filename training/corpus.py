@@ -2,19 +2,12 @@
 
 from pathlib import Path
 
-from data import (
-    FileSource,
-    HubSource,
-    Manifest,
-    SampleSource,
-    Source,
-    SplitRule,
-    TokenizerSpec,
-    ensure_prepared,
-    load_manifest,
-    progress_display,
-    token_directory,
-)
+from data.manifest import Manifest, load_manifest
+from data.preparation import ensure_prepared, token_directory
+from data.progress import progress_display
+from data.sources import FileSource, HubSource, SampleSource, Source
+from data.splits import SplitRule
+from data.tokenizers import TokenizerSpec
 from training.config import FilesDataConfig, HubDataConfig, RunConfig, SampleDataConfig, ValidationSplitConfig
 from training.distributed import Distributed
 

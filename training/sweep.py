@@ -26,7 +26,8 @@ from training.compose import (
     worded_errors,
 )
 from training.config import ConfigurationError
-from training.launch import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, in_job, refuse_absent_slurm
+from training.exit_codes import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED
+from training.launch import in_job, refuse_absent_slurm
 from training.lifeline import die_with_launcher
 from training.secrets import redacted
 from training.signals import passed_on_to_workers, stop_pending

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from training.command import main, parse
 from training.compose import CONFIG_DIRECTORY, Primary, compose, compose_dictionary, group_options
 from training.config import ConfigurationError, micro_batch_size, nearest_batches
-from training.launch import EXIT_FAILED
+from training.exit_codes import EXIT_FAILED
 from training.sweep import run_trial
 
 GROUPS = ("model", "data", "tokenizer", "optimizer", "schedule", "strategy", "tracker", "launcher", "experiment")

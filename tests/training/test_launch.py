@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from tests.training.runs import curve, lines, run, summary
 from training import heartbeat
-from training.heartbeat import EXIT_RANK_LOST, Heartbeat
-from training.launch import EXIT_FAILED, EXIT_PREEMPTED, NOT_BEGUN, code_of_stopped_ranks, describe_failure
+from training.exit_codes import EXIT_FAILED, EXIT_PREEMPTED, EXIT_RANK_LOST
+from training.heartbeat import Heartbeat
+from training.launch import NOT_BEGUN, code_of_stopped_ranks, describe_failure
 from training.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parents[2]
