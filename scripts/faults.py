@@ -331,7 +331,8 @@ def report() -> str:
             f"| {lines['tried']} spoilt command lines | {lines['refused']} refused in one line | "
             f"{len(lines['faults'])} tracebacks |",
         ]
-        if files := found["configurations"].get("files"):
+        files = found["configurations"].get("files")
+        if files:
             rows.append(
                 f"| {files['tried']} damaged YAML files | {files['refused']} refused in one line | "
                 f"{len(files['faults'])} tracebacks |"
