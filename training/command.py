@@ -6,9 +6,11 @@ and --info ask for; it writes no files.
 
 import contextlib
 import io
+import json
 import logging
 import os
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,10 +66,14 @@ def start(config: RunConfig) -> int:
 
 def refuse(error: Exception) -> int:
     """One line on each node's standard error, and the exit code of what cannot be run: not at all, or not now."""
+    line = f"error: {printable(' '.join(str(error).split()))}"
     # What a node's ranks meet, those of other nodes may not.
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, RankRefusedError):
-        line = printable(" ".join(str(error).split()))
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
+    # torchrun shows its own traceback of whatever rank ends with a code, and last what the rank leaves in this file.
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
     return EXIT_HELD if isinstance(error, RunHeldError) else EXIT_CONFIGURATION
 
 
