@@ -170,7 +170,7 @@ def annotated(text: str) -> str:
     return "\n".join(lines)
 
 
-def _lines_of_keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
+def _lines_of_keys(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
     """Keys and the lines that they begin, but for values of several lines, in which a comment would be text."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
