@@ -38,7 +38,7 @@ COMMANDS = {
         f"{TINY} train.micro_batch_size=1 schedule.warmup_steps=1 data.local=hub"
     ),
     "python train.py -m output_dir=runs/sweep optimizer=adamw,lion,sophiag optimizer.lr=3e-4,6e-4,1.2e-3 seed=0,1,2": (
-        f"python train.py -m output_dir=runs/sweep optimizer=adamw,sophiag optimizer.lr=3e-4 seed=0,1 {TINY}"
+        f"python train.py -m output_dir=runs/sweep optimizer=adamw,sophiag optimizer.lr=3e-4 seed=0 {TINY}"
     ),
     "python scripts/compare.py runs/sweep/*": "{}",
     "python scripts/study.py run study=smoke": "{}",  # with the study of `write_small_study`
@@ -83,8 +83,9 @@ def clone(tmp_path: Path) -> Path:
 def write_small_study(path: Path) -> None:
     """The same study with fewer and shorter runs."""
     study: dict[str, Any] = yaml.safe_load(path.read_text())
+    study["base"] = [one for one in study["base"] if not one.startswith("tokenizer")]  # README has prepared GPT-2's
     study["base"] += ["train.global_batch_size=2", "train.sequence_length=16", "eval.interval=2", "eval.tokens=64"]
-    study["models"]["gpt2_nano"] |= {"horizons": [2, 4], "tune_at": 2, "seeds": [1, 2]}
+    study["models"]["gpt2_nano"] |= {"horizons": [2], "tune_at": 2, "seeds": [1, 2]}
     study["tuning"] |= {"trials": 1, "retune": {"keys": ["optimizer.lr"], "trials": 1}}
     for arm in study["arms"].values():
         arm["search"] = {"optimizer.lr": {"values": [2e-3]}}
@@ -116,7 +117,7 @@ def test_the_commands_of_readme_work_in_order_on_a_fresh_clone(clone: Path) -> N
     statuses = [path.read_text() for path in clone.glob("runs/*/summary.json")]
     assert len(statuses) == 3
     assert all('"completed"' in status for status in statuses)
-    assert len([*clone.glob("runs/sweep/*/summary.json")]) == 4
+    assert len([*clone.glob("runs/sweep/*/summary.json")]) == 2
 
 
 def test_the_python_of_readme_trains_a_model() -> None:
