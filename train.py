@@ -14,16 +14,21 @@ command again and it goes on), 77 another process has the run directory.
 
 import sys
 
-from training.lifeline import die_with_launcher
-from training.limits import address_space_failure
-
 if __name__ == "__main__":
+    from training.environment import require_environment
+
+    require_environment()
+
+    from training.lifeline import die_with_launcher
+    from training.limits import address_space_failure
+
     die_with_launcher()
-    if (failure := address_space_failure()) is not None:
+    failure = address_space_failure()
+    if failure is not None:
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(2)
     try:
-        from training.command import main  # takes seconds, in which the launcher may die
+        from training.command import main  # takes a while, in which the launcher may die
 
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:  # a run that has begun notices signals itself

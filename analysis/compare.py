@@ -5,7 +5,7 @@ A demonstration, which a study then puts to the test.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,6 @@ from analysis.records import CURRENCIES, Currency, Curve, Run, flatten, load_run
 from analysis.statistics import Interval, paired_interval
 from analysis.target import TimeToTarget, times_to_target
 from analysis.trials import short
-from training.records import CONFIG_FILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -222,25 +221,6 @@ class Comparison:
             )
         lines += [f"NOT COMPARABLE ({warning.affects}): {warning}" for warning in self.warnings]
         return "\n".join(lines)
-
-
-def find_run_directories(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """Of paths such as a shell makes of `runs/*`: the run directories, and what else there is.
-
-    Raises:
-        FileNotFoundError: a path does not exist, or none is a run directory.
-    """
-    runs: list[Path] = []
-    others: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist; give run directories, for example runs/*")
-        (runs if (path / CONFIG_FILE).is_file() else others).append(path)
-    if not runs:
-        raise FileNotFoundError(
-            f"no run record among {', '.join(map(str, others))}; give run directories, for example runs/*"
-        )
-    return runs, others
 
 
 def compare_runs(directories: Sequence[str | Path], baseline: str = "adamw") -> Comparison:

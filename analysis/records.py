@@ -11,8 +11,7 @@ from __future__ import annotations
 import io
 import itertools
 import operator
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +27,6 @@ from pydantic import Field
 
 from training.records import (
     CONFIG_FILE,
-    METRICS_FILE,
     Form,
     RecordError,
     RunRecord,
@@ -177,20 +175,6 @@ class Run:
             return float(summary[currency])
         lines = self.training if len(self.training) else self.evaluations
         return float(lines.axis(currency)[-1]) if len(lines) else 0.0
-
-
-def find_runs(roots: Iterable[str | Path]) -> list[Path]:
-    """Run directories at or anywhere below the roots, sorted; a run directory is one with a config.yaml and metrics.
-
-    Raises:
-        FileNotFoundError: a root does not exist.
-    """
-    found: set[Path] = set()
-    for root in map(Path, roots):
-        if not root.is_dir():
-            raise FileNotFoundError(f"{root} is no directory: give run directories, or directories that hold them")
-        found.update(path.parent for path in root.rglob(METRICS_FILE) if os.path.lexists(path.parent / CONFIG_FILE))
-    return sorted(found)
 
 
 def load_runs(directories: Sequence[str | Path], *, train_points: int = 400, workers: int = 2) -> list[Run]:

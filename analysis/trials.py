@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from analysis.records import Run, find_runs, flatten, load_each
+from analysis.records import Run, flatten, load_each
 from analysis.speedup import Endpoints
 from analysis.wallclock import ReferenceTimes, training_seconds
-from training.records import CONFIG_FILE, Form, RecordError, read_object
+from training.records import CONFIG_FILE, Form, RecordError, find_runs, read_object
 
 INDEX_FILE = "study.json"
 REFERENCE_TIMES_FILE = "reference_times.json"

@@ -34,7 +34,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from analysis.records import find_runs, load_runs
+from analysis.records import load_runs
 from analysis.results import analyse
 from analysis.trials import study_of_runs
 from benchmarks.data_pipeline import prepare_here, repeated_sample
@@ -45,7 +45,7 @@ from sophia import SophiaG
 from training import hardware
 from training.compose import compose
 from training.memory import keep_memory_mapped
-from training.records import MetricsWriter, write_config, write_environment, write_summary
+from training.records import MetricsWriter, find_runs, write_config, write_environment, write_summary
 from training.strategies.gradients import clip_and_step
 
 OUTPUT = Path(__file__).resolve().parents[1] / "results" / "benchmarks" / "scaling.json"

@@ -4,38 +4,41 @@ A source of documents and a tokenizer make a token directory (`prepare`, once); 
 splits, and `Batches` and `ValidationWindows` cut it into what a step sees. Nothing here imports torch.
 """
 
-from data.batches import IGNORED_TARGET, Batch, Batches, Prefetcher, ValidationWindows
-from data.dataset import TokenDataset
-from data.errors import DataError
-from data.manifest import Manifest, load_manifest, verify
-from data.preparation import ensure_prepared, prepare, token_directory
-from data.progress import Progress, progress_display
-from data.sources import FileSource, HubSource, SampleSource, Source
-from data.splits import SplitRule
-from data.tokenizers import Tokenizer, TokenizerSpec, load_tokenizer
+import importlib
+from typing import Any
 
-__all__ = [
-    "IGNORED_TARGET",
-    "Batch",
-    "Batches",
-    "DataError",
-    "FileSource",
-    "HubSource",
-    "Manifest",
-    "Prefetcher",
-    "Progress",
-    "SampleSource",
-    "Source",
-    "SplitRule",
-    "TokenDataset",
-    "Tokenizer",
-    "TokenizerSpec",
-    "ValidationWindows",
-    "ensure_prepared",
-    "load_manifest",
-    "load_tokenizer",
-    "prepare",
-    "progress_display",
-    "token_directory",
-    "verify",
-]
+# Where each public name lies. It is imported when it is first used: `data.errors` and `data.files` serve commands that
+# answer before numpy could be imported.
+_MODULES = {
+    "IGNORED_TARGET": "batches",
+    "Batch": "batches",
+    "Batches": "batches",
+    "DataError": "errors",
+    "FileSource": "sources",
+    "HubSource": "sources",
+    "Manifest": "manifest",
+    "Prefetcher": "batches",
+    "Progress": "progress",
+    "SampleSource": "sources",
+    "Source": "sources",
+    "SplitRule": "splits",
+    "TokenDataset": "dataset",
+    "Tokenizer": "tokenizers",
+    "TokenizerSpec": "tokenizers",
+    "ValidationWindows": "batches",
+    "ensure_prepared": "preparation",
+    "load_manifest": "manifest",
+    "load_tokenizer": "tokenizers",
+    "prepare": "preparation",
+    "progress_display": "progress",
+    "token_directory": "preparation",
+    "verify": "manifest",
+}
+
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'data' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"data.{_MODULES[name]}"), name)

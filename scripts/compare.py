@@ -10,9 +10,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from analysis.compare import compare_runs, find_run_directories
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from training.environment import require_environment
+
+    require_environment()
+
 from training.command import refuse
-from training.records import RecordError
+from training.records import RecordError, find_run_directories
 from training.terminal import SafeConsole, printable
 
 
@@ -26,12 +31,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         directories, others = find_run_directories(options.runs)
+
+        from analysis.compare import compare_runs
+
         comparison = compare_runs(directories, baseline=options.baseline)
         picture = comparison.plot(options.plot or directories[0].absolute().parent / "comparison.png")
     except (OSError, RecordError, ValueError) as error:
         return refuse(error)
     for what, which in (("no run record", map(str, others)), ("not ended", comparison.left_out)):
-        if named := "; ".join(which):
+        named = "; ".join(which)
+        if named:
             print(printable(f"passed over, {what}: {named}"), file=sys.stderr)
     console = SafeConsole()
     console.print(comparison.table())

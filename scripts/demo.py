@@ -12,6 +12,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from training.environment import require_environment
+
+    require_environment()
+
 from rich.console import Console
 
 from analysis.compare import compare_runs

@@ -15,8 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from training.environment import require_environment
+
+    require_environment()
+
 from training.command import refuse
 from training.config import ConfigurationError
+from training.run_directory import refuse_absent
 from training.terminal import SafeConsole, printable
 
 if TYPE_CHECKING:
@@ -39,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="the file that the results are added to")
     parser.add_argument("--token-directory", type=Path, help="the run's prepared tokens, where they have been moved")
     options = parser.parse_args(arguments)
+    try:
+        check(options)
+    except ConfigurationError as error:
+        return refuse(error)
 
     from training.export import ExportError
     from training.inference import OPENING_ERRORS
@@ -49,15 +60,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return refuse(error)
 
 
+def check(options: argparse.Namespace) -> None:
+    """What can be refused before torch is imported.
+
+    Raises:
+        ConfigurationError: there is no such directory, or a number is out of range.
+    """
+    refuse_absent(options.model)
+    for name, least in (("num_fewshot", 0), ("limit", 1), ("batch_size", 1), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigurationError(f"--{name.replace('_', '-')} {value}: expected a number of at least {least}")
+
+
 def evaluate(options: argparse.Namespace) -> int:
     """Export where a run is given, evaluate, show, record; returns the exit code."""
     from training import downstream
 
     downstream.require_harness()
-    for name, least in (("num_fewshot", 0), ("limit", 1), ("batch_size", 1), ("seed", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ConfigurationError(f"--{name.replace('_', '-')} {value}: expected a number of at least {least}")
 
     from training.export import export, quiet_transformers
     from training.inference import choose_device, open_trained
@@ -112,7 +132,8 @@ def table(title: str, results: Sequence["TaskResult"]) -> "Table":
             first = ["", "", ""]
     for suite in dict.fromkeys(result.suite for result in results if result.suite):
         members = [result for result in results if result.suite == suite]
-        if (mean := suite_mean(members)) is not None:
+        mean = suite_mean(members)
+        if mean is not None:
             shown.add_section()
             examples = sum(member.examples for member in members)
             shown.add_row(f"{suite}, mean of {len(members)}", "", f"{examples:,}", "acc or f1 ↑", number(mean))

@@ -12,7 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from training.environment import require_environment
+
+    require_environment()
+
 from training.command import refuse
+from training.config import ConfigurationError
+from training.run_directory import refuse_absent
 from training.terminal import printable
 
 
@@ -23,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--token-directory", type=Path, help="the run's prepared tokens, where they have been moved")
     options = parser.parse_args(arguments)
+    try:
+        refuse_absent(options.run)
+    except ConfigurationError as error:
+        return refuse(error)
 
     from training.export import ExportError, export, quiet_transformers
     from training.inference import OPENING_ERRORS, open_trained

@@ -21,6 +21,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from training.environment import require_environment
+
+    require_environment()
+
 from analysis.pages import write_part
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,7 +216,8 @@ def main() -> int:
     parser.add_argument("campaigns", nargs="*", help=f"of {', '.join(CAMPAIGNS)}; all by default")
     parser.add_argument("--report", action="store_true", help="only write the page's numbers anew")
     arguments = parser.parse_args()
-    if unknown := [name for name in arguments.campaigns if name not in CAMPAIGNS]:
+    unknown = [name for name in arguments.campaigns if name not in CAMPAIGNS]
+    if unknown:
         parser.error(f"{unknown[0]}: no such campaign; choose of {', '.join(CAMPAIGNS)}")
     faults = 0
     if not arguments.report:
@@ -324,7 +331,8 @@ def report() -> str:
             f"| {lines['tried']} spoilt command lines | {lines['refused']} refused in one line | "
             f"{len(lines['faults'])} tracebacks |",
         ]
-        if files := found["configurations"].get("files"):
+        files = found["configurations"].get("files")
+        if files:
             rows.append(
                 f"| {files['tried']} damaged YAML files | {files['refused']} refused in one line | "
                 f"{len(files['faults'])} tracebacks |"

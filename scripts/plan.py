@@ -16,11 +16,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.cluster import split_cluster
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from training.environment import require_environment
+
+    require_environment()
+
+from training.cluster import OPTIMIZERS, compose_for, split_cluster
 from training.command import refuse
 from training.config import ConfigurationError
-from training.plan_tables import check_tables, model_table, print_plan, write_check
-from training.planner import OPTIMIZERS, make_plan
 from training.records import write_atomically
 from training.terminal import SafeConsole
 
@@ -41,11 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("torch").setLevel(logging.ERROR)
     console = SafeConsole(width=None if sys.stdout.isatty() else 120)
     try:
+        cluster, overrides = split_cluster(options.overrides)
+        if not options.check and not options.models:
+            compose_for(overrides, cluster)  # a mistake is refused at once
+
+        from training.plan_tables import check_tables, model_table, print_plan, write_check
+        from training.planner import make_plan
+
         if options.check:
             written = write_check(options.output, tell=lambda line: console.print(line, highlight=False))
             check_tables(written, console)
             return 0
-        cluster, overrides = split_cluster(options.overrides)
         if options.models:
             print(model_table(overrides, cluster))
             return 0

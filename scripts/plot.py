@@ -4,6 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from training.environment import require_environment
+
+    require_environment()
+
 from analysis.figures import FIGURES, NothingToShow, save
 from analysis.results import analyse
 from analysis.tables import TABLES, markdown

@@ -10,12 +10,18 @@ It can be stopped at any moment and goes on where it stopped. Overrides are thos
 
 import argparse
 import sys
+from pathlib import Path
 
-from data import DataError, prepare, progress_display, verify
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from training.environment import require_environment
+
+    require_environment()
+
+from data.errors import DataError
 from training.command import refuse
 from training.compose import compose
 from training.config import ConfigurationError
-from training.corpus import source_of, token_directory_of, tokenizer_of
 
 
 def main() -> int:
@@ -28,6 +34,12 @@ def main() -> int:
         return refuse(ConfigurationError(f"--workers {arguments.workers}: expected a number of at least 1"))
     try:
         config = compose(arguments.overrides)
+
+        from data.manifest import verify
+        from data.preparation import prepare
+        from data.progress import progress_display
+        from training.corpus import source_of, token_directory_of, tokenizer_of
+
         directory = token_directory_of(config)
         if arguments.verify:
             manifest = verify(directory, report=print)

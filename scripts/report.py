@@ -5,11 +5,14 @@ import os
 import sys
 from pathlib import Path
 
-from analysis.report import print_summary, write_report
-from analysis.results import analyse
-from analysis.trials import INDEX_FILE, load_study
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from training.environment import require_environment
+
+    require_environment()
+
 from training.command import refuse
-from training.records import RecordError
+from training.records import RecordError, find_runs
 from training.terminal import SafeConsole
 
 
@@ -19,8 +22,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="where to write (default: the study directory, or ./report)")
     parser.add_argument("--baseline", default="adamw", help="for bare runs: the arm that others are held against")
     options = parser.parse_args(arguments)
-    study_directory = options.paths[0] if os.path.isfile(options.paths[0] / INDEX_FILE) else None
     try:
+        find_runs(options.paths)  # a path that is none is refused at once
+
+        from analysis.report import print_summary, write_report
+        from analysis.results import analyse
+        from analysis.trials import INDEX_FILE, load_study
+
+        study_directory = options.paths[0] if os.path.isfile(options.paths[0] / INDEX_FILE) else None
         results = analyse(load_study(options.paths, baseline=options.baseline))
         written = write_report(results, options.output or study_directory or Path("report"))
     except (OSError, RecordError, ValueError) as error:

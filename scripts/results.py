@@ -9,6 +9,12 @@ import argparse
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from training.environment import require_environment
+
+    require_environment()
+
 from analysis.pages import write_part
 from analysis.report import print_summary, write_report
 from analysis.results import analyse

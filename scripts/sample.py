@@ -14,8 +14,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from training.environment import require_environment
+
+    require_environment()
+
 from training.command import refuse
 from training.config import ConfigurationError
+from training.run_directory import refuse_absent
 from training.terminal import printable
 
 
@@ -34,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--token-directory", type=Path, help="the run's prepared tokens, where they have been moved")
     options = parser.parse_args(arguments)
+    try:
+        check(options)
+    except ConfigurationError as error:
+        return refuse(error)
 
     from training.inference import OPENING_ERRORS
 
@@ -49,14 +60,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def sample(options: argparse.Namespace) -> int:
-    """Draw and print; returns the exit code."""
-    from training.inference import Sampling, as_text, choose_device, generate, open_trained
+def check(options: argparse.Namespace) -> None:
+    """What can be refused before torch is imported.
 
+    Raises:
+        ConfigurationError: there is no such directory, or a number is out of range.
+    """
+    refuse_absent(options.run)
     for name, least in (("tokens", 1), ("samples", 1), ("seed", 0), ("top_k", 0)):
         if getattr(options, name) < least:
             option = f"--{name.replace('_', '-')}"
             raise ConfigurationError(f"{option} {getattr(options, name)}: expected a number of at least {least}")
+
+
+def sample(options: argparse.Namespace) -> int:
+    """Draw and print; returns the exit code."""
+    from training.inference import Sampling, as_text, choose_device, generate, open_trained
+
     sampling = Sampling(options.temperature, options.top_k or None, options.top_p)
     trained = open_trained(options.run, device=choose_device(options.device), tokens=options.token_directory)
     for line in trained.passed_over:

@@ -21,14 +21,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from training.environment import require_environment
+
+    require_environment()
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from analysis.report import print_summary, write_report
-from analysis.results import analyse
-from analysis.trials import load_study
 from data.files import cannot_use
 from studies.costs import costs
 from studies.plan import expected_trials, plan
@@ -36,17 +39,15 @@ from studies.records import Places, outcomes
 from studies.runner import Launch, run_study
 from studies.spec import StudySpec, load_spec
 from studies.sweeps import write_sweeps
-from studies.times import measure
-from studies.verify import unequal, verify
 from training.command import refuse
 from training.config import ConfigurationError
+from training.exit_codes import EXIT_PREEMPTED
 from training.jobs import at_once, launch
 from training.records import RecordError
 from training.terminal import SafeConsole, printable
 
 # What may be said on the command line: how the runs are run. What determines their curves belongs in the study file.
 RUN_TIME = ("tracker", "launcher", "strategy", "checkpoint", "train.micro_batch_size", "train.compile", "train.device")
-EXIT_INTERRUPTED = 75
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,23 +75,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         spec = load_spec(study)
         places = Places.of(spec.name, options.work, options.records)
         launching = functools.partial(launch_with, launcher=launcher, extras=extras)
-        match options.command:
-            case "run":
-                return run(spec, places, launching, at_once(launcher), options.hours, console)
-            case "plan":
-                console.print(plan_table(spec, speeds_of(spec, options.speed), options.start))
-            case "status":
-                console.print(status_table(spec, places))
-            case "times":
-                times = measure(spec, places, launching, tell=tell_to(console))
-                console.print(f"reference times ({times.source}) in {places.records}", highlight=False)
-            case "verify":
-                return verify_records(places, console)
-            case "report":
-                return report(places, console)
-            case "sweep":
-                for path in write_sweeps(spec, options.sweeps or places.records / "sweeps"):
-                    console.print(f"wandb sweep {path}", highlight=False)
+        if options.command == "run":
+            return run(spec, places, launching, at_once(launcher), options.hours, console)
+        if options.command == "verify":
+            return verify_records(places, console)
+        if options.command == "report":
+            return report(places, console)
+        if options.command == "plan":
+            console.print(plan_table(spec, speeds_of(spec, options.speed), options.start))
+        elif options.command == "status":
+            console.print(status_table(spec, places))
+        elif options.command == "times":
+            from studies.times import measure
+
+            times = measure(spec, places, launching, tell=tell_to(console))
+            console.print(f"reference times ({times.source}) in {places.records}", highlight=False)
+        else:
+            for path in write_sweeps(spec, options.sweeps or places.records / "sweeps"):
+                console.print(f"wandb sweep {path}", highlight=False)
     except (ConfigurationError, FileNotFoundError, RecordError, RuntimeError, ValueError) as error:
         print(printable(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
@@ -138,11 +140,15 @@ def run(
     console.print(f"{sitting.ran} trials ended in this sitting; records and index in {places.records}", highlight=False)
     if sitting.finished:
         return report(places, SafeConsole())
-    return EXIT_INTERRUPTED if sitting.interrupted else 1
+    return EXIT_PREEMPTED if sitting.interrupted else 1
 
 
 def report(places: Places, console: Console) -> int:
     """The report beside the study's index, and a summary here."""
+    from analysis.report import print_summary, write_report
+    from analysis.results import analyse
+    from analysis.trials import load_study
+
     results = analyse(load_study([places.records]))
     written = write_report(results, places.records)
     print_summary(results, console)
@@ -152,6 +158,9 @@ def report(places: Places, console: Console) -> int:
 
 def verify_records(places: Places, console: Console) -> int:
     """Runs of each arm made again; exit code 1 if one is not what its record says."""
+    from analysis.trials import load_study
+    from studies.verify import unequal, verify
+
     results = verify(load_study([places.records]), places.work / "verify", places.records, tell=tell_to(console))
     apart = unequal(results)
     for line in apart:

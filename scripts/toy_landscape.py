@@ -11,9 +11,16 @@ method but Newton's takes its best learning rate of a grid, by the loss after th
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from training.environment import require_environment
+
+    require_environment()
 
 import matplotlib
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import qmc
 
 from studies.spec import Choices, Range, Space, Value, points
 
@@ -74,6 +73,8 @@ def grid(search: Mapping[str, Space]) -> Search:
 def quasi_random(search: Mapping[str, Space], budget: int, *, method: str, seed: int = 0) -> Search:
     """`budget` points of a scrambled Halton sequence (method "halton") or of uniform random numbers ("random")."""
     if method == "halton":
+        from scipy.stats import qmc  # takes longer to import than a study to be read or refused
+
         uniform = qmc.Halton(d=len(search), scramble=True, rng=np.random.default_rng(seed)).random(budget)
     else:
         uniform = np.random.default_rng(seed).random((budget, len(search)))

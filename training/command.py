@@ -4,13 +4,17 @@ A run is composed by Hydra and validated before anything else happens. Hydra rea
 and --info ask for; it writes no files.
 """
 
+import contextlib
+import io
+import json
 import logging
 import os
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from data.errors import DataError
 from training.compose import (
@@ -23,13 +27,15 @@ from training.compose import (
     worded_errors,
 )
 from training.config import ConfigurationError, RankRefusedError, RunConfig, RunHeldError, SlurmLauncherConfig
+from training.exit_codes import EXIT_CONFIGURATION, EXIT_HELD
 from training.inputs import refuse_absent_inputs
-from training.launch import EXIT_HELD, in_job, run_in_job, start_ranks
+from training.launch import in_job, run_in_job, start_ranks
 from training.mistakes import not_a_flag
 from training.sweep import sweep
 from training.terminal import printable
 
-EXIT_CONFIGURATION = 2
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -64,10 +70,14 @@ def start(config: RunConfig) -> int:
 
 def refuse(error: Exception) -> int:
     """One line on each node's standard error, and the exit code of what cannot be run: not at all, or not now."""
+    line = f"error: {printable(' '.join(str(error).split()))}"
     # What a node's ranks meet, those of other nodes may not.
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, RankRefusedError):
-        line = printable(" ".join(str(error).split()))
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
+    # torchrun shows its own traceback of whatever rank ends with a code, and last what the rank leaves in this file.
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
     return EXIT_HELD if isinstance(error, RunHeldError) else EXIT_CONFIGURATION
 
 
@@ -118,24 +128,40 @@ def _parser() -> ArgumentParser:
 
 def show(asked: Namespace, primary: Primary) -> int:
     """Answer --help, --hydra-help, --info, --cfg and --shell-completion about what the overrides compose."""
-    if not asked.shell_completion:
-        compose_dictionary(asked.overrides, primary)
+    values = {} if asked.shell_completion else compose_dictionary(asked.overrides, primary)
+    if asked.help:
+        from training.help import help_text  # reads and parses the models' source
+
+        print(help_text(values))
+        return 0
     with worded_errors(asked.overrides, primary):
         hydra = begin_hydra(primary)
         asked.overrides = made_again(primary, asked.overrides)
-        if asked.help:
-            hydra.app_help(primary.name, _parser(), asked)
-        elif asked.hydra_help:
+        if asked.hydra_help:
             hydra.hydra_help(primary.name, _parser(), asked)
         elif asked.cfg:
-            try:
-                hydra.show_cfg(primary.name, asked.overrides, asked.cfg, asked.package, asked.resolve)
-            except SystemExit:  # it has said that there is no such --package
-                return EXIT_CONFIGURATION
+            return show_configuration(hydra, asked, primary)
         elif asked.info:
             hydra.show_info(asked.info, primary.name, asked.overrides)
         else:
             hydra.shell_completion(primary.name, asked.overrides)
+    return 0
+
+
+def show_configuration(hydra: "Hydra", asked: Namespace, primary: Primary) -> int:
+    """Answer --cfg: Hydra's YAML, of a whole run with the meaning of each key as a comment."""
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown):
+            hydra.show_cfg(primary.name, asked.overrides, asked.cfg, asked.package, asked.resolve)
+    except SystemExit:  # it has said that there is no such --package
+        return EXIT_CONFIGURATION
+    text = shown.getvalue()
+    if asked.cfg == "job" and asked.package is None:
+        from training.help import annotated
+
+        text = annotated(text) + "\n"
+    print(text, end="")
     return 0
 
 

@@ -2,6 +2,8 @@
 
 Hydra composes YAML groups into a plain dictionary (training/compose.py); `RunConfig.model_validate` turns that dictionary
 into the typed object below or fails. Nothing else reads a raw configuration.
+
+The line below a key is its meaning: --help and --cfg job show it (training/help.py).
 """
 
 import hashlib
@@ -53,14 +55,23 @@ class ModelConfig(Section):
     """GPT-2's shape; the vocabulary is the tokenizer's. `init_from` is a directory of Hugging Face GPT-2 weights."""
 
     name: Name
+    """The model's name in the derived name of the run."""
     n_layer: PositiveInt
+    """Transformer blocks."""
     n_head: PositiveInt
+    """Attention heads of each block; they divide n_embd."""
     n_embd: PositiveInt
+    """Width of the residual stream."""
     block_size: PositiveInt = 1024
+    """The longest context, in tokens."""
     bias: bool = False
+    """Biases in the linear layers and layer norms."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability with which activations are dropped in training."""
     attention_layer_scaling: bool = False
+    """Divide the attention logits of layer i by i + 1 as well (the paper's attention trick)."""
     init_from: str | None = None
+    """A directory of Hugging Face GPT-2 weights to begin with; null: initial weights from seeds.model."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -76,35 +87,54 @@ class ValidationSplitConfig(Section):
     """Which documents are validation: by hash of the text, or nanoGPT's shuffled row indices."""
 
     rule: Literal["hash", "nanogpt"] = "hash"
+    """How validation documents are chosen: hash (of their text) or nanogpt (its shuffled row indices)."""
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the documents that is validation."""
     seed: NonNegativeInt = 2357
+    """Seed of the split; it does not follow seed=."""
 
 
 class SampleDataConfig(Section):
     kind: Literal["sample"]
+    """Where documents come from: sample (embedded), hub (Hugging Face) or files (your own)."""
     name: Name
+    """The corpus's name in its token directory and in the derived name of the run."""
     directory: str = "tokens"
+    """Where token directories are kept."""
 
 
 class HubDataConfig(Section):
     kind: Literal["hub"]
+    """Where documents come from: sample (embedded), hub (Hugging Face) or files (your own)."""
     name: Name
+    """The corpus's name in its token directory and in the derived name of the run."""
     repository: str
+    """Dataset repository on the Hugging Face hub."""
     revision: str
+    """Commit of the repository."""
     files: str
+    """Glob of the parquet files in the repository."""
     text_column: str = "text"
+    """Column that holds the text."""
     local: str | None = None
+    """A directory with the same files, read in place of the hub; null: download."""
     validation: ValidationSplitConfig
     directory: str = "tokens"
+    """Where token directories are kept."""
 
 
 class FilesDataConfig(Section):
     kind: Literal["files"]
+    """Where documents come from: sample (embedded), hub (Hugging Face) or files (your own)."""
     name: Name
+    """The corpus's name in its token directory and in the derived name of the run."""
     paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Globs of .txt, .jsonl, .jsonl.gz and .parquet files."""
     text_column: str = "text"
+    """Column or JSON key that holds the text."""
     validation: ValidationSplitConfig
     directory: str = "tokens"
+    """Where token directories are kept."""
 
 
 DataConfig = Annotated[SampleDataConfig | HubDataConfig | FilesDataConfig, Field(discriminator="kind")]
@@ -114,7 +144,9 @@ class TokenizerConfig(Section):
     """`gpt2` (50,257 tokens, embedded) or a byte-level BPE of `vocab_size` tokens trained on the corpus."""
 
     name: Literal["gpt2", "bpe"] = "gpt2"
+    """gpt2 (50,257 tokens, embedded) or bpe (byte-level, trained on the corpus)."""
     vocab_size: Annotated[int, Field(gt=256, le=2**24, strict=True), BeforeValidator(whole)] | None = None
+    """Tokens of a bpe tokenizer; null for gpt2."""
 
     @model_validator(mode="after")
     def _size_belongs_to_bpe(self) -> Self:
@@ -133,46 +165,66 @@ class OptimizerSettings(Section):
     with `decay_embeddings` false they have no weight decay."""
 
     lr: PositiveFloat
+    """Peak learning rate."""
     embedding_lr_ratio: PositiveFloat = 1.0
+    """Learning rate of the embeddings (the output layer too) over lr."""
     decay_embeddings: bool = True
+    """Weight decay of token and position embeddings; false: none."""
 
 
 class AdamWConfig(OptimizerSettings):
     name: Literal["adamw"]
+    """The optimizer."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """β1 and β2: decay of the averages of gradient and squared gradient."""
     eps: Epsilon = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices and embeddings."""
 
 
 class LionConfig(OptimizerSettings):
     name: Literal["lion"]
+    """The optimizer."""
     betas: tuple[Beta, Beta] = (0.95, 0.98)
+    """β1 (of the update) and β2 (of the momentum)."""
     weight_decay: NonNegativeFloat
+    """Decoupled weight decay of matrices and embeddings."""
 
 
 class SignumConfig(OptimizerSettings):
     """Momentum-sign descent: Sophia with h = 0, the paper's "clip only" ablation."""
 
     name: Literal["signum"]
+    """The optimizer."""
     betas: tuple[Beta] = (0.96,)
+    """β1: decay of the momentum."""
     weight_decay: NonNegativeFloat
+    """Decoupled weight decay of matrices and embeddings."""
 
 
 class MuonConfig(OptimizerSettings):
     """torch.optim.Muon for the hidden matrices; AdamW (`betas`, `eps`) at the same rate for the rest."""
 
     name: Literal["muon"]
+    """The optimizer."""
     momentum: Beta = 0.95
+    """Momentum of the hidden matrices."""
     weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices and embeddings."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """β1 and β2 of AdamW, which trains the rest."""
     eps: Epsilon = 1e-8
+    """ε of AdamW, which trains the rest."""
 
 
 class CurvatureSettings(OptimizerSettings):
     """What every method with a curvature pass shares."""
 
     hessian_interval: PositiveInt = 10
+    """k: steps from one curvature estimate to the next."""
     batch_fraction: Fraction = 0.5
+    """Share of the global batch on which the curvature is estimated."""
 
 
 Estimator = Literal["gnb", "hutchinson", "hutchinson_differences", "empirical_fisher"]
@@ -180,19 +232,27 @@ Estimator = Literal["gnb", "hutchinson", "hutchinson_differences", "empirical_fi
 
 class SophiaConfig(CurvatureSettings):
     name: Literal["sophiag", "sophiah"]
+    """The optimizer."""
     betas: tuple[Beta, Beta] = (0.96, 0.99)
+    """β1 (of the momentum m) and β2 (of the curvature h)."""
     gamma: PositiveFloat
+    """γ: m is divided by max(γ h, ε); a larger γ clips fewer coordinates."""
     eps: Epsilon = 1e-12
+    """ε: the least denominator."""
     weight_decay: NonNegativeFloat = 0.2
+    """Decoupled weight decay of matrices and embeddings."""
     estimator: Estimator
+    """Of the Hessian's diagonal: gnb, hutchinson, hutchinson_differences or empirical_fisher."""
     clip: bool = True
-    # Not in the paper:
-    bias_correction: bool = False  # of m and h
-    label_draws: PositiveInt = 1  # estimates of which each refresh takes the mean, each with labels of its own
-    warm_start: NonNegativeInt = 0  # estimates whose mean h is at the first step; 0: h = (1 - β2) ĥ
-    unclipped_target: Annotated[float, Field(gt=0, lt=1)] | None = (
-        None  # the fraction that γ is steered by; null: γ stays
-    )
+    """Clip each coordinate of the update to ±1."""
+    bias_correction: bool = False
+    """Correct m and h for their start at zero. Not in the paper."""
+    label_draws: PositiveInt = 1
+    """Estimates averaged at each refresh, each with its own labels; gnb only. Not in the paper."""
+    warm_start: NonNegativeInt = 0
+    """Estimates averaged into h before the first step; 0: h = (1 - β2) ĥ. Not in the paper."""
+    unclipped_target: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Unclipped fraction to which γ is steered; null: γ is constant. Not in the paper."""
 
     @model_validator(mode="after")
     def _additions_fit(self) -> Self:
@@ -221,10 +281,15 @@ class SophiaConfig(CurvatureSettings):
 
 class AdaHessianConfig(CurvatureSettings):
     name: Literal["adahessian"]
+    """The optimizer."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """β1 and β2: decay of the averages of gradient and squared curvature."""
     eps: Epsilon = 1e-4
+    """Added to the root of the averaged squared curvature."""
     weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices and embeddings."""
     estimator: Literal["hutchinson", "hutchinson_differences"] = "hutchinson"
+    """Of the Hessian's diagonal: hutchinson or hutchinson_differences."""
 
 
 OptimizerConfig = Annotated[
@@ -236,10 +301,15 @@ class ScheduleConfig(Section):
     """Learning rate over steps, as a factor of the peak. Warm-up in steps where given, else as a share of the run."""
 
     name: Literal["cosine", "wsd", "constant"]
+    """The learning rate after warm-up: cosine, wsd (stable, then linear decay) or constant."""
     warmup_steps: NonNegativeInt | None = None
+    """Steps of linear warm-up; null: warmup_share of the run."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the run that is warm-up, where warmup_steps is null."""
     final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Last learning rate over the peak (cosine, wsd)."""
     decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the run in which wsd decays."""
 
     def warmup(self, steps: int) -> int:
         """Warm-up steps of a run of so many steps."""
@@ -250,18 +320,25 @@ class DDPConfig(Section):
     """Replicas with averaged gradients; a plain single process at world size 1. `single` insists on one process."""
 
     name: Literal["ddp", "single"]
+    """ddp (replicas; a plain process at world size 1), single (one process), fsdp or deepspeed."""
 
 
 class FSDPConfig(Section):
     name: Literal["fsdp"]
+    """ddp (replicas; a plain process at world size 1), single (one process), fsdp or deepspeed."""
     activation_checkpointing: bool = False
+    """Recompute each block's activations in the backward: less memory, more compute."""
     reshard_after_forward: bool = True
+    """Free a block's gathered parameters after its forward: less memory, more traffic."""
 
 
 class DeepSpeedConfig(Section):
     name: Literal["deepspeed"]
+    """ddp (replicas; a plain process at world size 1), single (one process), fsdp or deepspeed."""
     zero_stage: Annotated[PositiveInt, Field(le=3)] = 2
+    """What ZeRO shards: 1 optimizer state, 2 gradients too, 3 parameters too."""
     offload_optimizer: bool = False
+    """Keep optimizer state and update on the CPU."""
 
 
 StrategyConfig = Annotated[DDPConfig | FSDPConfig | DeepSpeedConfig, Field(discriminator="name")]
@@ -269,30 +346,47 @@ StrategyConfig = Annotated[DDPConfig | FSDPConfig | DeepSpeedConfig, Field(discr
 
 class SeedsConfig(Section):
     model: NonNegativeInt
+    """Seed of the initial weights; follows seed=."""
     data: NonNegativeInt
+    """Seed of the order of the sequences; follows seed=."""
     curvature: NonNegativeInt
+    """Seed of sampled labels and Hutchinson's noise; follows seed=."""
 
 
 class TrainConfig(Section):
     steps: PositiveInt
+    """Optimizer steps of the run."""
     global_batch_size: PositiveInt
+    """Sequences of a step, over all ranks."""
     micro_batch_size: PositiveInt | None = None
+    """Sequences per forward on each rank; null: no accumulation."""
     sequence_length: PositiveInt
+    """Tokens of a sequence; at most model.block_size."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto, fp32 or bf16 (autocast; weights stay fp32). auto: bf16 where the hardware has it."""
     compile: Literal["auto"] | bool = "auto"
+    """auto, true or false: torch.compile. auto: where a compiler works."""
     shared_forward: bool = True
+    """Draw gnb's labels in the training forward where the strategy can (ddp, single)."""
     grad_clip: PositiveFloat | None = 1.0
+    """Largest norm of the mean gradient; null: no clip."""
     deterministic: bool = False
+    """Deterministic kernels: a resumed run on CUDA has the same curve bit for bit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto, cpu or cuda. auto: CUDA where there is a device."""
     max_skipped_steps: NonNegativeInt = 10
+    """Non-finite steps in a row before the run stops as diverged."""
 
 
 class EvalConfig(Section):
     """`tokens`: the first so many validation tokens, null for the whole set."""
 
     interval: PositiveInt
+    """Steps from one evaluation to the next."""
     tokens: PositiveInt | None = None
+    """Validation tokens of an evaluation; null: the whole set."""
     micro_batch_size: PositiveInt | None = None
+    """Sequences per forward; null: as in training."""
 
 
 class CheckpointConfig(Section):
@@ -303,9 +397,13 @@ class CheckpointConfig(Section):
     """
 
     interval: PositiveInt | None = None
+    """Steps from one checkpoint to the next; null: at the end only."""
     keep: PositiveInt = 2
+    """Checkpoints kept: the newest."""
     keep_every: PositiveInt | None = None
+    """Steps: checkpoints at multiples of it are kept for good; null: none."""
     keep_best: bool = True
+    """Keep the checkpoint with the lowest validation loss too."""
 
 
 class GuardsConfig(Section):
@@ -317,33 +415,48 @@ class GuardsConfig(Section):
     """
 
     spike_deviations: PositiveFloat | None = 6.0
+    """Standard deviations above its running mean at which a loss is an event; null: not watched."""
     weights_interval: PositiveInt | None = 100
+    """Steps from one comparison of the ranks' weights to the next; null: never."""
     hang_minutes: Annotated[PositiveFloat, Field(le=YEAR)] | None = 10.0
+    """Minutes without progress before the stacks of all ranks are shown and the run stops; null: never."""
 
 
 class TrackerConfig(Section):
     name: Literal["none", "wandb", "tensorboard"]
+    """Mirror of the run record: none, wandb or tensorboard."""
     project: str = "sophia"
+    """W&B project."""
     entity: str | None = None
+    """W&B user or team; null: the account's own."""
     group: str | None = None
+    """W&B group; null: <model>-<data>."""
     tags: tuple[str, ...] = ()
+    """W&B tags."""
 
 
 class LocalLauncherConfig(Section):
     """Ranks on this machine; a sweep's trials one after another."""
 
     name: Literal["local"] = "local"
+    """Where runs start: local, joblib, slurm or submitit."""
     nproc_per_node: PositiveInt = 1
+    """Ranks that train.py starts on this machine."""
     max_restarts: NonNegativeInt = 0
+    """Times that ranks are started again after one has died, from the last checkpoint."""
 
 
 class JoblibLauncherConfig(Section):
     """Ranks on this machine; `trials` trials of a sweep at a time."""
 
     name: Literal["joblib"]
+    """Where runs start: local, joblib, slurm or submitit."""
     trials: PositiveInt = 2
+    """Trials of a sweep at a time."""
     nproc_per_node: PositiveInt = 1
+    """Ranks of each trial."""
     max_restarts: NonNegativeInt = 0
+    """Times that ranks are started again after one has died, from the last checkpoint."""
 
 
 # They stand in the job script.
@@ -354,19 +467,33 @@ class SlurmLauncherConfig(Section):
     """Jobs of SLURM, one rank a task; `submitit` makes them processes of this machine."""
 
     name: Literal["slurm", "submitit"]
+    """Where runs start: local, joblib, slurm or submitit."""
     nodes: PositiveInt = 1
+    """Nodes of a job."""
     nproc_per_node: PositiveInt = 1
+    """Tasks of a node, one rank each."""
     gpus_per_node: NonNegativeInt | None = None
+    """GPUs of a node; null: no request, for a partition without GPUs."""
     cpus_per_task: PositiveInt | None = None
+    """CPU cores of a task; null: the cluster's default."""
     mem_gb: PositiveInt | None = None
+    """Memory of a node in GB; null: the cluster's default."""
     partition: SlurmName | None = None
+    """SLURM partition; null: the default."""
     account: SlurmName | None = None
+    """SLURM account; null: the default."""
     qos: SlurmName | None = None
+    """SLURM quality of service; null: the default."""
     timeout_minutes: Annotated[PositiveInt, Field(le=YEAR)] = 1440
+    """Time limit of a job in minutes."""
     signal_seconds: Annotated[PositiveInt, Field(le=65535)] = 120  # sbatch takes no more
+    """Seconds before the time limit at which the run is told to save."""
     requeue: bool = True
+    """Queue a job again that has reached its time limit."""
     parallel: PositiveInt = 256
+    """Jobs of a sweep that run at a time."""
     setup: tuple[str, ...] = ()
+    """Shell commands before the ranks start; only the command line may set them."""
 
     @model_validator(mode="after")
     def _signal_before_the_end(self) -> Self:
@@ -387,8 +514,11 @@ class ProfileConfig(Section):
     """A torch.profiler trace of `steps` steps after `after`, with a table of the costliest operations."""
 
     enabled: bool = False
+    """Write a torch.profiler trace and a table of the costliest operations."""
     after: NonNegativeInt = 5
+    """Steps before the trace."""
     steps: PositiveInt = 3
+    """Steps in the trace."""
 
 
 def _profiled(value: Any) -> Any:
@@ -400,10 +530,15 @@ class RunConfig(Section):
     """A complete run. `name` is derived when not given (`run_name`)."""
 
     name: Name | None = None
+    """Name of the run directory; null: <model>-<data>-<optimizer>-<hash>-s<seed>."""
     seed: NonNegativeInt = 0
+    """Sets seeds.model, seeds.data and seeds.curvature."""
     output_dir: str = "runs"
+    """The directory in which run directories are made."""
     resume: str = "auto"
+    """auto (continue an unfinished run), never, or the path of a checkpoint."""
     overwrite: bool = False
+    """Replace a run of the same name."""
     seeds: SeedsConfig
     model: ModelConfig
     data: DataConfig

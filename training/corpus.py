@@ -5,19 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data import (
-    FileSource,
-    HubSource,
-    Manifest,
-    SampleSource,
-    Source,
-    SplitRule,
-    TokenizerSpec,
-    ensure_prepared,
-    load_manifest,
-    progress_display,
-    token_directory,
-)
+from data.manifest import Manifest, load_manifest
+from data.preparation import ensure_prepared, token_directory
+from data.progress import progress_display
+from data.sources import FileSource, HubSource, SampleSource, Source
+from data.splits import SplitRule
+from data.tokenizers import TokenizerSpec
 from training.config import FilesDataConfig, HubDataConfig, RunConfig, SampleDataConfig, ValidationSplitConfig
 
 if TYPE_CHECKING:  # it takes torch, which a command line that is refused need not wait for

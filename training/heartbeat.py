@@ -15,12 +15,12 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from training.exit_codes import EXIT_RANK_LOST
+
 INTERVAL = 1.0  # seconds from one beat to the next
 LIMIT = 120.0  # seconds without a beat after which a rank counts as dead
 SETTLED = 4.0  # seconds in which a living rank is sure to have beaten
 STORE_LOST = "the store through which the ranks talk is gone, and with it rank 0 or its launcher"
-#: sysexits.h's EX_PROTOCOL: this rank is well, another one is gone.
-EXIT_RANK_LOST = 76
 
 
 class Heartbeat:

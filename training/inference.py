@@ -26,6 +26,7 @@ from training.compose import validate
 from training.config import ConfigurationError, RunConfig
 from training.corpus import token_directory_of
 from training.records import CONFIG_FILE, RecordError, RunRecord
+from training.run_directory import refuse_absent
 
 #: What opening a run and using its model may raise: each message is one line for a person.
 OPENING_ERRORS = (ConfigurationError, RecordError, CheckpointError, DataError)
@@ -77,8 +78,7 @@ def open_trained(path: Path, *, device: torch.device | str = "cpu", tokens: Path
 
 
 def _open(path: Path, device: torch.device | str, tokens: Path | None) -> TrainedModel:
-    if not path.is_dir():
-        raise ConfigurationError(f"{path}: no such directory; give a run, runs/<name>, or a checkpoint of one")
+    refuse_absent(path)
     run = _run_of(path)
     passed_over: list[str] = []
     if run is not None and run.directory == path:

@@ -23,7 +23,8 @@ from training.compose import (
     resolved,
     worded_errors,
 )
-from training.launch import EXIT_FAILED, EXIT_PREEMPTED, refuse_absent_slurm
+from training.exit_codes import EXIT_FAILED, EXIT_PREEMPTED
+from training.launch import refuse_absent_slurm
 from training.lifeline import die_with_launcher
 from training.signals import passed_on_to_workers, stop_pending
 

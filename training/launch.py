@@ -16,14 +16,11 @@ from types import FrameType
 from typing import Any
 
 from training.config import ConfigurationError, RankRefusedError, RunConfig, SlurmLauncherConfig
-from training.heartbeat import EXIT_RANK_LOST
+from training.exit_codes import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_PREEMPTED, EXIT_RANK_LOST
 from training.lifeline import die_with_launcher
 from training.limits import descriptors_failure
 from training.signals import heeded
 
-EXIT_FAILED = 1
-EXIT_PREEMPTED = 75
-EXIT_HELD = 77  # another process has the run directory
 NOT_BEGUN = -1  # no exit code: a rank that has not begun the run
 #: How long ranks may take to save a checkpoint after they were asked to stop, before they are killed.
 SAVING_SECONDS = 300
@@ -101,6 +98,8 @@ def start_ranks(config: RunConfig) -> int:
     except ChildFailedError as error:
         if all(failure.exitcode == EXIT_PREEMPTED for failure in error.failures.values()):
             return EXIT_PREEMPTED
+        if any(failure.exitcode == EXIT_CONFIGURATION for failure in error.failures.values()):
+            return EXIT_CONFIGURATION  # the rank has said why
         print(f"error: {describe_failure(error)}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     except SignalException as error:

@@ -16,7 +16,7 @@ from typing import Any
 
 from models import GPT2Config
 from models.flops import attention_flops_per_token, block_flops_per_token, forward_backward_flops, parameter_count
-from training.cluster import ClusterConfig
+from training.cluster import OPTIMIZERS, ClusterConfig, compose_for
 from training.compose import compose_dictionary, validate
 from training.config import (
     ConfigurationError,
@@ -40,7 +40,6 @@ from training.strategies.communication import (
     zero_traffic,
 )
 
-OPTIMIZERS = ("adamw", "lion", "sophiag", "sophiah", "muon")
 GPT2_VOCABULARY = 50257
 MOST_GPUS = 4096
 #: float32 numbers that an update reads and writes for each parameter, with the gradient and the weight.
@@ -184,58 +183,6 @@ def make_plan(
         remedies=() if own.fits or not search else tuple(remedies(config, shape, cluster)),
         notes=tuple(dict.fromkeys(notes)),
     )
-
-
-def compose_for(overrides: Sequence[str], cluster: ClusterConfig) -> tuple[RunConfig, list[str]]:
-    """The run's configuration as on the cluster, and what had to be assumed for it.
-
-    `auto` is what a GPU gives it. A model without a recipe gets the paper's batch, length and number of steps, since the
-    defaults are a laptop's; a batch that the ranks cannot share becomes the nearest that they can.
-    """
-    notes: list[str] = []
-    given = {override.partition("=")[0].lstrip("+") for override in overrides}
-    assumed: list[str] = []
-    recipe = {"train.global_batch_size": 480, "train.sequence_length": 1024, "train.steps": 100_000}
-    if "experiment" not in given:
-        context = compose_dictionary(overrides)["model"].get("block_size")
-        if isinstance(context, int):
-            recipe["train.sequence_length"] = min(context, recipe["train.sequence_length"])
-        assumed = [f"{key}={value}" for key, value in recipe.items() if key not in given]
-        if assumed:
-            notes.append(f"assumed, as in the paper: {' '.join(assumed)} (defaults are a laptop's; say otherwise)")
-    values = compose_dictionary([*assumed, *overrides])
-    train = values["train"]
-    if not assumed and "train.global_batch_size" not in given and "train.micro_batch_size" not in given:
-        train["micro_batch_size"] = fitting_micro_batch(train, cluster.gpus, notes)
-    if isinstance(train.get("global_batch_size"), int) and train["global_batch_size"] % cluster.gpus:
-        batch, gpus = train["global_batch_size"], cluster.gpus
-        nearest = max(1, round(batch / gpus)) * gpus
-        notes.append(
-            f"train.global_batch_size={batch} does not divide over {gpus} ranks, and train.py would refuse it: planned "
-            f"with train.global_batch_size={nearest}"
-        )
-        train["global_batch_size"] = nearest
-        train["micro_batch_size"] = fitting_micro_batch(train, gpus, notes)
-    train["precision"] = "bf16" if train["precision"] == "auto" else train["precision"]
-    train["compile"] = True if train["compile"] == "auto" else train["compile"]
-    config = validate(values)
-    if config.strategy.name == "single" and cluster.gpus > 1:
-        raise ConfigurationError(
-            f"strategy=single runs in one process and cluster.gpus={cluster.gpus}; choose strategy=ddp"
-        )
-    return config, notes
-
-
-def fitting_micro_batch(train: dict[str, Any], gpus: int, notes: list[str]) -> int | None:
-    """The micro-batch itself where the ranks' share is a multiple of it, else the nearest below that is one."""
-    micro, batch = train.get("micro_batch_size"), train["global_batch_size"]
-    if micro is None or batch % gpus or batch // gpus % micro == 0:
-        return micro  # type: ignore[no-any-return]
-    nearest = max(d for d in divisors(batch // gpus) if d <= micro)
-    notes.append(
-        f"train.micro_batch_size={micro} does not divide a rank's {batch // gpus} sequences: planned with {nearest}"
-    )
-    return nearest
 
 
 def with_optimizer(config: RunConfig, section: dict[str, Any], notes: list[str]) -> RunConfig:

@@ -16,7 +16,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -153,6 +153,39 @@ class RunRecord:
             values = parse_line(line, self.metrics_path, number)
             if not kinds or values["kind"] in kinds:
                 yield values
+
+
+def find_runs(roots: Iterable[str | Path]) -> list[Path]:
+    """Run directories at or anywhere below the roots, sorted; a run directory is one with a config.yaml and metrics.
+
+    Raises:
+        FileNotFoundError: a root does not exist.
+    """
+    found: set[Path] = set()
+    for root in map(Path, roots):
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root} is no directory: give run directories, or directories that hold them")
+        found.update(path.parent for path in root.rglob(METRICS_FILE) if os.path.lexists(path.parent / CONFIG_FILE))
+    return sorted(found)
+
+
+def find_run_directories(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """Of paths such as a shell makes of `runs/*`: the run directories, and what else there is.
+
+    Raises:
+        FileNotFoundError: a path does not exist, or none is a run directory.
+    """
+    runs: list[Path] = []
+    others: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; give run directories, for example runs/*")
+        (runs if (path / CONFIG_FILE).is_file() else others).append(path)
+    if not runs:
+        raise FileNotFoundError(
+            f"no run record among {', '.join(map(str, others))}; give run directories, for example runs/*"
+        )
+    return runs, others
 
 
 def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:

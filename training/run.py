@@ -25,6 +25,7 @@ from training.config import ConfigurationError, RunConfig, flat, micro_batch_siz
 from training.corpus import open_corpus
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
+from training.exit_codes import EXIT_DIVERGED, EXIT_FAILED, EXIT_PREEMPTED
 from training.guards import RanksDiffer
 from training.ledger import CompilationClock, Ledger
 from training.loop import NotSaved, Run, TrainingState, train
@@ -43,9 +44,12 @@ from training.terminal import Display
 from training.watchdog import Watchdog
 from training.weights import InitialWeights
 
-#: Process exit codes. 75 is sysexits.h's EX_TEMPFAIL: try again, the run goes on where it stopped.
-EXIT_CODES: dict[Status, int] = {"completed": 0, "failed": 1, "diverged": 3, "preempted": 75}
-EXIT_CONFIGURATION = 2
+EXIT_CODES: dict[Status, int] = {
+    "completed": 0,
+    "failed": EXIT_FAILED,
+    "diverged": EXIT_DIVERGED,
+    "preempted": EXIT_PREEMPTED,
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def execute(config: RunConfig) -> Outcome:
     if config.train.device == "cpu" or not torch.cuda.is_available():
         keep_memory_mapped()
     with (
-        StopSignals(EXIT_CODES["preempted"], speaks=int(os.environ.get("RANK", 0)) == 0) as stop,
+        StopSignals(EXIT_PREEMPTED, speaks=int(os.environ.get("RANK", 0)) == 0) as stop,
         contextlib.ExitStack() as held,
     ):
         distributed = Distributed.start(config.train.device, _collective_timeout(config))

@@ -42,6 +42,16 @@ OWN_NAMES: dict[str, str | None] = {
 }
 
 
+def refuse_absent(path: Path) -> None:
+    """Refuse a path at which there is no trained model.
+
+    Raises:
+        ConfigurationError: it is no directory.
+    """
+    if not path.is_dir():
+        raise ConfigurationError(f"{path}: no such directory; give a run, runs/<name>, or a checkpoint of one")
+
+
 def is_run(directory: Path) -> bool:
     """Whether the directory's config.yaml is a run's: a mapping with the sections of one, of whatever version.
 

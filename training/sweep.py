@@ -26,8 +26,9 @@ from training.compose import (
     worded_errors,
 )
 from training.config import ConfigurationError, RunConfig
+from training.exit_codes import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED
 from training.inputs import refuse_absent_inputs
-from training.launch import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, in_job, refuse_absent_slurm
+from training.launch import in_job, refuse_absent_slurm
 from training.lifeline import die_with_launcher
 from training.mistakes import key_of
 from training.secrets import redacted

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.records import Run, find_runs, last_line, load_each, load_run, load_runs
+from analysis.records import Run, last_line, load_each, load_run, load_runs
 from tests.analysis.synthetic import write_run
-from training.records import RecordError
+from training.records import RecordError, find_runs
 
 
 def append(run: Path, *lines: str) -> None:

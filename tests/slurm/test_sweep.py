@@ -17,7 +17,7 @@ import pytest
 
 from tests.slurm.cluster import cluster, missing
 from tests.training.runs import lines, prepare_corpus, summary
-from training.launch import EXIT_HELD
+from training.exit_codes import EXIT_HELD
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).resolve().parents[2]

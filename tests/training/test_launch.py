@@ -17,8 +17,10 @@ import torch.distributed as dist
 
 from tests.training.runs import curve, lines, run, summary
 from training import heartbeat
-from training.heartbeat import EXIT_RANK_LOST, Heartbeat
-from training.launch import EXIT_FAILED, EXIT_PREEMPTED, NOT_BEGUN, code_of_stopped_ranks, describe_failure
+from training.compose import compose
+from training.exit_codes import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_PREEMPTED, EXIT_RANK_LOST
+from training.heartbeat import Heartbeat
+from training.launch import NOT_BEGUN, code_of_stopped_ranks, describe_failure, start_ranks
 from training.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,6 +145,31 @@ def test_the_rank_that_failed_is_named_and_not_one_that_lost_it(failures: dict, 
 @pytest.fixture
 def store() -> dist.TCPStore:
     return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+
+def test_torchruns_traceback_ends_with_the_line_of_a_refusal() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, "train.py", "-m", "seed=0,1"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == EXIT_FAILED  # torchrun has no other
+    _, _, summary_of_torchrun = done.stderr.partition("ChildFailedError")
+    assert "error: -m under torchrun: every rank would run the whole sweep; use launcher" in summary_of_torchrun
+
+
+def test_nothing_follows_the_line_of_a_rank_that_is_refused_alone(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.launcher import api
+
+    def end_with(failures: dict[int, ProcessFailure]) -> None:
+        raise ChildFailedError("train.py", failures)
+
+    failures = {1: ProcessFailure(1, 100, EXIT_CONFIGURATION, ""), 0: ProcessFailure(0, 99, -signal.SIGTERM, "")}
+    monkeypatch.setattr(api, "elastic_launch", lambda config, entry: lambda *arguments: end_with(failures))
+    assert start_ranks(compose(["launcher.nproc_per_node=2"])) == EXIT_CONFIGURATION
+    assert capfd.readouterr().err == ""
 
 
 def test_a_rank_that_stops_beating_is_found_and_no_other(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:

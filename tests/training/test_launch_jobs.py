@@ -12,7 +12,7 @@ import pytest
 from tests.training.runs import lines, run, summary
 from tests.training.test_launch import start, wait_for
 from training.config import ConfigurationError
-from training.launch import EXIT_HELD
+from training.exit_codes import EXIT_HELD
 from training.run_directory import RunDirectory
 from training.sweep import check_trials, trials
 

@@ -21,7 +21,7 @@ from tests.training.test_resume import kill_before_recording
 from tests.unreadable import unreadable
 from training.compose import compose
 from training.config import ConfigurationError
-from training.launch import EXIT_HELD
+from training.exit_codes import EXIT_HELD
 from training.records import write_config
 from training.run_directory import RunDirectory
 
