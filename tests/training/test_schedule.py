@@ -2,6 +2,7 @@
 
 import pytest
 
+from training.compose import compose
 from training.config import ScheduleConfig
 from training.schedule import learning_rate_factor
 
@@ -32,3 +33,9 @@ def test_warmup_steps_win_over_the_share() -> None:
     assert schedule(warmup_steps=None, warmup_share=0.25).warmup(100) == 25
     assert schedule(warmup_steps=3, warmup_share=0.25).warmup(100) == 3
     assert learning_rate_factor(schedule(warmup_steps=0), 1, 100) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
+def test_the_rate_ends_at_a_twentieth_where_nothing_else_is_said(name: str) -> None:
+    assert compose([f"schedule={name}"]).schedule.final_ratio == 0.05
+    assert ScheduleConfig.model_validate({"name": name}).final_ratio == 0.05
