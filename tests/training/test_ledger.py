@@ -65,9 +65,9 @@ OWN_FORWARD = [*REFRESHED, "train.shared_forward=false"]
 #: Overrides; of a refresh, the FLOPs of a token and the seconds, a second for each forward and each backward.
 REFRESHES: dict[str, tuple[list[str], int, int]] = {
     "none": (["optimizer=adamw"], 0, 0),
-    "gnb in the training forward": (["optimizer=sophiag", *REFRESHED], 2 * TRUNK, 1),
+    "shared_forward": (["optimizer=sophiag", *REFRESHED], 2 * TRUNK, 1),
     "gnb": (["optimizer=sophiag", *OWN_FORWARD], 3 * FORWARD, 2),
-    "empirical Fisher": (["optimizer=sophiag", "optimizer.estimator=empirical_fisher", *REFRESHED], 3 * FORWARD, 2),
+    "empirical_fisher": (["optimizer=sophiag", "optimizer.estimator=empirical_fisher", *REFRESHED], 3 * FORWARD, 2),
     "differences": (["optimizer=sophiah", "optimizer.estimator=hutchinson_differences", *REFRESHED], 6 * FORWARD, 4),
     # The backwards are autograd's own, which take no time here.
     "hutchinson": (["optimizer=sophiah", *REFRESHED], 9 * FORWARD, 1),
@@ -128,7 +128,7 @@ def test_tokens_flops_and_seconds_are_booked_under_what_they_were_spent_on(
     first, *_, last = record.metrics("train")
     assert first["flops"] == 128 * 3 * FORWARD + 64 * flops
     assert (last["flops"], last["seconds"]) == (record.summary["flops"], record.summary["seconds"])
-    assert record.summary["shared_forwards"] == (2 if refresh == "gnb in the training forward" else 0)
+    assert record.summary["shared_forwards"] == (2 if refresh == "shared_forward" else 0)
     assert record.summary["bytes_communicated"] == 0
 
 

@@ -18,9 +18,10 @@ from training.checkpoints import newest_valid
 from training.config import RunConfig
 from training.corpus import open_corpus
 from training.distributed import Distributed
-from training.loop import Reporter
 from training.records import RunRecord
 from training.run import model_shape
+from training.strategies.base import StepStatistics
+from training.strategies.ddp import DDP
 
 Train = Callable[..., RunRecord]
 #: Of 12 steps with a warm-up of four, as shares of the peak: linear, then half a cosine from 1 to 0.05.
@@ -32,10 +33,6 @@ FACTORS = [
 SCHEDULE = ["train.steps=12", "schedule=cosine", "schedule.warmup_steps=4", "schedule.final_ratio=0.05"]
 
 
-def config_of(record: RunRecord) -> RunConfig:
-    return RunConfig.model_validate(record.config)
-
-
 def final_weights(record: RunRecord) -> dict[str, Tensor]:
     checkpoint, _ = newest_valid(record.directory / "checkpoints")
     assert checkpoint is not None
@@ -43,12 +40,10 @@ def final_weights(record: RunRecord) -> dict[str, Tensor]:
     return {name.removeprefix("model."): checkpoint.tensor(name) for name in names}
 
 
-def plain_adamw(parameters: list[Tensor], keys: Any) -> torch.optim.Optimizer:
-    # Without groups: the cases have no weight decay.
-    return torch.optim.AdamW(parameters, keys.lr, betas=keys.betas, eps=keys.eps, weight_decay=0.0, foreach=False)
-
-
-def plain_sophia(parameters: list[Tensor], keys: Any) -> torch.optim.Optimizer:
+def plain_optimizer(parameters: list[Tensor], keys: Any) -> torch.optim.Optimizer:
+    """Without groups: the cases have no weight decay."""
+    if keys.name == "adamw":
+        return torch.optim.AdamW(parameters, keys.lr, betas=keys.betas, eps=keys.eps, weight_decay=0.0, foreach=False)
     return sophia.Sophia(
         parameters,
         lr=keys.lr,
@@ -61,7 +56,7 @@ def plain_sophia(parameters: list[Tensor], keys: Any) -> torch.optim.Optimizer:
     )
 
 
-def plain_loop(config: RunConfig, construct: Callable[..., Any], sequences: int) -> tuple[list[float], GPT2]:
+def plain_loop(config: RunConfig, sequences: int) -> tuple[list[float], GPT2]:
     """What README's plain loop makes of a configuration, its estimates from the first `sequences` of each batch."""
     directory, manifest = open_corpus(config, Distributed(0, 0, 1, torch.device("cpu")))
     keys: Any = config.optimizer
@@ -74,7 +69,7 @@ def plain_loop(config: RunConfig, construct: Callable[..., Any], sequences: int)
     model = GPT2(model_shape(config, manifest))
     model.initialize(config.seeds.model)
     parameters = list(model.parameters())
-    optimizer = construct(parameters, keys)
+    optimizer = plain_optimizer(parameters, keys)
     losses = []
     for t, factor in enumerate(FACTORS, start=1):
         batch = batches.at(t)
@@ -112,36 +107,25 @@ def refresh(
     optimizer.update_hessian(estimates=estimates)
 
 
-# Seeds that are all different; a clip that acts, and updates that are not the same at any scale of the gradient.
 SEEDS = ["seeds.model=1", "seeds.data=2", "seeds.curvature=3"]
+#: The run's own overrides, and how many sequences its estimates are made of. The clip acts on the first steps, and no
+#: update is the same at every scale of the gradient.
 CASES = {
-    "adamw": (plain_adamw, ["optimizer=adamw", "optimizer.lr=1e-2", "optimizer.eps=1e-2", "train.grad_clip=0.2"], 0),
-    "every step": (
-        plain_sophia,
-        ["optimizer=sophiag", "optimizer.hessian_interval=1", "optimizer.batch_fraction=0.19", "optimizer.gamma=0.5"],
+    "adamw": ("optimizer=adamw optimizer.lr=1e-2 optimizer.eps=1e-2 train.grad_clip=0.2", 0),
+    "every_step": (
+        "optimizer=sophiag optimizer.hessian_interval=1 optimizer.batch_fraction=0.19 optimizer.gamma=0.5",
         2,
     ),
-    "one forward for both": (
-        plain_sophia,
-        [
-            "optimizer=sophiag",
-            "optimizer.hessian_interval=3",
-            "optimizer.batch_fraction=0.7",
-            "train.micro_batch_size=2",
-        ],
+    "shared_forward": (
+        "optimizer=sophiag optimizer.hessian_interval=3 optimizer.batch_fraction=0.7 train.micro_batch_size=2",
         6,
     ),
-    "own forward": (
-        plain_sophia,
-        [
-            *("optimizer=sophiag", "optimizer.hessian_interval=3", "optimizer.batch_fraction=0.01"),
-            "train.shared_forward=false",
-        ],
+    "own_forward": (
+        "optimizer=sophiag optimizer.hessian_interval=3 optimizer.batch_fraction=0.01 train.shared_forward=false",
         1,
     ),
     "hutchinson": (
-        plain_sophia,
-        ["optimizer=sophiah", "optimizer.hessian_interval=5", "optimizer.batch_fraction=0.5", "optimizer.eps=1e-3"],
+        "optimizer=sophiah optimizer.hessian_interval=5 optimizer.batch_fraction=0.5 optimizer.eps=1e-3",
         4,
     ),
 }
@@ -149,9 +133,9 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_has_the_losses_and_weights_of_a_plain_loop(train: Train, case: str) -> None:
-    construct, overrides, sequences = CASES[case]
-    record = train("run", *SCHEDULE, *SEEDS, "optimizer.weight_decay=0", *overrides)
-    losses, model = plain_loop(config_of(record), construct, sequences)
+    overrides, sequences = CASES[case]
+    record = train("run", *SCHEDULE, *SEEDS, "optimizer.weight_decay=0", *overrides.split())
+    losses, model = plain_loop(RunConfig.model_validate(record.config), sequences)
     assert [line["loss"] for line in record.metrics("train")] == pytest.approx(losses, abs=2e-5)
     start = GPT2(model.config)
     start.initialize(1)
@@ -161,31 +145,19 @@ def test_a_run_has_the_losses_and_weights_of_a_plain_loop(train: Train, case: st
     assert apart.norm() < 1e-3 * moved.norm()
 
 
-class Spy:
-    """The weights before the first step and after each, of the run that is reported."""
+def movements(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How far each step of the following run moves a coordinate at most."""
+    seen: list[float] = []
+    original = DDP.step
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.weights: list[Tensor] = []
-        original, constructed = Reporter.step, Reporter.__init__
+    def step(self: DDP, *arguments: Any) -> StepStatistics:
+        before = [weight.clone() for weight in self.weights()]
+        statistics = original(self, *arguments)
+        seen.append(max(float((a - b).abs().max()) for a, b in zip(self.weights(), before, strict=True)))
+        return statistics
 
-        def init(reporter: Reporter, run: Any) -> None:
-            constructed(reporter, run)
-            self._see(reporter)
-
-        def step(reporter: Reporter, *arguments: Any) -> None:
-            original(reporter, *arguments)
-            self._see(reporter)
-
-        monkeypatch.setattr(Reporter, "__init__", init)
-        monkeypatch.setattr(Reporter, "step", step)
-
-    def _see(self, reporter: Reporter) -> None:
-        parameters = reporter._run.strategy.parameters().values()
-        self.weights.append(torch.cat([p.detach().flatten() for p in parameters]))
-
-    def movements(self) -> list[float]:
-        """How far each step has moved a coordinate at most."""
-        return [float((b - a).abs().max()) for a, b in zip(self.weights, self.weights[1:], strict=False)]
+    monkeypatch.setattr(DDP, "step", step)
+    return seen
 
 
 # Each coordinate moves by the rate, whatever its gradient.
@@ -193,10 +165,10 @@ SIGN_DESCENT = ["optimizer=signum", "optimizer.betas=[0.0]", "optimizer.weight_d
 
 
 def test_update_t_moves_the_weights_by_the_rate_of_step_t(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    spy = Spy(monkeypatch)
+    moved = movements(monkeypatch)
     record = train("run", *SCHEDULE, *SIGN_DESCENT)
     expected = [1e-2 * factor for factor in FACTORS]
-    assert spy.movements() == pytest.approx(expected, rel=1e-4)
+    assert moved == pytest.approx(expected, rel=1e-4)
     assert [line["lr"] for line in record.metrics("train")] == pytest.approx(expected, rel=1e-12)
 
 
@@ -204,7 +176,7 @@ def test_an_infinite_loss_of_another_rank_holds_the_step_back_here(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ranks' losses are summed before the step, which asks whether the sum is finite."""
-    spy = Spy(monkeypatch)
+    moved = movements(monkeypatch)
     original, losses = Distributed.all_reduce, 0
 
     def all_reduce(self: Distributed, tensor: Tensor, *operation: Any) -> Tensor:
@@ -219,4 +191,4 @@ def test_an_infinite_loss_of_another_rank_holds_the_step_back_here(
     record = train("run", "train.steps=5", *SIGN_DESCENT)
     assert losses == 5
     assert [line.get("skipped", False) for line in record.metrics("train")] == [False, False, True, False, False]
-    assert [movement == 0 for movement in spy.movements()] == [False, False, True, False, False]
+    assert [distance == 0 for distance in moved] == [False, False, True, False, False]
