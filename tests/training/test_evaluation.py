@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.batches import Batch
 from data.dataset import TokenDataset
 from models import GPT2
 from training.checkpoints import newest_valid
@@ -73,11 +74,23 @@ def test_evaluation_leaves_the_training_with_dropout_as_it_was(train: Train) -> 
     assert not torch.equal(*states)
 
 
-def test_an_evaluation_that_ends_early_leaves_dropout_on() -> None:
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_dropout_is_off_in_an_evaluation_and_on_after_it_however_it_ends(*, interrupted: bool) -> None:
     model = torch.nn.Linear(1, 1)
-    windows = SimpleNamespace(batches=lambda size: iter(()), forwards=lambda size: 1)
-    strategy = SimpleNamespace(model=model, device=torch.device("cpu"))
-    assert validation_loss(cast(Any, strategy), cast(Any, windows), 1, interrupted=lambda problem: True) is None
+    modes = []
+
+    def forward(tokens: torch.Tensor, targets: torch.Tensor) -> SimpleNamespace:
+        modes.append(model.training)
+        return SimpleNamespace(loss_sum=torch.tensor(6.0))
+
+    row = np.zeros((1, 2), np.int64)
+    strategy = SimpleNamespace(
+        model=model, device=torch.device("cpu"), forward=forward, distributed=Distributed(0, 0, 1, torch.device("cpu"))
+    )
+    windows = SimpleNamespace(batches=lambda size: iter([Batch(row, row, row[0])]), forwards=lambda size: 1)
+    found = validation_loss(cast(Any, strategy), cast(Any, windows), 1, interrupted=lambda problem: interrupted)
+    assert found == (None if interrupted else (3.0, 2))
+    assert modes == ([] if interrupted else [False])
     assert model.training
 
 

@@ -62,15 +62,18 @@ BILLED = [
 ]
 REFRESHED = ["optimizer.hessian_interval=2", "optimizer.batch_fraction=0.5"]
 OWN_FORWARD = [*REFRESHED, "train.shared_forward=false"]
-#: Overrides; of a refresh, the FLOPs of a token and the seconds, a second for each forward and each backward.
-REFRESHES: dict[str, tuple[list[str], int, int]] = {
-    "none": (["optimizer=adamw"], 0, 0),
-    "shared_forward": (["optimizer=sophiag", *REFRESHED], 2 * TRUNK, 1),
-    "gnb": (["optimizer=sophiag", *OWN_FORWARD], 3 * FORWARD, 2),
-    "empirical_fisher": (["optimizer=sophiag", "optimizer.estimator=empirical_fisher", *REFRESHED], 3 * FORWARD, 2),
-    "differences": (["optimizer=sophiah", "optimizer.estimator=hutchinson_differences", *REFRESHED], 6 * FORWARD, 4),
-    # The backwards are autograd's own, which take no time here.
-    "hutchinson": (["optimizer=sophiah", *REFRESHED], 9 * FORWARD, 1),
+FISHER = ["optimizer.estimator=empirical_fisher", *REFRESHED]
+DIFFERENCES = ["optimizer.estimator=hutchinson_differences", *REFRESHED]
+#: Overrides; of a refresh, the FLOPs of a token, the seconds (one for each forward and each backward) and the gradients
+#: that the strategy sums over the ranks.
+REFRESHES: dict[str, tuple[list[str], int, int, int]] = {
+    "none": (["optimizer=adamw"], 0, 0, 0),
+    "shared_forward": (["optimizer=sophiag", *REFRESHED], 2 * TRUNK, 1, 1),
+    "gnb": (["optimizer=sophiag", *OWN_FORWARD], 3 * FORWARD, 2, 1),
+    "empirical_fisher": (["optimizer=sophiag", *FISHER], 3 * FORWARD, 2, 1),
+    "differences": (["optimizer=sophiah", *DIFFERENCES], 6 * FORWARD, 4, 2),
+    # The backwards are autograd's own, which take no time here, and the products are summed outside of the strategy.
+    "hutchinson": (["optimizer=sophiah", *REFRESHED], 9 * FORWARD, 1, 0),
 }
 
 
@@ -93,7 +96,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("refresh", REFRESHES)
-def test_tokens_flops_and_seconds_are_booked_under_what_they_were_spent_on(
+def test_tokens_flops_seconds_and_bytes_are_booked_under_what_they_were_spent_on(
     train: Callable[..., RunRecord], monkeypatch: pytest.MonkeyPatch, refresh: str
 ) -> None:
     clock = Clock(monkeypatch)
@@ -102,7 +105,8 @@ def test_tokens_flops_and_seconds_are_booked_under_what_they_were_spent_on(
     clock.takes(10, training.loop, "next_batch")
     clock.takes(100, DDP, "step")
     clock.takes(1000, training.checkpoints, "save")
-    overrides, flops, seconds = REFRESHES[refresh]
+    monkeypatch.setattr(DDP, "bytes_communicated", lambda self, micro_batches: 100 + micro_batches)
+    overrides, flops, seconds, sums = REFRESHES[refresh]
     record = train("run", *BILLED, *overrides)
     assert record.summary is not None
     refreshes = 2 if flops else 0
@@ -129,7 +133,7 @@ def test_tokens_flops_and_seconds_are_booked_under_what_they_were_spent_on(
     assert first["flops"] == 128 * 3 * FORWARD + 64 * flops
     assert (last["flops"], last["seconds"]) == (record.summary["flops"], record.summary["seconds"])
     assert record.summary["shared_forwards"] == (2 if refresh == "shared_forward" else 0)
-    assert record.summary["bytes_communicated"] == 0
+    assert record.summary["bytes_communicated"] == 3 * (100 + 2) + refreshes * sums * (100 + 1)
 
 
 @pytest.mark.parametrize(
