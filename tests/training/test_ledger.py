@@ -129,8 +129,9 @@ def test_tokens_flops_seconds_and_bytes_are_booked_under_what_they_were_spent_on
     assert record.summary["flops"] == forward_backward["flops"] + curvature["flops"]
     assert record.summary["seconds"] == forward_backward["seconds"] + curvature["seconds"] + 300 + 30
     # What a step and the refresh before it cost is in the line of the step.
-    first, *_, last = record.metrics("train")
+    first, second, last = record.metrics("train")
     assert first["flops"] == 128 * 3 * FORWARD + 64 * flops
+    assert second["tokens_per_second"] == 128 / (10 + 2 * (1 + 1) + 100)
     assert (last["flops"], last["seconds"]) == (record.summary["flops"], record.summary["seconds"])
     assert record.summary["shared_forwards"] == (2 if refresh == "shared_forward" else 0)
     assert record.summary["bytes_communicated"] == 3 * (100 + 2) + refreshes * sums * (100 + 1)

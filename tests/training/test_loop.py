@@ -56,8 +56,8 @@ def plain_optimizer(parameters: list[Tensor], keys: Any) -> torch.optim.Optimize
     )
 
 
-def plain_loop(config: RunConfig, sequences: int) -> tuple[list[float], GPT2]:
-    """What README's plain loop makes of a configuration, its estimates from the first `sequences` of each batch."""
+def plain_loop(config: RunConfig, sequences: int) -> tuple[list[float], list[float], GPT2]:
+    """Losses, gradient norms and the model of README's plain loop, its estimates from the first `sequences` of a batch."""
     directory, manifest = open_corpus(config, Distributed(0, 0, 1, torch.device("cpu")))
     keys: Any = config.optimizer
     batches = Batches(
@@ -70,7 +70,7 @@ def plain_loop(config: RunConfig, sequences: int) -> tuple[list[float], GPT2]:
     model.initialize(config.seeds.model)
     parameters = list(model.parameters())
     optimizer = plain_optimizer(parameters, keys)
-    losses = []
+    losses, norms = [], []
     for t, factor in enumerate(FACTORS, start=1):
         batch = batches.at(t)
         tokens, targets = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)
@@ -81,11 +81,12 @@ def plain_loop(config: RunConfig, sequences: int) -> tuple[list[float], GPT2]:
             )
         loss = mean_loss(model, tokens, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.train.grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, model
+        norms.append(norm.item())
+    return losses, norms, model
 
 
 def mean_loss(model: GPT2, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -135,8 +136,12 @@ CASES = {
 def test_a_run_has_the_losses_and_weights_of_a_plain_loop(train: Train, case: str) -> None:
     overrides, sequences = CASES[case]
     record = train("run", *SCHEDULE, *SEEDS, "optimizer.weight_decay=0", *overrides.split())
-    losses, model = plain_loop(RunConfig.model_validate(record.config), sequences)
-    assert [line["loss"] for line in record.metrics("train")] == pytest.approx(losses, abs=2e-5)
+    config = RunConfig.model_validate(record.config)
+    losses, norms, model = plain_loop(config, sequences)
+    lines = list(record.metrics("train"))
+    assert [line["loss"] for line in lines] == pytest.approx(losses, abs=2e-5)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-4)
+    assert [line["clipped_norm"] for line in lines] == [norm > (config.train.grad_clip or math.inf) for norm in norms]
     start = GPT2(model.config)
     start.initialize(1)
     got = final_weights(record)
