@@ -84,6 +84,13 @@ def test_the_seed_changes_the_order_and_not_the_windows(stream: TokenDataset) ->
     assert np.array_equal(*[np.sort(order) for order in orders])
 
 
+def test_each_epoch_has_an_order_of_its_own(stream: TokenDataset) -> None:
+    batches = Batches(stream, seed=0, global_batch_size=100, sequence_length=10)
+    assert batches.windows_per_epoch == 100
+    first, second, third = (batches.at(step).tokens[:, 0].tolist() for step in (1, 2, 3))
+    assert first != second != third != first
+
+
 def test_given_arrays_are_written_in_place(stream: TokenDataset) -> None:
     batches = Batches(stream, 0, 8, 16)
     out = Batch(np.zeros((8, 16), np.int64), np.zeros((8, 16), np.int64), np.zeros(8, np.int64))

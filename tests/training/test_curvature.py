@@ -1,7 +1,9 @@
 """The curvature pass of the loop: equal to the library's estimator, whatever the split; padding weighs nothing."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sophia
 from data.batches import Batch
-from models import GPT2, GPT2Config
+from models import GPT2, GPT2Config, GPT2Output
 from sophia import random
 from training.config import SophiaConfig
 from training.curvature import CurvaturePass
@@ -248,6 +250,32 @@ def test_central_differences_compare_two_gradients_of_one_set_of_dropout_masks()
     assert torch.equal(after, after_one_forward)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_central_differences_move_the_weights_a_thousandth_of_their_norm_along_the_noise_in_float32(bf16: bool) -> None:
+    config = CONFIG.model_copy(update={"estimator": "hutchinson_differences"})
+    made = strategy(config=config)
+    made.bf16 = bf16
+
+    def flat(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([tensor.detach().flatten() for tensor in tensors]).double()
+
+    here, noise = flat(made.weights()), flat(made.normals(SEED, STEP))
+    seen: list[Tensor] = []
+    original = made.forward
+
+    def forward(*arguments: Any) -> GPT2Output:
+        seen.append(flat(made.weights()) - here)
+        return original(*arguments)
+
+    made.forward = forward  # type: ignore[method-assign]
+    CurvaturePass(config, SEED, BATCH, BATCH).run(made, batch(), STEP)
+    step = 1e-3 * here.norm() / noise.norm()
+    assert len(seen) == 2
+    for moved, expected in zip(seen, (step * noise, -step * noise), strict=True):
+        assert (moved - expected).norm() < 1e-3 * expected.norm()
+    assert_close(hessians(made), run(config), rtol=0)
+
+
 def test_the_difference_of_a_model_of_zeros_is_finite() -> None:
     config = CONFIG.model_copy(update={"estimator": "hutchinson_differences"})
     made = strategy(config=config)
@@ -280,9 +308,86 @@ def test_ranks_cover_the_slice_once_with_the_labels_of_their_global_position(wor
     assert len(shapes) == 1
 
 
-def test_refreshes_come_before_the_first_step_and_every_k_steps() -> None:
-    due = [step for step in range(1, 32) if CurvaturePass(CONFIG, SEED, BATCH, BATCH).due(step)]
-    assert due == [1, 11, 21, 31]
+class Captured(NamedTuple):
+    """What a rank hands to the optimizer for its part of an estimate."""
+
+    local_count: int  # predictions of this rank
+    num_predictions: int | None
+    gradients: list[Tensor]  # what the sum over the ranks is made of
+    sequences: int | None  # done within training
+
+
+def part_of_rank(
+    rank: int, world_size: int, config: SophiaConfig, *, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> Captured:
+    """The pass of one rank alone: what the others would add to N is added, nothing to the gradients."""
+    made = strategy(rank, world_size, config)
+    counts: list[int] = []
+    taken: list[tuple[int | None, list[Tensor]]] = []
+
+    def all_reduce(self: Distributed, tensor: Tensor, *operation: object) -> Tensor:
+        if tensor.dtype == torch.int64:
+            counts.append(int(tensor))
+            tensor.fill_(3 * LENGTH)
+        return tensor
+
+    def update_hessian(*, num_predictions: int | None = None, estimates: object = None) -> Tensor:
+        # An engine that averages has its gradients multiplied beforehand; `reduce_gradients` has divided them.
+        scale = 1 if shared else world_size
+        taken.append((num_predictions, [p.grad / scale for p in made.model.parameters() if p.grad is not None]))
+        return torch.zeros(())
+
+    curvature = CurvaturePass(config, SEED, BATCH, 2, shared_forward=shared)
+    done = None
+    with monkeypatch.context() as patch:
+        patch.setattr(Distributed, "all_reduce", all_reduce)
+        patch.setattr(made, "update_hessian", update_hessian)
+        if shared:
+            ledger = Ledger(torch.device("cpu"))
+            _, done, _ = curvature.run_within_training(made, batch(rank, world_size), STEP, BATCH * LENGTH, ledger)
+        else:
+            curvature.run(made, batch(rank, world_size), STEP)
+    ((num_predictions, gradients),) = taken
+    (count,) = counts
+    return Captured(count, num_predictions, gradients, done)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+@pytest.mark.parametrize(("estimator", "shared"), [("gnb", False), ("gnb", True), ("empirical_fisher", False)])
+def test_the_parts_of_the_ranks_add_up_to_the_estimate_of_one(
+    estimator: str, shared: bool, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of eight sequences: ranks have one more than others, or none, and what fills up their micro-batches weighs
+    nothing."""
+    config = CONFIG.model_copy(update={"estimator": estimator, "batch_fraction": 0.375})
+    whole = part_of_rank(0, 1, config, shared=False, monkeypatch=monkeypatch)
+    assert whole.local_count == whole.num_predictions == 3 * LENGTH
+    parts = [part_of_rank(r, world_size, config, shared=shared, monkeypatch=monkeypatch) for r in range(world_size)]
+    assert [part.local_count for part in parts] == [LENGTH * len(range(r, 3, world_size)) for r in range(world_size)]
+    assert {part.num_predictions for part in parts} == {3 * LENGTH}
+    if shared:
+        assert [part.sequences for part in parts] == [len(range(r, 3, world_size)) for r in range(world_size)]
+    assert_close(
+        [torch.stack(same).sum(0) for same in zip(*[p.gradients for p in parts], strict=True)], whole.gradients
+    )
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"), [(1, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]), (2, [1, 3, 5, 7, 9, 11]), (10, [1, 11])]
+)
+def test_refreshes_come_before_the_first_step_and_every_k_steps(interval: int, expected: list[int]) -> None:
+    curvature = CurvaturePass(CONFIG.model_copy(update={"hessian_interval": interval}), SEED, BATCH, BATCH)
+    assert [step for step in range(1, 12) if curvature.due(step)] == expected
+
+
+@pytest.mark.parametrize(
+    ("fraction", "of", "sequences"), [(1 / 15, 480, 32), (0.19, 8, 2), (0.7, 8, 6), (0.05, 8, 1), (1.0, 8, 8)]
+)
+def test_the_share_of_the_batch_is_rounded_to_whole_sequences_and_is_at_least_one(
+    fraction: float, of: int, sequences: int
+) -> None:
+    config = CONFIG.model_copy(update={"batch_fraction": fraction})
+    assert CurvaturePass(config, SEED, of, of).sequences == sequences
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, BATCH])

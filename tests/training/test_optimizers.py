@@ -108,9 +108,10 @@ def test_a_norm_below_the_limit_is_left_alone(arm: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(clipped.parameters(), free.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("bad", ["gradient", "loss"])
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_non_finite_gradient_or_loss_changes_neither_weights_nor_state(arm: str, bad: str) -> None:
+def test_a_non_finite_gradient_or_loss_changes_neither_weights_nor_state(arm: str, bad: str, value: float) -> None:
     model = GPT2(SHAPE)
     parameters = dict(model.named_parameters())
     optimizers = build_optimizers(compose([f"optimizer={arm}"]).optimizer, compile_step=False)(parameters)
@@ -125,8 +126,8 @@ def test_a_non_finite_gradient_or_loss_changes_neither_weights_nor_state(arm: st
     ]
     gradients_of(model)
     if bad == "gradient":
-        parameters["blocks.1.mlp.up.weight"].grad[0, 0] = float("inf")
-    statistics = clip_and_step(optimizers, 1.0, torch.tensor(float("inf") if bad == "loss" else 1.0))
+        parameters["blocks.1.mlp.up.weight"].grad[0, 0] = value
+    statistics = clip_and_step(optimizers, 1.0, torch.tensor(value if bad == "loss" else 1.0))
     assert statistics.skipped == 1
     assert all(torch.equal(w, p) for w, p in zip(weights, parameters.values(), strict=True))
     after = [o.state[p] for o in optimizers for p in parameters.values() if p in o.state]

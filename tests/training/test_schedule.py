@@ -2,6 +2,7 @@
 
 import pytest
 
+from training.compose import compose
 from training.config import ScheduleConfig
 from training.schedule import learning_rate_factor
 
@@ -28,7 +29,19 @@ def test_wsd_is_flat_then_linear_to_the_final_ratio() -> None:
     assert learning_rate_factor(config, 100, 100) == pytest.approx(0.05)
 
 
+def test_wsd_decays_from_the_end_of_the_warmup_where_its_share_would_begin_before() -> None:
+    config = schedule(name="wsd", warmup_steps=90, decay_share=0.2)
+    assert [learning_rate_factor(config, step, 100) for step in (90, 95, 100)] == pytest.approx([1.0, 0.525, 0.05])
+
+
 def test_warmup_steps_win_over_the_share() -> None:
     assert schedule(warmup_steps=None, warmup_share=0.25).warmup(100) == 25
+    assert schedule(warmup_steps=None, warmup_share=0.19).warmup(8) == 2
     assert schedule(warmup_steps=3, warmup_share=0.25).warmup(100) == 3
     assert learning_rate_factor(schedule(warmup_steps=0), 1, 100) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
+def test_the_rate_ends_at_a_twentieth_where_nothing_else_is_said(name: str) -> None:
+    assert compose([f"schedule={name}"]).schedule.final_ratio == 0.05
+    assert ScheduleConfig.model_validate({"name": name}).final_ratio == 0.05

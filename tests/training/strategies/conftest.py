@@ -108,6 +108,15 @@ def launch(directory: Path) -> None:
             "overrides": small(corpus, directory, f"bf16-{kind}", *strategy, "train.precision=bf16")
         }
         runs[f"additions {kind}"] = {"overrides": small(corpus, directory, f"additions-{kind}", *strategy, *ADDITIONS)}
+    # Of a refresh by differences two: before step 6 they are the eighth and the ninth.
+    differences = [*ranks.KINDS["zero2"], "optimizer.estimator=hutchinson_differences"]
+    runs["poisoned differences"] = {
+        "overrides": small(corpus, directory, "poisoned-differences", *differences),
+        "poison": [8],
+    }
+    runs["dropout"] = {
+        "overrides": small(corpus, directory, "dropout", "strategy=ddp", "model.dropout=0.1", "train.steps=2")
+    }
     for name, variant in VARIANTS.items():
         runs[name] = {"overrides": small(corpus, directory, name, *variant)}
     for share in SHARES:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from scripts import parity
 from tests.training.runs import lines, summary
@@ -96,6 +97,45 @@ def test_a_gradient_that_is_not_finite_on_one_rank_holds_back_all_ranks(two_rank
         assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
     for line, expected in zip(steps, trained(two_ranks.directory / "poisoned-ddp"), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
+def test_differences_that_are_not_finite_on_one_rank_are_held_back_under_an_engine_that_skips_by_itself(
+    two_ranks: Launch,
+) -> None:
+    assert two_ranks.status("poisoned differences") == "completed"
+    run = two_ranks.directory / "poisoned-differences"
+    assert [line["held_back"] for line in lines(run, "hessian")] == [False, True]
+    assert not any(line.get("skipped", False) for line in trained(run))
+
+
+def test_ranks_draw_dropout_masks_of_their_own(two_ranks: Launch) -> None:
+    assert two_ranks.status("dropout") == "completed"
+    checkpoint, _ = newest_valid(two_ranks.directory / "dropout" / "checkpoints")
+    assert checkpoint is not None
+    assert not torch.equal(checkpoint.tensor("rng.cpu.0"), checkpoint.tensor("rng.cpu.1"))
+
+
+def test_bytes_are_those_of_every_step_and_every_refresh(two_ranks: Launch) -> None:
+    """Six steps and two refreshes. Of two ranks, each sends half of what is gathered or scattered, and half of what is
+    all-reduced twice; a float32 has four bytes."""
+
+    def sent(strategy: str, optimizer: str) -> int:
+        run = two_ranks.directory / parity.run_name(parity.Cell(strategy, optimizer, 2))
+        count: int = summary(run)["bytes_communicated"]
+        return count
+
+    checkpoint, _ = newest_valid(two_ranks.directory / "plain" / "checkpoints")
+    assert checkpoint is not None
+    sizes = {name: math.prod(checkpoint.shape(name)) for name in checkpoint.names() if name.startswith("model.")}
+    everything = sum(sizes.values())
+    blocks = sum(size for name, size in sizes.items() if name.startswith("model.blocks."))
+    assert sent("ddp×2", "adamw") == 6 * 4 * everything
+    assert sent("ddp×2", "sophiag") == (6 + 2) * 4 * everything
+    assert sent("ddp×2", "sophiah") == (6 + 2) * 4 * everything
+    assert sent("ddp×2", "sophiah, differences") == (6 + 2 * 2) * 4 * everything
+    # A step has two micro-batches, a refresh one; each gathers the blocks twice and the rest once.
+    gathered = 6 * 2 + 2
+    assert sent("fsdp×2", "sophiag") == gathered * 2 * (2 * blocks + everything - blocks) + (6 + 2) * 2 * everything
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "plain"])
