@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data import IGNORED_TARGET, Batch, Batches, DataError, TokenDataset, ValidationWindows
+from data.permutation import permute
+from models.head import IGNORED
 from tests.data.token_directory import write_token_directory
 
 
@@ -53,6 +56,13 @@ def test_each_epoch_has_every_window_once_also_where_a_batch_straddles_epochs(
     for epoch in range(3):
         seen = starts[epoch * windows : (epoch + 1) * windows]
         assert np.array_equal(np.sort(seen), np.arange(windows) * length)
+
+
+def test_each_epoch_has_the_order_of_its_own_permutation(stream: TokenDataset) -> None:
+    batches = Batches(stream, seed=1 << 63, global_batch_size=30, sequence_length=10)
+    starts = np.concatenate([batches.at(step).tokens[:, 0] for step in range(1, 11)])
+    orders = [permute(np.arange(100), 100, 1 << 63, epoch) for epoch in range(3)]
+    assert np.array_equal(starts, 10 * np.concatenate(orders))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
@@ -176,6 +186,10 @@ def test_validation_predicts_each_of_the_first_tokens_exactly_once_over_all_rank
     assert sorted(predicted) == list(range(1, expected + 1))
     assert windows.predictions == expected
     assert len(counts) == 1, "ranks with unequal numbers of batches would hang in a collective"
+
+
+def test_the_target_that_is_not_predicted_is_the_one_that_torch_and_the_loss_head_ignore() -> None:
+    assert IGNORED_TARGET == IGNORED == torch.nn.CrossEntropyLoss().ignore_index
 
 
 def test_an_empty_validation_split_is_refused(tmp_path: Path) -> None:

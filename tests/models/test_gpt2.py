@@ -169,9 +169,9 @@ def test_initialisation_is_a_function_of_seed_and_name_alone() -> None:
             assert torch.equal(parameter, dict(deep.named_parameters())[name]), name
     other = GPT2(TINY)
     other.initialize(1)
-    weights = [p for name, p in other.named_parameters() if parameter_kind(name) != "norm"]
-    for parameter, seed_zero in zip(weights, GPT2(TINY).parameters(), strict=False):
-        assert not torch.equal(parameter, seed_zero)
+    for (name, parameter), seed_zero in zip(other.named_parameters(), GPT2(TINY).parameters(), strict=True):
+        if parameter_kind(name) != "norm":
+            assert (parameter[: TINY.vocab_size] != seed_zero[: TINY.vocab_size]).float().mean() > 0.99, name
     drawn = [p.flatten()[:8] for n, p in deep.named_parameters() if parameter_kind(n) != "norm"]
     scaled = {tuple((d / d[0]).tolist()) for d in drawn}
     assert len(scaled) == len(drawn), "two tensors share their random numbers"

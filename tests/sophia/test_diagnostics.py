@@ -48,13 +48,14 @@ def test_the_sums_by_kind_are_those_of_the_state() -> None:
 
 
 def test_the_histogram_counts_each_positive_entry_in_its_bin() -> None:
-    h = torch.tensor([1.5, 2.0, 5.0, 1e-30, 1e30, -1.0, 0.0, 3e-7])
-    optimizer = optimizer_with([h], [torch.zeros(8)])
+    h = torch.tensor([1.5, 2.0, 5.0, 1e-30, 4e-20, 2e3, 1e30, -1.0, 0.0, 3e-7])
+    optimizer = optimizer_with([h], [torch.zeros(10)])
     histogram = diagnostics(optimizer).read()["all"]["hessian_histogram"]
     edges = histogram_edges()
     assert len(histogram) == HISTOGRAM_BINS == len(edges) - 1
-    assert sum(histogram) == 6
+    assert sum(histogram) == 8
     assert histogram[0] == histogram[-1] == 1
+    assert (edges[0], edges[-1]) == (1e-20, 1e4)
     for low, high, count in zip(edges[1:-2], edges[2:-1], histogram[1:-1], strict=True):
         assert count == int(((h >= low) & (h < high)).sum())
 

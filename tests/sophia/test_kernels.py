@@ -2,7 +2,8 @@
 warning."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from sophia import AdaHessian, Lion, Sophia, SophiaG, kernels, rules
+from sophia import AdaHessian, Lion, ReferenceSophiaG, Sophia, SophiaG, kernels, rules
+from sophia.rules import updates
 
 SHAPES = [(70, 100), (7,), (3, 5), (2, 3, 4), (1,), (), (0, 3)]
 CASES: list[tuple[type, dict[str, Any]]] = [
@@ -180,6 +182,56 @@ def test_small_tensors_are_joined_into_one_call_and_large_ones_stay_alone(monkey
     kernels.apply(rule, [tensors, [torch.full((size,), float(size)) for size in sizes]], [], kernels.Form(False, False))
     assert sorted(calls) == [8, 20, 36, 64]
     assert all(bool((t == size).all()) for t, size in zip(tensors, sizes, strict=True))
+
+
+@pytest.mark.parametrize("form", [{"compile": False, "foreach": False}, {"foreach": True}, {"compile": True}])
+@pytest.mark.parametrize(
+    "cls", [SophiaG, partial(SophiaG, clip=False), partial(ReferenceSophiaG, rho=0.05, bs=1)], ids=["", "no clip", "ref"]
+)
+def test_the_unclipped_count_is_that_of_all_rows_and_all_pieces(
+    cls: Callable[..., Sophia], form: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small tensors joined into a row of several pieces, large ones in pieces, more rows than a compiled call takes."""
+    monkeypatch.setattr(kernels, "JOINED_BELOW", 60)
+    monkeypatch.setattr(kernels, "EAGER_PIECE", 32)
+    monkeypatch.setattr(kernels, "LONGEST_ROW", 100)
+    monkeypatch.setattr(kernels, "_compiled", {})
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    generator = torch.Generator().manual_seed(0)
+    for sizes in ([50, 40, 3, 70, 300, 1000], [10, 45]):
+        params = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+        optimizer = cls(params, weight_decay=0.0, **form)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+            curvature = torch.rand(p.shape, generator=generator)
+            optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "hessian": curvature}
+        optimizer.step()
+        m, h = (torch.cat([optimizer.state[p][key] for p in params]) for key in ("exp_avg", "hessian"))
+        expected = int((m.abs() < 0.05 * h).sum())
+        assert 0 < expected < sum(sizes)
+        assert int(optimizer.unclipped_count) == expected
+
+
+@pytest.mark.parametrize("form", [kernels.Form(False, False), kernels.Form(False, True)])
+def test_counts_add_up_beyond_the_range_of_int32(form: kernels.Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row's count is an int32, and no row is longer than that holds."""
+    assert kernels.LONGEST_ROW <= torch.iinfo(torch.int32).max
+    monkeypatch.setattr(kernels, "_compiled", {})
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    counted = torch.tensor(kernels.LONGEST_ROW, dtype=torch.int32)
+    monkeypatch.setattr("sophia.optimizer.sophia_update", updates(0, 2)(lambda *_: counted))
+    params = [torch.nn.Parameter(torch.zeros(kernels.JOINED_BELOW)) for _ in range(4)]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer = SophiaG(params, foreach=form.foreach, compile=form.compile)
+    optimizer.step()
+    rows = kernels.ROWS if form.compile else 4
+    assert int(optimizer.unclipped_count) == rows * kernels.LONGEST_ROW
+
+
+def test_a_list_of_tensors_is_summed_in_int64() -> None:
+    tensors = kernels.TensorList([torch.tensor([kernels.LONGEST_ROW]) for _ in range(4)])
+    assert int(tensors.sum(dtype=torch.int32)) == 4 * kernels.LONGEST_ROW
 
 
 def test_layout_of_the_parameters_does_not_matter() -> None:

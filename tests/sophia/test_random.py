@@ -95,3 +95,22 @@ def test_an_empty_or_backward_range_is_told_apart() -> None:
     assert random.normals(0, 1, "w", 5, 5).shape == (0,)
     with pytest.raises(ValueError, match="start = 6 and stop = 5"):
         random.normals(0, 1, "w", 6, 5)
+
+
+def test_the_numbers_are_frozen() -> None:
+    # A change here changes the labels and the noise of every run: records made before could not be paired with later ones.
+    whole = [(random.uniforms(0, 1, torch.tensor([0, 1, 2**40])) * 2**24).tolist()]
+    whole.append((random.uniforms(2**63, 2**40 + 3, torch.tensor([7]), "other") * 2**24).tolist())
+    assert whole == [[11323007, 10298069, 15914368], [13706454]]
+    drawn = torch.cat([random.normals(0, 1, "wte", 2, 5), random.normals(5, 2**33 + 1, "wte", 2**34 - 1, 2**34 + 1)])
+    expected = [1.2399677, -0.39932704, 0.09602678, 1.4976220, 0.39460671]
+    torch.testing.assert_close(drawn, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("word", "uniform", "largest"), [(0, 0.0, 6.77), (2**32 - 1, 1 - 2**-24, 0.0)])
+def test_the_outermost_words_give_uniforms_below_1_and_finite_normals(
+    monkeypatch: pytest.MonkeyPatch, word: int, uniform: float, largest: float
+) -> None:
+    monkeypatch.setattr(random, "_words", lambda *_: (torch.tensor([word]),) * 4)
+    assert random.uniforms(0, 1, torch.arange(1)).item() == uniform
+    assert all(abs(z) <= largest for z in random.normals(0, 1, "w", 0, 4).tolist())

@@ -104,6 +104,20 @@ def test_an_estimate_is_due_before_the_steps_with_t_minus_1_mod_k_equal_to_0(k: 
     assert restored.hessian_due == (steps % k == 0)
 
 
+def test_an_estimate_is_due_by_the_parameter_that_has_made_most_steps() -> None:
+    first, late = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    for order in ([first, late], [late, first]):
+        optimizer = SophiaG(order, hessian_interval=3)
+        due = []
+        for t in range(1, 8):
+            due.append(optimizer.hessian_due)
+            if due[-1]:
+                optimizer.update_hessian(estimates=[torch.ones(2)] * 2)
+            first.grad, late.grad = torch.ones(2), torch.ones(2) if t > 2 else None
+            optimizer.step()
+        assert due == [True, False, False, True, False, False, True]
+
+
 def test_steps_by_group_as_deepspeed_makes_them_equal_one_step() -> None:
     """A call of step per group, the other groups' lists empty: counts add up, and no counter runs ahead."""
     results = []
