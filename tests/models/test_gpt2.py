@@ -243,10 +243,13 @@ def test_under_autocast_losses_are_fp32_and_near_the_fp32_model() -> None:
     inputs = batch()
     exact = model(*inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(*inputs)
-    for loss, expected in zip(output, exact, strict=True):
-        assert loss.dtype == torch.float32
-        torch.testing.assert_close(loss, expected, rtol=0.02, atol=0)
+        fast = model(*inputs)
+        with model.maths_attention():
+            plain = model(*inputs)
+    for output in (fast, plain):
+        for loss, expected in zip(output, exact, strict=True):
+            assert loss.dtype == torch.float32
+            torch.testing.assert_close(loss, expected, rtol=0.02, atol=0)
 
 
 def test_the_tied_weight_is_one_parameter() -> None:

@@ -82,6 +82,8 @@ def test_a_wrong_group_is_refused_and_leaves_the_optimizer_as_it_was() -> None:
         optimizer.add_param_group({"params": [parameter(3)], "gamma": -1})
     with pytest.raises(ValueError, match="hessian_interval = 5 in one group and 10 in another"):
         optimizer.add_param_group({"params": [parameter(3)], "hessian_interval": 5})
+    with pytest.raises(TypeError, match=r"dtype torch\.int64"):
+        optimizer.add_param_group({"params": [torch.ones(3, dtype=torch.int64)]})
     assert len(optimizer.param_groups) == 1
 
 

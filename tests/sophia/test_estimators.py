@@ -9,7 +9,6 @@ import math
 
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,9 +25,15 @@ from sophia import (
     sample_labels,
 )
 from sophia.random import normals_like, uniforms
+from tests.sophia.chi_square import chi_square_p
 
 ALPHA = 1e-4
 DRAWS = 1500
+
+
+def normal_bound(coordinates: int) -> Tensor:
+    """What the largest of so many standard normal numbers exceeds in size with probability ALPHA, or less often."""
+    return -torch.special.ndtri(torch.tensor(ALPHA / (2 * coordinates), dtype=torch.float64))
 
 
 def assert_mean(draws: Tensor, mean: Tensor, variance: Tensor) -> None:
@@ -36,8 +41,7 @@ def assert_mean(draws: Tensor, mean: Tensor, variance: Tensor) -> None:
     variance
     within 20 %, far more than its own error of about √(14/R) / √P and far less than a factor of 2."""
     deviations = (draws.mean(0) - mean) / (variance / len(draws)).sqrt()
-    bound = stats.norm.isf(ALPHA / (2 * draws.shape[1]))
-    assert deviations.abs().max() < bound
+    assert deviations.abs().max() < normal_bound(draws.shape[1])
     moving = variance > 0
     ratio = (draws.var(0)[moving] / variance[moving]).mean()
     assert 0.8 < ratio < 1.2
@@ -96,7 +100,7 @@ def test_the_square_that_adahessian_averages_has_the_mean_of_theory(network) -> 
     ).square()
     expected = 2 * hessian.diagonal() ** 2 + hessian.square().sum(0)
     deviations = (rows.mean(0) - expected) / (rows.std(0) / math.sqrt(DRAWS))
-    assert deviations.abs().max() < stats.norm.isf(ALPHA / (2 * rows.shape[1]))
+    assert deviations.abs().max() < normal_bound(rows.shape[1])
 
 
 def test_hutchinson_is_the_noise_times_the_exact_product(problem) -> None:
@@ -268,8 +272,7 @@ def test_labels_follow_the_softmax() -> None:
     counts = torch.bincount(labels, minlength=300)
     assert counts[probabilities == 0].sum() == 0
     kept = probabilities > 0
-    result = stats.chisquare(counts[kept].numpy(), (probabilities / probabilities.sum())[kept].numpy() * n)
-    assert result.pvalue > ALPHA
+    assert chi_square_p(counts[kept], (probabilities / probabilities.sum())[kept] * n) > ALPHA
 
 
 def test_positions_that_are_negative_do_not_count(softmax_model) -> None:

@@ -19,7 +19,7 @@ OPTIMIZERS: list[tuple[type, dict[str, Any]]] = [
     (SophiaH, {"bias_correction": True}),
     (Lion, {}),
     (AdaHessian, {}),
-    (ReferenceSophiaG, {}),
+    (ReferenceSophiaG, {"estimator_clip": 0.5}),
 ]
 
 
@@ -76,6 +76,23 @@ def test_training_goes_on_after_a_round_trip_as_if_nothing_had_happened(
     torch.testing.assert_close(states_of(a, first), states_of(b, second), rtol=0, atol=0)
 
 
+def test_an_optimizer_whose_state_was_loaded_elsewhere_counts_its_own_steps() -> None:
+    a, b = model(), model()
+    first, second = SophiaG(a.parameters()), SophiaG(b.parameters())
+    train(a, first, 1, 3)
+    second.load_state_dict(first.state_dict())
+    train(b, second, 4, 5)
+    assert {float(state["step"]) for state in states_of(a, first)} == {3.0}
+    assert {float(state["step"]) for state in states_of(b, second)} == {5.0}
+
+
+@pytest.mark.parametrize("form", [{"foreach": True}, {"compile": False}])
+def test_a_copy_steps_in_the_form_of_the_original(form: dict[str, bool]) -> None:
+    optimizer = SophiaG(model().parameters(), **form)
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert copied._form == optimizer._form
+
+
 def test_the_state_has_the_names_of_the_contract() -> None:
     m = model()
     optimizer = SophiaG(m.parameters())
@@ -115,6 +132,7 @@ def test_an_estimate_is_due_by_the_parameter_that_has_made_most_steps() -> None:
                 optimizer.update_hessian(estimates=[torch.ones(2)] * 2)
             first.grad, late.grad = torch.ones(2), torch.ones(2) if t > 2 else None
             optimizer.step()
+            assert optimizer.hessian_age == (t - 1) % 3 + 1
         assert due == [True, False, False, True, False, False, True]
 
 

@@ -40,7 +40,15 @@ def test_every_positive_entry_is_counted_in_its_decade() -> None:
     assert found["decades"] == list(range(-12, 5))
     # Bin 0 is what is below 1e-12, and bin i + 1 begins at the i-th of the decades.
     counts = dict(zip([-13, *DECADES], found["histogram"], strict=True))
-    assert {decade: count for decade, count in counts.items() if count} == {-13: 1, -12: 1, -1: 1, 0: 2, 1: 2, 3: 1, 4: 2}
+    assert {decade: count for decade, count in counts.items() if count} == {
+        -13: 1,
+        -12: 1,
+        -1: 1,
+        0: 2,
+        1: 2,
+        3: 1,
+        4: 2,
+    }
 
 
 def test_norms_and_shares_are_those_of_the_kinds_and_of_all() -> None:
