@@ -134,13 +134,17 @@ def test_a_parameter_without_a_gradient_is_named() -> None:
 
 
 def test_estimates_must_match_the_parameters() -> None:
-    optimizer = SophiaH([parameter(2), parameter(3)])
+    frozen = parameter(3)
+    optimizer = SophiaH([parameter(2), frozen])
     with pytest.raises(ValueError, match="1 estimates for 2 parameters"):
         optimizer.update_hessian(estimates=[torch.ones(2)])
     with pytest.raises(ValueError, match=r"estimate for parameter 1 has shape \(2,\), expected \(3,\)"):
         optimizer.update_hessian(estimates=[torch.ones(2), torch.ones(2)])
     with pytest.raises(ValueError, match="estimate for parameter 0 of shape \\(2,\\) is None"):
         optimizer.update_hessian(estimates=[None, torch.ones(3)])
+    frozen.requires_grad_(False)
+    optimizer.update_hessian(estimates=[torch.ones(2), None])
+    assert not optimizer.state[frozen]
 
 
 def test_curvature_for_an_optimizer_without_curvature_is_told() -> None:

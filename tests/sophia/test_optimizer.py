@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sophia import AdaHessian, Sophia, SophiaG, SophiaH
+from sophia import AdaHessian, Lion, ReferenceSophiaG, Sophia, SophiaG, SophiaH
 
 
 @dataclass
@@ -228,14 +229,23 @@ def test_warm_start_is_the_mean_of_its_estimates() -> None:
     torch.testing.assert_close(optimizer.state[p]["hessian"], 0.99 * estimates.mean(0) + 0.01)
 
 
-def test_defaults_are_the_papers() -> None:
-    p = torch.nn.Parameter(torch.zeros(1))
-    for optimizer, gamma in ((SophiaG([p]), 0.05), (SophiaH([p]), 0.01)):
-        group = optimizer.param_groups[0]
-        assert group["betas"] == (0.96, 0.99)
-        assert group["gamma"] == gamma
-        assert group["eps"] == 1e-12
-        assert group["hessian_interval"] == 10
+SOPHIA = {"lr": 6e-4, "betas": (0.96, 0.99), "eps": 1e-12, "weight_decay": 0.2, "hessian_interval": 10, "clip": True}
+AUTHORS = {"lr": 1e-4, "betas": (0.965, 0.99), "gamma": 0.04 * 5120, "eps": 1e-15, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("cls", "defaults"),
+    [
+        (SophiaG, {**SOPHIA, "gamma": 0.05}),
+        (SophiaH, {**SOPHIA, "gamma": 0.01}),
+        (Lion, {"lr": 1e-4, "betas": (0.95, 0.98), "weight_decay": 0.2}),
+        (AdaHessian, {"lr": 0.15, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 0.0, "hessian_interval": 1}),
+        (ReferenceSophiaG, {**SOPHIA, **AUTHORS}),
+    ],
+)
+def test_defaults_are_the_papers(cls: type, defaults: dict[str, Any]) -> None:
+    group = cls([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    assert {key: group[key] for key in defaults} == defaults
 
 
 def test_adahessian_equals_its_formulas() -> None:

@@ -204,14 +204,37 @@ def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None:
         assert not torch.equal(p, before)
 
 
-def test_groups_have_their_own_hyperparameters() -> None:
-    decayed, free = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-    optimizer = SophiaG([{"params": [decayed], "weight_decay": 0.5}, {"params": [free], "weight_decay": 0.0}], lr=0.1)
-    for p in (decayed, free):
-        p.grad = torch.zeros(2)
-    optimizer.step()
-    torch.testing.assert_close(decayed.detach(), torch.full((2,), 0.95))
-    torch.testing.assert_close(free.detach(), torch.ones(2))
+@pytest.mark.parametrize(
+    ("cls", "keys"),
+    [
+        (SophiaG, ("lr", "betas", "gamma", "eps", "weight_decay", "clip")),
+        (SophiaH, ("lr", "betas", "gamma", "eps", "weight_decay", "clip")),
+        (Lion, ("lr", "betas", "weight_decay")),
+        (AdaHessian, ("lr", "betas", "eps", "weight_decay")),
+    ],
+)
+def test_groups_have_their_own_hyperparameters(cls: type, keys: tuple[str, ...]) -> None:
+    """Two groups of one optimizer train as two optimizers whose constructors were given the same."""
+    given = {"lr": (0.1, 0.2), "betas": ((0.9, 0.8), (0.5, 0.6)), "gamma": (0.7, 5.0), "eps": (0.1, 0.9)}
+    given |= {"weight_decay": (0.0, 0.5), "clip": (True, False)}
+    hyper = [{key: given[key][number] for key in keys} for number in (0, 1)]
+    a, b = model(), model()
+    of_a, of_b = ([list(layer.parameters()) for layer in (m[0], m[2])] for m in (a, b))
+    together = cls([{"params": params, **values} for params, values in zip(of_a, hyper, strict=True)])
+    apart = [cls(params, **values) for params, values in zip(of_b, hyper, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        for params, twins, optimizer in zip(of_a, of_b, apart, strict=True):
+            for p, q in zip(params, twins, strict=True):
+                p.grad = torch.randn(p.shape, generator=generator)
+                q.grad = p.grad.clone()
+            if cls is not Lion:
+                optimizer.update_hessian(estimates=[q.grad for q in twins])
+            optimizer.step()
+        if cls is not Lion:
+            together.update_hessian(estimates=[p.grad for params in of_a for p in params])
+        together.step()
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 def test_named_parameters_are_taken() -> None:
