@@ -273,8 +273,12 @@ class TestSecondDerivatives:
         torch.testing.assert_close(fast, exact)
         assert model.attention == "sdpa"
 
-    def test_the_switch_is_reset_after_an_error(self) -> None:
+    def test_the_switch_is_reset_after_an_error_and_after_a_switch_within(self) -> None:
         model = GPT2(TINY)
+        with model.maths_attention():
+            with model.maths_attention():
+                pass
+            assert model.attention == "math"
         with pytest.raises(RuntimeError, match="inside"), model.maths_attention():
             raise RuntimeError("inside")
         assert model.attention == "sdpa"
