@@ -248,6 +248,16 @@ def test_defaults_are_the_papers(cls: type, defaults: dict[str, Any]) -> None:
     assert {key: group[key] for key in defaults} == defaults
 
 
+def test_sophiah_takes_the_arguments_of_sophia() -> None:
+    given = {"lr": 0.1, "betas": (0.5, 0.6), "gamma": 0.2, "eps": 0.3, "weight_decay": 0.4, "hessian_interval": 5}
+    for form in ({"foreach": True}, {"compile": False}):
+        one, other = (
+            cls([torch.nn.Parameter(torch.zeros(1))], **given, **form, clip=False) for cls in (Sophia, SophiaH)
+        )
+        assert {key: other.param_groups[0][key] for key in (*given, "clip")} == {**given, "clip": False}
+        assert other._form == one._form
+
+
 def test_adahessian_equals_its_formulas() -> None:
     normal = partial(torch.randn, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     beta1, beta2, lr, eps, decay = 0.9, 0.99, 0.15, 1e-4, 0.01
