@@ -1,5 +1,6 @@
 """What is reported about the state is what is in the state; the alarm and the controller do what they say."""
 
+import importlib
 import math
 
 import pytest
@@ -58,6 +59,26 @@ def test_the_histogram_counts_each_positive_entry_in_its_bin() -> None:
     assert (edges[0], edges[-1]) == (1e-20, 1e4)
     for low, high, count in zip(edges[1:-2], edges[2:-1], histogram[1:-1], strict=True):
         assert count == int(((h >= low) & (h < high)).sum())
+
+
+def test_the_record_does_not_depend_on_how_many_elements_are_looked_at_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    h, m = torch.logspace(-22, 6, 40), torch.logspace(-2, 4, 40)
+    optimizer = optimizer_with([h], [m])
+    whole = diagnostics(optimizer).sums
+    monkeypatch.setattr(importlib.import_module("sophia.diagnostics"), "_CHUNK", 7)
+    torch.testing.assert_close(diagnostics(optimizer).sums, whole, rtol=1e-6, atol=0)
+
+
+def test_unclipped_means_by_the_gamma_of_the_parameters_group() -> None:
+    optimizer = optimizer_with([torch.ones(3), torch.ones(3)], [torch.ones(3), torch.ones(3)])
+    p, q = optimizer.param_groups[0]["params"]
+    groups = [{"params": [p], "gamma": 0.5}, {"params": [q], "gamma": 2.0}]
+    split = SophiaH(groups)
+    split.state = optimizer.state
+    record = diagnostics(split, {"p": [p], "q": [q]}).read()
+    assert [record[kind]["unclipped_fraction"] for kind in ("p", "q")] == [0, 1]
 
 
 @given(seed=st.integers(0, 2**20), gamma=st.floats(0.01, 10))
