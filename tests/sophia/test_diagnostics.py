@@ -1,6 +1,7 @@
 """What is reported about the state is what is in the state; the alarm and the controller do what they say."""
 
 import importlib
+import json
 import math
 
 import pytest
@@ -136,6 +137,16 @@ def test_consecutive_cosine_is_that_of_the_two_estimates() -> None:
     assert bool((cosine_of(sums) == 0).all())
 
 
+def test_the_sums_of_the_cosine_are_in_float32_though_the_estimate_before_is_kept_in_bfloat16() -> None:
+    tracker, estimate = ConsecutiveCosine(), torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    tracker.observe([estimate])
+    sums = tracker.observe([estimate])
+    assert sums is not None
+    kept = estimate.bfloat16().double()
+    expected = torch.stack([estimate.double() @ kept, estimate.double().square().sum(), kept.square().sum()])
+    torch.testing.assert_close(sums, expected[None], rtol=1e-5, atol=0)
+
+
 def test_the_alarm_rings_once_when_the_fraction_is_zero_for_longer_than_k_steps() -> None:
     alarm = UnclippedAlarm(10)
     assert [alarm.observe(step, 0.0) for step in range(1, 11)] == [None] * 10
@@ -153,6 +164,15 @@ def test_the_alarm_rings_once_when_the_fraction_is_zero_for_longer_than_k_steps(
     assert alarm.observe(40, 0.2) is None
     assert alarm.observe(41, 0.0) is None
     assert alarm.observe(52, 0.0) is not None  # steps may be missing
+
+
+@pytest.mark.parametrize("cut", [5, 20])
+def test_the_alarm_rings_after_an_interruption_as_if_there_had_been_none(cut: int) -> None:
+    whole, first, second = UnclippedAlarm(10), UnclippedAlarm(10), UnclippedAlarm(10)
+    rung = [first.observe(step, 0.0) for step in range(1, cut + 1)]
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    rung += [second.observe(step, 0.0) for step in range(cut + 1, 31)]
+    assert rung == [whole.observe(step, 0.0) for step in range(1, 31)]
 
 
 @pytest.mark.parametrize("broken", [True, False])
