@@ -210,6 +210,16 @@ def test_empirical_fisher_leaves_ignored_targets_out(softmax_model) -> None:
     torch.testing.assert_close(softmax_model.params[0].grad, grad)
 
 
+def test_empirical_fisher_is_in_float32_and_scaled_as_the_loss_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = (4 * torch.randn(64, 100, generator=generator)).bfloat16(), torch.arange(64)
+    half, full = logits.clone().requires_grad_(), logits.float().requires_grad_()
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for outputs, grad_scaler in ((half, scaler), (full, None)):
+        empirical_fisher(lambda outputs=outputs: outputs, targets, grad_scaler=grad_scaler)
+    assert torch.equal(half.grad, (256 * full.grad).bfloat16())
+
+
 def linear_outputs(outputs: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(10, 3, generator=generator, dtype=torch.float64)
