@@ -1,5 +1,6 @@
 """Wrong use of the library is told: what was given, what was expected, what to do."""
 
+import math
 import re
 import warnings
 from typing import Any
@@ -209,16 +210,18 @@ def test_estimators_name_what_does_not_fit() -> None:
         empirical_fisher(lambda: logits, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="1 different names for 2 parameters"):
         hutchinson(lambda: (w * logits.sum()).sum(), [w, logits], seed=0, step=1, names=["a", "a"])
-    with pytest.raises(ValueError, match="variance = 0"):
-        Gaussian(variance=0)
+    for variance in (0, math.inf):
+        with pytest.raises(ValueError, match=f"variance = {variance}"):
+            Gaussian(variance=variance)
     with pytest.raises(ValueError, match="event_dims = 0"):
         Categorical(event_dims=0)
     assert Bernoulli().event_dims == 0
 
 
-def test_central_differences_refuse_half_precision() -> None:
-    w = parameter(3, dtype=torch.bfloat16)
-    with pytest.raises(TypeError, match=r"parameter 0 has dtype torch.bfloat16, expected torch.float32"):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_central_differences_refuse_half_precision(dtype: torch.dtype) -> None:
+    w = parameter(3, dtype=dtype)
+    with pytest.raises(TypeError, match=f"parameter 0 has dtype {dtype}, expected torch.float32"):
         hutchinson_differences(lambda: w.float().square().sum(), [w], seed=0, step=1)
     v = parameter(3)
     with (

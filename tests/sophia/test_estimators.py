@@ -120,6 +120,28 @@ def test_central_differences_are_the_exact_product_up_to_the_step(problem) -> No
     assert all(bool((p.grad == 1).all()) for p in problem.params)
 
 
+def test_the_weights_of_a_difference_are_a_thousandth_of_their_norm_apart_from_those_between(network) -> None:
+    seen = []
+
+    def loss() -> Tensor:
+        seen.append(network.flat(network.params).clone())
+        return network.loss()
+
+    theta = network.flat(network.params).clone()
+    noise = network.flat([normals_like(p, 3, 7, str(i)).double() for i, p in enumerate(network.params)])
+    hutchinson_differences(loss, network.params, seed=3, step=7)
+    step = 1e-3 * theta.norm() * noise / noise.norm()
+    torch.testing.assert_close(seen, [theta + step, theta - step], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("estimator", [hutchinson, hutchinson_differences])
+def test_gradients_need_not_be_enabled_around_an_estimator(network, estimator) -> None:
+    expected = network.flat(estimator(network.loss, network.params, seed=0, step=1))
+    with torch.no_grad():
+        estimates = estimator(network.loss, network.params, seed=0, step=1)
+    assert torch.equal(network.flat(estimates), expected)
+
+
 def test_central_differences_with_dropout_are_the_exact_product_under_the_same_masks(network) -> None:
     """And both leave the generator where one forward leaves it. float64: what remains is the truncation, O(δ²)."""
 
@@ -196,7 +218,7 @@ def test_empirical_fisher_is_n_times_the_square_of_the_training_gradient(problem
     grads = torch.autograd.grad(problem.loss(), problem.params)
     assert n == len(problem.targets)
     for p, grad in zip(problem.params, grads, strict=True):
-        torch.testing.assert_close(p.grad, grad)
+        torch.testing.assert_close(p.grad, grad, rtol=1e-12, atol=1e-14)  # in float64, as the weights are
 
 
 def test_empirical_fisher_leaves_ignored_targets_out(softmax_model) -> None:

@@ -80,6 +80,24 @@ def test_eager_and_foreach_forms_are_the_same_to_the_last_bit(
     assert_identical(eager, run(cls, {**options, "foreach": True}, dtype, amp))
 
 
+@pytest.mark.parametrize("form", [{"compile": False, "foreach": False}, {"foreach": True}])
+def test_parameters_of_several_dtypes_step_as_those_of_each_alone(form: dict[str, bool]) -> None:
+    def weights() -> list[torch.nn.Parameter]:
+        generator = torch.Generator().manual_seed(0)
+        params = []
+        for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.bfloat16, torch.float32):
+            params.append(torch.nn.Parameter(torch.randn(50, generator=generator).to(dtype)))
+            params[-1].grad = torch.randn(50, generator=generator).to(dtype)
+        return params
+
+    together, apart = weights(), weights()
+    for optimizer in (SophiaG(together, lr=0.1, **form), *(SophiaG([p], lr=0.1, **form) for p in apart)):
+        optimizer.update_hessian(num_predictions=100)
+        for _ in range(3):
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(together, apart, strict=True))
+
+
 def test_compiled_form_is_the_same_to_the_last_bit_and_a_schedule_compiles_nothing_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -147,6 +165,11 @@ def test_a_failing_compiler_falls_back_with_one_warning(monkeypatch: pytest.Monk
         fallen_back = run(SophiaG, {"compile": True})
     assert len(caught) == 1
     assert_identical(run(SophiaG, {"compile": False}), fallen_back)
+    monkeypatch.setattr(kernels, "_compiler_failed", False)
+    with pytest.warns(RuntimeWarning):
+        fallen_back = run(SophiaG, {"compile": True}, steps=1)
+    assert_identical(run(SophiaG, {"compile": False}, steps=1), fallen_back)
+    assert fallen_back[2] > 0
 
 
 @given(
@@ -193,24 +216,25 @@ def test_small_tensors_are_joined_into_one_call_and_large_ones_stay_alone(monkey
 def test_the_unclipped_count_is_that_of_all_rows_and_all_pieces(
     cls: Callable[..., Sophia], form: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Small tensors joined into a row of several pieces, large ones in pieces, more rows than a compiled call takes."""
+    """Small tensors joined into a row of several pieces, large ones in pieces, more rows than a compiled call takes,
+    one without a common layout."""
     monkeypatch.setattr(kernels, "JOINED_BELOW", 60)
     monkeypatch.setattr(kernels, "EAGER_PIECE", 32)
     monkeypatch.setattr(kernels, "LONGEST_ROW", 100)
     monkeypatch.setattr(kernels, "_compiled", {})
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     generator = torch.Generator().manual_seed(0)
-    for sizes in ([50, 40, 3, 70, 300, 1000], [10, 45]):
-        params = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    for shapes in ([50, 40, 3, 70, 300, 1000, (15, 20)], [10, 45]):
+        params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
         optimizer = cls(params, weight_decay=0.0, **form)
         for p in params:
-            p.grad = torch.randn(p.shape, generator=generator)
+            p.grad = torch.randn(p.shape[::-1], generator=generator).permute(*range(p.dim())[::-1])
             curvature = torch.rand(p.shape, generator=generator)
             optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "hessian": curvature}
         optimizer.step()
-        m, h = (torch.cat([optimizer.state[p][key] for p in params]) for key in ("exp_avg", "hessian"))
+        m, h = (torch.cat([optimizer.state[p][key].flatten() for p in params]) for key in ("exp_avg", "hessian"))
         expected = int((m.abs() < 0.05 * h).sum())
-        assert 0 < expected < sum(sizes)
+        assert 0 < expected < optimizer.numel
         assert int(optimizer.unclipped_count) == expected
 
 

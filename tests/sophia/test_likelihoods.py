@@ -32,12 +32,27 @@ def test_the_label_is_the_smallest_whose_distribution_function_exceeds_the_unifo
 def test_labels_of_a_large_vocabulary_are_those_of_the_distribution_function_in_float64() -> None:
     logits = torch.randn(20_000, generator=torch.Generator().manual_seed(9))  # whose softmax adds up to less than LAST
     logits[-1] = -math.inf
-    uniform = torch.cat([(torch.arange(199) + 0.5) / 199, torch.tensor([LAST])])
-    labels = sample_labels(logits.expand(200, -1), uniform)
     cumulative = logits.softmax(-1).double().cumsum(0)
     cumulative /= cumulative[-1].clone()
+    grid = cumulative[100:-100:200] * 2**24  # where one class ends, to the resolution of a uniform
+    uniform = torch.cat([grid.floor() / 2**24, grid.ceil() / 2**24, torch.tensor([LAST])]).float()
+    labels = sample_labels(logits.expand(len(uniform), -1), uniform)
     assert bool((cumulative[labels] > uniform).all())
     assert bool((cumulative[labels - 1] <= uniform).all())
+
+
+def test_labels_of_bfloat16_logits_are_those_of_their_float32_softmax() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, uniform = torch.randn(200, 1000, generator=generator).bfloat16(), torch.rand(200, generator=generator)
+    assert torch.equal(sample_labels(logits, uniform), sample_labels(logits.float(), uniform))
+
+
+@pytest.mark.parametrize(("uniform", "logit", "label"), [(0.0, -200.0, 0), (LAST, 200.0, 1)])
+def test_an_outcome_without_probability_is_not_drawn(
+    monkeypatch: pytest.MonkeyPatch, uniform: float, logit: float, label: int
+) -> None:
+    monkeypatch.setattr("sophia.likelihoods.uniforms", lambda *_: torch.tensor([uniform]))
+    assert Bernoulli().sample(torch.tensor([logit]), torch.tensor([0]), 0, 1, 0).tolist() == [label]
 
 
 def test_labels_do_not_depend_on_how_many_rows_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
