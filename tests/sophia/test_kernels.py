@@ -91,11 +91,14 @@ def test_parameters_of_several_dtypes_step_as_those_of_each_alone(form: dict[str
         return params
 
     together, apart = weights(), weights()
-    for optimizer in (SophiaG(together, lr=0.1, **form), *(SophiaG([p], lr=0.1, **form) for p in apart)):
+    optimizers = [SophiaG(together, lr=0.1, **form), *(SophiaG([p], lr=0.1, **form) for p in apart)]
+    for optimizer in optimizers:
         optimizer.update_hessian(num_predictions=100)
         for _ in range(3):
             optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(together, apart, strict=True))
+    whole, *parts = (int(optimizer.unclipped_count) for optimizer in optimizers)
+    assert whole == sum(parts) > max(parts)
 
 
 def test_compiled_form_is_the_same_to_the_last_bit_and_a_schedule_compiles_nothing_anew(
@@ -166,10 +169,10 @@ def test_a_failing_compiler_falls_back_with_one_warning(monkeypatch: pytest.Monk
     assert len(caught) == 1
     assert_identical(run(SophiaG, {"compile": False}), fallen_back)
     monkeypatch.setattr(kernels, "_compiler_failed", False)
-    with pytest.warns(RuntimeWarning):
-        fallen_back = run(SophiaG, {"compile": True}, steps=1)
-    assert_identical(run(SophiaG, {"compile": False}, steps=1), fallen_back)
-    assert fallen_back[2] > 0
+    tensors = [torch.zeros(100), torch.zeros(200)]
+    with pytest.warns(RuntimeWarning):  # the call that finds out counts as any other
+        counts = kernels.apply(updates(0)(lambda t: torch.tensor(t.numel())), [tensors], [], kernels.Form(False, True))
+    assert sum(map(int, counts)) == 300
 
 
 @given(
