@@ -106,7 +106,7 @@ class Batches:
         sequences = steps[:, None] * self.global_batch_size + self._indices
         epochs = sequences // self.windows_per_epoch
         windows = np.empty_like(sequences)
-        for epoch in range(int(epochs.min(initial=0)), int(epochs.max(initial=-1)) + 1):
+        for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             windows[here] = permute(sequences[here] % self.windows_per_epoch, self.windows_per_epoch, self.seed, epoch)
         self._block = (block, windows)

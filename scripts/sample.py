@@ -66,11 +66,11 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         ConfigurationError: there is no such directory, or a number is out of range.
     """
-    refuse_absent(options.run)
     for name, least in (("tokens", 1), ("samples", 1), ("seed", 0), ("top_k", 0)):
         if getattr(options, name) < least:
             option = f"--{name.replace('_', '-')}"
             raise ConfigurationError(f"{option} {getattr(options, name)}: expected a number of at least {least}")
+    refuse_absent(options.run)
 
 
 def sample(options: argparse.Namespace) -> int:

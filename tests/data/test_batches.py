@@ -3,14 +3,21 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data import IGNORED_TARGET, Batch, Batches, DataError, TokenDataset, ValidationWindows
+from data import batches as batches_module
+from data.batches import next_batch
+from data.permutation import permute
+from models.head import IGNORED
 from tests.data.token_directory import write_token_directory
 
 
@@ -53,6 +60,28 @@ def test_each_epoch_has_every_window_once_also_where_a_batch_straddles_epochs(
     for epoch in range(3):
         seen = starts[epoch * windows : (epoch + 1) * windows]
         assert np.array_equal(np.sort(seen), np.arange(windows) * length)
+
+
+@pytest.mark.parametrize("batch_size", [30, 5000])
+def test_a_batch_is_a_function_of_its_step_each_epoch_in_the_order_of_its_own_permutation(
+    stream: TokenDataset, batch_size: int
+) -> None:
+    batches = Batches(stream, seed=1 << 63, global_batch_size=batch_size, sequence_length=10)
+    for step in (1, 4, 300, 136, 137, 4):
+        epochs, places = np.divmod((step - 1) * batch_size + np.arange(batch_size), 100)
+        orders = {epoch: permute(np.arange(100), 100, 1 << 63, epoch) for epoch in set(epochs.tolist())}
+        windows = [orders[epoch][place] for epoch, place in zip(epochs.tolist(), places, strict=True)]
+        assert batches.at(step).tokens[:, 0].tolist() == [10 * window for window in windows]
+        assert batches.epochs(step) == step * batch_size / 100
+
+
+def test_late_steps_permute_the_epochs_that_they_touch_and_none_before(
+    stream: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(batches_module, "permute", lambda *of: seen.append(of[-1]) or permute(*of))
+    Batches(stream, seed=0, global_batch_size=5000, sequence_length=10).at(300)
+    assert seen == list(range(14950, 15000))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
@@ -104,9 +133,23 @@ def test_prefetched_batches_are_those_of_their_steps(stream: TokenDataset) -> No
     batches = Batches(stream, 0, 8, 16)
     with batches.prefetch(5, last_step=30, depth=3) as ahead:
         read = list(ahead)
+        assert next(ahead, None) is None
     assert len(read) == 26
     for step, batch in enumerate(read, start=5):
         assert np.array_equal(batch.tokens, batches.at(step).tokens)
+
+
+def test_no_more_is_read_ahead_than_was_asked_for(stream: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = Batches(stream, 0, 8, 16)
+    steps: list[int] = []
+    monkeypatch.setattr(Batches, "at", lambda self, step: steps.append(step) or Batch(*[np.zeros(1)] * 3))
+    with batches.prefetch(1, depth=2) as ahead:
+        next(ahead)
+        time.sleep(0.2)
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(steps) <= 1 + 2 + 1  # taken, in the queue, in hand
+    with pytest.raises(ValueError, match="depth=0"):
+        batches.prefetch(1, depth=0)
 
 
 def test_a_closed_prefetcher_leaves_no_thread_behind(stream: TokenDataset) -> None:
@@ -177,6 +220,7 @@ def test_validation_predicts_each_of_the_first_tokens_exactly_once_over_all_rank
             real = batch.targets != IGNORED_TARGET
             assert np.array_equal(batch.tokens[real] + 1, batch.targets[real])
             assert not real[batch.indices < 0].any()
+            assert not batch.tokens[~real].any(), "padding is looked up in the embedding like any token"
             assert real[batch.indices >= 0].any(axis=1).all()
             predicted.extend(batch.targets[real].tolist())
     expected = 1002 if limit is None else min(limit, 1002)
@@ -185,10 +229,41 @@ def test_validation_predicts_each_of_the_first_tokens_exactly_once_over_all_rank
     assert len(counts) == 1, "ranks with unequal numbers of batches would hang in a collective"
 
 
-def test_an_empty_validation_split_is_refused(tmp_path: Path) -> None:
-    write_token_directory(tmp_path, [np.arange(10)])
-    with pytest.raises(DataError, match=r"validation split of .* has 0 tokens.*validation.fraction"):
+def test_the_target_that_is_not_predicted_is_the_one_that_torch_and_the_loss_head_ignore() -> None:
+    assert IGNORED_TARGET == IGNORED == torch.nn.CrossEntropyLoss().ignore_index
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_validation_split_without_a_token_to_predict_is_refused(tmp_path: Path, tokens: int) -> None:
+    write_token_directory(tmp_path, [np.arange(10)], [np.arange(tokens)] if tokens else [])
+    with pytest.raises(DataError, match=rf"validation split of .* has {tokens} tokens.*validation.fraction"):
         ValidationWindows(TokenDataset(tmp_path, "validation"), None, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"), [((0, 4), "tokens_limit=0"), ((4, 0), "sequence_length=0"), ((4, 4, 2, 2), "rank=2")]
+)
+def test_validation_arguments_out_of_range_are_refused(
+    stream: TokenDataset, arguments: tuple[int, ...], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        ValidationWindows(stream, *arguments)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        next(ValidationWindows(stream, 4, 4).batches(0))
+
+
+@pytest.mark.parametrize("error", [DataError("damaged"), OSError("no such device")])
+def test_a_batch_that_cannot_be_read_is_told_and_the_end_is_no_error(error: Exception) -> None:
+    batch = Batch(*[np.zeros(1)] * 3)
+
+    def batches() -> Iterator[Batch]:
+        yield batch
+        raise error
+
+    iterator = batches()
+    assert next_batch(iterator) == (batch, None)
+    assert next_batch(iterator) == (None, str(error))
+    assert next_batch(iterator) == (None, None)
 
 
 def test_the_package_does_not_import_torch_or_what_preparation_needs() -> None:

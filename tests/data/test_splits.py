@@ -44,6 +44,21 @@ def test_the_split_of_known_documents_is_frozen() -> None:
     texts = [f"document {number}" for number in range(200)]
     chosen = [number for number, text in enumerate(texts) if SplitRule("hash", 0.05).is_validation(text)]
     assert chosen == [13, 49, 97, 103, 137, 150, 154, 165, 171, 196]
+    assert SplitRule() == SplitRule("hash", 0.05, 0)
+    assert SplitRule().describe() == {"rule": "hash", "fraction": 0.05, "seed": 0}
+
+
+def test_a_document_is_known_by_its_first_65536_characters() -> None:
+    rule = SplitRule("hash", 0.5)
+    beginning = "x" * (2**16 - 1)
+    within = {rule.is_validation(beginning + last) for last in "abcdefgh"}
+    beyond = {rule.is_validation(beginning + "x" + after) for after in ["", *"abcdefgh"]}
+    assert within == {True, False}
+    assert len(beyond) == 1
+
+
+def test_half_a_surrogate_pair_has_a_split() -> None:
+    assert {SplitRule("hash", 0.5).is_validation(f"{number}\ud800") for number in range(8)} == {True, False}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,17 @@ from scipy import stats
 from torch import Tensor
 
 from models import head as head_module
-from models.head import IGNORED, LossHead, cross_entropy_sum, log_normalizer, plain_losses, sample_labels
+from models.head import (
+    CHUNK_ROWS,
+    IGNORED,
+    LossHead,
+    _chunk_rows,
+    _first_above,
+    cross_entropy_sum,
+    log_normalizer,
+    plain_losses,
+    sample_labels,
+)
 
 VOCAB_SIZE, PADDED, WIDTH = 300, 384, 16
 
@@ -41,6 +51,7 @@ class TestChunkedLosses:
     ) -> None:
         hidden, weight, all_targets, all_uniforms = inputs(rows, seed)
         all_targets[:, [i for i in ignored if i < rows]] = IGNORED
+        all_uniforms[:, 0] = 0  # the smallest that draws a label
         all_uniforms[:, [i for i in undrawn if i < rows]] = -1
         targets = all_targets if asked != "labels" else None
         uniforms = all_uniforms if asked != "targets" else None
@@ -130,8 +141,30 @@ class TestChunkedLosses:
             assert gradient.dtype == torch.float32
             assert ((gradient - wanted).norm() / wanted.norm()).item() < 0.02
 
+    def test_at_bf16_the_gradient_of_the_weight_is_added_up_in_fp32(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In chunks of few rows as exactly as in one chunk."""
+        hidden, weight, targets, _ = inputs(1024)
+        exact = gradients(plain_losses(hidden, weight, targets, None, VOCAB_SIZE)[0], weight)[0]
+        errors = []
+        for chunk_rows in (1024, 8):
+            monkeypatch.setattr(head_module, "CHUNK_ROWS", dict.fromkeys(head_module.CHUNK_ROWS, chunk_rows))
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss_sum, _ = LossHead(VOCAB_SIZE)(hidden, weight, targets, None)
+            errors.append((gradients(loss_sum, weight)[0] - exact).norm())
+        assert errors[1] < 1.2 * errors[0]
+
+    @given(rows=st.integers(1, 100_000), device=st.sampled_from(["cpu", "cuda"]))
+    def test_chunks_are_of_about_the_size_that_is_meant_and_the_last_is_no_shorter(
+        self, rows: int, device: str
+    ) -> None:
+        size, meant = _chunk_rows(rows, device), CHUNK_ROWS[device]
+        assert 2048 <= meant <= 8192
+        assert size <= 1.5 * meant
+        chunks = -(-rows // size)
+        assert rows - (chunks - 1) * size > size - chunks
+
     def test_no_logits_of_the_whole_batch_and_none_in_fp32_are_held(self) -> None:
-        rows, padded, chunk_rows = 64, 4096, 16
+        rows, width, padded, chunk_rows = 64, 4, 4096, 16
         sizes: list[int] = []
 
         class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -142,13 +175,13 @@ class TestChunkedLosses:
                 )
                 return out
 
-        hidden = torch.randn(1, rows, WIDTH, requires_grad=True)
-        weight = torch.randn(padded, WIDTH, requires_grad=True)
+        hidden = torch.randn(1, rows, width, requires_grad=True)
+        weight = torch.randn(padded, width, requires_grad=True)
         with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16), Watch():
             patch.setattr(head_module, "CHUNK_ROWS", dict.fromkeys(head_module.CHUNK_ROWS, chunk_rows))
             patch.setattr(head_module, "EAGER_ROWS", 4)
             LossHead(padded - 20)(hidden, weight, torch.zeros(1, rows, dtype=torch.long), torch.rand(1, rows))
-        assert max(sizes) <= max(chunk_rows * padded * 2, padded * WIDTH * 4)
+        assert max(sizes) == chunk_rows * padded * 2 > padded * width * 4
 
 
 class TestSampling:
@@ -203,6 +236,17 @@ class TestSampling:
         uniforms = torch.linspace(0, 1, 64)[None]
         _, loss_sum = LossHead(VOCAB_SIZE)(hidden, weight, None, uniforms)
         assert loss_sum.item() == pytest.approx(64 * torch.tensor(float(VOCAB_SIZE)).log().item(), rel=1e-5)
+
+    def test_rounding_of_the_cumulative_sum_draws_no_token_without_probability(self) -> None:
+        cumulative, mass = torch.tensor([[0.5, 0.5000001, 1.0]]), torch.tensor([[0.5, 0.0, 0.5]])
+        assert _first_above(cumulative, mass, torch.tensor([[0.5]])).item() == 2
+
+    def test_logits_far_from_zero_draw_the_labels_of_logits_near_it(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randint(-16, 16, (60, VOCAB_SIZE), generator=generator) / 8
+        uniforms = torch.rand(60, generator=generator)
+        for offset in (-1000, 1000):
+            assert torch.equal(sample_labels(logits + offset, uniforms), sample_labels(logits, uniforms))
 
     def test_how_a_batch_is_split_changes_no_label(self) -> None:
         generator = torch.Generator().manual_seed(0)

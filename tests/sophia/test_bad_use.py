@@ -1,5 +1,6 @@
 """Wrong use of the library is told: what was given, what was expected, what to do."""
 
+import math
 import re
 import warnings
 from types import SimpleNamespace
@@ -83,6 +84,8 @@ def test_a_wrong_group_is_refused_and_leaves_the_optimizer_as_it_was() -> None:
         optimizer.add_param_group({"params": [parameter(3)], "gamma": -1})
     with pytest.raises(ValueError, match="hessian_interval = 5 in one group and 10 in another"):
         optimizer.add_param_group({"params": [parameter(3)], "hessian_interval": 5})
+    with pytest.raises(TypeError, match=r"dtype torch\.int64"):
+        optimizer.add_param_group({"params": [torch.ones(3, dtype=torch.int64)]})
     assert len(optimizer.param_groups) == 1
 
 
@@ -133,13 +136,17 @@ def test_a_parameter_without_a_gradient_is_named() -> None:
 
 
 def test_estimates_must_match_the_parameters() -> None:
-    optimizer = SophiaH([parameter(2), parameter(3)])
+    frozen = parameter(3)
+    optimizer = SophiaH([parameter(2), frozen])
     with pytest.raises(ValueError, match="1 estimates for 2 parameters"):
         optimizer.update_hessian(estimates=[torch.ones(2)])
     with pytest.raises(ValueError, match=r"estimate for parameter 1 has shape \(2,\), expected \(3,\)"):
         optimizer.update_hessian(estimates=[torch.ones(2), torch.ones(2)])
     with pytest.raises(ValueError, match="estimate for parameter 0 of shape \\(2,\\) is None"):
         optimizer.update_hessian(estimates=[None, torch.ones(3)])
+    frozen.requires_grad_(False)
+    optimizer.update_hessian(estimates=[torch.ones(2), None])
+    assert not optimizer.state[frozen]
 
 
 def test_curvature_for_an_optimizer_without_curvature_is_told() -> None:
@@ -204,8 +211,9 @@ def test_estimators_name_what_does_not_fit() -> None:
         empirical_fisher(lambda: logits, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="1 different names for 2 parameters"):
         hutchinson(lambda: (w * logits.sum()).sum(), [w, logits], seed=0, step=1, names=["a", "a"])
-    with pytest.raises(ValueError, match="variance = 0"):
-        Gaussian(variance=0)
+    for variance in (0, math.inf):
+        with pytest.raises(ValueError, match=f"variance = {variance}"):
+            Gaussian(variance=variance)
     with pytest.raises(ValueError, match="event_dims = 0"):
         Categorical(event_dims=0)
     assert Bernoulli().event_dims == 0
@@ -260,9 +268,10 @@ def test_a_loss_function_that_returns_no_loss_is_told(estimate: Any, loss_fn: An
         estimate(loss_fn, [LOGITS], seed=0, step=1)
 
 
-def test_central_differences_refuse_half_precision() -> None:
-    w = parameter(3, dtype=torch.bfloat16)
-    with pytest.raises(TypeError, match=r"parameter 0 has dtype torch.bfloat16, expected torch.float32"):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_central_differences_refuse_half_precision(dtype: torch.dtype) -> None:
+    w = parameter(3, dtype=dtype)
+    with pytest.raises(TypeError, match=f"parameter 0 has dtype {dtype}, expected torch.float32"):
         hutchinson_differences(lambda: w.float().square().sum(), [w], seed=0, step=1)
     v = parameter(3)
     with (

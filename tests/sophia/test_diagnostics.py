@@ -1,5 +1,7 @@
 """What is reported about the state is what is in the state; the alarm and the controller do what they say."""
 
+import importlib
+import json
 import math
 
 import pytest
@@ -48,15 +50,36 @@ def test_the_sums_by_kind_are_those_of_the_state() -> None:
 
 
 def test_the_histogram_counts_each_positive_entry_in_its_bin() -> None:
-    h = torch.tensor([1.5, 2.0, 5.0, 1e-30, 1e30, -1.0, 0.0, 3e-7])
-    optimizer = optimizer_with([h], [torch.zeros(8)])
+    h = torch.tensor([1.5, 2.0, 5.0, 1e-30, 4e-20, 2e3, 1e30, -1.0, 0.0, 3e-7])
+    optimizer = optimizer_with([h], [torch.zeros(10)])
     histogram = diagnostics(optimizer).read()["all"]["hessian_histogram"]
     edges = histogram_edges()
     assert len(histogram) == HISTOGRAM_BINS == len(edges) - 1
-    assert sum(histogram) == 6
+    assert sum(histogram) == 8
     assert histogram[0] == histogram[-1] == 1
+    assert (edges[0], edges[-1]) == (1e-20, 1e4)
     for low, high, count in zip(edges[1:-2], edges[2:-1], histogram[1:-1], strict=True):
         assert count == int(((h >= low) & (h < high)).sum())
+
+
+def test_the_record_does_not_depend_on_how_many_elements_are_looked_at_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    h, m = torch.logspace(-22, 6, 40), torch.logspace(-2, 4, 40)
+    optimizer = optimizer_with([h], [m])
+    whole = diagnostics(optimizer).sums
+    monkeypatch.setattr(importlib.import_module("sophia.diagnostics"), "_CHUNK", 7)
+    torch.testing.assert_close(diagnostics(optimizer).sums, whole, rtol=1e-6, atol=0)
+
+
+def test_unclipped_means_by_the_gamma_of_the_parameters_group() -> None:
+    optimizer = optimizer_with([torch.ones(3), torch.ones(3)], [torch.ones(3), torch.ones(3)])
+    p, q = optimizer.param_groups[0]["params"]
+    groups = [{"params": [p], "gamma": 0.5}, {"params": [q], "gamma": 2.0}]
+    split = SophiaH(groups)
+    split.state = optimizer.state
+    record = diagnostics(split, {"p": [p], "q": [q]}).read()
+    assert [record[kind]["unclipped_fraction"] for kind in ("p", "q")] == [0, 1]
 
 
 @given(seed=st.integers(0, 2**20), gamma=st.floats(0.01, 10))
@@ -114,6 +137,16 @@ def test_consecutive_cosine_is_that_of_the_two_estimates() -> None:
     assert bool((cosine_of(sums) == 0).all())
 
 
+def test_the_sums_of_the_cosine_are_in_float32_though_the_estimate_before_is_kept_in_bfloat16() -> None:
+    tracker, estimate = ConsecutiveCosine(), torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    tracker.observe([estimate])
+    sums = tracker.observe([estimate])
+    assert sums is not None
+    kept = estimate.bfloat16().double()
+    expected = torch.stack([estimate.double() @ kept, estimate.double().square().sum(), kept.square().sum()])
+    torch.testing.assert_close(sums, expected[None], rtol=1e-5, atol=0)
+
+
 def test_the_alarm_rings_once_when_the_fraction_is_zero_for_longer_than_k_steps() -> None:
     alarm = UnclippedAlarm(10)
     assert [alarm.observe(step, 0.0) for step in range(1, 11)] == [None] * 10
@@ -131,6 +164,15 @@ def test_the_alarm_rings_once_when_the_fraction_is_zero_for_longer_than_k_steps(
     assert alarm.observe(40, 0.2) is None
     assert alarm.observe(41, 0.0) is None
     assert alarm.observe(52, 0.0) is not None  # steps may be missing
+
+
+@pytest.mark.parametrize("cut", [5, 20])
+def test_the_alarm_rings_after_an_interruption_as_if_there_had_been_none(cut: int) -> None:
+    whole, first, second = UnclippedAlarm(10), UnclippedAlarm(10), UnclippedAlarm(10)
+    rung = [first.observe(step, 0.0) for step in range(1, cut + 1)]
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    rung += [second.observe(step, 0.0) for step in range(cut + 1, 31)]
+    assert rung == [whole.observe(step, 0.0) for step in range(1, 31)]
 
 
 @pytest.mark.parametrize("broken", [True, False])

@@ -9,7 +9,6 @@ import math
 
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,9 +25,15 @@ from sophia import (
     sample_labels,
 )
 from sophia.random import normals_like, uniforms
+from tests.sophia.chi_square import chi_square_p
 
 ALPHA = 1e-4
 DRAWS = 1500
+
+
+def normal_bound(coordinates: int) -> Tensor:
+    """What the largest of so many standard normal numbers exceeds in size with probability ALPHA, or less often."""
+    return -torch.special.ndtri(torch.tensor(ALPHA / (2 * coordinates), dtype=torch.float64))
 
 
 def assert_mean(draws: Tensor, mean: Tensor, variance: Tensor) -> None:
@@ -36,8 +41,7 @@ def assert_mean(draws: Tensor, mean: Tensor, variance: Tensor) -> None:
     variance
     within 20 %, far more than its own error of about √(14/R) / √P and far less than a factor of 2."""
     deviations = (draws.mean(0) - mean) / (variance / len(draws)).sqrt()
-    bound = stats.norm.isf(ALPHA / (2 * draws.shape[1]))
-    assert deviations.abs().max() < bound
+    assert deviations.abs().max() < normal_bound(draws.shape[1])
     moving = variance > 0
     ratio = (draws.var(0)[moving] / variance[moving]).mean()
     assert 0.8 < ratio < 1.2
@@ -96,7 +100,7 @@ def test_the_square_that_adahessian_averages_has_the_mean_of_theory(network) -> 
     ).square()
     expected = 2 * hessian.diagonal() ** 2 + hessian.square().sum(0)
     deviations = (rows.mean(0) - expected) / (rows.std(0) / math.sqrt(DRAWS))
-    assert deviations.abs().max() < stats.norm.isf(ALPHA / (2 * rows.shape[1]))
+    assert deviations.abs().max() < normal_bound(rows.shape[1])
 
 
 def test_hutchinson_is_the_noise_times_the_exact_product(problem) -> None:
@@ -114,6 +118,28 @@ def test_central_differences_are_the_exact_product_up_to_the_step(problem) -> No
     assert (differences - exact).norm() < 1e-5 * exact.norm()
     assert all(torch.equal(p, q) for p, q in zip(problem.params, before, strict=True))
     assert all(bool((p.grad == 1).all()) for p in problem.params)
+
+
+def test_the_weights_of_a_difference_are_a_thousandth_of_their_norm_apart_from_those_between(network) -> None:
+    seen = []
+
+    def loss() -> Tensor:
+        seen.append(network.flat(network.params).clone())
+        return network.loss()
+
+    theta = network.flat(network.params).clone()
+    noise = network.flat([normals_like(p, 3, 7, str(i)).double() for i, p in enumerate(network.params)])
+    hutchinson_differences(loss, network.params, seed=3, step=7)
+    step = 1e-3 * theta.norm() * noise / noise.norm()
+    torch.testing.assert_close(seen, [theta + step, theta - step], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("estimator", [hutchinson, hutchinson_differences])
+def test_gradients_need_not_be_enabled_around_an_estimator(network, estimator) -> None:
+    expected = network.flat(estimator(network.loss, network.params, seed=0, step=1))
+    with torch.no_grad():
+        estimates = estimator(network.loss, network.params, seed=0, step=1)
+    assert torch.equal(network.flat(estimates), expected)
 
 
 def test_central_differences_with_dropout_are_the_exact_product_under_the_same_masks(network) -> None:
@@ -192,7 +218,7 @@ def test_empirical_fisher_is_n_times_the_square_of_the_training_gradient(problem
     grads = torch.autograd.grad(problem.loss(), problem.params)
     assert n == len(problem.targets)
     for p, grad in zip(problem.params, grads, strict=True):
-        torch.testing.assert_close(p.grad, grad)
+        torch.testing.assert_close(p.grad, grad, rtol=1e-12, atol=1e-14)  # in float64, as the weights are
 
 
 def test_empirical_fisher_leaves_ignored_targets_out(softmax_model) -> None:
@@ -204,6 +230,16 @@ def test_empirical_fisher_leaves_ignored_targets_out(softmax_model) -> None:
     )
     assert n == 6
     torch.testing.assert_close(softmax_model.params[0].grad, grad)
+
+
+def test_empirical_fisher_is_in_float32_and_scaled_as_the_loss_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = (4 * torch.randn(64, 100, generator=generator)).bfloat16(), torch.arange(64)
+    half, full = logits.clone().requires_grad_(), logits.float().requires_grad_()
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for outputs, grad_scaler in ((half, scaler), (full, None)):
+        empirical_fisher(lambda outputs=outputs: outputs, targets, grad_scaler=grad_scaler)
+    assert torch.equal(half.grad, (256 * full.grad).bfloat16())
 
 
 def linear_outputs(outputs: int) -> tuple[Tensor, Tensor]:
@@ -268,8 +304,7 @@ def test_labels_follow_the_softmax() -> None:
     counts = torch.bincount(labels, minlength=300)
     assert counts[probabilities == 0].sum() == 0
     kept = probabilities > 0
-    result = stats.chisquare(counts[kept].numpy(), (probabilities / probabilities.sum())[kept].numpy() * n)
-    assert result.pvalue > ALPHA
+    assert chi_square_p(counts[kept], (probabilities / probabilities.sum())[kept] * n) > ALPHA
 
 
 def test_positions_that_are_negative_do_not_count(softmax_model) -> None:

@@ -5,18 +5,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.gpt2 import GPT2, GPT2Config
 from sophia import Categorical, SophiaG, empirical_fisher, gauss_newton_bartlett, hutchinson
+from tests.sophia.language_model import LanguageModel
 
 SPLITS = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)]  # micro-batch × accumulation × world size
 SEQUENCES, LENGTH = 8, 6
 
 
 @pytest.fixture(scope="module")
-def model() -> GPT2:
-    model = GPT2(GPT2Config(vocab_size=50, n_layer=2, n_head=2, n_embd=16, block_size=LENGTH))
-    model.initialize(seed=0)
-    return model
+def model() -> LanguageModel:
+    return LanguageModel(vocab_size=50, layers=2, width=16, length=LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +33,7 @@ def positions_of(rows: list[int]) -> Tensor:
     return torch.tensor(rows).unsqueeze(1) * LENGTH + torch.arange(LENGTH)
 
 
-def curvature(model: GPT2, tokens: Tensor, split: tuple[int, int, int]) -> tuple[Tensor, dict[int, Tensor]]:
+def curvature(model: LanguageModel, tokens: Tensor, split: tuple[int, int, int]) -> tuple[Tensor, dict[int, Tensor]]:
     """h after one refresh in which the ranks' gradients are averaged, as DDP does, and the labels by sequence."""
     _, _, world = split
     labels: dict[int, Tensor] = {}
@@ -75,7 +73,7 @@ def curvature(model: GPT2, tokens: Tensor, split: tuple[int, int, int]) -> tuple
 
 @pytest.mark.parametrize("split", SPLITS[1:])
 def test_gauss_newton_bartlett_does_not_depend_on_the_split(
-    model: GPT2, tokens: Tensor, split: tuple[int, int, int]
+    model: LanguageModel, tokens: Tensor, split: tuple[int, int, int]
 ) -> None:
     whole, labels = curvature(model, tokens, SPLITS[0])
     h, split_labels = curvature(model, tokens, split)
@@ -85,7 +83,9 @@ def test_gauss_newton_bartlett_does_not_depend_on_the_split(
 
 
 @pytest.mark.parametrize("split", SPLITS[1:])
-def test_hutchinson_does_not_depend_on_the_split(model: GPT2, tokens: Tensor, split: tuple[int, int, int]) -> None:
+def test_hutchinson_does_not_depend_on_the_split(
+    model: LanguageModel, tokens: Tensor, split: tuple[int, int, int]
+) -> None:
     names = [name for name, _ in model.named_parameters()]
 
     def estimate(rows: list[int]) -> Tensor:
@@ -97,7 +97,7 @@ def test_hutchinson_does_not_depend_on_the_split(model: GPT2, tokens: Tensor, sp
     assert (parts - whole).norm() < 1e-5 * whole.norm()
 
 
-def test_empirical_fisher_does_not_depend_on_the_split(model: GPT2, tokens: Tensor) -> None:
+def test_empirical_fisher_does_not_depend_on_the_split(model: LanguageModel, tokens: Tensor) -> None:
     results = []
     for split in ((8, 1, 1), (2, 4, 1)):
         model.zero_grad()
@@ -123,7 +123,9 @@ def test_hutchinson_noise_depends_on_the_name_and_not_on_the_order() -> None:
     assert torch.equal(first[1], second[0])
 
 
-def test_gauss_newton_in_bfloat16_autocast_stays_within_two_percent_of_float32(model: GPT2, tokens: Tensor) -> None:
+def test_gauss_newton_in_bfloat16_autocast_stays_within_two_percent_of_float32(
+    model: LanguageModel, tokens: Tensor
+) -> None:
     """Relative norm of the difference in h with the same labels; about half a percent is typical. (Drawn anew, a label
     flips where rounding moves a probability across its uniform: noise of the sampling, not of the precision.)"""
 

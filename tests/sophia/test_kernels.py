@@ -2,7 +2,8 @@
 warning."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from sophia import AdaHessian, Lion, Sophia, SophiaG, kernels, rules
+from sophia import AdaHessian, Lion, ReferenceSophiaG, Sophia, SophiaG, kernels, rules
+from sophia.rules import updates
 
 SHAPES = [(70, 100), (7,), (3, 5), (2, 3, 4), (1,), (), (0, 3)]
 CASES: list[tuple[type, dict[str, Any]]] = [
@@ -76,6 +78,27 @@ def test_eager_and_foreach_forms_are_the_same_to_the_last_bit(
 ) -> None:
     eager = run(cls, {**options, "foreach": False, "compile": False}, dtype, amp)
     assert_identical(eager, run(cls, {**options, "foreach": True}, dtype, amp))
+
+
+@pytest.mark.parametrize("form", [{"compile": False, "foreach": False}, {"foreach": True}])
+def test_parameters_of_several_dtypes_step_as_those_of_each_alone(form: dict[str, bool]) -> None:
+    def weights() -> list[torch.nn.Parameter]:
+        generator = torch.Generator().manual_seed(0)
+        params = []
+        for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.bfloat16, torch.float32):
+            params.append(torch.nn.Parameter(torch.randn(50, generator=generator).to(dtype)))
+            params[-1].grad = torch.randn(50, generator=generator).to(dtype)
+        return params
+
+    together, apart = weights(), weights()
+    optimizers = [SophiaG(together, lr=0.1, **form), *(SophiaG([p], lr=0.1, **form) for p in apart)]
+    for optimizer in optimizers:
+        optimizer.update_hessian(num_predictions=100)
+        for _ in range(3):
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(together, apart, strict=True))
+    whole, *parts = (int(optimizer.unclipped_count) for optimizer in optimizers)
+    assert whole == sum(parts) > max(parts)
 
 
 def test_compiled_form_is_the_same_to_the_last_bit_and_a_schedule_compiles_nothing_anew(
@@ -145,6 +168,11 @@ def test_a_failing_compiler_falls_back_with_one_warning(monkeypatch: pytest.Monk
         fallen_back = run(SophiaG, {"compile": True})
     assert len(caught) == 1
     assert_identical(run(SophiaG, {"compile": False}), fallen_back)
+    monkeypatch.setattr(kernels, "_compiler_failed", False)
+    tensors = [torch.zeros(100), torch.zeros(200)]
+    with pytest.warns(RuntimeWarning):  # the call that finds out counts as any other
+        counts = kernels.apply(updates(0)(lambda t: torch.tensor(t.numel())), [tensors], [], kernels.Form(False, True))
+    assert sum(map(int, counts)) == 300
 
 
 @given(
@@ -182,6 +210,59 @@ def test_small_tensors_are_joined_into_one_call_and_large_ones_stay_alone(monkey
     assert all(bool((t == size).all()) for t, size in zip(tensors, sizes, strict=True))
 
 
+@pytest.mark.parametrize("form", [{"compile": False, "foreach": False}, {"foreach": True}, {"compile": True}])
+@pytest.mark.parametrize(
+    "cls",
+    [SophiaG, partial(SophiaG, clip=False), partial(ReferenceSophiaG, rho=0.05, bs=1)],
+    ids=["", "no clip", "ref"],
+)
+def test_the_unclipped_count_is_that_of_all_rows_and_all_pieces(
+    cls: Callable[..., Sophia], form: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small tensors joined into a row of several pieces, large ones in pieces, more rows than a compiled call takes,
+    one without a common layout."""
+    monkeypatch.setattr(kernels, "JOINED_BELOW", 60)
+    monkeypatch.setattr(kernels, "EAGER_PIECE", 32)
+    monkeypatch.setattr(kernels, "LONGEST_ROW", 100)
+    monkeypatch.setattr(kernels, "_compiled", {})
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    generator = torch.Generator().manual_seed(0)
+    for shapes in ([50, 40, 3, 70, 300, 1000, (15, 20)], [10, 45]):
+        params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        optimizer = cls(params, weight_decay=0.0, **form)
+        for p in params:
+            p.grad = torch.randn(p.shape[::-1], generator=generator).permute(*range(p.dim())[::-1])
+            curvature = torch.rand(p.shape, generator=generator)
+            optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "hessian": curvature}
+        optimizer.step()
+        m, h = (torch.cat([optimizer.state[p][key].flatten() for p in params]) for key in ("exp_avg", "hessian"))
+        expected = int((m.abs() < 0.05 * h).sum())
+        assert 0 < expected < optimizer.numel
+        assert int(optimizer.unclipped_count) == expected
+
+
+@pytest.mark.parametrize("form", [kernels.Form(False, False), kernels.Form(False, True)])
+def test_counts_add_up_beyond_the_range_of_int32(form: kernels.Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row's count is an int32, and no row is longer than that holds."""
+    assert torch.iinfo(torch.int32).max >= kernels.LONGEST_ROW
+    monkeypatch.setattr(kernels, "_compiled", {})
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    counted = torch.tensor(kernels.LONGEST_ROW, dtype=torch.int32)
+    monkeypatch.setattr("sophia.optimizer.sophia_update", updates(0, 2)(lambda *_: counted))
+    params = [torch.nn.Parameter(torch.zeros(kernels.JOINED_BELOW)) for _ in range(4)]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer = SophiaG(params, foreach=form.foreach, compile=form.compile)
+    optimizer.step()
+    rows = kernels.ROWS if form.compile else 4
+    assert int(optimizer.unclipped_count) == rows * kernels.LONGEST_ROW
+
+
+def test_a_list_of_tensors_is_summed_in_int64() -> None:
+    tensors = kernels.TensorList([torch.tensor([kernels.LONGEST_ROW]) for _ in range(4)])
+    assert int(tensors.sum(dtype=torch.int32)) == 4 * kernels.LONGEST_ROW
+
+
 def test_layout_of_the_parameters_does_not_matter() -> None:
     torch.manual_seed(0)
     weight, grad = torch.randn(8, 4, 3, 3), torch.randn(8, 4, 3, 3)
@@ -196,6 +277,7 @@ def test_layout_of_the_parameters_does_not_matter() -> None:
         optimizer = SophiaG([p], lr=0.1)
         optimizer.update_hessian(num_predictions=7)
         optimizer.step()
+        assert layout == "holes" or optimizer.state[p]["hessian"].stride() == p.stride()
         results.append(p.detach().contiguous())
     for result in results[1:]:
         assert torch.equal(result, results[0])

@@ -1,23 +1,24 @@
-"""Sophia's update against an implementation in NumPy float64 written from the formulas alone."""
+"""Sophia's update against an implementation in float64 written from the formulas alone, an operation at a time."""
 
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sophia import AdaHessian, Sophia, SophiaG, SophiaH
+from sophia import AdaHessian, Lion, ReferenceSophiaG, Sophia, SophiaG, SophiaH
 
 
 @dataclass
-class NumpySophia:
+class FormulaSophia:
     """m_t, h_t, θ_t as in the paper; refreshes before the steps with (t-1) mod k == 0."""
 
-    theta: list[np.ndarray]
+    theta: list[Tensor]
     lr: float
     betas: tuple[float, float]
     gamma: float
@@ -26,32 +27,32 @@ class NumpySophia:
     interval: int
     clip: bool = True
     t: int = 0
-    m: list[np.ndarray] = field(init=False)
-    h: list[np.ndarray] = field(init=False)
+    m: list[Tensor] = field(init=False)
+    h: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.m = [np.zeros_like(x) for x in self.theta]
-        self.h = [np.zeros_like(x) for x in self.theta]
+        self.m = [torch.zeros_like(x) for x in self.theta]
+        self.h = [torch.zeros_like(x) for x in self.theta]
 
     @property
     def due(self) -> bool:
         return self.t % self.interval == 0
 
-    def refresh(self, estimates: list[np.ndarray]) -> None:
+    def refresh(self, estimates: list[Tensor]) -> None:
         self.h = [self.betas[1] * h + (1 - self.betas[1]) * e for h, e in zip(self.h, estimates, strict=True)]
 
-    def step(self, grads: list[np.ndarray]) -> None:
+    def step(self, grads: list[Tensor]) -> None:
         self.t += 1
         for i, g in enumerate(grads):
             self.m[i] = self.betas[0] * self.m[i] + (1 - self.betas[0]) * g
-            update = self.m[i] / np.maximum(self.gamma * self.h[i], self.eps)
+            update = self.m[i] / torch.maximum(self.gamma * self.h[i], torch.tensor(self.eps, dtype=torch.float64))
             if self.clip:
-                update = np.maximum(np.minimum(update, 1), -1)
+                update = torch.where(update.abs() > 1, update.sign(), update)
             self.theta[i] = self.theta[i] - self.lr * self.weight_decay * self.theta[i]
             self.theta[i] = self.theta[i] - self.lr * update
 
     def unclipped(self) -> int:
-        return sum(int((np.abs(m) < self.gamma * h).sum()) for m, h in zip(self.m, self.h, strict=True))
+        return sum(int((m.abs() < self.gamma * h).sum()) for m, h in zip(self.m, self.h, strict=True))
 
 
 hyperparameters = st.fixed_dictionaries(
@@ -75,29 +76,30 @@ shapes = st.lists(st.sampled_from([(), (1,), (3,), (2, 3), (1, 4, 2), (0, 3), (5
 def test_fifty_steps_equal_the_formulas(
     hyper: dict, shapes: list[tuple[int, ...]], seed: int, gnb: bool, foreach: bool
 ) -> None:
-    rng = np.random.default_rng(seed)
-    draw = lambda scale: [np.asarray(rng.normal(size=shape)) * scale for shape in shapes]  # noqa: E731
+    rng = torch.Generator().manual_seed(seed)
+    normal, uniform = (partial(draw, generator=rng, dtype=torch.float64) for draw in (torch.randn, torch.rand))
+    draw = lambda scale: [normal(shape) * scale for shape in shapes]  # noqa: E731
     theta = draw(1)
-    params = [torch.nn.Parameter(torch.tensor(x)) for x in theta]
+    params = [torch.nn.Parameter(x.clone()) for x in theta]
     optimizer = Sophia(params, **hyper, foreach=foreach, compile=False)
     hyper["interval"] = hyper.pop("hessian_interval")
-    reference = NumpySophia(theta, **hyper)
+    reference = FormulaSophia(theta, **hyper)
     for _ in range(50):
         assert optimizer.hessian_due == reference.due
         if reference.due:
-            n = int(rng.integers(1, 10_000))
-            given_values = draw(10.0 ** rng.uniform(-3, 1))
+            n = int(torch.randint(1, 10_000, (), generator=rng))
+            given_values = draw(10.0 ** (4 * uniform(()) - 3))
             for p, value in zip(params, given_values, strict=True):
-                p.grad = torch.tensor(value)
+                p.grad = value.clone()
             if gnb:
                 optimizer.update_hessian(num_predictions=n)
                 reference.refresh([n * g * g for g in given_values])
             else:
-                optimizer.update_hessian(estimates=[torch.tensor(value) for value in given_values])
+                optimizer.update_hessian(estimates=given_values)
                 reference.refresh(given_values)
-        grads = draw(10.0 ** rng.uniform(-4, 2))
+        grads = draw(10.0 ** (6 * uniform(()) - 4))
         for p, g in zip(params, grads, strict=True):
-            p.grad = torch.tensor(g)
+            p.grad = g.clone()
         optimizer.step()
         reference.step(grads)
         assert int(optimizer.unclipped_count) == reference.unclipped()
@@ -105,29 +107,29 @@ def test_fifty_steps_equal_the_formulas(
     for p, x, m, h in zip(params, reference.theta, reference.m, reference.h, strict=True):
         # Without the clip a step may be as large as lr · m / ε, whose rounding error stays when θ comes back.
         atol = 1e-12 if hyper["clip"] else 1e-13 / hyper["eps"]
-        torch.testing.assert_close(p.detach(), torch.tensor(x), rtol=1e-9, atol=atol)
-        torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.tensor(m), rtol=1e-10, atol=1e-14)
-        torch.testing.assert_close(optimizer.state[p]["hessian"], torch.tensor(h), rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(p.detach(), x, rtol=1e-9, atol=atol)
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], m, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(optimizer.state[p]["hessian"], h, rtol=1e-10, atol=1e-14)
         assert optimizer.state[p]["step"] == 50 or p.numel() == 0
 
 
 def test_float32_stays_within_rounding_of_the_formulas() -> None:
-    rng = np.random.default_rng(0)
-    theta = [rng.normal(size=(40, 30))]
-    p = torch.nn.Parameter(torch.tensor(theta[0], dtype=torch.float32))
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theta = [normal(40, 30)]
+    p = torch.nn.Parameter(theta[0].float())
     hyper = {"lr": 1e-2, "betas": (0.96, 0.99), "gamma": 0.05, "eps": 1e-3, "weight_decay": 0.2}
     optimizer = Sophia([p], **hyper, hessian_interval=3)
-    reference = NumpySophia(theta, **hyper, interval=3)
+    reference = FormulaSophia(theta, **hyper, interval=3)
     for _ in range(50):
         if optimizer.hessian_due:
-            estimate = rng.normal(size=(40, 30))
-            optimizer.update_hessian(estimates=[torch.tensor(estimate)])
+            estimate = normal(40, 30)
+            optimizer.update_hessian(estimates=[estimate])
             reference.refresh([estimate])
-        grad = rng.normal(size=(40, 30))
-        p.grad = torch.tensor(grad, dtype=torch.float32)
+        grad = normal(40, 30)
+        p.grad = grad.float()
         optimizer.step()
         reference.step([grad])
-    torch.testing.assert_close(p.detach().double(), torch.tensor(reference.theta[0]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(p.detach().double(), reference.theta[0], rtol=1e-5, atol=1e-6)
 
 
 def test_without_curvature_the_step_is_the_sign_of_the_momentum() -> None:
@@ -184,26 +186,26 @@ def test_v1_notation_converts_as_the_documentation_says() -> None:
 
 
 def test_bias_correction_divides_by_what_the_averages_lack() -> None:
-    rng = np.random.default_rng(0)
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     beta1, beta2, gamma, lr = 0.9, 0.95, 0.5, 0.1
-    theta, m, h, n = rng.normal(size=20), np.zeros(20), np.zeros(20), 0
-    p = torch.nn.Parameter(torch.tensor(theta))
+    theta, (m, h), n = normal(20), torch.zeros(2, 20, dtype=torch.float64), 0
+    p = torch.nn.Parameter(theta.clone())
     optimizer = Sophia(
         [p], lr, (beta1, beta2), gamma, 1e-12, 0.0, hessian_interval=3, bias_correction=True, compile=False
     )
     for t in range(1, 11):
         if optimizer.hessian_due:
-            estimate = rng.normal(size=20) ** 2
+            estimate = normal(20) ** 2
             h, n = beta2 * h + (1 - beta2) * estimate, n + 1
-            optimizer.update_hessian(estimates=[torch.tensor(estimate)])
-        g = rng.normal(size=20)
+            optimizer.update_hessian(estimates=[estimate])
+        g = normal(20)
         m = beta1 * m + (1 - beta1) * g
         m_hat, h_hat = m / (1 - beta1**t), h / (1 - beta2**n)
-        theta = theta - lr * np.clip(m_hat / np.maximum(gamma * h_hat, 1e-12), -1, 1)
-        p.grad = torch.tensor(g)
+        theta = theta - lr * (m_hat / (gamma * h_hat).clamp(min=1e-12)).clamp(-1, 1)
+        p.grad = g
         optimizer.step()
-        assert int(optimizer.unclipped_count) == int((np.abs(m_hat) < gamma * h_hat).sum())
-    torch.testing.assert_close(p.detach(), torch.tensor(theta))
+        assert int(optimizer.unclipped_count) == int((m_hat.abs() < gamma * h_hat).sum())
+    torch.testing.assert_close(p.detach(), theta)
     assert optimizer.state[p]["hessian_step"] == 4
 
 
@@ -227,33 +229,52 @@ def test_warm_start_is_the_mean_of_its_estimates() -> None:
     torch.testing.assert_close(optimizer.state[p]["hessian"], 0.99 * estimates.mean(0) + 0.01)
 
 
-def test_defaults_are_the_papers() -> None:
-    p = torch.nn.Parameter(torch.zeros(1))
-    for optimizer, gamma in ((SophiaG([p]), 0.05), (SophiaH([p]), 0.01)):
-        group = optimizer.param_groups[0]
-        assert group["betas"] == (0.96, 0.99)
-        assert group["gamma"] == gamma
-        assert group["eps"] == 1e-12
-        assert group["hessian_interval"] == 10
+SOPHIA = {"lr": 6e-4, "betas": (0.96, 0.99), "eps": 1e-12, "weight_decay": 0.2, "hessian_interval": 10, "clip": True}
+AUTHORS = {"lr": 1e-4, "betas": (0.965, 0.99), "gamma": 0.04 * 5120, "eps": 1e-15, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("cls", "defaults"),
+    [
+        (SophiaG, {**SOPHIA, "gamma": 0.05}),
+        (SophiaH, {**SOPHIA, "gamma": 0.01}),
+        (Lion, {"lr": 1e-4, "betas": (0.95, 0.98), "weight_decay": 0.2}),
+        (AdaHessian, {"lr": 0.15, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 0.0, "hessian_interval": 1}),
+        (ReferenceSophiaG, {**SOPHIA, **AUTHORS}),
+    ],
+)
+def test_defaults_are_the_papers(cls: type, defaults: dict[str, Any]) -> None:
+    group = cls([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    assert {key: group[key] for key in defaults} == defaults
+
+
+def test_sophiah_takes_the_arguments_of_sophia() -> None:
+    given = {"lr": 0.1, "betas": (0.5, 0.6), "gamma": 0.2, "eps": 0.3, "weight_decay": 0.4, "hessian_interval": 5}
+    for form in ({"foreach": True}, {"compile": False}):
+        one, other = (
+            cls([torch.nn.Parameter(torch.zeros(1))], **given, **form, clip=False) for cls in (Sophia, SophiaH)
+        )
+        assert {key: other.param_groups[0][key] for key in (*given, "clip")} == {**given, "clip": False}
+        assert other._form == one._form
 
 
 def test_adahessian_equals_its_formulas() -> None:
-    rng = np.random.default_rng(1)
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     beta1, beta2, lr, eps, decay = 0.9, 0.99, 0.15, 1e-4, 0.01
-    theta, m, v, n = rng.normal(size=20), np.zeros(20), np.zeros(20), 0
-    p = torch.nn.Parameter(torch.tensor(theta))
+    theta, (m, v), n = normal(20), torch.zeros(2, 20, dtype=torch.float64), 0
+    p = torch.nn.Parameter(theta.clone())
     optimizer = AdaHessian([p], lr, (beta1, beta2), eps, decay, hessian_interval=2)
     for t in range(1, 21):
         if optimizer.hessian_due:
-            estimate = rng.normal(size=20)
+            estimate = normal(20)
             v, n = beta2 * v + (1 - beta2) * estimate**2, n + 1
-            optimizer.update_hessian(estimates=[torch.tensor(estimate)])
-        g = rng.normal(size=20)
+            optimizer.update_hessian(estimates=[estimate])
+        g = normal(20)
         m = beta1 * m + (1 - beta1) * g
-        theta = theta * (1 - lr * decay) - lr * (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**n)) + eps)
-        p.grad = torch.tensor(g)
+        theta = theta * (1 - lr * decay) - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**n)).sqrt() + eps)
+        p.grad = g
         optimizer.step()
-    torch.testing.assert_close(p.detach(), torch.tensor(theta))
+    torch.testing.assert_close(p.detach(), theta)
 
 
 def test_lr_may_be_a_scheduled_tensor_or_any_torch_schedule() -> None:

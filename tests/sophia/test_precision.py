@@ -13,6 +13,7 @@ OPTIMIZERS: list[tuple[type, dict[str, Any]]] = [
     (SophiaG, {}),
     (SophiaG, {"clip": False}),
     (SophiaG, {"bias_correction": True}),
+    (SophiaH, {}),
     (Lion, {}),
     (AdaHessian, {}),
 ]
@@ -20,7 +21,7 @@ FORMS = [{"compile": False, "foreach": False}, {"foreach": True}]
 
 
 def refresh(optimizer: torch.optim.Optimizer, p: Tensor) -> None:
-    if isinstance(optimizer, AdaHessian):
+    if isinstance(optimizer, AdaHessian | SophiaH):
         optimizer.update_hessian(estimates=[p.grad])
     elif not isinstance(optimizer, Lion):
         optimizer.update_hessian(num_predictions=50)  # type: ignore[attr-defined]
@@ -91,6 +92,17 @@ def test_bfloat16_weights_keep_their_state_in_float32() -> None:
         assert optimizer.state[p][key].dtype == torch.float32
         assert torch.equal(optimizer.state[p][key], exact.state[reference][key])
     torch.testing.assert_close(p.detach().float(), reference.detach(), rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("cls", [SophiaG, Lion])
+def test_a_step_rounds_a_bfloat16_weight_once(cls: type) -> None:
+    """Decay and step together: rounded after each, weights would drift."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(1000).bfloat16())
+    p.grad = torch.randn(1000).bfloat16()
+    expected = p.detach().float() * (1 - 0.1 * 0.3) - p.grad.float().sign() * 0.1
+    cls([p], lr=0.1, weight_decay=0.3).step()
+    assert torch.equal(p, expected.bfloat16())
 
 
 def test_float32_gradients_for_bfloat16_weights_are_taken_as_they_are() -> None:

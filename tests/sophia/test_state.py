@@ -19,7 +19,7 @@ OPTIMIZERS: list[tuple[type, dict[str, Any]]] = [
     (SophiaH, {"bias_correction": True}),
     (Lion, {}),
     (AdaHessian, {}),
-    (ReferenceSophiaG, {}),
+    (ReferenceSophiaG, {"estimator_clip": 0.5}),
 ]
 
 
@@ -76,6 +76,23 @@ def test_training_goes_on_after_a_round_trip_as_if_nothing_had_happened(
     torch.testing.assert_close(states_of(a, first), states_of(b, second), rtol=0, atol=0)
 
 
+def test_an_optimizer_whose_state_was_loaded_elsewhere_counts_its_own_steps() -> None:
+    a, b = model(), model()
+    first, second = SophiaG(a.parameters()), SophiaG(b.parameters())
+    train(a, first, 1, 3)
+    second.load_state_dict(first.state_dict())
+    train(b, second, 4, 5)
+    assert {float(state["step"]) for state in states_of(a, first)} == {3.0}
+    assert {float(state["step"]) for state in states_of(b, second)} == {5.0}
+
+
+@pytest.mark.parametrize("form", [{"foreach": True}, {"compile": False}])
+def test_a_copy_steps_in_the_form_of_the_original(form: dict[str, bool]) -> None:
+    optimizer = SophiaG(model().parameters(), **form)
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert copied._form == optimizer._form
+
+
 def test_the_state_has_the_names_of_the_contract() -> None:
     m = model()
     optimizer = SophiaG(m.parameters())
@@ -102,6 +119,21 @@ def test_an_estimate_is_due_before_the_steps_with_t_minus_1_mod_k_equal_to_0(k: 
     restored = SophiaG([p], hessian_interval=k)
     restored.load_state_dict(optimizer.state_dict())
     assert restored.hessian_due == (steps % k == 0)
+
+
+def test_an_estimate_is_due_by_the_parameter_that_has_made_most_steps() -> None:
+    first, late = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    for order in ([first, late], [late, first]):
+        optimizer = SophiaG(order, hessian_interval=3)
+        due = []
+        for t in range(1, 8):
+            due.append(optimizer.hessian_due)
+            if due[-1]:
+                optimizer.update_hessian(estimates=[torch.ones(2)] * 2)
+            first.grad, late.grad = torch.ones(2), torch.ones(2) if t > 2 else None
+            optimizer.step()
+            assert optimizer.hessian_age == (t - 1) % 3 + 1
+        assert due == [True, False, False, True, False, False, True]
 
 
 def test_steps_by_group_as_deepspeed_makes_them_equal_one_step() -> None:
@@ -172,14 +204,37 @@ def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None:
         assert not torch.equal(p, before)
 
 
-def test_groups_have_their_own_hyperparameters() -> None:
-    decayed, free = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-    optimizer = SophiaG([{"params": [decayed], "weight_decay": 0.5}, {"params": [free], "weight_decay": 0.0}], lr=0.1)
-    for p in (decayed, free):
-        p.grad = torch.zeros(2)
-    optimizer.step()
-    torch.testing.assert_close(decayed.detach(), torch.full((2,), 0.95))
-    torch.testing.assert_close(free.detach(), torch.ones(2))
+@pytest.mark.parametrize(
+    ("cls", "keys"),
+    [
+        (SophiaG, ("lr", "betas", "gamma", "eps", "weight_decay", "clip")),
+        (SophiaH, ("lr", "betas", "gamma", "eps", "weight_decay", "clip")),
+        (Lion, ("lr", "betas", "weight_decay")),
+        (AdaHessian, ("lr", "betas", "eps", "weight_decay")),
+    ],
+)
+def test_groups_have_their_own_hyperparameters(cls: type, keys: tuple[str, ...]) -> None:
+    """Two groups of one optimizer train as two optimizers whose constructors were given the same."""
+    given = {"lr": (0.1, 0.2), "betas": ((0.9, 0.8), (0.5, 0.6)), "gamma": (0.7, 5.0), "eps": (0.1, 0.9)}
+    given |= {"weight_decay": (0.0, 0.5), "clip": (True, False)}
+    hyper = [{key: given[key][number] for key in keys} for number in (0, 1)]
+    a, b = model(), model()
+    of_a, of_b = ([list(layer.parameters()) for layer in (m[0], m[2])] for m in (a, b))
+    together = cls([{"params": params, **values} for params, values in zip(of_a, hyper, strict=True)])
+    apart = [cls(params, **values) for params, values in zip(of_b, hyper, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        for params, twins, optimizer in zip(of_a, of_b, apart, strict=True):
+            for p, q in zip(params, twins, strict=True):
+                p.grad = torch.randn(p.shape, generator=generator)
+                q.grad = p.grad.clone()
+            if cls is not Lion:
+                optimizer.update_hessian(estimates=[q.grad for q in twins])
+            optimizer.step()
+        if cls is not Lion:
+            together.update_hessian(estimates=[p.grad for params in of_a for p in params])
+        together.step()
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 def test_named_parameters_are_taken() -> None:

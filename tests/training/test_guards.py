@@ -55,6 +55,13 @@ def test_nothing_is_said_before_there_is_a_mean() -> None:
     assert events([5.0] * HORIZON + [50.0]) == [HORIZON]
 
 
+@pytest.mark.parametrize("mean", [0.1, 5.0])
+def test_noise_is_never_taken_for_less_than_half_a_percent_of_the_loss(mean: float) -> None:
+    """After losses that did not vary: six deviations of half a percent are three percent."""
+    assert events([mean] * 200 + [1.0299 * mean]) == []
+    assert events([mean] * 200 + [1.0301 * mean]) == [200]
+
+
 @given(losses=st.lists(st.floats(0, 20) | st.just(math.nan) | st.just(math.inf), max_size=120), cut=st.integers(0, 120))
 @settings(max_examples=50, deadline=None)
 def test_spikes_go_on_over_an_interruption(losses: list[float], cut: int) -> None:

@@ -66,7 +66,7 @@ def test_a_checkpoint_moves_between_strategies_and_world_sizes_without_a_trace(t
     resumed = [line for line in lines(moved, "event") if line["event"] == "resumed"]
     assert [line["world_size"] for line in resumed] == [2, 2, 2, 1]
     # The ranks agree on a stop a step or so after it is asked for.
-    assert [0, *(line["step"] for line in resumed)] >= [0, 3, 6, 9, 12]
+    assert all(line["step"] >= asked for line, asked in zip(resumed, (3, 6, 9, 12), strict=True))
     assert resumed[-1]["step"] < MOVED_STEPS
     assert [line["step"] for line in trained(moved)] == list(range(1, MOVED_STEPS + 1))
     for line, expected in zip(trained(moved), trained(undisturbed), strict=True):
