@@ -1,12 +1,37 @@
-"""Two small models whose curvature is computed in full, in float64."""
+"""Two small models whose curvature is computed in full, in float64, and a small transformer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def chi_square_p_value(counts: Tensor, probabilities: Tensor) -> float:
+    """Of Pearson's test that draws follow the probabilities."""
+    expected = probabilities * counts.sum()
+    statistic = ((counts - expected).square() / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64), statistic / 2))
+
+
+class Transformer(nn.Module):
+    """A causal language model of the same weights whenever it is made."""
+
+    def __init__(self, vocabulary: int, layers: int, length: int, width: int = 16) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+            block = nn.TransformerEncoderLayer(width, 2, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+            self.blocks = nn.TransformerEncoder(block, layers, enable_nested_tensor=False)
+            self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        hidden = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        return self.head(self.blocks(hidden, mask=mask, is_causal=True))
 
 
 @dataclass

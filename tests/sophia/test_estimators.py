@@ -6,10 +6,10 @@ stays a pass.
 """
 
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,6 +26,7 @@ from sophia import (
     sample_labels,
 )
 from sophia.random import normals_like, uniforms
+from tests.sophia.conftest import chi_square_p_value
 
 ALPHA = 1e-4
 DRAWS = 1500
@@ -36,7 +37,7 @@ def assert_mean(draws: Tensor, mean: Tensor, variance: Tensor) -> None:
     variance
     within 20 %, far more than its own error of about √(14/R) / √P and far less than a factor of 2."""
     deviations = (draws.mean(0) - mean) / (variance / len(draws)).sqrt()
-    bound = stats.norm.isf(ALPHA / (2 * draws.shape[1]))
+    bound = -NormalDist().inv_cdf(ALPHA / (2 * draws.shape[1]))
     assert deviations.abs().max() < bound
     moving = variance > 0
     ratio = (draws.var(0)[moving] / variance[moving]).mean()
@@ -96,7 +97,7 @@ def test_the_square_that_adahessian_averages_has_the_mean_of_theory(network) -> 
     ).square()
     expected = 2 * hessian.diagonal() ** 2 + hessian.square().sum(0)
     deviations = (rows.mean(0) - expected) / (rows.std(0) / math.sqrt(DRAWS))
-    assert deviations.abs().max() < stats.norm.isf(ALPHA / (2 * rows.shape[1]))
+    assert deviations.abs().max() < -NormalDist().inv_cdf(ALPHA / (2 * rows.shape[1]))
 
 
 def test_hutchinson_is_the_noise_times_the_exact_product(problem) -> None:
@@ -268,8 +269,7 @@ def test_labels_follow_the_softmax() -> None:
     counts = torch.bincount(labels, minlength=300)
     assert counts[probabilities == 0].sum() == 0
     kept = probabilities > 0
-    result = stats.chisquare(counts[kept].numpy(), (probabilities / probabilities.sum())[kept].numpy() * n)
-    assert result.pvalue > ALPHA
+    assert chi_square_p_value(counts[kept], (probabilities / probabilities.sum())[kept]) > ALPHA
 
 
 def test_positions_that_are_negative_do_not_count(softmax_model) -> None:

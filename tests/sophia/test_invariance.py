@@ -5,18 +5,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.gpt2 import GPT2, GPT2Config
 from sophia import Categorical, SophiaG, empirical_fisher, gauss_newton_bartlett, hutchinson
+from tests.sophia.conftest import Transformer
 
 SPLITS = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)]  # micro-batch × accumulation × world size
 SEQUENCES, LENGTH = 8, 6
 
 
 @pytest.fixture(scope="module")
-def model() -> GPT2:
-    model = GPT2(GPT2Config(vocab_size=50, n_layer=2, n_head=2, n_embd=16, block_size=LENGTH))
-    model.initialize(seed=0)
-    return model
+def model() -> Transformer:
+    return Transformer(vocabulary=50, layers=2, length=LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +33,7 @@ def positions_of(rows: list[int]) -> Tensor:
     return torch.tensor(rows).unsqueeze(1) * LENGTH + torch.arange(LENGTH)
 
 
-def curvature(model: GPT2, tokens: Tensor, split: tuple[int, int, int]) -> tuple[Tensor, dict[int, Tensor]]:
+def curvature(model: Transformer, tokens: Tensor, split: tuple[int, int, int]) -> tuple[Tensor, dict[int, Tensor]]:
     """h after one refresh in which the ranks' gradients are averaged, as DDP does, and the labels by sequence."""
     _, _, world = split
     labels: dict[int, Tensor] = {}
@@ -58,7 +56,7 @@ def curvature(model: GPT2, tokens: Tensor, split: tuple[int, int, int]) -> tuple
         model.zero_grad()
         for rows in slices(*split, rank):
             total += gauss_newton_bartlett(
-                lambda rows=rows: model.logits(tokens[rows, :-1]),
+                lambda rows=rows: model(tokens[rows, :-1]),
                 seed=5,
                 step=3,
                 positions=positions_of(rows),
@@ -75,7 +73,7 @@ def curvature(model: GPT2, tokens: Tensor, split: tuple[int, int, int]) -> tuple
 
 @pytest.mark.parametrize("split", SPLITS[1:])
 def test_gauss_newton_bartlett_does_not_depend_on_the_split(
-    model: GPT2, tokens: Tensor, split: tuple[int, int, int]
+    model: Transformer, tokens: Tensor, split: tuple[int, int, int]
 ) -> None:
     whole, labels = curvature(model, tokens, SPLITS[0])
     h, split_labels = curvature(model, tokens, split)
@@ -85,11 +83,13 @@ def test_gauss_newton_bartlett_does_not_depend_on_the_split(
 
 
 @pytest.mark.parametrize("split", SPLITS[1:])
-def test_hutchinson_does_not_depend_on_the_split(model: GPT2, tokens: Tensor, split: tuple[int, int, int]) -> None:
+def test_hutchinson_does_not_depend_on_the_split(
+    model: Transformer, tokens: Tensor, split: tuple[int, int, int]
+) -> None:
     names = [name for name, _ in model.named_parameters()]
 
     def estimate(rows: list[int]) -> Tensor:
-        loss = lambda: F.cross_entropy(model.logits(tokens[rows, :-1]).flatten(0, 1), tokens[rows, 1:].flatten())  # noqa: E731
+        loss = lambda: F.cross_entropy(model(tokens[rows, :-1]).flatten(0, 1), tokens[rows, 1:].flatten())  # noqa: E731
         return torch.cat([e.flatten() for e in hutchinson(loss, model.parameters(), seed=5, step=3, names=names)])
 
     whole = estimate(list(range(SEQUENCES)))
@@ -97,13 +97,13 @@ def test_hutchinson_does_not_depend_on_the_split(model: GPT2, tokens: Tensor, sp
     assert (parts - whole).norm() < 1e-5 * whole.norm()
 
 
-def test_empirical_fisher_does_not_depend_on_the_split(model: GPT2, tokens: Tensor) -> None:
+def test_empirical_fisher_does_not_depend_on_the_split(model: Transformer, tokens: Tensor) -> None:
     results = []
     for split in ((8, 1, 1), (2, 4, 1)):
         model.zero_grad()
         n = sum(
             empirical_fisher(
-                lambda rows=rows: model.logits(tokens[rows, :-1]),
+                lambda rows=rows: model(tokens[rows, :-1]),
                 tokens[rows, 1:],
                 total_predictions=SEQUENCES * LENGTH,
             )
@@ -123,7 +123,9 @@ def test_hutchinson_noise_depends_on_the_name_and_not_on_the_order() -> None:
     assert torch.equal(first[1], second[0])
 
 
-def test_gauss_newton_in_bfloat16_autocast_stays_within_two_percent_of_float32(model: GPT2, tokens: Tensor) -> None:
+def test_gauss_newton_in_bfloat16_autocast_stays_within_two_percent_of_float32(
+    model: Transformer, tokens: Tensor
+) -> None:
     """Relative norm of the difference in h with the same labels; about half a percent is typical. (Drawn anew, a label
     flips where rounding moves a probability across its uniform: noise of the sampling, not of the precision.)"""
 
@@ -143,7 +145,7 @@ def test_gauss_newton_in_bfloat16_autocast_stays_within_two_percent_of_float32(m
     for enabled in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            gauss_newton_bartlett(lambda: model.logits(tokens[:, :-1]), seed=0, step=1, likelihood=likelihood)
+            gauss_newton_bartlett(lambda: model(tokens[:, :-1]), seed=0, step=1, likelihood=likelihood)
         results.append(torch.cat([p.grad.flatten() for p in model.parameters()]).square())
     difference = (results[1] - results[0]).norm() / results[0].norm()
     assert 0 < difference < 0.02
