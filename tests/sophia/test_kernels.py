@@ -78,6 +78,7 @@ def test_eager_and_foreach_forms_are_the_same_to_the_last_bit(
     assert_identical(eager, run(cls, {**options, "foreach": True}, dtype, amp))
 
 
+@pytest.mark.slow
 def test_compiled_form_is_the_same_to_the_last_bit_and_a_schedule_compiles_nothing_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -96,6 +97,7 @@ def test_compiled_form_is_the_same_to_the_last_bit_and_a_schedule_compiles_nothi
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [SophiaG, Lion])
 def test_a_rate_in_a_float32_tensor_gives_the_same_numbers_in_every_form(
     cls: type, monkeypatch: pytest.MonkeyPatch
