@@ -3,7 +3,6 @@
 import warnings
 from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,11 +12,15 @@ from torch import Tensor
 from sophia import AdaHessian, Sophia, SophiaG, SophiaH
 
 
+def normal(rng: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+
 @dataclass
-class NumpySophia:
+class Formulas:
     """m_t, h_t, θ_t as in the paper; refreshes before the steps with (t-1) mod k == 0."""
 
-    theta: list[np.ndarray]
+    theta: list[Tensor]
     lr: float
     betas: tuple[float, float]
     gamma: float
@@ -26,32 +29,32 @@ class NumpySophia:
     interval: int
     clip: bool = True
     t: int = 0
-    m: list[np.ndarray] = field(init=False)
-    h: list[np.ndarray] = field(init=False)
+    m: list[Tensor] = field(init=False)
+    h: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.m = [np.zeros_like(x) for x in self.theta]
-        self.h = [np.zeros_like(x) for x in self.theta]
+        self.m = [torch.zeros_like(x) for x in self.theta]
+        self.h = [torch.zeros_like(x) for x in self.theta]
 
     @property
     def due(self) -> bool:
         return self.t % self.interval == 0
 
-    def refresh(self, estimates: list[np.ndarray]) -> None:
+    def refresh(self, estimates: list[Tensor]) -> None:
         self.h = [self.betas[1] * h + (1 - self.betas[1]) * e for h, e in zip(self.h, estimates, strict=True)]
 
-    def step(self, grads: list[np.ndarray]) -> None:
+    def step(self, grads: list[Tensor]) -> None:
         self.t += 1
         for i, g in enumerate(grads):
             self.m[i] = self.betas[0] * self.m[i] + (1 - self.betas[0]) * g
-            update = self.m[i] / np.maximum(self.gamma * self.h[i], self.eps)
+            update = self.m[i] / (self.gamma * self.h[i]).clamp_min(self.eps)
             if self.clip:
-                update = np.maximum(np.minimum(update, 1), -1)
+                update = update.clamp(-1, 1)
             self.theta[i] = self.theta[i] - self.lr * self.weight_decay * self.theta[i]
             self.theta[i] = self.theta[i] - self.lr * update
 
     def unclipped(self) -> int:
-        return sum(int((np.abs(m) < self.gamma * h).sum()) for m, h in zip(self.m, self.h, strict=True))
+        return sum(int((m.abs() < self.gamma * h).sum()) for m, h in zip(self.m, self.h, strict=True))
 
 
 hyperparameters = st.fixed_dictionaries(
@@ -75,29 +78,30 @@ shapes = st.lists(st.sampled_from([(), (1,), (3,), (2, 3), (1, 4, 2), (0, 3), (5
 def test_fifty_steps_equal_the_formulas(
     hyper: dict, shapes: list[tuple[int, ...]], seed: int, gnb: bool, foreach: bool
 ) -> None:
-    rng = np.random.default_rng(seed)
-    draw = lambda scale: [np.asarray(rng.normal(size=shape)) * scale for shape in shapes]  # noqa: E731
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda scale: [normal(rng, *shape) * scale for shape in shapes]  # noqa: E731
+    between = lambda low, high: low + (high - low) * float(torch.rand((), generator=rng))  # noqa: E731
     theta = draw(1)
-    params = [torch.nn.Parameter(torch.tensor(x)) for x in theta]
+    params = [torch.nn.Parameter(x.clone()) for x in theta]
     optimizer = Sophia(params, **hyper, foreach=foreach, compile=False)
     hyper["interval"] = hyper.pop("hessian_interval")
-    reference = NumpySophia(theta, **hyper)
+    reference = Formulas(theta, **hyper)
     for _ in range(50):
         assert optimizer.hessian_due == reference.due
         if reference.due:
-            n = int(rng.integers(1, 10_000))
-            given_values = draw(10.0 ** rng.uniform(-3, 1))
+            n = int(between(1, 10_000))
+            given_values = draw(10.0 ** between(-3, 1))
             for p, value in zip(params, given_values, strict=True):
-                p.grad = torch.tensor(value)
+                p.grad = value.clone()
             if gnb:
                 optimizer.update_hessian(num_predictions=n)
                 reference.refresh([n * g * g for g in given_values])
             else:
-                optimizer.update_hessian(estimates=[torch.tensor(value) for value in given_values])
+                optimizer.update_hessian(estimates=[value.clone() for value in given_values])
                 reference.refresh(given_values)
-        grads = draw(10.0 ** rng.uniform(-4, 2))
+        grads = draw(10.0 ** between(-4, 2))
         for p, g in zip(params, grads, strict=True):
-            p.grad = torch.tensor(g)
+            p.grad = g.clone()
         optimizer.step()
         reference.step(grads)
         assert int(optimizer.unclipped_count) == reference.unclipped()
@@ -105,29 +109,29 @@ def test_fifty_steps_equal_the_formulas(
     for p, x, m, h in zip(params, reference.theta, reference.m, reference.h, strict=True):
         # Without the clip a step may be as large as lr · m / ε, whose rounding error stays when θ comes back.
         atol = 1e-12 if hyper["clip"] else 1e-13 / hyper["eps"]
-        torch.testing.assert_close(p.detach(), torch.tensor(x), rtol=1e-9, atol=atol)
-        torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.tensor(m), rtol=1e-10, atol=1e-14)
-        torch.testing.assert_close(optimizer.state[p]["hessian"], torch.tensor(h), rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(p.detach(), x, rtol=1e-9, atol=atol)
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], m, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(optimizer.state[p]["hessian"], h, rtol=1e-10, atol=1e-14)
         assert optimizer.state[p]["step"] == 50 or p.numel() == 0
 
 
 def test_float32_stays_within_rounding_of_the_formulas() -> None:
-    rng = np.random.default_rng(0)
-    theta = [rng.normal(size=(40, 30))]
-    p = torch.nn.Parameter(torch.tensor(theta[0], dtype=torch.float32))
+    rng = torch.Generator().manual_seed(0)
+    theta = [normal(rng, 40, 30)]
+    p = torch.nn.Parameter(theta[0].float())
     hyper = {"lr": 1e-2, "betas": (0.96, 0.99), "gamma": 0.05, "eps": 1e-3, "weight_decay": 0.2}
     optimizer = Sophia([p], **hyper, hessian_interval=3)
-    reference = NumpySophia(theta, **hyper, interval=3)
+    reference = Formulas(theta, **hyper, interval=3)
     for _ in range(50):
         if optimizer.hessian_due:
-            estimate = rng.normal(size=(40, 30))
-            optimizer.update_hessian(estimates=[torch.tensor(estimate)])
+            estimate = normal(rng, 40, 30)
+            optimizer.update_hessian(estimates=[estimate.clone()])
             reference.refresh([estimate])
-        grad = rng.normal(size=(40, 30))
-        p.grad = torch.tensor(grad, dtype=torch.float32)
+        grad = normal(rng, 40, 30)
+        p.grad = grad.float()
         optimizer.step()
         reference.step([grad])
-    torch.testing.assert_close(p.detach().double(), torch.tensor(reference.theta[0]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(p.detach().double(), reference.theta[0], rtol=1e-5, atol=1e-6)
 
 
 def test_without_curvature_the_step_is_the_sign_of_the_momentum() -> None:
@@ -184,26 +188,26 @@ def test_v1_notation_converts_as_the_documentation_says() -> None:
 
 
 def test_bias_correction_divides_by_what_the_averages_lack() -> None:
-    rng = np.random.default_rng(0)
+    rng = torch.Generator().manual_seed(0)
     beta1, beta2, gamma, lr = 0.9, 0.95, 0.5, 0.1
-    theta, m, h, n = rng.normal(size=20), np.zeros(20), np.zeros(20), 0
-    p = torch.nn.Parameter(torch.tensor(theta))
+    theta, m, h, n = normal(rng, 20), torch.zeros(20, dtype=torch.float64), torch.zeros(20, dtype=torch.float64), 0
+    p = torch.nn.Parameter(theta.clone())
     optimizer = Sophia(
         [p], lr, (beta1, beta2), gamma, 1e-12, 0.0, hessian_interval=3, bias_correction=True, compile=False
     )
     for t in range(1, 11):
         if optimizer.hessian_due:
-            estimate = rng.normal(size=20) ** 2
+            estimate = normal(rng, 20) ** 2
             h, n = beta2 * h + (1 - beta2) * estimate, n + 1
-            optimizer.update_hessian(estimates=[torch.tensor(estimate)])
-        g = rng.normal(size=20)
+            optimizer.update_hessian(estimates=[estimate.clone()])
+        g = normal(rng, 20)
         m = beta1 * m + (1 - beta1) * g
         m_hat, h_hat = m / (1 - beta1**t), h / (1 - beta2**n)
-        theta = theta - lr * np.clip(m_hat / np.maximum(gamma * h_hat, 1e-12), -1, 1)
-        p.grad = torch.tensor(g)
+        theta = theta - lr * (m_hat / (gamma * h_hat).clamp_min(1e-12)).clamp(-1, 1)
+        p.grad = g.clone()
         optimizer.step()
-        assert int(optimizer.unclipped_count) == int((np.abs(m_hat) < gamma * h_hat).sum())
-    torch.testing.assert_close(p.detach(), torch.tensor(theta))
+        assert int(optimizer.unclipped_count) == int((m_hat.abs() < gamma * h_hat).sum())
+    torch.testing.assert_close(p.detach(), theta)
     assert optimizer.state[p]["hessian_step"] == 4
 
 
@@ -238,22 +242,22 @@ def test_defaults_are_the_papers() -> None:
 
 
 def test_adahessian_equals_its_formulas() -> None:
-    rng = np.random.default_rng(1)
+    rng = torch.Generator().manual_seed(1)
     beta1, beta2, lr, eps, decay = 0.9, 0.99, 0.15, 1e-4, 0.01
-    theta, m, v, n = rng.normal(size=20), np.zeros(20), np.zeros(20), 0
-    p = torch.nn.Parameter(torch.tensor(theta))
+    theta, m, v, n = normal(rng, 20), torch.zeros(20, dtype=torch.float64), torch.zeros(20, dtype=torch.float64), 0
+    p = torch.nn.Parameter(theta.clone())
     optimizer = AdaHessian([p], lr, (beta1, beta2), eps, decay, hessian_interval=2)
     for t in range(1, 21):
         if optimizer.hessian_due:
-            estimate = rng.normal(size=20)
+            estimate = normal(rng, 20)
             v, n = beta2 * v + (1 - beta2) * estimate**2, n + 1
-            optimizer.update_hessian(estimates=[torch.tensor(estimate)])
-        g = rng.normal(size=20)
+            optimizer.update_hessian(estimates=[estimate.clone()])
+        g = normal(rng, 20)
         m = beta1 * m + (1 - beta1) * g
-        theta = theta * (1 - lr * decay) - lr * (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**n)) + eps)
-        p.grad = torch.tensor(g)
+        theta = theta * (1 - lr * decay) - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**n)).sqrt() + eps)
+        p.grad = g.clone()
         optimizer.step()
-    torch.testing.assert_close(p.detach(), torch.tensor(theta))
+    torch.testing.assert_close(p.detach(), theta)
 
 
 def test_lr_may_be_a_scheduled_tensor_or_any_torch_schedule() -> None:

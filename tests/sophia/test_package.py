@@ -23,6 +23,21 @@ def test_sophia_imports_torch_and_the_standard_library_alone() -> None:
                 assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
 
 
+def test_the_librarys_tests_need_torch_pytest_and_hypothesis_alone() -> None:
+    """And what may be there to compare with, which `pytest.importorskip` asks for."""
+    own = Path(__file__).parent
+    files = [*own.rglob("*.py"), own.parent / "conftest.py", own.parent / "permissions.py"]
+    allowed = {"torch", "sophia", "pytest", "hypothesis", *sys.stdlib_module_names}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                ours = name in ("tests.permissions", "tests.sophia.conftest")
+                assert ours or name.split(".")[0] in allowed, f"{path.name} imports {name}"
+
+
 def test_the_public_names_are_there_typed_and_documented() -> None:
     assert (PACKAGE / "py.typed").exists()
     for name in sophia.__all__:
