@@ -15,9 +15,9 @@ os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu")
-# What is written is synchronised to the disk, for which a tiny run would wait as long as it trains.
+# What a run writes is synchronised to the disk, for which a tiny one would wait as long as it trains.
 MEMORY = "/dev/shm"
-if os.path.isdir(MEMORY) and shutil.disk_usage(MEMORY).free > 4 << 30:
+if os.path.isdir(MEMORY) and shutil.disk_usage(MEMORY).free > 4 << 30 and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
 
 import torch  # noqa: E402
@@ -28,22 +28,13 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 #: What a test that starts processes, trains a run, prepares a corpus, plans by tracing or opens a browser names, or
 #: something of tests/ that it calls or is given does.
-SLOW = {
-    "subprocess",
-    "Process",
-    "start_processes",
-    "spawn",
-    "command",
-    "execute",
-    "prepare",
-    "planned_memory",
-    "make_plan",
-}
-SLOW |= {"check_case", "run_study", "write_report", "Page"}
+SLOW = {"subprocess", "Process", "spawn", "start_processes", "Page", "command", "execute", "prepare", "write_report"}
+SLOW |= {"run_study", "make_plan", "planned_memory", "check_case"}
 #: Of a whole session, and made from the first test on: the other worker has something else to do meanwhile.
 FIRST = {"two_ranks", "fast"}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[Any]) -> None:
     items.sort(key=lambda item: FIRST.isdisjoint(getattr(item, "fixturenames", ())))
     seen: dict[Any, bool] = {}
