@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test lint bench bench-full test-gpu test-slurm test-faults results lock clean help
+.PHONY: setup demo test test-fast lint bench bench-full test-gpu test-slurm test-faults results lock clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -25,6 +25,9 @@ demo: setup ## AdamW, Lion and Sophia-G on the embedded corpus: a table and a pl
 
 test: setup ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slurm and not faults"
+
+test-fast: setup ## what of it takes a moment, of every package: under 90 seconds
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not slurm and not faults"
 
 lint: setup ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -125,7 +125,7 @@ def write_run(
     if shared_forwards is not None:
         summary["shared_forwards"] = shared_forwards
     directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+    (directory / "config.yaml").write_text(yaml.dump(resolved, Dumper=yaml.CSafeDumper, sort_keys=False))
     (directory / "environment.json").write_text(json.dumps(surroundings))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (directory / "summary.json").write_text(json.dumps(summary))

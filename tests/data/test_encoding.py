@@ -22,6 +22,7 @@ def expected(tokenizer: Tokenizer, documents: list[str]) -> list[int]:
     return [token for text in documents for token in [*tokenizer.encode(text).tolist(), tokenizer.end_of_text]]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=1000)
 @given(documents=st.lists(ascii_texts | texts | st.text(max_size=12), max_size=6))
 @example(documents=["don't I'll we've they're 'tis ''s '"])

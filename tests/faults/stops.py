@@ -24,7 +24,7 @@ from training.signals import STOP_SIGNALS
 
 PREEMPTED = 75
 #: A process told twice has ended by then, whatever it was doing.
-AT_ONCE_SECONDS = 1.0
+AT_ONCE_SECONDS = 5.0
 
 
 def stop_again_and_again(

@@ -51,6 +51,7 @@ def test_in_bf16_the_blocked_backward_pass_is_within_some_times_of_torchs_error(
         assert (ours - wanted).norm() < times * (theirs - wanted).norm()
 
 
+@pytest.mark.slow
 def test_compiled_blocks_of_many_queries_are_what_they_are_uncompiled() -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(2, 2, 600, 32, generator=generator).bfloat16() for _ in range(4)]

@@ -48,6 +48,7 @@ def compiled(backend: str) -> GPT2:
     return model
 
 
+@pytest.mark.slow
 def test_two_backwards_through_one_compiled_forward_equal_the_eager_gradients() -> None:
     model = compiled("inductor")
     model.loss(*inputs()[:2]).backward()  # so that the backward is compiled without knowing of a second one

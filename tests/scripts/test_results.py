@@ -13,6 +13,8 @@ from analysis.trials import load_study
 from scripts.results import main as rebuild
 from tests.analysis.synthetic import write_study
 
+pytestmark = pytest.mark.slow
+
 PAGE = "# Title\n\n<!-- results:begin -->\nwhat stood here before\n<!-- results:end -->\n\nThe end.\n"
 
 
@@ -21,10 +23,19 @@ def study(tmp_path: Path) -> Path:
     return write_study(tmp_path / "results" / "synthetic", models={"tiny": 1e6})
 
 
-def test_the_section_says_what_the_records_say(study: Path, tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A study, and a page whose section has been made from it."""
+    directory = tmp_path_factory.mktemp("rebuilt")
+    study = write_study(directory / "results" / "synthetic", models={"tiny": 1e6})
+    page = directory / "README.md"
     page.write_text(PAGE)
     assert rebuild([str(study), "--page", str(page)]) == 0
+    return study, page
+
+
+def test_the_section_says_what_the_records_say(rebuilt: tuple[Path, Path]) -> None:
+    study, page = rebuilt
     text = page.read_text()
     assert text.startswith("# Title\n\n<!-- results:begin -->\n")
     assert text.endswith("<!-- results:end -->\n\nThe end.\n")
@@ -38,13 +49,11 @@ def test_the_section_says_what_the_records_say(study: Path, tmp_path: Path) -> N
     assert f"Sophia-G {final.mean:.3f} | {final.difference.estimate:+.3f} [{final.difference.low:+.3f}" in ours
     assert "1.0M parameters, 400 steps, 0.4M tokens, 0.4 tokens a parameter" in text
     for link in re.findall(r"\]\(([^)]+)\)", text):
-        assert (tmp_path / link).is_file(), link
+        assert (page.parent / link).is_file(), link
 
 
-def test_published_pairs_stand_beside_with_their_differences(study: Path, tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(PAGE)
-    rebuild([str(study), "--page", str(page)])
+def test_published_pairs_stand_beside_with_their_differences(rebuilt: tuple[Path, Path]) -> None:
+    _, page = rebuilt
     rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
     for expected in (
         "| the paper | 125M | 100,000 steps | 2.921 | Sophia-G 2.895 | -0.026 | 2 (claimed) |",
@@ -55,10 +64,8 @@ def test_published_pairs_stand_beside_with_their_differences(study: Path, tmp_pa
         assert expected in rows
 
 
-def test_a_second_call_changes_nothing(study: Path, tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(PAGE)
-    rebuild([str(study), "--page", str(page)])
+def test_a_second_call_changes_nothing(rebuilt: tuple[Path, Path]) -> None:
+    study, page = rebuilt
     first = page.read_bytes(), (study / "report.html").read_bytes()
     rebuild([str(study), "--page", str(page)])
     assert (page.read_bytes(), (study / "report.html").read_bytes()) == first

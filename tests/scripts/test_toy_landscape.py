@@ -1,13 +1,21 @@
 """The motivation figure shows what it is meant to show."""
 
+import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from scripts import toy_landscape
 from scripts.toy_landscape import METHODS, MINIMUM, SADDLE, START, best, loss
+
+
+@functools.cache
+def found(name: str) -> Any:
+    """The best path of a method."""
+    return best(METHODS[name])
 
 
 def test_the_landscape_has_the_minimum_saddle_and_curvatures_of_the_paper() -> None:
@@ -24,18 +32,19 @@ def test_the_landscape_has_the_minimum_saddle_and_curvatures_of_the_paper() -> N
 
 def test_newton_converges_to_the_saddle_and_sophia_to_the_minimum() -> None:
     for name, point in (("Newton", SADDLE), ("Sophia", MINIMUM)):
-        end = best(METHODS[name]).theta[-1]
+        end = found(name).theta[-1]
         torch.testing.assert_close(end, torch.tensor(point, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gd_crawls_in_the_flat_direction_while_signgd_and_adam_bounce_in_the_sharp_one() -> None:
-    gd = best(METHODS["GD"]).theta
+    gd = found("GD").theta
     assert (gd[-1, 0] - 1).abs() < 1e-6
     assert gd[-1, 1] < 3
     for name in ("SignGD", "Adam"):
-        sharp = best(METHODS[name]).theta[20:, 0] - 1
+        sharp = found(name).theta[20:, 0] - 1
         assert (sharp.sign().diff() != 0).sum() >= 4
-    losses = {name: best(method).loss[-1] for name, method in METHODS.items()}
+    losses = {name: found(name).loss[-1] for name in METHODS}
     assert min(losses, key=lambda name: losses[name]) == "Sophia"
 
 

@@ -21,7 +21,9 @@ from training.exit_codes import EXIT_HELD
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).resolve().parents[2]
-SHORT, LONG = 20, 10000  # steps; the long one is to meet its time limit, after about a minute, in the middle
+# Steps, of a second at least in a sweep. SLURM announces the end of two minutes after 50 to 80 s: 40 s ahead, and up to
+# 30 s earlier, which is how often it looks. By then the ranks have started, and the long trial is in the middle.
+SHORT, LONG = 2, 90
 
 
 @pytest.fixture
@@ -53,10 +55,17 @@ def environment_of_ranks() -> dict[str, str]:
 
 
 def sweep(directory: Path, corpus: list[str], steps: str = f"{SHORT},{LONG}", minutes: int = 2) -> list[str]:
-    """The command of a sweep whose trials are jobs of two tasks."""
+    """The command of a slow sweep whose trials are jobs of two tasks."""
     launcher = ["launcher=slurm", "launcher.nproc_per_node=2", "launcher.gpus_per_node=null"]
     limits = [f"launcher.timeout_minutes={minutes}", "launcher.signal_seconds=40", f"train.steps={steps}"]
-    return [sys.executable, str(ROOT / "train.py"), "-m", *launcher, *limits, *overrides(directory, corpus)]
+    return [
+        sys.executable,
+        str(ROOT / "tests" / "slurm" / "slow.py"),
+        "-m",
+        *launcher,
+        *limits,
+        *overrides(directory, corpus),
+    ]
 
 
 def test_a_sweep_survives_its_time_limit_and_every_step_is_recorded_once(tmp_path: Path, slurm: None) -> None:
@@ -75,8 +84,9 @@ def test_a_sweep_survives_its_time_limit_and_every_step_is_recorded_once(tmp_pat
 
 
 def test_a_sweep_restarted_while_its_job_runs_leaves_the_trial_to_it(tmp_path: Path, slurm: None) -> None:
-    command = sweep(tmp_path, prepare_corpus(tmp_path), steps=str(LONG), minutes=30)
-    directory = tmp_path / "runs" / f"steps-{LONG}"
+    steps = 120
+    command = sweep(tmp_path, prepare_corpus(tmp_path), steps=str(steps), minutes=30)
+    directory = tmp_path / "runs" / f"steps-{steps}"
     record = directory / "metrics.jsonl"
     with (tmp_path / "parent.log").open("w") as log:
         parent = subprocess.Popen(command, env=environment_of_ranks(), stdout=log, stderr=log, cwd=ROOT)
@@ -92,7 +102,7 @@ def test_a_sweep_restarted_while_its_job_runs_leaves_the_trial_to_it(tmp_path: P
     wait_until(lambda: (directory / "summary.json").exists(), directory)
     third = run(command)
     assert third.returncode == 0, third.stderr[-3000:]
-    assert [line["step"] for line in lines(directory, "train")] == list(range(1, LONG + 1))
+    assert [line["step"] for line in lines(directory, "train")] == list(range(1, steps + 1))
     assert [line for line in lines(directory, "event") if line["event"] == "resumed"] == []
 
 
@@ -113,13 +123,14 @@ def test_the_sbatch_script_requeues_its_run_at_the_time_limit(tmp_path: Path, sl
     corpus = prepare_corpus(tmp_path)
     limits = ["--nodes=1", "--gpus-per-node=0", "--time=2", "--signal=B:USR1@40", f"--output={tmp_path}/log"]
     script = str(ROOT / "scripts" / "multinode" / "slurm.sbatch")
-    command = ["sbatch", "--parsable", *limits, script, *overrides(tmp_path, corpus), f"train.steps={LONG}"]
+    steps = 10000  # more than fit into the first minute
+    command = ["sbatch", "--parsable", *limits, script, *overrides(tmp_path, corpus), f"train.steps={steps}"]
     submitted = run(command, RANKS="2", PYTHON=sys.executable)
     assert submitted.returncode == 0, submitted.stderr
-    directory = tmp_path / "runs" / f"steps-{LONG}"
+    directory = tmp_path / "runs" / f"steps-{steps}"
     until = time.monotonic() + 900
     while not (directory / "summary.json").exists() or summary(directory)["status"] != "completed":
         assert time.monotonic() < until, (tmp_path / "log").read_text()[-3000:]
         time.sleep(2)
-    assert [line["step"] for line in lines(directory, "train")] == list(range(1, LONG + 1))
+    assert [line["step"] for line in lines(directory, "train")] == list(range(1, steps + 1))
     assert_resumed(directory)

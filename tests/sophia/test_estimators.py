@@ -85,6 +85,7 @@ def test_a_single_label_draw_is_the_plain_estimate(network) -> None:
     torch.testing.assert_close(network.flat(mean), estimate)
 
 
+@pytest.mark.slow
 def test_hutchinson_is_unbiased_with_the_variance_of_theory(problem) -> None:
     """E ĥ is the Hessian's diagonal; Var ĥ_i = H_ii² + Σ_j H_ij² for normal noise."""
     hessian = problem.hessian()
@@ -92,6 +93,7 @@ def test_hutchinson_is_unbiased_with_the_variance_of_theory(problem) -> None:
     assert_mean(torch.stack(rows), hessian.diagonal(), hessian.diagonal() ** 2 + hessian.square().sum(0))
 
 
+@pytest.mark.slow
 def test_the_square_that_adahessian_averages_has_the_mean_of_theory(network) -> None:
     """E ĥ² = 2 H_ii² + Σ_j H_ij²; the bound is from the sample's own deviation."""
     hessian = network.hessian()

@@ -101,6 +101,7 @@ def test_parameters_of_several_dtypes_step_as_those_of_each_alone(form: dict[str
     assert whole == sum(parts) > max(parts)
 
 
+@pytest.mark.slow
 def test_compiled_form_is_the_same_to_the_last_bit_and_a_schedule_compiles_nothing_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -119,6 +120,7 @@ def test_compiled_form_is_the_same_to_the_last_bit_and_a_schedule_compiles_nothi
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [SophiaG, Lion])
 def test_a_rate_in_a_float32_tensor_gives_the_same_numbers_in_every_form(
     cls: type, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 """The ablations of configs/study/cpu_scale.yaml become figures and tables by themselves."""
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,19 +34,30 @@ def cut_down() -> StudySpec:
     return validate_spec(values, "cpu_scale.yaml")
 
 
+#: What tells runs of one setting apart.
+LABELS = ("name", "output_dir", "seed", "train.steps", "tracker.group", "tracker.tags")
+
+
+@functools.cache
+def configuration(*overrides: str) -> dict[str, Any]:
+    """The real one, flat."""
+    return flatten(compose(list(overrides)).model_dump(mode="json"))
+
+
 def record(jobs: Sequence[Sequence[str]]) -> list[int]:
-    """What a run would leave behind, its configuration the real one."""
+    """What a run would leave behind, its configuration the real one of its setting."""
     for overrides in jobs:
-        config = compose(list(overrides))
-        steps, seed = config.train.steps, config.seed
+        given = dict(override.partition("=")[::2] for override in overrides)
+        config = configuration(*(f"{key}={value}" for key, value in given.items() if key not in LABELS))
+        steps, seed = int(given["train.steps"]), int(given["seed"])
         write_run(
-            Path(config.output_dir) / str(config.name),
-            optimizer=config.optimizer.name,
+            Path(given["output_dir"]) / given["name"],
+            optimizer=config["optimizer.name"],
             seed=seed,
             steps=steps,
             final=power_law(steps * 1024) + noise(seed, steps, scale=0.002),
             evaluations=4,
-            config=flatten(config.model_dump(mode="json")),
+            config=config | {"train.steps": steps, "seed": seed},
         )
     return [0] * len(jobs)
 

@@ -76,6 +76,7 @@ def test_ranges_become_distributions() -> None:
     assert written["parameters"]["optimizer.lr"] == {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", ["smoke", "cpu_scale", "paper_125m"])
 def test_the_sweeps_of_every_study_are_what_wandb_takes(study: str, tmp_path: Path) -> None:
     """Keys and values of W&B's schema of sweeps, read by its own reader; and each first point is a valid run."""

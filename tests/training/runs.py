@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,8 +19,9 @@ from data import prepare
 from training import command
 from training.compose import compose
 from training.corpus import source_of, token_directory_of, tokenizer_of
-from training.signals import StopSignals
+from training.signals import STOP_SIGNALS, StopSignals
 
+ROOT = Path(__file__).resolve().parents[2]
 SUBJECTS = ("the light", "a ship", "nobody", "the old keeper", "every winter", "her brother", "the sea")
 VERBS = ("came over", "was lost in", "remembered", "spoke of", "turned from", "waited for")
 OBJECTS = ("the grey water", "the harbour", "a long night", "the first snow", "its own shadow", "the narrow road")
@@ -169,6 +171,53 @@ def _child(
     if prepare_child is not None:
         prepare_child(*arguments)
     raise SystemExit(command.main(overrides))
+
+
+class Session:
+    """The command line in a session of its own, as a terminal or a scheduler starts it; stop signals are blocked, as in a
+    worker of a sweep."""
+
+    def __init__(self, overrides: Sequence[str], directory: Path) -> None:
+        self._said = [directory / f"{next(_NUMBERS)}.{stream}" for stream in ("out", "err")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self._process = _SERVER.Process(target=_session, args=([*overrides], self._said, environment))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def wait_for(self, path: Path, text: str, seconds: float = 120) -> None:
+        """Until the file of the run has the text."""
+        until = time.monotonic() + seconds
+        while not path.exists() or text not in path.read_text():
+            assert time.monotonic() < until, f"{path} has no {text!r}: {self._said[1].read_text()[-3000:]}"
+            time.sleep(0.02)
+
+    def end(self, seconds: float = 240) -> tuple[int, str, str]:
+        """The exit code, and what was said on standard output and error."""
+        self._process.join(seconds)
+        out, err = (path.read_text() for path in self._said)
+        if self._process.exitcode is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            raise AssertionError(f"the session hangs: {err[-3000:]}")
+        return self._process.exitcode, out, err
+
+
+_NUMBERS = itertools.count()
+
+
+def _session(overrides: list[str], said: list[Path], environment: dict[str, str]) -> None:
+    import torch
+
+    os.setsid()
+    os.environ.update(environment)
+    for descriptor, path in enumerate(said, start=1):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), descriptor)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    torch.set_num_threads(1)
+    code = command.main(overrides)
+    threading._shutdown()  # type: ignore[attr-defined]  # before processes are waited for, as in an interpreter that ends
+    raise SystemExit(code)
 
 
 def kill_self(*_: Any, **__: Any) -> None:

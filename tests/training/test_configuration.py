@@ -277,6 +277,7 @@ def test_groups_of_a_record_are_not_said_to_be_missing(tmp_path: Path) -> None:
         compose(["tracker=wandb"], Primary("config", recorded(tmp_path)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["local", "slurm"])
 def test_a_sweep_over_a_record_runs_here_and_writes_the_runs_alone(
     launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -311,6 +311,7 @@ class Holder:
         return {"a.weight": torch.ones(3), "b.weight": self.weight, "c.weight": torch.ones(2, 2)}
 
 
+@pytest.mark.slow
 @given(
     place=st.integers(0, 63),
     bit=st.integers(0, 31),

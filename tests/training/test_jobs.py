@@ -14,6 +14,7 @@ NANO = [
 ]
 
 
+@pytest.mark.slow
 def test_jobs_run_one_after_the_other_each_with_overrides_of_its_own(tmp_path: Path) -> None:
     common = [*NANO, f"output_dir={tmp_path}", f"data.directory={tmp_path / 'tokens'}"]
     codes = launch([[*common, "name=a", "optimizer=adamw"], [*common, "name=b", "optimizer=lion", "train.steps=1"]])
@@ -37,6 +38,7 @@ def test_a_job_that_is_refused_or_breaks_ends_itself_alone(tmp_path: Path) -> No
     assert (tmp_path / "broken.log").read_text()
 
 
+@pytest.mark.slow
 def test_jobs_go_side_by_side_through_joblib(tmp_path: Path) -> None:
     """Refused configurations: what is tested is the way there and back, not training."""
     jobs = [[f"name=j{i}", f"output_dir={tmp_path}", "train.steps=5", f"schedule.warmup_steps={9 + i}"] for i in (0, 1)]

@@ -63,13 +63,11 @@ def test_dead_ranks_are_started_again_and_named_in_the_end(tiny: list[str], tmp_
     """
     overrides = [*tiny, f"output_dir={tmp_path}", "name=run", "checkpoint.interval=4"]
     assert run([*overrides, "train.steps=2"]) == 0
-    began = time.monotonic()
     launched = ["launcher.nproc_per_node=2", "launcher.max_restarts=1", "overwrite=true"]
     process = start("tests/training/dying.py", [*overrides, *launched])
-    _, said = process.communicate(timeout=150)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "error: rank 1 failed (killed by SIGKILL)" in said
-    assert time.monotonic() - began < 120
     assert run(overrides) == 0
     directory = tmp_path / "run"
     assert [line["step"] for line in lines(directory, "train")] == list(range(1, 13))
@@ -95,7 +93,7 @@ def test_signals_to_the_parent_let_all_ranks_save_and_one_process_go_on(tiny: li
     for _ in range(2):
         process.send_signal(signal.SIGHUP)
         time.sleep(0.1)
-    _, said = process.communicate(timeout=90)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 75, said[-3000:]
     saved = summary(tmp_path / "run")["steps"]
     assert (tmp_path / "run" / "checkpoints" / f"step-{saved:08d}").is_dir()

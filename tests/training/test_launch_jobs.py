@@ -9,14 +9,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.training.runs import lines, run, summary
-from tests.training.test_launch import start, wait_for
+from tests.training.runs import Session, lines, run, summary
 from training.config import ConfigurationError
 from training.exit_codes import EXIT_HELD
 from training.run_directory import RunDirectory
 from training.sweep import check_trials, trials
 
 NAMES = "name='${optimizer.name}-${seed}'"
+
+
+@pytest.fixture
+def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For what sessions say; a sweep's directory has its trials alone."""
+    return tmp_path_factory.mktemp("said")
 
 
 def steps(directory: Path) -> list[int]:
@@ -27,13 +32,15 @@ def resumed_at(directory: Path) -> list[int]:
     return [line["step"] for line in lines(directory, "event") if line["event"] == "resumed"]
 
 
-def test_a_killed_sweep_passes_over_finished_trials_and_resumes_the_others(tiny: list[str], tmp_path: Path) -> None:
+def test_a_killed_sweep_passes_over_finished_trials_and_resumes_the_others(
+    tiny: list[str], tmp_path: Path, said: Path
+) -> None:
     sweep = ["-m", *tiny, NAMES, f"output_dir={tmp_path}", "train.steps=300", "eval.interval=300"]
     sweep += ["checkpoint.interval=20", "optimizer=adamw,lion"]
-    process = start("train.py", sweep)
-    wait_for(tmp_path / "lion-0" / "metrics.jsonl", '"step":45,')
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=30)
+    session = Session(sweep, said)
+    session.wait_for(tmp_path / "lion-0" / "metrics.jsonl", '"step":45,')
+    os.killpg(session.pid, signal.SIGKILL)
+    session.end()
     finished = (tmp_path / "adamw-0" / "summary.json").stat().st_mtime_ns
     assert "status" not in (summary(tmp_path / "lion-0") if (tmp_path / "lion-0" / "summary.json").exists() else {})
 
@@ -45,11 +52,12 @@ def test_a_killed_sweep_passes_over_finished_trials_and_resumes_the_others(tiny:
     assert resumed_at(tmp_path / "adamw-0") == []
 
 
-def test_trials_run_side_by_side_and_are_passed_over_the_second_time(tiny: list[str], tmp_path: Path) -> None:
+def test_trials_run_side_by_side_and_are_passed_over_the_second_time(
+    tiny: list[str], tmp_path: Path, said: Path
+) -> None:
     sweep = ["-m", "launcher=joblib", *tiny, NAMES, f"output_dir={tmp_path}", "optimizer=adamw", "seed=0,1"]
-    process = start("train.py", sweep)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors[-3000:]
+    code, _, errors = Session(sweep, said).end()
+    assert code == 0, errors[-3000:]
     for seed in (0, 1):
         assert steps(tmp_path / f"adamw-{seed}") == list(range(1, 13))
     assert run(["-m", *sweep[2:]]) == 0
@@ -57,18 +65,20 @@ def test_trials_run_side_by_side_and_are_passed_over_the_second_time(tiny: list[
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["adamw-0", "adamw-1"]
 
 
-def test_a_sweep_side_by_side_that_is_hung_up_on_has_saved_its_trials(tiny: list[str], tmp_path: Path) -> None:
+def test_a_sweep_side_by_side_that_is_hung_up_on_has_saved_its_trials(
+    tiny: list[str], tmp_path: Path, said: Path
+) -> None:
     """The third trial has to wait for a worker, and is not begun."""
     sweep = ["-m", "launcher=joblib", "hydra.launcher.n_jobs=2", *tiny, NAMES, f"output_dir={tmp_path}", "seed=0,1,2"]
     sweep += ["optimizer=adamw", "train.steps=100000", "eval.interval=100000", "checkpoint.interval=null"]
-    process = start("train.py", sweep)
+    session = Session(sweep, said)
     for seed in (0, 1):
-        wait_for(tmp_path / f"adamw-{seed}" / "metrics.jsonl", '"step":5,')
+        session.wait_for(tmp_path / f"adamw-{seed}" / "metrics.jsonl", '"step":5,')
     for _ in range(2):  # the group and the parent in it, as when a terminal closes
-        os.killpg(process.pid, signal.SIGHUP)
-        process.send_signal(signal.SIGHUP)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 75, errors[-3000:]
+        os.killpg(session.pid, signal.SIGHUP)
+        os.kill(session.pid, signal.SIGHUP)
+    code, _, errors = session.end()
+    assert code == 75, errors[-3000:]
     for seed in (0, 1):
         saved = summary(tmp_path / f"adamw-{seed}")
         assert saved["status"] == "preempted"
@@ -76,17 +86,19 @@ def test_a_sweep_side_by_side_that_is_hung_up_on_has_saved_its_trials(tiny: list
     assert not (tmp_path / "adamw-2").exists()
 
 
-def test_jobs_of_two_tasks_are_told_of_the_time_limit_save_and_start_again(tiny: list[str], tmp_path: Path) -> None:
+def test_jobs_of_two_tasks_are_told_of_the_time_limit_save_and_start_again(
+    tiny: list[str], tmp_path: Path, said: Path
+) -> None:
     """What launcher=slurm does, through submitit's local executor; on a real SLURM: make test-slurm."""
     sweep = ["-m", "launcher=submitit", "launcher.nproc_per_node=2", *tiny, NAMES, f"output_dir={tmp_path}"]
     sweep += ["optimizer=adamw", "seed=0,1", "train.steps=400", "eval.interval=400", "checkpoint.interval=null"]
-    process = start("train.py", sweep)
-    wait_for(tmp_path / "adamw-0" / "metrics.jsonl", '"step":5,')
-    tasks = [p for p in psutil.Process(process.pid).children(recursive=True) if of_trial(p, tmp_path / "adamw-0")]
+    session = Session(sweep, said)
+    session.wait_for(tmp_path / "adamw-0" / "metrics.jsonl", '"step":5,')
+    tasks = [p for p in psutil.Process(session.pid).children(recursive=True) if of_trial(p, tmp_path / "adamw-0")]
     for task in tasks:
         task.send_signal(signal.SIGUSR2)
-    said, errors = process.communicate(timeout=180)
-    assert process.returncode == 0, (said + errors)[-3000:]
+    code, output, errors = session.end()
+    assert code == 0, (output + errors)[-3000:]
     for seed in (0, 1):
         assert summary(tmp_path / f"adamw-{seed}")["status"] == "completed"
         assert steps(tmp_path / f"adamw-{seed}") == list(range(1, 401))
@@ -96,17 +108,16 @@ def test_jobs_of_two_tasks_are_told_of_the_time_limit_save_and_start_again(tiny:
 
 @pytest.mark.parametrize("launcher", ["local", "joblib"])
 def test_a_trial_that_another_process_has_is_left_to_it_and_the_others_run(
-    launcher: str, tiny: list[str], tmp_path: Path
+    launcher: str, tiny: list[str], tmp_path: Path, said: Path
 ) -> None:
     sweep = ["-m", f"launcher={launcher}", *tiny, NAMES, f"output_dir={tmp_path}", "optimizer=adamw,lion"]
     (tmp_path / "adamw-0").mkdir()
     holder = RunDirectory(tmp_path / "adamw-0")
     holder.take()
-    process = start("train.py", sweep)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == EXIT_HELD, said[-3000:]
-    assert f"adamw-0 is being run by process {os.getpid()} on " in said
-    assert "1 of 2 trials are being run by other processes" in said
+    code, _, errors = Session(sweep, said).end()
+    assert code == EXIT_HELD, errors[-3000:]
+    assert f"adamw-0 is being run by process {os.getpid()} on " in errors
+    assert "1 of 2 trials are being run by other processes" in errors
     assert [path.name for path in (tmp_path / "adamw-0").iterdir()] == [".lock"]
     assert summary(tmp_path / "lion-0")["status"] == "completed"
     holder.release()
@@ -115,25 +126,24 @@ def test_a_trial_that_another_process_has_is_left_to_it_and_the_others_run(
 
 
 def test_a_sweep_restarted_while_its_jobs_still_run_leaves_their_trials_to_them(
-    tiny: list[str], tmp_path: Path
+    tiny: list[str], tmp_path: Path, said: Path
 ) -> None:
     """The parent is killed and its job lives on, as on SLURM; the new job of the same trial ends at once."""
     sweep = ["-m", "launcher=submitit", *tiny, NAMES, f"output_dir={tmp_path}"]
     sweep += ["optimizer=adamw", "seed=0", "train.steps=400", "eval.interval=400", "checkpoint.interval=null"]
-    parent = start("train.py", sweep)
+    parent = Session(sweep, said)
     directory = tmp_path / "adamw-0"
-    wait_for(directory / "metrics.jsonl", '"step":5,')
+    parent.wait_for(directory / "metrics.jsonl", '"step":5,')
     os.kill(parent.pid, signal.SIGKILL)
     holder = int((directory / ".lock").read_text().split()[1])
     os.kill(holder, signal.SIGSTOP)  # while the second sweep comes and goes
     try:
-        second = start("train.py", sweep)
-        _, said = second.communicate(timeout=90)
+        code, _, errors = Session(sweep, said).end()
     finally:
         os.kill(holder, signal.SIGCONT)
-    assert second.returncode == EXIT_HELD, said[-3000:]
-    assert "1 of 1 trials are being run by other processes" in said
-    wait_for(directory / "summary.json", '"completed"')
+    assert code == EXIT_HELD, errors[-3000:]
+    assert "1 of 1 trials are being run by other processes" in errors
+    parent.wait_for(directory / "summary.json", '"completed"')
     assert run(sweep) == 0
     assert steps(directory) == list(range(1, 401))
     assert resumed_at(directory) == []

@@ -1,9 +1,11 @@
 """Parameter groups by rule, and the clip that is fused into the step."""
 
+import lion_pytorch
 import pytest
 import torch
 
 from models import GPT2, GPT2Config
+from sophia import Lion
 from training.compose import compose
 from training.optimizers import build_optimizers, parameter_groups
 from training.strategies.gradients import clip_and_step
@@ -133,3 +135,21 @@ def test_a_non_finite_gradient_or_loss_changes_neither_weights_nor_state(arm: st
     after = [o.state[p] for o in optimizers for p in parameters.values() if p in o.state]
     for before, now in zip(states, after, strict=True):
         assert all(torch.equal(value, now[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("betas", [(0.95, 0.98), (0.0, 0.5)])
+def test_lion_equals_lion_pytorch_step_by_step(betas: tuple[float, float], foreach: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = GPT2(SHAPE).double(), GPT2(SHAPE).double()
+    theirs.load_state_dict(ours.state_dict())
+    ours_step = Lion(ours.parameters(), 0.01, betas, 0.3, foreach=foreach, compile=False).step
+    theirs_step = lion_pytorch.Lion(theirs.parameters(), 0.01, betas, 0.3).step
+    for _ in range(5):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            a.grad = torch.randn(a.shape, generator=generator, dtype=torch.float64)
+            b.grad = a.grad.clone()
+        ours_step()
+        theirs_step()
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-12, atol=1e-12)

@@ -40,6 +40,7 @@ def test_recipe_has_the_published_values(size: str, arm: str) -> None:
             assert (optimizer.estimator, sequences) == (("gnb", 240) if arm == "sophiag" else ("hutchinson", 32))
 
 
+@pytest.mark.slow
 def test_arms_of_one_size_differ_in_the_optimizer_alone() -> None:
     for size in SHAPES:
         recipes = [compose([f"experiment=paper/{size}_{arm}"]).identity() for arm in ("adamw", "lion", "sophiag")]

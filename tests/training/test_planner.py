@@ -72,10 +72,10 @@ def test_two_models_of_few_layers_tell_what_a_deep_one_takes(
     overrides: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small("train.sequence_length=256", *overrides.split())
-    deep = GPT2Config(vocab_size=512, n_layer=9, n_head=4, n_embd=256, block_size=256)  # the blocks weigh most
+    deep = GPT2Config(vocab_size=512, n_layer=6, n_head=4, n_embd=256, block_size=256)  # the blocks weigh most
     config = config.model_copy(update={"train": config.train.model_copy(update={"compile": compiled})})
     extrapolated = planned_memory(config, deep, 4, "cuda")
-    monkeypatch.setattr("training.planned_memory.SAMPLED_LAYERS", (2, 9))
+    monkeypatch.setattr("training.planned_memory.SAMPLED_LAYERS", (2, 6))
     for phase, by_kind in planned_memory(config, deep, 4, "cuda").items():
         assert sum(extrapolated[phase].values()) == pytest.approx(sum(by_kind.values()), rel=0.01)
 
@@ -214,7 +214,7 @@ def test_a_plan_bills_each_optimizer_and_names_what_would_fit() -> None:
     cluster, overrides = split_cluster(
         [*SMALL, *BF16, "optimizer=sophiag", "cluster.gpus=4", "cluster.memory_gib=0.04", "cluster.reserved_gib=0"]
     )
-    plan = make_plan(overrides, cluster, ("adamw", "sophiag", "muon"))
+    plan = make_plan(overrides, cluster, ("adamw", "sophiag"))
     by_name = {one.optimizer: one for one in plan.optimizers}
     assert by_name["sophiag"].flops_per_step > by_name["adamw"].flops_per_step == plan.training_flops_per_step
     assert by_name["sophiag"].seconds.curvature > 0 == by_name["adamw"].seconds.curvature

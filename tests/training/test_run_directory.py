@@ -86,6 +86,7 @@ def _begin_anew(place: RunDirectory) -> None:
     place.delete_replaced()
 
 
+@pytest.mark.slow
 def test_a_replacement_killed_at_any_moment_leaves_the_old_run_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -201,9 +201,7 @@ def test_ctrl_c_before_a_run_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_a_second_signal_ends_a_process_that_is_stuck_in_c(corpus: list[str], tmp_path: Path) -> None:
-    began = time.monotonic()
     assert run_in_child(tiny(corpus, tmp_path), two_signals_while_stuck, 13) == 128 + signal.SIGTERM
-    assert time.monotonic() - began < 30
     assert not (tmp_path / "run" / "summary.json").exists()
 
 

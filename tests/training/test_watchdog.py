@@ -96,8 +96,8 @@ def test_a_process_whose_interpreter_is_held_ends_too(corpus: list[str], tmp_pat
 
 
 def test_progress_keeps_a_slow_run_alive(tmp_path: Path) -> None:
-    with Watchdog(2.0, ALONE, tmp_path) as dog:
-        for part in range(6):
+    with Watchdog(4.0, ALONE, tmp_path) as dog:
+        for part in range(9):
             dog.progress(f"part {part}")
             time.sleep(0.5)
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ reads <directory>/work.json and leaves run records there, and what was seen in <
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import signal
 import sys
@@ -229,6 +230,7 @@ def main(directory: Path) -> None:
     from training.strategies.deepspeed import prepare_environment
 
     prepare_environment("cpu")
+    gc.freeze()  # DeepSpeed collects garbage again and again; what is imported is none
     work = json.loads((directory / "work.json").read_text())
     seen: dict[str, Any] = {"runs": {}, "looks": {}}
     for name, job in work["runs"].items():

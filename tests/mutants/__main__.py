@@ -1,0 +1,304 @@
+"""Would the test suite notice? Plant one bug at a time and run the tests that execute its lines.
+
+    python -m tests.mutants                    the planted bugs, and one in ten of all one-token changes (make test-mutants)
+    python -m tests.mutants --one-in 1         every change: hours
+    python -m tests.mutants sophia/lion.py     of single files
+
+`planted.json` has bugs that people make, each with the tests that have to notice it. `survivors.json` has the changes that
+no test notices, with the reason: most change nothing that can be seen. Exit code 1: another change survives.
+
+Each change is written to a copy of the tree. Its tests run in a fork of this process, which has imported the libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+import hydra  # noqa: F401  (what follows is imported once, for all forks)
+import hypothesis  # noqa: F401
+import numpy  # noqa: F401
+import pydantic  # noqa: F401
+import pytest
+import torch
+import torch._dynamo
+import torch._inductor.compile_fx
+import torch.distributed.checkpoint
+import torch.distributed.fsdp  # noqa: F401
+
+from tests.mutants.mutations import Mutant, mutants_of
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+FILES = [
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "sophia").glob("*.py")),
+    "models/head.py",
+    *(f"training/{name}.py" for name in ("loop", "curvature", "run", "schedule", "evaluation", "optimizers", "ledger")),
+    "data/batches.py",
+    "data/splits.py",
+]
+TESTS = ["tests/sophia", "tests/models", "tests/data", "tests/training"]
+MARKS = "not gpu and not slurm and not faults"
+ENOUGH = 40.0  # seconds of tests for one change
+LIMIT = 240.0  # after which a change is one that hangs, which a person would notice
+FIRST_TIME = (
+    1_600_000_000  # of a mutated file's modification; each later one is a second on, so that no stale bytecode is read
+)
+
+
+class Planned(NamedTuple):
+    mutant: Mutant
+    tests: list[str]
+    planted: str = ""  # what it is, of one that is planted
+
+
+class Result(NamedTuple):
+    planned: Planned
+    outcome: str  # killed, hung, survived, uncovered
+    seconds: float
+
+
+class CoverageMap:
+    """Which tests execute a line, and how long each takes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.lines: dict[str, dict[int, set[str]]] = {}
+        self.seconds: dict[str, float] = {}
+        for part in directory.glob("*.json"):
+            values = json.loads(part.read_text())
+            self.seconds |= values["seconds"]
+            for file, lines in values["lines"].items():
+                known = self.lines.setdefault(file, {})
+                for line, tests in lines.items():
+                    known.setdefault(int(line), set()).update(tests)
+
+    def tests_of(self, mutant: Mutant) -> list[str]:
+        """The quickest tests that execute the lines, up to `ENOUGH` seconds of them; of lines that are executed at import, the
+        tests that execute any line of the file."""
+        lines = self.lines.get(mutant.file, {})
+        contexts = set().union(*(lines.get(n, set()) for n in range(mutant.line, mutant.last_line + 1)))
+        if contexts == {""}:
+            contexts = set().union(*lines.values())
+        tests = {c for c in contexts if "::" in c}
+        shared = {c for c in contexts if c and "::" not in c}
+        tests |= {test for test in self.seconds if test.partition("::")[0] in shared}
+        chosen, total = [], 0.0
+        for test in sorted(tests & self.seconds.keys(), key=lambda test: (self.seconds[test], test)):
+            total += self.seconds[test]
+            if chosen and total > ENOUGH:
+                break
+            chosen.append(test)
+        return chosen
+
+
+def map_coverage(directory: Path) -> CoverageMap:
+    """Run the nearest tests once, noting which executes which line."""
+    directory.mkdir(parents=True)
+    environment = os.environ | {"MUTANTS_MAP": str(directory), "MUTANTS_FILES": os.pathsep.join(FILES)}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", str(os.cpu_count()), "--dist", "worksteal", "-m", MARKS]
+    command += ["-p", "tests.mutants.coverage_map", *TESTS]
+    if subprocess.run(command, cwd=ROOT, env=environment).returncode:
+        sys.exit("error: the tests have to pass before they can be asked to notice anything")
+    return CoverageMap(directory)
+
+
+def planned_changes(files: Sequence[str], one_in: int, coverage: CoverageMap) -> list[Planned]:
+    planted = []
+    for bug in json.loads((HERE / "planted.json").read_text()):
+        if bug["file"] not in files and files != FILES:
+            continue
+        source = (ROOT / bug["file"]).read_bytes()
+        old = bug["old"].encode()
+        if source.count(old) != 1:
+            sys.exit(f"error: planted.json: {bug['what']}: its old text is in {bug['file']} {source.count(old)} times")
+        start = source.index(old)
+        line = source[:start].count(b"\n") + 1
+        last = line + old.count(b"\n")
+        mutant = Mutant(bug["file"], line, last, start, start + len(old), bug["new"], bug["old"], bug["new"])
+        planted.append(Planned(mutant, bug["tests"], bug["what"]))
+    changes = [mutant for file in files for mutant in mutants_of(ROOT, file) if int(mutant.identity, 16) % one_in == 0]
+    return planted + [Planned(mutant, coverage.tests_of(mutant)) for mutant in changes]
+
+
+class Slot:
+    """A copy of the tree, in which one change at a time is tested."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        ).stdout
+        for name in listed.decode().split("\0"):
+            if name and (ROOT / name).is_file() and not name.startswith("results/"):
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, directory / name)
+        self.planned: Planned | None = None
+        self.written = 0
+
+    def begin(self, planned: Planned) -> None:
+        self.planned = planned
+        self._write(planned.mutant.file, planned.mutant.applied((ROOT / planned.mutant.file).read_bytes()))
+        self.started = time.monotonic()
+        self.child = os.fork()
+        if self.child == 0:
+            self._test(planned.tests)
+
+    def _write(self, file: str, source: bytes) -> None:
+        self.written += 1
+        path = self.directory / file
+        path.write_bytes(source)
+        os.utime(path, (FIRST_TIME + self.written,) * 2)
+
+    def _test(self, tests: list[str]) -> None:
+        """In the fork: the tests, whose outcome is the exit code."""
+        os.setsid()
+        with (self.directory / ".output").open("wb") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        os.chdir(self.directory)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+            del sys.modules[name]
+        sys.path = [str(self.directory), *(p for p in sys.path if p and Path(p).resolve() != ROOT)]
+        os.environ["PYTHONPATH"] = str(self.directory)
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", f"--basetemp={self.directory}/.tmp"]
+        code: int = 1
+        try:
+            code = pytest.main([*options, f"--rootdir={self.directory}", "-c", "pyproject.toml", *tests])
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def ended(self) -> Result | None:
+        """The result, once there is one."""
+        assert self.planned is not None
+        seconds = time.monotonic() - self.started
+        process, status = os.waitpid(self.child, os.WNOHANG)
+        if process == 0 and seconds < LIMIT:
+            return None
+        os.killpg(self.child, signal.SIGKILL) if _group_lives(self.child) else None
+        if process == 0:
+            os.waitpid(self.child, 0)
+            outcome = "hung"
+        else:
+            # A test's failure, a file or a test that cannot even be collected, or a crash. 5: no such test is left.
+            outcome = "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed"
+        planned, self.planned = self.planned, None
+        self._write(planned.mutant.file, (ROOT / planned.mutant.file).read_bytes())
+        shutil.rmtree(self.directory / ".tmp", ignore_errors=True)
+        return Result(planned, outcome, seconds)
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def run(planned: list[Planned], slots: list[Slot]) -> Iterator[Result]:
+    """Test the changes, `len(slots)` at a time; yields results as they come."""
+    waiting = []
+    for one in planned:
+        if one.tests:
+            waiting.append(one)
+        else:
+            yield Result(one, "uncovered", 0.0)
+    waiting.reverse()
+    while waiting or any(slot.planned for slot in slots):
+        for slot in slots:
+            if slot.planned is not None:
+                if (result := slot.ended()) is not None:
+                    yield result
+            elif waiting:
+                slot.begin(waiting.pop())
+        time.sleep(0.02)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("files", nargs="*", default=FILES, help="source files (default: those that a curve depends on)")
+    parser.add_argument(
+        "--one-in", type=int, default=10, metavar="N", help="test one in N of the changes (default: 10)"
+    )
+    parser.add_argument("--map", type=Path, help="a directory for the map of coverage, made if it is not there")
+    parser.add_argument("--output", type=Path, help="a JSON file for the scores and the survivors")
+    asked = parser.parse_args()
+
+    accepted = {(one["file"], one["old"], one["new"]) for one in json.loads((HERE / "survivors.json").read_text())}
+    with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
+        directory = asked.map or Path(scratch) / "map"
+        coverage = CoverageMap(directory) if directory.is_dir() else map_coverage(directory)
+        planned = planned_changes(asked.files, asked.one_in, coverage)
+        slots = [Slot(Path(scratch) / f"slot{number}") for number in range(os.cpu_count() or 1)]
+        results = []
+        for result in run(planned, slots):
+            results.append(result)
+            tell(result, len(results), len(planned))
+    return report(results, accepted, asked.output)
+
+
+def tell(result: Result, number: int, total: int) -> None:
+    mutant = result.planned.mutant
+    what = result.planned.planted or f"{mutant.old}  →  {mutant.new}"
+    place = f"{mutant.file}:{mutant.line}"
+    print(f"[{number:4d}/{total}] {result.outcome:9} {result.seconds:5.1f} s  {place:32} {what[:200]}", flush=True)
+
+
+def report(results: list[Result], accepted: set[tuple[str, str, str]], output: Path | None) -> int:
+    """Print the scores by file, and what survived; returns the exit code."""
+    noticed: Counter[str] = Counter()
+    made: Counter[str] = Counter()
+    unexplained = []
+    for result in results:
+        mutant = result.planned.mutant
+        kind = "planted" if result.planned.planted else mutant.file
+        made[kind] += 1
+        if result.outcome in ("killed", "hung"):
+            noticed[kind] += 1
+        elif (mutant.file, mutant.old, mutant.new) not in accepted or result.planned.planted:
+            unexplained.append(result)
+    print("\nnoticed  of     file")
+    for kind in made:
+        print(f"{noticed[kind]:7d}  {made[kind]:4d}   {kind}")
+    print(f"{noticed.total():7d}  {made.total():4d}   all ({noticed.total() / max(1, made.total()):.1%})")
+    if unexplained:
+        print(f"\n{len(unexplained)} changes that no test notices and tests/mutants/survivors.json does not explain:")
+    for result in unexplained:
+        mutant = result.planned.mutant
+        print(
+            f"{mutant.file}:{mutant.line}: {result.planned.planted} ({result.outcome})\n  - {mutant.old}\n  + {mutant.new}"
+        )
+    if output is not None:
+        survivors = [
+            {
+                "file": r.planned.mutant.file,
+                "old": r.planned.mutant.old,
+                "new": r.planned.mutant.new,
+                "reason": r.outcome,
+            }
+            for r in unexplained
+        ]
+        scores = {kind: [noticed[kind], made[kind]] for kind in made}
+        output.write_text(json.dumps({"scores": scores, "survivors": survivors}, indent=1, ensure_ascii=False) + "\n")
+    return 1 if unexplained else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""`train.py` whose steps take a second at least: a trial of it outlasts its time limit on any machine, and costs little."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import training.loop as loop
+import training.sweep as sweep
+
+run_trial = sweep.run_trial
+
+
+def slow_trial(config: Any) -> int:
+    reported = loop.Reporter.step
+
+    def report(self: Any, *arguments: Any) -> None:
+        time.sleep(1)
+        reported(self, *arguments)
+
+    loop.Reporter.step = report  # type: ignore[method-assign]
+    return run_trial(config)
+
+
+if __name__ == "__main__":
+    from tests.slurm.slow import slow_trial as importable
+    from training.command import main
+
+    sweep.run_trial = importable
+    sys.exit(main(sys.argv[1:]))
