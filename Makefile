@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test test-fast lint bench bench-full test-gpu test-slurm test-faults results lock clean help
+.PHONY: setup demo test test-fast lint bench bench-full test-gpu test-slurm test-faults test-mutants results lock clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,9 @@ test-gpu: setup ## the tests that depend on the device, on CUDA
 
 test-slurm: setup ## a sweep on a SLURM of one node, set up here (root; Debian: apt-get install slurm-wlm munge)
 	$(BIN)/python -m pytest -m slurm -ra -k "$(SLURM_TESTS)"
+
+test-mutants: setup ## would the suite notice? Bugs are planted one at a time: an hour
+	$(BIN)/python -m tests.mutants
 
 test-faults: setup ## runs killed, corrupted, starved and fed bad input: half an hour, numbers to docs/reliability.md (root for full disks)
 	$(BIN)/python scripts/faults.py

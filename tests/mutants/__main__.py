@@ -124,6 +124,10 @@ def planned_changes(files: Sequence[str], one_in: int, coverage: CoverageMap) ->
         old = bug["old"].encode()
         if source.count(old) != 1:
             sys.exit(f"error: planted.json: {bug['what']}: its old text is in {bug['file']} {source.count(old)} times")
+        for test in bug["tests"]:
+            file, *_, name = test.partition("[")[0].split("::")
+            if f"def {name}(" not in (ROOT / file).read_text():
+                sys.exit(f"error: planted.json: {bug['what']}: there is no test {test}")
         start = source.index(old)
         line = source[:start].count(b"\n") + 1
         last = line + old.count(b"\n")
