@@ -29,7 +29,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 #: What a test that starts processes, trains a run, prepares a corpus, plans by tracing or opens a browser names, or
 #: something of tests/ that it calls or is given does.
 SLOW = {"subprocess", "Process", "spawn", "start_processes", "Page", "command", "execute", "prepare", "write_report"}
-SLOW |= {"run_study", "make_plan", "planned_memory", "check_case"}
+SLOW |= {"report", "run_study", "make_plan", "planned_memory", "check_case"}
 #: Of a whole session, and made from the first test on: the other worker has something else to do meanwhile.
 FIRST = {"two_ranks", "fast"}
 

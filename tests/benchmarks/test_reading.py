@@ -9,6 +9,7 @@ import pytest
 from benchmarks import page, reading
 
 
+@pytest.mark.slow
 def test_a_report_of_a_few_runs_is_timed_and_its_line_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
