@@ -26,7 +26,7 @@ demo: setup ## AdamW, Lion and Sophia-G on the embedded corpus: a table and a pl
 test: setup ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slurm and not faults"
 
-test-fast: setup ## what of it takes a moment, of every package: under 90 seconds
+test-fast: setup ## the quick tests of every package: under 90 seconds
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not slurm and not faults"
 
 lint: setup ## ruff (lint and format) and mypy
@@ -52,7 +52,7 @@ test-gpu: setup ## the tests that depend on the device, on CUDA
 test-slurm: setup ## a sweep on a SLURM of one node, set up here (root; Debian: apt-get install slurm-wlm munge)
 	$(BIN)/python -m pytest -m slurm -ra -k "$(SLURM_TESTS)"
 
-test-mutants: setup ## would the suite notice? Bugs are planted one at a time: an hour
+test-mutants: setup ## plant bugs one at a time and check that the suite notices them: an hour
 	$(BIN)/python -m tests.mutants
 
 test-faults: setup ## runs killed, corrupted, starved and fed bad input: half an hour, numbers to docs/reliability.md (root for full disks)

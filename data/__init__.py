@@ -5,7 +5,19 @@ splits, and `Batches` and `ValidationWindows` cut it into what a step sees. Noth
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+# ruff: noqa: F401 (for type checkers; what runs is below)
+if TYPE_CHECKING:
+    from data.batches import IGNORED_TARGET, Batch, Batches, Prefetcher, ValidationWindows
+    from data.dataset import TokenDataset
+    from data.errors import DataError
+    from data.manifest import Manifest, load_manifest, verify
+    from data.preparation import ensure_prepared, prepare, token_directory
+    from data.progress import Progress, progress_display
+    from data.sources import FileSource, HubSource, SampleSource, Source
+    from data.splits import SplitRule
+    from data.tokenizers import Tokenizer, TokenizerSpec, load_tokenizer
 
 # Where each public name lies. It is imported when it is first used: `data.errors` and `data.files` serve commands that
 # answer before numpy could be imported.

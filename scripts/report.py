@@ -12,7 +12,7 @@ if __name__ == "__main__":
     require_environment()
 
 from training.command import refuse
-from training.records import RecordError, find_runs
+from training.records import RecordError, refuse_no_directory
 from training.terminal import SafeConsole
 
 
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--baseline", default="adamw", help="for bare runs: the arm that others are held against")
     options = parser.parse_args(arguments)
     try:
-        find_runs(options.paths)  # a path that is none is refused at once
+        refuse_no_directory(options.paths)
 
         from analysis.report import print_summary, write_report
         from analysis.results import analyse

@@ -9,10 +9,7 @@ from studies.plan import Outcomes, Plan, Trial, expected_trials, plan
 from studies.records import Places, keep, outcomes, read_outcome, write_index, write_spec
 from studies.spec import StudySpec
 from training.config import ConfigurationError
-
-PREEMPTED = 75
-HELD = 77
-CONFIGURATION = 2
+from training.exit_codes import EXIT_CONFIGURATION, EXIT_HELD, EXIT_PREEMPTED
 
 # Runs jobs (lists of overrides) and returns their exit codes: training.jobs.launch with a launcher chosen.
 Launch = Callable[[Sequence[Sequence[str]]], list[int]]
@@ -91,7 +88,7 @@ def run_study(
         interrupted = False
         for trial, code in zip(batch, codes, strict=True):
             outcome = read_outcome(places.run(trial))
-            if code == CONFIGURATION:
+            if code == EXIT_CONFIGURATION:
                 raise ConfigurationError(
                     f"{spec.name}: the configuration of {trial.name} is refused, see {places.run(trial)}.log; "
                     "correct the study file"
@@ -100,10 +97,10 @@ def run_study(
                 keep(trial, places)
                 ran += 1
                 tell(f"{_describe(trial)}: {_said(outcome.status, outcome.loss)}")
-            elif code == HELD:
+            elif code == EXIT_HELD:
                 interrupted = True
                 tell(f"{_describe(trial)}: another process has it; the same command goes on when that has ended")
-            elif code == PREEMPTED:
+            elif code == EXIT_PREEMPTED:
                 interrupted = True
                 tell(f"{_describe(trial)}: interrupted; the same command goes on from its checkpoint")
             else:

@@ -132,8 +132,7 @@ def show(asked: Namespace, primary: Primary) -> int:
     if asked.help:
         from training.help import help_text  # reads and parses the models' source
 
-        print(help_text(values))
-        return 0
+        return tell(help_text(values))
     with worded_errors(asked.overrides, primary):
         hydra = begin_hydra(primary)
         asked.overrides = made_again(primary, asked.overrides)
@@ -161,7 +160,15 @@ def show_configuration(hydra: "Hydra", asked: Namespace, primary: Primary) -> in
         from training.help import annotated
 
         text = annotated(text) + "\n"
-    print(text, end="")
+    return tell(text.removesuffix("\n"))
+
+
+def tell(text: str) -> int:
+    """Print a long answer, whose reader (`| head`) may have had enough before its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
     return 0
 
 

@@ -242,7 +242,7 @@ class SophiaConfig(CurvatureSettings):
     weight_decay: NonNegativeFloat = 0.2
     """Decoupled weight decay of matrices and embeddings."""
     estimator: Estimator
-    """Of the Hessian's diagonal: gnb, hutchinson, hutchinson_differences or empirical_fisher."""
+    """Estimator of the Hessian's diagonal: gnb, hutchinson, hutchinson_differences or empirical_fisher."""
     clip: bool = True
     """Clip each coordinate of the update to ±1."""
     bias_correction: bool = False
@@ -289,7 +289,7 @@ class AdaHessianConfig(CurvatureSettings):
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices and embeddings."""
     estimator: Literal["hutchinson", "hutchinson_differences"] = "hutchinson"
-    """Of the Hessian's diagonal: hutchinson or hutchinson_differences."""
+    """Estimator of the Hessian's diagonal: hutchinson or hutchinson_differences."""
 
 
 OptimizerConfig = Annotated[
@@ -346,7 +346,7 @@ StrategyConfig = Annotated[DDPConfig | FSDPConfig | DeepSpeedConfig, Field(discr
 
 class SeedsConfig(Section):
     model: NonNegativeInt
-    """Seed of the initial weights; follows seed=."""
+    """Seed of the initial weights and of dropout; follows seed=."""
     data: NonNegativeInt
     """Seed of the order of the sequences; follows seed=."""
     curvature: NonNegativeInt
@@ -375,7 +375,7 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto, cpu or cuda. auto: CUDA where there is a device."""
     max_skipped_steps: NonNegativeInt = 10
-    """Non-finite steps in a row before the run stops as diverged."""
+    """Non-finite steps in a row that are allowed; one more ends the run as diverged."""
 
 
 class EvalConfig(Section):
@@ -443,7 +443,7 @@ class LocalLauncherConfig(Section):
     nproc_per_node: PositiveInt = 1
     """Ranks that train.py starts on this machine."""
     max_restarts: NonNegativeInt = 0
-    """Times that ranks are started again after one has died, from the last checkpoint."""
+    """Times that ranks are started again after one has died, from the last checkpoint; with several ranks only."""
 
 
 class JoblibLauncherConfig(Section):
@@ -456,7 +456,7 @@ class JoblibLauncherConfig(Section):
     nproc_per_node: PositiveInt = 1
     """Ranks of each trial."""
     max_restarts: NonNegativeInt = 0
-    """Times that ranks are started again after one has died, from the last checkpoint."""
+    """Times that ranks are started again after one has died, from the last checkpoint; with several ranks only."""
 
 
 # They stand in the job script.
@@ -487,7 +487,7 @@ class SlurmLauncherConfig(Section):
     timeout_minutes: Annotated[PositiveInt, Field(le=YEAR)] = 1440
     """Time limit of a job in minutes."""
     signal_seconds: Annotated[PositiveInt, Field(le=65535)] = 120  # sbatch takes no more
-    """Seconds before the time limit at which the run is told to save."""
+    """Seconds before the time limit at which the run is told to save; slurm only."""
     requeue: bool = True
     """Queue a job again that has reached its time limit."""
     parallel: PositiveInt = 256
@@ -536,7 +536,7 @@ class RunConfig(Section):
     output_dir: str = "runs"
     """The directory in which run directories are made."""
     resume: str = "auto"
-    """auto (continue an unfinished run), never, or the path of a checkpoint."""
+    """auto (resume an unfinished run), never (refuse an existing run), or the path of a run or a checkpoint."""
     overwrite: bool = False
     """Replace a run of the same name."""
     seeds: SeedsConfig

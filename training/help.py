@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from training import config
 from training.config import RunConfig
-from training.mistakes import config_groups, group_options, sections_of, tags_of
+from training.mistakes import OTHER_COMMANDS, config_groups, group_options, sections_of, tags_of
 
 USAGE = """\
 Train a GPT-2.
@@ -31,8 +31,6 @@ Train a GPT-2.
   python train.py --hydra-help                       Hydra's flags
 
 Lists go in quotes: 'optimizer.betas=[0.9,0.95]'."""
-#: Groups that other commands have: of the planner and of studies.
-NOT_OF_A_RUN = {"cluster", "study"}
 LONGEST_KEY = 36  # characters of key=value beside which the meaning stands
 
 
@@ -95,18 +93,18 @@ def _lines() -> dict[tuple[str, str], str]:
 def of_this_run(values: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, str]], dict[str, str]]:
     """Values and meanings of the keys that a composed configuration has; meanings of those that other choices have."""
     own: dict[str, tuple[Any, str]] = {}
-    others: dict[str, list[Key]] = {}
+    others: dict[tuple[str, str], list[Key]] = {}
     for key in keys():
         if not key.tag or _value(values, key.tag) in key.tags:
             own[key.name] = (_value(values, key.name, key.default), key.meaning)
         else:
-            others.setdefault(key.name, []).append(key)
-    elsewhere = {}
-    for name, alike in others.items():
+            others.setdefault((key.name, key.meaning), []).append(key)
+    elsewhere: dict[str, list[str]] = {}
+    for (name, said), alike in others.items():
         if name not in own:
             chosen = ", ".join(tag for key in alike for tag in key.tags)
-            elsewhere[name] = f"{alike[0].meaning} With {alike[0].tag.removesuffix('.name')}={chosen}."
-    return own, elsewhere
+            elsewhere.setdefault(name, []).append(f"{said} With {alike[0].tag.removesuffix('.name')}={chosen}.")
+    return own, {name: " ".join(meanings) for name, meanings in elsewhere.items()}
 
 
 def _value(values: Any, name: str, default: Any = None) -> Any:
@@ -126,11 +124,12 @@ def help_text(values: Mapping[str, Any], width: int | None = None) -> str:
     """
     width = width or min(shutil.get_terminal_size().columns, 140)
     lines = [USAGE, "", "Groups and their choices, group=choice:", ""]
-    groups = [group for group in config_groups() if group not in NOT_OF_A_RUN]
+    groups = [group for group in config_groups() if group not in OTHER_COMMANDS]
     for group in groups:
         lines += _row(group, ", ".join(group_options(group)), max(map(len, groups)), width)
     own, elsewhere = of_this_run(values)
-    rows = {name: (f"{name}={_text(value)}", said) for name, (value, said) in own.items()}
+    tags = {key.tag for key in keys()}  # of a group's choice, which group=choice sets with all that belongs to it
+    rows = {name: (f"{name}={_text(value)}", said) for name, (value, said) in own.items() if name not in tags}
     rows |= {name: (name, said) for name, said in elsewhere.items()}
     lines += ["", "Keys, key=value:"]
     for section in dict.fromkeys(name.partition(".")[0] if "." in name else "" for name in rows):

@@ -162,11 +162,18 @@ def find_runs(roots: Iterable[str | Path]) -> list[Path]:
         FileNotFoundError: a root does not exist.
     """
     found: set[Path] = set()
-    for root in map(Path, roots):
-        if not root.is_dir():
-            raise FileNotFoundError(f"{root} is no directory: give run directories, or directories that hold them")
+    places = [Path(root) for root in roots]
+    refuse_no_directory(places)
+    for root in places:
         found.update(path.parent for path in root.rglob(METRICS_FILE) if os.path.lexists(path.parent / CONFIG_FILE))
     return sorted(found)
+
+
+def refuse_no_directory(paths: Iterable[Path]) -> None:
+    """Raise FileNotFoundError for a path that is no directory."""
+    for path in paths:
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path} is no directory: give run directories, or directories that hold them")
 
 
 def find_run_directories(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:

@@ -54,6 +54,8 @@ TESTS = ["tests/sophia", "tests/models", "tests/data", "tests/training"]
 MARKS = "not gpu and not slurm and not faults"
 ENOUGH = 60.0  # seconds of tests for one change
 LIMIT = 240.0  # after which a change is one that hangs, which a person would notice
+# pytest's exit codes, of tests that pass without the change. Any other: a test fails, or nothing can be imported any more.
+OUTCOMES = {0: "survived", 3: "pytest failed", 5: "no test"}
 FIRST_TIME = (
     1_600_000_000  # of a mutated file's modification; each later one is a second on, so that no stale bytecode is read
 )
@@ -61,13 +63,14 @@ FIRST_TIME = (
 
 class Planned(NamedTuple):
     mutant: Mutant
+    source: bytes  # of the file, without the change
     tests: list[str]
     planted: str = ""  # what it is, of one that is planted
 
 
 class Result(NamedTuple):
     planned: Planned
-    outcome: str  # killed, hung, survived, uncovered
+    outcome: str  # killed, hung, survived, uncovered, or one of a fault of the tool
     seconds: float
 
 
@@ -130,17 +133,27 @@ def planned_changes(files: Sequence[str], one_in: int, coverage: CoverageMap) ->
         old = bug["old"].encode()
         if source.count(old) != 1:
             sys.exit(f"error: planted.json: {bug['what']}: its old text is in {bug['file']} {source.count(old)} times")
-        for test in bug["tests"]:
-            file, *_, name = test.partition("[")[0].split("::")
-            if f"def {name}(" not in (ROOT / file).read_text():
-                sys.exit(f"error: planted.json: {bug['what']}: there is no test {test}")
         start = source.index(old)
         line = source[:start].count(b"\n") + 1
         last = line + old.count(b"\n")
         mutant = Mutant(bug["file"], line, last, start, start + len(old), bug["new"], bug["old"], bug["new"])
-        planted.append(Planned(mutant, bug["tests"], bug["what"]))
-    changes = [mutant for file in files for mutant in mutants_of(ROOT, file) if int(mutant.identity, 16) % one_in == 0]
-    return planted + [Planned(mutant, coverage.tests_of(mutant)) for mutant in changes]
+        planted.append(Planned(mutant, source, bug["tests"], bug["what"]))
+    refuse_absent_tests({test for one in planted for test in one.tests})
+    for file in files:
+        source = (ROOT / file).read_bytes()
+        chosen = (mutant for mutant in mutants_of(ROOT, file) if int(mutant.identity, 16) % one_in == 0)
+        planted += [Planned(mutant, source, coverage.tests_of(mutant)) for mutant in chosen]
+    return planted
+
+
+def refuse_absent_tests(tests: set[str]) -> None:
+    """A test that is not there would fail whatever is planted."""
+    files = sorted({test.partition("::")[0] for test in tests})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files]
+    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    there = {name for line in collected for name in (line, line.partition("[")[0])}
+    if files and (absent := sorted(tests - there)):
+        sys.exit(f"error: planted.json: there is no test {', '.join(absent)}")
 
 
 class Slot:
@@ -163,7 +176,7 @@ class Slot:
 
     def begin(self, planned: Planned) -> None:
         self.planned = planned
-        self._write(planned.mutant.file, planned.mutant.applied((ROOT / planned.mutant.file).read_bytes()))
+        self._write(planned.mutant.file, planned.mutant.applied(planned.source))
         self.started = time.monotonic()
         self.child = os.fork()
         if self.child == 0:
@@ -206,10 +219,9 @@ class Slot:
             os.waitpid(self.child, 0)
             outcome = "hung"
         else:
-            # A test's failure, a file or a test that cannot even be collected, or a crash. 5: no such test is left.
-            outcome = "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed"
+            outcome = OUTCOMES.get(os.waitstatus_to_exitcode(status), "killed")
         planned, self.planned = self.planned, None
-        self._write(planned.mutant.file, (ROOT / planned.mutant.file).read_bytes())
+        self._write(planned.mutant.file, planned.source)
         shutil.rmtree(self.directory / ".tmp", ignore_errors=True)
         return Result(planned, outcome, seconds)
 
@@ -243,19 +255,24 @@ def run(planned: list[Planned], slots: list[Slot]) -> Iterator[Result]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("files", nargs="*", default=FILES, help="source files (default: those that a curve depends on)")
+    parser.add_argument(
+        "files", nargs="*", metavar="file", help="source files (default: those that a curve depends on)"
+    )
     parser.add_argument(
         "--one-in", type=int, default=10, metavar="N", help="test one in N of the changes (default: 10)"
     )
     parser.add_argument("--map", type=Path, help="a directory for the map of coverage, made if it is not there")
     parser.add_argument("--output", type=Path, help="a JSON file for the scores and the survivors")
     asked = parser.parse_args()
+    files = asked.files or FILES
+    if foreign := sorted({*files} - {*FILES}):
+        parser.error(f"{foreign[0]}: choose from {', '.join(FILES)}")
 
     accepted = {(one["file"], one["old"], one["new"]) for one in json.loads((HERE / "survivors.json").read_text())}
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
         directory = asked.map or Path(scratch) / "map"
         coverage = CoverageMap(directory) if directory.is_dir() else map_coverage(directory)
-        planned = planned_changes(asked.files, asked.one_in, coverage)
+        planned = planned_changes(files, asked.one_in, coverage)
         slots = [Slot(Path(scratch) / f"slot{number}") for number in range(os.cpu_count() or 1)]
         results = []
         for result in run(planned, slots):

@@ -19,6 +19,8 @@ NAMES |= {"mean": "sum", "amax": "amin", "amin": "amax", "mul_": "div_", "div_":
 NAMES |= {"minimum": "maximum", "maximum": "minimum", "round": "int", "float": "bfloat16", "float32": "bfloat16"}
 # Keywords that a call may lose without a change of what is computed.
 IDLE_KEYWORDS = {"strict", "stacklevel", "flush", "foreach", "non_blocking", "pin_memory", "memory_format", "encoding"}
+IDLE_KEYWORDS |= {"device"}  # there is one device here
+BUILTINS = {"min", "max", "any", "all", "round"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Mutant:
 
 
 def mutants_of(root: Path, file: str) -> list[Mutant]:
-    """Every mutant of a file. Messages, annotations and decorators are left alone."""
+    """Every mutant of a file, one of those that change equal lines alike. Messages, annotations and decorators stay."""
     source = (root / file).read_bytes()
     starts = [0]
     for line in source.splitlines(keepends=True):
@@ -56,9 +58,17 @@ def mutants_of(root: Path, file: str) -> list[Mutant]:
         offset = starts[first - 1]
         changed = lines[: start_node - offset] + text.encode() + lines[end_node - offset :]
         mutant = Mutant(file, first, last, start_node, end_node, text, _short(lines), _short(changed))
-        if mutant.old != mutant.new:
+        if mutant.old != mutant.new and _compiles(mutant.applied(source)):
             found.setdefault(mutant.identity, mutant)
     return sorted(found.values(), key=lambda mutant: (mutant.line, mutant.start))
+
+
+def _compiles(source: bytes) -> bool:
+    try:
+        compile(source, "mutant", "exec")
+    except SyntaxError:
+        return False
+    return True
 
 
 def _short(lines: bytes) -> str:
@@ -109,7 +119,7 @@ def _changes(tree: ast.Module, source: bytes, starts: list[int]) -> Iterator[_Ch
             case ast.Attribute(attr=name) if name in NAMES:
                 end = span(node)[1]
                 yield node, (end - len(name), end), NAMES[name]
-            case ast.Call(func=ast.Name(id=name) as function) if name in NAMES:
+            case ast.Call(func=ast.Name(id=name) as function) if name in BUILTINS:
                 yield node, span(function), NAMES[name]
             case ast.AugAssign():
                 yield node, span(node), "pass"
@@ -149,8 +159,10 @@ def _visited(tree: ast.Module) -> Iterator[ast.AST]:
         yield node
         if isinstance(node, ast.Raise):
             continue
+        if isinstance(node, ast.keyword) and node.arg in IDLE_KEYWORDS:
+            continue
         for name, value in ast.iter_fields(node):
-            if name in ("annotation", "returns", "decorator_list", "type_params") or name == "simple":
+            if name in ("annotation", "returns", "decorator_list", "type_params"):
                 continue
             children = value if isinstance(value, list) else [value]
             waiting += [child for child in children if isinstance(child, ast.AST)]

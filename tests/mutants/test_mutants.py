@@ -1,0 +1,42 @@
+"""The planted bugs can be planted, and the one-token changes are what they say."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.mutations import mutants_of
+
+ROOT = Path(__file__).resolve().parents[2]
+PLANTED = json.loads(Path(__file__).with_name("planted.json").read_text())
+
+
+def test_each_planted_bug_has_one_place_and_tests_that_exist() -> None:
+    for bug in PLANTED:
+        assert (ROOT / bug["file"]).read_text().count(bug["old"]) == 1, bug["what"]
+        assert bug["tests"], bug["what"]
+        for test in bug["tests"]:
+            file, *_, name = test.partition("[")[0].split("::")
+            assert f"def {name}(" in (ROOT / file).read_text(), test
+
+
+def test_no_bug_is_planted_twice() -> None:
+    assert max(Counter((bug["file"], bug["old"], bug["new"]) for bug in PLANTED).values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("x = a < b", {"x = a <= b"}),
+        ("x = (a) + 2.0", {"x = (a) - 2.0", "x = (a) + 4.0"}),
+        ("if a is not b:\n    f(a, k=0)", {"if a is b:", "f(a)", "f(a, k=1)", "pass"}),
+        ("def f(x: int = 1) -> int:\n    '''1 + 1'''\n    return x", {"def f(x: int = 2) -> int:", "return None"}),
+        ("raise ValueError(f'{1 + 1}')", {"pass"}),
+    ],
+)
+def test_a_change_is_of_what_is_computed(source: str, expected: set[str], tmp_path: Path) -> None:
+    (tmp_path / "source.py").write_text(source + "\n")
+    assert {mutant.new for mutant in mutants_of(tmp_path, "source.py")} == expected
