@@ -4,8 +4,7 @@ import gc
 import os
 import shutil
 from collections.abc import Iterator
-from types import CodeType, FunctionType
-from typing import Any
+from pathlib import Path
 
 import pytest
 
@@ -24,50 +23,40 @@ import torch  # noqa: E402
 
 from tests.permissions import NoCapabilitiesError, bound_by_permissions  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-#: What a test that starts processes, trains a run, prepares a corpus, plans by tracing or opens a browser names, or
-#: something of tests/ that it calls or is given does.
-SLOW = {"subprocess", "Process", "spawn", "start_processes", "Page", "command", "execute", "prepare", "write_report"}
-SLOW |= {"report", "run_study", "make_plan", "planned_memory", "check_case"}
-#: Of a whole session, and made from the first test on: the other worker has something else to do meanwhile.
+#: Files whose tests start processes, train runs, compile or open a browser; `slow` marks single tests of other files.
+SLOW = {f"tests/{name}" for name in ("faults", "readme", "slurm", "training/strategies")}
+SLOW |= {f"tests/{name}.py" for name in ("data/test_preparation", "models/test_compiled", "models/test_distributed")}
+SLOW |= {
+    f"tests/scripts/test_{name}.py" for name in ("evaluate", "export", "plan", "results", "sample", "toy_landscape")
+}
+SLOW |= {f"tests/studies/test_{name}.py" for name in ("runner", "smoke", "verify")}
+SLOW |= {"tests/sophia/test_distributed.py", "tests/analysis/test_report.py"}
+SLOW |= {
+    f"tests/training/test_{name}.py"
+    for name in (
+        *("compiler_cache", "distributed", "environment", "fast_paths", "guards", "jobs", "launch", "launch_jobs"),
+        *("lifeline", "limits", "memory", "mistakes", "planner", "rendezvous", "resume", "resumption", "run"),
+        *("run_directory", "signals", "trackers", "watchdog"),
+    )
+}
+#: Fixtures of a whole session that take a minute. Their tests come first, while the other worker has other tests.
 FIRST = {"two_ranks", "fast"}
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[Any]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: FIRST.isdisjoint(getattr(item, "fixturenames", ())))
-    seen: dict[Any, bool] = {}
     for item in items:
-        fixtures = [definitions[-1] for definitions in item._fixtureinfo.name2fixturedefs.values()]
-        # A small run that a whole session shares is none of one test's cost.
-        given = [one.func for one in fixtures if one.scope != "session" or one.argname in FIRST]
-        if any(_is_slow(function, seen) for function in (item.function, *given)):
+        path = item.path.relative_to(ROOT)
+        if not SLOW.isdisjoint(map(str, (path, *path.parents))):
             item.add_marker(pytest.mark.slow)
 
 
-def _is_slow(thing: Any, seen: dict[Any, bool]) -> bool:
-    """Whether a function or a class of the tests names what is slow, or what it calls does."""
-    if isinstance(thing, type):
-        return any(_is_slow(member, seen) for member in vars(thing).values() if isinstance(member, FunctionType))
-    if not isinstance(thing, FunctionType):
-        return False
-    if thing not in seen:
-        seen[thing] = False
-        names = _names(thing.__code__)
-        called = (thing.__globals__.get(name) for name in names)
-        ours = [one for one in called if str(getattr(one, "__module__", "")).startswith("tests.")]
-        seen[thing] = not names.isdisjoint(SLOW) or any(_is_slow(one, seen) for one in ours)
-    return seen[thing]
-
-
-def _names(code: CodeType) -> set[str]:
-    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return {*code.co_names}.union(*inner)
-
-
 def pytest_collection_finish() -> None:
-    """What is there by now stays: no collection of garbage need look at it again."""
+    """What is imported stays: no collection of garbage has to look at it again."""
     gc.collect()
     gc.freeze()
 

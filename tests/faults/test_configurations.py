@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.faults.configurations import (
     mutate_configurations,
     spoil_command_lines,
     spoil_files,
     step_configurations,
 )
-
-pytestmark = pytest.mark.slow
 
 
 def test_random_valid_configurations_build_and_step(corpus: list[str], tmp_path: Path) -> None:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.faults.corpora import fuzz_readers, fuzz_tokens, refuse_all
-
-pytestmark = pytest.mark.slow
 
 
 def test_a_bad_file_among_good_ones_is_named_and_what_was_finished_is_kept(tmp_path: Path) -> None:

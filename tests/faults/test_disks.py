@@ -11,8 +11,6 @@ import pytest
 from tests.faults.disks import MountRefusedError, full_while_logging, full_while_saving
 from tests.training.runs import curve, run, run_in_child, tiny
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize("scenario", [full_while_saving, full_while_logging])
 def test_a_run_on_a_full_disk_says_so_and_goes_on_bit_for_bit_once_there_is_room(

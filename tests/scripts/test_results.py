@@ -13,8 +13,6 @@ from analysis.trials import load_study
 from scripts.results import main as rebuild
 from tests.analysis.synthetic import write_study
 
-pytestmark = pytest.mark.slow
-
 PAGE = "# Title\n\n<!-- results:begin -->\nwhat stood here before\n<!-- results:end -->\n\nThe end.\n"
 
 
