@@ -50,8 +50,26 @@ FILES = [
     "data/batches.py",
     "data/splits.py",
 ]
-TESTS = ["tests/sophia", "tests/models", "tests/data", "tests/training"]
-MARKS = "not gpu and not slurm and not faults"
+# The tests that are nearest to these files; launches of several processes are not among them.
+TESTS = ["tests/sophia", "tests/models/test_gpt2.py", "tests/models/test_head.py"]
+TESTS += [f"tests/data/test_{name}.py" for name in ("batches", "dataset", "permutation", "splits")]
+TESTS += [
+    f"tests/training/test_{name}.py"
+    for name in (
+        *(
+            "curvature",
+            "diagnostics",
+            "evaluation",
+            "guards",
+            "ledger",
+            "loop",
+            "memory",
+            "optimizer_keys",
+            "optimizers",
+        ),
+        *("records", "resume", "resumption", "run", "schedule", "trackers"),
+    )
+]
 ENOUGH = 60.0  # seconds of tests for one change
 LIMIT = 240.0  # after which a change is one that hangs, which a person would notice
 # pytest's exit codes, of tests that pass without the change. Any other: a test fails, or nothing can be imported any more.
@@ -117,7 +135,7 @@ def map_coverage(directory: Path) -> CoverageMap:
     """Run the nearest tests once, noting which executes which line."""
     directory.mkdir(parents=True)
     environment = os.environ | {"MUTANTS_MAP": str(directory), "MUTANTS_FILES": os.pathsep.join(FILES)}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", str(os.cpu_count()), "--dist", "worksteal", "-m", MARKS]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", str(os.cpu_count()), "--dist", "worksteal"]
     command += ["-p", "tests.mutants.coverage_map", *TESTS]
     if subprocess.run(command, cwd=ROOT, env=environment).returncode:
         sys.exit("error: the tests have to pass before they can be asked to notice anything")
