@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 import sophia
 from data.batches import Batch
 from models import GPT2, GPT2Config, GPT2Output
-from sophia import random
 from training.config import SophiaConfig
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
@@ -258,13 +257,6 @@ def test_the_difference_of_a_model_of_zeros_is_finite() -> None:
             parameter.zero_()
     assert not CurvaturePass(config, SEED, BATCH, 2).run(made, batch(), STEP)
     assert all(bool(h.isfinite().all()) for h in hessians(made))
-
-
-def test_hutchinson_noise_is_shared_by_name_not_by_order() -> None:
-    model = strategy().model
-    name, parameter = list(model.named_parameters())[2]
-    expected = random.normals(SEED, STEP, name, 0, parameter.numel())
-    assert torch.equal(random.normals_like(parameter, SEED, STEP, name).flatten(), expected)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])
