@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import queue
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,13 +141,14 @@ def test_prefetched_batches_are_those_of_their_steps(stream: TokenDataset) -> No
 
 def test_no_more_is_read_ahead_than_was_asked_for(stream: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = Batches(stream, 0, 8, 16)
-    steps: list[int] = []
-    monkeypatch.setattr(Batches, "at", lambda self, step: steps.append(step) or Batch(*[np.zeros(1)] * 3))
+    read: queue.Queue[int] = queue.Queue()
+    monkeypatch.setattr(Batches, "at", lambda self, step: read.put(step) or Batch(*[np.zeros(1)] * 3))
     with batches.prefetch(1, depth=2) as ahead:
         next(ahead)
-        time.sleep(0.2)
-        assert steps == list(range(1, len(steps) + 1))
-        assert len(steps) <= 1 + 2 + 1  # taken, in the queue, in hand
+        taken, queued, in_hand = 1, 2, 1
+        assert [read.get(timeout=60) for _ in range(taken + queued + in_hand)] == [1, 2, 3, 4]
+        with pytest.raises(queue.Empty):
+            read.get(timeout=0.3)
     with pytest.raises(ValueError, match="depth=0"):
         batches.prefetch(1, depth=0)
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def test_the_commands_of_readme_work_in_order_on_a_fresh_clone(clone: Path) -> N
     path = [place for place in os.environ["PATH"].split(":") if place not in here]
     script = ["set -eo pipefail"]
     for command, run in COMMANDS.items():
-        script += [f"echo {command!r} >> done.txt", run.replace("{}", command)]
+        script += [f"echo {shlex.quote(command)} >> done.txt", run.replace("{}", command)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     ended = subprocess.run(
         ["bash", "-c", "\n".join(script)],

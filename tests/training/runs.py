@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -175,7 +176,7 @@ def _child(
 
 class Session:
     """The command line in a session of its own, as a terminal or a scheduler starts it; stop signals are blocked, as in a
-    worker of a sweep."""
+    worker of a sweep. A context manager, which kills what is left of it."""
 
     def __init__(self, overrides: Sequence[str], directory: Path) -> None:
         self._said = [directory / f"{next(_NUMBERS)}.{stream}" for stream in ("out", "err")]
@@ -184,6 +185,15 @@ class Session:
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()  # it may not have its session yet
+        self._process.join()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
     def wait_for(self, path: Path, text: str, seconds: float = 120) -> None:
         """Until the file of the run has the text."""
@@ -196,9 +206,7 @@ class Session:
         """The exit code, and what was said on standard output and error."""
         self._process.join(seconds)
         out, err = (path.read_text() for path in self._said)
-        if self._process.exitcode is None:
-            os.killpg(self.pid, signal.SIGKILL)
-            raise AssertionError(f"the session hangs: {err[-3000:]}")
+        assert self._process.exitcode is not None, f"the session hangs: {err[-3000:]}"
         return self._process.exitcode, out, err
 
 

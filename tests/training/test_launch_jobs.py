@@ -37,10 +37,10 @@ def test_a_killed_sweep_passes_over_finished_trials_and_resumes_the_others(
 ) -> None:
     sweep = ["-m", *tiny, NAMES, f"output_dir={tmp_path}", "train.steps=300", "eval.interval=300"]
     sweep += ["checkpoint.interval=20", "optimizer=adamw,lion"]
-    session = Session(sweep, said)
-    session.wait_for(tmp_path / "lion-0" / "metrics.jsonl", '"step":45,')
-    os.killpg(session.pid, signal.SIGKILL)
-    session.end()
+    with Session(sweep, said) as session:
+        session.wait_for(tmp_path / "lion-0" / "metrics.jsonl", '"step":45,')
+        os.killpg(session.pid, signal.SIGKILL)
+        session.end()
     finished = (tmp_path / "adamw-0" / "summary.json").stat().st_mtime_ns
     assert "status" not in (summary(tmp_path / "lion-0") if (tmp_path / "lion-0" / "summary.json").exists() else {})
 
@@ -56,7 +56,8 @@ def test_trials_run_side_by_side_and_are_passed_over_the_second_time(
     tiny: list[str], tmp_path: Path, said: Path
 ) -> None:
     sweep = ["-m", "launcher=joblib", *tiny, NAMES, f"output_dir={tmp_path}", "optimizer=adamw", "seed=0,1"]
-    code, _, errors = Session(sweep, said).end()
+    with Session(sweep, said) as session:
+        code, _, errors = session.end()
     assert code == 0, errors[-3000:]
     for seed in (0, 1):
         assert steps(tmp_path / f"adamw-{seed}") == list(range(1, 13))
@@ -71,13 +72,13 @@ def test_a_sweep_side_by_side_that_is_hung_up_on_has_saved_its_trials(
     """The third trial has to wait for a worker, and is not begun."""
     sweep = ["-m", "launcher=joblib", "hydra.launcher.n_jobs=2", *tiny, NAMES, f"output_dir={tmp_path}", "seed=0,1,2"]
     sweep += ["optimizer=adamw", "train.steps=100000", "eval.interval=100000", "checkpoint.interval=null"]
-    session = Session(sweep, said)
-    for seed in (0, 1):
-        session.wait_for(tmp_path / f"adamw-{seed}" / "metrics.jsonl", '"step":5,')
-    for _ in range(2):  # the group and the parent in it, as when a terminal closes
-        os.killpg(session.pid, signal.SIGHUP)
-        os.kill(session.pid, signal.SIGHUP)
-    code, _, errors = session.end()
+    with Session(sweep, said) as session:
+        for seed in (0, 1):
+            session.wait_for(tmp_path / f"adamw-{seed}" / "metrics.jsonl", '"step":5,')
+        for _ in range(2):  # the group and the parent in it, as when a terminal closes
+            os.killpg(session.pid, signal.SIGHUP)
+            os.kill(session.pid, signal.SIGHUP)
+        code, _, errors = session.end()
     assert code == 75, errors[-3000:]
     for seed in (0, 1):
         saved = summary(tmp_path / f"adamw-{seed}")
@@ -92,12 +93,12 @@ def test_jobs_of_two_tasks_are_told_of_the_time_limit_save_and_start_again(
     """What launcher=slurm does, through submitit's local executor; on a real SLURM: make test-slurm."""
     sweep = ["-m", "launcher=submitit", "launcher.nproc_per_node=2", *tiny, NAMES, f"output_dir={tmp_path}"]
     sweep += ["optimizer=adamw", "seed=0,1", "train.steps=400", "eval.interval=400", "checkpoint.interval=null"]
-    session = Session(sweep, said)
-    session.wait_for(tmp_path / "adamw-0" / "metrics.jsonl", '"step":5,')
-    tasks = [p for p in psutil.Process(session.pid).children(recursive=True) if of_trial(p, tmp_path / "adamw-0")]
-    for task in tasks:
-        task.send_signal(signal.SIGUSR2)
-    code, output, errors = session.end()
+    with Session(sweep, said) as session:
+        session.wait_for(tmp_path / "adamw-0" / "metrics.jsonl", '"step":5,')
+        tasks = [p for p in psutil.Process(session.pid).children(recursive=True) if of_trial(p, tmp_path / "adamw-0")]
+        for task in tasks:
+            task.send_signal(signal.SIGUSR2)
+        code, output, errors = session.end()
     assert code == 0, (output + errors)[-3000:]
     for seed in (0, 1):
         assert summary(tmp_path / f"adamw-{seed}")["status"] == "completed"
@@ -114,7 +115,8 @@ def test_a_trial_that_another_process_has_is_left_to_it_and_the_others_run(
     (tmp_path / "adamw-0").mkdir()
     holder = RunDirectory(tmp_path / "adamw-0")
     holder.take()
-    code, _, errors = Session(sweep, said).end()
+    with Session(sweep, said) as session:
+        code, _, errors = session.end()
     assert code == EXIT_HELD, errors[-3000:]
     assert f"adamw-0 is being run by process {os.getpid()} on " in errors
     assert "1 of 2 trials are being run by other processes" in errors
@@ -131,19 +133,18 @@ def test_a_sweep_restarted_while_its_jobs_still_run_leaves_their_trials_to_them(
     """The parent is killed and its job lives on, as on SLURM; the new job of the same trial ends at once."""
     sweep = ["-m", "launcher=submitit", *tiny, NAMES, f"output_dir={tmp_path}"]
     sweep += ["optimizer=adamw", "seed=0", "train.steps=400", "eval.interval=400", "checkpoint.interval=null"]
-    parent = Session(sweep, said)
     directory = tmp_path / "adamw-0"
-    parent.wait_for(directory / "metrics.jsonl", '"step":5,')
-    os.kill(parent.pid, signal.SIGKILL)
-    holder = int((directory / ".lock").read_text().split()[1])
-    os.kill(holder, signal.SIGSTOP)  # while the second sweep comes and goes
-    try:
-        code, _, errors = Session(sweep, said).end()
-    finally:
+    with Session(sweep, said) as parent:
+        parent.wait_for(directory / "metrics.jsonl", '"step":5,')
+        os.kill(parent.pid, signal.SIGKILL)
+        holder = int((directory / ".lock").read_text().split()[1])
+        os.kill(holder, signal.SIGSTOP)  # while the second sweep comes and goes
+        with Session(sweep, said) as session:
+            code, _, errors = session.end()
         os.kill(holder, signal.SIGCONT)
-    assert code == EXIT_HELD, errors[-3000:]
-    assert "1 of 1 trials are being run by other processes" in errors
-    parent.wait_for(directory / "summary.json", '"completed"')
+        assert code == EXIT_HELD, errors[-3000:]
+        assert "1 of 1 trials are being run by other processes" in errors
+        parent.wait_for(directory / "summary.json", '"completed"')
     assert run(sweep) == 0
     assert steps(directory) == list(range(1, 401))
     assert resumed_at(directory) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -22,31 +21,54 @@ from training.records import RunRecord
 from training.strategies.ddp import DDP
 
 
-def compile_something(seconds: float) -> None:
+class Clock:
+    """The ledger's clock, which only what is told to takes time moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self._patch = monkeypatch
+        monkeypatch.setattr("training.ledger.time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    def takes(self, seconds: float, owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            self.passes(seconds)
+            return original(*arguments, **named)
+
+        self._patch.setattr(owner, name, timed)
+
+
+def compile_something(meanwhile: Callable[[], None] = lambda: None) -> None:
     """What torch.compile tells its callbacks, without compiling."""
     told = CallbackArgs(CallbackTrigger.DYNAMO, "0/0")
     callback_handler.run_start_callbacks(told)
-    time.sleep(seconds)
+    meanwhile()
     callback_handler.run_end_callbacks(told)
 
 
-def test_compilation_is_booked_apart_in_every_run_of_a_process() -> None:
+def test_compilation_is_booked_apart_in_every_run_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A study runs its trials in one process and resets the compiler in between, which forgets who listens."""
+    clock = Clock(monkeypatch)
     for _ in range(3):
         torch._dynamo.reset()
         ledger = Ledger(torch.device("cpu"), CompilationClock.installed())
         with ledger.measure("forward_backward"):
-            compile_something(0.05)
+            clock.passes(1)
+            compile_something(lambda: clock.passes(5))
         assert ledger.entries["compilation"].count == 1
-        assert 0.05 <= ledger.entries["compilation"].seconds < 0.5
-        assert ledger.seconds < 0.05
+        assert ledger.entries["compilation"].seconds == pytest.approx(5)
+        assert ledger.seconds == pytest.approx(1)
 
 
 def test_a_clock_asked_for_twice_counts_once() -> None:
     clock = CompilationClock.installed()
     assert CompilationClock.installed() is clock
     before = clock.count
-    compile_something(0.0)
+    compile_something()
     assert clock.count == before + 1
 
 
@@ -75,24 +97,6 @@ REFRESHES: dict[str, tuple[list[str], int, int, int]] = {
     # The backwards are autograd's own, which take no time here, and the products are summed outside of the strategy.
     "hutchinson": (["optimizer=sophiah", *REFRESHED], 9 * FORWARD, 1, 0),
 }
-
-
-class Clock:
-    """The ledger's clock, which only what is told to takes time moves."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        self._patch = monkeypatch
-        monkeypatch.setattr("training.ledger.time", SimpleNamespace(perf_counter=lambda: self.now))
-
-    def takes(self, seconds: float, owner: Any, name: str) -> None:
-        original = getattr(owner, name)
-
-        def timed(*arguments: Any, **named: Any) -> Any:
-            self.now += seconds
-            return original(*arguments, **named)
-
-        self._patch.setattr(owner, name, timed)
 
 
 @pytest.mark.parametrize("refresh", REFRESHES)
