@@ -79,7 +79,7 @@ def covers(result: SpeedUp, truth: float) -> bool:
     return above and below
 
 
-REPETITIONS = 500
+REPETITIONS = 250
 # Four standard errors of a rate of 5 % over so many repetitions: a false alarm in ten thousand.
 MARGIN = 4 * math.sqrt(0.05 * 0.95 / REPETITIONS)
 
@@ -91,7 +91,7 @@ MARGIN = 4 * math.sqrt(0.05 * 0.95 / REPETITIONS)
 def test_intervals_cover_a_known_truth_at_their_stated_rate(
     currencies: tuple[Currency, ...], truth: float, seeds: int
 ) -> None:
-    """Over 500 repetitions, at each horizon; and no claim is supported against the truth.
+    """At each horizon; and no claim is supported against the truth.
 
     A step of the arm costs 5 % more, so that its speed-up in steps must be that much higher for the same in compute or
     on the clock, whose noise comes on top.
