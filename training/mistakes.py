@@ -4,6 +4,7 @@ import difflib
 import functools
 import re
 import shlex
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,7 +63,9 @@ SYNONYMS = {
     "schedule.warmup_steps": "warmup warmup_iters num_warmup_steps lr_warmup_steps",
     "schedule.warmup_share": "warmup_ratio warmup_fraction",
     "schedule.final_ratio": "min_lr lr_min final_lr end_lr min_lr_ratio",
-    "strategy": "distributed parallel ddp fsdp",
+    "strategy": "distributed parallel",
+    "strategy=ddp": "ddp",
+    "strategy=fsdp": "fsdp",
     "strategy.zero_stage": "zero stage zero_optimization",
     "train.steps": "steps max_steps max_iters num_steps train_steps total_steps iters iterations epochs num_epochs",
     "train.global_batch_size": "batch_size batch bs train_batch_size",
@@ -85,7 +88,27 @@ SYNONYMS = {
     "launcher.nproc_per_node": "gpus num_gpus n_gpus ngpus gpu devices world_size nproc ranks num_processes",
     "launcher.nodes": "num_nodes nnodes n_nodes",
 }
-# The same for choices.
+# Those of them whose value is of another unit or meaning, and what the key takes: the value is not handed on.
+CONVERSIONS = {
+    **dict.fromkeys(("min_lr", "lr_min", "final_lr", "end_lr"), "It is that rate / optimizer.lr"),
+    **dict.fromkeys(
+        ("epochs", "num_epochs"),
+        "An epoch has tokens of the corpus / (train.global_batch_size * train.sequence_length) of them",
+    ),
+    **dict.fromkeys(
+        ("eval_iters", "eval.iters", "eval.batches"), "In tokens: batches * sequences of each * train.sequence_length"
+    ),
+    **dict.fromkeys(
+        ("gradient_accumulation_steps", "grad_accum_steps", "accumulation_steps"),
+        "In sequences; the steps of accumulation follow from it",
+    ),
+    **dict.fromkeys(("batch_size", "batch", "bs"), "In sequences, of all ranks and accumulated micro-batches together"),
+    **dict.fromkeys(("world_size", "ranks", "num_processes"), "It counts the ranks of one node"),
+    **dict.fromkeys(("dtype", "bf16", "fp16", "amp", "mixed_precision"), "It is auto, fp32 or bf16"),
+    **dict.fromkeys(("cuda", "cpu"), "It is auto, cpu or cuda"),
+    "rho": "It is the authors' rho * bs / N, with N the tokens of an estimate",
+}
+# The same as `SYNONYMS` for choices.
 SYNONYMS_OF_CHOICES = {
     "model=gpt2_small": "gpt2 gpt2_124m gpt2_125m 124m 125m small",
     "model=gpt2_medium": "gpt2_355m gpt2_350m 355m 350m medium",
@@ -226,10 +249,18 @@ def not_a_flag(message: str) -> str:
     match = re.fullmatch(r"unrecognized arguments: -+([\w.-]+)(=\S*)?.*", message, re.DOTALL)
     if match is None:
         return f"{message}; overrides are written key=value, see --help"
-    flag, value = match.group(1).replace("-", "_"), match.group(2) or "=<value>"
-    name = flag if flag in known_keys() else next(iter(suggestions(flag, {})), "key")
-    written = name if "=" in name else name + value
-    return f"{shown(message.partition(': ')[2])}: no such flag; overrides are written without dashes: {shown(written)}"
+    flag, value = match.groups()
+    if not value:  # argparse takes the next word for an override
+        words = sys.argv[1:]
+        after = next((words[at + 1 : at + 2] for at, word in enumerate(words) if word.lstrip("-") == flag), [])
+        value = f"={after[0]}" if after and not re.search("^-|=", after[0]) else "=<value>"
+    meant, conversion = suggestions(flag, {})
+    key = meant[0] if meant else "key"
+    if conversion:
+        value = "=<value>"
+    written = key if "=" in key else key + value
+    line = f"{shown(message.partition(': ')[2])}: no such flag; overrides are written without dashes: {shown(written)}"
+    return f"{line}. {conversion}" if conversion else line
 
 
 def omegaconf_problem(error: BaseException) -> str:
@@ -459,29 +490,39 @@ def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int
             instead = f"; did you mean {either(other)}?" if other else ""
             return f"; it is a key of {group}={either(choices)}{has_not}{instead}"
         return f"; the files leave out {section or key}, or give it one value; correct that, or set it with ++{key}=..."
-    if meant := suggestions(key, values):
-        return f"; did you mean {either([one + _of_choice(one, values) for one in meant])}?"
+    meant, conversion = suggestions(key, values)
+    if meant:
+        hint = f"; did you mean {either([one + _of_choice(one, values) for one in meant])}?"
+        return f"{hint} {conversion}" if conversion else hint
     inside = sorted(known.rpartition(".")[2] for known in known_keys(values) if known.rpartition(".")[0] == section)
     if not inside:
         return f"; there is no section {section}; the sections are {', '.join(sorted(RunConfig.model_fields))}"
     return f"; known keys{' of ' + section if section else ''}: {', '.join(inside)}"
 
 
-def suggestions(key: str, values: Mapping[str, Any]) -> list[str]:
-    """Known keys that the unknown one may stand for, those of the chosen sections before others."""
-    key = key.replace("-", "_").replace("/", ".")
+def suggestions(key: str, values: Mapping[str, Any]) -> tuple[list[str], str]:
+    """Known keys that the unknown one may stand for, those of the chosen sections before others; and the conversion."""
+    key = key.lower().replace("-", "_").replace("/", ".")
     section, _, leaf = key.rpartition(".")
     known = sorted(known_keys(), key=lambda one: (one.count("."), one))
-    anywhere: dict[str, list[str]] = {}
+    if key in known:
+        return [key], ""
+    by_leaf: dict[str, list[str]] = {}
     for one in known:
-        anywhere.setdefault(one.rpartition(".")[2], []).append(one)
-    anywhere |= _synonyms()
+        by_leaf.setdefault(one.rpartition(".")[2], []).append(one)
     own = {one.rpartition(".")[2]: [one] for one in known if one.rpartition(".")[0] == section}
-    meant = [key] if key in known else anywhere.get(key) or anywhere.get(leaf) or []
-    for names, cutoff in ((own, 0.6), (anywhere, 0.75)):
-        near = difflib.get_close_matches(leaf, names, n=1, cutoff=cutoff)
-        meant = meant or (names[near[0]] if near else [])
-    return ([one for one in meant if not _of_choice(one, values)] or meant)[:3]
+    near = difflib.get_close_matches(leaf, own, n=1, cutoff=0.6)
+    near += difflib.get_close_matches(leaf, {**by_leaf, **_synonyms()}, n=1, cutoff=0.75)
+    for name in (key, leaf, *near):
+        real, meant = by_leaf.get(name, []), _synonyms().get(name, [])
+        if name in own:
+            real, meant = own[name], []
+        elif set(meant) <= set(real):  # of several keys of the name, the one that is meant elsewhere
+            real, meant = meant or real, []
+        fitting = [one for one in real if not _of_choice(one, values)]
+        if found := fitting or [one for one in meant if not _of_choice(one, values)] or meant or real:
+            return found[:3], "" if found[0] in real else CONVERSIONS.get(name, "")
+    return [], ""
 
 
 @functools.cache
