@@ -590,4 +590,5 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def key_of(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
+    """The key of an override, that of the list where it is of an element: `launcher.setup[0]=...`."""
+    return re.sub(r"(\[\d+\]|\.\d+)$", "", override.lstrip("+~").partition("=")[0])
