@@ -150,12 +150,10 @@ def reword_composition_error(
         if re.search(r"\s\S+=", choice):
             return f"{shown(f'{group}={choice}')}: several overrides in one pair of quotes; quote each of them alone"
         return f"{group}={choice}: there is no such choice; {choose_from(choice, options, group)}"
+    if "Could not override ''" in text:
+        return not_an_override(next(one for one in overrides if not key_of(one)), overrides)
     if match := re.search(r"Could not override '([^']+)'", text):
-        key = match.group(1)
-        group = key.partition(".")[0]
-        if group in OTHER_COMMANDS:
-            given = next((one for one in overrides if key_of(one) == key), key)
-            return f"{shown(given)}: {OTHER_COMMANDS[group]} {shown(given)}"
+        key = of_element(match.group(1))
         if not re.search(r"No match in the defaults list", text):
             return f"{key}: unknown key{did_you_mean_key(key, chosen())}"
         if key in config_groups():
@@ -165,7 +163,8 @@ def reword_composition_error(
             )
         return f"{key}: there is no such configuration group; choose one of {', '.join(config_groups())}"
     if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", chain):
-        return f"{match.group(2)}: unknown key{did_you_mean_key(match.group(2), chosen())}"
+        key = of_element(match.group(2))
+        return f"{key}: unknown key{did_you_mean_key(key, chosen())}"
     if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'", text):
         return several_values(match.group(1))
     if isinstance(error, OverrideParseException):
@@ -191,10 +190,11 @@ def reword_composition_error(
 def several_values(override: str) -> str:
     """One line for `seed=0,1` without -m."""
     key, _, values = override.partition("=")
-    given = shown(override)
-    sweep = f"sweep over them: python train.py -m {given}"
+    key = of_element(key)
+    given = shown(f"{key}={values}")
+    sweep = f"sweep over them: python train.py -m {shlex.quote(given)}"
     field = field_at(key.lstrip("+").split("."))
-    if field is not None and get_origin(field.annotation) is tuple:
+    if field is not None and get_origin(field.annotation) is tuple and not key.endswith("]"):
         return f"{given}: several values, not a list; write '{key}=[{shown(values)}]', or {sweep}"
     return f"{given}: several values; give one, or {sweep}"
 
@@ -221,7 +221,7 @@ def not_an_override(override: str, overrides: Sequence[str]) -> str:
         members = [member.strip() for member in value.strip("(){}[]").split(",")]
         listed = ",".join(f"'{one}'" if get_args(field.annotation)[0] is str else one for one in members)
         return f'{given}: not a list; write "{key}=[{shown(listed)}]"'
-    if value.endswith(","):
+    if value.endswith(",") and value.count("[") <= value.count("]"):
         return f"{given}: not an override; leave out the comma: {shown(override.rstrip(','))}"
     if re.fullmatch(r"[+~]*[\w./@-]+", key, re.ASCII) and value and value[0] not in "[{'\"":
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
@@ -237,7 +237,9 @@ def not_an_override(override: str, overrides: Sequence[str]) -> str:
             return f"{given}: not an override; did you mean {either(chosen)}?"
         if name in known_keys():
             return f"{given}: not an override; write {name}={value or '<value>'}"
-    if not equals and before and "=" in before[-1]:
+    if override in ("help", "version", "usage"):
+        return f"{given}: not an override; see --help"
+    if override and not equals and before and _is_text(key_of(before[-1])):
         quoted = shlex.quote(f"{before[-1]} {override}")
         return f"{given}: not an override; write key=value, and put a value with spaces in quotes: {shown(quoted)}"
     remedy = "write key=value, and quote lists and text in them, as in 'optimizer.betas=[0.9,0.95]' \"data.paths=['a b.txt']\""
@@ -326,8 +328,10 @@ def _listed(names: Sequence[str]) -> str:
 
 def shown(value: Any) -> str:
     """A value as one types it, on one line, of no more than two hundred characters and without secrets."""
-    if value is None or isinstance(value, bool):
-        value = {None: "null", True: "true", False: "false"}[value]
+    if value is None:
+        value = "null"
+    if isinstance(value, bool):
+        value = "true" if value else "false"
     if isinstance(value, (list, tuple)):
         value = f"[{','.join(map(shown, value))}]"
     # Hidden before the cut, of which a secret would leave its head.
@@ -355,7 +359,11 @@ def expectation(errors: Sequence[Any], key: str, field: FieldInfo | None) -> str
         if isinstance(default, tuple):  # of a list, one of whose members this is
             default = default[0]
         example = default if type(default) is float else "6e-4"
-        return f"not a {'finite ' * (kind == 'finite_number')}number; give one such as {example}{or_null}"
+        numbers = str(error["input"]).split()
+        if len(numbers) > 1 and key.endswith("]"):
+            return f"not a number; part them with commas: '{key.rpartition('[')[0]}=[{shown(','.join(numbers))}]'"
+        number = "finite number" if kind == "finite_number" else "number"
+        return f"not a {number}; give one such as {example}{or_null}"
     if kind in ("int_parsing", "int_type", "int_from_float"):
         if isinstance(error["input"], float) and error["input"].is_integer():
             return f"too large a number; give a smaller one{or_null}"
@@ -373,7 +381,8 @@ def expectation(errors: Sequence[Any], key: str, field: FieldInfo | None) -> str
         return list_expected(error["input"], key, field)
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         inside = [known.removeprefix(f"{key}.") for known in sorted(known_keys()) if known.startswith(f"{key}.")]
-        return f"a section, not a value; set one of its keys, {key}.<key>=...: {', '.join(inside)}"
+        instead = "not a switch; give true or false, or" if key == "profile" else "a section, not a value;"
+        return f"{instead} set one of its keys, {key}.<key>=...: {', '.join(inside)}"
     if kind == "string_type" and error["input"] is None:
         return f"missing; give it a value, {key}=..."
     if kind == "string_type":
@@ -408,23 +417,36 @@ def field_at(location: Sequence[int | str]) -> FieldInfo | None:
 
 
 def is_integer(key: str) -> bool:
+    return _may_hold(int, key)
+
+
+def _is_text(key: str) -> bool:
+    return _may_hold(str, key)
+
+
+def _may_hold(kind: type, key: str) -> bool:
+    """Whether a value of the key may be of the kind, or a list of it."""
     field = field_at(key.split("."))
     kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
-    return any(kind is int or get_args(kind)[:1] == (int,) for kind in kinds)
+    return any(one is kind or get_args(one)[:1] == (kind,) for one in kinds)
 
 
 def _found(location: Sequence[int | str]) -> tuple[str, FieldInfo | None]:
     key, field = "", None
     models: tuple[type[BaseModel], ...] = (RunConfig,)
+    untold = False  # a union of sections, of which pydantic tells the one by its tag
     for part in location:
+        tagged = tuple(model for model in models if untold and part in tags_of(model))
+        untold = False
         if isinstance(part, int):
             key += f"[{part}]"
-        elif tagged := tuple(model for model in models if part in tags_of(model)):
+        elif tagged:
             models = tagged
         elif models:  # else a plain value: the part is pydantic's name of one of its types
             key += f".{part}" if key else part
             field = next((model.model_fields[part] for model in models if part in model.model_fields), None)
             models = sections_of(field.annotation) if field is not None else ()
+            untold = field is not None and field.discriminator is not None
     return key, field
 
 
@@ -465,8 +487,22 @@ def choices_with(key: str) -> list[str]:
     if len(having) == len(sections):
         return []
     tags = {tag for section in having for tag in tags_of(section)}
+    return [choice for choice, told in _tags_of_choices(group).items() if told in tags]
+
+
+def choices_named(override: str) -> list[str]:
+    """`optimizer=adamw` of `optimizer.name=adamw`: the choices that have the name, or kind; none of another override."""
+    group, _, tag = key_of(override).partition(".")
+    field = RunConfig.model_fields.get(group)
+    if field is None or field.discriminator is None or tag != field.discriminator:
+        return []
+    named = unquoted(override.partition("=")[2])
+    return [f"{group}={choice}" for choice, told in _tags_of_choices(group).items() if told == named]
+
+
+def _tags_of_choices(group: str) -> dict[str, Any]:
     files = {choice: read_yaml(CONFIG_DIRECTORY / group / f"{choice}.yaml") for choice in group_options(group)}
-    return [choice for choice, values in files.items() if _tag(values.get(group, values)) in tags]
+    return {choice: _tag(values.get(group, values)) for choice, values in files.items()}
 
 
 def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int | str] = ()) -> str:
@@ -477,7 +513,10 @@ def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int
         values: of the configuration, without the key or with it; empty where they are not known.
         location: pydantic's, of a key in a file.
     """
-    section = key.rpartition(".")[0]
+    section, _, leaf = key.rpartition(".")
+    whole = key.partition("[")[0]
+    if whole != key and whole in known_keys():
+        return f"; {whole} is no list; write {whole}=..."
     if any("." in str(part) for part in location):
         return f"; nest it, {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
     if key in config_groups():
@@ -490,6 +529,8 @@ def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int
             instead = f"; did you mean {either(other)}?" if other else ""
             return f"; it is a key of {group}={either(choices)}{has_not}{instead}"
         return f"; the files leave out {section or key}, or give it one value; correct that, or set it with ++{key}=..."
+    if section in config_groups() and leaf in group_options(section):
+        return f"; did you mean {section}={leaf}?"
     meant, conversion = suggestions(key, values)
     if meant:
         hint = f"; did you mean {either([one + _of_choice(one, values) for one in meant])}?"
@@ -587,6 +628,15 @@ def causes(error: BaseException) -> Iterator[BaseException]:
     while at is not None:
         yield at
         at = at.__cause__ or at.__context__
+
+
+def unquoted(value: str) -> str:
+    return value.strip("'\"")
+
+
+def of_element(key: str) -> str:
+    """`optimizer.betas[0]` of Hydra's `optimizer.betas.0`."""
+    return re.sub(r"\.(\d+)$", r"[\1]", key)
 
 
 def key_of(override: str) -> str:

@@ -323,6 +323,14 @@ def test_a_trial_that_cannot_be_resolved_does_not_end_its_sweep(capfd: pytest.Ca
     assert "nowhere" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("given", [[], ["optimizer.name=lion"]])
+def test_the_name_of_an_optimizer_may_stand_in_a_file_or_repeat_the_choice(given: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [config, override optimizer: lion, _self_]\noptimizer: {name: lion}\n"
+    )
+    assert compose(given, Primary("mine", tmp_path)).optimizer.name == "lion"
+
+
 def test_a_file_that_builds_on_itself_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("defaults: [config, _self_]\n")
     with pytest.raises(ConfigurationError, match=r"config\.yaml: its defaults list leads back to itself"):
