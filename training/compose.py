@@ -40,6 +40,7 @@ from training.mistakes import (
     either,
     key_of,
     not_an_override,
+    of_element,
     omegaconf_problem,
     reword_composition_error,
     reword_validation_error,
@@ -413,10 +414,17 @@ def check_hydra(config: DictConfig, overrides: Sequence[str]) -> None:
             raise ConfigurationError(
                 f"{shown(path)}={shown(value)}: has a control character, such as a line's end; leave it out"
             )
-    setup = launcher.get("setup")
-    if setup and setup != _own_setup() and not SETUP_KEYS & {key_of(override) for override in overrides}:
+    setup = launcher.get("setup") or []
+    commands = setup if isinstance(setup, list) else [setup]
+    given = {of_element(key_of(override)) for override in overrides}
+    of_files = [
+        command
+        for at, command in enumerate(commands)
+        if command not in _own_setup() and not {f"{key}[{at}]" for key in SETUP_KEYS} & given
+    ]
+    if of_files and not SETUP_KEYS & given:
         raise ConfigurationError(
-            f"launcher.setup={shown(setup)}: a file sets the shell commands of a job, which the command line alone may; "
+            f"launcher.setup={shown(of_files)}: a file sets the shell commands of a job, which the command line alone may; "
             "give launcher.setup=[...] there"
         )
 

@@ -106,7 +106,7 @@ CONVERSIONS = {
     **dict.fromkeys(("world_size", "ranks", "num_processes"), "It counts the ranks of one node"),
     **dict.fromkeys(("dtype", "bf16", "fp16", "amp", "mixed_precision"), "It is auto, fp32 or bf16"),
     **dict.fromkeys(("cuda", "cpu"), "It is auto, cpu or cuda"),
-    "rho": "It is the authors' rho * bs / N, with N the tokens of an estimate",
+    "rho": "It is the authors' rho * bs / N: their bs, in tokens, over the N tokens of an estimate",
 }
 # The same as `SYNONYMS` for choices.
 SYNONYMS_OF_CHOICES = {
@@ -360,7 +360,7 @@ def expectation(errors: Sequence[Any], key: str, field: FieldInfo | None) -> str
             default = default[0]
         example = default if type(default) is float else "6e-4"
         numbers = str(error["input"]).split()
-        if len(numbers) > 1 and key.endswith("]"):
+        if len(numbers) > 1 and key.endswith("]") and all(re.fullmatch(r"[-+\d.eE]+", number) for number in numbers):
             return f"not a number; part them with commas: '{key.rpartition('[')[0]}=[{shown(','.join(numbers))}]'"
         number = "finite number" if kind == "finite_number" else "number"
         return f"not a {number}; give one such as {example}{or_null}"
@@ -515,7 +515,8 @@ def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int
     """
     section, _, leaf = key.rpartition(".")
     whole = key.partition("[")[0]
-    if whole != key and whole in known_keys():
+    field = field_at(whole.split("."))
+    if whole != key and field is not None and not sections_of(field.annotation):
         return f"; {whole} is no list; write {whole}=..."
     if any("." in str(part) for part in location):
         return f"; nest it, {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
@@ -640,5 +641,4 @@ def of_element(key: str) -> str:
 
 
 def key_of(override: str) -> str:
-    """The key of an override, that of the list where it is of an element: `launcher.setup[0]=...`."""
-    return re.sub(r"(\[\d+\]|\.\d+)$", "", override.lstrip("+~").partition("=")[0])
+    return override.lstrip("+~").partition("=")[0]
