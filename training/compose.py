@@ -356,7 +356,7 @@ def refuse_choices_by_name(overrides: Sequence[str], primary: Primary) -> None:
     Raises:
         ConfigurationError: naming the choices that have the name.
     """
-    named = [override for override in overrides if choices_named(override)]
+    named = [override for override in overrides if override[:1] != "~" and choices_named(override)]
     if primary.is_record or not named:
         return
     chosen = flat(compose_dictionary([override for override in overrides if override not in named], primary))
