@@ -44,6 +44,7 @@ from training.config import ConfigurationError
 from training.exit_codes import EXIT_PREEMPTED
 from training.jobs import at_once, launch
 from training.records import RecordError
+from training.secrets import redacted
 from training.terminal import SafeConsole, printable
 
 # What may be said on the command line: how the runs are run. What determines their curves belongs in the study file.
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for path in write_sweeps(spec, options.sweeps or places.records / "sweeps"):
                 console.print(f"wandb sweep {path}", highlight=False)
     except (ConfigurationError, FileNotFoundError, RecordError, RuntimeError, ValueError) as error:
-        print(printable(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
+        print(printable(redacted(f"error: {' '.join(str(error).split())}")), file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
     except OSError as error:
         return refuse(cannot_use(error, options.records))
@@ -110,7 +111,7 @@ def split(overrides: Sequence[str]) -> tuple[str, list[str], list[str]]:
     study, launcher, extras = None, [], []
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if "=" not in override:
+        if "=" not in override and not override.startswith("~"):
             raise ConfigurationError(f"{override}: not an override; write study={override}")
         if key == "launcher":
             raise ConfigurationError(f"{override}: a study's trials are launched by Hydra; give hydra/launcher={value}")

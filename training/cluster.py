@@ -25,7 +25,7 @@ from training.config import (
     divisors,
 )
 from training.config_files import parse_value
-from training.mistakes import choose_from, either, expectation, likely, shown
+from training.mistakes import choose_from, either, expectation, key_of, likely, shown
 
 GPU_DIRECTORY = CONFIG_DIRECTORY / "cluster"
 PREFIX = "cluster."
@@ -81,7 +81,7 @@ def split_cluster(overrides: Sequence[str]) -> tuple[ClusterConfig, list[str]]:
     given: dict[str, Any] = {}
     others = []
     for override in overrides:
-        key, equals, value = override.partition("=")
+        key, equals, value = override.lstrip("+").partition("=")
         if key in ClusterConfig.model_fields or key == "cluster":
             raise ConfigurationError(f"{override}: did you mean {PREFIX}{'gpu' if key == 'cluster' else key}={value}?")
         if not key.startswith(PREFIX):
@@ -119,11 +119,14 @@ def compose_for(overrides: Sequence[str], cluster: ClusterConfig) -> tuple[RunCo
     defaults are a laptop's; a batch that the ranks cannot share becomes the nearest that they can.
     """
     notes: list[str] = []
-    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    given = {key_of(override) for override in overrides}
+    composed = compose_dictionary(overrides)
+    if not all(isinstance(composed.get(section), dict) for section in ("model", "train")):
+        validate(composed)  # which refuses it
     assumed: list[str] = []
     recipe = {"train.global_batch_size": 480, "train.sequence_length": 1024, "train.steps": 100_000}
     if "experiment" not in given:
-        context = compose_dictionary(overrides)["model"].get("block_size")
+        context = composed["model"].get("block_size")
         if isinstance(context, int):
             recipe["train.sequence_length"] = min(context, recipe["train.sequence_length"])
         assumed = [f"{key}={value}" for key, value in recipe.items() if key not in given]
@@ -142,8 +145,10 @@ def compose_for(overrides: Sequence[str], cluster: ClusterConfig) -> tuple[RunCo
         )
         train["global_batch_size"] = nearest
         train["micro_batch_size"] = fitting_micro_batch(train, gpus, notes)
-    train["precision"] = "bf16" if train["precision"] == "auto" else train["precision"]
-    train["compile"] = True if train["compile"] == "auto" else train["compile"]
+    if train.get("precision", "auto") == "auto":
+        train["precision"] = "bf16"
+    if train.get("compile", "auto") == "auto":
+        train["compile"] = True
     config = validate(values)
     if config.strategy.name == "single" and cluster.gpus > 1:
         raise ConfigurationError(

@@ -31,6 +31,7 @@ from training.exit_codes import EXIT_CONFIGURATION, EXIT_HELD
 from training.inputs import refuse_absent_inputs
 from training.launch import in_job, run_in_job, start_ranks
 from training.mistakes import not_a_flag
+from training.secrets import redacted
 from training.sweep import sweep
 from training.terminal import printable
 
@@ -70,7 +71,7 @@ def start(config: RunConfig) -> int:
 
 def refuse(error: Exception) -> int:
     """One line on each node's standard error, and the exit code of what cannot be run: not at all, or not now."""
-    line = f"error: {printable(' '.join(str(error).split()))}"
+    line = f"error: {printable(redacted(' '.join(str(error).split())))}"
     # What a node's ranks meet, those of other nodes may not.
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, RankRefusedError):
         print(line, file=sys.stderr, flush=True)

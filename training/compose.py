@@ -30,16 +30,22 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from training.config import ConfigurationError, RunConfig, whole
+from training.config import ConfigurationError, RunConfig, flat, whole
 from training.config_files import CONFIG_DIRECTORY, read_text, read_yaml
 from training.mistakes import (
+    OTHER_COMMANDS,
     causes,
+    choices_named,
     config_groups,
+    either,
     key_of,
+    not_an_override,
+    of_element,
     omegaconf_problem,
     reword_composition_error,
     reword_validation_error,
     shown,
+    unquoted,
 )
 from training.records import CONFIG_FILE, ENVIRONMENT_FILE
 from training.secrets import redacted, secret_in
@@ -253,6 +259,7 @@ def compose_dictionary(overrides: Sequence[str], primary: Primary = PROJECT) -> 
     Raises:
         ConfigurationError: it cannot be composed, or it would have Hydra call what is none of its own plugins.
     """
+    refuse_choices_by_name(overrides, primary)
     outer = GlobalHydra.instance().hydra  # inside a Hydra job (multirun) another Hydra is already initialised
     try:
         with worded_errors(overrides, primary):
@@ -303,7 +310,12 @@ def quoted(override: str) -> str:
     """The override as Hydra reads it: an element of a list as `key.0=`, and a value in quotes where that is needed.
 
     It is where Hydra could not read the value and it has none of Hydra's syntax: `name=jörg`.
+
+    Raises:
+        ConfigurationError: it adds a value without a key.
     """
+    if override.startswith(("+=", "++=")):  # of which Hydra asserts that there are none
+        raise ConfigurationError(not_an_override(override, [override]))
     override = _ELEMENT.sub(r"\1.\2=", override, count=1)
     key, equals, value = override.partition("=")
     if not equals or not value or _SYNTAX.search(value):
@@ -319,8 +331,13 @@ def made_again(primary: Primary, overrides: Sequence[str]) -> list[str]:
     """The overrides as Hydra reads them. A record's run begins at step 0 and replaces nothing.
 
     Raises:
-        ConfigurationError: another seed for a record, which holds the seeds that follow from its own.
+        ConfigurationError: an override of another command; or another seed for a record, which holds the
+            seeds that follow from its own.
     """
+    for override in overrides:
+        group = key_of(override).partition(".")[0]
+        if group in OTHER_COMMANDS and "=" in override:
+            raise ConfigurationError(f"{shown(override)}: {OTHER_COMMANDS[group]} {shown(override.lstrip('+'))}")
     overrides = [quoted(override) for override in overrides]
     if not primary.is_record:
         return overrides
@@ -331,6 +348,24 @@ def made_again(primary: Primary, overrides: Sequence[str]) -> list[str]:
             "give seeds.model=, seeds.data= and seeds.curvature= too"
         )
     return ["resume=auto", "overwrite=false", *QUIET, *overrides]
+
+
+def refuse_choices_by_name(overrides: Sequence[str], primary: Primary) -> None:
+    """Refuse `optimizer.name=adamw` where another is chosen: the name would change, and the keys of the chosen one stay.
+
+    Raises:
+        ConfigurationError: naming the choices that have the name.
+    """
+    named = [override for override in overrides if override[:1] != "~" and choices_named(override)]
+    if primary.is_record or not named:
+        return
+    chosen = flat(compose_dictionary([override for override in overrides if override not in named], primary))
+    for override in named:
+        if chosen.get(key_of(override)) != unquoted(override.partition("=")[2]):
+            choices = either(choices_named(override))
+            raise ConfigurationError(
+                f"{shown(override)}: the name without the keys that belong to it; choose the group: {choices}"
+            )
 
 
 def launched_here(values: dict[str, Any]) -> dict[str, Any]:
@@ -379,10 +414,17 @@ def check_hydra(config: DictConfig, overrides: Sequence[str]) -> None:
             raise ConfigurationError(
                 f"{shown(path)}={shown(value)}: has a control character, such as a line's end; leave it out"
             )
-    setup = launcher.get("setup")
-    if setup and setup != _own_setup() and not SETUP_KEYS & {key_of(override) for override in overrides}:
+    setup = launcher.get("setup") or []
+    commands = setup if isinstance(setup, list) else [setup]
+    given = {of_element(key_of(override)) for override in overrides}
+    of_files = [
+        command
+        for at, command in enumerate(commands)
+        if command not in _own_setup() and not {f"{key}[{at}]" for key in SETUP_KEYS} & given
+    ]
+    if of_files and not SETUP_KEYS & given:
         raise ConfigurationError(
-            f"launcher.setup={shown(setup)}: a file sets the shell commands of a job, which the command line alone may; "
+            f"launcher.setup={shown(of_files)}: a file sets the shell commands of a job, which the command line alone may; "
             "give launcher.setup=[...] there"
         )
 

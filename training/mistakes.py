@@ -4,6 +4,7 @@ import difflib
 import functools
 import re
 import shlex
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,7 +63,9 @@ SYNONYMS = {
     "schedule.warmup_steps": "warmup warmup_iters num_warmup_steps lr_warmup_steps",
     "schedule.warmup_share": "warmup_ratio warmup_fraction",
     "schedule.final_ratio": "min_lr lr_min final_lr end_lr min_lr_ratio",
-    "strategy": "distributed parallel ddp fsdp",
+    "strategy": "distributed parallel",
+    "strategy=ddp": "ddp",
+    "strategy=fsdp": "fsdp",
     "strategy.zero_stage": "zero stage zero_optimization",
     "train.steps": "steps max_steps max_iters num_steps train_steps total_steps iters iterations epochs num_epochs",
     "train.global_batch_size": "batch_size batch bs train_batch_size",
@@ -85,7 +88,27 @@ SYNONYMS = {
     "launcher.nproc_per_node": "gpus num_gpus n_gpus ngpus gpu devices world_size nproc ranks num_processes",
     "launcher.nodes": "num_nodes nnodes n_nodes",
 }
-# The same for choices.
+# Those of them whose value is of another unit or meaning, and what the key takes: the value is not handed on.
+CONVERSIONS = {
+    **dict.fromkeys(("min_lr", "lr_min", "final_lr", "end_lr"), "It is that rate / optimizer.lr"),
+    **dict.fromkeys(
+        ("epochs", "num_epochs"),
+        "An epoch has tokens of the corpus / (train.global_batch_size * train.sequence_length) of them",
+    ),
+    **dict.fromkeys(
+        ("eval_iters", "eval.iters", "eval.batches"), "In tokens: batches * sequences of each * train.sequence_length"
+    ),
+    **dict.fromkeys(
+        ("gradient_accumulation_steps", "grad_accum_steps", "accumulation_steps"),
+        "In sequences; the steps of accumulation follow from it",
+    ),
+    **dict.fromkeys(("batch_size", "batch", "bs"), "In sequences, of all ranks and accumulated micro-batches together"),
+    **dict.fromkeys(("world_size", "ranks", "num_processes"), "It counts the ranks of one node"),
+    **dict.fromkeys(("dtype", "bf16", "fp16", "amp", "mixed_precision"), "It is auto, fp32 or bf16"),
+    **dict.fromkeys(("cuda", "cpu"), "It is auto, cpu or cuda"),
+    "rho": "It is the authors' rho * bs / N: their bs, in tokens, over the N tokens of an estimate",
+}
+# The same as `SYNONYMS` for choices.
 SYNONYMS_OF_CHOICES = {
     "model=gpt2_small": "gpt2 gpt2_124m gpt2_125m 124m 125m small",
     "model=gpt2_medium": "gpt2_355m gpt2_350m 355m 350m medium",
@@ -127,12 +150,10 @@ def reword_composition_error(
         if re.search(r"\s\S+=", choice):
             return f"{shown(f'{group}={choice}')}: several overrides in one pair of quotes; quote each of them alone"
         return f"{group}={choice}: there is no such choice; {choose_from(choice, options, group)}"
+    if "Could not override ''" in text:
+        return not_an_override(next(one for one in overrides if not key_of(one)), overrides)
     if match := re.search(r"Could not override '([^']+)'", text):
-        key = match.group(1)
-        group = key.partition(".")[0]
-        if group in OTHER_COMMANDS:
-            given = next((one for one in overrides if key_of(one) == key), key)
-            return f"{shown(given)}: {OTHER_COMMANDS[group]} {shown(given)}"
+        key = of_element(match.group(1))
         if not re.search(r"No match in the defaults list", text):
             return f"{key}: unknown key{did_you_mean_key(key, chosen())}"
         if key in config_groups():
@@ -142,7 +163,8 @@ def reword_composition_error(
             )
         return f"{key}: there is no such configuration group; choose one of {', '.join(config_groups())}"
     if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", chain):
-        return f"{match.group(2)}: unknown key{did_you_mean_key(match.group(2), chosen())}"
+        key = of_element(match.group(2))
+        return f"{key}: unknown key{did_you_mean_key(key, chosen())}"
     if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'", text):
         return several_values(match.group(1))
     if isinstance(error, OverrideParseException):
@@ -168,10 +190,11 @@ def reword_composition_error(
 def several_values(override: str) -> str:
     """One line for `seed=0,1` without -m."""
     key, _, values = override.partition("=")
-    given = shown(override)
-    sweep = f"sweep over them: python train.py -m {given}"
+    key = of_element(key)
+    given = shown(f"{key}={values}")
+    sweep = f"sweep over them: python train.py -m {shlex.quote(given)}"
     field = field_at(key.lstrip("+").split("."))
-    if field is not None and get_origin(field.annotation) is tuple:
+    if field is not None and get_origin(field.annotation) is tuple and not key.endswith("]"):
         return f"{given}: several values, not a list; write '{key}=[{shown(values)}]', or {sweep}"
     return f"{given}: several values; give one, or {sweep}"
 
@@ -198,7 +221,7 @@ def not_an_override(override: str, overrides: Sequence[str]) -> str:
         members = [member.strip() for member in value.strip("(){}[]").split(",")]
         listed = ",".join(f"'{one}'" if get_args(field.annotation)[0] is str else one for one in members)
         return f'{given}: not a list; write "{key}=[{shown(listed)}]"'
-    if value.endswith(","):
+    if value.endswith(",") and value.count("[") <= value.count("]"):
         return f"{given}: not an override; leave out the comma: {shown(override.rstrip(','))}"
     if re.fullmatch(r"[+~]*[\w./@-]+", key, re.ASCII) and value and value[0] not in "[{'\"":
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
@@ -214,7 +237,9 @@ def not_an_override(override: str, overrides: Sequence[str]) -> str:
             return f"{given}: not an override; did you mean {either(chosen)}?"
         if name in known_keys():
             return f"{given}: not an override; write {name}={value or '<value>'}"
-    if not equals and before and "=" in before[-1]:
+    if override in ("help", "version", "usage"):
+        return f"{given}: not an override; see --help"
+    if override and not equals and before and _is_text(key_of(before[-1])):
         quoted = shlex.quote(f"{before[-1]} {override}")
         return f"{given}: not an override; write key=value, and put a value with spaces in quotes: {shown(quoted)}"
     remedy = "write key=value, and quote lists and text in them, as in 'optimizer.betas=[0.9,0.95]' \"data.paths=['a b.txt']\""
@@ -226,10 +251,18 @@ def not_a_flag(message: str) -> str:
     match = re.fullmatch(r"unrecognized arguments: -+([\w.-]+)(=\S*)?.*", message, re.DOTALL)
     if match is None:
         return f"{message}; overrides are written key=value, see --help"
-    flag, value = match.group(1).replace("-", "_"), match.group(2) or "=<value>"
-    name = flag if flag in known_keys() else next(iter(suggestions(flag, {})), "key")
-    written = name if "=" in name else name + value
-    return f"{shown(message.partition(': ')[2])}: no such flag; overrides are written without dashes: {shown(written)}"
+    flag, value = match.groups()
+    if not value:  # argparse takes the next word for an override
+        words = sys.argv[1:]
+        after = next((words[at + 1 : at + 2] for at, word in enumerate(words) if word.lstrip("-") == flag), [])
+        value = f"={after[0]}" if after and not re.search("^-|=", after[0]) else "=<value>"
+    meant, conversion = suggestions(flag, {})
+    key = meant[0] if meant else "key"
+    if conversion:
+        value = "=<value>"
+    written = key if "=" in key else key + value
+    line = f"{shown(message.partition(': ')[2])}: no such flag; overrides are written without dashes: {shown(written)}"
+    return f"{line}. {conversion}" if conversion else line
 
 
 def omegaconf_problem(error: BaseException) -> str:
@@ -295,8 +328,10 @@ def _listed(names: Sequence[str]) -> str:
 
 def shown(value: Any) -> str:
     """A value as one types it, on one line, of no more than two hundred characters and without secrets."""
-    if value is None or isinstance(value, bool):
-        value = {None: "null", True: "true", False: "false"}[value]
+    if value is None:
+        value = "null"
+    if isinstance(value, bool):
+        value = "true" if value else "false"
     if isinstance(value, (list, tuple)):
         value = f"[{','.join(map(shown, value))}]"
     # Hidden before the cut, of which a secret would leave its head.
@@ -324,7 +359,11 @@ def expectation(errors: Sequence[Any], key: str, field: FieldInfo | None) -> str
         if isinstance(default, tuple):  # of a list, one of whose members this is
             default = default[0]
         example = default if type(default) is float else "6e-4"
-        return f"not a {'finite ' * (kind == 'finite_number')}number; give one such as {example}{or_null}"
+        numbers = str(error["input"]).split()
+        if len(numbers) > 1 and key.endswith("]") and all(re.fullmatch(r"[-+\d.eE]+", number) for number in numbers):
+            return f"not a number; part them with commas: '{key.rpartition('[')[0]}=[{shown(','.join(numbers))}]'"
+        number = "finite number" if kind == "finite_number" else "number"
+        return f"not a {number}; give one such as {example}{or_null}"
     if kind in ("int_parsing", "int_type", "int_from_float"):
         if isinstance(error["input"], float) and error["input"].is_integer():
             return f"too large a number; give a smaller one{or_null}"
@@ -342,7 +381,8 @@ def expectation(errors: Sequence[Any], key: str, field: FieldInfo | None) -> str
         return list_expected(error["input"], key, field)
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         inside = [known.removeprefix(f"{key}.") for known in sorted(known_keys()) if known.startswith(f"{key}.")]
-        return f"a section, not a value; set one of its keys, {key}.<key>=...: {', '.join(inside)}"
+        instead = "not a switch; give true or false, or" if key == "profile" else "a section, not a value;"
+        return f"{instead} set one of its keys, {key}.<key>=...: {', '.join(inside)}"
     if kind == "string_type" and error["input"] is None:
         return f"missing; give it a value, {key}=..."
     if kind == "string_type":
@@ -377,23 +417,36 @@ def field_at(location: Sequence[int | str]) -> FieldInfo | None:
 
 
 def is_integer(key: str) -> bool:
+    return _may_hold(int, key)
+
+
+def _is_text(key: str) -> bool:
+    return _may_hold(str, key)
+
+
+def _may_hold(kind: type, key: str) -> bool:
+    """Whether a value of the key may be of the kind, or a list of it."""
     field = field_at(key.split("."))
     kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
-    return any(kind is int or get_args(kind)[:1] == (int,) for kind in kinds)
+    return any(one is kind or get_args(one)[:1] == (kind,) for one in kinds)
 
 
 def _found(location: Sequence[int | str]) -> tuple[str, FieldInfo | None]:
     key, field = "", None
     models: tuple[type[BaseModel], ...] = (RunConfig,)
+    untold = False  # a union of sections, of which pydantic tells the one by its tag
     for part in location:
+        tagged = tuple(model for model in models if untold and part in tags_of(model))
+        untold = False
         if isinstance(part, int):
             key += f"[{part}]"
-        elif tagged := tuple(model for model in models if part in tags_of(model)):
+        elif tagged:
             models = tagged
         elif models:  # else a plain value: the part is pydantic's name of one of its types
             key += f".{part}" if key else part
             field = next((model.model_fields[part] for model in models if part in model.model_fields), None)
             models = sections_of(field.annotation) if field is not None else ()
+            untold = field is not None and field.discriminator is not None
     return key, field
 
 
@@ -434,8 +487,22 @@ def choices_with(key: str) -> list[str]:
     if len(having) == len(sections):
         return []
     tags = {tag for section in having for tag in tags_of(section)}
+    return [choice for choice, told in _tags_of_choices(group).items() if told in tags]
+
+
+def choices_named(override: str) -> list[str]:
+    """`optimizer=adamw` of `optimizer.name=adamw`: the choices that have the name, or kind; none of another override."""
+    group, _, tag = key_of(override).partition(".")
+    field = RunConfig.model_fields.get(group)
+    if field is None or field.discriminator is None or tag != field.discriminator:
+        return []
+    named = unquoted(override.partition("=")[2])
+    return [f"{group}={choice}" for choice, told in _tags_of_choices(group).items() if told == named]
+
+
+def _tags_of_choices(group: str) -> dict[str, Any]:
     files = {choice: read_yaml(CONFIG_DIRECTORY / group / f"{choice}.yaml") for choice in group_options(group)}
-    return [choice for choice, values in files.items() if _tag(values.get(group, values)) in tags]
+    return {choice: _tag(values.get(group, values)) for choice, values in files.items()}
 
 
 def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int | str] = ()) -> str:
@@ -446,7 +513,11 @@ def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int
         values: of the configuration, without the key or with it; empty where they are not known.
         location: pydantic's, of a key in a file.
     """
-    section = key.rpartition(".")[0]
+    section, _, leaf = key.rpartition(".")
+    whole = key.partition("[")[0]
+    field = field_at(whole.split("."))
+    if whole != key and field is not None and not sections_of(field.annotation):
+        return f"; {whole} is no list; write {whole}=..."
     if any("." in str(part) for part in location):
         return f"; nest it, {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
     if key in config_groups():
@@ -459,29 +530,41 @@ def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int
             instead = f"; did you mean {either(other)}?" if other else ""
             return f"; it is a key of {group}={either(choices)}{has_not}{instead}"
         return f"; the files leave out {section or key}, or give it one value; correct that, or set it with ++{key}=..."
-    if meant := suggestions(key, values):
-        return f"; did you mean {either([one + _of_choice(one, values) for one in meant])}?"
+    if section in config_groups() and leaf in group_options(section):
+        return f"; did you mean {section}={leaf}?"
+    meant, conversion = suggestions(key, values)
+    if meant:
+        hint = f"; did you mean {either([one + _of_choice(one, values) for one in meant])}?"
+        return f"{hint} {conversion}" if conversion else hint
     inside = sorted(known.rpartition(".")[2] for known in known_keys(values) if known.rpartition(".")[0] == section)
     if not inside:
         return f"; there is no section {section}; the sections are {', '.join(sorted(RunConfig.model_fields))}"
     return f"; known keys{' of ' + section if section else ''}: {', '.join(inside)}"
 
 
-def suggestions(key: str, values: Mapping[str, Any]) -> list[str]:
-    """Known keys that the unknown one may stand for, those of the chosen sections before others."""
-    key = key.replace("-", "_").replace("/", ".")
+def suggestions(key: str, values: Mapping[str, Any]) -> tuple[list[str], str]:
+    """Known keys that the unknown one may stand for, those of the chosen sections before others; and the conversion."""
+    key = key.lower().replace("-", "_").replace("/", ".")
     section, _, leaf = key.rpartition(".")
     known = sorted(known_keys(), key=lambda one: (one.count("."), one))
-    anywhere: dict[str, list[str]] = {}
+    if key in known:
+        return [key], ""
+    by_leaf: dict[str, list[str]] = {}
     for one in known:
-        anywhere.setdefault(one.rpartition(".")[2], []).append(one)
-    anywhere |= _synonyms()
+        by_leaf.setdefault(one.rpartition(".")[2], []).append(one)
     own = {one.rpartition(".")[2]: [one] for one in known if one.rpartition(".")[0] == section}
-    meant = [key] if key in known else anywhere.get(key) or anywhere.get(leaf) or []
-    for names, cutoff in ((own, 0.6), (anywhere, 0.75)):
-        near = difflib.get_close_matches(leaf, names, n=1, cutoff=cutoff)
-        meant = meant or (names[near[0]] if near else [])
-    return ([one for one in meant if not _of_choice(one, values)] or meant)[:3]
+    near = difflib.get_close_matches(leaf, own, n=1, cutoff=0.6)
+    near += difflib.get_close_matches(leaf, {**by_leaf, **_synonyms()}, n=1, cutoff=0.75)
+    for name in (key, leaf, *near):
+        real, meant = by_leaf.get(name, []), _synonyms().get(name, [])
+        if name in own:
+            real, meant = own[name], []
+        elif set(meant) <= set(real):  # of several keys of the name, the one that is meant elsewhere
+            real, meant = meant or real, []
+        fitting = [one for one in real if not _of_choice(one, values)]
+        if found := fitting or [one for one in meant if not _of_choice(one, values)] or meant or real:
+            return found[:3], "" if found[0] in real else CONVERSIONS.get(name, "")
+    return [], ""
 
 
 @functools.cache
@@ -546,6 +629,15 @@ def causes(error: BaseException) -> Iterator[BaseException]:
     while at is not None:
         yield at
         at = at.__cause__ or at.__context__
+
+
+def unquoted(value: str) -> str:
+    return value.strip("'\"")
+
+
+def of_element(key: str) -> str:
+    """`optimizer.betas[0]` of Hydra's `optimizer.betas.0`."""
+    return re.sub(r"\.(\d+)$", r"[\1]", key)
 
 
 def key_of(override: str) -> str:

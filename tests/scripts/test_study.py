@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scripts.study import main
+from scripts.study import main, split
 from tests.studies.small import small
 
 
@@ -22,3 +22,7 @@ def test_what_a_study_may_not_read_is_named_in_one_line(
     code = main([command, f"study={tmp_path}/small.yaml", f"--work={tmp_path}/work", f"--records={tmp_path}/records"])
     (tmp_path / path).chmod(0o755)
     assert str(tmp_path / path) in refused(code)
+
+
+def test_a_key_that_is_of_how_the_runs_are_run_may_be_removed() -> None:
+    assert split(["study=smoke", "~tracker.tags"]) == ("smoke", [], ["~tracker.tags"])

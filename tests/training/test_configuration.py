@@ -1,5 +1,6 @@
 """Composition and validation: every choice composes, every mistake is one line that names key, value and remedy."""
 
+import contextlib
 import copy
 import functools
 from pathlib import Path
@@ -13,9 +14,10 @@ from omegaconf import OmegaConf
 
 from training.command import main, parse
 from training.compose import CONFIG_DIRECTORY, Primary, begin_hydra, compose, compose_dictionary, validate
-from training.config import ConfigurationError, micro_batch_size, nearest_batches
+from training.config import ConfigurationError, SlurmLauncherConfig, micro_batch_size, nearest_batches
 from training.exit_codes import EXIT_FAILED
-from training.mistakes import group_options, is_integer, known_keys
+from training.inputs import refuse_absent_inputs
+from training.mistakes import CONVERSIONS, SYNONYMS, group_options, is_integer, known_keys
 from training.sweep import run_trial, trials
 
 GROUPS = ("model", "data", "tokenizer", "optimizer", "schedule", "strategy", "tracker", "launcher", "experiment")
@@ -147,6 +149,35 @@ def test_an_element_of_a_list_is_set_by_the_notation_of_studies_and_messages() -
     config = compose(["optimizer=adamw", "optimizer.betas[1]=0.9"])
     assert config.optimizer.betas == (0.9, 0.9)
     assert trials(["optimizer.betas[0]=0.8,0.9"]) == [["optimizer.betas.0=0.8"], ["optimizer.betas.0=0.9"]]
+
+
+def test_the_command_line_may_set_one_shell_command_of_a_job_and_a_file_no_other(tmp_path: Path) -> None:
+    given = ["launcher=slurm", "launcher.setup[0]='module load x'"]
+    config = compose(given)
+    assert isinstance(config.launcher, SlurmLauncherConfig)
+    assert config.launcher.setup == ("module load x",)
+    (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\nlauncher: {setup: [one, two]}\n")
+    with pytest.raises(ConfigurationError, match=r"launcher\.setup=\[two\]: a file sets the shell commands"):
+        compose(given, Primary("mine", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("begun", "given", "is_refused"),
+    [
+        ("train.precision=fp32", "train.precision=auto", False),
+        ("train.precision=bf16", "train.precision=auto", False),
+        ("train.precision=bf16", "train.precision=fp32", True),
+        ("train.steps=7", "train.precision=auto", True),
+    ],
+)
+def test_absent_inputs_are_refused_unless_this_very_run_has_begun(
+    begun: str, given: str, is_refused: bool, tmp_path: Path
+) -> None:
+    (tmp_path / compose([begun]).run_name).mkdir()
+    (tmp_path / compose([begun]).run_name / "config.yaml").write_text("")
+    refusal = pytest.raises(ConfigurationError, match="resume: there is no directory")
+    with refusal if is_refused else contextlib.nullcontext():
+        refuse_absent_inputs(compose([given, f"output_dir={tmp_path}", "resume=/nowhere"]))
 
 
 @pytest.mark.parametrize(
@@ -296,6 +327,14 @@ def test_a_trial_that_cannot_be_resolved_does_not_end_its_sweep(capfd: pytest.Ca
     assert "nowhere" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("given", [[], ["optimizer.name=lion"]])
+def test_the_name_of_an_optimizer_may_stand_in_a_file_or_repeat_the_choice(given: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [config, override optimizer: lion, _self_]\noptimizer: {name: lion}\n"
+    )
+    assert compose(given, Primary("mine", tmp_path)).optimizer.name == "lion"
+
+
 def test_a_file_that_builds_on_itself_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("defaults: [config, _self_]\n")
     with pytest.raises(ConfigurationError, match=r"config\.yaml: its defaults list leads back to itself"):
@@ -378,3 +417,7 @@ def test_configurations_that_may_not_be_read_are_one_line(
 def test_a_path_without_the_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config-path", str(tmp_path)]) == 2
     assert f"--config-path {tmp_path}: there is no config.yaml" in capsys.readouterr().err
+
+
+def test_a_conversion_is_of_a_name_that_other_projects_have() -> None:
+    assert CONVERSIONS.keys() <= {name for names in SYNONYMS.values() for name in names.split()}

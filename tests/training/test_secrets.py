@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 from training import command
@@ -31,6 +33,25 @@ def test_no_refusal_shows_a_key(
     assert command.main([override]) == 2
     said = capfd.readouterr()
     assert said.err.count("error: ") == 1
+    assert KEY not in said.err + said.out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"training.command --cfg={KEY}",
+        f"scripts.plan gpus={KEY}",
+        f"scripts.plan cluster.gpus=[{KEY}",
+        f"scripts.study run {KEY}",
+        f"scripts.study run study={KEY}",
+    ],
+)
+def test_no_command_shows_a_key(line: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    module, *words = line.split()
+    assert importlib.import_module(module).main(words) == 2
+    said = capfd.readouterr()
+    assert "<WANDB_API_KEY>" in said.err
     assert KEY not in said.err + said.out
 
 
