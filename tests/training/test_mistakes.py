@@ -64,7 +64,7 @@ PROPOSED = re.compile(r"""(?:write|choose|such as|:) ("[\w.]+=[^"]+"|'[\w.]+=[^'
 #: Remedies that lead to a second line.
 STILL_REFUSED = {
     ("optimizer.betas=[0.9]",),  # closed, and too short
-    ("name=my", "key=value"),  # the form of an override
+    ("data=text",),  # the choice, which needs data.paths
     ("name=my run",),  # quoted, and no valid name
     ("data.paths=['/tmp/jörg']",),  # quoted, and a key of data=text alone
 }
@@ -72,7 +72,7 @@ STILL_REFUSED = {
 
 def remedies(words: list[str], message: str) -> Iterator[list[str]]:
     """The overrides that a message proposes."""
-    yield from (shlex.split(proposed) for proposed in PROPOSED.findall(message))
+    yield from (shlex.split(proposed) for proposed in PROPOSED.findall(message) if proposed != "key=value")
     head = message.partition(": ")[0]
     for meant in re.findall(r"did you mean (.+?)\?", message):
         key, _, choices = meant.partition(" of ")
