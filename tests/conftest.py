@@ -32,7 +32,7 @@ SLOW |= {f"tests/{name}.py" for name in ("data/test_preparation", "models/test_c
 SLOW |= {
     f"tests/scripts/test_{name}.py" for name in ("evaluate", "export", "plan", "results", "sample", "toy_landscape")
 }
-SLOW |= {f"tests/studies/test_{name}.py" for name in ("runner", "smoke", "verify")}
+SLOW |= {f"tests/studies/test_{name}.py" for name in ("ablations", "runner", "smoke", "verify")}
 SLOW |= {"tests/sophia/test_distributed.py", "tests/analysis/test_report.py"}
 SLOW |= {
     f"tests/training/test_{name}.py"

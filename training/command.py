@@ -28,7 +28,6 @@ from training.compose import (
 )
 from training.config import ConfigurationError, RankRefusedError, RunConfig, RunHeldError, SlurmLauncherConfig
 from training.exit_codes import EXIT_CONFIGURATION, EXIT_HELD
-from training.inputs import refuse_absent_inputs
 from training.launch import in_job, run_in_job, start_ranks
 from training.mistakes import not_a_flag
 from training.secrets import redacted
@@ -61,6 +60,8 @@ def start(config: RunConfig) -> int:
     if isinstance(config.launcher, SlurmLauncherConfig):
         return run_in_job(config)
     if "WORLD_SIZE" not in os.environ:  # the ranks of torchrun find it out together
+        from training.inputs import refuse_absent_inputs  # numpy comes with it, which a mistake need not wait for
+
         refuse_absent_inputs(config)
         if config.launcher.nproc_per_node > 1:
             return start_ranks(config)

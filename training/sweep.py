@@ -27,7 +27,6 @@ from training.compose import (
 )
 from training.config import ConfigurationError, RunConfig
 from training.exit_codes import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED
-from training.inputs import refuse_absent_inputs
 from training.launch import in_job, refuse_absent_slurm
 from training.lifeline import die_with_launcher
 from training.mistakes import key_of
@@ -59,6 +58,8 @@ def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
         with worded_errors(overrides, primary):
             master = hydra.compose_config(primary.name, overrides, RunMode.MULTIRUN, with_log_configuration=False)
             check_hydra(master, overrides)
+        from training.inputs import refuse_absent_inputs  # and with it numpy
+
         for config in configs:
             if config.launcher.name != "slurm":  # whose nodes may have files that this one has not
                 refuse_absent_inputs(config)

@@ -131,6 +131,7 @@ def test_sophias_relatives_without_gamma_or_k_are_left_out_of_its_grids(tmp_path
         FIGURES["interval"](results)
 
 
+@pytest.mark.slow
 def test_names_with_dollar_signs_are_drawn_as_they_are_written(tmp_path: Path) -> None:
     study = write_study(tmp_path / "synthetic", models={"tiny": 1e6})
     odd = "$\\frac$"

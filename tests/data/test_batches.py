@@ -44,6 +44,7 @@ def test_targets_are_the_tokens_one_place_further_across_shards(stream: TokenDat
     assert np.array_equal(batch.targets, batch.tokens + 1)
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, (1 << 64) - 1),

@@ -107,11 +107,11 @@ class CoverageMap:
                     known.setdefault(int(line), set()).update(tests)
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """The quickest tests of each file that execute the lines, up to `ENOUGH` seconds of them; of lines that are executed at
-        import, the tests that execute any line of the file."""
+        """The quickest tests of each file that execute the lines, up to `ENOUGH` seconds of them; of lines that only an import,
+        a compiler or another process executes, the tests that execute any line of the file."""
         lines = self.lines.get(mutant.file, {})
         contexts = set().union(*(lines.get(n, set()) for n in range(mutant.line, mutant.last_line + 1)))
-        if contexts == {""}:
+        if contexts <= {""}:
             contexts = set().union(*lines.values())
         tests = {c for c in contexts if "::" in c}
         shared = {c for c in contexts if c and "::" not in c}

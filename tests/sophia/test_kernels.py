@@ -150,6 +150,7 @@ def test_a_row_without_a_common_layout_is_cut_like_any_other(monkeypatch: pytest
     assert bool((a == 1).all())
 
 
+@pytest.mark.slow
 def test_the_unclipped_count_comes_out_of_the_pass_that_updates_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "ROWS", 1)
     scalars = [torch.tensor(value, dtype=torch.float64) for value in (0.1, 0.9, 0.05, 1e-12, 0.1)]

@@ -44,6 +44,7 @@ def test_normals_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(random.normals(0, 1, "w", 3, 999), whole)
 
 
+@pytest.mark.slow
 @given(start=st.integers(0, 50), length=st.integers(1, 3000), step=st.integers(0, 2**40))
 @settings(max_examples=20, deadline=None)
 def test_compiled_normals_have_the_same_bits(start: int, length: int, step: int) -> None:

@@ -92,6 +92,7 @@ def test_the_sweeps_of_every_study_are_what_wandb_takes(study: str, tmp_path: Pa
         assert compose(first_arguments(written)).tracker.name == "wandb"
 
 
+@pytest.mark.slow
 def test_an_agent_runs_a_sweeps_points_and_the_runs_have_its_ids(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ def test_a_mistake_is_refused_before_anything_slow_is_imported(command: str) -> 
     assert done.returncode == 2
     assert "pydantic" in names
     assert not names & SLOW
+    assert "numpy" not in names or command != "train.py"
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert line.startswith("error: ")
 
