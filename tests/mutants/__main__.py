@@ -4,8 +4,8 @@
     python -m tests.mutants --one-in 1         every change: hours
     python -m tests.mutants sophia/lion.py     of single files
 
-`planted.json` has bugs that people make, each with the tests that have to notice it. `survivors.json` has the changes that
-no test notices, with the reason: most change nothing that can be seen. Exit code 1: another change survives.
+`planted.json` has bugs that people make, each with the tests that have to notice it. `survivors.json` has changes that
+no test can notice, each with the reason. Exit code 1: another change survives.
 
 Each change is written to a copy of the tree. Its tests run in a fork of this process, which has imported the libraries.
 """
