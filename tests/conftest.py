@@ -38,8 +38,8 @@ SLOW |= {
     f"tests/training/test_{name}.py"
     for name in (
         *("compiler_cache", "distributed", "environment", "fast_paths", "guards", "jobs", "launch", "launch_jobs"),
-        *("lifeline", "limits", "memory", "mistakes", "planner", "rendezvous", "resume", "resumption", "run"),
-        *("run_directory", "signals", "trackers", "watchdog"),
+        *("help", "lifeline", "limits", "memory", "mistakes", "paper_recipes", "planner", "rendezvous", "resume"),
+        *("resumption", "run", "run_directory", "signals", "trackers", "watchdog"),
     )
 }
 #: Fixtures of a whole session that take a minute. Their tests come first, while the other worker has other tests.
