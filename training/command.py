@@ -96,7 +96,7 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, Primary]:
     Raises:
         ConfigurationError: another flag, which Hydra does not have; or no such file or directory.
     """
-    asked = _parser().parse_intermixed_args(list(arguments))
+    asked = _parser(arguments).parse_intermixed_args(list(arguments))
     if asked.experimental_rerun is not None:
         raise ConfigurationError(
             "--experimental-rerun: would unpickle a file; run the configuration of a record instead"
@@ -116,12 +116,12 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, Primary]:
     return asked, Primary(name, path, added)
 
 
-def _parser() -> ArgumentParser:
-    """Hydra's parser of the command line, whose mistakes are one line."""
+def _parser(arguments: Sequence[str] = ()) -> ArgumentParser:
+    """Hydra's parser of the command line, whose mistakes in the arguments are one line."""
     from hydra._internal.utils import get_args_parser
 
     def refuse_flag(message: str) -> NoReturn:
-        raise ConfigurationError(not_a_flag(message))
+        raise ConfigurationError(not_a_flag(message, arguments))
 
     parser = get_args_parser()
     parser.error = refuse_flag  # type: ignore[method-assign]

@@ -36,7 +36,7 @@ def refuse_absent_inputs(config: RunConfig) -> None:
 
 def _may_have_begun(config: RunConfig) -> bool:
     """Whether there is a run of this name, whose hash is of the precision that the hardware has in the place of auto."""
-    precisions = ("auto", "fp32", "bf16") if config.train.precision == "auto" else (config.train.precision,)
+    precisions = ("fp32", "bf16") if config.train.precision == "auto" else (config.train.precision,)
     trains = [config.train.model_copy(update={"precision": precision}) for precision in precisions]
     names = [config.model_copy(update={"train": train}).run_name for train in trains]
     return any(os.path.isfile(Path(config.output_dir, name, CONFIG_FILE)) for name in names)

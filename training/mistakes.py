@@ -4,7 +4,6 @@ import difflib
 import functools
 import re
 import shlex
-import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -246,14 +245,13 @@ def not_an_override(override: str, overrides: Sequence[str]) -> str:
     return f"{given}: not an override; {remedy}"
 
 
-def not_a_flag(message: str) -> str:
-    """One line for a flag that Hydra's parser does not know; `message` is argparse's."""
+def not_a_flag(message: str, words: Sequence[str]) -> str:
+    """One line for a flag that Hydra's parser does not know; `message` is argparse's of these words."""
     match = re.fullmatch(r"unrecognized arguments: -+([\w.-]+)(=\S*)?.*", message, re.DOTALL)
     if match is None:
         return f"{message}; overrides are written key=value, see --help"
     flag, value = match.groups()
     if not value:  # argparse takes the next word for an override
-        words = sys.argv[1:]
         after = next((words[at + 1 : at + 2] for at, word in enumerate(words) if word.lstrip("-") == flag), [])
         value = f"={after[0]}" if after and not re.search("^-|=", after[0]) else "=<value>"
     meant, conversion = suggestions(flag, {})

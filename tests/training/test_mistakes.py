@@ -107,11 +107,12 @@ def test_a_remedy_that_is_typed_is_no_second_mistake() -> None:
 @pytest.mark.parametrize("given", ["resume=/nowhere", "model.init_from=/nowhere", "data=openwebtext"])
 def test_a_run_that_has_begun_is_not_refused_for_files_that_are_gone(given: str, tmp_path: Path) -> None:
     """It may be finished. One that needs them says so when it opens them."""
-    config = compose([given, f"output_dir={tmp_path}", f"data.directory={tmp_path}/tokens"])
+    config = compose([given, "train.precision=auto", f"output_dir={tmp_path}", f"data.directory={tmp_path}/tokens"])
     with pytest.raises((ConfigurationError, DataError)):
         refuse_absent_inputs(config)
-    (tmp_path / config.run_name).mkdir()
-    (tmp_path / config.run_name / "config.yaml").write_text("")
+    begun = compose([given, "train.precision=fp32", f"output_dir={tmp_path}", f"data.directory={tmp_path}/tokens"])
+    (tmp_path / begun.run_name).mkdir()
+    (tmp_path / begun.run_name / "config.yaml").write_text("")
     refuse_absent_inputs(config)
 
 
