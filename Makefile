@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test test-fast lint bench bench-full test-gpu test-slurm test-faults test-mutants results lock clean help
+.PHONY: setup demo test test-fast lint bench bench-full test-gpu test-slurm test-faults test-mutants wheel results lock clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -57,6 +57,13 @@ test-mutants: setup ## plant bugs one at a time and check that the suite notices
 
 test-faults: setup ## runs killed, corrupted, starved and fed bad input: half an hour, numbers to docs/reliability.md (root for full disks)
 	$(BIN)/python scripts/faults.py
+
+wheel: ## build the library's wheel into dist/ and import it where torch is all that is installed
+	rm -rf dist .venv-wheel && $(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	.venv-wheel/bin/python -m pip install --quiet dist/sophia-*.whl
+	cd / && $(CURDIR)/.venv-wheel/bin/python -I -c 'import sophia; print("imported", sophia.__file__)'
+	rm -rf .venv-wheel
 
 results: setup ## results/cpu_scale and cpu_embeddings: reports, figures and the README's section, from the records
 	$(BIN)/python scripts/results.py
