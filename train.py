@@ -15,12 +15,12 @@ command again and it goes on), 77 another process has the run directory.
 import sys
 
 if __name__ == "__main__":
-    from training.environment import require_environment
+    from training.launching.environment import require_environment
 
     require_environment()
 
-    from training.lifeline import die_with_launcher
-    from training.limits import address_space_failure
+    from training.launching.lifeline import die_with_launcher
+    from training.launching.limits import address_space_failure
 
     die_with_launcher()
     failure = address_space_failure()
@@ -28,7 +28,7 @@ if __name__ == "__main__":
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(2)
     try:
-        from training.command import main  # takes a while, in which the launcher may die
+        from training.launching.command import main  # takes a while, in which the launcher may die
 
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:  # a run that has begun notices signals itself

@@ -23,7 +23,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from training.environment import require_environment
+    from training.launching.environment import require_environment
 
     require_environment()
 
@@ -39,13 +39,13 @@ from studies.records import Places, outcomes
 from studies.runner import Launch, run_study
 from studies.spec import StudySpec, load_spec
 from studies.sweeps import write_sweeps
-from training.command import refuse
 from training.config import ConfigurationError
-from training.exit_codes import EXIT_PREEMPTED
-from training.jobs import at_once, launch
+from training.exits import EXIT_PREEMPTED
+from training.launching.command import refuse
+from training.launching.jobs import at_once, launch
+from training.recording.terminal import SafeConsole, printable
 from training.records import RecordError
 from training.secrets import redacted
-from training.terminal import SafeConsole, printable
 
 # What may be said on the command line: how the runs are run. What determines their curves belongs in the study file.
 RUN_TIME = ("tracker", "launcher", "strategy", "checkpoint", "train.micro_batch_size", "train.compile", "train.device")

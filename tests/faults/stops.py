@@ -19,8 +19,8 @@ import psutil
 from tests.faults.kills import INTERVAL, compare, last_step, overrides_of
 from tests.faults.sittings import LIMIT_SECONDS, Sitting, completed
 from tests.training.runs import summary
-from training import checkpoints
-from training.signals import STOP_SIGNALS
+from training.reliability import checkpoints
+from training.reliability.signals import STOP_SIGNALS
 
 PREEMPTED = 75
 #: A process told twice has ended by then, whatever it was doing.

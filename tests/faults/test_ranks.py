@@ -15,7 +15,7 @@ import pytest
 from tests.faults.kills import overrides_of
 from tests.faults.sittings import Sitting, completed
 from tests.training.runs import curve, lines, prepare_corpus, summary
-from training import checkpoints, heartbeat, watchdog
+from training.reliability import checkpoints, heartbeat, watchdog
 
 
 def hang_on_rank_1(step: int) -> None:
@@ -99,7 +99,7 @@ def test_data_that_one_rank_cannot_read_ends_all_after_a_save(corpus: list[str],
 def die_on_rank_1_before_the_group() -> None:
     import torch.distributed as dist
 
-    from training import heartbeat
+    from training.reliability import heartbeat
 
     heartbeat.LIMIT = 2.0
     if os.environ["RANK"] == "1":
