@@ -42,7 +42,7 @@ from studies.sweeps import write_sweeps
 from training.config import ConfigurationError
 from training.exits import EXIT_PREEMPTED
 from training.launching.command import refuse
-from training.launching.jobs import at_once, launch
+from training.launching.jobs import launch, side_by_side
 from training.recording.terminal import SafeConsole, printable
 from training.records import RecordError
 from training.secrets import redacted
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         places = Places.of(spec.name, options.work, options.records)
         launching = functools.partial(launch_with, launcher=launcher, extras=extras)
         if options.command == "run":
-            return run(spec, places, launching, at_once(launcher), options.hours, console)
+            return run(spec, places, launching, side_by_side(launcher), options.hours, console)
         if options.command == "verify":
             return verify_records(places, console)
         if options.command == "report":

@@ -217,7 +217,7 @@ def mutate_configurations(corpus: Sequence[str], scratch: Path, examples: int, n
             config = validate(values)
         except ConfigurationError as error:
             counts["refused"] += 1
-            line = f"error: {' '.join(str(error).split())}"  # as training.launching.command.refuse prints it
+            line = f"error: {' '.join(str(error).split())}"  # as training.exits.refuse prints it
             if len(line) < 20 or not any(part in line for part in ("=", ":", ";")):
                 faults.append(f"{done}: {line}")
         except Exception as error:

@@ -6,15 +6,13 @@ and --info ask for; it writes no files.
 
 import contextlib
 import io
-import json
 import logging
 import os
 import sys
-import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from data.errors import DataError
 from training.compose import (
@@ -26,13 +24,11 @@ from training.compose import (
     validate,
     worded_errors,
 )
-from training.config import ConfigurationError, RankRefusedError, RunConfig, RunHeldError, SlurmLauncherConfig
-from training.exits import EXIT_CONFIGURATION, EXIT_HELD
-from training.launching.ranks import in_job, run_in_job, start_ranks
+from training.config import ConfigurationError, SlurmLauncherConfig
+from training.exits import EXIT_CONFIGURATION, refuse
+from training.launching.ranks import in_job, start
 from training.launching.sweep import sweep
 from training.mistakes import not_a_flag
-from training.recording.terminal import printable
-from training.secrets import redacted
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -53,36 +49,6 @@ def main(arguments: Sequence[str]) -> int:
         return start(config)
     except (ConfigurationError, DataError) as error:
         return refuse(error)
-
-
-def start(config: RunConfig) -> int:
-    """Run a validated configuration in this process, or in ranks that are started here. Returns the exit code."""
-    if isinstance(config.launcher, SlurmLauncherConfig):
-        return run_in_job(config)
-    if "WORLD_SIZE" not in os.environ:  # the ranks of torchrun find it out together
-        from training.launching.inputs import (
-            refuse_absent_inputs,  # numpy comes with it, which a mistake need not wait for
-        )
-
-        refuse_absent_inputs(config)
-        if config.launcher.nproc_per_node > 1:
-            return start_ranks(config)
-    from training.run import execute
-
-    return execute(config).exit_code
-
-
-def refuse(error: Exception) -> int:
-    """One line on each node's standard error, and the exit code of what cannot be run: not at all, or not now."""
-    line = f"error: {printable(redacted(' '.join(str(error).split())))}"
-    # What a node's ranks meet, those of other nodes may not.
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, RankRefusedError):
-        print(line, file=sys.stderr, flush=True)
-    # torchrun shows its own traceback of whatever rank ends with a code, and last what the rank leaves in this file.
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with contextlib.suppress(OSError):
-            Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
-    return EXIT_HELD if isinstance(error, RunHeldError) else EXIT_CONFIGURATION
 
 
 def _rank() -> int:
@@ -136,7 +102,7 @@ def show(asked: Namespace, primary: Primary) -> int:
     if asked.help:
         from training.launching.help import help_text  # reads and parses the models' source
 
-        return tell(help_text(values))
+        return print_answer(help_text(values))
     with worded_errors(asked.overrides, primary):
         hydra = begin_hydra(primary)
         asked.overrides = made_again(primary, asked.overrides)
@@ -164,21 +130,13 @@ def show_configuration(hydra: "Hydra", asked: Namespace, primary: Primary) -> in
         from training.launching.help import annotated
 
         text = annotated(text) + "\n"
-    return tell(text.removesuffix("\n"))
+    return print_answer(text.removesuffix("\n"))
 
 
-def tell(text: str) -> int:
-    """Print a long answer, whose reader (`| head`) may have had enough before its end."""
+def print_answer(text: str) -> int:
+    """Print a long answer; a reader such as `| head` may close the pipe before its end."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
     return 0
-
-
-def run_job(values: dict[str, Any]) -> int:
-    """One run of plain values; what is wrong with them or the data becomes an exit code."""
-    try:
-        return start(validate(values))
-    except (ConfigurationError, DataError) as error:
-        return refuse(error)

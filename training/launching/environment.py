@@ -7,6 +7,8 @@ import importlib.util
 import os
 import sys
 
+from training.exits import EXIT_CONFIGURATION
+
 OLDEST = (3, 11)
 #: What no command does without, by the names under which it is imported.
 PACKAGES = ("torch", "numpy", "hydra", "pydantic", "rich", "safetensors", "tiktoken", "pyarrow", "scipy")
@@ -26,4 +28,4 @@ def require_environment() -> None:
     remedy = f"activate the project's environment: . {os.path.relpath(ACTIVATE)} (make setup makes it)"
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {problem}; {remedy}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(EXIT_CONFIGURATION)

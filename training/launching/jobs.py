@@ -1,5 +1,4 @@
-"""A list of runs through any of Hydra's launchers: one after the other here, side by side (joblib), on SLURM
-(submitit).
+"""A list of runs through any of Hydra's launchers: one after the other, side by side (joblib), on SLURM (submitit).
 
 Hydra's own multirun takes products of values; a study has a list of overrides for each run, which the launchers take as
 well.
@@ -25,7 +24,7 @@ from training.compose import (
 )
 from training.exits import EXIT_FAILED, EXIT_PREEMPTED
 from training.launching.lifeline import die_with_launcher
-from training.launching.ranks import refuse_absent_slurm
+from training.launching.ranks import refuse_absent_slurm, run_job
 from training.reliability.signals import passed_on_to_workers, stop_pending
 
 
@@ -71,9 +70,8 @@ def launch(jobs: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[
         GlobalHydra.instance().clear()
 
 
-def at_once(launcher: Sequence[str]) -> int | None:
-    """How many jobs a launcher should be handed together: what it runs side by side; None for all there are (a
-    queue)."""
+def side_by_side(launcher: Sequence[str]) -> int | None:
+    """How many jobs a launcher runs side by side; None for all that there are (a queue)."""
     chosen = {key: value.strip("'\"") for key, _, value in (given.lstrip("+").partition("=") for given in launcher)}
     match chosen.get("hydra/launcher", "basic"):
         case "basic":
@@ -90,8 +88,6 @@ def run_logged(config: DictConfig) -> int:
     die_with_launcher()
 
     import torch
-
-    from training.launching.command import run_job
 
     if stop_pending():
         return EXIT_PREEMPTED

@@ -1,4 +1,4 @@
-"""Ranks started from here: by torch's elastic launch on this machine, or as the tasks of a SLURM job.
+"""Start a run: in this process, in ranks on this machine by torch's elastic launch, or as a task of a SLURM job.
 
 The configuration is composed and validated once, in the parent; the ranks receive plain values.
 """
@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+from data.errors import DataError
+from training.compose import validate
 from training.config import ConfigurationError, RankRefusedError, RunConfig, SlurmLauncherConfig
-from training.exits import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_PREEMPTED, EXIT_RANK_LOST
+from training.exits import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_PREEMPTED, EXIT_RANK_LOST, refuse
 from training.launching.lifeline import die_with_launcher
 from training.launching.limits import descriptors_failure
 from training.reliability.signals import heeded
@@ -26,6 +28,30 @@ NOT_BEGUN = -1  # no exit code: a rank that has not begun the run
 SAVING_SECONDS = 300
 #: How long a preempted task waits for SLURM to end it before it ends itself.
 REQUEUE_SECONDS = 120
+
+
+def start(config: RunConfig) -> int:
+    """Run a validated configuration in this process, or in ranks that are started here. Returns the exit code."""
+    if isinstance(config.launcher, SlurmLauncherConfig):
+        return run_in_job(config)
+    if "WORLD_SIZE" not in os.environ:  # the ranks of torchrun find it out together
+        # Imports numpy, which a refusal of the configuration need not wait for.
+        from training.launching.inputs import refuse_absent_inputs
+
+        refuse_absent_inputs(config)
+        if config.launcher.nproc_per_node > 1:
+            return start_ranks(config)
+    from training.run import execute
+
+    return execute(config).exit_code
+
+
+def run_job(values: dict[str, Any]) -> int:
+    """One run of plain values; what is wrong with them or the data becomes an exit code."""
+    try:
+        return start(validate(values))
+    except (ConfigurationError, DataError) as error:
+        return refuse(error)
 
 
 def in_job() -> bool:
@@ -88,9 +114,7 @@ def start_ranks(config: RunConfig) -> int:
     codes = multiprocessing.get_context("spawn").Array("i", [NOT_BEGUN] * ranks, lock=False)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(
-            signal.SIGHUP, signal.SIG_IGN
-        )  # it never counts as the second signal (training/reliability/signals.py)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # never counts as the second signal (reliability/signals.py)
         raise SignalException(f"process {os.getpid()} got signal {number}", sigval=signal.Signals(number))
 
     handlers = {number: signal.signal(number, stop) for number in heeded()}
@@ -146,16 +170,13 @@ def describe_failure(error: Any) -> str:
         how = str(failure.message.get("message", how)).strip().splitlines()[-1]
     elif isinstance(failure.message, str) and "To enable traceback" not in failure.message:
         how = failure.message.strip().splitlines()[-1]
-    return f"rank {rank} failed ({how}) and the others were stopped; started again, the run goes on from its checkpoint"
+    return f"rank {rank} failed ({how}) and the others were stopped; rerun the same command to resume from the last checkpoint"
 
 
 def run_rank(values: dict[str, Any], codes: Any) -> int:
     """One rank's work: validate again (cheap), run, and return the exit code, which is also left in `codes`."""
     die_with_launcher()
 
-    from data.errors import DataError
-    from training.compose import validate
-    from training.launching.command import refuse
     from training.run import execute
 
     # A terminal's Ctrl-C goes to its whole process group. The parent passes it on; twice would mean "at once".

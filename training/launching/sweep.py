@@ -23,12 +23,13 @@ from training.compose import (
     made_again,
     quoted,
     resolved,
+    validate,
     worded_errors,
 )
 from training.config import ConfigurationError, RunConfig
-from training.exits import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED
+from training.exits import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, refuse
 from training.launching.lifeline import die_with_launcher
-from training.launching.ranks import in_job, refuse_absent_slurm
+from training.launching.ranks import in_job, refuse_absent_slurm, start
 from training.mistakes import key_of
 from training.reliability.signals import passed_on_to_workers, stop_pending
 from training.secrets import redacted
@@ -76,11 +77,11 @@ def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
     finally:
         GlobalHydra.instance().clear()
     ended = [trial for batch in batches for trial in batch]
-    _tell_held([list(trial.overrides) for trial in ended if trial.return_value == EXIT_HELD], len(ended))
+    _print_held([list(trial.overrides) for trial in ended if trial.return_value == EXIT_HELD], len(ended))
     return max((trial.return_value for trial in ended), default=0)
 
 
-def _tell_held(held: Sequence[Sequence[str]], trials: int) -> None:
+def _print_held(held: Sequence[Sequence[str]], trials: int) -> None:
     """One line about the trials that other processes have, for which a job was of no use."""
     if held:
         named = "; ".join(" ".join(overrides) for overrides in held[:3]) + ("; …" if len(held) > 3 else "")
@@ -139,9 +140,6 @@ def check_trials(trials: Sequence[Sequence[str]], primary: Primary = PROJECT) ->
 def run_trial(config: DictConfig) -> int:
     """One trial, where the launcher has put it. Returns its exit code: what it raises ends it, not the sweep."""
     die_with_launcher()
-
-    from training.compose import validate
-    from training.launching.command import refuse, start
 
     global _preempted
     if _preempted or stop_pending():

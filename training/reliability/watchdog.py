@@ -22,8 +22,8 @@ from typing import Self
 import torch.distributed as dist
 
 from training.distributed import Distributed
+from training.exits import EXIT_FAILED
 
-EXIT_HANG = 1
 POLL_SECONDS = 1.0
 # The others are given this long to write their stacks, a disk this long to take a few lines.
 PEERS_SECONDS = 10.0
@@ -102,7 +102,7 @@ class Watchdog:
         writer.start()
         writer.join(DISK_SECONDS)
         self._wait_for_peers()
-        os._exit(EXIT_HANG)
+        os._exit(EXIT_FAILED)
 
     def _write(self, line: str) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import pytest
 
 from training.config import ConfigurationError
 from training.launching.command import main
-from training.launching.jobs import at_once, launch
+from training.launching.jobs import launch, side_by_side
 
 NANO = [
     *("model=gpt2_nano", "tokenizer=bpe", "tokenizer.vocab_size=300", "train.steps=2", "train.global_batch_size=2"),
@@ -76,6 +76,6 @@ def test_slurm_that_does_not_answer_is_a_configuration_error(
 
 
 def test_a_launcher_is_handed_what_it_can_run_side_by_side() -> None:
-    assert at_once([]) == 1
-    assert at_once(["hydra/launcher=joblib", "hydra.launcher.n_jobs=3"]) == 3
-    assert at_once(["hydra/launcher=submitit_slurm"]) is None
+    assert side_by_side([]) == 1
+    assert side_by_side(["hydra/launcher=joblib", "hydra.launcher.n_jobs=3"]) == 3
+    assert side_by_side(["hydra/launcher=submitit_slurm"]) is None

@@ -12,7 +12,7 @@ import pytest
 from data.errors import DataError
 from training.compose import compose
 from training.config import ConfigurationError
-from training.launching import command
+from training.launching import ranks
 from training.launching.inputs import refuse_absent_inputs
 from training.mistakes import SYNONYMS, SYNONYMS_OF_CHOICES, config_groups, group_options, known_keys
 
@@ -29,7 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         raise AssertionError("the command was not refused")
 
     monkeypatch.setattr("training.run.execute", begun)
-    monkeypatch.setattr(command, "start_ranks", begun)
+    monkeypatch.setattr(ranks, "start_ranks", begun)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("a text\n")
     yield tmp_path

@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 
 from tests.training.runs import before, curve, lines, run, run_in_child, signal_self, summary, tiny
+from training.exits import EXIT_PREEMPTED
 from training.launching import command
 from training.reliability.signals import STOP_SIGNALS
-
-PREEMPTED = 75
 
 
 def stop_in_step(step: int, number: int) -> None:
@@ -123,7 +122,7 @@ def test_a_signal_ends_the_run_after_a_saved_step_and_it_goes_on_bit_for_bit(
     number: signal.Signals, corpus: list[str], tmp_path: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
     overrides = tiny(corpus, tmp_path)
-    assert run_in_child(overrides, stop_in_step, 13, number) == PREEMPTED
+    assert run_in_child(overrides, stop_in_step, 13, number) == EXIT_PREEMPTED
     assert summary(tmp_path / "run")["status"] == "preempted"
     assert summary(tmp_path / "run")["steps"] == 13
     assert (tmp_path / "run" / "checkpoints" / "step-00000013").is_dir()
@@ -139,7 +138,7 @@ def test_a_signal_in_a_refresh_or_a_save_loses_nothing(
     act: Any, step: int, saved: int, corpus: list[str], tmp_path: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
     overrides = tiny(corpus, tmp_path)
-    assert run_in_child(overrides, act, step) == PREEMPTED
+    assert run_in_child(overrides, act, step) == EXIT_PREEMPTED
     assert summary(tmp_path / "run")["steps"] == saved
     assert run(overrides) == 0
     assert curve(tmp_path / "run") == undisturbed
@@ -149,7 +148,7 @@ def test_an_evaluation_that_is_due_is_left_to_the_next_sitting(
     corpus: list[str], tmp_path: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
     overrides = tiny(corpus, tmp_path)
-    assert run_in_child(overrides, stop_in_step, 16, signal.SIGTERM) == PREEMPTED
+    assert run_in_child(overrides, stop_in_step, 16, signal.SIGTERM) == EXIT_PREEMPTED
     assert [line["step"] for line in lines(tmp_path / "run", "eval")] == [0, 8]
     assert run(overrides) == 0
     assert curve(tmp_path / "run") == undisturbed
@@ -160,7 +159,7 @@ def test_a_signal_in_an_evaluation_is_obeyed_before_its_end(
     step: int, corpus: list[str], tmp_path: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
     overrides = tiny(corpus, tmp_path, "eval.micro_batch_size=8")
-    assert run_in_child(overrides, stop_in_evaluation, step) == PREEMPTED
+    assert run_in_child(overrides, stop_in_evaluation, step) == EXIT_PREEMPTED
     assert summary(tmp_path / "run")["steps"] == step
     assert f'"kind":"eval","step":{step},' not in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert step == 0 or (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").is_dir()
@@ -171,7 +170,7 @@ def test_a_signal_in_an_evaluation_is_obeyed_before_its_end(
 def test_a_signal_in_the_last_step_leaves_the_last_evaluation_to_the_next_sitting(
     corpus: list[str], tmp_path: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
-    assert run_in_child(tiny(corpus, tmp_path), stop_in_step, 24, signal.SIGTERM) == PREEMPTED
+    assert run_in_child(tiny(corpus, tmp_path), stop_in_step, 24, signal.SIGTERM) == EXIT_PREEMPTED
     assert (tmp_path / "run" / "checkpoints" / "step-00000024").is_dir()
     assert run(tiny(corpus, tmp_path)) == 0
     assert summary(tmp_path / "run")["status"] == "completed"
@@ -180,13 +179,13 @@ def test_a_signal_in_the_last_step_leaves_the_last_evaluation_to_the_next_sittin
 
 def test_a_signal_that_a_launcher_passes_on_is_no_second_one(corpus: list[str], tmp_path: Path) -> None:
     overrides = tiny(corpus, tmp_path)
-    assert run_in_child(overrides, two_signals_under_a_launcher, 13, 60.0) == PREEMPTED
+    assert run_in_child(overrides, two_signals_under_a_launcher, 13, 60.0) == EXIT_PREEMPTED
     assert summary(tmp_path / "run")["steps"] == 13
     assert run_in_child(overrides, two_signals_under_a_launcher, 16, 0.1) == 128 + signal.SIGTERM
 
 
 def test_a_signal_in_set_up_ends_the_process_and_leaves_nothing(corpus: list[str], tmp_path: Path) -> None:
-    assert run_in_child(tiny(corpus, tmp_path), stop_in_set_up) == PREEMPTED
+    assert run_in_child(tiny(corpus, tmp_path), stop_in_set_up) == EXIT_PREEMPTED
     assert list(tmp_path.iterdir()) == []
 
 
@@ -197,7 +196,7 @@ def test_ctrl_c_before_a_run_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(command, "main", interrupted)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(Path(__file__).resolve().parents[3] / "train.py"), run_name="__main__")
-    assert ended.value.code == PREEMPTED
+    assert ended.value.code == EXIT_PREEMPTED
     assert capsys.readouterr().err == "SIGINT before training has begun: ending\n"
 
 
@@ -239,7 +238,7 @@ def signal_the_group_while_a_child_works(step: int, number: int, report: Path) -
 def test_a_signal_to_the_process_group_leaves_a_compiler_at_work(corpus: list[str], tmp_path: Path) -> None:
     report = tmp_path / "exit code"
     overrides = tiny(corpus, tmp_path)
-    assert run_in_child(overrides, signal_the_group_while_a_child_works, 13, signal.SIGINT, report) == PREEMPTED
+    assert run_in_child(overrides, signal_the_group_while_a_child_works, 13, signal.SIGINT, report) == EXIT_PREEMPTED
     assert summary(tmp_path / "run")["steps"] == 13
     assert report.read_text() == "7"
 
@@ -257,7 +256,7 @@ def signals_of_a_session_that_ends(step: int) -> None:
 
 
 def test_sighup_is_never_the_second_signal(corpus: list[str], tmp_path: Path) -> None:
-    assert run_in_child(tiny(corpus, tmp_path), signals_of_a_session_that_ends, 13) == PREEMPTED
+    assert run_in_child(tiny(corpus, tmp_path), signals_of_a_session_that_ends, 13) == EXIT_PREEMPTED
     assert (tmp_path / "run" / "checkpoints" / "step-00000013").is_dir()
 
 
@@ -293,7 +292,7 @@ def test_a_terminal_that_closes_leaves_a_saved_run(corpus: list[str], tmp_path: 
                 os.read(ours, 4096)
         os.close(theirs)
         os.close(ours)
-        assert code.result() == PREEMPTED
+        assert code.result() == EXIT_PREEMPTED
     saved = summary(tmp_path / "run")
     assert saved["status"] == "preempted"
     assert (tmp_path / "run" / "checkpoints" / f"step-{saved['steps']:08d}").is_dir()

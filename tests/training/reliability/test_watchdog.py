@@ -11,6 +11,7 @@ import torch
 
 from tests.training.runs import lines, run, run_in_child, summary, tiny
 from training.distributed import Distributed
+from training.exits import EXIT_FAILED
 from training.reliability import watchdog
 from training.reliability.watchdog import Watchdog
 
@@ -51,7 +52,6 @@ def hang_with_the_interpreters_lock(step: int) -> None:
     import ctypes
 
     from training import loop
-    from training.reliability import watchdog
 
     watchdog.PEERS_SECONDS = 0.5
     original = loop.forward_backward
@@ -76,7 +76,7 @@ def test_a_hang_shows_the_stacks_and_ends_the_run(
     hang, doing: str, shown: str, corpus: list[str], tmp_path: Path
 ) -> None:
     overrides = tiny(corpus, tmp_path, SECONDS, "checkpoint.interval=2")
-    assert run_in_child(overrides, hang, 5, errors=tmp_path / "errors") == watchdog.EXIT_HANG
+    assert run_in_child(overrides, hang, 5, errors=tmp_path / "errors") == EXIT_FAILED
     said = (tmp_path / "errors").read_text()
     assert f"s while {doing}" in said
     assert shown in said
