@@ -56,7 +56,7 @@ test-mutants: setup ## plant bugs one at a time and check that the suite notices
 	$(BIN)/python -m tests.mutants
 
 test-faults: setup ## runs killed, corrupted, starved and fed bad input: half an hour, numbers to docs/reliability.md (root for full disks)
-	$(BIN)/python scripts/faults.py
+	$(BIN)/python -m tests.faults
 
 wheel: ## build the library's wheel into dist/ and import it where torch is all that is installed
 	rm -rf dist .venv-wheel && $(PYTHON) -m venv .venv-wheel

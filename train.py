@@ -8,29 +8,30 @@
     python train.py --config-path results/cpu_scale/runs/<trial> output_dir=runs/again     a run on record once more
     python train.py --help                                             every group and key
 
-Exit codes: 0 finished, 1 failed, 2 the configuration cannot be run (one line says why), 3 diverged, 75 preempted (start the same
-command again and it goes on), 77 another process has the run directory.
+Exit codes: 0 finished, 1 failed, 2 the configuration cannot be run (one line says why), 3 diverged, 75 preempted (rerun the
+same command to resume), 77 another process has the run directory.
 """
 
 import sys
 
 if __name__ == "__main__":
-    from training.environment import require_environment
+    from training.launching.environment import require_environment
 
     require_environment()
 
-    from training.lifeline import die_with_launcher
-    from training.limits import address_space_failure
+    from training.exits import EXIT_CONFIGURATION, EXIT_PREEMPTED
+    from training.launching.lifeline import die_with_launcher
+    from training.launching.limits import address_space_failure
 
     die_with_launcher()
     failure = address_space_failure()
     if failure is not None:
         print(f"error: {failure}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_CONFIGURATION)
     try:
-        from training.command import main  # takes a while, in which the launcher may die
+        from training.launching.command import main  # takes a while, in which the launcher may die
 
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:  # a run that has begun notices signals itself
         print("SIGINT before training has begun: ending", file=sys.stderr)
-        sys.exit(75)
+        sys.exit(EXIT_PREEMPTED)

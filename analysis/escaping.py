@@ -1,6 +1,6 @@
 """Text from records for the pages and pictures that show it: a name there is a name, whatever its characters mean elsewhere.
 
-HTML is escaped by Jinja, and what a terminal would obey by `training.terminal`.
+HTML is escaped by Jinja, and what a terminal would obey by `training.recording.terminal`.
 """
 
 from __future__ import annotations

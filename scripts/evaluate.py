@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from training.environment import require_environment
+    from training.launching.environment import require_environment
 
     require_environment()
 
-from training.command import refuse
 from training.config import ConfigurationError
-from training.run_directory import refuse_absent
-from training.terminal import SafeConsole, printable
+from training.launching.command import refuse
+from training.recording.terminal import SafeConsole, printable
+from training.reliability.run_directory import refuse_absent
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from training.downstream import Metric, TaskResult
+    from downstream.evaluation import Metric, TaskResult
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         return refuse(error)
 
-    from training.export import ExportError
-    from training.inference import OPENING_ERRORS
+    from downstream.export import ExportError
+    from downstream.inference import OPENING_ERRORS
 
     try:
         return evaluate(options)
@@ -75,12 +75,12 @@ def check(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> int:
     """Export where a run is given, evaluate, show, record; returns the exit code."""
-    from training import downstream
+    from downstream import evaluation as downstream
 
     downstream.require_harness()
 
-    from training.export import export, quiet_transformers
-    from training.inference import choose_device, open_trained
+    from downstream.export import export, quiet_transformers
+    from downstream.inference import choose_device, open_trained
 
     device = choose_device(options.device)
     with quiet_transformers(), tempfile.TemporaryDirectory(prefix="sophia-export-") as temporary:
@@ -117,7 +117,7 @@ def table(title: str, results: Sequence["TaskResult"]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    from training.downstream import suite_mean
+    from downstream.evaluation import suite_mean
 
     step = results[0].step if results else None
     shown = Table(title=Text(title if step is None else f"{title}, step {step:,}"), title_justify="left")

@@ -14,14 +14,14 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from training.environment import require_environment
+    from training.launching.environment import require_environment
 
     require_environment()
 
-from training.command import refuse
 from training.config import ConfigurationError
-from training.run_directory import refuse_absent
-from training.terminal import printable
+from training.launching.command import refuse
+from training.recording.terminal import printable
+from training.reliability.run_directory import refuse_absent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         return refuse(error)
 
-    from training.export import ExportError, export, quiet_transformers
-    from training.inference import OPENING_ERRORS, open_trained
+    from downstream.export import ExportError, export, quiet_transformers
+    from downstream.inference import OPENING_ERRORS, open_trained
 
     try:
         trained = open_trained(options.run, tokens=options.token_directory)

@@ -23,16 +23,16 @@ from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from training.environment import require_environment
+    from training.launching.environment import require_environment
 
     require_environment()
 
 import torch
 
-from training.checkpoints import newest_valid
 from training.compose import compose
 from training.config import ConfigurationError
 from training.records import RunRecord, write_atomically
+from training.reliability.checkpoints import newest_valid
 
 #: The worlds: name, ranks, overrides.
 STRATEGIES: dict[str, tuple[int, list[str]]] = {

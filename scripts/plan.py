@@ -18,15 +18,15 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from training.environment import require_environment
+    from training.launching.environment import require_environment
 
     require_environment()
 
 from training.cluster import OPTIMIZERS, compose_for, split_cluster
-from training.command import refuse
 from training.config import ConfigurationError
+from training.launching.command import refuse
+from training.recording.terminal import SafeConsole
 from training.records import write_atomically
-from training.terminal import SafeConsole
 
 RESULTS = Path("results/planner")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from training.environment import require_environment
+    from training.launching.environment import require_environment
 
     require_environment()
 
@@ -14,9 +14,9 @@ from analysis.figures import FIGURES, NothingToShow, save
 from analysis.results import analyse
 from analysis.tables import TABLES, markdown
 from analysis.trials import load_study
-from training.command import refuse
+from training.launching.command import refuse
+from training.recording.terminal import printable
 from training.records import RecordError
-from training.terminal import printable
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,14 +14,14 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from training.environment import require_environment
+    from training.launching.environment import require_environment
 
     require_environment()
 
 from data.errors import DataError
-from training.command import refuse
 from training.compose import compose
 from training.config import ConfigurationError
+from training.launching.command import refuse
 
 
 def main() -> int:

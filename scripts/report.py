@@ -7,13 +7,13 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from training.environment import require_environment
+    from training.launching.environment import require_environment
 
     require_environment()
 
-from training.command import refuse
+from training.launching.command import refuse
+from training.recording.terminal import SafeConsole
 from training.records import RecordError, refuse_no_directory
-from training.terminal import SafeConsole
 
 
 def main(arguments: list[str] | None = None) -> int:

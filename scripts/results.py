@@ -11,7 +11,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from training.environment import require_environment
+    from training.launching.environment import require_environment
 
     require_environment()
 
@@ -20,9 +20,9 @@ from analysis.report import print_summary, write_report
 from analysis.results import analyse
 from analysis.standing import section, verdict
 from analysis.trials import load_study
-from training.command import refuse
+from training.launching.command import refuse
+from training.recording.terminal import SafeConsole
 from training.records import RecordError
-from training.terminal import SafeConsole
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,14 +16,14 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from training.environment import require_environment
+    from training.launching.environment import require_environment
 
     require_environment()
 
-from training.command import refuse
 from training.config import ConfigurationError
-from training.run_directory import refuse_absent
-from training.terminal import printable
+from training.launching.command import refuse
+from training.recording.terminal import printable
+from training.reliability.run_directory import refuse_absent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         return refuse(error)
 
-    from training.inference import OPENING_ERRORS
+    from downstream.inference import OPENING_ERRORS
 
     try:
         return sample(options)
@@ -75,7 +75,7 @@ def check(options: argparse.Namespace) -> None:
 
 def sample(options: argparse.Namespace) -> int:
     """Draw and print; returns the exit code."""
-    from training.inference import Sampling, as_text, choose_device, generate, open_trained
+    from downstream.inference import Sampling, as_text, choose_device, generate, open_trained
 
     sampling = Sampling(options.temperature, options.top_k or None, options.top_p)
     trained = open_trained(options.run, device=choose_device(options.device), tokens=options.token_directory)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from training.environment import require_environment
+    from training.launching.environment import require_environment
 
     require_environment()
 
@@ -39,13 +39,13 @@ from studies.records import Places, outcomes
 from studies.runner import Launch, run_study
 from studies.spec import StudySpec, load_spec
 from studies.sweeps import write_sweeps
-from training.command import refuse
 from training.config import ConfigurationError
-from training.exit_codes import EXIT_PREEMPTED
-from training.jobs import at_once, launch
+from training.exits import EXIT_PREEMPTED
+from training.launching.command import refuse
+from training.launching.jobs import launch, side_by_side
+from training.recording.terminal import SafeConsole, printable
 from training.records import RecordError
 from training.secrets import redacted
-from training.terminal import SafeConsole, printable
 
 # What may be said on the command line: how the runs are run. What determines their curves belongs in the study file.
 RUN_TIME = ("tracker", "launcher", "strategy", "checkpoint", "train.micro_batch_size", "train.compile", "train.device")
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         places = Places.of(spec.name, options.work, options.records)
         launching = functools.partial(launch_with, launcher=launcher, extras=extras)
         if options.command == "run":
-            return run(spec, places, launching, at_once(launcher), options.hours, console)
+            return run(spec, places, launching, side_by_side(launcher), options.hours, console)
         if options.command == "verify":
             return verify_records(places, console)
         if options.command == "report":

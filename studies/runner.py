@@ -9,9 +9,9 @@ from studies.plan import Outcomes, Plan, Trial, expected_trials, plan
 from studies.records import Places, keep, outcomes, read_outcome, write_index, write_spec
 from studies.spec import StudySpec
 from training.config import ConfigurationError
-from training.exit_codes import EXIT_CONFIGURATION, EXIT_HELD, EXIT_PREEMPTED
+from training.exits import EXIT_CONFIGURATION, EXIT_HELD, EXIT_PREEMPTED
 
-# Runs jobs (lists of overrides) and returns their exit codes: training.jobs.launch with a launcher chosen.
+# Runs jobs (lists of overrides) and returns their exit codes: training.launching.jobs.launch with a launcher chosen.
 Launch = Callable[[Sequence[Sequence[str]]], list[int]]
 
 

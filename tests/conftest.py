@@ -36,12 +36,19 @@ SLOW |= {f"tests/studies/test_{name}.py" for name in ("ablations", "runner", "sm
 SLOW |= {"tests/sophia/test_distributed.py", "tests/analysis/test_report.py"}
 SLOW |= {
     f"tests/training/test_{name}.py"
+    for name in ("distributed", "fast_paths", "memory", "paper_recipes", "planner", "run")
+}
+SLOW |= {
+    f"tests/training/launching/test_{name}.py"
+    for name in ("environment", "help", "jobs", "launched_jobs", "lifeline", "limits", "mistakes", "ranks")
+}
+SLOW |= {
+    f"tests/training/reliability/test_{name}.py"
     for name in (
-        *("compiler_cache", "distributed", "environment", "fast_paths", "guards", "jobs", "launch", "launch_jobs"),
-        *("help", "lifeline", "limits", "memory", "mistakes", "paper_recipes", "planner", "rendezvous", "resume"),
-        *("resumption", "run", "run_directory", "signals", "trackers", "watchdog"),
+        *("compiler_cache", "guards", "rendezvous", "resume", "resumption", "run_directory", "signals", "watchdog"),
     )
 }
+SLOW |= {"tests/training/recording/test_trackers.py"}
 #: Fixtures of a whole session that take a minute. Their tests come first, while the other worker has other tests.
 FIRST = {"two_ranks", "fast"}
 

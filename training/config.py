@@ -3,7 +3,7 @@
 Hydra composes YAML groups into a plain dictionary (training/compose.py); `RunConfig.model_validate` turns that dictionary
 into the typed object below or fails. Nothing else reads a raw configuration.
 
-The line below a key is its meaning: --help and --cfg job show it (training/help.py).
+The line below a key is its meaning: --help and --cfg job show it (training/launching/help.py).
 """
 
 import hashlib

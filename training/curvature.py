@@ -34,7 +34,7 @@ from models.flops import (
 )
 from sophia import random
 from training.config import AdaHessianConfig, OptimizerConfig, SophiaConfig
-from training.ledger import Ledger
+from training.recording.ledger import Ledger
 from training.strategies.base import KeepsGraphs, Strategy
 from training.strategies.communication import FLOAT32, all_reduce_bytes
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from data.errors import DataError
 from training.config import ConfigurationError
-from training.heartbeat import Heartbeat, leave
-from training.rendezvous import difference, meet, this_process
+from training.reliability.heartbeat import Heartbeat, leave
+from training.reliability.rendezvous import difference, meet, this_process
 
 T = TypeVar("T")
 

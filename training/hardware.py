@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from training.compiler_cache import drop_unfinished
 from training.config import ConfigurationError, TrainConfig
+from training.reliability.compiler_cache import drop_unfinished
 
 log = logging.getLogger(__name__)
 

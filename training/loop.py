@@ -25,11 +25,11 @@ from sophia import GammaController
 from sophia.diagnostics import UnclippedAlarm
 from training.config import RunConfig, SophiaConfig
 from training.curvature import CurvaturePass
-from training.diagnostics import describe_curvature
 from training.evaluation import validation_loss
-from training.guards import LossSpikes, compare_ranks
-from training.ledger import Ledger
+from training.recording.diagnostics import describe_curvature
+from training.recording.ledger import Ledger
 from training.records import Status
+from training.reliability.guards import LossSpikes, compare_ranks
 from training.schedule import learning_rate_factor
 from training.strategies.base import KeepsGraphs, StepStatistics, Strategy
 

@@ -35,11 +35,11 @@ from training import planned_zero
 from training.config import AdaHessianConfig, DDPConfig, DeepSpeedConfig, FSDPConfig, RunConfig, micro_batch_size
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
-from training.ledger import Ledger
 from training.loop import Run, forward_backward, forward_backward_refresh
 from training.memory_trace import KINDS, Kind, Memory, MemoryTrace
 from training.optimizers import build_optimizers
 from training.planned_compilation import as_if_compiled
+from training.recording.ledger import Ledger
 from training.strategies.base import Strategy
 from training.strategies.ddp import DDP
 from training.weights import InitialWeights

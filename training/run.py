@@ -19,29 +19,30 @@ from data.errors import DataError
 from data.files import sync_directory, why_not_written
 from data.manifest import Manifest
 from models import GPT2, GPT2Config
-from training import checkpoints, hardware
-from training.checkpoints import Checkpoint, CheckpointError, RunState
+from training import hardware
 from training.config import ConfigurationError, RunConfig, flat, micro_batch_size
 from training.corpus import open_corpus
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
-from training.exit_codes import EXIT_DIVERGED, EXIT_FAILED, EXIT_PREEMPTED
-from training.guards import RanksDiffer
-from training.ledger import CompilationClock, Ledger
+from training.exits import EXIT_DIVERGED, EXIT_FAILED, EXIT_PREEMPTED
 from training.loop import NotSaved, Run, TrainingState, train
 from training.memory import keep_memory_mapped
 from training.optimizers import build_optimizers, gamma_controller
-from training.profiling import profiler
-from training.recorder import Recorder
+from training.recording.ledger import CompilationClock, Ledger
+from training.recording.profiling import profiler
+from training.recording.recorder import Recorder
+from training.recording.terminal import Display
 from training.records import RecordError, RunRecord, Status
-from training.resumption import Plan, check_tokens, is_restart, plan
-from training.run_directory import REPLACED, RunDirectory, is_run, refuse_links
-from training.signals import StopSignals
+from training.reliability import checkpoints
+from training.reliability.checkpoints import Checkpoint, CheckpointError, RunState
+from training.reliability.guards import RanksDiffer
+from training.reliability.resumption import Plan, check_tokens, is_restart, plan
+from training.reliability.run_directory import REPLACED, RunDirectory, is_run, refuse_links
+from training.reliability.signals import StopSignals
+from training.reliability.watchdog import Watchdog
 from training.strategies import build_strategy
 from training.strategies.base import NumberPiece, Piece, Strategy
 from training.strategies.state import refuse_unsavable_state
-from training.terminal import Display
-from training.watchdog import Watchdog
 from training.weights import InitialWeights
 
 EXIT_CODES: dict[Status, int] = {

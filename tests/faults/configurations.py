@@ -1,6 +1,6 @@
 """Random configurations: a valid one builds and steps, a mutated one is valid or refused in one line.
 
-Hypothesis draws them, for the tests a few and for scripts/faults.py many: `step_configurations` and `mutate_configurations`
+Hypothesis draws them, for the tests a few and for `make test-faults` many: `step_configurations` and `mutate_configurations`
 count what came of each and list what should not have.
 """
 
@@ -22,9 +22,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from tests.training.runs import lines
-from training.command import main
 from training.compose import CONFIG_DIRECTORY, compose_dictionary, validate
 from training.config import ConfigurationError, RunConfig
+from training.launching.command import main
 from training.mistakes import known_keys
 from training.run import execute
 
@@ -217,7 +217,7 @@ def mutate_configurations(corpus: Sequence[str], scratch: Path, examples: int, n
             config = validate(values)
         except ConfigurationError as error:
             counts["refused"] += 1
-            line = f"error: {' '.join(str(error).split())}"  # as training.command.refuse prints it
+            line = f"error: {' '.join(str(error).split())}"  # as training.exits.refuse prints it
             if len(line) < 20 or not any(part in line for part in ("=", ":", ";")):
                 faults.append(f"{done}: {line}")
         except Exception as error:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.checkpoints import (
+from training.reliability.checkpoints import (
     MANIFEST_FILE,
     Checkpoint,
     CheckpointError,
@@ -32,7 +32,7 @@ SHAPES = {"model.w": (6, 10), "optimizer.w.exp_avg": (6, 10), "optimizer.w.hessi
 
 def write_checkpoints(root: Path) -> None:
     """Checkpoints of three steps, each as two ranks write it; numbers that differ between the steps."""
-    from training.checkpoints import _write_rank_file
+    from training.reliability.checkpoints import _write_rank_file
     from training.strategies.base import Piece
 
     for step in STEPS:

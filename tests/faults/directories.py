@@ -23,7 +23,7 @@ from tests.faults.kills import overrides_of
 from tests.faults.sittings import Sitting, completed
 from tests.permissions import bound_by_permissions
 from tests.training.runs import curve
-from training import checkpoints
+from training.reliability import checkpoints
 
 STEPS = 24
 #: No case needs longer, on a loaded machine either.

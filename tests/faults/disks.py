@@ -17,7 +17,7 @@ from typing import Any
 from tests.faults.kills import INTERVAL, compare, overrides_of
 from tests.faults.sittings import Sitting, completed
 from tests.training.runs import lines, summary
-from training import checkpoints
+from training.reliability import checkpoints
 
 STEPS = 60
 

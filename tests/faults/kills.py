@@ -20,8 +20,8 @@ import torch
 
 from tests.faults.sittings import Sitting, completed
 from tests.training.runs import CLOCKED, curve, lines, summary, tiny
-from training import checkpoints
-from training.checkpoints import Checkpoint
+from training.reliability import checkpoints
+from training.reliability.checkpoints import Checkpoint
 
 INTERVAL = 5
 # A kill anywhere from the first moment on; in the loop; in a save, between its first file and its rename.

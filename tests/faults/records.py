@@ -21,10 +21,10 @@ import yaml
 
 from tests.faults.directories import Unfinished
 from tests.training.runs import curve
-from training import checkpoints
-from training.checkpoints import manifest_text
-from training.command import main
+from training.launching.command import main
 from training.records import RecordError, RunRecord
+from training.reliability import checkpoints
+from training.reliability.checkpoints import manifest_text
 
 VALUES: tuple[Any, ...] = (None, True, -1, 1.5, 10**30, "", "text", [], [1], {}, {"a": 1}, float("nan"), [[[]]])
 DEEP = 100_000

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ("training.run", "training.command", "training.strategies.ddp", "tests.training.runs")
+PRELOADED = ("training.run", "training.launching.command", "training.strategies.ddp", "tests.training.runs")
 #: A sitting that takes longer than this hangs.
 LIMIT_SECONDS = 120.0
 
@@ -124,7 +124,7 @@ def _run(overrides: list[str], log: str, variables: dict[str, str], prepare: Cal
     os.environ.update(variables)
     import torch
 
-    from training import command
+    from training.launching import command
 
     torch.set_num_threads(1)
     if prepare is not None:

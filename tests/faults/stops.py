@@ -19,10 +19,10 @@ import psutil
 from tests.faults.kills import INTERVAL, compare, last_step, overrides_of
 from tests.faults.sittings import LIMIT_SECONDS, Sitting, completed
 from tests.training.runs import summary
-from training import checkpoints
-from training.signals import STOP_SIGNALS
+from training.exits import EXIT_PREEMPTED
+from training.reliability import checkpoints
+from training.reliability.signals import STOP_SIGNALS
 
-PREEMPTED = 75
 #: A process told twice has ended by then, whatever it was doing.
 AT_ONCE_SECONDS = 5.0
 
@@ -54,7 +54,7 @@ def stop_again_and_again(
         sitting.signal(chosen, int(generator.integers(ranks)) if ranks > 1 else None)
         codes = sitting.wait()
         seconds.append(time.monotonic() - began)
-        if codes != [PREEMPTED] * ranks:
+        if codes != [EXIT_PREEMPTED] * ranks:
             faults.append(f"{chosen.name}: exit codes {codes}: {sitting.said()}")
             continue
         honoured[chosen.name] += 1
@@ -169,7 +169,7 @@ def time_of_a_large_save(corpus: Sequence[str], scratch: Path) -> dict[str, Any]
         "bytes": sum(path.stat().st_size for path in newest.iterdir()),
         "save_seconds": round(said["ledger"]["checkpoint"]["seconds"], 2),
         "seconds_to_the_end": round(seconds, 2),
-        "faults": [] if codes == [PREEMPTED] else [f"exit codes {codes}: {sitting.said()}"],
+        "faults": [] if codes == [EXIT_PREEMPTED] else [f"exit codes {codes}: {sitting.said()}"],
     }
 
 

@@ -1,4 +1,4 @@
-"""A damaged corpus or token directory is one error that names the file; scripts/faults.py tries many more."""
+"""A damaged corpus or token directory is one error that names the file; `make test-faults` tries many more."""
 
 from __future__ import annotations
 

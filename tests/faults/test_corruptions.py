@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.faults.corruptions import DAMAGES, STEPS, corrupt, write_checkpoints
-from training.checkpoints import Checkpoint, CheckpointError, checkpoint_name
+from training.reliability.checkpoints import Checkpoint, CheckpointError, checkpoint_name
 
 
 def test_no_random_damage_is_loaded_silently_and_the_newest_whole_checkpoint_is_used(tmp_path: Path) -> None:

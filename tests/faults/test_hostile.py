@@ -11,9 +11,9 @@ import pytest
 from tests.faults.hostile import CASES, Bomb, fault_of
 from tests.faults.sittings import completed
 from tests.training.runs import tiny
-from training.command import main
 from training.compose import CONFIG_DIRECTORY, Primary, compose
 from training.config import ConfigurationError
+from training.launching.command import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("sophia", "models", "data", "training", "studies", "analysis", "scripts")

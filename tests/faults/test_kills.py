@@ -1,6 +1,6 @@
 """Killed again and again at random moments, a run has the curve of one that nothing happened to.
 
-The whole campaign is scripts/faults.py; here a few kills of each kind.
+The whole campaign is `make test-faults`; here a few kills of each kind.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ import pytest
 from tests.faults.kills import overrides_of
 from tests.faults.sittings import Sitting, completed
 from tests.training.runs import curve, lines, prepare_corpus, summary
-from training import checkpoints, heartbeat, watchdog
+from training.exits import EXIT_FAILED
+from training.reliability import checkpoints, heartbeat, watchdog
 
 
 def hang_on_rank_1(step: int) -> None:
@@ -99,7 +100,7 @@ def test_data_that_one_rank_cannot_read_ends_all_after_a_save(corpus: list[str],
 def die_on_rank_1_before_the_group() -> None:
     import torch.distributed as dist
 
-    from training import heartbeat
+    from training.reliability import heartbeat
 
     heartbeat.LIMIT = 2.0
     if os.environ["RANK"] == "1":
@@ -117,7 +118,7 @@ def test_a_rank_that_dies_once_the_ranks_have_met_is_missed(corpus: list[str], t
 def test_a_rank_that_hangs_ends_all_with_the_stacks_of_all(corpus: list[str], tmp_path: Path) -> None:
     command = overrides_of(corpus, tmp_path, "run", 12, "guards.hang_minutes=0.05")
     sitting = Sitting(command, tmp_path / "log", ranks=2, prepare=partial(hang_on_rank_1, 8))
-    assert sitting.wait(60) == [watchdog.EXIT_HANG] * 2
+    assert sitting.wait(60) == [EXIT_FAILED] * 2
     stacks = {path.name: path.read_text() for path in (tmp_path / "run" / "stacks").iterdir()}
     assert sorted(stacks) == ["rank-00000.txt", "rank-00001.txt"]
     # The stuck rank is in its loop, the other further on, in a collective.

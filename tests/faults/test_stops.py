@@ -25,8 +25,8 @@ def test_a_signal_at_a_random_moment_is_honoured_and_no_step_is_lost(
 
 
 def signal_in_set_up_of_rank_1() -> None:
+    from tests.training.reliability.test_signals import signal_self
     from tests.training.runs import before
-    from tests.training.test_signals import signal_self
     from training import run
 
     before(run, "build_strategy", lambda: signal_self(signal.SIGTERM), lambda *_: os.environ["RANK"] == "1")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sophia import Lion, Sophia, random
-from training.command import main
+from training.launching.command import main
 from training.records import RunRecord
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]

@@ -46,7 +46,8 @@ HERE = Path(__file__).resolve().parent
 FILES = [
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "sophia").glob("*.py")),
     "models/head.py",
-    *(f"training/{name}.py" for name in ("loop", "curvature", "run", "schedule", "evaluation", "optimizers", "ledger")),
+    *(f"training/{name}.py" for name in ("loop", "curvature", "run", "schedule", "evaluation", "optimizers")),
+    "training/recording/ledger.py",
     "data/batches.py",
     "data/splits.py",
 ]
@@ -56,20 +57,11 @@ TESTS += [f"tests/data/test_{name}.py" for name in ("batches", "dataset", "permu
 TESTS += [
     f"tests/training/test_{name}.py"
     for name in (
-        *(
-            "curvature",
-            "diagnostics",
-            "evaluation",
-            "guards",
-            "ledger",
-            "loop",
-            "memory",
-            "optimizer_keys",
-            "optimizers",
-        ),
-        *("records", "resume", "resumption", "run", "schedule", "trackers"),
+        *("curvature", "evaluation", "loop", "memory", "optimizer_keys", "optimizers", "records", "run", "schedule"),
     )
 ]
+TESTS += [f"tests/training/recording/test_{name}.py" for name in ("diagnostics", "ledger", "trackers")]
+TESTS += [f"tests/training/reliability/test_{name}.py" for name in ("guards", "resume", "resumption")]
 ENOUGH = 60.0  # seconds of tests for one change
 LIMIT = 240.0  # after which a change is one that hangs, which a person would notice
 # pytest's exit codes, of tests that pass without the change. Any other: a test fails, or nothing can be imported any more.

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from data import prepare
-from training import command
+from downstream.inference import TrainedModel, open_trained
 from training.compose import compose
 from training.corpus import source_of, token_directory_of, tokenizer_of
-from training.inference import TrainedModel, open_trained
+from training.launching import command
 
 # Characters of one to four bytes: more than a vocabulary of 300 has tokens for, so that some are made of several.
 WORDS = ("the", "light", "of", "day", "was", "grey", "and", "nobody", "spoke", "é", "中文", "1984", "🙂", "ßpiel")

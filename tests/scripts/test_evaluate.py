@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from downstream.evaluation import Metric, TaskResult, read_results, suite_mean, write_results
+from downstream.export import export
+from downstream.inference import TrainedModel
 from scripts.evaluate import main
-from training.downstream import Metric, TaskResult, read_results, suite_mean, write_results
-from training.export import export
-from training.inference import TrainedModel
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -128,7 +128,7 @@ def test_superglue_is_two_shot_unless_told_otherwise(
 def test_superglue_names_the_eight_tasks_of_the_installed_harness() -> None:
     from lm_eval.tasks import TaskManager
 
-    from training.downstream import SUITES
+    from downstream.evaluation import SUITES
 
     installed = Path(lm_eval.__file__).parent / "tasks" / "super_glue"
     manager = TaskManager(include_path=str(installed), include_defaults=False)

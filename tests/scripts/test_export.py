@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from data.tokenizers import END_OF_TEXT, gpt2
+from downstream import export as exporting
+from downstream.export import ExportError, export
+from downstream.inference import Sampling, TrainedModel, generate
 from models import GPT2, GPT2Config
 from models.huggingface import from_huggingface
 from scripts.export import main
-from training import export as exporting
-from training.export import ExportError, export
-from training.inference import Sampling, TrainedModel, generate
 
 transformers = pytest.importorskip("transformers")
 

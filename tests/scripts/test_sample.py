@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from downstream.inference import Sampling, TrainedModel, as_text, generate, next_token_distribution, open_trained
 from models import GPT2, GPT2Config
 from scripts.sample import main, write
-from training.checkpoints import Checkpoint, CheckpointError, save
 from training.config import ConfigurationError
 from training.distributed import Distributed
-from training.inference import Sampling, TrainedModel, as_text, generate, next_token_distribution, open_trained
+from training.reliability.checkpoints import Checkpoint, CheckpointError, save
 from training.strategies.base import Piece
 
 NO_END = -1

@@ -6,8 +6,8 @@ import sys
 import time
 from typing import Any
 
+import training.launching.sweep as sweep
 import training.loop as loop
-import training.sweep as sweep
 
 run_trial = sweep.run_trial
 
@@ -25,7 +25,7 @@ def slow_trial(config: Any) -> int:
 
 if __name__ == "__main__":
     from tests.slurm.slow import slow_trial as importable
-    from training.command import main
+    from training.launching.command import main
 
     sweep.run_trial = importable
     sys.exit(main(sys.argv[1:]))

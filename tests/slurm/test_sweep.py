@@ -1,6 +1,6 @@
 """A sweep on a real SLURM: two tasks a trial, a time limit in the middle of one, both records complete in the end.
 
-Where SLURM is not installed, tests/training/test_launch_jobs.py shows the same through submitit's local executor.
+Where SLURM is not installed, tests/training/launching/test_launched_jobs.py shows the same through submitit's local executor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 
 from tests.slurm.cluster import cluster, missing
 from tests.training.runs import lines, prepare_corpus, summary
-from training.exit_codes import EXIT_HELD
+from training.exits import EXIT_HELD
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import Any
 
-import training.launch as launch
+import training.launching.ranks as launch
 import training.loop as loop
 
 run_rank = launch.run_rank
@@ -28,7 +28,7 @@ def dying_rank(values: dict[str, Any], codes: Any) -> int:
 
 if __name__ == "__main__":
     from tests.training.dying import dying_rank as importable
-    from training.command import main
+    from training.launching.command import main
 
     launch.run_rank = importable
     sys.exit(main(sys.argv[1:]))

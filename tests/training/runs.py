@@ -17,10 +17,10 @@ from typing import Any, Self
 import numpy as np
 
 from data import prepare
-from training import command
 from training.compose import compose
 from training.corpus import source_of, token_directory_of, tokenizer_of
-from training.signals import STOP_SIGNALS, StopSignals
+from training.launching import command
+from training.reliability.signals import STOP_SIGNALS, StopSignals
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBJECTS = ("the light", "a ship", "nobody", "the old keeper", "every winter", "her brother", "the sea")
@@ -132,7 +132,9 @@ def summary(run_directory: Path) -> dict[str, Any]:
 
 # Processes of their own, to be killed. A fork server has the imports done once; a child starts in a fraction of a second.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["training.run", "training.command", "training.strategies.ddp", "tests.training.runs"])
+_SERVER.set_forkserver_preload(
+    ["training.run", "training.launching.command", "training.strategies.ddp", "tests.training.runs"]
+)
 
 
 def run_in_child(

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from training.command import main
 from training.compose import Primary, compose_dictionary
 from training.config import ConfigurationError
 from training.config_files import MAX_BYTES, read_yaml
+from training.launching.command import main
 
 # The file, where the mistake is (line and column), and what the line says of it.
 MISTAKES = {

@@ -12,13 +12,13 @@ from hydra import compose as hydra_compose
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from training.command import main, parse
 from training.compose import CONFIG_DIRECTORY, Primary, begin_hydra, compose, compose_dictionary, validate
 from training.config import ConfigurationError, SlurmLauncherConfig, micro_batch_size, nearest_batches
-from training.exit_codes import EXIT_FAILED
-from training.inputs import refuse_absent_inputs
+from training.exits import EXIT_FAILED
+from training.launching.command import main, parse
+from training.launching.inputs import refuse_absent_inputs
+from training.launching.sweep import run_trial, trials
 from training.mistakes import CONVERSIONS, SYNONYMS, group_options, is_integer, known_keys
-from training.sweep import run_trial, trials
 
 GROUPS = ("model", "data", "tokenizer", "optimizer", "schedule", "strategy", "tracker", "launcher", "experiment")
 CHOICES = [f"{group}={choice}" for group in GROUPS for choice in group_options(group)]

@@ -17,8 +17,8 @@ from models import GPT2, GPT2Config, GPT2Output
 from training.config import SophiaConfig
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
-from training.ledger import Ledger
 from training.optimizers import build_optimizers
+from training.recording.ledger import Ledger
 from training.strategies.ddp import DDP
 
 SHAPE = GPT2Config(vocab_size=61, n_layer=2, n_head=2, n_embd=16, block_size=12)

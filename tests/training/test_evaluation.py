@@ -13,13 +13,13 @@ import torch
 from data.batches import Batch
 from data.dataset import TokenDataset
 from models import GPT2
-from training.checkpoints import newest_valid
 from training.config import RunConfig
 from training.corpus import open_corpus
 from training.distributed import Distributed
 from training.evaluation import validation_loss
 from training.loop import TrainingState, evaluation_due
 from training.records import RunRecord
+from training.reliability.checkpoints import newest_valid
 from training.run import model_shape
 
 Train = Callable[..., RunRecord]

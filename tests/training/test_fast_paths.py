@@ -13,8 +13,8 @@ from models import gpt2
 from models.head import plain_losses
 from tests.training.runs import lines, tiny
 from training.compose import compose
-from training.ledger import CompilationClock
 from training.loop import Reporter
+from training.recording.ledger import CompilationClock
 from training.run import execute
 
 STEPS = 200

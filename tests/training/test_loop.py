@@ -15,11 +15,11 @@ import training.loop
 from data.batches import Batches
 from data.dataset import TokenDataset
 from models import GPT2
-from training.checkpoints import newest_valid
 from training.config import RunConfig
 from training.corpus import open_corpus
 from training.distributed import Distributed
 from training.records import RunRecord
+from training.reliability.checkpoints import newest_valid
 from training.run import model_shape
 from training.strategies.base import StepStatistics
 from training.strategies.ddp import DDP

@@ -6,9 +6,9 @@ import importlib
 
 import pytest
 
-from training import command
 from training.compose import compose
 from training.config import ConfigurationError
+from training.launching import command
 from training.secrets import redacted, secret_in
 
 KEY = "5ec4e7" * 6 + "abcd"
@@ -39,7 +39,7 @@ def test_no_refusal_shows_a_key(
 @pytest.mark.parametrize(
     "line",
     [
-        f"training.command --cfg={KEY}",
+        f"training.launching.command --cfg={KEY}",
         f"scripts.plan gpus={KEY}",
         f"scripts.plan cluster.gpus=[{KEY}",
         f"scripts.study run {KEY}",

@@ -28,12 +28,12 @@ from data.batches import Batch
 from models import GPT2, GPT2Config
 from tests.training.runs import signal_self
 from tests.training.toys import Counting
-from training.checkpoints import Checkpoint, save
 from training.compose import compose
 from training.config import RunConfig
 from training.curvature import CurvaturePass
 from training.distributed import Distributed, destroy_process_groups
 from training.optimizers import build_optimizers
+from training.reliability.checkpoints import Checkpoint, save
 from training.run import execute
 from training.strategies import build_strategy
 from training.strategies.base import Strategy

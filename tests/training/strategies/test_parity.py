@@ -13,7 +13,7 @@ from scripts import parity
 from tests.training.runs import lines, summary
 from tests.training.strategies import ranks
 from tests.training.strategies.conftest import MOVED_STEPS, SHARES, STEPS, STRATEGIES, VARIANTS, Launch
-from training.checkpoints import newest_valid
+from training.reliability.checkpoints import newest_valid
 
 PAIRS = [(strategy, optimizer) for strategy in STRATEGIES for optimizer in parity.OPTIMIZERS]
 REFUSED = [("fsdp×2", "sophiah"), ("zero3×2", "sophiah")]

@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import training.optimizers as optimizers
+from tests.training.reliability.test_resume import kill_before_recording
 from tests.training.runs import curve, run, run_in_child, tiny
 from tests.training.strategies import ranks
 from tests.training.strategies.conftest import Launch
-from tests.training.test_resume import kill_before_recording
 from tests.training.toys import Counting, Keeping
-from training.checkpoints import newest_valid
 from training.compose import compose
 from training.config import ConfigurationError
 from training.optimizers import build_optimizers
+from training.reliability.checkpoints import newest_valid
 from training.strategies.base import Strategy
 from training.strategies.state import refuse_unsavable_state, saved_state
 

@@ -1,0 +1,196 @@
+"""A trained model as a Hugging Face directory, which transformers and what builds on it load without this project.
+
+    config.json, generation_config.json   the architecture, and what ends a text
+    model.safetensors                     float32, the vocabulary without its padding
+    tokenizer.json, tokenizer_config.json the run's tokenizer, GPT-2's or a trained one
+    training.json, README.md              which run and step it is, for machines and for people
+
+It is written beside, loaded again, compared with the model, and renamed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from data.files import entries, sync_directory
+from data.tokenizers import END_OF_TEXT, TOKENIZER_FILE, Tokenizer
+from downstream.inference import TrainedModel
+from models import GPT2
+from training.config import ConfigurationError
+
+TRAINING_FILE = "training.json"
+WEIGHTS_FILE = "model.safetensors"
+#: Every name in an export; what else lies beside them is not deleted with them.
+OWN_NAMES = {
+    r"(generation_|tokenizer_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json": None,
+    r"tokenizer\.json|training\.json|README\.md": None,
+}
+TOLERANCE = 1e-5  # of the largest logit
+# Letters, digits, contractions, runs of white space and characters of two, three and four bytes.
+PROBE_TEXT = "It's the 1st of May,\n\n  isn't it?\tNaïve – 中文 🙂 <- (x += 1);  \r\n"
+
+
+class ExportError(RuntimeError):
+    """A directory that does not give the model's logits or the tokenizer's ids. Nothing is left of it."""
+
+
+def export(trained: TrainedModel, directory: Path, *, overwrite: bool = False) -> float:
+    """Write the model and its tokenizer to `directory`; returns the largest difference of a logit found in it.
+
+    Args:
+        trained: the model, on the CPU.
+        directory: is made; it may exist if it is empty, or holds an export and nothing else and `overwrite` is set.
+
+    Raises:
+        ConfigurationError: the directory holds something else, or cannot be written.
+        ExportError: transformers loads something that differs from the model.
+    """
+    place = directory.absolute()
+    partial, replaced = (place.with_name(f".{place.name}.{os.getpid()}.{end}") for end in ("partial", "replaced"))
+    try:
+        _refuse_to_replace(directory, overwrite)
+        partial.mkdir(parents=True)
+        _write(trained, partial)
+        difference = _compare(trained.model, trained.tokenizer, partial)
+        for file in partial.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        if directory.exists():
+            place.rename(replaced)
+        try:
+            partial.rename(place)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(place)
+            raise
+        sync_directory(place.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigurationError(
+            f"{directory} cannot be written: {reason}; make room, or choose another directory"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return difference
+
+
+def _refuse_to_replace(directory: Path, overwrite: bool) -> None:
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if directory.is_symlink() or not (directory / TRAINING_FILE).is_file():
+        raise ConfigurationError(f"{directory} exists and is no export: choose another directory")
+    if foreign := [path.name for path, own in entries(directory, OWN_NAMES) if not own or path.is_symlink()]:
+        raise ConfigurationError(
+            f"{directory} holds {', '.join(foreign[:3])} besides an export: move it away, or choose another directory"
+        )
+    if not overwrite:
+        raise ConfigurationError(f"{directory} already holds an export: choose another directory, or --overwrite")
+
+
+def _write(trained: TrainedModel, directory: Path) -> None:
+    from models.huggingface import to_huggingface
+
+    model = to_huggingface(trained.model)
+    model.generation_config.pad_token_id = trained.tokenizer.end_of_text  # generate() warns where there is none
+    model.save_pretrained(directory)
+    shutil.copymode(directory / "config.json", directory / WEIGHTS_FILE)  # which is written for its owner alone
+    (directory / TOKENIZER_FILE).write_text(trained.tokenizer.to_huggingface().to_str(pretty=True), encoding="utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "model_max_length": trained.model.config.block_size,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    described = describe(trained)
+    (directory / TRAINING_FILE).write_text(json.dumps(described, indent=2) + "\n")
+    (directory / "README.md").write_text(_model_card(described), encoding="utf-8")
+
+
+def describe(trained: TrainedModel) -> dict[str, Any]:
+    """Which run and step a model is of, in JSON values, free of the paths of this machine."""
+    config = trained.config
+    identity = config.identity()
+    identity["data"].pop("paths", None)
+    if identity["model"]["init_from"] is not None:
+        identity["model"]["init_from"] = Path(identity["model"]["init_from"]).name
+    losses = {} if trained.run is None else {line["step"]: line["val_loss"] for line in trained.run.metrics("eval")}
+    environment = {} if trained.run is None else trained.run.environment
+    return {
+        "run": config.run_name,
+        "step": trained.step,
+        "tokens": trained.step * config.train.global_batch_size * config.train.sequence_length,
+        "val_loss": losses.get(trained.step),
+        "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
+        "seed": config.seed,
+        "config": identity,
+        "data_manifest_sha256": environment.get("data_manifest_sha256"),
+        "git_commit": environment.get("git", {}).get("commit"),
+    }
+
+
+def _model_card(described: dict[str, Any]) -> str:
+    config, loss = described["config"], described["val_loss"]
+    rows = {
+        "model": f"{config['model']['name']}, {described['parameters']:,} parameters",
+        "context": f"{config['model']['block_size']} tokens",
+        "tokenizer": config["tokenizer"]["name"],
+        "data": config["data"]["name"],
+        "optimizer": config["optimizer"]["name"],
+        "trained for": f"{described['step']:,} of {config['train']['steps']:,} steps, {described['tokens']:,} tokens",
+        "validation loss": "not evaluated at this step" if loss is None else f"{loss:.4f} nats per token",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"# {described['run']}\n\n| | |\n| --- | --- |\n{table}\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        "tokenizer = AutoTokenizer.from_pretrained(directory)\n"
+        "model = AutoModelForCausalLM.from_pretrained(directory)\n```\n\n"
+        f"A text begins after `{END_OF_TEXT}` and ends with it. `{TRAINING_FILE}` has the whole configuration.\n"
+    )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and advice, nor those of DeepSpeed, which it imports."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@torch.inference_mode()
+def _compare(model: GPT2, tokenizer: Tokenizer, directory: Path) -> float:
+    """Load the directory as its users will and hold it against the original; the largest difference of a logit."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    their_tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    expected, found = tokenizer.encode(PROBE_TEXT).tolist(), their_tokenizer(PROBE_TEXT)["input_ids"]
+    if expected != found or their_tokenizer.eos_token_id != tokenizer.end_of_text:
+        raise ExportError(f"{directory}: transformers reads {found} where the run's tokenizer reads {expected}")
+    theirs = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, use_safetensors=True)
+    length, generator = min(64, model.config.block_size), torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+    logits = model.logits(ids)
+    difference = (theirs(ids).logits - logits).abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, logits.abs().max().item()):
+        raise ExportError(f"{directory}: a logit of transformers' model differs by {difference:.2g} from the run's")
+    return difference

@@ -1,0 +1,238 @@
+"""A trained model in use: a run's newest valid checkpoint opened, and text drawn from it.
+
+trained = open_trained(Path("runs/<name>"))
+ids = generate(trained.model, prompt, 200, Sampling(temperature=0.8), 0, trained.tokenizer.end_of_text)
+for text in as_text(trained.tokenizer, ids):
+    print(text, end="", flush=True)
+"""
+
+import codecs
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.errors import DataError
+from data.files import cannot_use
+from data.manifest import load_manifest
+from data.tokenizers import Tokenizer, gpt2, open_tokenizer
+from models import GPT2, GPT2Config
+from training.compose import validate
+from training.config import ConfigurationError, RunConfig
+from training.corpus import token_directory_of
+from training.records import CONFIG_FILE, RecordError, RunRecord
+from training.reliability.checkpoints import MANIFEST_FILE, Checkpoint, CheckpointError, newest_valid
+from training.reliability.run_directory import refuse_absent
+
+#: What opening a run and using its model may raise: each message is one line for a person.
+OPENING_ERRORS = (ConfigurationError, RecordError, CheckpointError, DataError)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model out of a checkpoint, with what is needed to use it."""
+
+    model: GPT2  # float32, in evaluation mode, without gradients
+    tokenizer: Tokenizer
+    config: RunConfig  # of the run that trained it
+    checkpoint: Path
+    step: int  # updates made
+    run: RunRecord | None  # None for a checkpoint outside of a run directory
+    passed_over: tuple[str, ...]  # a line about each newer checkpoint that is damaged
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of "auto" (CUDA where there is one), "cpu" or "cuda".
+
+    Raises:
+        ConfigurationError: there is no CUDA device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("device=cuda: no CUDA device is visible; choose cpu or auto")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def open_trained(path: Path, *, device: torch.device | str = "cpu", tokens: Path | None = None) -> TrainedModel:
+    """The model of a run's newest valid checkpoint, or of the checkpoint that is given.
+
+    Args:
+        path: a run directory, runs/<name>, or a checkpoint in one, runs/<name>/checkpoints/step-….
+        device: where the weights are put.
+        tokens: the run's token directory, for its trained tokenizer, where it is no longer at the place that the run's
+            configuration names. GPT-2's own tokenizer needs none.
+
+    Raises:
+        ConfigurationError: there is no such directory, or its configuration is not valid.
+        RecordError: the directory is no run record.
+        CheckpointError: no checkpoint is valid, or the one given is damaged.
+        DataError: the tokenizer is missing, or is not the one that the run was trained with; or a file may not be read.
+    """
+    try:
+        return _open(path, device, tokens)
+    except OSError as error:
+        raise cannot_use(error, path) from error
+
+
+def _open(path: Path, device: torch.device | str, tokens: Path | None) -> TrainedModel:
+    refuse_absent(path)
+    run = _run_of(path)
+    passed_over: list[str] = []
+    if run is not None and run.directory == path:
+        newest, passed_over = newest_valid(path / "checkpoints")
+        if newest is None:
+            reason = "; ".join(passed_over) or f"there is none in {path / 'checkpoints'}"
+            raise CheckpointError(f"{path} has no valid checkpoint: {reason}")
+        checkpoint = newest
+    else:
+        checkpoint = Checkpoint(path)
+    config = _config_of(checkpoint)
+    tokenizer = _tokenizer_of(config, run, tokens)
+    model = _load(
+        checkpoint, GPT2Config(tokenizer.vocab_size, **config.model.model_dump(exclude={"name", "init_from"}))
+    )
+    return TrainedModel(
+        model.to(device), tokenizer, config, checkpoint.directory, checkpoint.step, run, tuple(passed_over)
+    )
+
+
+def _run_of(path: Path) -> RunRecord | None:
+    """The run that the path is, or that the checkpoint lies in."""
+    if not (path / MANIFEST_FILE).is_file():
+        return RunRecord.open(path)
+    directory = path.absolute().parent.parent
+    return RunRecord.open(directory) if (directory / CONFIG_FILE).is_file() else None
+
+
+def _config_of(checkpoint: Checkpoint) -> RunConfig:
+    try:
+        return validate(checkpoint.state["config"])
+    except ConfigurationError as error:
+        raise ConfigurationError(f"the configuration of {checkpoint.directory} is not valid: {error}") from error
+
+
+def _tokenizer_of(config: RunConfig, run: RunRecord | None, tokens: Path | None) -> Tokenizer:
+    if config.tokenizer.name == "gpt2":
+        return gpt2()
+    directory = token_directory_of(config) if tokens is None else tokens
+    try:
+        manifest = load_manifest(directory)
+    except DataError as error:
+        raise DataError(
+            f"the run's tokenizer is missing: {error}; or name the run's token directory with --tokens"
+        ) from error
+    trained_on = None if run is None else run.environment.get("data_manifest_sha256")
+    if trained_on not in (None, manifest.sha256):
+        raise DataError(
+            f"{directory} holds other tokens (manifest {manifest.sha256[:12]}) than the run was trained on "
+            f"({trained_on[:12]}), so its ids may mean other text; name the run's token directory with --tokens"
+        )
+    return open_tokenizer(manifest.tokenizer, directory)
+
+
+def _load(checkpoint: Checkpoint, shape: GPT2Config) -> GPT2:
+    with torch.device("meta"):
+        model = GPT2(shape)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        found = checkpoint.shape(f"model.{name}")
+        if found != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{checkpoint.directory}: {name} has shape {found} and should have {tuple(parameter.shape)}: "
+                "the weights are not those of its configuration"
+            )
+        weights[name] = checkpoint.tensor(f"model.{name}").float()
+        if not weights[name].isfinite().all():
+            raise CheckpointError(f"{checkpoint.directory}: {name} is not finite: the run had diverged")
+    model.load_state_dict(weights, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the model's distribution.
+
+    Temperature first, then the `top_k` likeliest tokens, then of these the likeliest that together hold `top_p`.
+
+    Raises:
+        ConfigurationError: a value out of range.
+    """
+
+    temperature: float = 1.0  # 0: always the likeliest token
+    top_k: int | None = None  # None: all
+    top_p: float = 1.0  # nucleus sampling (Holtzman et al. 2020); 1: all
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigurationError(f"temperature={self.temperature}: expected 0 (greedy) or more, for example 0.8")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigurationError(f"top_k={self.top_k}: expected a number of tokens, at least 1")
+        if not 0 < self.top_p <= 1:
+            raise ConfigurationError(f"top_p={self.top_p}: expected a probability above 0 and at most 1")
+
+
+def next_token_distribution(
+    logits: Tensor,  # (V,)
+    sampling: Sampling,
+) -> Tensor:  # (V,) float64, sums to 1
+    """The distribution that the next token is drawn from. Of equal logits the lower id counts as the likelier."""
+    if sampling.temperature == 0:
+        return F.one_hot(logits.argmax(), logits.numel()).double()
+    ordered, order = logits.double().sort(descending=True, stable=True)
+    probabilities = ((ordered - ordered[0]) / sampling.temperature).softmax(dim=-1)
+    if sampling.top_k is not None:
+        probabilities[sampling.top_k :] = 0
+    if sampling.top_p < 1:
+        mass = probabilities.cumsum(dim=-1)
+        probabilities[mass - probabilities >= sampling.top_p * mass[-1]] = 0
+    return torch.zeros_like(probabilities).scatter(0, order, probabilities / probabilities.sum())
+
+
+def generate(
+    model: GPT2,
+    prompt: Sequence[int],  # ids, at least one; of a longer prompt the last block_size count
+    length: int,  # tokens to draw
+    sampling: Sampling,
+    seed: int,
+    end_of_text: int,  # the id after which nothing is drawn; it is not returned
+) -> Iterator[int]:
+    """The ids that follow the prompt, one at a time.
+
+    A pure function of its arguments: the draws come from a generator of the seed on the CPU, on whatever device the
+    model is.
+
+    Raises:
+        ValueError: an empty prompt.
+    """
+    if not len(prompt):
+        raise ValueError("an empty prompt: begin with the end of a text, after which a new one starts")
+    generator = torch.Generator().manual_seed(seed)
+    context = [int(token) for token in prompt]
+    for _ in range(length):
+        distribution = next_token_distribution(_next_logits(model, context[-model.config.block_size :]), sampling)
+        token = int(distribution.multinomial(1, generator=generator))
+        if token == end_of_text:
+            return
+        yield token
+        context.append(token)
+
+
+@torch.inference_mode()
+def _next_logits(model: GPT2, context: Sequence[int]) -> Tensor:
+    """(vocab_size,) float32 on the CPU: the logits of the token after the context. Padding rows have none."""
+    weight = model.token_embedding.weight[: model.config.vocab_size]
+    hidden = model.hidden(torch.tensor([context], device=weight.device))
+    return F.linear(hidden[0, -1], weight).float().cpu()
+
+
+def as_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The text of ids as they come. A character made of several tokens is held back until it is whole."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in ids:
+        if text := decoder.decode(tokenizer.decode_bytes([token])):
+            yield text
+    if rest := decoder.decode(b"", final=True):
+        yield rest

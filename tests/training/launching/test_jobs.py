@@ -1,0 +1,81 @@
+"""A list of runs goes through Hydra's launchers, each with overrides of its own, and comes back with exit codes."""
+
+from pathlib import Path
+
+import pytest
+
+from training.config import ConfigurationError
+from training.launching.command import main
+from training.launching.jobs import launch, side_by_side
+
+NANO = [
+    *("model=gpt2_nano", "tokenizer=bpe", "tokenizer.vocab_size=300", "train.steps=2", "train.global_batch_size=2"),
+    *("train.sequence_length=16", "train.precision=fp32", "train.compile=false", "eval.tokens=64", "eval.interval=2"),
+]
+
+
+@pytest.mark.slow
+def test_jobs_run_one_after_the_other_each_with_overrides_of_its_own(tmp_path: Path) -> None:
+    common = [*NANO, f"output_dir={tmp_path}", f"data.directory={tmp_path / 'tokens'}"]
+    codes = launch([[*common, "name=a", "optimizer=adamw"], [*common, "name=b", "optimizer=lion", "train.steps=1"]])
+    assert codes == [0, 0]
+    assert (tmp_path / "a" / "summary.json").is_file()
+    assert "completed at step 1" in (tmp_path / "b.log").read_text()
+
+
+def test_a_job_that_is_refused_or_breaks_ends_itself_alone(tmp_path: Path) -> None:
+    broken = tmp_path / "file"
+    broken.write_text("not a directory")
+    codes = launch(
+        [
+            ["name=refused", f"output_dir={tmp_path}", "train.steps=5", "schedule.warmup_steps=9"],
+            [*NANO, "name=broken", f"output_dir={tmp_path}", f"data.directory={broken}"],
+        ]
+    )
+    assert codes[0] == 2
+    assert codes[1] in (1, 2)
+    assert "warmup_steps=9" in (tmp_path / "refused.log").read_text()
+    assert (tmp_path / "broken.log").read_text()
+
+
+@pytest.mark.slow
+def test_jobs_go_side_by_side_through_joblib(tmp_path: Path) -> None:
+    """Refused configurations: what is tested is the way there and back, not training."""
+    jobs = [[f"name=j{i}", f"output_dir={tmp_path}", "train.steps=5", f"schedule.warmup_steps={9 + i}"] for i in (0, 1)]
+    assert launch(jobs, ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]) == [2, 2]
+    assert "warmup_steps=10" in (tmp_path / "j1.log").read_text()
+
+
+def test_an_unknown_launcher_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigurationError, match="hydra/launcher=nowhere"):
+        launch([["name=a"]], ["hydra/launcher=nowhere"])
+
+
+@pytest.mark.parametrize(
+    "override", ["+hydra.job.env_set.A=b", "+experiment@hydra.job.env_set=x", "hydra/launcher=joblib"]
+)
+def test_a_job_sets_nothing_of_hydras(override: str) -> None:
+    with pytest.raises(ConfigurationError, match="a key of hydra, which the command line alone may set"):
+        launch([["name=a", override]])
+
+
+@pytest.mark.parametrize("scontrol", [None, "#!/bin/sh\necho 'no controller' >&2; exit 1\n"])
+def test_slurm_that_does_not_answer_is_a_configuration_error(
+    scontrol: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if scontrol is not None:
+        (tmp_path / "scontrol").write_text(scontrol)
+        (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigurationError, match="launcher=slurm: no SLURM answers here"):
+        launch([["name=a"]], ["hydra/launcher=submitit_slurm"])
+    assert main(["launcher=slurm", f"output_dir={tmp_path}/runs"]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: launcher=slurm: no SLURM answers here")
+    assert said.count("\n") == 1
+
+
+def test_a_launcher_is_handed_what_it_can_run_side_by_side() -> None:
+    assert side_by_side([]) == 1
+    assert side_by_side(["hydra/launcher=joblib", "hydra.launcher.n_jobs=3"]) == 3
+    assert side_by_side(["hydra/launcher=submitit_slurm"]) is None

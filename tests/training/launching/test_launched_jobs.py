@@ -1,0 +1,191 @@
+"""Sweeps, one by one, side by side and as jobs: killed ones go on, each trial in its own run directory."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.training.runs import Session, lines, run, summary
+from training.config import ConfigurationError
+from training.exits import EXIT_HELD
+from training.launching.sweep import check_trials, trials
+from training.reliability.run_directory import RunDirectory
+
+NAMES = "name='${optimizer.name}-${seed}'"
+
+
+@pytest.fixture
+def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For what sessions say; a sweep's directory has its trials alone."""
+    return tmp_path_factory.mktemp("said")
+
+
+def steps(directory: Path) -> list[int]:
+    return [line["step"] for line in lines(directory, "train")]
+
+
+def resumed_at(directory: Path) -> list[int]:
+    return [line["step"] for line in lines(directory, "event") if line["event"] == "resumed"]
+
+
+def test_a_killed_sweep_passes_over_finished_trials_and_resumes_the_others(
+    tiny: list[str], tmp_path: Path, said: Path
+) -> None:
+    sweep = ["-m", *tiny, NAMES, f"output_dir={tmp_path}", "train.steps=300", "eval.interval=300"]
+    sweep += ["checkpoint.interval=20", "optimizer=adamw,lion"]
+    with Session(sweep, said) as session:
+        session.wait_for(tmp_path / "lion-0" / "metrics.jsonl", '"step":45,')
+        os.killpg(session.pid, signal.SIGKILL)
+        session.end()
+    finished = (tmp_path / "adamw-0" / "summary.json").stat().st_mtime_ns
+    assert "status" not in (summary(tmp_path / "lion-0") if (tmp_path / "lion-0" / "summary.json").exists() else {})
+
+    assert run(sweep) == 0
+    assert (tmp_path / "adamw-0" / "summary.json").stat().st_mtime_ns == finished
+    assert summary(tmp_path / "lion-0")["status"] == "completed"
+    assert steps(tmp_path / "lion-0") == list(range(1, 301))
+    assert resumed_at(tmp_path / "lion-0")[0] >= 40
+    assert resumed_at(tmp_path / "adamw-0") == []
+
+
+def test_trials_run_side_by_side_and_are_passed_over_the_second_time(
+    tiny: list[str], tmp_path: Path, said: Path
+) -> None:
+    sweep = ["-m", "launcher=joblib", *tiny, NAMES, f"output_dir={tmp_path}", "optimizer=adamw", "seed=0,1"]
+    with Session(sweep, said) as session:
+        code, _, errors = session.end()
+    assert code == 0, errors[-3000:]
+    for seed in (0, 1):
+        assert steps(tmp_path / f"adamw-{seed}") == list(range(1, 13))
+    assert run(["-m", *sweep[2:]]) == 0
+    assert [resumed_at(tmp_path / f"adamw-{seed}") for seed in (0, 1)] == [[], []]
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["adamw-0", "adamw-1"]
+
+
+def test_a_sweep_side_by_side_that_is_hung_up_on_has_saved_its_trials(
+    tiny: list[str], tmp_path: Path, said: Path
+) -> None:
+    """The third trial has to wait for a worker, and is not begun."""
+    sweep = ["-m", "launcher=joblib", "hydra.launcher.n_jobs=2", *tiny, NAMES, f"output_dir={tmp_path}", "seed=0,1,2"]
+    sweep += ["optimizer=adamw", "train.steps=100000", "eval.interval=100000", "checkpoint.interval=null"]
+    with Session(sweep, said) as session:
+        for seed in (0, 1):
+            session.wait_for(tmp_path / f"adamw-{seed}" / "metrics.jsonl", '"step":5,')
+        for _ in range(2):  # the group and the parent in it, as when a terminal closes
+            os.killpg(session.pid, signal.SIGHUP)
+            os.kill(session.pid, signal.SIGHUP)
+        code, _, errors = session.end()
+    assert code == 75, errors[-3000:]
+    for seed in (0, 1):
+        saved = summary(tmp_path / f"adamw-{seed}")
+        assert saved["status"] == "preempted"
+        assert (tmp_path / f"adamw-{seed}" / "checkpoints" / f"step-{saved['steps']:08d}").is_dir()
+    assert not (tmp_path / "adamw-2").exists()
+
+
+def test_jobs_of_two_tasks_are_told_of_the_time_limit_save_and_start_again(
+    tiny: list[str], tmp_path: Path, said: Path
+) -> None:
+    """What launcher=slurm does, through submitit's local executor; on a real SLURM: make test-slurm."""
+    sweep = ["-m", "launcher=submitit", "launcher.nproc_per_node=2", *tiny, NAMES, f"output_dir={tmp_path}"]
+    sweep += ["optimizer=adamw", "seed=0,1", "train.steps=400", "eval.interval=400", "checkpoint.interval=null"]
+    with Session(sweep, said) as session:
+        session.wait_for(tmp_path / "adamw-0" / "metrics.jsonl", '"step":5,')
+        tasks = [p for p in psutil.Process(session.pid).children(recursive=True) if of_trial(p, tmp_path / "adamw-0")]
+        for task in tasks:
+            task.send_signal(signal.SIGUSR2)
+        code, output, errors = session.end()
+    assert code == 0, (output + errors)[-3000:]
+    for seed in (0, 1):
+        assert summary(tmp_path / f"adamw-{seed}")["status"] == "completed"
+        assert steps(tmp_path / f"adamw-{seed}") == list(range(1, 401))
+    assert len(resumed_at(tmp_path / "adamw-0")) == 1
+    assert resumed_at(tmp_path / "adamw-1") == []
+
+
+@pytest.mark.parametrize("launcher", ["local", "joblib"])
+def test_a_trial_that_another_process_has_is_left_to_it_and_the_others_run(
+    launcher: str, tiny: list[str], tmp_path: Path, said: Path
+) -> None:
+    sweep = ["-m", f"launcher={launcher}", *tiny, NAMES, f"output_dir={tmp_path}", "optimizer=adamw,lion"]
+    (tmp_path / "adamw-0").mkdir()
+    holder = RunDirectory(tmp_path / "adamw-0")
+    holder.take()
+    with Session(sweep, said) as session:
+        code, _, errors = session.end()
+    assert code == EXIT_HELD, errors[-3000:]
+    assert f"adamw-0 is being run by process {os.getpid()} on " in errors
+    assert "1 of 2 trials are being run by other processes" in errors
+    assert [path.name for path in (tmp_path / "adamw-0").iterdir()] == [".lock"]
+    assert summary(tmp_path / "lion-0")["status"] == "completed"
+    holder.release()
+    assert run(sweep) == 0
+    assert steps(tmp_path / "adamw-0") == list(range(1, 13))
+
+
+def test_a_sweep_restarted_while_its_jobs_still_run_leaves_their_trials_to_them(
+    tiny: list[str], tmp_path: Path, said: Path
+) -> None:
+    """The parent is killed and its job lives on, as on SLURM; the new job of the same trial ends at once."""
+    sweep = ["-m", "launcher=submitit", *tiny, NAMES, f"output_dir={tmp_path}"]
+    sweep += ["optimizer=adamw", "seed=0", "train.steps=400", "eval.interval=400", "checkpoint.interval=null"]
+    directory = tmp_path / "adamw-0"
+    with Session(sweep, said) as parent:
+        parent.wait_for(directory / "metrics.jsonl", '"step":5,')
+        os.kill(parent.pid, signal.SIGKILL)
+        holder = int((directory / ".lock").read_text().split()[1])
+        os.kill(holder, signal.SIGSTOP)  # while the second sweep comes and goes
+        with Session(sweep, said) as session:
+            code, _, errors = session.end()
+        os.kill(holder, signal.SIGCONT)
+        assert code == EXIT_HELD, errors[-3000:]
+        assert "1 of 1 trials are being run by other processes" in errors
+        parent.wait_for(directory / "summary.json", '"completed"')
+    assert run(sweep) == 0
+    assert steps(directory) == list(range(1, 401))
+    assert resumed_at(directory) == []
+
+
+def of_trial(process: psutil.Process, directory: Path) -> bool:
+    """A task of the trial's job: a sibling of the process that has the trial's record open."""
+
+    def holds(candidate: psutil.Process) -> bool:
+        try:
+            return any(file.path.startswith(str(directory)) for file in candidate.open_files())
+        except psutil.Error:
+            return False
+
+    try:
+        return "submitit.core._submit" in process.cmdline() and any(
+            holds(sibling) for sibling in process.parent().children()
+        )
+    except psutil.Error:
+        return False
+
+
+def test_trials_that_would_share_a_run_directory_are_refused_before_the_first_starts() -> None:
+    with pytest.raises(ConfigurationError, match=r"trials 0 \(seed=0\) and 1 \(seed=1\) .* would share"):
+        check_trials(trials(["name=one", "seed=0,1"]))
+    with pytest.raises(ConfigurationError, match=r"trials 0 \(strategy=ddp\) and 1 \(strategy=fsdp\)"):
+        check_trials(trials(["strategy=ddp,fsdp"]))
+    check_trials(trials(["optimizer=adamw,lion", "seed=0,1"]))
+
+
+def test_a_mistake_in_any_trial_is_an_error_before_the_first_starts(tmp_path: Path) -> None:
+    assert run(["-m", f"output_dir={tmp_path}", "optimizer=adamw", "optimizer.lr=1e-3,-1"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_under_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(["-m", f"output_dir={tmp_path}", "seed=0,1"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_leaves_no_time_to_train_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"launcher\.signal_seconds=120 is not before .*timeout_minutes=2"):
+        check_trials([["launcher=slurm", "launcher.timeout_minutes=2"]])

@@ -1,0 +1,292 @@
+"""Mirrors equal the record, and never stop, slow or betray a run."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.training.runs import curve, lines, run, run_in_child, summary, tiny
+from tests.training.wandb_files import wandb_records, wandb_rows, wandb_values
+from training.compose import compose
+from training.recording import trackers
+from training.recording.trackers import BackgroundTracker, Tracker, scalars
+
+# Unlike anything that a file has by chance.
+KEY = "5ec4e7" * 6 + "abcd"
+
+
+def mirrored(run_directory: Path) -> list[dict[str, Any]]:
+    """The record's lines as a mirror should have them."""
+    return [
+        {axis: line[axis] for axis in trackers.AXES if axis in line} | scalars(line)
+        for line in lines(run_directory, "train", "eval", "hessian")
+    ]
+
+
+def test_offline_wandb_holds_the_record(corpus: list[str], tmp_path: Path) -> None:
+    assert run(tiny(corpus, tmp_path, "tracker=wandb")) == 0
+    rows = [{k: v for k, v in row.items() if not k.startswith("_")} for row in wandb_rows(tmp_path / "run")]
+    assert rows == mirrored(tmp_path / "run")
+
+
+def test_offline_wandb_has_what_its_tables_and_parallel_coordinates_need(corpus: list[str], tmp_path: Path) -> None:
+    """Group, job type, tags, the resolved configuration with plain numbers, and the record's totals."""
+    group = ["tracker.group=small-tiny", "tracker.tags=[small,tuning]"]
+    assert run(tiny(corpus, tmp_path, "tracker=wandb", "optimizer=sophiag", *group)) == 0
+    (begun,) = [record.run for record in wandb_records(tmp_path / "run") if record.HasField("run")]
+    assert (begun.run_group, begun.job_type) == ("small-tiny", "sophiag")
+    assert {"sophiag", "small", "tuning"} <= set(begun.tags)
+    config, shown = wandb_values(tmp_path / "run")
+    recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    optimizer = config["optimizer"]
+    assert [optimizer.pop("beta1"), optimizer.pop("beta2")] == recorded["optimizer"]["betas"]
+    assert {key: config[key] for key in recorded} == recorded
+    totals = {key: value for key, value in summary(tmp_path / "run").items() if isinstance(value, (int, float, str))}
+    assert {"final_val_loss", "tokens", "flops", "seconds", "status"} <= totals.keys()
+    assert {key: shown[key] for key in totals} == totals
+
+
+def test_wandb_has_the_published_losses_as_flat_lines_over_the_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = compose(["model=gpt2_medium", "data=openwebtext", "tokenizer=gpt2"])
+    tracker = trackers.WandbTracker(config, tmp_path, {"initial_weights_sha256": "0"}, pytest.fail)
+    for step in range(3):
+        axes = {"step": step, "tokens": 100 * step, "flops": step, "seconds": 1.0 * step}
+        if step:
+            tracker.log({"kind": "train", **axes, "loss": 3.0})
+        tracker.log({"kind": "eval", **axes, "val_loss": 3.0 - step})
+    tracker.finish({"status": "completed"})
+    paper = {"reference/paper/adamw": 2.691, "reference/paper/lion": 2.678, "reference/paper/sophiah": 2.645}
+    rows = wandb_rows(tmp_path)
+    found = [{key: value for key, value in row.items() if key.startswith("reference/")} for row in rows]
+    assert found == [paper if "val/loss" in row else {} for row in rows]
+    assert [row["tokens"] for row in rows if "val/loss" in row] == [0, 100, 200]
+    metrics = [record.metric for record in wandb_records(tmp_path) if record.HasField("metric")]
+    assert ("reference/*", "tokens") in [(metric.glob_name, metric.step_metric) for metric in metrics]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model=gpt2_small data=sample", "model=gpt2_small data=openwebtext tokenizer=bpe tokenizer.vocab_size=999"],
+)
+def test_a_run_on_another_corpus_is_held_against_nothing_published(override: str) -> None:
+    assert trackers.published_losses(compose(["model=gpt2_small", "data=openwebtext", "tokenizer=gpt2"]))
+    assert trackers.published_losses(compose(override.split())) == {}
+
+
+def as_an_agent_does(parameters: Path) -> None:
+    """The environment that `wandb agent` gives a sweep's run."""
+    os.environ |= {
+        "WANDB_MODE": "offline",
+        "WANDB_SWEEP_ID": "sweep123",
+        "WANDB_RUN_ID": "agents01",
+        "WANDB_PROJECT": "of-the-sweep",
+        "WANDB_SWEEP_PARAM_PATH": str(parameters),
+    }
+    os.environ.pop("WANDB_SERVICE", None)
+
+
+def test_a_run_of_a_sweep_has_the_id_and_the_project_of_its_agent(corpus: list[str], tmp_path: Path) -> None:
+    parameters = tmp_path / "parameters.yaml"
+    parameters.write_text("wandb_version: 1\noptimizer.lr:\n  value: 0.001\n")
+    overrides = tiny(corpus, tmp_path, "tracker=wandb", "optimizer.lr=0.001")
+    assert run_in_child(overrides, as_an_agent_does, parameters, errors=tmp_path / "errors") == 0
+    (begun,) = [record.run for record in wandb_records(tmp_path / "run") if record.HasField("run")]
+    assert (begun.run_id, begun.sweep_id, begun.project) == ("agents01", "sweep123", "of-the-sweep")
+    assert begun.display_name == "run"
+    rows = [{k: v for k, v in row.items() if not k.startswith("_")} for row in wandb_rows(tmp_path / "run")]
+    assert rows == mirrored(tmp_path / "run")
+    said = (tmp_path / "errors").read_text()
+    assert "Ignoring" not in said
+    assert "tracker=wandb" not in said
+
+
+def test_tensorboard_holds_the_record(corpus: list[str], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(tiny(corpus, tmp_path, "tracker=tensorboard")) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    found = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    expected: dict[str, list[tuple[int, float]]] = {}
+    for line in lines(tmp_path / "run", "train", "eval", "hessian"):
+        for name, value in scalars(line).items():
+            expected.setdefault(name, []).append((line["step"], pytest.approx(float(value), rel=1e-6)))
+    assert found == expected
+
+
+def test_names_of_the_mirror() -> None:
+    line = {"kind": "eval", "step": 3, "tokens": 1, "flops": 1, "seconds": 0.1, "val_loss": 2.0, "by": {"mlp": 1}}
+    assert scalars(line) == {"val/loss": 2.0, "val/by/mlp": 1}
+    assert scalars({"kind": "train", "loss": None, "skipped": True}) == {"train/skipped": True}
+
+
+class Recording(Tracker):
+    def __init__(self) -> None:
+        self.seen: list[Mapping[str, Any]] = []
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        self.seen.append(line)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self.seen.append(summary)
+
+
+class Broken(Recording):
+    def __init__(self, at: int, error: BaseException) -> None:
+        super().__init__()
+        self.at, self.error = at, error
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        super().log(line)
+        if len(self.seen) == self.at:
+            raise self.error
+
+
+class Hanging(Recording):
+    abandoned = False
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        threading.Event().wait()
+
+    def abandon(self) -> None:
+        self.abandoned = True
+
+
+DONE = {"status": "completed"}
+
+
+def test_lines_arrive_whole_and_in_order() -> None:
+    inner, warned = Recording(), []
+    tracker = BackgroundTracker(lambda: inner, "test", warned.append)
+    for number in range(200):
+        tracker.log({"step": number})
+    tracker.finish(DONE)
+    assert inner.seen == [{"step": number} for number in range(200)] + [DONE]
+    assert warned == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("refused"), SystemExit(1), KeyboardInterrupt()], ids=repr)
+def test_what_a_tracker_raises_is_one_warning(error: BaseException) -> None:
+    warned: list[str] = []
+    tracker = BackgroundTracker(lambda: Broken(3, error), "test", warned.append)
+    for number in range(10):
+        tracker.log({"step": number})
+    tracker.finish(DONE)
+    tracker._thread.join(5)
+    assert len(warned) == 1
+    assert warned[0].startswith(f"tracker=test failed ({type(error).__name__}")
+
+
+def test_a_tracker_that_cannot_start_is_one_warning() -> None:
+    def impossible() -> Tracker:
+        raise ImportError("no such package")
+
+    warned: list[str] = []
+    tracker = BackgroundTracker(impossible, "test", warned.append)
+    tracker._thread.join(5)
+    tracker.log({"step": 1})
+    tracker.finish(DONE)
+    assert warned == [
+        "tracker=test failed (ImportError: no such package); the run goes on without it, the record is complete"
+    ]
+
+
+def test_a_tracker_that_hangs_neither_slows_the_run_nor_holds_up_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.3)
+    inner, warned = Hanging(), []
+    tracker = BackgroundTracker(lambda: inner, "test", warned.append)
+    began = time.monotonic()
+    for number in range(1000):
+        tracker.log({"step": number})
+    tracker.finish(DONE)
+    assert time.monotonic() - began < 30
+    assert len(warned) == 1
+    assert "has not finished after" in warned[0]
+    assert inner.abandoned
+
+
+def test_a_preempted_run_waits_but_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "PREEMPTED_SECONDS", 0.2)
+    tracker = BackgroundTracker(Hanging, "test", lambda line: None)
+    tracker.log({"step": 1})
+    began = time.monotonic()
+    tracker.finish({"status": "preempted"})
+    assert time.monotonic() - began < 10
+
+
+def test_a_tracker_that_falls_too_far_behind_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "MOST_WAITING", 50)
+    warned: list[str] = []
+    tracker = BackgroundTracker(Hanging, "test", warned.append)
+    for number in range(200):
+        tracker.log({"step": number})
+    tracker.finish(DONE)
+    assert len(warned) == 1
+    assert "50 lines behind" in warned[0]
+
+
+def test_a_warning_never_shows_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    warned: list[str] = []
+    tracker = BackgroundTracker(lambda: Broken(1, RuntimeError(f"key {KEY} refused")), "test", warned.append)
+    tracker.log({})
+    tracker._thread.join(5)
+    assert KEY not in warned[0]
+    assert "<WANDB_API_KEY>" in warned[0]
+
+
+def tracker_breaks(error: str) -> None:
+    from training.recording import trackers
+
+    def log(self: Any, line: Any) -> None:
+        raise OSError(error)
+
+    trackers.TensorBoardTracker.log = log  # type: ignore[method-assign]
+
+
+def test_the_record_is_the_same_with_and_without_a_broken_tracker(corpus: list[str], tmp_path: Path) -> None:
+    assert run(tiny(corpus, tmp_path, name="without")) == 0
+    broken = tiny(corpus, tmp_path, "tracker=tensorboard", name="broken")
+    assert run_in_child(broken, tracker_breaks, "down", errors=tmp_path / "errors") == 0
+    assert curve(tmp_path / "broken") == curve(tmp_path / "without")
+    said = (tmp_path / "errors").read_text()
+    assert said.count("tracker=tensorboard failed (OSError: down)") == 1
+
+
+def wandb_at_a_closed_port() -> None:
+    from training.recording import trackers
+
+    trackers.INIT_SECONDS = 2.0
+    for name in ("WANDB_MODE", "WANDB_SERVICE"):  # the latter would lead to the service of the tests' own process
+        os.environ.pop(name, None)
+    os.environ |= {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+
+
+def test_wandb_that_cannot_be_reached_is_a_warning_and_no_file_has_the_key(corpus: list[str], tmp_path: Path) -> None:
+    overrides = tiny(corpus, tmp_path, "tracker=wandb")
+    assert run_in_child(overrides, wandb_at_a_closed_port, errors=tmp_path / "errors") == 0
+    said = (tmp_path / "errors").read_text()
+    assert "tracker=wandb cannot be reached" in said
+    assert len(lines(tmp_path / "run", "train")) == 24
+    assert summary(tmp_path / "run")["status"] == "completed"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        assert KEY.encode() not in path.read_bytes(), path
+    rows = [{k: v for k, v in row.items() if not k.startswith("_")} for row in wandb_rows(tmp_path / "run")]
+    assert rows == mirrored(tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_reaches_no_mirror() -> None:
+    assert scalars({"kind": "train", "loss": None, "grad_norm": 1.0}) == {"train/grad_norm": 1.0}
+    assert not any(math.isnan(value) for value in scalars({"kind": "train", "loss": None}).values())

@@ -1,0 +1,346 @@
+"""Killed and resumed: one curve, bit for bit, with every number of it written once."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.runs import before, curve, kill_self, lines, run, run_in_child, summary, tiny
+from tests.unreadable import unreadable
+
+OPTIMIZERS = ["sophiag", "sophiah", "adamw", "lion", "muon", "signum", "adahessian"]
+
+
+def kill_before_refresh(step: int) -> None:
+    from training.curvature import CurvaturePass
+
+    before(CurvaturePass, "run_within_training", kill_self, lambda *arguments: arguments[3] == step)
+
+
+def kill_before_recording(step: int) -> None:
+    from training.loop import Reporter
+
+    before(Reporter, "step", kill_self, lambda _, at, *rest: at == step)
+
+
+def kill_in_evaluation(step: int) -> None:
+    from training import loop
+
+    before(loop, "evaluate", kill_self, lambda run: run.state.step == step)
+
+
+def kill_in_save(step: int, at: str) -> None:
+    from training.reliability import checkpoints
+
+    before(checkpoints, at, kill_self, lambda *arguments: f"step-{step:08d}" in str(arguments[0]))
+
+
+def kill_after_save(step: int) -> None:
+    from training.reliability import checkpoints
+
+    before(checkpoints, "prune", kill_self, lambda root, *_, **__: (root / f"step-{step:08d}").exists())
+
+
+KILLS: dict[
+    str, tuple[Callable[..., None], tuple[Any, ...], int]
+] = {  # and the step that the next sitting begins after
+    "right before a refresh, which is the first thing after the resume": (kill_before_refresh, (11,), 10),
+    "right before a refresh, steps after the checkpoint": (kill_before_refresh, (16,), 10),
+    "between an update and its line": (kill_before_recording, (19,), 10),
+    "in an evaluation": (kill_in_evaluation, (16,), 10),
+    "in a save, before a file": (kill_in_save, (20, "_write_rank_file"), 10),
+    "in a save, before the manifest": (kill_in_save, (20, "write_atomically"), 10),
+    "in a save, before the rename": (kill_in_save, (20, "sync_directory"), 10),
+    "after a save, before older checkpoints are deleted": (kill_after_save, (20,), 20),
+    "before the first checkpoint": (kill_before_recording, (7,), 0),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """The curve of an uninterrupted run of each optimizer, made when it is first asked for."""
+
+    class Curves(dict):
+        def __missing__(self, optimizer: str) -> list[dict[str, Any]]:
+            directory = tmp_path_factory.mktemp(optimizer)
+            assert run(tiny(corpus, directory, f"optimizer={optimizer}")) == 0
+            self[optimizer] = curve(directory / "run")
+            return self[optimizer]
+
+    return Curves()
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_a_run_killed_by_sigkill_has_the_same_curve_bit_for_bit(
+    kill: str, corpus: list[str], tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    act, arguments, resumed_at = KILLS[kill]
+    overrides = tiny(corpus, tmp_path)
+    assert run_in_child(overrides, act, *arguments) == -signal.SIGKILL
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert run(overrides) == 0
+    assert curve(tmp_path / "run") == undisturbed["sophiag"]
+    resumptions = [line["step"] for line in lines(tmp_path / "run", "event") if line["event"] == "resumed"]
+    assert resumptions == ([resumed_at] if resumed_at else [])
+    assert summary(tmp_path / "run")["status"] == "completed"
+
+
+def cut(shard: Path) -> None:
+    os.truncate(shard, 200)
+
+
+def overwrite(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:128] + b"\xff" * (shard.stat().st_size - 128))
+
+
+@pytest.mark.parametrize(
+    ("shard", "damage", "said"),
+    [
+        ("train-00000.npy", cut, "cannot be read: the file ends before it"),
+        ("train-00000.npy", overwrite, "is 65535 and the vocabulary has 300"),
+        ("validation-00000.npy", cut, "cannot be read: the file ends before it"),
+    ],
+)
+def test_a_shard_that_is_damaged_under_a_run_costs_no_step(
+    shard: str,
+    damage: Callable[[Path], None],
+    said: str,
+    corpus: list[str],
+    tmp_path: Path,
+    undisturbed: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from training import loop
+
+    (directory,) = (Path(given.split("=")[1]) for given in corpus if given.startswith("data.directory="))
+    shutil.copytree(directory, tmp_path / "tokens")
+    overrides = tiny([*corpus, f"data.directory={tmp_path / 'tokens'}"], tmp_path)
+    (path,) = (tmp_path / "tokens").rglob(shard)
+    whole = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "forward_backward", loop.forward_backward)
+        before(loop, "forward_backward", lambda: damage(path), lambda run, *rest: run.state.step == 12)
+        assert run(overrides) == 1
+    ended = summary(tmp_path / "run")
+    assert ended["status"] == "failed"
+    assert ended["steps"] >= 13  # batches that were read ahead are used
+    assert f"{shard}" in ended["reason"]
+    assert said in ended["reason"]
+    assert f"step-{ended['steps']:08d}" in capsys.readouterr().err.splitlines()[-1]
+    path.write_bytes(whole)
+    assert run(overrides) == 0
+    assert curve(tmp_path / "run") == undisturbed["sophiag"]
+    assert [line["step"] for line in lines(tmp_path / "run", "event")] == [ended["steps"]]
+
+
+@pytest.mark.parametrize("optimizer", [o for o in OPTIMIZERS if o != "sophiag"])
+def test_every_optimizer_resumes_bit_for_bit(
+    optimizer: str, corpus: list[str], tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    overrides = tiny(corpus, tmp_path, f"optimizer={optimizer}")
+    assert run_in_child(overrides, kill_before_recording, 16) == -signal.SIGKILL
+    assert run(overrides) == 0
+    assert curve(tmp_path / "run") == undisturbed[optimizer]
+
+
+def test_a_run_with_a_steered_gamma_and_several_draws_resumes_bit_for_bit(corpus: list[str], tmp_path: Path) -> None:
+    additions = ["optimizer.label_draws=2", "optimizer.warm_start=2", "optimizer.unclipped_target=0.3"]
+    assert run(tiny(corpus, tmp_path, *additions, name="undisturbed")) == 0
+    killed = tiny(corpus, tmp_path, *additions)
+    assert run_in_child(killed, kill_before_recording, 19) == -signal.SIGKILL
+    assert run(killed) == 0
+    assert curve(tmp_path / "run") == curve(tmp_path / "undisturbed")
+    gammas = [line["gamma"] for line in lines(tmp_path / "run", "hessian")]
+    assert gammas[0] == 0.05
+    assert len(set(gammas)) == len(gammas)
+
+
+def test_a_run_with_dropout_resumes_with_the_same_masks(corpus: list[str], tmp_path: Path) -> None:
+    overrides = ["model.dropout=0.2", "optimizer=adamw"]
+    assert run(tiny(corpus, tmp_path, *overrides, name="undisturbed")) == 0
+    killed = tiny(corpus, tmp_path, *overrides)
+    assert run_in_child(killed, kill_before_recording, 16) == -signal.SIGKILL
+    assert run(killed) == 0
+    assert curve(tmp_path / "run") == curve(tmp_path / "undisturbed")
+
+
+def test_totals_go_on_over_an_interruption(corpus: list[str], tmp_path: Path) -> None:
+    overrides = tiny(corpus, tmp_path)
+    assert run(tiny(corpus, tmp_path, name="undisturbed")) == 0
+    assert run_in_child(overrides, kill_before_recording, 16) == -signal.SIGKILL
+    assert run(overrides) == 0
+    got, expected = summary(tmp_path / "run"), summary(tmp_path / "undisturbed")
+    for key in (
+        "steps",
+        "tokens",
+        "flops",
+        "final_val_loss",
+        "best_val_loss",
+        "bytes_communicated",
+        "shared_forwards",
+        "parameters",
+    ):
+        assert got[key] == expected[key], key
+    for kind, entry in expected["ledger"].items():
+        for key in ("tokens", "flops", "count"):
+            # Saves are counted when they are done: a checkpoint does not know of itself.
+            if (kind, key) != ("checkpoint", "count"):
+                assert got["ledger"][kind][key] == entry[key], (kind, key)
+    seconds = [line["seconds"] for line in lines(tmp_path / "run", "train")]
+    assert seconds == sorted(seconds)
+
+
+def test_lines_beyond_the_checkpoint_are_kept_aside(corpus: list[str], tmp_path: Path) -> None:
+    overrides = tiny(corpus, tmp_path)
+    assert run_in_child(overrides, kill_before_recording, 19) == -signal.SIGKILL
+    before_resume = lines(tmp_path / "run")
+    assert run(overrides) == 0
+    aside = [json.loads(line) for line in (tmp_path / "run" / "metrics.cut-1.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in aside if line["kind"] == "train"] == list(range(11, 19))
+    assert before_resume == lines(tmp_path / "run")[: len(before_resume) - len(aside)] + aside
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "unreadable"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+    damage: str,
+    corpus: list[str],
+    tmp_path: Path,
+    undisturbed: dict[str, Any],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overrides = tiny(corpus, tmp_path)
+    assert run_in_child(overrides, kill_before_recording, 23) == -signal.SIGKILL
+    victim = tmp_path / "run" / "checkpoints" / "step-00000020" / "rank-00000.safetensors"
+    content = victim.read_bytes()
+    match damage:
+        case "flip":
+            victim.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+        case "truncate":
+            victim.write_bytes(content[:-1])
+        case "remove":
+            victim.unlink()
+        case "unreadable":
+            unreadable(monkeypatch, victim, errno.EIO)
+    assert run(overrides) == 0
+    assert f"passed over: {victim}" in capfd.readouterr().err
+    assert curve(tmp_path / "run") == undisturbed["sophiag"]
+    assert (tmp_path / "run" / "checkpoints" / "superseded-step-00000020").is_dir()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_silently_begun_anew(
+    corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides = tiny(corpus, tmp_path)
+    assert run_in_child(overrides, kill_before_recording, 15) == -signal.SIGKILL
+    manifest = tmp_path / "run" / "checkpoints" / "step-00000010" / "manifest.json"
+    manifest.write_text("{}")
+    record = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert run(overrides) == 2
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert str(manifest) in message
+    assert "overwrite=true" in message
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == record
+
+
+def test_a_record_that_lost_lines_falls_back_to_a_checkpoint_that_it_still_covers(
+    corpus: list[str], tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    overrides = tiny(corpus, tmp_path)
+    assert run_in_child(overrides, kill_before_recording, 23) == -signal.SIGKILL
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    kept = [line for line in metrics.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= 12]
+    metrics.write_text("".join(kept))
+    assert run(overrides) == 0
+    assert curve(tmp_path / "run") == undisturbed["sophiag"]
+
+
+def test_a_run_goes_on_under_another_micro_batch_tracker_and_checkpoint_interval(
+    corpus: list[str], tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    assert run_in_child(tiny(corpus, tmp_path), kill_before_recording, 16) == -signal.SIGKILL
+    others = ["train.micro_batch_size=2", "tracker=tensorboard", "checkpoint.interval=7", "strategy=single"]
+    assert run(tiny(corpus, tmp_path, *others)) == 0
+    got = [line["loss"] for line in curve(tmp_path / "run") if line["kind"] == "train"]
+    expected = [line["loss"] for line in undisturbed["sophiag"] if line["kind"] == "train"]
+    assert got[:10] == expected[:10]
+    assert got == pytest.approx(expected, abs=1e-5)
+
+
+def test_other_tokens_under_the_same_configuration_are_refused_on_resume(
+    corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides = tiny(corpus, tmp_path)
+    assert run_in_child(overrides, kill_before_recording, 15) == -signal.SIGKILL
+    environment = tmp_path / "run" / "environment.json"
+    values = json.loads(environment.read_text())
+    values["data_manifest_sha256"] = "0" * 64
+    environment.write_text(json.dumps(values))
+    assert run(overrides) == 2
+    assert "other tokens" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_resume_from_another_run_begins_a_record_of_its_own(
+    corpus: list[str], tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    assert run(tiny(corpus, tmp_path, "train.steps=24", name="first")) == 0
+    source = tmp_path / "first" / "checkpoints" / "step-00000020"
+    overrides = tiny(corpus, tmp_path, f"resume={source}", "checkpoint.interval=2", name="second")
+    assert run_in_child(overrides, kill_before_recording, 24) == -signal.SIGKILL
+    assert run(overrides) == 0  # the same command again goes on with the run's own checkpoints
+    events = [(line["event"], line["step"]) for line in lines(tmp_path / "second", "event")]
+    assert events == [("resumed", 20), ("resumed", 22)]
+    later = [line for line in undisturbed["sophiag"] if line["step"] > 20]
+    assert curve(tmp_path / "second") == later
+    assert curve(tmp_path / "first") == undisturbed["sophiag"]
+
+
+def test_resume_names_a_run_directory_or_a_checkpoint(corpus: list[str], tmp_path: Path) -> None:
+    assert run(tiny(corpus, tmp_path, name="first")) == 0
+    assert run(tiny(corpus, tmp_path, f"resume={tmp_path / 'first'}", "train.steps=26", name="second")) == 0
+    assert [line["step"] for line in lines(tmp_path / "second", "train")] == [25, 26]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.steps=20"], "train.steps=20"),
+        (["optimizer=adamw"], "optimizer"),
+        (["model.n_layer=1", "model.n_embd=16", "train.steps=30"], "shape"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(
+    overrides: list[str], expected: str, corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny(corpus, tmp_path, name="first")) == 0
+    capfd.readouterr()
+    source = tmp_path / "first" / "checkpoints" / "step-00000024"
+    assert run(tiny(corpus, tmp_path, f"resume={source}", *overrides, name="second")) == 2
+    message = capfd.readouterr().err.strip()
+    assert message.startswith("error: ")
+    assert expected in message
+    assert "\n" not in message
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_restarted_worker_goes_on_whatever_the_command_said(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, Any]
+) -> None:
+    for override in ("overwrite=true", "resume=never"):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        overrides = tiny(corpus, tmp_path, override)
+        assert run_in_child(overrides, kill_before_recording, 16) == -signal.SIGKILL
+        monkeypatch.setitem(os.environ, "TORCHELASTIC_RESTART_COUNT", "1")  # what torchrun --max-restarts sets
+        assert run(overrides) == 0
+        monkeypatch.delitem(os.environ, "TORCHELASTIC_RESTART_COUNT")
+        assert [line["step"] for line in lines(tmp_path / "run", "event")] == [10]
+        assert curve(tmp_path / "run") == undisturbed["sophiag"]

@@ -1,0 +1,160 @@
+"""Sweeps: the trials of `-m`, one after another, side by side (joblib) or as SLURM jobs (submitit), through Hydra.
+
+A trial is a run like any other, with a run directory of its own: a sweep that was killed is started again with the same
+command, passes over the finished trials and resumes the others. Those that its own earlier jobs are still running are
+left to them.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
+
+from data.errors import DataError
+from training.compose import (
+    PROJECT,
+    Primary,
+    begin_hydra,
+    check_hydra,
+    compose,
+    launched_here,
+    made_again,
+    quoted,
+    resolved,
+    validate,
+    worded_errors,
+)
+from training.config import ConfigurationError, RunConfig
+from training.exits import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, refuse
+from training.launching.lifeline import die_with_launcher
+from training.launching.ranks import in_job, refuse_absent_slurm, start
+from training.mistakes import key_of
+from training.reliability.signals import passed_on_to_workers, stop_pending
+from training.secrets import redacted
+
+_preempted = False  # a trial of this process was asked to stop: no other is begun
+
+
+def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
+    """Run every trial and wait for all. Returns the worst of the trials' exit codes.
+
+    Raises:
+        ConfigurationError: a trial cannot be run, or two trials are one run; nothing has been started.
+        DataError: a trial's corpus is missing; nothing has been started.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+
+    if "WORLD_SIZE" in os.environ:
+        raise ConfigurationError(
+            "-m under torchrun: every rank would run the whole sweep; use launcher.nproc_per_node=N instead"
+        )
+    configs = check_trials(trials(overrides, primary), primary)
+    overrides = made_again(primary, overrides)
+    hydra = begin_hydra(primary)
+    try:
+        with worded_errors(overrides, primary):
+            master = hydra.compose_config(primary.name, overrides, RunMode.MULTIRUN, with_log_configuration=False)
+            check_hydra(master, overrides)
+        from training.launching.inputs import refuse_absent_inputs  # and with it numpy
+
+        for config in configs:
+            if config.launcher.name != "slurm":  # whose nodes may have files that this one has not
+                refuse_absent_inputs(config)
+        refuse_absent_slurm(master.hydra.launcher)
+        with passed_on_to_workers(master.hydra.launcher._target_, EXIT_PREEMPTED):
+            batches = hydra.multirun(primary.name, run_trial, overrides, with_log_configuration=False)
+    except (ConfigurationError, DataError):
+        raise
+    except HydraException as error:
+        raise ConfigurationError(redacted(" ".join(str(error).split()))) from error
+    except Exception as error:  # of a job of SLURM: a task has ended without a result, or with an error
+        print(f"error: a trial failed: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+    finally:
+        GlobalHydra.instance().clear()
+    ended = [trial for batch in batches for trial in batch]
+    _print_held([list(trial.overrides) for trial in ended if trial.return_value == EXIT_HELD], len(ended))
+    return max((trial.return_value for trial in ended), default=0)
+
+
+def _print_held(held: Sequence[Sequence[str]], trials: int) -> None:
+    """One line about the trials that other processes have, for which a job was of no use."""
+    if held:
+        named = "; ".join(" ".join(overrides) for overrides in held[:3]) + ("; …" if len(held) > 3 else "")
+        print(
+            f"{len(held)} of {trials} trials are being run by other processes and were left to them ({named}); "
+            "start the same command again when those have ended",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def trials(overrides: Sequence[str], primary: Primary = PROJECT) -> list[list[str]]:
+    """The overrides of each trial, Hydra's own left out except for where configurations lie.
+
+    Raises:
+        ConfigurationError: an override that cannot be read.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    with worded_errors(overrides, primary):
+        parsed = OverridesParser.create().parse_overrides([quoted(override) for override in overrides])
+    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return [
+        [o for o in trial if not o.startswith("hydra") or o.startswith("hydra.searchpath=")]
+        for batch in batches
+        for trial in batch
+    ]
+
+
+def check_trials(trials: Sequence[Sequence[str]], primary: Primary = PROJECT) -> list[RunConfig]:
+    """The trials' configurations, before the first one starts.
+
+    Raises:
+        ConfigurationError: a mistake in any of them, or two with one run directory.
+    """
+    named: dict[str, int] = {}
+    configs: list[RunConfig] = []
+    for number, overrides in enumerate(trials):
+        configs.append(compose(overrides, primary))
+        name = configs[-1].run_name
+        if name in named:
+            first = " ".join(o for o in trials[named[name]] if o not in overrides) or "the same values"
+            second = " ".join(o for o in overrides if o not in trials[named[name]]) or "the same values"
+            remedy = "they are one run: leave one of them out"
+            if "name" in map(key_of, overrides):
+                remedy = "leave name= out, or make it differ, for example name='${optimizer.name}-${seed}'"
+            raise ConfigurationError(
+                f"name={name}: trials {named[name]} ({first}) and {number} ({second}) of the sweep would share this "
+                f"run directory; {remedy}"
+            )
+        named[name] = number
+    return configs
+
+
+def run_trial(config: DictConfig) -> int:
+    """One trial, where the launcher has put it. Returns its exit code: what it raises ends it, not the sweep."""
+    die_with_launcher()
+
+    global _preempted
+    if _preempted or stop_pending():
+        return EXIT_PREEMPTED
+    try:
+        values = resolved(config)
+        if not in_job():
+            values = launched_here(values)  # of a record that a job has made: the trials of a sweep over it run here
+        code = start(validate(values))
+    except (ConfigurationError, DataError) as error:
+        return refuse(error)
+    except Exception:
+        if in_job():
+            raise  # SLURM shall see it
+        traceback.print_exc(file=sys.stderr)
+        return EXIT_FAILED
+    _preempted = code == EXIT_PREEMPTED
+    return code

@@ -1,0 +1,271 @@
+"""Mirrors of the run record: Weights & Biases and TensorBoard. The record (metrics.jsonl) is written first and never waits.
+
+A tracker never stops a run and never slows it: it works in a thread of its own, and one that fails, hangs or falls too
+far behind is a warning and left alone from then on.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from training.config import RunConfig
+from training.secrets import redacted
+
+AXES = ("step", "tokens", "flops", "seconds")
+PREFIXES = {"train": "train", "eval": "val", "hessian": "hessian"}
+REFERENCE_FILE = Path(__file__).resolve().parents[2] / "results" / "reference.json"
+
+# Lines that may wait for a slow tracker; beyond, it is given up. At ten steps a second, a quarter of an hour.
+MOST_WAITING = 10_000
+# How long the end of a run waits for what is still to be sent; a preempted one must be gone soon.
+INIT_SECONDS = 30.0
+FINISH_SECONDS, PREEMPTED_SECONDS = 60.0, 5.0
+
+
+class Tracker(ABC):
+    """Receives the record's lines as they are written, on rank 0."""
+
+    @abstractmethod
+    def log(self, line: Mapping[str, Any]) -> None: ...
+
+    @abstractmethod
+    def finish(self, summary: Mapping[str, Any]) -> None: ...
+
+    def abandon(self) -> None:  # noqa: B027 (most have nothing that outlives them)
+        """Called from another thread when `log` or `finish` hangs: nothing of it may hold up the process's end."""
+
+
+class BackgroundTracker(Tracker):
+    """Builds a tracker and feeds it in a thread of its own, until it fails.
+
+    Args:
+        build: makes the tracker, in the thread.
+        name: what it is called in a warning.
+        warn: told once, in one line, why the run goes on without it.
+    """
+
+    def __init__(self, build: Callable[[], Tracker], name: str, warn: Callable[[str], None]) -> None:
+        self._build = build
+        self._name = name
+        self._warn = warn
+        self._waiting: queue.Queue[tuple[str, Mapping[str, Any]]] = queue.Queue(MOST_WAITING)
+        self._given_up = False
+        self._tracker: Tracker | None = None
+        self._thread = threading.Thread(target=self._feed, name="tracker", daemon=True)
+        self._thread.start()
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        if self._given_up:
+            return
+        try:
+            self._waiting.put_nowait(("log", line))
+        except queue.Full:
+            self._give_up(f"is {MOST_WAITING} lines behind")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        if self._given_up:
+            return
+        try:
+            self._waiting.put_nowait(("finish", summary))
+        except queue.Full:
+            self._give_up(f"is {MOST_WAITING} lines behind")
+            return
+        seconds = PREEMPTED_SECONDS if summary["status"] == "preempted" else FINISH_SECONDS
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._give_up(f"has not finished after {seconds:.0f} s")
+
+    def _feed(self) -> None:
+        try:
+            self._tracker = tracker = self._build()
+            method = ""
+            while method != "finish" and not self._given_up:
+                method, values = self._waiting.get()
+                getattr(tracker, method)(values)
+        except BaseException as error:  # no network, no package, a refused key, even an exit: the run must not notice
+            self._give_up(f"failed ({type(error).__name__}: {' '.join(str(error).split())})")
+
+    def _give_up(self, reason: str) -> None:
+        if not self._given_up:
+            self._given_up = True
+            self._warn(f"tracker={self._name} {redacted(reason)}; the run goes on without it, the record is complete")
+            if self._tracker is not None and threading.current_thread() is not self._thread:
+                self._tracker.abandon()
+
+
+def scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """A line's numbers by mirrored name: `train/loss`, `val/loss`, `hessian/norm`; nested ones joined by slashes."""
+    prefix = PREFIXES.get(line["kind"], line["kind"])
+    found: dict[str, float] = {}
+
+    def collect(path: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, member in value.items():
+                collect(f"{path}/{key}", member)
+        elif isinstance(value, (int, float)):
+            found[path] = value
+
+    for key, value in line.items():
+        if key not in (*AXES, "kind"):
+            collect(f"{prefix}/{key.removeprefix('val_')}", value)
+    return found
+
+
+def published_losses(config: RunConfig) -> dict[str, float]:
+    """Final losses published for the run's model on its corpus, by mirrored name (`reference/paper/adamw`).
+
+    Those of results/reference.json that name one of our models are of GPT-2's tokens of OpenWebText; for any other
+    corpus or model there are none, and none in an installation without that file.
+    """
+    if (config.data.name, config.tokenizer.name) != ("openwebtext", "gpt2") or not REFERENCE_FILE.is_file():
+        return {}
+    published = json.loads(REFERENCE_FILE.read_text(encoding="utf-8"))["final_losses"]
+    return {
+        f"reference/{one['source'].replace(' ', '_')}/{one['arm']}": one["loss"]
+        for one in published
+        if one["model"] == config.model.name
+    }
+
+
+def wandb_config(config: RunConfig) -> dict[str, Any]:
+    """The configuration as the record has it, with each of the optimizer's betas as a number of its own besides.
+
+    A parallel-coordinates panel takes numbers, not lists.
+    """
+    values = config.model_dump(mode="json")
+    for place, beta in enumerate(values["optimizer"].get("betas") or (), start=1):
+        values["optimizer"][f"beta{place}"] = beta
+    return values
+
+
+class WandbTracker(Tracker):
+    """Weights & Biases: online with a key, offline without one.
+
+    Group `<model>-<data>`, job type the optimizer. Each row has step, tokens, flops and seconds, so any of them can be the
+    x axis; `tokens` is the default. The run's id is derived from its directory: a resumed run goes on in its own curve.
+    Only a sweep's agent gives its runs ids of its own. Published losses stand in the evaluations' rows, as flat lines.
+    """
+
+    def __init__(
+        self, config: RunConfig, directory: Path, environment: Mapping[str, Any], warn: Callable[[str], None]
+    ) -> None:
+        import wandb
+
+        identity = f"{config.run_name}/{config.identity_hash()}/{environment['initial_weights_sha256']}"
+        chosen = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+        # The server knows a sweep's runs by the project and id that the agent has put into the environment.
+        own: dict[str, Any] = {}
+        if not os.environ.get("WANDB_SWEEP_ID"):
+            own = {
+                "project": config.tracker.project,
+                "entity": config.tracker.entity,
+                "id": hashlib.sha256(identity.encode()).hexdigest()[:16],
+                "resume": "allow",
+            }
+        self._published = published_losses(config)
+
+        def start(mode: str) -> Any:
+            return wandb.init(
+                **own,
+                group=config.tracker.group or f"{config.model.name}-{config.data.name}",
+                job_type=config.optimizer.name,
+                tags=[config.optimizer.name, config.model.name, *config.tracker.tags],
+                name=config.run_name,
+                mode=mode,  # type: ignore[arg-type]
+                dir=str(directory),
+                config=wandb_config(config),
+                settings=wandb.Settings(console="off", init_timeout=INIT_SECONDS),
+            )
+
+        try:
+            self._run = start(chosen)
+        except Exception as error:
+            if chosen != "online":
+                raise
+            _end_service()  # it holds the run's id until it has given up by itself
+            self._run = start("offline")
+            warn(
+                f"tracker=wandb cannot be reached ({type(error).__name__}); this sitting is recorded offline, "
+                f"`wandb sync {directory}/wandb/offline-run-*` sends it later"
+            )
+        for axis in AXES:
+            self._run.define_metric(axis)
+        for prefix in (*PREFIXES.values(), "reference"):
+            self._run.define_metric(f"{prefix}/*", step_metric="tokens")
+        self._run.define_metric("val/loss", step_metric="tokens", summary="min")
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        if line["kind"] == "event":
+            return
+        published = self._published if line["kind"] == "eval" else {}
+        self._run.log({axis: line[axis] for axis in AXES if axis in line} | scalars(line) | published)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        for key, value in summary.items():
+            if isinstance(value, (int, float, str)):
+                self._run.summary[key] = value
+        self._run.finish(exit_code=0 if summary["status"] == "completed" else 1)
+
+    def abandon(self) -> None:
+        _end_service()
+
+
+def _end_service() -> None:
+    """Kill W&B's service process, whose end its exit hook waits for, and that for the network.
+
+    What was logged is in the service's file already.
+    """
+    import psutil
+    import wandb
+
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if child.name().startswith("wandb"):
+                child.kill()
+    with contextlib.suppress(Exception, SystemExit):  # it passes the service's exit code on
+        wandb.teardown()
+
+
+def _has_wandb_key() -> bool:
+    """Whether W&B will find a key: in the environment or in a netrc file. The key itself is not read."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    return netrc.is_file() and "wandb" in netrc.read_text(errors="ignore")
+
+
+class TensorBoardTracker(Tracker):
+    """TensorBoard event files in <run>/tensorboard, over steps."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        if line["kind"] == "event":
+            return
+        for name, value in scalars(line).items():
+            self._writer.add_scalar(name, value, line["step"])  # type: ignore[no-untyped-call]
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+def build_tracker(
+    config: RunConfig, directory: Path, environment: Mapping[str, Any], warn: Callable[[str], None]
+) -> Tracker | None:
+    """The configured tracker, None for tracker=none. One that cannot start is a warning."""
+    match config.tracker.name:
+        case "wandb":
+            return BackgroundTracker(lambda: WandbTracker(config, directory, environment, warn), "wandb", warn)
+        case "tensorboard":
+            return BackgroundTracker(lambda: TensorBoardTracker(directory), "tensorboard", warn)
+    return None

@@ -1,0 +1,504 @@
+"""Checkpoints: full tensors by parameter name in safetensors shards, with a JSON manifest; never a pickle.
+
+    <run>/checkpoints/step-00000100/
+        manifest.json            step, tensors and where their elements lie, numbers of the optimizer's state, state of ledger
+                                 and records, sha256 of each file
+        rank-00000.safetensors   this rank's pieces: flat ranges of full tensors (training/strategies/base.py)
+
+A checkpoint is written into a hidden directory beside, flushed, and renamed when every rank has written: a directory with
+its final name is complete. Each rank hashes what it wrote; a file that does not have its hash is never used. The manifest
+has a hash of itself.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.files import check_nesting, open_regular, problem, read_regular, sync_directory
+from training.config import ConfigurationError
+from training.distributed import Distributed
+from training.loop import TrainingState
+from training.recording.ledger import Entry, Kind
+from training.records import Form, write_atomically
+from training.strategies.base import SAVED_DTYPES, Number, NumberPiece, Piece
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = "sophia-checkpoint-2"
+_NAME = re.compile(r"step-(\d{8,})")
+_FILE = re.compile(r"rank-\d{5}\.safetensors")
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAVED_DTYPES}
+_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "BOOL": "bool"}
+_SAFETENSORS_DTYPES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
+# A model of 1.5 billion parameters that a thousand ranks have written needs 400 MB.
+_MANIFEST_BYTES = 1 << 30
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is incomplete or damaged. The message names the file and what is wrong with it."""
+
+
+# What a manifest must hold to be read.
+
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Piece(Form):
+    name: str
+    shape: list[_Count]
+    dtype: str
+    start: _Count
+    count: _Count
+
+    @model_validator(mode="after")
+    def _known_type(self) -> Self:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"{self.dtype!r} is no type of tensor that a checkpoint holds")
+        return self
+
+
+class _File(Form):
+    sha256: str
+    bytes: _Count
+    pieces: list[_Piece]
+    numbers: dict[str, StrictBool | StrictInt | StrictFloat | None] = Field(default_factory=dict)
+
+
+class _LedgerState(BaseModel):
+    entries: dict[Kind, Entry]
+    bytes_communicated: int
+
+
+class _SpikesState(BaseModel):
+    mean: float
+    variance: float
+    seen: int
+    high: bool
+
+
+class _AlarmState(BaseModel):
+    zero_since: int | None
+    told: bool
+
+
+class _GammaState(BaseModel):
+    gamma: float
+
+
+class RunState(BaseModel):
+    """What a resumed run needs besides tensors, as `training.run` saves it."""
+
+    training: TrainingState
+    ledger: _LedgerState
+    metrics_bytes: _Count  # size of metrics.jsonl
+    metrics_sha256: str | None = None  # of these bytes
+    config: dict[str, Any]
+    good: bool = True  # False where a step was skipped right before
+    val_loss: float | None = None  # where there was an evaluation at this step
+
+    @model_validator(mode="after")
+    def _guards(self) -> Self:
+        training = self.training
+        forms: tuple[tuple[type[BaseModel], Any], ...] = (
+            *((_SpikesState, training.spikes), (_AlarmState, training.alarm), (_GammaState, training.gamma)),
+        )
+        for form, values in forms:
+            if values is not None:
+                form.model_validate(values)
+        return self
+
+
+class _Manifest(Form):
+    format: Literal["sophia-checkpoint-2"]
+    step: _Count
+    files: dict[str, _File]
+    state: Annotated[RunState, Field(strict=False)]
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save(
+    root: Path,
+    step: int,
+    pieces: Iterable[Piece | NumberPiece],
+    state: dict[str, Any],
+    distributed: Distributed,
+) -> Path:
+    """Write a checkpoint in parallel, one file a rank. Every rank calls it; returns the final directory.
+
+    Args:
+        root: the run's checkpoints/ directory.
+        step: updates made so far.
+        pieces: this rank's part; over all ranks every element of every tensor exactly once.
+        state: JSON values of rank 0, in the form of `RunState`.
+        distributed: the ranks that take part.
+
+    Raises:
+        OSError: on every rank: the disk is full or not writable, or the optimizer has come to keep state that cannot be
+            saved; what was written of this checkpoint is removed, older ones are untouched.
+    """
+    final = root / checkpoint_name(step)
+    partial = root / f".{checkpoint_name(step)}.partial"
+    failures = distributed.gather_objects(_failure_of(_begin, partial) if distributed.is_main else None)
+    entry: dict[str, Any] = {}
+    if not any(failures):
+        path = partial / f"rank-{distributed.rank:05d}.safetensors"
+        failures = distributed.gather_objects(_failure_of(lambda: entry.update(_write_rank_file(path, pieces))))
+    entries = distributed.gather_objects(entry)
+    if not any(failures):
+        manifest = {"format": FORMAT, "step": step, "state": state, "files": {e["file"]: e for e in entries}}
+        finished = _failure_of(_finish, partial, final, manifest) if distributed.is_main else None
+        failures = distributed.gather_objects(finished)
+    if any(failures):
+        if distributed.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        number, reason = next(failure for failure in failures if failure)
+        raise OSError(number, f"{final} could not be written: {reason}")
+    return final
+
+
+def _failure_of(action: Callable[..., None], *arguments: Any) -> tuple[int, str] | None:
+    """Error number and words of what could not be done; None where it was."""
+    try:
+        action(*arguments)
+    except ConfigurationError as error:
+        return errno.EINVAL, str(error)
+    except OSError as error:
+        return error.errno or errno.EIO, error.strerror or str(error)
+    except SafetensorError as error:  # safetensors' word for any error of the operating system
+        number = int(found.group(1)) if (found := re.search(r"os error (\d+)", str(error))) else errno.EIO
+        return number, os.strerror(number) if found else str(error)
+    return None
+
+
+def _begin(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _finish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    write_atomically(partial / MANIFEST_FILE, manifest_text(manifest))
+    sync_directory(partial)
+    doomed = _doomed(final)
+    if final.exists():  # of an earlier sitting that was resumed before it
+        shutil.rmtree(doomed, ignore_errors=True)
+        final.rename(doomed)
+    partial.rename(final)
+    sync_directory(final.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """The manifest as it is written: its own sha256 first, of the rest as it is written."""
+    body = json.dumps(manifest, indent=1)
+    return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), **manifest}, indent=1)
+
+
+def _write_rank_file(path: Path, pieces: Iterable[Piece | NumberPiece]) -> dict[str, Any]:
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Number] = {}
+    described: list[dict[str, Any]] = []
+    for piece in pieces:
+        if isinstance(piece, NumberPiece):
+            numbers[piece.name] = piece.value
+            continue
+        key = f"{piece.name}@{piece.start}"
+        tensors[key] = piece.values.detach().to("cpu").contiguous()
+        described.append(
+            {
+                "name": piece.name,
+                "shape": list(piece.shape),
+                "dtype": str(piece.values.dtype).removeprefix("torch."),
+                "start": piece.start,
+                "count": piece.values.numel(),
+            }
+        )
+    save_file({key: value.clone() if _shares_storage(value) else value for key, value in tensors.items()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    entry = {"file": path.name, "sha256": digest, "bytes": path.stat().st_size, "pieces": described}
+    return entry | {"numbers": numbers} if numbers else entry
+
+
+def _shares_storage(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: str
+    key: str
+    start: int
+    count: int
+
+
+class Checkpoint:
+    """An opened checkpoint: full tensors, readable in part (a PieceReader), and the saved state.
+
+    Args:
+        directory: checkpoints/step-…
+        verify: hash every file against the manifest first.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, unreadable, of another length or hash, or names a path outside; the
+            file is named.
+    """
+
+    def __init__(self, directory: Path, *, verify: bool = True) -> None:
+        self.directory = directory
+        try:
+            self._read(verify)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename or directory} cannot be read: {error.strerror or error}") from error
+
+    def _read(self, verify: bool) -> None:
+        directory = self.directory
+        manifest = _read_manifest(directory)
+        self.step: int = manifest["step"]
+        self.state: dict[str, Any] = manifest["state"]
+        self._places: dict[str, list[_Place]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._numbers: dict[str, Number] = {}
+        self._files: dict[str, Any] = {}
+        for name, entry in manifest["files"].items():
+            self._numbers |= entry.get("numbers", {})
+            self._check_file(name, entry, verify)
+            self._check_header(name, entry["pieces"])
+            for piece in entry["pieces"]:
+                place = _Place(name, _key(piece), piece["start"], piece["count"])
+                self._places.setdefault(piece["name"], []).append(place)
+                shape, dtype = tuple(piece["shape"]), _DTYPES[piece["dtype"]]
+                known = self._shapes.setdefault(piece["name"], shape), self._dtypes.setdefault(piece["name"], dtype)
+                if known != (shape, dtype):
+                    raise CheckpointError(
+                        f"{directory}: two descriptions of {piece['name']}: {known}, {(shape, dtype)}"
+                    )
+        for name, places in self._places.items():
+            places.sort(key=lambda place: place.start)
+            covered = 0
+            for place in places:
+                if place.start != covered:
+                    raise CheckpointError(f"{directory}: elements {covered} to {place.start} of {name} are in no file")
+                covered += place.count
+            if covered != torch.Size(self._shapes[name]).numel():
+                raise CheckpointError(f"{directory}: {name} has {covered} elements, its shape is {self._shapes[name]}")
+
+    def _check_file(self, name: str, entry: dict[str, Any], verify: bool) -> None:
+        path = self.directory / name
+        if not _FILE.fullmatch(name) or path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"{path} is missing or no plain file of this checkpoint")
+        if path.stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
+        if verify:
+            with open_regular(path) as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                    raise CheckpointError(f"{path} does not have the sha256 of the manifest: it is damaged")
+
+    def _check_header(self, name: str, pieces: list[dict[str, Any]]) -> None:
+        """Tensors, lengths and types are those of the manifest; reads the file's header alone."""
+        opened = self._open(name)
+        described = {_key(piece): ([piece["count"]], piece["dtype"]) for piece in pieces}
+        if described.keys() != set(opened.keys()):
+            raise CheckpointError(f"{self.directory / name} holds other tensors than the manifest says")
+        for key, (shape, dtype) in described.items():
+            found = opened.get_slice(key)
+            if found.get_shape() != shape or _SAFETENSORS_DTYPES.get(found.get_dtype()) != dtype:
+                raise CheckpointError(
+                    f"{self.directory / name}: {key} is {found.get_dtype()} of shape {found.get_shape()}, the manifest "
+                    f"says {dtype} of shape {shape}"
+                )
+
+    def names(self) -> Sequence[str]:
+        return list(self._places)
+
+    def numbers(self) -> Mapping[str, Number]:
+        return self._numbers
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        self._require(name)
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        self._require(name)
+        return self._dtypes[name]
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """(stop - start,) the elements [start, stop) of the full tensor in row-major order, on the CPU."""
+        self._require(name)
+        result = torch.empty(stop - start, dtype=self._dtypes[name])
+        for place in self._places[name]:
+            first, last = max(start, place.start), min(stop, place.start + place.count)
+            if first < last:
+                stored = self._open(place.file).get_slice(place.key)
+                result[first - start : last - start] = stored[first - place.start : last - place.start]
+        return result
+
+    def tensor(self, name: str) -> Tensor:
+        """The full tensor."""
+        return self.read(name, 0, torch.Size(self.shape(name)).numel()).reshape(self.shape(name))
+
+    def _require(self, name: str) -> None:
+        if name not in self._places:
+            raise CheckpointError(
+                f"{self.directory} has no tensor {name!r}: it was saved by another model or optimizer"
+            )
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            try:
+                self._files[name] = safe_open(self.directory / name, framework="pt")  # type: ignore[no-untyped-call]
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{self.directory / name} is no safetensors file: {error}") from error
+        return self._files[name]
+
+
+def _key(piece: dict[str, Any]) -> str:
+    return f"{piece['name']}@{piece['start']}"
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST_FILE
+    if path.is_symlink() or not path.exists():
+        raise CheckpointError(f"{path} is missing: {directory} is no complete checkpoint")
+    try:
+        text = read_regular(path, _MANIFEST_BYTES).decode()
+        manifest: dict[str, Any] = json.loads(text)
+        if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
+            raise CheckpointError(f"{path}: format {manifest['format']!r} is not {FORMAT!r}")
+        check_nesting(manifest, len(text))
+        _Manifest.model_validate(manifest)
+        manifest.pop("sha256", None)
+        if text != manifest_text(manifest):
+            raise CheckpointError(f"{path} does not have the sha256 that is written in it: it is damaged")
+    except (ValueError, RecursionError) as error:
+        said = problem(error) if isinstance(error, ValueError) else "it is nested too deeply"
+        raise CheckpointError(f"{path} is damaged: {said}") from error
+    if _NAME.fullmatch(directory.name) and directory.name != checkpoint_name(manifest["step"]):
+        raise CheckpointError(f"{path} is of step {manifest['step']}: the directory has another's name")
+    return manifest
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def available(root: Path) -> list[Path]:
+    """The complete checkpoint directories of a run, newest first; not yet verified.
+
+    Raises:
+        OSError: `root` cannot be listed.
+    """
+    try:
+        # One whose disk does not even say that it is a directory counts: whoever opens it is told why.
+        found = [
+            path
+            for path in root.iterdir()
+            if _NAME.fullmatch(path.name) and not os.path.isfile(path) and not os.path.islink(path)
+        ]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(found, key=step_of, reverse=True)
+
+
+def newest_valid(
+    root: Path, fits: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose every file has its hash, and a line about each newer one that had to be passed over.
+
+    Args:
+        root: the run's checkpoints/ directory.
+        fits: says why a sound checkpoint cannot be used, None where it can.
+
+    Raises:
+        CheckpointError: `root` cannot be listed.
+    """
+    rejected = []
+    try:
+        found = available(root)
+    except OSError as error:
+        raise CheckpointError(f"{root} cannot be read: {error.strerror}") from error
+    for path in found:
+        try:
+            checkpoint = Checkpoint(path)
+        except CheckpointError as error:
+            rejected.append(str(error))
+            continue
+        if reason := fits(checkpoint):
+            rejected.append(f"{path}: {reason}")
+        else:
+            return checkpoint, rejected
+    return None, rejected
+
+
+def set_aside_newer(root: Path, step: int) -> None:
+    """Rename the checkpoints beyond `step`: a run that goes on from there must not find them again."""
+    for path in available(root):
+        if step_of(path) > step:
+            aside = path.with_name(f"superseded-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint so that no half of it is ever found under its name."""
+    doomed = _doomed(path)
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _doomed(path: Path) -> Path:
+    """What a checkpoint is called while it is deleted."""
+    return path.with_name(f".{path.name}.discarded")
+
+
+def prune(root: Path, keep: int, keep_every: int | None = None, *, keep_best: bool = False) -> None:
+    """Delete checkpoints, and what unfinished saves and deletions left behind. Nothing is deleted for one that is damaged.
+
+    Kept are the newest, whatever it is, and the newest that opens; the newest `keep` that are good (no step was skipped
+    right before); those at multiples of `keep_every`; and with `keep_best` the one with the lowest validation loss.
+
+    Args:
+        keep: counts only checkpoints whose files are there with their sizes.
+    """
+    for leftover in (*root.glob(".step-*.partial"), *root.glob(".step-*.discarded")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    found = available(root)
+    passing = [path for path in found if keep_every is None or step_of(path) % keep_every]
+    sound = {path: opened for path in passing if (opened := _opened(path)) is not None}
+    if not sound:
+        return
+    good = [path for path, checkpoint in sound.items() if checkpoint.state.get("good", True)]
+    kept = {found[0], next(iter(sound)), *good[:keep]} if good else set(sound)
+    losses = {path: sound[path].state.get("val_loss") for path in good}
+    evaluated = {path: loss for path, loss in losses.items() if loss is not None}
+    if keep_best and evaluated:
+        kept.add(min(evaluated, key=evaluated.__getitem__))
+    for path in passing:
+        if path not in kept:
+            with contextlib.suppress(OSError):
+                discard(path)
+
+
+def _opened(path: Path) -> Checkpoint | None:
+    try:
+        return Checkpoint(path, verify=False)
+    except CheckpointError:
+        return None

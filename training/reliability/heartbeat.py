@@ -1,0 +1,128 @@
+"""Which rank is gone: every rank counts seconds in a shared store, and a rank whose count stands still is dead.
+
+A collective that misses a rank fails with the address of a socket (gloo) or not at all (NCCL, which waits). The counts
+name the rank, and bound the wait: a rank whose count stands still for `LIMIT` seconds ends all others. They run in a
+thread, so a rank that is alive but stuck in a collective keeps counting; that is what the collectives' own time-out is
+for.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from training.exits import EXIT_RANK_LOST
+
+INTERVAL = 1.0  # seconds from one beat to the next
+LIMIT = 120.0  # seconds without a beat after which a rank counts as dead
+SETTLED = 4.0  # seconds in which a living rank is sure to have beaten
+STORE_LOST = "the store through which the ranks talk is gone, and with it rank 0 or its launcher"
+
+
+class Heartbeat:
+    """This rank's beats, and the means to find out who has stopped.
+
+    Args:
+        store: shared by the ranks; used by this object alone.
+        rank, world_size: this process's place.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        self._store = store
+        self._rank = rank
+        self._world_size = world_size
+        self._lock = threading.Lock()  # the store's client serves one request at a time
+        self._stopped = threading.Event()
+        self._counts: list[int] = []
+        self._changed: list[float] = []
+        self._beat()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    @classmethod
+    def of_attempt(cls, attempt: str, rank: int, world_size: int) -> "Heartbeat":
+        """Over a connection of its own to the store at MASTER_ADDR:MASTER_PORT, where the ranks have met."""
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=LIMIT))
+        return cls(dist.PrefixStore(attempt, store), rank, world_size)
+
+    def start(self) -> None:
+        """Watch and be watched. Every rank's count is in the store."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """This rank leaves in good order: from here on nobody waits for its beats."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join(2 * INTERVAL)
+        with self._lock, contextlib.suppress(RuntimeError):  # the store may have gone before this rank
+            self._store.set(f"left/{self._rank}", "1")
+
+    def gone(self, seconds: float = SETTLED) -> str | None:
+        """Which ranks do not beat during the next `seconds`, or that the store is gone. None: all is well."""
+        try:
+            before = self._read()
+            time.sleep(seconds)
+            after = self._read()
+        except RuntimeError:
+            return STORE_LOST
+        lost = [rank for rank, (a, b) in enumerate(zip(before, after, strict=True)) if a == b and rank != self._rank]
+        return f"rank {', '.join(map(str, lost))} is gone" if lost else None
+
+    def _run(self) -> None:
+        answered = time.monotonic()
+        while not self._stopped.wait(INTERVAL):
+            try:
+                self._beat()
+                lost = self._overdue()
+            except RuntimeError:
+                if self._stopped.is_set():
+                    return
+                leave(self._rank, f"{STORE_LOST}: no answer for {time.monotonic() - answered:.0f} s")
+                return
+            answered = time.monotonic()
+            if lost:
+                seconds = answered - min(self._changed[rank] for rank in lost)
+                leave(self._rank, f"rank {', '.join(map(str, lost))} is gone: no sign of life for {seconds:.0f} s")
+
+    def _beat(self) -> None:
+        with self._lock:
+            self._store.add(beats_key(self._rank), 1)
+
+    def _read(self) -> list[int]:
+        with self._lock:
+            return [int(value) for value in self._store.multi_get([beats_key(r) for r in range(self._world_size)])]
+
+    def _overdue(self) -> list[int]:
+        """Ranks silent for too long. Rank 0 watches all and all watch rank 0: a request a rank and beat, not W²."""
+        watched = range(self._world_size) if self._rank == 0 else range(1)
+        with self._lock:
+            counts = [int(value) for value in self._store.multi_get([beats_key(r) for r in watched])]
+        now = time.monotonic()
+        if not self._counts:
+            self._counts, self._changed = counts, [now] * len(counts)
+        for index, count in enumerate(counts):
+            if count != self._counts[index]:
+                self._counts[index], self._changed[index] = count, now
+        overdue = [r for r in watched if r != self._rank and now - self._changed[r] > LIMIT]
+        with self._lock:
+            return [r for r in overdue if not self._store.check([f"left/{r}"])]
+
+
+def beats_key(rank: int) -> str:
+    """Where a rank counts its beats among the keys of its attempt."""
+    return f"beats/{rank}"
+
+
+def leave(rank: int, reason: str) -> None:
+    """End this process at once, saying why. Nothing can be saved: a checkpoint needs all ranks."""
+    with contextlib.suppress(OSError):  # a log that cannot be written
+        print(
+            f"error: {reason}; rank {rank} stops. Start the same command again to resume from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+    os._exit(EXIT_RANK_LOST)

@@ -1,0 +1,163 @@
+"""A run without progress shows where every rank stands, and ends.
+
+Whatever hangs (a collective that a living rank has not entered, a disk that does not answer, a loop without end), the
+main thread stops reporting progress. A thread of each rank watches for that; the first to notice tells the others
+through the store at which they met, all write the stacks of all their threads, and the processes end. Where that thread
+cannot run either, because something holds the interpreter's lock, a timer of the C library (faulthandler) does the same
+for its process. Ranks that are gone altogether are training/reliability/heartbeat.py's.
+"""
+
+import contextlib
+import datetime
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch.distributed as dist
+
+from training.distributed import Distributed
+from training.exits import EXIT_FAILED
+
+POLL_SECONDS = 1.0
+# The others are given this long to write their stacks, a disk this long to take a few lines.
+PEERS_SECONDS = 10.0
+DISK_SECONDS = 5.0
+STORE_TIMEOUT = datetime.timedelta(seconds=10)
+STANDARD_ERROR = 2
+
+
+class Watchdog:
+    """Ends the process when `progress` has not been called for `seconds`.
+
+    Args:
+        seconds: None watches nothing.
+        distributed: the ranks, which are shown and ended together.
+        directory: where the stacks are written besides standard error, as rank-<n>.txt.
+        report: called with one line on rank 0 before the end, in a thread that is waited for but a moment.
+    """
+
+    def __init__(
+        self,
+        seconds: float | None,
+        distributed: Distributed,
+        directory: Path,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._seconds = seconds
+        self._distributed = distributed
+        self._directory = directory
+        self._report = report
+        self._doing = "setting up"
+        self._since = time.monotonic()
+        self._stopped = threading.Event()
+        self._store: dist.Store | None = None
+
+    def progress(self, doing: str) -> None:
+        """The run has come further, and is `doing` this now."""
+        self._doing, self._since = doing, time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._seconds is not None:
+            self._store = _own_store(self._distributed)
+            self.progress("starting")
+            self._thread = threading.Thread(target=self._watch, args=(self._seconds,), name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._seconds is None:
+            return
+        self._stopped.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self, seconds: float) -> None:
+        poll = min(POLL_SECONDS, seconds / 4)
+        while not self._stopped.wait(poll):
+            # Armed anew at every poll; it fires where this thread no longer comes here.
+            faulthandler.dump_traceback_later(seconds + 2 * poll + PEERS_SECONDS, exit=True, file=STANDARD_ERROR)
+            idle = time.monotonic() - self._since
+            if idle > seconds:
+                self._end(f"no progress for {idle:.0f} s while {self._doing}")
+            elif said := self._word_of_peers():
+                self._end(f"{said}; this rank was {self._doing}")
+
+    def _end(self, reason: str) -> None:
+        rank = self._distributed.rank
+        line = f"rank {rank}: {reason}: the job is stopped; start the same command again and it goes on"
+        self._tell_peers(f"rank {rank} had {reason}")
+        with contextlib.suppress(OSError):  # a log on the disk that is full or hangs
+            print(f"\n{line}\nstacks of rank {rank}:", file=sys.__stderr__, flush=True)
+        faulthandler.dump_traceback(file=STANDARD_ERROR, all_threads=True)
+        # The disk may be what hangs.
+        writer = threading.Thread(target=self._write, args=(line,), daemon=True)
+        writer.start()
+        writer.join(DISK_SECONDS)
+        self._wait_for_peers()
+        os._exit(EXIT_FAILED)
+
+    def _write(self, line: str) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with (self._directory / f"rank-{self._distributed.rank:05d}.txt").open("w") as file:
+            file.write(line + "\n")
+            file.flush()
+            faulthandler.dump_traceback(file=file, all_threads=True)
+        if self._distributed.is_main:
+            self._report(line)
+
+    # The store may be gone with its rank: then each rank is left to its own clock.
+
+    def _word_of_peers(self) -> str | None:
+        if self._store is None:
+            return None
+        try:
+            return self._store.get("hang").decode() if self._store.check(["hang"]) else None
+        except RuntimeError:
+            return None
+
+    def _tell_peers(self, reason: str) -> None:
+        if self._store is None:
+            return
+        try:
+            if not self._store.check(["hang"]):
+                self._store.set("hang", reason)
+        except RuntimeError:
+            self._store = None
+
+    def _wait_for_peers(self) -> None:
+        """Until all have shown their stacks; the store's rank, whose end the others would notice, leaves last."""
+        if self._store is None:
+            return
+        world_size = self._distributed.world_size
+        until = time.monotonic() + PEERS_SECONDS
+        try:
+            self._store.add("shown", 1)
+            self._wait_for_count("shown", world_size, until)
+            if self._distributed.is_main:
+                self._wait_for_count("left", world_size - 1, until)
+            else:
+                self._store.add("left", 1)
+        except RuntimeError:
+            self._store = None
+
+    def _wait_for_count(self, name: str, count: int, until: float) -> None:
+        assert self._store is not None
+        while time.monotonic() < until and self._store.add(name, 0) < count:
+            time.sleep(0.1)
+
+
+def _own_store(distributed: Distributed) -> dist.Store | None:
+    """A connection of its own to the ranks' store: the process group's may be held by a main thread that waits."""
+    if distributed.world_size == 1:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=STORE_TIMEOUT)
+    return dist.PrefixStore(f"watchdog/{distributed.attempt}", store)
