@@ -58,11 +58,11 @@ test-mutants: setup ## plant bugs one at a time and check that the suite notices
 test-faults: setup ## runs killed, corrupted, starved and fed bad input: half an hour, numbers to docs/reliability.md (root for full disks)
 	$(BIN)/python -m tests.faults
 
-wheel: ## build the library's wheel into dist/ and import it where torch is all that is installed
+wheel: ## build the library's wheel into dist/, and train with it where torch is all that is installed
 	rm -rf dist .venv-wheel && $(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	.venv-wheel/bin/python -m pip install --quiet dist/sophia-*.whl
-	cd / && $(CURDIR)/.venv-wheel/bin/python -I -c 'import sophia; print("imported", sophia.__file__)'
+	.venv-wheel/bin/python -I examples/plain_loop.py --steps 20
 	rm -rf .venv-wheel
 
 results: setup ## results/cpu_scale and cpu_embeddings: reports, figures and the README's section, from the records

@@ -29,7 +29,6 @@ COMMANDS = {
         f"torchrun --standalone --nproc_per_node=2 train.py optimizer=lion {TINY}"
     ),
     "python train.py --help": "{}",
-    "git clone <this repository> && cd <it>": "test -f train.py",
     "make demo": "{} --dry-run",
     "make test": "{} --dry-run",
     ". .venv/bin/activate": "{}",
