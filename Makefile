@@ -29,10 +29,11 @@ test: setup ## the test suite; three workers keep two cores busy where tests wai
 test-fast: setup ## the quick tests of every package: under 90 seconds
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not slurm and not faults"
 
-lint: setup ## ruff (lint and format) and mypy
+lint: setup ## ruff (lint and format), mypy, and the rules of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 bench: setup ## speed and memory: optimizer step, training step at 30M (ten minutes, on a quiet machine)
 	$(BIN)/python benchmarks/optimizer_step.py

@@ -13,7 +13,6 @@ Prints tables and writes them, with the hardware, to results/benchmarks/data.jso
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
 import sys
@@ -33,13 +32,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.record import provenance, verdict, write_results
 from data import Batch, Batches, FileSource, SampleSource, TokenDataset, TokenizerSpec, prepare
-from data.files import write_json
 from data.manifest import Manifest, Split, token_dtype
 from data.readers import read_documents, segments
 from data.shards import ShardWriter, shard_name
 from data.tokenizers import gpt2
-from training import hardware
 
 OUTPUT = Path(__file__).resolve().parents[1] / "results" / "benchmarks" / "data.json"
 
@@ -289,10 +287,6 @@ def show(results: dict[str, Any]) -> None:
     console.print("Where short windows fall short, it is the 0.4 µs that Python takes for each; their copy takes less.")
 
 
-def verdict(passed: bool) -> str:
-    return "pass" if passed else "falls short"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=200.0, help="size of the corpus")
@@ -303,15 +297,12 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="benchmark-data-") as root:
         results: dict[str, Any] = {
-            "hardware": hardware.describe(torch.device("cpu")),
-            "versions": hardware.versions(),
+            **provenance(torch.device("cpu")),
             "reading": measure_reading(Path(root), arguments.read_tokens),
             "preparation": measure_preparation(Path(root), arguments.megabytes, arguments.repeats, arguments.processes),
         }
     show(results)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output, results)
-    print(f"written to {os.path.relpath(arguments.output)}")
+    write_results(arguments.output, results)
     return 0
 
 

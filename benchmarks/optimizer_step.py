@@ -29,10 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from data.files import write_json
+from benchmarks.record import provenance, write_results
 from models.gpt2 import GPT2, GPT2Config
 from sophia import Lion, SophiaG, SophiaH
-from training import hardware
 
 OUTPUT = Path(__file__).resolve().parents[1] / "results" / "benchmarks" / "optimizer_step.json"
 
@@ -190,10 +189,7 @@ def main() -> int:
     cold_start = measure_cold_start(device)
     params = parameters(arguments.model, device)
     results: dict[str, Any] = {
-        "hardware": hardware.describe(device),
-        "load": list(os.getloadavg()),
-        "versions": hardware.versions(),
-        "git": hardware.git_state(),
+        **provenance(device),
         "model": arguments.model,
         "parameters": sum(p.numel() for p in params),
         "rounds": arguments.rounds,
@@ -202,9 +198,7 @@ def main() -> int:
         "cold_start": cold_start,
     }
     show(results)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output, results)
-    print(f"written to {os.path.relpath(arguments.output)}")
+    write_results(arguments.output, results)
     return 0
 
 

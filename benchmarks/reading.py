@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -23,9 +22,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.record import provenance, write_results
 from benchmarks.scaling import write_record
-from data.files import write_json
-from training import hardware
 from training.compose import compose
 from training.records import ENVIRONMENT_FILE, METRICS_FILE, write_config, write_environment
 
@@ -72,13 +70,9 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="benchmark-reading-") as root:
         size = write_runs(Path(root) / "runs", arguments.runs, arguments.lines)
-        load = list(os.getloadavg())
         seconds, memory = report(Path(root))
     record = {
-        "hardware": hardware.describe(torch.device("cpu")),
-        "load": load,
-        "versions": hardware.versions(),
-        "git": hardware.git_state(),
+        **provenance(torch.device("cpu")),
         "runs": arguments.runs,
         "lines": arguments.lines,
         "metrics_bytes": size,
@@ -86,12 +80,11 @@ def main() -> int:
         "target_seconds": TARGET_SECONDS,
         "peak_memory_bytes": memory,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output, record)
     print(
         f"{arguments.runs:,} runs of {arguments.lines:,} lines ({size / 1e9:.2f} GB): report in {seconds:.1f} s, "
-        f"peak memory {memory / 2**20:,.0f} MiB; written to {os.path.relpath(arguments.output)}"
+        f"peak memory {memory / 2**20:,.0f} MiB"
     )
+    write_results(arguments.output, record)
     return 0
 
 

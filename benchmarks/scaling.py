@@ -18,7 +18,6 @@ it, with the hardware, to results/benchmarks/scaling.json.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
@@ -38,7 +37,7 @@ from analysis.records import load_runs
 from analysis.results import analyse
 from analysis.trials import study_of_runs
 from benchmarks.data_pipeline import prepare_here, repeated_sample
-from data.files import write_json
+from benchmarks.record import provenance, write_results
 from models import GPT2, GPT2Config
 from models.flops import forward_backward_flops, parameter_count
 from sophia import SophiaG
@@ -243,10 +242,7 @@ def main() -> int:
         keep_memory_mapped()
     torch.manual_seed(0)
     results: dict[str, Any] = {
-        "hardware": hardware.describe(device),
-        "load": list(os.getloadavg()),
-        "versions": hardware.versions(),
-        "git": hardware.git_state(),
+        **provenance(device),
         "tolerance": TOLERANCE,
         "families": {},
     }
@@ -255,9 +251,7 @@ def main() -> int:
             with family() as cases:
                 results["families"][name] = measure(cases, arguments.rounds, device)
     show(results)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output, results)
-    print(f"written to {os.path.relpath(arguments.output)}")
+    write_results(arguments.output, results)
     return 0
 
 

@@ -34,12 +34,11 @@ from torch import Tensor
 
 from benchmarks.calibration import datasheet_rate, matrix_product_rate
 from benchmarks.plain_gpt2 import PlainGPT2
-from data.files import write_json
+from benchmarks.record import provenance, verdict, write_results
 from models import GPT2, GPT2Config
 from models.flops import forward_backward_flops
 from sophia import SophiaG
 from sophia.random import normals_like
-from training import hardware
 from training.memory import keep_memory_mapped
 from training.strategies.gradients import clip_and_step
 
@@ -474,10 +473,6 @@ def show(size: str, results: dict[str, Any]) -> None:
     console.print(table)
 
 
-def verdict(passed: bool) -> str:
-    return "pass" if passed else "falls short"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SHAPES, default="30m")
@@ -493,19 +488,14 @@ def main() -> int:
         return 0
     output = arguments.output or RESULTS / f"training_step_{arguments.size}.json"
     results: dict[str, Any] = {
-        "hardware": hardware.describe(device),
-        "load": list(os.getloadavg()),
-        "versions": hardware.versions(),
-        "git": hardware.git_state(),
+        **provenance(device),
         "size": arguments.size,
         "rounds": arguments.rounds,
         "targets": {"throughput": TARGETS[arguments.size], "memory": MEMORY_TARGET, "curvature": CURVATURE_TARGETS},
         **measure(arguments.size, arguments.rounds, device),
     }
     show(arguments.size, results)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, results)
-    print(f"written to {os.path.relpath(output)}")
+    write_results(output, results)
     return 0
 
 

@@ -108,7 +108,7 @@ def run_requests(
     idle = [started]
     running: list[Worker] = []
 
-    def mind() -> None:
+    def serve() -> None:
         with mutex:
             worker = idle.pop() if idle else Worker(lock)
             running.append(worker)
@@ -129,7 +129,7 @@ def run_requests(
 
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for future in as_completed([pool.submit(mind) for _ in range(workers)]):
+            for future in as_completed([pool.submit(serve) for _ in range(workers)]):
                 future.result()
         except BaseException:
             with mutex:
@@ -141,5 +141,5 @@ def run_requests(
 
 def _ending(code: int) -> str:
     if code == -9:
-        return "was killed (signal 9, most often for want of memory)"
+        return "was killed (signal 9: usually out of memory)"
     return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"

@@ -27,6 +27,7 @@ from training.corpus import token_directory_of
 from training.records import CONFIG_FILE, RecordError, RunRecord
 from training.reliability.checkpoints import MANIFEST_FILE, Checkpoint, CheckpointError, newest_valid
 from training.reliability.run_directory import refuse_absent
+from training.weights import model_shape
 
 #: What opening a run and using its model may raise: each message is one line for a person.
 OPENING_ERRORS = (ConfigurationError, RecordError, CheckpointError, DataError)
@@ -91,9 +92,7 @@ def _open(path: Path, device: torch.device | str, tokens: Path | None) -> Traine
         checkpoint = Checkpoint(path)
     config = _config_of(checkpoint)
     tokenizer = _tokenizer_of(config, run, tokens)
-    model = _load(
-        checkpoint, GPT2Config(tokenizer.vocab_size, **config.model.model_dump(exclude={"name", "init_from"}))
-    )
+    model = _load(checkpoint, model_shape(config.model, tokenizer.vocab_size))
     return TrainedModel(
         model.to(device), tokenizer, config, checkpoint.directory, checkpoint.step, run, tuple(passed_over)
     )

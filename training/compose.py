@@ -264,7 +264,9 @@ def compose_dictionary(overrides: Sequence[str], primary: Primary = PROJECT) -> 
     try:
         with worded_errors(overrides, primary):
             begin_hydra(primary)
-            config = hydra_compose(primary.name, overrides=made_again(primary, overrides), return_hydra_config=True)
+            config = hydra_compose(
+                primary.name, overrides=hydra_overrides(primary, overrides), return_hydra_config=True
+            )
             check_hydra(config, overrides)
             values = resolved(config)
             return launched_here(values) if primary.is_record else values
@@ -327,7 +329,7 @@ def quoted(override: str) -> str:
     return override
 
 
-def made_again(primary: Primary, overrides: Sequence[str]) -> list[str]:
+def hydra_overrides(primary: Primary, overrides: Sequence[str]) -> list[str]:
     """The overrides as Hydra reads them. A record's run begins at step 0 and replaces nothing.
 
     Raises:

@@ -18,7 +18,7 @@ from data.dataset import TokenDataset
 from data.errors import DataError
 from data.files import sync_directory, why_not_written
 from data.manifest import Manifest
-from models import GPT2, GPT2Config
+from models import GPT2
 from training import hardware
 from training.config import ConfigurationError, RunConfig, flat, micro_batch_size
 from training.corpus import open_corpus
@@ -36,14 +36,14 @@ from training.records import RecordError, RunRecord, Status
 from training.reliability import checkpoints
 from training.reliability.checkpoints import Checkpoint, CheckpointError, RunState
 from training.reliability.guards import RanksDiffer
-from training.reliability.resumption import Plan, check_tokens, is_restart, plan
+from training.reliability.resumption import Decision, check_tokens, decide, is_restart
 from training.reliability.run_directory import REPLACED, RunDirectory, is_run, refuse_links
 from training.reliability.signals import StopSignals
 from training.reliability.watchdog import Watchdog
 from training.strategies import build_strategy
 from training.strategies.base import NumberPiece, Piece, Strategy
 from training.strategies.state import refuse_unsavable_state
-from training.weights import InitialWeights
+from training.weights import InitialWeights, model_shape
 
 EXIT_CODES: dict[Status, int] = {
     "completed": 0,
@@ -145,7 +145,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     tokens_directory, manifest = open_corpus(config, distributed)
     if decided.metrics_bytes is not None:
         distributed.on_main(lambda: check_tokens(directory, manifest.sha256))
-    shape = model_shape(config, manifest)
+    shape = model_shape(config.model, manifest.vocab_size)
     weights = distributed.on_all(lambda: InitialWeights(config.model, shape, config.seeds.model))
     training_set, validation_set = distributed.on_all(
         lambda: [TokenDataset(tokens_directory, split) for split in ("train", "validation")]
@@ -303,23 +303,8 @@ def summarize(run: Run, status: Status, reason: str | None) -> dict[str, Any]:
     }
 
 
-def model_shape(config: RunConfig, manifest: Manifest) -> GPT2Config:
-    """The model's shape: the configuration's, with the vocabulary of the prepared tokens."""
-    model = config.model
-    return GPT2Config(
-        vocab_size=manifest.vocab_size,
-        n_layer=model.n_layer,
-        n_head=model.n_head,
-        n_embd=model.n_embd,
-        block_size=model.block_size,
-        bias=model.bias,
-        dropout=model.dropout,
-        attention_layer_scaling=model.attention_layer_scaling,
-    )
-
-
-def _decide(config: RunConfig, place: RunDirectory, distributed: Distributed) -> Plan:
-    """The plan, made under the directory's lock where there is a run already, so that it stays true."""
+def _decide(config: RunConfig, place: RunDirectory, distributed: Distributed) -> Decision:
+    """The decision, made under the directory's lock if a run exists, so that it stays true."""
     restored = False
     # torchrun's counter stands still when nodes join or leave, and counts starts that never got to the run.
     if (begun := distributed.is_marked(f"begun {place.path.absolute()}")) is not None:
@@ -332,7 +317,7 @@ def _decide(config: RunConfig, place: RunDirectory, distributed: Distributed) ->
         if there and os.access(place.path, os.W_OK):
             place.take()
             restored = place.restore()
-        return plan(config, place.path, restarted=restarted and not restored)
+        return decide(config, place.path, restarted=restarted and not restored)
     except OSError as error:
         raise ConfigurationError(
             f"output_dir={config.output_dir}: {error.filename or place.path} cannot be used: {error.strerror}; "
@@ -343,7 +328,7 @@ def _decide(config: RunConfig, place: RunDirectory, distributed: Distributed) ->
 def _open_record(
     config: RunConfig,
     place: RunDirectory,
-    decided: Plan,
+    decided: Decision,
     distributed: Distributed,
     manifest: Manifest,
     weights: InitialWeights,

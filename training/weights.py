@@ -12,6 +12,11 @@ from models import GPT2, GPT2Config
 from training.config import ConfigurationError, ModelConfig
 
 
+def model_shape(config: ModelConfig, vocab_size: int) -> GPT2Config:
+    """The model's shape: the configuration's, with the vocabulary of the tokens."""
+    return GPT2Config(vocab_size, **config.model_dump(exclude={"name", "init_from"}))
+
+
 class InitialWeights:
     """Full tensors by parameter name, the same on every rank and under every strategy.
 

@@ -231,7 +231,7 @@ def test_a_killed_worker_is_one_clear_error(tmp_path: Path, corpus: FileSource) 
     psutil.Process(process.pid).children()[0].send_signal(signal.SIGKILL)
     errors = process.communicate()[1]
     assert process.returncode == 1
-    assert "DataError: a worker was killed (signal 9, most often for want of memory) while it read" in errors
+    assert "DataError: a worker was killed (signal 9: usually out of memory) while it read" in errors
     assert "the same command goes on, with fewer workers" in errors
 
 

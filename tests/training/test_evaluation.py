@@ -20,7 +20,7 @@ from training.evaluation import validation_loss
 from training.loop import TrainingState, evaluation_due
 from training.records import RunRecord
 from training.reliability.checkpoints import newest_valid
-from training.run import model_shape
+from training.weights import model_shape
 
 Train = Callable[..., RunRecord]
 DROPOUT = ["model.dropout=0.4", "train.steps=6", "optimizer=adamw", "optimizer.lr=3e-3"]
@@ -38,7 +38,7 @@ def loss_of_a_plain_model(record: RunRecord, split: str, tokens: int) -> float:
     directory, manifest = open_corpus(config, Distributed(0, 0, 1, torch.device("cpu")))
     checkpoint, _ = newest_valid(record.directory / "checkpoints")
     assert checkpoint is not None
-    model = GPT2(model_shape(config, manifest)).eval()
+    model = GPT2(model_shape(config.model, manifest.vocab_size)).eval()
     model.load_state_dict({name: checkpoint.tensor(f"model.{name}") for name in model.state_dict()})
     stream = np.zeros((1, tokens + 1), np.int64)
     TokenDataset(directory, split).read(np.array([0]), stream[:, :-1], stream[:, 1:])

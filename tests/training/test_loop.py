@@ -20,9 +20,9 @@ from training.corpus import open_corpus
 from training.distributed import Distributed
 from training.records import RunRecord
 from training.reliability.checkpoints import newest_valid
-from training.run import model_shape
 from training.strategies.base import StepStatistics
 from training.strategies.ddp import DDP
+from training.weights import model_shape
 
 Train = Callable[..., RunRecord]
 #: Of 12 steps with a warm-up of four, as shares of the peak: linear, then half a cosine from 1 to 0.05.
@@ -67,7 +67,7 @@ def plain_loop(config: RunConfig, sequences: int) -> tuple[list[float], list[flo
         config.train.global_batch_size,
         config.train.sequence_length,
     )
-    model = GPT2(model_shape(config, manifest))
+    model = GPT2(model_shape(config.model, manifest.vocab_size))
     model.initialize(config.seeds.model)
     parameters = list(model.parameters())
     optimizer = plain_optimizer(parameters, keys)

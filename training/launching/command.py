@@ -20,7 +20,7 @@ from training.compose import (
     Primary,
     begin_hydra,
     compose_dictionary,
-    made_again,
+    hydra_overrides,
     validate,
     worded_errors,
 )
@@ -105,7 +105,7 @@ def show(asked: Namespace, primary: Primary) -> int:
         return print_answer(help_text(values))
     with worded_errors(asked.overrides, primary):
         hydra = begin_hydra(primary)
-        asked.overrides = made_again(primary, asked.overrides)
+        asked.overrides = hydra_overrides(primary, asked.overrides)
         if asked.hydra_help:
             hydra.hydra_help(primary.name, _parser(), asked)
         elif asked.cfg:

@@ -19,8 +19,8 @@ from training.compose import (
     begin_hydra,
     check_hydra,
     compose,
+    hydra_overrides,
     launched_here,
-    made_again,
     quoted,
     resolved,
     validate,
@@ -53,7 +53,7 @@ def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
             "-m under torchrun: every rank would run the whole sweep; use launcher.nproc_per_node=N instead"
         )
     configs = check_trials(trials(overrides, primary), primary)
-    overrides = made_again(primary, overrides)
+    overrides = hydra_overrides(primary, overrides)
     hydra = begin_hydra(primary)
     try:
         with worded_errors(overrides, primary):

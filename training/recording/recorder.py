@@ -11,7 +11,7 @@ from training.config import RunConfig, RunHeldError
 from training.recording.terminal import Display
 from training.recording.trackers import Tracker, build_tracker
 from training.records import MetricsWriter
-from training.reliability.resumption import Plan
+from training.reliability.resumption import Decision
 from training.reliability.run_directory import RunDirectory
 
 
@@ -30,19 +30,19 @@ class Recorder:
         cls,
         config: RunConfig,
         place: RunDirectory,
-        plan: Plan,
+        decision: Decision,
         environment: Mapping[str, Any],
         display: Display,
     ) -> "Recorder":
         """Create or reopen the record, on rank 0, in a directory that this process has: a run's first writes.
 
         Raises:
-            RunHeldError: another process has begun this run since the plan was made.
+            RunHeldError: another process has begun this run since the decision.
             ConfigurationError: the run to be replaced holds what no run writes.
             OSError: the directory cannot be written.
         """
         directory = place.path
-        if plan.metrics_bytes is None:
+        if decision.metrics_bytes is None:
             if (directory / records.CONFIG_FILE).exists():
                 if not config.overwrite:
                     raise RunHeldError(
@@ -50,11 +50,11 @@ class Recorder:
                     )
                 place.set_aside()
             records.write_config(directory, config.model_dump(mode="json") | {"name": config.run_name})
-        if plan.metrics_bytes is None or not (directory / records.ENVIRONMENT_FILE).exists():
+        if decision.metrics_bytes is None or not (directory / records.ENVIRONMENT_FILE).exists():
             records.write_environment(directory, environment)
         (directory / "checkpoints").mkdir(exist_ok=True)
         (directory / records.SUMMARY_FILE).unlink(missing_ok=True)
-        metrics = MetricsWriter(directory, plan.metrics_bytes)
+        metrics = MetricsWriter(directory, decision.metrics_bytes)
         place.delete_replaced()
         display.message(f"run directory {directory}")
         return cls(place, display, metrics, build_tracker(config, directory, environment, display.message))

@@ -194,13 +194,13 @@ def _begin(partial: Path) -> None:
 def _finish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     write_atomically(partial / MANIFEST_FILE, manifest_text(manifest))
     sync_directory(partial)
-    doomed = _doomed(final)
+    deleted = _to_delete(final)
     if final.exists():  # of an earlier sitting that was resumed before it
-        shutil.rmtree(doomed, ignore_errors=True)
-        final.rename(doomed)
+        shutil.rmtree(deleted, ignore_errors=True)
+        final.rename(deleted)
     partial.rename(final)
     sync_directory(final.parent)
-    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(deleted, ignore_errors=True)
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:
@@ -458,13 +458,13 @@ def set_aside_newer(root: Path, step: int) -> None:
 
 def discard(path: Path) -> None:
     """Delete a checkpoint so that no half of it is ever found under its name."""
-    doomed = _doomed(path)
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    deleted = _to_delete(path)
+    shutil.rmtree(deleted, ignore_errors=True)
+    path.rename(deleted)
+    shutil.rmtree(deleted, ignore_errors=True)
 
 
-def _doomed(path: Path) -> Path:
+def _to_delete(path: Path) -> Path:
     """What a checkpoint is called while it is deleted."""
     return path.with_name(f".{path.name}.discarded")
 

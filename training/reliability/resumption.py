@@ -1,4 +1,4 @@
-"""What is to be done with a run directory: begin, resume, leave alone. Nothing is changed here."""
+"""Decide what to do with a run directory: start, resume or leave it alone. Nothing is changed here."""
 
 import os
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a run begins."""
+class Decision:
+    """How a run starts."""
 
-    finished: Status | None = None  # nothing is to be done
-    checkpoint: Path | None = None  # where to go on from; verified
-    metrics_bytes: int | None = None  # the record there is this run's and goes on after so much; None: a new one
+    finished: Status | None = None  # nothing to do
+    checkpoint: Path | None = None  # to resume from; verified
+    metrics_bytes: int | None = None  # the record continues after so many bytes; None: a new record
     rejected: tuple[str, ...] = ()  # why newer checkpoints are passed over
 
 
@@ -33,8 +33,8 @@ def is_restart(names: Sequence[str] = RESTART_COUNTS) -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in names)
 
 
-def plan(config: RunConfig, directory: Path, *, restarted: bool = False) -> Plan:
-    """Decide how the run begins.
+def decide(config: RunConfig, directory: Path, *, restarted: bool = False) -> Decision:
+    """Decide how the run starts.
 
     Args:
         restarted: this process takes the place of one that had begun the run, if there is one in the directory: the
@@ -50,17 +50,17 @@ def plan(config: RunConfig, directory: Path, *, restarted: bool = False) -> Plan
     given = None if config.resume in ("auto", "never") else Path(config.resume)
     if not (directory / records.CONFIG_FILE).exists():
         refuse_unnamed(directory)
-        return Plan(checkpoint=_given_checkpoint(given, config) if given else None)
+        return Decision(checkpoint=_given_checkpoint(given, config) if given else None)
     if config.overwrite:
         refuse_to_replace(directory)
-        return Plan(checkpoint=_given_checkpoint(given, config) if given else None)
+        return Decision(checkpoint=_given_checkpoint(given, config) if given else None)
     there = _same_run(config, directory)
     root = directory / "checkpoints"
     if given is not None and directory.resolve() in (given.resolve(), *given.resolve().parents):
         chosen = Checkpoint(_given_checkpoint(given, config), verify=False)
         if reason := _misfit(chosen, config, directory):
             raise ConfigurationError(f"resume={config.resume}: {reason}; choose another checkpoint")
-        return Plan(checkpoint=chosen.directory, metrics_bytes=chosen.state["metrics_bytes"])
+        return Decision(checkpoint=chosen.directory, metrics_bytes=chosen.state["metrics_bytes"])
     if given is not None and there.resume != config.resume:
         raise ConfigurationError(
             f"resume={config.resume}: {directory} already has a run of its own; give another name= or overwrite=true"
@@ -72,18 +72,20 @@ def plan(config: RunConfig, directory: Path, *, restarted: bool = False) -> Plan
     _size(directory / records.METRICS_FILE)
     status = (_record(directory).summary or {}).get("status")
     if status in ("completed", "diverged"):
-        return Plan(finished=status)
+        return Decision(finished=status)
     try:
         newest, rejected = checkpoints.newest_valid(root, lambda checkpoint: _misfit(checkpoint, config, directory))
     except CheckpointError as error:
         raise ConfigurationError(f"{error}; correct its permissions, or overwrite=true begins anew") from error
     if newest is not None:
-        return Plan(checkpoint=newest.directory, metrics_bytes=newest.state["metrics_bytes"], rejected=tuple(rejected))
+        return Decision(
+            checkpoint=newest.directory, metrics_bytes=newest.state["metrics_bytes"], rejected=tuple(rejected)
+        )
     if rejected:
         raise ConfigurationError(
             f"{directory}: no checkpoint can be used ({'; '.join(rejected)}); restore one, or overwrite=true begins anew"
         )
-    return Plan(checkpoint=_given_checkpoint(given, config) if given else None, metrics_bytes=0)
+    return Decision(checkpoint=_given_checkpoint(given, config) if given else None, metrics_bytes=0)
 
 
 def check_tokens(directory: Path, manifest_sha256: str) -> None:

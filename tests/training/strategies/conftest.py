@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from scripts import parity
 from tests.training.runs import prepare_corpus
-from tests.training.strategies import ranks
+from tests.training.strategies import parity, ranks
 
 STEPS = 6
 STRATEGIES = ["ddp×2", "fsdp×2", "zero1×2", "zero2×2", "zero3×2"]

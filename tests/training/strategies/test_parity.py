@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import parity
 from tests.training.runs import lines, summary
-from tests.training.strategies import ranks
+from tests.training.strategies import parity, ranks
 from tests.training.strategies.conftest import MOVED_STEPS, SHARES, STEPS, STRATEGIES, VARIANTS, Launch
 from training.reliability.checkpoints import newest_valid
 

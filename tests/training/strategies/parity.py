@@ -1,7 +1,7 @@
 """One run, one curve: each strategy held against the single process, optimizer by optimizer.
 
-    python scripts/parity.py                          the table, in results/parity/parity.md and parity.json
-    python scripts/parity.py --steps 10 --optimizers sophiag --strategies single fsdp×2
+    python -m tests.training.strategies.parity        the table, in results/parity/parity.md and parity.json
+    python -m tests.training.strategies.parity --steps 10 --optimizers sophiag --strategies single fsdp×2
 
 Every cell is a whole run of the same configuration: float32, gradient clip active, 1 and 2 micro-batches a step.
 Compared are the loss before each update and, at the end, the curvature h in the checkpoint. Ranks are processes of this
@@ -20,12 +20,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from training.launching.environment import require_environment
-
-    require_environment()
 
 import torch
 
@@ -58,6 +52,8 @@ OPTIMIZERS: dict[str, list[str]] = {
 #: Largest relative differences that count as parity. Central differences divide rounding noise by a small δ.
 TOLERANCES = {"loss": 1e-5, "h": 1e-5, "h, differences": 1e-3}
 GLOBAL_BATCH_SIZE = 8
+ROOT = Path(__file__).resolve().parents[3]
+MODULE = "tests.training.strategies.parity"
 CLIP = 0.5  # below the gradient norms of the first steps: the clip acts
 
 
@@ -91,7 +87,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
-    parser.add_argument("--output", type=Path, default=Path("results/parity"))
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "parity")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
@@ -193,11 +189,9 @@ def run_jobs(jobs: list[list[str]], world_size: int, directory: Path, timeout: f
     write_atomically(listing, json.dumps(jobs))
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"] if world_size > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        (str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", ""))
-    )
     done = subprocess.run(
-        [sys.executable, *launch, __file__, "--worker", str(listing)],
+        [sys.executable, *launch, "-m", MODULE, "--worker", str(listing)],
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
