@@ -38,7 +38,7 @@ SLOW |= {
     f"tests/training/test_{name}.py"
     for name in (
         *("compiler_cache", "distributed", "environment", "fast_paths", "guards", "jobs", "launch", "launch_jobs"),
-        *("help", "lifeline", "limits", "memory", "mistakes", "paper_recipes", "planner", "rendezvous", "resume"),
+        *("help", "lifeline", "limits", "memory", "mistakes", "paper_recipes", "rendezvous", "resume"),
         *("resumption", "run", "run_directory", "signals", "trackers", "watchdog"),
     )
 }
