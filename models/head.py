@@ -194,7 +194,7 @@ class _ChunkedLosses(torch.autograd.Function):
     ) -> Losses:
         narrow_hidden, narrow_weight = hidden.to(dtype), weight.to(dtype)
         rows, padded_vocab_size = len(hidden), len(weight)
-        chunk_rows = _chunk_rows(rows, hidden.device.type)
+        chunk_rows = rows_at_once(rows, hidden.device.type)
         labels = None if uniforms is None else torch.empty_like(uniforms, dtype=torch.int64)
         leading = targets if targets is not None else labels
         assert leading is not None
@@ -339,7 +339,7 @@ def _first_above(cumulative: Tensor, mass: Tensor, threshold: Tensor) -> Tensor:
     return torch.minimum(first, last)
 
 
-def _chunk_rows(rows: int, device: str) -> int:
+def rows_at_once(rows: int, device: str) -> int:
     """Chunks of equal size, about CHUNK_ROWS each, so that no short one is left over; 1 where there are no rows."""
     return max(1, -(-rows // max(1, round(rows / CHUNK_ROWS.get(device, CHUNK_ROWS["cuda"])))))
 

@@ -21,7 +21,18 @@ import grimp
 from analysis.pages import write_part
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "architecture.md"
-PACKAGES = ("sophia", "models", "data", "training", "downstream", "analysis", "studies", "scripts", "benchmarks")
+PACKAGES = (
+    "sophia",
+    "models",
+    "data",
+    "training",
+    "planning",
+    "downstream",
+    "analysis",
+    "studies",
+    "scripts",
+    "benchmarks",
+)
 #: Imported by nearly every module of training: their arrows would hide the others.
 EVERYWHERE = {f"training.{name}" for name in ("config", "exits", "records", "secrets")}
 

@@ -3,7 +3,6 @@
     python scripts/plan.py model=gpt2_xl strategy=fsdp cluster.gpus=64 cluster.gpu=h100
     python scripts/plan.py experiment=paper/770m_sophiag cluster.gpus=8 cluster.price_per_hour=2 --json plan.json
     python scripts/plan.py --models        the table of docs/scaling.md: 125M to 6.6B
-    python scripts/plan.py --check         planned against measured memory, to results/planner
 
 Overrides are those of train.py; besides, cluster.gpu=h100|h200|a100_80gb|… and cluster.gpus=, cluster.utilisation=,
 cluster.price_per_hour= and the other keys of configs/cluster. Needs no GPU.
@@ -11,7 +10,6 @@ cluster.price_per_hour= and the other keys of configs/cluster. Needs no GPU.
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +20,11 @@ if __name__ == "__main__":
 
     require_environment()
 
-from training.cluster import OPTIMIZERS, compose_for, split_cluster
+from planning.cluster import OPTIMIZERS, compose_for, split_cluster
 from training.config import ConfigurationError
-from training.launching.command import refuse
+from training.exits import refuse
 from training.recording.terminal import SafeConsole
 from training.records import write_atomically
-
-RESULTS = Path("results/planner")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,27 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--optimizers", default=",".join(OPTIMIZERS), help=f"side by side (default: {','.join(OPTIMIZERS)})"
     )
     parser.add_argument("--models", action="store_true", help="plan the models from 125M to 6.6B, a table in Markdown")
-    parser.add_argument("--check", action="store_true", help="weigh small runs here and hold the plan against them")
-    parser.add_argument("--output", type=Path, default=RESULTS, help=f"of --check (default: {RESULTS})")
     options = parser.parse_args(arguments)
-    logging.getLogger("torch").setLevel(logging.ERROR)
     console = SafeConsole(width=None if sys.stdout.isatty() else 120)
     try:
         cluster, overrides = split_cluster(options.overrides)
-        if not options.check and not options.models:
-            compose_for(overrides, cluster)  # a mistake is refused at once
-
-        from training.plan_tables import check_tables, model_table, print_plan, write_check
-        from training.planner import make_plan
-
-        if options.check:
-            written = write_check(options.output, tell=lambda line: console.print(line, highlight=False))
-            check_tables(written, console)
-            return 0
         if options.models:
+            from planning.tables import model_table
+
             print(model_table(overrides, cluster))
             return 0
-        plan = make_plan(overrides, cluster, [name for name in options.optimizers.split(",") if name])
+        config, notes = compose_for(overrides, cluster)  # a mistake is refused before torch is imported
+
+        from planning.plan import plan_run
+        from planning.tables import print_plan
+
+        plan = plan_run(config, cluster, [name for name in options.optimizers.split(",") if name], notes)
     except ConfigurationError as error:
         return refuse(error)
     print_plan(plan, console)

@@ -13,11 +13,11 @@ from models.head import (
     CHUNK_ROWS,
     IGNORED,
     LossHead,
-    _chunk_rows,
     _first_above,
     cross_entropy_sum,
     log_normalizer,
     plain_losses,
+    rows_at_once,
     sample_labels,
 )
 
@@ -157,7 +157,7 @@ class TestChunkedLosses:
     def test_chunks_are_of_about_the_size_that_is_meant_and_the_last_is_no_shorter(
         self, rows: int, device: str
     ) -> None:
-        size, meant = _chunk_rows(rows, device), CHUNK_ROWS[device]
+        size, meant = rows_at_once(rows, device), CHUNK_ROWS[device]
         assert 2048 <= meant <= 8192
         assert size <= 1.5 * meant
         chunks = -(-rows // size)

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from models.flops import forward_backward_flops
+from planning.plan import planned_shape
 from scripts.plan import main
-from training.cluster import compose_for, split_cluster
 from training.compose import compose
-from training.planner import planned_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,14 +46,6 @@ def test_the_plan_of_a_sharded_run_stands_in_tables_and_in_json(tmp_path: Path) 
     assert "cluster" not in written["config"]
     shape = planned_shape(compose(["model=gpt2_small"]))
     assert written["training_flops_per_step"] == forward_backward_flops(shape, 512 * 1024, 1024)
-
-
-@pytest.mark.parametrize("removed", ["train.precision", "train.compile"])
-def test_a_key_that_is_removed_has_its_default(removed: str) -> None:
-    cluster, overrides = split_cluster(["+cluster.gpus=4", f"~{removed}"])
-    config, _ = compose_for(overrides, cluster)
-    assert cluster.gpus == 4
-    assert (config.train.precision, config.train.compile) == ("bf16", True)
 
 
 @pytest.mark.parametrize(

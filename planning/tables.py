@@ -1,24 +1,16 @@
-"""The planner's numbers for people: a plan in the terminal, the table of models in Markdown, the check against measured
-memory."""
+"""The planner's numbers for people: a plan in the terminal, and the table of models in Markdown."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from models import GPT2Config
-from training import hardware
-from training.cluster import ClusterConfig
-from training.compose import compose
+from planning.cluster import ClusterConfig, compose_for
+from planning.memory import KINDS, PHASES, Kind
+from planning.plan import OptimizerPlan, Remedy, RunPlan, plan_run
 from training.config import RunConfig
-from training.memory_trace import KINDS, Kind
-from training.planned_memory import PHASES, planned_memory
-from training.planner import OptimizerPlan, Plan, Remedy, make_plan, planned_shape
 
 GIB = 2**30
 KIND_NAMES: dict[Kind, str] = {
@@ -33,7 +25,7 @@ KIND_NAMES: dict[Kind, str] = {
 }
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(plan: RunPlan, console: Console) -> None:
     """What the run is, memory by kind, time and cost, traffic, and what fits."""
     cluster, train = plan.cluster, plan.config.train
     accumulated = f"{plan.micro_batches} x {plan.micro_batch_size} sequences on each"
@@ -54,7 +46,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(line, highlight=False)
 
 
-def verdict(plan: Plan) -> Iterator[str]:
+def verdict(plan: RunPlan) -> Iterator[str]:
     """What fits, and where the configuration's own optimizer does not, the nearest settings that do."""
     usable = plan.cluster.usable_bytes
     chosen = plan.config.optimizer.name
@@ -76,7 +68,7 @@ def verdict(plan: Plan) -> Iterator[str]:
         yield f"  {_remedy(remedy)}"
 
 
-def memory_table(plan: Plan) -> Table:
+def memory_table(plan: RunPlan) -> Table:
     table = Table(title="Memory of each GPU at the peak, GiB", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("")
     for one in plan.optimizers:
@@ -92,7 +84,7 @@ def memory_table(plan: Plan) -> Table:
     return table
 
 
-def time_table(plan: Plan) -> Table:
+def time_table(plan: RunPlan) -> Table:
     cluster = plan.cluster
     table = Table(
         title=f"Time at {cluster.utilisation:.0%} of the peak, cost at {cluster.price_per_hour:g} for a GPU's hour",
@@ -120,7 +112,7 @@ def time_table(plan: Plan) -> Table:
     return table
 
 
-def traffic_table(plan: Plan) -> Table:
+def traffic_table(plan: RunPlan) -> Table:
     table = Table(title="GB that each GPU sends", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("")
     for one in plan.optimizers:
@@ -193,7 +185,8 @@ def model_table(overrides: Sequence[str], cluster: ClusterConfig) -> str:
         for gpus, strategy in SETTINGS:
             there = cluster.model_copy(update={"gpus": gpus})
             arguments = [f"model={model}", "optimizer=sophiag", *strategy, *recipe, *overrides]
-            plan = make_plan(arguments, there, ("adamw", "lion", "sophiag"), search=False)
+            config, _ = compose_for(arguments, there)
+            plan = plan_run(config, there, ("adamw", "lion", "sophiag"))
             by_name = {one.optimizer: one for one in plan.optimizers}
             chosen = [by_name[name] for name in ("adamw", "lion", "sophiag")]
             traffic = by_name["sophiag"].traffic
@@ -213,109 +206,3 @@ def _hours(hours: float) -> str:
 def _fits(plans: Sequence[OptimizerPlan]) -> str:
     fitting = [one.optimizer for one in plans if one.fits]
     return "yes" if len(fitting) == len(plans) else "no" if not fitting else f"{', '.join(fitting)} only"
-
-
-# The check
-
-CHECK_BASE = ("model=gpt2_mini", "train.sequence_length=256", "train.global_batch_size=16", "train.micro_batch_size=4")
-CHECK_SHAPE: dict[str, int] = {"n_layer": 8, "vocab_size": 8192}
-#: Ranks, and what is different from the base.
-CHECKED: tuple[tuple[int, str], ...] = (
-    (1, "train.precision=fp32 optimizer=adamw strategy=ddp"),
-    (1, "train.precision=bf16 optimizer=sophiag strategy=ddp"),
-    (1, "train.precision=fp32 optimizer=sophiah strategy=ddp"),
-    (2, "train.precision=fp32 optimizer=lion strategy=ddp"),
-    (2, "train.precision=bf16 optimizer=adamw strategy=ddp"),
-    (2, "train.precision=bf16 optimizer=sophiag strategy=ddp"),
-    (2, "train.precision=fp32 optimizer=adamw strategy=fsdp"),
-    (2, "train.precision=bf16 optimizer=sophiag strategy=fsdp"),
-    (2, "train.precision=bf16 optimizer=muon strategy=fsdp"),
-    (2, "train.precision=fp32 optimizer=sophiag strategy=fsdp strategy.activation_checkpointing=true"),
-    (2, "train.precision=bf16 optimizer=adamw strategy=fsdp strategy.activation_checkpointing=true"),
-    (2, "train.precision=fp32 optimizer=adamw strategy=deepspeed strategy.zero_stage=1"),
-    (2, "train.precision=bf16 optimizer=sophiag strategy=deepspeed strategy.zero_stage=1"),
-    (2, "train.precision=fp32 optimizer=adamw strategy=deepspeed strategy.zero_stage=2"),
-    (2, "train.precision=bf16 optimizer=sophiag strategy=deepspeed strategy.zero_stage=2"),
-    (2, "train.precision=fp32 optimizer=adamw strategy=deepspeed strategy.zero_stage=3"),
-    (2, "train.precision=bf16 optimizer=sophiag strategy=deepspeed strategy.zero_stage=3"),
-)
-TOLERANCE = 0.15
-
-
-def check_case(ranks: int, overrides: str) -> dict[str, Any]:
-    """One configuration planned and measured on this machine's CPU, in bytes."""
-    from training.measured_memory import measured_memory
-    from training.planned_zero import reduction_bucket_bytes
-
-    config = compose([*CHECK_BASE, "train.compile=false", *overrides.split()])
-    shape = GPT2Config(**{**vars(planned_shape(config)), **CHECK_SHAPE})
-    planned = max(sum(memory.values()) for memory in planned_memory(config, shape, ranks, "cpu").values())
-    tracked, allocated = measured_memory(config, shape, ranks)
-    # The reduction bucket of ZeRO, two gigabytes, would hide any error on a model of this size.
-    stage = getattr(config.strategy, "zero_stage", None)
-    fixed = 0 if stage is None else reduction_bucket_bytes(config, stage)
-    return {
-        "ranks": ranks,
-        "overrides": overrides,
-        "planned": planned,
-        "tracked": tracked,
-        "allocated": allocated,
-        "fixed_bucket": fixed,
-        "planned_over_tracked": (planned - fixed) / (tracked - fixed),
-        "planned_over_allocated": (planned - fixed) / (allocated - fixed),
-    }
-
-
-def write_check(directory: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Plan and measure every checked configuration; memory.json and memory.md in the directory."""
-    cases = []
-    for ranks, overrides in CHECKED:
-        tell(f"{ranks} ranks, {overrides}")
-        cases.append(check_case(ranks, overrides))
-    record = {
-        "command": "python scripts/plan.py --check",
-        "base": [*CHECK_BASE, *[f"{key}={value}" for key, value in CHECK_SHAPE.items()]],
-        "versions": hardware.versions(),
-        "cases": cases,
-    }
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, text in (("memory.json", json.dumps(record, indent=1) + "\n"), ("memory.md", check_markdown(record))):
-        partial = directory / f"{name}.partial"
-        partial.write_text(text)
-        partial.replace(directory / name)
-    return record
-
-
-def check_markdown(record: dict[str, Any]) -> str:
-    lines = [
-        "# Planned and measured memory",
-        "",
-        f"`{record['command']}`: peak of a training step on rank 0, MB, of real runs on a CPU over gloo. *Tracked* is what",
-        "torch's MemTracker sees, *allocated* what the CPU allocator itself has given out. For ZeRO the ratios are without the",
-        "engine's fixed reduction bucket (1 or 2 GB), which would hide any error at this size.",
-        "",
-        f"Base: `{' '.join(record['base'])}`.",
-        "",
-        "| ranks | configuration | planned | tracked | allocated | planned / tracked | planned / allocated |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for case in record["cases"]:
-        sizes = " | ".join(f"{case[key] / 1e6:,.1f}" for key in ("planned", "tracked", "allocated"))
-        ratios = f"{case['planned_over_tracked']:.3f} | {case['planned_over_allocated']:.3f}"
-        lines.append(f"| {case['ranks']} | {case['overrides']} | {sizes} | {ratios} |")
-    return "\n".join(lines) + "\n"
-
-
-def check_tables(record: dict[str, Any], console: Console) -> None:
-    table = Table(title="Planned and measured memory, MB", box=box.SIMPLE_HEAD, title_justify="left")
-    for column in ("ranks", "configuration", "planned", "tracked", "allocated", "/ tracked", "/ allocated"):
-        table.add_column(column, justify="left" if column == "configuration" else "right")
-    for case in record["cases"]:
-        ratios = [case["planned_over_tracked"], case["planned_over_allocated"]]
-        table.add_row(
-            str(case["ranks"]),
-            case["overrides"],
-            *[f"{case[key] / 1e6:,.1f}" for key in ("planned", "tracked", "allocated")],
-            *[f"[{'green' if abs(ratio - 1) <= TOLERANCE else 'red'}]{ratio:.3f}[/]" for ratio in ratios],
-        )
-    console.print(table)

@@ -1,7 +1,7 @@
 """What a run would need on a cluster, before it is run: memory, hours, cost, traffic, and what to change where it does
 not fit.
 
-    memory         traced with fake tensors (training/planned_memory.py)
+    memory         planning/memory.py
     FLOPs          models/flops.py, as the ledger of a run counts them
     communication  training/strategies/communication.py, as the ledger counts it
     time           a step is forward and backward at the utilisation given, or their communication where that takes
@@ -10,13 +10,14 @@ not fit.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from models import GPT2Config
 from models.flops import attention_flops_per_token, block_flops_per_token, forward_backward_flops, parameter_count
-from training.cluster import OPTIMIZERS, ClusterConfig, compose_for
+from planning.cluster import OPTIMIZERS, ClusterConfig
+from planning.memory import USUAL_STEP, Memory, Phase, curvature_of, engine_has_bf16_weights, planned_memory
 from training.compose import compose_dictionary, validate
 from training.config import (
     ConfigurationError,
@@ -29,8 +30,6 @@ from training.config import (
     micro_batch_size,
 )
 from training.curvature import CurvaturePass
-from training.memory_trace import Memory
-from training.planned_memory import Phase, curvature_of, planned_memory
 from training.strategies.communication import (
     BFLOAT16,
     FLOAT32,
@@ -42,19 +41,16 @@ from training.strategies.communication import (
 
 GPT2_VOCABULARY = 50257
 MOST_GPUS = 4096
-#: float32 numbers that an update reads and writes for each parameter, with the gradient and the weight.
+#: float32 numbers that an update reads and writes for each parameter, with the gradient and the weight. An optimizer that
+#: is not listed is taken to keep two numbers for each parameter, as AdamW does.
 UPDATE_ACCESSES = {"adamw": 7, "lion": 5, "signum": 5, "sophiag": 6, "sophiah": 6, "adahessian": 6, "muon": 5}
-#: Of an optimizer that is not listed, which is taken to keep two numbers for each parameter, as AdamW does.
-OTHER_UPDATE_ACCESSES = 7
 #: Reads and writes of folding an estimate into h.
 REFRESH_ACCESSES = 3
 NEWTON_SCHULZ_STEPS = 5
-#: A step whose refresh is like all others (the first may make several estimates).
-USUAL_STEP = 2
 
 
 @dataclass(frozen=True)
-class Traffic:
+class PlannedTraffic:
     """Bytes that each rank sends, by collective."""
 
     step: dict[str, int]
@@ -95,7 +91,7 @@ class OptimizerPlan:
     seconds: StepSeconds
     hours: float
     cost: float
-    traffic: Traffic
+    traffic: PlannedTraffic
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,9 @@ class Remedy:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
+    """A run on a cluster with each of several optimizers in its place."""
+
     config: RunConfig
     cluster: ClusterConfig
     shape: GPT2Config
@@ -123,65 +121,60 @@ class Plan:
 
     def as_dictionary(self) -> dict[str, Any]:
         """JSON values only."""
-        values = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in ("config", "cluster", "shape", "optimizers", "remedies")
-        }
-        optimizers = [{**dataclasses.asdict(one), "seconds_per_step": one.seconds.total} for one in self.optimizers]
-        return {
+        values = dataclasses.asdict(dataclasses.replace(self, optimizers=(), remedies=()))
+        del values["shape"]
+        return values | {
             "config": self.config.model_dump(mode="json"),
             "cluster": self.cluster.model_dump(mode="json") | {"usable_bytes": self.cluster.usable_bytes},
-            **values,
-            "optimizers": optimizers,
+            "optimizers": [
+                {**dataclasses.asdict(one), "seconds_per_step": one.seconds.total} for one in self.optimizers
+            ],
             "remedies": [dataclasses.asdict(remedy) for remedy in self.remedies],
         }
 
 
-def make_plan(
-    overrides: Sequence[str],
+def plan_run(
+    config: RunConfig,
     cluster: ClusterConfig,
     optimizers: Sequence[str] = OPTIMIZERS,
-    *,
-    search: bool = True,
-) -> Plan:
-    """Plan the run that `train.py` would make of the overrides, with each of the optimizers in its place.
-
-    With `search`, settings that fit are looked for where the overrides' own do not.
+    notes: Sequence[str] = (),
+) -> RunPlan:
+    """Plan a run as `compose_for` gives it, with each of the optimizers in its place, and look for settings that fit where
+    its own do not.
 
     Raises:
-        ConfigurationError: the overrides are no valid run, or an optimizer does not exist.
+        ConfigurationError: an optimizer does not exist, or the batch does not divide over the ranks.
     """
-    composed, notes = compose_for(overrides, cluster)
-    config, shape = composed, planned_shape(composed)
-    world_size = cluster.gpus
-    micro = micro_batch_size(config, world_size)
-    chosen = config.optimizer.name
+    shape, chosen, said = planned_shape(config), config.optimizer.name, list(notes)
+    micro = micro_batch_size(config, cluster.gpus)
     plans: list[OptimizerPlan] = []
     refused: dict[str, str] = {}
-    others = dict.fromkeys(name for name in optimizers if name != chosen)
-    sections = {name: compose_dictionary([f"optimizer={name}"])["optimizer"] for name in others}
+    sections = {
+        name: compose_dictionary([f"optimizer={name}"])["optimizer"]
+        for name in dict.fromkeys(optimizers)
+        if name != chosen
+    }
     for name in dict.fromkeys((*optimizers, chosen)):
         try:
-            other = config if name == chosen else with_optimizer(config, sections[name], notes)
+            other = config if name == chosen else with_optimizer(config, sections[name], said)
         except ConfigurationError as error:
             refused[name] = str(error)
             continue
         plans.append(plan_optimizer(other, shape, cluster))
-    own = next((one for one in plans if one.optimizer == chosen), plans[0])
-    return Plan(
+    own = next(one for one in plans if one.optimizer == chosen)
+    return RunPlan(
         config=config,
         cluster=cluster,
         shape=shape,
         parameters=parameter_count(shape),
         micro_batch_size=micro,
-        micro_batches=config.train.global_batch_size // (micro * world_size),
+        micro_batches=config.train.global_batch_size // (micro * cluster.gpus),
         tokens=config.train.steps * step_tokens(config),
         training_flops_per_step=forward_backward_flops(shape, step_tokens(config), config.train.sequence_length),
         optimizers=tuple(plans),
         refused=refused,
-        remedies=() if own.fits or not search else tuple(remedies(config, shape, cluster)),
-        notes=tuple(dict.fromkeys(notes)),
+        remedies=() if own.fits else tuple(remedies(config, shape, cluster)),
+        notes=tuple(dict.fromkeys(said)),
     )
 
 
@@ -202,29 +195,21 @@ def with_optimizer(config: RunConfig, section: dict[str, Any], notes: list[str])
 
 def planned_shape(config: RunConfig) -> GPT2Config:
     """The model's shape; the vocabulary is the tokenizer's."""
-    model = config.model
-    return GPT2Config(
-        vocab_size=config.tokenizer.vocab_size or GPT2_VOCABULARY,
-        n_layer=model.n_layer,
-        n_head=model.n_head,
-        n_embd=model.n_embd,
-        block_size=model.block_size,
-        bias=model.bias,
-        dropout=model.dropout,
-        attention_layer_scaling=model.attention_layer_scaling,
-    )
+    model = config.model.model_dump(exclude={"name", "init_from"})
+    return GPT2Config(vocab_size=config.tokenizer.vocab_size or GPT2_VOCABULARY, **model)
 
 
 def plan_optimizer(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig) -> OptimizerPlan:
     """Memory, time and cost of one run."""
     memory = planned_memory(config, shape, cluster.gpus, "cuda")
-    phase, peak = _peak(memory)
-    curvature = _curvature(config, cluster.gpus)
+    totals = {phase: sum(by_kind.values()) for phase, by_kind in memory.items()}
+    phase = max(totals, key=lambda one: totals[one])
     traffic = planned_traffic(config, shape, cluster.gpus)
     seconds = step_seconds(config, shape, cluster, traffic)
     hours = config.train.steps * seconds.total / 3600
     length = config.train.sequence_length
     flops = forward_backward_flops(shape, step_tokens(config), length)
+    curvature = curvature_of(config, cluster.gpus)
     if curvature is not None:
         flops += _curvature_flops(curvature, shape, length) // curvature.interval
     return OptimizerPlan(
@@ -232,9 +217,9 @@ def plan_optimizer(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig)
         estimator=getattr(config.optimizer, "estimator", None),
         hessian_interval=getattr(config.optimizer, "hessian_interval", None),
         memory=memory,
-        peak_bytes=peak,
+        peak_bytes=totals[phase],
         peak_phase=phase,
-        fits=peak <= cluster.usable_bytes,
+        fits=totals[phase] <= cluster.usable_bytes,
         flops_per_step=flops,
         seconds=seconds,
         hours=hours,
@@ -247,21 +232,11 @@ def step_tokens(config: RunConfig) -> int:
     return config.train.global_batch_size * config.train.sequence_length
 
 
-def _peak(memory: dict[Phase, Memory]) -> tuple[Phase, int]:
-    totals = {phase: sum(by_kind.values()) for phase, by_kind in memory.items()}
-    phase = max(totals, key=lambda one: totals[one])
-    return phase, totals[phase]
-
-
-def _curvature(config: RunConfig, world_size: int) -> CurvaturePass | None:
-    return curvature_of(config, micro_batch_size(config, world_size))
-
-
 def _curvature_flops(curvature: CurvaturePass, shape: GPT2Config, length: int) -> int:
     return curvature.flops(shape, length, USUAL_STEP, shared_forward=curvature.within_training(USUAL_STEP))
 
 
-def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, traffic: Traffic) -> StepSeconds:
+def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, traffic: PlannedTraffic) -> StepSeconds:
     """How long a step takes on average. Evaluation and checkpoints are not counted, as in a run's `seconds`."""
     length, world_size = config.train.sequence_length, cluster.gpus
     peak = cluster.bf16_tflops if config.train.precision == "bf16" else cluster.fp32_tflops
@@ -272,7 +247,7 @@ def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, t
         recomputed = block_flops_per_token(shape) + attention_flops_per_token(shape, length)
     compute = (forward_backward_flops(shape, tokens, length) + tokens * recomputed) / rate
     curvature_seconds = 0.0
-    curvature = _curvature(config, world_size)
+    curvature = curvature_of(config, world_size)
     sharded = not isinstance(config.strategy, DDPConfig)
     mine = parameter_count(shape) // (world_size if sharded else 1)
     memory_rate = cluster.memory_bandwidth * 1e9 * cluster.bandwidth_utilisation
@@ -287,7 +262,7 @@ def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, t
             work += estimates * rows * length * recomputed
         one = max(work / rate_of_pass, sum(traffic.curvature_pass.values()) / cluster.link_bandwidth)
         curvature_seconds = (one + REFRESH_ACCESSES * FLOAT32 * mine / memory_rate) / curvature.interval
-    accesses = UPDATE_ACCESSES.get(config.optimizer.name, OTHER_UPDATE_ACCESSES)
+    accesses = UPDATE_ACCESSES.get(config.optimizer.name, UPDATE_ACCESSES["adamw"])
     update = accesses * FLOAT32 * mine / memory_rate
     if isinstance(config.optimizer, MuonConfig):  # every rank does all of it
         update += newton_schulz_flops(shape) / (cluster.bf16_tflops * 1e12 * cluster.utilisation)
@@ -303,27 +278,26 @@ def newton_schulz_flops(shape: GPT2Config) -> int:
     return shape.n_layer * block
 
 
-def planned_traffic(config: RunConfig, shape: GPT2Config, world_size: int) -> Traffic:
+def planned_traffic(config: RunConfig, shape: GPT2Config, world_size: int) -> PlannedTraffic:
     """Bytes that each rank sends in a step, and in a curvature pass."""
     micro_batches = config.train.global_batch_size // (world_size * micro_batch_size(config, world_size))
     step = _traffic(config, shape, world_size, micro_batches)
-    curvature = _curvature(config, world_size)
+    curvature = curvature_of(config, world_size)
     if curvature is None:
-        return Traffic(step, {})
+        return PlannedTraffic(step, {})
     estimates = curvature.estimates(USUAL_STEP)
     if curvature.estimator == "hutchinson":
         products = estimates * all_reduce_bytes(FLOAT32 * parameter_count(shape), world_size)
-        return Traffic(step, {"all-reduce of products": products})
+        return PlannedTraffic(step, {"all-reduce of products": products})
     passes = estimates * (2 if curvature.estimator == "hutchinson_differences" else 1)
     rows = -(-curvature.sequences // world_size)
     one = _traffic(config, shape, world_size, -(-rows // micro_batch_size(config, world_size)))
-    return Traffic(step, {name: passes * size for name, size in one.items()})
+    return PlannedTraffic(step, {name: passes * size for name, size in one.items()})
 
 
 def _traffic(config: RunConfig, shape: GPT2Config, world_size: int, micro_batches: int) -> dict[str, int]:
     size = parameter_count(shape)
-    exact = getattr(config.optimizer, "estimator", None) == "hutchinson_differences"
-    narrow = config.train.precision == "bf16" and not exact
+    weight_bytes = BFLOAT16 if engine_has_bf16_weights(config) else FLOAT32
     match config.strategy:
         case DDPConfig():
             return {"all-reduce of gradients": ddp_traffic(size, world_size).total(micro_batches)}
@@ -333,7 +307,7 @@ def _traffic(config: RunConfig, shape: GPT2Config, world_size: int, micro_batche
                 size - root,
                 root,
                 world_size,
-                block_bytes=BFLOAT16 if narrow else FLOAT32,
+                block_bytes=weight_bytes,
                 reshard_after_forward=config.strategy.reshard_after_forward,
             )
             return {
@@ -341,92 +315,56 @@ def _traffic(config: RunConfig, shape: GPT2Config, world_size: int, micro_batche
                 "reduce-scatter of gradients": traffic.per_update,
             }
         case DeepSpeedConfig(zero_stage=stage):
-            weight_bytes = BFLOAT16 if narrow and stage > 1 else FLOAT32
             gradients = zero_traffic(size, world_size, stage=stage, weight_bytes=0).total(micro_batches)
             both = zero_traffic(size, world_size, stage=stage, weight_bytes=weight_bytes).total(micro_batches)
             return {"reduce-scatter of gradients": gradients, "all-gather of weights": both - gradients}
 
 
 def remedies(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig) -> Iterator[Remedy]:
-    """The nearest settings that fit, of each kind: micro-batch, activation checkpointing, strategy, number of GPUs."""
-
-    def peak(changed: RunConfig, gpus: int = cluster.gpus) -> int:
-        return _peak(planned_memory(changed, shape, gpus, "cuda"))[1]
-
-    def fitting(changed: RunConfig, gpus: int = cluster.gpus) -> tuple[int, int] | None:
-        return largest_micro_batch(changed, gpus, lambda one: peak(one, gpus), cluster.usable_bytes)
-
-    def described(overrides: tuple[str, ...], found: tuple[int, int], before: int) -> Remedy:
-        micro, size = found
-        return Remedy(overrides if micro == before else (*overrides, f"train.micro_batch_size={micro}"), size)
-
+    """The nearest settings that fit, of each kind: micro-batch, strategy and checkpointing, number of GPUs."""
     now = micro_batch_size(config, cluster.gpus)
-    if (found := fitting(config)) is not None:
-        yield described((), found, 0)
-    for overrides, changed in _strategies(config):
-        if (found := fitting(changed)) is not None:
-            yield described(overrides, found, now)
-            if isinstance(changed.strategy, FSDPConfig) and found[0] == now:
+
+    def largest(overrides: tuple[str, ...], strategy: dict[str, Any] | None, gpus: int) -> Remedy | None:
+        """With the largest micro-batch up to the configuration's own that fits on so many GPUs."""
+        for micro in reversed([d for d in divisors(config.train.global_batch_size // gpus) if d <= now]):
+            values = config.model_dump(mode="json")
+            values["train"]["micro_batch_size"] = micro
+            values["strategy"] = strategy or values["strategy"]
+            try:
+                memory = planned_memory(validate(values), shape, gpus, "cuda")
+            except ConfigurationError:  # the optimizer cannot have the strategy
+                return None
+            peak = max(sum(by_kind.values()) for by_kind in memory.values())
+            if peak <= cluster.usable_bytes:
+                smaller = () if micro == now else (f"train.micro_batch_size={micro}",)
+                return Remedy((*overrides, *smaller), peak)
+        return None
+
+    if remedy := largest((), None, cluster.gpus):
+        yield remedy
+    fsdp = {"name": "fsdp", "activation_checkpointing": False}
+    checkpointed = fsdp | {"activation_checkpointing": True}
+    checkpointing = ("strategy=fsdp", "strategy.activation_checkpointing=true")
+    strategies: list[tuple[tuple[str, ...], dict[str, Any]]] = []
+    if isinstance(config.strategy, DeepSpeedConfig):
+        for stage in range(config.strategy.zero_stage + 1, 4):
+            strategies.append(((f"strategy.zero_stage={stage}",), {"name": "deepspeed", "zero_stage": stage}))
+    if isinstance(config.strategy, FSDPConfig):
+        strategies.append((checkpointing[1:], checkpointed))
+    else:
+        strategies += [(checkpointing[:1], fsdp), (checkpointing, checkpointed)]
+    for overrides, strategy in strategies:
+        if remedy := largest(overrides, strategy, cluster.gpus):
+            yield remedy
+            if strategy == fsdp and remedy.overrides == overrides:  # nothing to recompute for
                 break
-    best: list[tuple[tuple[str, ...], RunConfig]] = [
-        (("strategy=fsdp", "strategy.activation_checkpointing=true"), _checkpointed(config))
-    ]
-    if isinstance(config.strategy, DeepSpeedConfig) or config.optimizer.name == "muon":
-        best.append(((), config))
-    for overrides, changed in best:
+    more: list[tuple[tuple[str, ...], dict[str, Any] | None]] = [(checkpointing, checkpointed)]
+    if isinstance(config.strategy, DeepSpeedConfig):
+        more.append(((), None))
+    for overrides, further in more:
         gpus = 2 * cluster.gpus
         while gpus <= MOST_GPUS and config.train.global_batch_size % gpus == 0:
-            share = config.train.global_batch_size // gpus
-            larger = _set(changed, "train", micro_batch_size=max(d for d in divisors(share) if d <= now))
-            if (found := fitting(larger, gpus)) is not None:
-                yield described((f"cluster.gpus={gpus}", *overrides), found, now)
+            if remedy := largest((f"cluster.gpus={gpus}", *overrides), further, gpus):
+                yield remedy
                 break
             gpus *= 2
-
-
-def _strategies(config: RunConfig) -> Iterator[tuple[tuple[str, ...], RunConfig]]:
-    """Strategies that need less memory than the configuration's own, which the optimizer can have."""
-    candidates: list[tuple[tuple[str, ...], dict[str, Any]]] = []
-    fsdp = {"name": "fsdp", "activation_checkpointing": False}
-    if isinstance(config.strategy, DeepSpeedConfig):
-        candidates += [
-            ((f"strategy.zero_stage={stage}",), {"name": "deepspeed", "zero_stage": stage})
-            for stage in range(config.strategy.zero_stage + 1, 4)
-        ]
-    if not isinstance(config.strategy, FSDPConfig):
-        candidates.append((("strategy=fsdp",), fsdp))
-        overrides: tuple[str, ...] = ("strategy=fsdp", "strategy.activation_checkpointing=true")
-    else:
-        overrides = ("strategy.activation_checkpointing=true",)
-    candidates.append((overrides, fsdp | {"activation_checkpointing": True}))
-    for overrides, strategy in candidates:
-        try:
-            yield overrides, validate(config.model_dump(mode="json") | {"strategy": strategy})
-        except ConfigurationError:
-            continue
-
-
-def _checkpointed(config: RunConfig) -> RunConfig:
-    return next((changed for overrides, changed in reversed(list(_strategies(config)))), config)
-
-
-def _set(config: RunConfig, section: str, **values: Any) -> RunConfig:
-    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
-
-
-def largest_micro_batch(
-    config: RunConfig, gpus: int, peak: Callable[[RunConfig], int], usable: int
-) -> tuple[int, int] | None:
-    """The largest micro-batch up to the configuration's own whose peak fits, and that peak; None where none does."""
-    sizes = [d for d in divisors(config.train.global_batch_size // gpus) if d <= micro_batch_size(config, gpus)]
-    best: tuple[int, int] | None = None
-    low, high = 0, len(sizes) - 1
-    while low <= high:
-        # From the smallest: where it does not fit, nothing does.
-        middle = 0 if best is None and low == 0 else (low + high + 1) // 2
-        size = peak(_set(config, "train", micro_batch_size=sizes[middle]))
-        if size <= usable:
-            best, low = (sizes[middle], size), middle + 1
-        else:
-            high = middle - 1
-    return best

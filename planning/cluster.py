@@ -120,20 +120,19 @@ def compose_for(overrides: Sequence[str], cluster: ClusterConfig) -> tuple[RunCo
     """
     notes: list[str] = []
     given = {key_of(override) for override in overrides}
-    composed = compose_dictionary(overrides)
-    if not all(isinstance(composed.get(section), dict) for section in ("model", "train")):
-        validate(composed)  # which refuses it
+    values = compose_dictionary(overrides)
+    model, train = values.get("model"), values.get("train")
+    if not isinstance(model, dict) or not isinstance(train, dict):
+        return validate(values), notes  # which refuses it
     assumed: list[str] = []
-    recipe = {"train.global_batch_size": 480, "train.sequence_length": 1024, "train.steps": 100_000}
     if "experiment" not in given:
-        context = composed["model"].get("block_size")
-        if isinstance(context, int):
-            recipe["train.sequence_length"] = min(context, recipe["train.sequence_length"])
-        assumed = [f"{key}={value}" for key, value in recipe.items() if key not in given]
+        length = min(model["block_size"], 1024) if isinstance(model.get("block_size"), int) else 1024
+        for key, value in {"global_batch_size": 480, "sequence_length": length, "steps": 100_000}.items():
+            if f"train.{key}" not in given:
+                train[key] = value
+                assumed.append(f"train.{key}={value}")
         if assumed:
             notes.append(f"assumed, as in the paper: {' '.join(assumed)} (defaults are a laptop's; say otherwise)")
-    values = compose_dictionary([*assumed, *overrides])
-    train = values["train"]
     if not assumed and "train.global_batch_size" not in given and "train.micro_batch_size" not in given:
         train["micro_batch_size"] = fitting_micro_batch(train, cluster.gpus, notes)
     if isinstance(train.get("global_batch_size"), int) and train["global_batch_size"] % cluster.gpus:

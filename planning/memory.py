@@ -1,0 +1,354 @@
+"""What a step takes of each device's memory, by arithmetic that a person can check; benchmarks/memory.py holds it against
+real steps (results/planner/memory.md).
+
+A step's memory rises and falls in steps of one layer, so its peak is in one of few moments of a forward and backward pass:
+
+    head    the forward is done: all layers' activations are kept, and the loss head has a chunk of logits
+    last    the backward of the last block: all activations, the temporaries of a block, the head's gradient
+    first   the backward of the first block and the embeddings: hardly any activations, all gradients
+
+or in the update, or where an estimate is folded into h. In the formulas N is the tokens of a micro-batch, d the width, L the
+layers, T the sequence length, V the padded vocabulary, P all parameters, W the ranks and e the bytes of an activation in
+the products' precision: 2 under bf16, else 4. The residual stream, the norms, gradients and state are float32.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from models import GPT2Config
+from models.flops import parameter_count
+from models.head import EAGER_ROWS, rows_at_once
+from training.config import (
+    DDPConfig,
+    DeepSpeedConfig,
+    FSDPConfig,
+    MuonConfig,
+    OptimizerConfig,
+    RunConfig,
+    micro_batch_size,
+)
+from training.curvature import CurvaturePass
+from training.strategies.communication import BFLOAT16, FLOAT32
+
+Kind = Literal["weights", "gradients", "optimizer", "curvature", "activations", "head", "engine", "workspace"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Phase = Literal["curvature", "training", "update"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+DeviceType = Literal["cpu", "cuda"]
+Memory = dict[Kind, int]  # bytes by kind
+
+#: Float32 numbers that an optimizer keeps for each parameter, and of h. Muon keeps one of the blocks' matrices; any other
+#: optimizer is taken to keep what AdamW does.
+STATE = {"adamw": (2, 0), "lion": (1, 0), "signum": (1, 1), "sophiag": (1, 1), "sophiah": (1, 1), "adahessian": (1, 1)}
+#: Float32 numbers for each parameter that the project's own optimizers hold on a GPU where they are not compiled: every
+#: operation runs over all tensors at once (sophia/kernels.py). Of an update, and of folding an estimate into h.
+FOREACH_UPDATE, FOREACH_FOLD = 5, 4
+#: DeepSpeed's defaults, in elements: reduce_bucket_size, and how many gathered weights stay because they are needed again
+#: so soon (stage3_max_reuse_distance, stage3_max_live_parameters).
+REDUCTION_BUCKET = 500_000_000
+LIVE_WEIGHTS = 1_000_000_000
+#: A step whose refresh is like all others (the first may make several estimates).
+USUAL_STEP = 2
+
+
+def planned_memory(config: RunConfig, shape: GPT2Config, world_size: int, device: DeviceType) -> dict[Phase, Memory]:
+    """The largest memory of each phase of a step on each device, in bytes by kind.
+
+    Args:
+        config: of the run; `auto` resolved.
+        world_size: ranks of the run, one on each device.
+
+    Raises:
+        ConfigurationError: the batch does not divide over the ranks.
+    """
+    step = _Step(config, shape, world_size, device)
+    moments: dict[Phase, list[Counter[Kind]]] = {
+        "curvature": list(step.curvature()),
+        "training": list(step.training()),
+        "update": [step.update()],
+    }
+    return {phase: _highest(candidates) for phase, candidates in moments.items() if candidates}
+
+
+def _highest(moments: list[Counter[Kind]]) -> Memory:
+    highest = max(moments, key=lambda moment: moment.total())
+    return {kind: highest[kind] for kind in KINDS}
+
+
+def curvature_of(config: RunConfig, world_size: int) -> CurvaturePass | None:
+    """The run's curvature pass; its labels come from the training forward where the run's own would."""
+    micro, shared = micro_batch_size(config, world_size), isinstance(config.strategy, DDPConfig)
+    batch, shared = config.train.global_batch_size, shared and config.train.shared_forward
+    return CurvaturePass.of(config.optimizer, 0, batch, micro, shared_forward=shared)
+
+
+def reduction_bucket_bytes(config: RunConfig) -> int:
+    """DeepSpeed's buffer for gradients on their way, whatever the model's size; 0 under the other strategies."""
+    if not isinstance(config.strategy, DeepSpeedConfig):
+        return 0
+    narrow = config.strategy.zero_stage == 2 and engine_has_bf16_weights(config)
+    return REDUCTION_BUCKET * (BFLOAT16 if narrow else FLOAT32)
+
+
+def engine_has_bf16_weights(config: RunConfig) -> bool:
+    """Whether FSDP2 gathers the blocks, or ZeRO keeps the forward's weights, in bf16 (training/strategies)."""
+    exact = getattr(config.optimizer, "estimator", None) == "hutchinson_differences"
+    stage = getattr(config.strategy, "zero_stage", 0)
+    return config.train.precision == "bf16" and not exact and (stage > 1 or isinstance(config.strategy, FSDPConfig))
+
+
+def _state_sizes(optimizer: OptimizerConfig, shape: GPT2Config) -> tuple[int, int]:
+    """Float32 numbers of the whole model's optimizer state, and of h."""
+    size = parameter_count(shape)
+    numbers, of_curvature = STATE.get(optimizer.name, STATE["adamw"])
+    matrices = shape.n_layer * 12 * shape.n_embd**2 if isinstance(optimizer, MuonConfig) else 0
+    return numbers * size - matrices, of_curvature * size
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward and backward over `tokens`, and what is held meanwhile."""
+
+    tokens: int
+    width: int  # e
+    accumulated: bool  # earlier micro-batches have left gradients
+    held: Counter[Kind]  # besides weights and state
+    both_losses: bool = False  # labels are drawn too: the first of two backwards keeps what it used
+
+
+class _Step:
+    """The sizes of a run, in bytes, and the moments of its step."""
+
+    def __init__(self, config: RunConfig, shape: GPT2Config, world_size: int, device: DeviceType) -> None:
+        self.config, self.shape, self.world_size, self.device = config, shape, world_size, device
+        self.compiled = bool(config.train.compile)
+        self.micro_batch_size = micro_batch_size(config, world_size)
+        self.pass_of_curvature = curvature_of(config, world_size)
+        strategy = config.strategy
+        self.fsdp = strategy if isinstance(strategy, FSDPConfig) else None
+        self.zero = strategy if isinstance(strategy, DeepSpeedConfig) else None
+        self.bf16_weights = engine_has_bf16_weights(config)
+        self.weight_bytes = BFLOAT16 if self.bf16_weights else FLOAT32  # as the forward sees a block's
+        self.parameters = parameter_count(shape)
+        self.embedding = FLOAT32 * shape.padded_vocab_size * shape.n_embd  # its gradient is whole, and so large
+        self.block = (parameter_count(shape, embeddings=False) - shape.n_embd * (1 + shape.bias)) // shape.n_layer
+        self.root = self.parameters - shape.n_layer * self.block  # embeddings and final norm
+        self.model = FLOAT32 * self.parameters
+        self.shard = self.model // (world_size if self.fsdp or self.zero else 1)
+
+    # What is there all the time
+
+    def standing(self) -> Counter[Kind]:
+        """Weights and state, and the buffers that outlive a step."""
+        optimizer, curvature = _state_sizes(self.config.optimizer, self.shape)
+        share = self.shard / self.model
+        on_device = not (self.zero and self.zero.offload_optimizer)
+        memory = Counter[Kind](
+            weights=self.shard,
+            optimizer=round(FLOAT32 * optimizer * share) * on_device,
+            curvature=round(FLOAT32 * curvature * share) * on_device,
+        )
+        if self.zero:  # float32 partitions, and beside them what the forward uses
+            forward = self.weight_bytes * self.parameters
+            memory["weights"] = self.shard * on_device + (
+                forward // self.world_size if self.zero.zero_stage == 3 else forward
+            )
+            memory["gradients"] = self.model if self.zero.zero_stage == 1 else self.shard
+        elif self.fsdp is None and self.world_size > 1:
+            memory["gradients"] = self.model  # DistributedDataParallel's buckets
+        return memory
+
+    # Activations
+
+    def kept_of_block(self, tokens: int, width: int) -> int:
+        """What a block keeps for its backward pass, of all tokens.
+
+        Both norms' inputs, 8d; in the products' precision q, k, v (3d), attention's output (d) and the MLP's inner layer
+        (4d). An uncompiled block keeps both norms' outputs (2d) and GELU's (4d) too, which a compiled one computes anew,
+        but for one norm's output that it keeps rounded to bf16.
+        """
+        d, e = self.shape.n_embd, width
+        each = 8 * d + 8 * e * d + 4 * self.shape.n_head  # and attention's normalizer
+        if self.compiled:
+            each += 2 * d * (e == BFLOAT16)
+        else:
+            each += 6 * e * d + 2 * 8  # and the norms' means and deviations
+            each += e * d * self.shape.attention_layer_scaling  # scaled queries
+        each += 2 * d * (self.shape.dropout > 0)  # masks of bytes
+        return tokens * each
+
+    def temporaries_of_block(self, tokens: int, width: int) -> int:
+        """At the peak of a block's backward pass: the gradient that comes in, and those around GELU.
+
+        A compiled block computes GELU anew and frees nothing before its end.
+        """
+        d = self.shape.n_embd
+        return tokens * d * (FLOAT32 + (width if width == BFLOAT16 else 0) + (8 if self.compiled else 4) * width)
+
+    def copies_of_block(self, width: int) -> int:
+        """The block's matrices in bf16, which autocast makes of float32 weights and keeps for the backward pass."""
+        return BFLOAT16 * self.block if width == BFLOAT16 and not self.bf16_weights else 0
+
+    # The loss head (models/head.py)
+
+    def head(self, done: _Pass) -> int:
+        """At its peak, with the hidden states' and the weight's gradient, which it computes in the forward pass."""
+        tokens, width = done.tokens, done.width
+        d, padded = self.shape.n_embd, self.shape.padded_vocab_size
+        rows = rows_at_once(tokens, self.device)
+        narrow = width == BFLOAT16
+        inputs = narrow * (BFLOAT16 * tokens * d + (0 if self.zero and self.bf16_weights else BFLOAT16 * padded * d))
+        gradients = width * tokens * d + self.embedding
+        logits = width * rows * padded
+        # A chunk's part of the weight's gradient before it is added. Uncompiled, passes over the logits widen slices.
+        part = narrow * BFLOAT16 * padded * d
+        slices = 0 if self.compiled else (3 if narrow else 2) * FLOAT32 * min(EAGER_ROWS, rows) * padded
+        if rows >= tokens:  # a single chunk: there is no gradient yet where slices are widened
+            slices -= min(slices, self.embedding)
+        of_rows = 2 * FLOAT32 * rows * d
+        return inputs + gradients + logits + max(part + of_rows, slices)
+
+    def head_kept(self, done: _Pass) -> int:
+        """What the head keeps for two backward passes: both gradients, hidden states, weight and labels."""
+        d, padded = self.shape.n_embd, self.shape.padded_vocab_size
+        weight = BFLOAT16 * padded * d if done.width == BFLOAT16 else 0
+        return self.embedding + weight + done.tokens * (2 * done.width * d + 16)
+
+    # Moments of a forward and backward pass
+
+    def moments(self, done: _Pass) -> Iterator[Counter[Kind]]:
+        tokens, width, layers = done.tokens, done.width, self.shape.n_layer
+        stream = FLOAT32 * tokens * self.shape.n_embd
+        base = self.standing() + done.held
+        block = Counter[Kind](activations=self.kept_of_block(tokens, width), engine=self.copies_of_block(width))
+        kept = Counter[Kind](activations=layers * block["activations"], engine=layers * block["engine"])
+        recomputed = Counter[Kind]()
+        if self.fsdp and self.fsdp.activation_checkpointing:  # the block's input alone is kept
+            kept, recomputed = Counter(activations=layers * stream), block
+        temporaries = Counter[Kind](activations=self.temporaries_of_block(tokens, width))
+
+        if done.accumulated and (self.zero is None):
+            base["gradients"] += self.model
+        gathered = self.gathered()
+        yield base + gathered + kept + Counter(activations=2 * stream, head=self.head(done))
+
+        backward = base + self.gathered_in_backward() + temporaries + recomputed
+        if done.both_losses:
+            kept += Counter(activations=stream, head=self.head_kept(done))
+        yield backward + kept + Counter(head=self.embedding)
+
+        # The embedding has a gradient as the head's weight, which waits, and one as the look-up's.
+        last = base + gathered + (kept if done.both_losses else Counter())
+        if self.fsdp:
+            if not done.accumulated:
+                last["gradients"] += self.shard
+            yield last + Counter(engine=2 * FLOAT32 * self.root, activations=stream)
+            return
+        standing = self.zero or self.world_size > 1 or done.accumulated  # the other gradients have their place
+        last["gradients"] += self.embedding if standing else self.model
+        yield last + Counter(gradients=self.embedding, activations=stream)
+        if not done.both_losses:
+            last += block
+        yield last + temporaries
+
+    def gathered(self) -> Counter[Kind]:
+        """Weights that the engine has gathered while the head runs."""
+        if self.fsdp:  # embeddings and final norm in float32; blocks too where they are not given up after the forward
+            blocks = 0 if self.fsdp.reshard_after_forward else self.shape.n_layer * self.weight_bytes * self.block
+            return Counter(engine=FLOAT32 * self.root + blocks)
+        if self.zero:
+            stage = self.zero.zero_stage
+            weights = self.weight_bytes * min(self.parameters, LIVE_WEIGHTS) if stage == 3 else 0
+            return Counter(engine=weights + (reduction_bucket_bytes(self.config) if stage != 2 else 0))
+        return Counter()
+
+    def gathered_in_backward(self) -> Counter[Kind]:
+        """The same in a block's backward pass, with the block's gradients on their way."""
+        memory = self.gathered()
+        if self.fsdp:  # this block's weights and the next one's, gradients as computed and in float32 to be reduced
+            memory["engine"] += (3 * self.weight_bytes + FLOAT32) * self.block
+        elif self.zero and self.zero.zero_stage == 2:
+            memory["engine"] += reduction_bucket_bytes(self.config)
+        return memory
+
+    # Phases
+
+    def training(self) -> Iterator[Counter[Kind]]:
+        rows = self.config.train.global_batch_size // self.world_size
+        width = BFLOAT16 if self.config.train.precision == "bf16" else FLOAT32
+        tokens = self.micro_batch_size * self.config.train.sequence_length
+        yield from self.moments(_Pass(tokens, width, rows > self.micro_batch_size, Counter()))
+
+    def update(self) -> Counter[Kind]:
+        memory = self.standing()
+        if self.zero:  # the engine flattens the gradients' partition
+            memory["gradients"] += self.shard
+            memory["engine"] += reduction_bucket_bytes(self.config) if self.zero.zero_stage == 3 else 0
+        elif self.fsdp or self.world_size == 1:
+            memory["gradients"] += self.shard
+        memory["workspace"] += self.workspace(FOREACH_UPDATE)
+        return memory
+
+    def workspace(self, numbers: int) -> int:
+        """torch's fused AdamW and compiled updates are one pass over memory; on CPUs an uncompiled one is cut small."""
+        if self.compiled or self.device == "cpu" or self.config.optimizer.name in ("adamw", "muon"):
+            return 0
+        return numbers * self.shard
+
+    def curvature(self) -> Iterator[Counter[Kind]]:
+        curvature = self.pass_of_curvature
+        if curvature is None:
+            return
+        length = self.config.train.sequence_length
+        of_rank = self.config.train.global_batch_size // self.world_size
+        rows = min(-(-curvature.sequences // self.world_size), of_rank)  # the largest share of a rank
+        micro_batches = -(-rows // self.micro_batch_size)
+        width = BFLOAT16 if self.config.train.precision == "bf16" else FLOAT32
+        fold = Counter[Kind](workspace=self.workspace(FOREACH_FOLD))
+        if curvature.within_training(USUAL_STEP):
+            done = _Pass(min(rows, self.micro_batch_size) * length, width, False, Counter(), both_losses=True)
+            if micro_batches > 1:  # the gradients of both losses
+                done = replace(done, accumulated=True, held=Counter(gradients=self.model))
+            yield from self.moments(done)
+            stream = FLOAT32 * done.tokens * self.shape.n_embd
+            kept = Counter[Kind](
+                activations=self.shape.n_layer * self.kept_of_block(done.tokens, width) + stream,
+                engine=self.shape.n_layer * self.copies_of_block(width),
+                head=self.head_kept(done),
+            )
+            yield self.standing() + kept + done.held + fold + Counter(gradients=self.model * (self.world_size == 1))
+            if rows < of_rank:  # the rest of the batch, in whose gradients the slice's are
+                rest = min(of_rank - rows, self.micro_batch_size) * length
+                yield from self.moments(_Pass(rest, width, True, Counter()))
+            return
+        tokens = -(-rows // micro_batches) * length
+        if curvature.estimator == "hutchinson":
+            yield self.exact_product(tokens, width)
+            yield self.standing() + fold + Counter(activations=self.model)
+            return
+        held = Counter[Kind]()
+        if curvature.estimator == "hutchinson_differences":  # noise, the weights as they were, the first gradient
+            held["workspace"] = 3 * self.shard
+            width = FLOAT32
+        elif curvature.estimates(USUAL_STEP) > 1:  # the squares so far
+            held["workspace"] = self.shard
+        yield from self.moments(_Pass(tokens, width, micro_batches > 1, held))
+        taken = Counter[Kind](gradients=self.shard * (2 if held else 1))
+        yield self.standing() + held + fold + taken
+
+    def exact_product(self, tokens: int, width: int) -> Counter[Kind]:
+        """A Hessian-vector product by double backward, uncompiled, with the maps of attention and whole logits.
+
+        The factors are those of tensors that were counted in real passes (bytes for each entry): of maps, of the other
+        activations, of logits. Besides, the first gradient, the noise and the products.
+        """
+        narrow = width == BFLOAT16
+        of_map, of_activation, of_logit = (14, 90, 17) if narrow else (12, 160, 22)
+        shape, length = self.shape, self.config.train.sequence_length
+        layer = tokens * (of_map * shape.n_head * length + of_activation * shape.n_embd)
+        logits = of_logit * tokens * shape.padded_vocab_size
+        copies = BFLOAT16 * self.parameters if narrow else 0
+        passed = Counter[Kind](activations=shape.n_layer * layer + logits + 3 * self.model, engine=copies)
+        return self.standing() + passed

@@ -1,0 +1,29 @@
+"""The benchmark of memory: a real step of a small model, measured and held against the arithmetic."""
+
+import pytest
+import torch
+
+from benchmarks.memory import TOLERANCE, Case, check, markdown, measured_peaks
+from planning.plan import planned_shape
+from training.distributed import Distributed
+
+TINY = "model=gpt2_nano tokenizer=bpe tokenizer.vocab_size=1024 train.sequence_length=64 train.global_batch_size=16"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "train.precision=fp32 optimizer=adamw train.micro_batch_size=8",
+        "train.precision=bf16 optimizer=sophiag train.micro_batch_size=4",
+    ],
+)
+def test_planned_memory_is_within_the_tolerance_of_a_real_step(overrides: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("benchmarks.memory").memory.SIZES, "tiny", TINY)
+    case = Case("tiny", 1, f"strategy=ddp {overrides}")
+    config = case.config()
+    peaks = measured_peaks(config, planned_shape(config), Distributed(0, 0, 1, torch.device("cpu")))
+    record = check(case, peaks)
+    assert set(record["planned_by_phase"]) == set(peaks)
+    assert abs(record["planned_over_measured"] - 1) <= TOLERANCE
+    table = markdown({"command": "", "sizes": {"tiny": TINY}, "cases": [record]})
+    assert table.splitlines()[-1].endswith(f"| {record['planned_over_measured']:.3f} |")
