@@ -160,7 +160,7 @@ def why_not_written(error: OSError) -> tuple[str, str]:
     """The reason for a failed write, and its remedy ("" if there is none)."""
     parent = Path(os.fsdecode(error.filename)).parent if isinstance(error.filename, (str, bytes)) else None
     if error.errno == errno.ENOENT and parent is not None and parent.is_dir():  # as in /proc
-        return f"{parent} accepts no new files", ""
+        return f"{parent} takes no new files", ""
     remedies = {errno.ENOSPC: "free space", errno.EDQUOT: "free space", errno.EFBIG: "raise ulimit -f"}
     remedies |= dict.fromkeys((errno.EACCES, errno.EPERM), "correct the permissions")
     return error.strerror or str(error), remedies.get(error.errno or 0, "")

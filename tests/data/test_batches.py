@@ -175,7 +175,7 @@ def test_an_error_while_reading_ahead_reaches_the_reader(tmp_path: Path) -> None
 
 
 def test_a_split_shorter_than_a_sequence_is_refused(stream: TokenDataset) -> None:
-    with pytest.raises(DataError, match=r"has 1003 tokens and one sequence of 1003 needs 1004; .*sequence_length"):
+    with pytest.raises(DataError, match=r"has 1003 tokens, but one sequence of 1003 needs 1004; .*sequence_length"):
         Batches(stream, 0, 1, 1003)
     assert Batches(stream, 0, 1, 1002).at(1).targets[0, -1] == 1002
 

@@ -114,7 +114,7 @@ def test_rows_without_text_count_for_the_split_and_are_left_out(tmp_path: Path) 
 def test_nanogpt_rule_refuses_files_that_do_not_tell_their_rows(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "a.jsonl", texts(10))
     source = FileSource(paths=[f"{tmp_path}/a.jsonl"], split=SplitRule("nanogpt", 0.1, 2357))
-    with pytest.raises(DataError, match=r"needs parquet files.*a\.jsonl is none; choose data\.validation\.rule=hash"):
+    with pytest.raises(DataError, match=r"needs parquet files.*a\.jsonl is not one; choose data\.validation\.rule=hash"):
         data.prepare(source, GPT2, tmp_path / "t")
 
 
@@ -232,7 +232,7 @@ def test_a_killed_worker_is_one_clear_error(tmp_path: Path, corpus: FileSource) 
     errors = process.communicate()[1]
     assert process.returncode == 1
     assert "DataError: a worker was killed (signal 9: usually out of memory) while it read" in errors
-    assert "the same command goes on, with fewer workers" in errors
+    assert "rerun the same command to resume, with fewer workers" in errors
 
 
 def test_a_full_disk_is_one_clear_error_and_what_was_done_is_kept(tmp_path: Path, corpus: FileSource) -> None:
@@ -245,7 +245,7 @@ def test_a_full_disk_is_one_clear_error_and_what_was_done_is_kept(tmp_path: Path
     )
     errors = process.communicate()[1]
     assert process.returncode == 1
-    assert "cannot be written: File too large; raise ulimit -f and run the same command again" in errors
+    assert "cannot be written: File too large; raise ulimit -f and rerun the same command" in errors
     data.prepare(corpus, GPT2, tmp_path / "t", workers=2)
     data.prepare(corpus, GPT2, tmp_path / "anew", workers=2)
     assert contents(tmp_path / "t") == contents(tmp_path / "anew")
@@ -273,12 +273,12 @@ def test_a_finished_directory_is_left_as_it_is_and_needs_neither_corpus_nor_perm
 def test_tokens_of_another_request_are_refused_with_the_difference(tmp_path: Path, corpus: FileSource) -> None:
     data.prepare(corpus, GPT2, tmp_path / "t", workers=2)
     for other, difference in (
-        (FileSource(paths=["elsewhere/*"]), r"prepared with paths=.* is paths=\['elsewhere/\*'\]; give the data"),
+        (FileSource(paths=["elsewhere/*"]), r"prepared with paths=.* asks for paths=\['elsewhere/\*'\]; set another data.name"),
         (FileSource(paths=corpus.paths, split=SplitRule("hash", 0.2)), r"'fraction': 0\.05.*'fraction': 0\.2"),
     ):
         with pytest.raises(DataError, match=difference):
             data.prepare(other, GPT2, tmp_path / "t")
-    with pytest.raises(DataError, match=r"tokenizer='gpt2', .* now asked for is tokenizer='bpe'"):
+    with pytest.raises(DataError, match=r"tokenizer='gpt2', .* but this run asks for tokenizer='bpe'"):
         data.prepare(corpus, TokenizerSpec("bpe", 300), tmp_path / "t")
 
 
@@ -308,7 +308,7 @@ def test_a_directory_that_no_preparation_has_left_is_left_alone(
         path.symlink_to(tmp_path / "elsewhere")
     else:
         path.write_text("years of work")
-    with pytest.raises(DataError, match=f"holds {foreign} and no manifest.json: it is no token directory"):
+    with pytest.raises(DataError, match=f"is not a token directory: it holds {foreign} and no manifest.json"):
         data.prepare(corpus, GPT2, tmp_path / "t")
     assert {found.name for found in (tmp_path / "t").iterdir()} - {".lock"} == {Path(foreign).parts[0]}
 
@@ -338,13 +338,13 @@ def test_a_sources_name_does_not_lead_out_of_the_directory_of_tokens(name: str, 
 
 def test_a_corpus_of_no_text_is_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [None, None])
-    with pytest.raises(DataError, match="has no document with text in it"):
+    with pytest.raises(DataError, match="has no documents with text"):
         data.prepare(FileSource(paths=[f"{tmp_path}/a.parquet"]), GPT2, tmp_path / "t")
 
 
 def test_a_corpus_too_small_for_two_splits_is_refused(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "a.jsonl", texts(3))
-    with pytest.raises(DataError, match=r"none of the 3 documents falls to validation .*data\.validation\.fraction"):
+    with pytest.raises(DataError, match=r"none of the 3 documents falls into validation .*data\.validation\.fraction"):
         data.prepare(FileSource(paths=[f"{tmp_path}/a.jsonl"]), GPT2, tmp_path / "t")
 
 
@@ -403,7 +403,7 @@ def test_a_changed_tokenizer_file_is_refused(tmp_path: Path, corpus: FileSource)
     with pytest.raises(DataError, match=r"was prepared with a tokenizer of sha256 .*restore tokenizer\.json"):
         data.load_tokenizer(tmp_path / "t")
     path.write_text("{}")
-    with pytest.raises(DataError, match=r"tokenizer\.json is damaged or no byte-level BPE"):
+    with pytest.raises(DataError, match=r"tokenizer\.json is damaged or not a byte-level BPE"):
         data.load_tokenizer(tmp_path / "t")
 
 
@@ -436,7 +436,7 @@ def test_the_sample_prepares_itself_on_first_use_also_from_several_ranks(tmp_pat
         (
             HubSource("openwebtext", "Skylion007/openwebtext", "main", "*"),
             GPT2,
-            "tokens/openwebtext-gpt2 holds no prepared tokens; make them once with: "
+            "tokens/openwebtext-gpt2 holds no prepared tokens; prepare them once with: "
             "python scripts/prepare_data.py data=openwebtext",
         ),
         (
