@@ -228,7 +228,7 @@ class ValidationWindows:
         _check_rank(rank, world_size)
         if dataset.tokens < 2:
             raise DataError(
-                f"the {dataset.split} split of {dataset.directory} has only {dataset.tokens} tokens, too few to "
+                f"the {dataset.split} split of {dataset.directory} has {dataset.tokens} tokens, too few to "
                 "evaluate on; prepare the corpus with a larger data.validation.fraction"
             )
         self.dataset = dataset

@@ -114,7 +114,9 @@ def test_rows_without_text_count_for_the_split_and_are_left_out(tmp_path: Path) 
 def test_nanogpt_rule_refuses_files_that_do_not_tell_their_rows(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "a.jsonl", texts(10))
     source = FileSource(paths=[f"{tmp_path}/a.jsonl"], split=SplitRule("nanogpt", 0.1, 2357))
-    with pytest.raises(DataError, match=r"needs parquet files.*a\.jsonl is not one; choose data\.validation\.rule=hash"):
+    with pytest.raises(
+        DataError, match=r"needs parquet files.*a\.jsonl is not one; choose data\.validation\.rule=hash"
+    ):
         data.prepare(source, GPT2, tmp_path / "t")
 
 
@@ -273,7 +275,10 @@ def test_a_finished_directory_is_left_as_it_is_and_needs_neither_corpus_nor_perm
 def test_tokens_of_another_request_are_refused_with_the_difference(tmp_path: Path, corpus: FileSource) -> None:
     data.prepare(corpus, GPT2, tmp_path / "t", workers=2)
     for other, difference in (
-        (FileSource(paths=["elsewhere/*"]), r"prepared with paths=.* asks for paths=\['elsewhere/\*'\]; set another data.name"),
+        (
+            FileSource(paths=["elsewhere/*"]),
+            r"prepared with paths=.* asks for paths=\['elsewhere/\*'\]; set another data.name",
+        ),
         (FileSource(paths=corpus.paths, split=SplitRule("hash", 0.2)), r"'fraction': 0\.05.*'fraction': 0\.2"),
     ):
         with pytest.raises(DataError, match=difference):

@@ -142,7 +142,10 @@ BAD = {
     "cut.jsonl": (write(b'{"text": "a"}\n{"text": "b'), "line at byte 14 is not JSON"),
     "array.jsonl": (write(b'["text"]\n'), "line at byte 0 has no key 'text': it is not an object"),
     "nested.jsonl": (write(b"[" * 100_000 + b"\n"), "line at byte 0 is not JSON"),
-    "key.jsonl": (write(b'{"content": "a", "id": 1}\n'), "has no key 'text': it is an object with 'content', 'id'; set "),
+    "key.jsonl": (
+        write(b'{"content": "a", "id": 1}\n'),
+        "has no key 'text': it is an object with 'content', 'id'; set ",
+    ),
     "number.jsonl": (write(b'{"text": 5}\n'), "'text' of the line at byte 0 is of type int, not text"),
     "cut.jsonl.gz": (truncated(lambda p: write_json_lines(p, texts(500)), 0.5), "truncated or damaged .*fetch"),
     "not.jsonl.gz": (write(b'{"text": "a"}\n'), "truncated or damaged .*Not a gzipped file"),
