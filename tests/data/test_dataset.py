@@ -180,7 +180,7 @@ def test_a_manifest_with_any_changed_byte_is_refused_or_means_the_same(tokens: P
             loaded = load_manifest(tokens)
         except DataError:
             return
-        assert loaded == before  # white space
+        assert loaded == before  # only white space changed
     finally:
         path.write_bytes(original)
 
@@ -199,7 +199,7 @@ def test_a_manifest_with_any_changed_byte_is_refused_or_means_the_same(tokens: P
     ],
     ids=["fifo", "device", "directory", "a terabyte", "deep", "deep and whole", "not UTF-8", "a list"],
 )
-def test_a_manifest_that_is_no_manifest_is_named_at_once(tokens: Path, damage: object, message: str) -> None:
+def test_a_file_that_is_not_a_manifest_is_named(tokens: Path, damage: object, message: str) -> None:
     path = tokens / "manifest.json"
     damage(path)  # type: ignore[operator]
     with pytest.raises(DataError, match=message) as caught:

@@ -154,7 +154,7 @@ def start(corpus: FileSource, directory: Path, **options: Any) -> subprocess.Pop
 def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.005)
 
 
@@ -166,7 +166,7 @@ def test_a_preparation_killed_again_and_again_gives_the_same_bytes(tmp_path: Pat
     for _ in range(5):
         done = len(list((directory / "units").glob("*.json"))) if directory.exists() else 0
         process = start(corpus, directory)
-        # Wait until it gets somewhere and then a moment more, so that kills fall at all sorts of places in a unit.
+        # Wait for some progress and then a random moment, so that kills hit different places in a unit.
         wait_for(
             lambda done=done, process=process: (
                 process.poll() is not None or len(list((directory / "units").glob("*.json"))) > done
@@ -174,7 +174,7 @@ def test_a_preparation_killed_again_and_again_gives_the_same_bytes(tmp_path: Pat
         )
         time.sleep(generator.uniform(0, 0.02))
         kills += process.poll() is None
-        process.kill()  # the parent alone: its workers have to notice
+        process.kill()  # only the parent: its workers have to notice
         process.wait()
     assert kills > 1
     data.prepare(corpus, GPT2, directory, workers=2)
@@ -196,7 +196,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path, corpus: FileSou
     wait_for(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
 
 
-def test_what_was_finished_before_an_error_is_kept(tmp_path: Path, corpus: FileSource) -> None:
+def test_finished_work_is_kept_after_an_error(tmp_path: Path, corpus: FileSource) -> None:
     root = Path(corpus.paths[0]).parent
     good = (root / "3.jsonl").read_bytes()
     (root / "3.jsonl").write_bytes(good[: len(good) // 2] + b"\xff" + good[len(good) // 2 :])
@@ -213,14 +213,14 @@ def test_what_was_finished_before_an_error_is_kept(tmp_path: Path, corpus: FileS
     assert contents(tmp_path / "t") == contents(tmp_path / "anew")
 
 
-def test_what_an_interrupted_preparation_made_of_other_text_is_made_again(tmp_path: Path, corpus: FileSource) -> None:
+def test_shards_of_changed_text_are_remade_after_an_interruption(tmp_path: Path, corpus: FileSource) -> None:
     root = Path(corpus.paths[0]).parent
     bad = root / "zz.jsonl"
     bad.write_text("not json\n")
     with pytest.raises(DataError, match="not JSON"):
         data.prepare(corpus, GPT2, tmp_path / "t", workers=1)
     bad.unlink()
-    write_json_lines(root / "1.jsonl", texts(250, seed=77))  # of the same length in documents, not in text
+    write_json_lines(root / "1.jsonl", texts(250, seed=77))  # as many documents, of another length
     (root / "2.jsonl").unlink()
     data.prepare(corpus, GPT2, tmp_path / "t", workers=2)
     data.prepare(corpus, GPT2, tmp_path / "anew", workers=2)
@@ -238,7 +238,7 @@ def test_a_killed_worker_is_one_clear_error(tmp_path: Path, corpus: FileSource) 
 
 
 def test_a_full_disk_is_one_clear_error_and_what_was_done_is_kept(tmp_path: Path, corpus: FileSource) -> None:
-    limit = 15_000  # bytes a file: the last unit is larger than the others
+    limit = 15_000  # bytes per file; only the last unit is larger
     process = start(
         corpus,
         tmp_path / "t",
@@ -253,7 +253,7 @@ def test_a_full_disk_is_one_clear_error_and_what_was_done_is_kept(tmp_path: Path
     assert contents(tmp_path / "t") == contents(tmp_path / "anew")
 
 
-def test_preparations_at_once_do_not_disturb_each_other(tmp_path: Path, corpus: FileSource) -> None:
+def test_concurrent_preparations_do_not_disturb_each_other(tmp_path: Path, corpus: FileSource) -> None:
     data.prepare(corpus, GPT2, tmp_path / "alone", workers=2)
     others = [start(corpus, tmp_path / "t") for _ in range(3)]
     assert [process.wait() for process in others] == [0, 0, 0]
@@ -303,9 +303,7 @@ def test_the_manifest_says_where_tokens_come_from_and_nothing_of_the_machine(
 @pytest.mark.parametrize(
     "foreign", ["train-00000.npy", "model.partial", "units/7.txt", "thesis.tex", "units"], ids=lambda name: name
 )
-def test_a_directory_that_no_preparation_has_left_is_left_alone(
-    foreign: str, tmp_path: Path, corpus: FileSource
-) -> None:
+def test_a_foreign_directory_is_refused_and_left_alone(foreign: str, tmp_path: Path, corpus: FileSource) -> None:
     path = tmp_path / "t" / foreign
     path.parent.mkdir(parents=True)
     if foreign == "units":
@@ -327,7 +325,7 @@ def test_tokens_that_may_not_be_read_are_named(
     data.prepare(corpus, GPT2, directory, workers=1)
     (directory / path).chmod(0)
     uses = [lambda: data.TokenDataset(directory, "train")]
-    if not path.endswith(".npy"):  # which these do not open
+    if not path.endswith(".npy"):  # these do not open shards
         uses = [lambda: data.prepare(corpus, GPT2, directory), lambda: data.ensure_prepared(root, corpus, GPT2)]
     for use in uses:
         with pytest.raises(DataError, match=f"{directory / path}.*Permission denied"):

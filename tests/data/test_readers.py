@@ -106,7 +106,7 @@ def test_a_row_without_text_keeps_its_number(tmp_path: Path) -> None:
     assert list(read_documents(part, "text", lambda _: None)) == ["a", None, "c"]
 
 
-# What is wrong with a file, how it comes about, and what the message must say besides the file's name.
+# Faulty files: how to make each, and what the message must say in addition to the file's name.
 
 Damage = Callable[[Path], None]
 

@@ -50,7 +50,7 @@ def test_a_glob_that_matches_nothing_is_named(tmp_path: Path) -> None:
         fetch(FileSource(paths=[f"{tmp_path}/*.txt"]))
 
 
-def test_globs_that_match_directories_alone_are_named(tmp_path: Path) -> None:
+def test_globs_that_match_only_directories_are_named(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     with pytest.raises(DataError, match=r"matches only directories; add a file pattern"):
         fetch(FileSource(paths=[f"{tmp_path}/*"]))
