@@ -1,8 +1,8 @@
-"""What this machine's matrix units give: the rate of large square products, against which utilisation is stated.
+"""The machine's matrix-product rate, measured on large square products; utilisation is relative to it.
 
     python benchmarks/calibration.py
 
-A datasheet's figure is quoted besides for GPUs that are known; a CPU's own is not known to it, so its rate is measured.
+For known GPUs it also prints the datasheet's rate.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 SIZES = {"cpu": (1024, 2048, 3072), "cuda": (4096, 8192, 12288)}
 
-# Dense bf16 TFLOP/s of NVIDIA's datasheets, by a part of the device's name; the first that matches.
+# Dense bf16 TFLOP/s from NVIDIA's datasheets, by a part of the device's name; the first match counts.
 DATASHEET = {
     "B200": 2250.0,
     "H200": 989.4,
@@ -32,7 +32,7 @@ DATASHEET = {
 
 
 def matrix_product_rate(dtype: torch.dtype, device: torch.device, seconds: float = 1.0) -> float:
-    """FLOP/s of the fastest of a few square products, each repeated for about `seconds`; a multiply-add counts two."""
+    """FLOP/s of the fastest of a few square products, each repeated for about `seconds`; a multiply-add counts as two."""
     best = 0.0
     for size in SIZES[device.type]:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -58,7 +58,7 @@ def _timed_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> float
 
 
 def datasheet_rate(device: torch.device) -> float | None:
-    """The datasheet's dense bf16 FLOP/s of a known GPU, None for others and for CPUs."""
+    """The datasheet's dense bf16 FLOP/s of a known GPU; None for others and for CPUs."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -73,7 +73,7 @@ def main() -> int:
         print(f"{dtype}: {matrix_product_rate(dtype, device) / 1e12:.3f} TFLOP/s measured")
     rate = datasheet_rate(device)
     if rate is not None:
-        print(f"bf16: {rate / 1e12:.0f} TFLOP/s by the datasheet")
+        print(f"bf16: {rate / 1e12:.0f} TFLOP/s in the datasheet")
     return 0
 
 

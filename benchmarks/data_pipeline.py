@@ -1,12 +1,11 @@
-"""Data: how fast a corpus becomes tokens, and tokens become batches.
+"""Data: the speed of preparing a corpus and of reading batches.
 
-    python benchmarks/data_pipeline.py                      the embedded corpus repeated to 200 MB: some five minutes
+    python benchmarks/data_pipeline.py                      the embedded corpus repeated to 200 MB: about five minutes
     python benchmarks/data_pipeline.py --megabytes 50 --repeats 1
 
-Preparation is measured against what most projects do: `datasets.map(num_proc=…)` with tiktoken and then a loop that
-writes document after document into one array. Both start from the same parquet file and end with tokens on the disk,
-take turns, and use as many processes. Reading a batch is measured against a plain copy of as many
-bytes out of the page cache.
+Preparation is compared with what most projects do: `datasets.map(num_proc=…)` with tiktoken, then a loop that writes
+one document after another into one array. Both start from the same parquet file, end with tokens on disk, take turns
+and use the same number of processes. Reading a batch is compared with copying as many bytes from the page cache.
 Prints tables and writes them, with the hardware, to results/benchmarks/data.json.
 """
 
@@ -45,12 +44,12 @@ PREPARATION_TARGET = 2.0
 READING_TARGET = 0.5
 STEP_TARGET = 0.01
 
-#: Tokens a second of one rank, faster than any of GPT-2's sizes trains on one accelerator of today.
+#: Tokens a second of one rank; no size of GPT-2 trains this fast on one current accelerator.
 FAST_RANK = 1_000_000
 
 
 def repeated_sample(path: Path, megabytes: float) -> None:
-    """The sample's documents, over and over, as one parquet file laid out like OpenWebText's (1000 rows a group)."""
+    """Write the sample's documents, repeated, as one parquet file laid out like OpenWebText's (1000 rows per group)."""
     documents = [
         text
         for file in SampleSource().fetch(lambda _: None).files
@@ -74,7 +73,7 @@ def repeated_sample(path: Path, megabytes: float) -> None:
 
 
 def prepare_plainly(corpus: Path, directory: Path, processes: int) -> int:
-    """What is done elsewhere: map over the dataset, then write one document after the other. Returns the tokens."""
+    """Prepare the usual way: map over the dataset, then write one document after another. Return the token count."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -104,7 +103,7 @@ def prepare_here(corpus: Path, directory: Path, processes: int) -> int:
 
 
 class PeakMemory:
-    """The largest memory, in bytes, that all child processes had together, by samples."""
+    """The sampled peak memory of all child processes together, in bytes."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -146,7 +145,7 @@ def measure_preparation(root: Path, megabytes: float, repeats: int, processes: i
             seconds[name].append(time.perf_counter() - began)
             shutil.rmtree(directory)
     if len(set(tokens.values())) != 1:
-        raise AssertionError(f"the two ways made different numbers of tokens: {tokens}")
+        raise AssertionError(f"the two ways gave different numbers of tokens: {tokens}")
     rates = {name: tokens[name] / statistics.median(times) for name, times in seconds.items()}
     peaks = {}
     for share in (0.25, 1.0):
@@ -172,7 +171,7 @@ def measure_preparation(root: Path, megabytes: float, repeats: int, processes: i
 
 
 def random_tokens(directory: Path, tokens: int) -> TokenDataset:
-    """A token directory of ten shards, its pages in the cache."""
+    """A token directory of ten shards in the page cache."""
     generator = np.random.default_rng(0)
     vocab_size = gpt2().vocab_size
     shards = []
@@ -199,12 +198,12 @@ def median_seconds(run: Callable[[int], object], repeats: int) -> float:
 
 
 def measure_reading(root: Path, tokens: int) -> list[dict[str, Any]]:
-    """Batches at random places of a split far larger than any cache, against memcpy of a mapped file."""
+    """Time batches at random places of a split far larger than any CPU cache, against memcpy of a mapped file."""
     dataset = random_tokens(root / "random", tokens)
     file = root / "copied"
     file.write_bytes(np.random.default_rng(0).bytes(256 << 20))
     source = np.memmap(file, np.uint8, "r").view(np.ndarray)
-    source.sum()  # its pages are in the cache and mapped
+    source.sum()  # map its pages
     rows = []
     for batch_size, length in ((480, 1024), (64, 1024), (16, 512), (32, 256)):
         batches = Batches(dataset, 0, batch_size, length)
@@ -252,7 +251,7 @@ def show(results: dict[str, Any]) -> None:
     table = Table(title=f"Preparation of {preparation['megabytes']:.0f} MB, {preparation['processes']} processes")
     for column in ("", "seconds", "M tokens/s", "ratio", "target", ""):
         table.add_column(column, justify="left" if column == "" else "right")
-    names = {"plain": "datasets.map + tiktoken + a loop over documents", "here": "data.prepare"}
+    names = {"plain": "datasets.map + tiktoken + loop over documents", "here": "data.prepare"}
     for key, name in names.items():
         ratio = preparation["tokens_per_second"][key] / preparation["tokens_per_second"]["plain"]
         table.add_row(
@@ -265,7 +264,7 @@ def show(results: dict[str, Any]) -> None:
         )
     console.print(table)
     peaks = ", ".join(f"{size}: {peak / 2**20:.0f} MiB" for size, peak in preparation["workers_peak_bytes"].items())
-    console.print(f"peak memory of all workers together, by size of the corpus: {peaks}\n")
+    console.print(f"peak memory of all workers together, by corpus size: {peaks}\n")
     table = Table(title="Reading a batch, tokens and targets in int64, from the page cache")
     for column in ("batch", "µs", "GB/s", "memcpy GB/s", "ratio", "target", "", "share of a step*", "target", ""):
         table.add_column(column, justify="right")
@@ -283,16 +282,16 @@ def show(results: dict[str, Any]) -> None:
             verdict(row["share_of_step"] < STEP_TARGET),
         )
     console.print(table)
-    console.print(f"* of a rank that trains on {FAST_RANK:,} tokens a second, without any reading ahead")
-    console.print("Where short windows fall short, it is the 0.4 µs that Python takes for each; their copy takes less.")
+    console.print(f"* of a rank that trains on {FAST_RANK:,} tokens a second, without reading ahead")
+    console.print("Short windows can fall short because Python needs 0.4 µs for each, more than their copy.")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=200.0, help="size of the corpus")
-    parser.add_argument("--repeats", type=int, default=2, help="runs of each way to prepare")
+    parser.add_argument("--repeats", type=int, default=2, help="preparations per method")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--read-tokens", type=int, default=200_000_000, help="size of the split that is read")
+    parser.add_argument("--read-tokens", type=int, default=200_000_000, help="size of the split to read")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="benchmark-data-") as root:

@@ -1,13 +1,12 @@
 """The optimizer step against torch's fused AdamW, on parameters in GPT-2's shapes: time and cold start.
 
-    python benchmarks/optimizer_step.py                    124M parameters, fp32: some two minutes
+    python benchmarks/optimizer_step.py                    124M parameters, fp32: about two minutes
     python benchmarks/optimizer_step.py --model 30m --rounds 50
     python benchmarks/optimizer_step.py --slow             also the forms that pass over memory once per operation
 
-All arms take turns, round after round, in one process on the same weights and gradients; a ratio is that of
-medians. "As in training" is the call that the training loop makes: the division by the gradient norm's clip and the
-hold-back of an overflow are part of the kernel. Prints a table and writes it, with the hardware, to
-results/benchmarks/optimizer_step.json.
+All arms take turns, round after round, in one process on the same weights and gradients. Ratios are of medians. "As in
+training" is the training loop's call, whose kernel also clips the gradient norm and skips the update on overflow. Prints
+a table and writes it, with the hardware, to results/benchmarks/optimizer_step.json.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ MODELS = {
     "355m": GPT2Config(n_layer=24, n_head=16, n_embd=1024),
 }
 
-# Largest ratio of medians to torch.optim.AdamW(fused=True).
+# Largest allowed ratio of medians to torch.optim.AdamW(fused=True).
 TARGETS = {"Sophia": 0.95, "Lion": 0.80, "update_hessian, GNB": 0.60, "update_hessian, estimates": 0.60}
 COLD_START_TARGET = 30.0
 
 
 def parameters(model: str, device: torch.device) -> list[Tensor]:
-    """Weights and gradients of realistic sizes in the model's shapes, fp32."""
+    """Weights and gradients of realistic magnitudes in the model's shapes, fp32."""
     with torch.device("meta"):
         shapes = [p.shape for p in GPT2(MODELS[model]).parameters()]
     params: list[Tensor] = [torch.nn.Parameter(0.02 * torch.randn(shape, device=device)) for shape in shapes]
@@ -57,7 +56,7 @@ def parameters(model: str, device: torch.device) -> list[Tensor]:
 
 
 def arms(params: list[Tensor], slow: bool) -> dict[str, Callable[[], object]]:
-    """Names to calls. The first is what the others are held against."""
+    """Calls by name. The first is the baseline."""
     device = params[0].device
     scale, held = torch.tensor(1.25, device=device), torch.tensor(0.0, device=device)
     adamw = torch.optim.AdamW(params, lr=1e-6, fused=True)
@@ -94,7 +93,7 @@ def arms(params: list[Tensor], slow: bool) -> dict[str, Callable[[], object]]:
 
 
 def measure(calls: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Seconds of each call, taking turns."""
+    """Time the calls, taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(2):
@@ -139,7 +138,7 @@ print(time.perf_counter() - begin)
 
 
 def measure_cold_start(device: torch.device) -> dict[str, float]:
-    """Seconds of the first refresh and step in a new process, with an empty compiler cache and then with a full one."""
+    """Time the first refresh and step of a new process, with an empty and with a full compiler cache."""
     root = str(Path(__file__).resolve().parents[1])
     with tempfile.TemporaryDirectory(prefix="benchmark-compile-") as cache:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
@@ -171,7 +170,7 @@ def show(results: dict[str, Any]) -> None:
     verdict = "pass" if cold["empty_cache_seconds"] <= COLD_START_TARGET else "falls short"
     console.print(
         f"first refresh and step of a process: {cold['empty_cache_seconds']:.1f} s (≤ {COLD_START_TARGET:.0f} s: "
-        f"{verdict}), {cold['full_cache_seconds']:.1f} s with the compiler's cache"
+        f"{verdict}), {cold['full_cache_seconds']:.1f} s with a full compiler cache"
     )
 
 

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md from results/benchmarks: figures on the page are those of the records.
+"""Write the tables of docs/performance.md from the records in results/benchmarks.
 
 python benchmarks/page.py
 """
@@ -25,7 +25,7 @@ def main() -> int:
 
 
 def tables(results: Path) -> str:
-    """Markdown of every record that is there."""
+    """The Markdown of all existing records."""
     parts: list[str] = []
     for name, write in (
         ("optimizer_step", optimizer_step),
@@ -92,10 +92,10 @@ def training_step(record: dict[str, Any]) -> Iterator[str]:
     plain = record["groups"][0]["plain"]["median_seconds"]
     yield ""
     yield (
-        f"Utilisation is of the measured rate of large products: bf16 {rates['bf16'] / 1e12:.2f}, fp32 "
+        f"Utilisation is relative to the measured rate of large products: bf16 {rates['bf16'] / 1e12:.2f}, fp32 "
         f"{rates['fp32'] / 1e12:.2f} TFLOP/s. At that rate the products alone take "
-        f"{record['products_alone_seconds']:.2f} s: {plain / record['products_alone_seconds']:.2f} times faster than "
-        "the plain model is the most that is possible here."
+        f"{record['products_alone_seconds']:.2f} s, so the largest possible speed-up over the plain model is "
+        f"{plain / record['products_alone_seconds']:.2f}."
     )
     yield ""
     memory = record["memory"]
@@ -122,14 +122,14 @@ def data(record: dict[str, Any]) -> Iterator[str]:
     yield ""
     rows = [
         (
-            f"preparation, {preparation['megabytes']:.0f} MB, against `datasets.map` and a loop",
+            f"preparation of {preparation['megabytes']:.0f} MB, against `datasets.map` and a loop",
             f"{ratio:.2f}",
             "≥ 2.0",
             verdict(ratio >= 2.0),
         )
     ]
     for row in record["reading"]:
-        name = f"reading {row['batch_size']} × {row['sequence_length']}, of the page cache's memcpy"
+        name = f"reading {row['batch_size']} × {row['sequence_length']}, against memcpy from the page cache"
         rows.append((name, f"{row['ratio']:.2f}", f"≥ {row['target']}", verdict(row["ratio"] >= row["target"])))
     yield from table(("", "ratio", "target", ""), rows)
 

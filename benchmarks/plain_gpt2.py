@@ -1,8 +1,7 @@
-"""The baseline of benchmarks/training_step.py: GPT-2 as one writes it in an afternoon, with every means that
-torch offers.
+"""The baseline of benchmarks/training_step.py: a straightforward GPT-2 that uses everything torch offers.
 
-SDPA, F.cross_entropy on full logits, tied weights, vocabulary padded. It is compiled as a whole and trained with the
-fused AdamW under bf16 autocast; nothing in it is made slow.
+SDPA, F.cross_entropy on full logits, tied weights, padded vocabulary. It is compiled as a whole and trained with fused
+AdamW under bf16 autocast. Nothing in it is slow on purpose.
 """
 
 import torch

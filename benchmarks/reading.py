@@ -1,10 +1,10 @@
-"""How long a report of a thousand long runs takes, and how much memory: records of two arms, read in a fresh process.
+"""Time and memory of a report of a thousand long runs: records of two arms, read in a fresh process.
 
-    python benchmarks/reading.py                       1,000 runs of 10,000 metrics lines each (2 GB on disk meanwhile)
+    python benchmarks/reading.py                       1,000 runs of 10,000 metrics lines each (needs 2 GB of disk)
     python benchmarks/reading.py --runs 100
 
-`scripts/report.py` is started on them, from the interpreter's start to the last file. Writes seconds and peak memory,
-with the hardware, to results/benchmarks/reading.json.
+Times `scripts/report.py` from the interpreter's start to the last file. Writes seconds and peak memory, with the
+hardware, to results/benchmarks/reading.json.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from training.records import ENVIRONMENT_FILE, METRICS_FILE, write_config, write
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "results" / "benchmarks" / "reading.json"
 TARGET_SECONDS = 20.0
-#: Records that are written line by line; the others are copies of these with a name and a seed of their own.
+#: Number of records written line by line; the others are copies of these with their own names and seeds.
 ORIGINALS = 10
 
 
 def write_runs(directory: Path, runs: int, lines: int) -> int:
-    """Records of AdamW and Sophia-G, paired by seed; returns the bytes of their metrics."""
+    """Write records of AdamW and Sophia-G, paired by seed; return the bytes of their metrics."""
     arms: list[dict[str, Any]] = [
         compose(["model=gpt2_nano", f"optimizer={arm}", f"train.steps={lines}"]).model_dump(mode="json")
         for arm in ("adamw", "sophiag")
@@ -65,7 +65,7 @@ def report(directory: Path) -> tuple[float, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=1000)
-    parser.add_argument("--lines", type=int, default=10_000, help="train lines of a run (default: 10,000)")
+    parser.add_argument("--lines", type=int, default=10_000, help="train lines per run (default: 10,000)")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="benchmark-reading-") as root:

@@ -1,4 +1,4 @@
-"""What every benchmark records besides its numbers, and how it writes them."""
+"""The provenance that every benchmark records, and how it writes its results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training import hardware
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """The machine, its load, the versions and the commit that a measurement belongs to."""
+    """The machine, its load, the versions and the commit of a measurement."""
     return {
         "hardware": hardware.describe(device),
         "load": list(os.getloadavg()),

@@ -1,18 +1,18 @@
-"""How cost grows: the slope of log time over log size, where theory says 1, and a flag where it is more.
+"""How cost grows: the slope of log time over log size, which theory puts at 1; larger slopes are flagged.
 
-    python benchmarks/scaling.py                     all families: some ten minutes on two cores
+    python benchmarks/scaling.py                     all families: about ten minutes on two cores
     python benchmarks/scaling.py --only optimizer analysis
 
 | family       | size                                                                       |
 |--------------|----------------------------------------------------------------------------|
-| width, depth, length, batch | model FLOPs of a training step, of a model that grows in this one way |
+| width, depth, length, batch | model FLOPs of a training step, growing in this dimension alone |
 | optimizer    | parameters of an optimizer step                                            |
 | preparation  | bytes of the corpus                                                        |
-| analysis     | runs whose records are read and compared                                   |
+| analysis     | number of runs whose records are read and compared                         |
 
-The sizes of a family take turns, round after round, in one process; a time is the smallest of its rounds, since what
-else a machine does only ever adds. A slope below 1 means that small sizes pay a fixed price. Prints a table and writes
-it, with the hardware, to results/benchmarks/scaling.json.
+The sizes of a family take turns, round after round, in one process. Each time is the smallest of its rounds, since other
+load only adds. A slope below 1 means that small sizes have fixed costs. Prints a table and writes it, with the hardware,
+to results/benchmarks/scaling.json.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from training.strategies.gradients import clip_and_step
 
 OUTPUT = Path(__file__).resolve().parents[1] / "results" / "benchmarks" / "scaling.json"
 
-#: A slope above 1 + this, over all sizes or between the two largest, is called super-linear.
+#: A slope above 1 + TOLERANCE, over all sizes or between the two largest, is flagged as super-linear.
 TOLERANCE = 0.15
 
 
@@ -63,7 +63,7 @@ class Case:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Families: contexts that yield their cases.
+# Families: context managers that yield their cases.
 
 
 BASE = GPT2Config(vocab_size=4096, n_layer=4, n_head=4, n_embd=256, block_size=256)
@@ -77,7 +77,7 @@ GROWN: dict[str, list[tuple[str, GPT2Config, int]]] = {
 
 
 def training_step(config: GPT2Config, sequences: int, device: torch.device) -> Case:
-    """A training step in bf16 where the device has units for it: forward, backward, clip, fused AdamW."""
+    """A training step, in bf16 if the device has units for it: forward, backward, clip, fused AdamW."""
     model = GPT2(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     shape = (sequences, config.block_size)
@@ -101,7 +101,7 @@ def training_steps(kind: str, device: torch.device) -> Iterator[list[Case]]:
 
 @contextmanager
 def optimizer_steps(device: torch.device) -> Iterator[list[Case]]:
-    """Sophia's step on GPT-2's shapes, from 4M parameters to 124M."""
+    """Sophia's step on GPT-2's shapes, from 7M to 124M parameters."""
     cases = []
     for layers, width in ((3, 256), (6, 384), (8, 512), (12, 768)):
         config = GPT2Config(vocab_size=50257 if width == 768 else 16384, n_layer=layers, n_head=4, n_embd=width)
@@ -137,7 +137,7 @@ def preparations(megabytes: Sequence[float] = (5, 10, 20, 40)) -> Iterator[list[
 
 @contextmanager
 def analyses(counts: Sequence[int] = (50, 100, 200, 400), lines: int = 1000) -> Iterator[list[Case]]:
-    """Reading and analysing records of two arms, paired by seed, of `lines` metrics lines each."""
+    """Read and analyse records of two arms, paired by seed, of `lines` metrics lines each."""
     with tempfile.TemporaryDirectory(prefix="benchmark-scaling-") as root:
         arms = [
             compose(["model=gpt2_nano", f"optimizer={arm}", f"train.steps={lines}"]).model_dump(mode="json")
@@ -157,7 +157,7 @@ def analyses(counts: Sequence[int] = (50, 100, 200, 400), lines: int = 1000) -> 
 
 
 def write_record(directory: Path, config: dict[str, Any], seed: int) -> None:
-    """A completed run's record with made-up losses, for timing alone."""
+    """Write a completed run's record with made-up losses, only for timing."""
     steps = config["train"]["steps"]
     tokens = config["train"]["global_batch_size"] * config["train"]["sequence_length"]
     rng = np.random.default_rng(seed)
@@ -194,7 +194,7 @@ def families(device: torch.device) -> dict[str, Callable[[], Any]]:
 
 
 def fit(sizes: Sequence[float], seconds: Sequence[float]) -> dict[str, Any]:
-    """The slope of log seconds over log size: over all sizes (least squares), and between the two largest."""
+    """The slope of log seconds over log size, over all sizes (least squares) and between the two largest."""
     x, y = np.log(sizes), np.log(seconds)
     slope = float(np.polyfit(x, y, 1)[0])
     last = float((y[-1] - y[-2]) / (x[-1] - x[-2]))

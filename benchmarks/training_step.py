@@ -1,15 +1,14 @@
-"""The training step against a plain GPT-2 of the same shape: throughput, peak memory, and the price of the
-curvature pass.
+"""The training step against a plain GPT-2 of the same shape: throughput, peak memory and the cost of curvature passes.
 
-    python benchmarks/training_step.py                30M, T = 512, batch 16: some nine minutes on two cores
-    python benchmarks/training_step.py --size 124m    124M, T = 1024, batch 4: some fifteen
-    python benchmarks/training_step.py --rounds 6     more of each
+    python benchmarks/training_step.py                30M, T = 512, batch 16: about nine minutes on two cores
+    python benchmarks/training_step.py --size 124m    124M, T = 1024, batch 4: about fifteen
+    python benchmarks/training_step.py --rounds 6     more rounds
 
-Each arm is a process of its own, since how memory is allocated is a property of a process; the arms take turns, one
-step each, round after round, and none runs while another does. A ratio is that of medians. A step is forward, backward,
-clip, optimizer and clearing the gradients. The arms "here" are this framework's model and step; "plain" is
-benchmarks/plain_gpt2.py. Utilisation is model FLOPs over the step's time, against the measured rate of large products.
-Prints tables and writes them, with the hardware, to results/benchmarks/training_step_<size>.json.
+Each arm runs in its own process, since memory allocation is a property of a process. The arms take turns, one step each,
+round after round; only one runs at a time. Ratios are of medians. A step is forward, backward, clip, optimizer and
+clearing the gradients. The arms "here" are this framework's model and step; "plain" is benchmarks/plain_gpt2.py.
+Utilisation is model FLOPs over the step's time, relative to the measured rate of large products. Prints tables and writes
+them, with the hardware, to results/benchmarks/training_step_<size>.json.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Shape:
 
     @property
     def hutchinson_micro_batches(self) -> int:
-        """Batches of this shape that together are some 480/32 sequences, of which Hutchinson's pass takes one."""
+        """Batches of this shape that make up about 480/32 sequences, of which Hutchinson's pass takes one."""
         return max(1, round(480 / 32 / self.batch_size))
 
 
@@ -78,9 +77,9 @@ class Arm:
     plain: bool
     compiled: bool = True
     bf16: bool = True
-    kept: bool = False  # memory stays mapped between steps
+    kept: bool = False  # keep memory mapped between steps
     sophia: bool = False  # Sophia-G and its curvature passes instead of AdamW
-    every: int = 1  # takes part in every n-th round
+    every: int = 1  # runs in every n-th round
 
 
 BASELINE = "plain"
@@ -95,14 +94,14 @@ ARMS = {
     "here, Sophia-G": Arm(plain=False, kept=True, sophia=True),
 }
 
-#: Arms against which "here" has a target, by size.
+#: Smallest speed-up of "here" over other arms, by size.
 TARGETS: dict[str, dict[str, float]] = {
     "tiny": {},
     "30m": {BASELINE: 1.6, "plain, uncompiled": 3.0, "plain, uncompiled, fp32": 6.0},
     "124m": {BASELINE: 1.4, "plain, uncompiled": 3.0, "plain, uncompiled, fp32": 6.0},
 }
 MEMORY_TARGET = 0.6
-# Largest share of a step's time that the pass may take, averaged over the interval.
+# Largest share of a step's time for a curvature pass, averaged over the interval.
 CURVATURE_TARGETS = {
     "Gauss-Newton-Bartlett on half of the batch, own forward": 0.055,
     "Gauss-Newton-Bartlett on half of the batch, one forward for both losses": 0.04,
@@ -111,11 +110,11 @@ CURVATURE_TARGETS = {
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# An arm's process: reads the name of a thing to do from a line, does it, answers with a line.
+# An arm's process: reads an action's name from a line, performs it, answers with a line.
 
 
 class Worker:
-    """One arm's model and optimizer, and the things that are timed."""
+    """One arm's model and optimizer, and the timed actions."""
 
     def __init__(self, shape: Shape, arm: Arm, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -138,7 +137,7 @@ class Worker:
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.arm.bf16 else nullcontext()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """This part's share of the mean loss of the batch."""
+        """The part's contribution to the batch's mean loss."""
         with self.autocast():
             if isinstance(self.model, PlainGPT2):
                 return self.model(tokens, targets) * (len(tokens) / self.shape.batch_size)
@@ -157,14 +156,14 @@ class Worker:
         self.update()
 
     def accumulated(self) -> None:
-        """A step of so many micro-batches that a sequence is the paper's share of them."""
+        """A step of as many micro-batches as make one sequence the paper's share for Hutchinson."""
         micro_batches = self.shape.hutchinson_micro_batches
         for _ in range(micro_batches):
             (self.loss(self.tokens, self.targets) / micro_batches).backward()
         self.update()
 
     def own_forward(self) -> None:
-        """A due step: Gauss-Newton-Bartlett on half of the batch with a forward of its own, then the step."""
+        """A due step: Gauss-Newton-Bartlett on half of the batch with its own forward pass, then the step."""
         half = self.shape.batch_size // 2
         with self.autocast():
             sampled_loss_sum = self.model(self.tokens[:half], None, self.uniforms).sampled_loss_sum
@@ -172,7 +171,7 @@ class Worker:
         self.step()
 
     def one_forward(self) -> None:
-        """A due step: the labels are drawn in the training forward of the half whose curvature is estimated."""
+        """A due step that draws labels in the training forward pass of the half whose curvature is estimated."""
         half = self.shape.batch_size // 2
         with self.autocast():
             output = self.model(self.tokens[:half], self.targets[:half], self.uniforms)
@@ -182,7 +181,7 @@ class Worker:
         self.update()
 
     def hutchinson(self) -> None:
-        """A due step: an exact Hessian-vector product on the paper's share of the batch, a sequence; then the step."""
+        """A due step: an exact Hessian-vector product on the paper's share of the batch, one sequence; then the step."""
         assert isinstance(self.model, GPT2)
         assert isinstance(self.optimizer, SophiaG)
         part = max(1, round(self.shape.batch_size * self.shape.hutchinson_micro_batches * 32 / 480))
@@ -228,7 +227,7 @@ class Worker:
         return peak()
 
     def memory(self) -> dict[str, int]:
-        """Bytes by kind. What is measured is measured on the resident set, so on a CPU memory must not be kept."""
+        """Bytes by kind. On a CPU they come from the resident set, so freed memory must be given back."""
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         state = sum(
             t.numel() * t.element_size()
@@ -243,7 +242,7 @@ class Worker:
         with peak_memory(self.device) as peak_backward:
             loss.backward()
         self.optimizer.zero_grad()
-        if self.arm.plain:  # the logits are what autograd keeps of the head
+        if self.arm.plain:  # autograd keeps the logits of the head
             kept = self.shape.tokens * self.shape.config.padded_vocab_size * (2 if self.arm.bf16 else 4)
         else:  # the gradients of the weight (fp32) and of the hidden states, computed in the forward pass
             kept = self.shape.config.padded_vocab_size * self.shape.config.n_embd * 4
@@ -268,12 +267,12 @@ def held_memory(device: torch.device) -> int:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Measures the block's peak; the yielded function tells it afterwards."""
+    """Measure the block's peak memory; afterwards, the yielded function returns it."""
     peak = 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark of the resident set
+        Path("/proc/self/clear_refs").write_text("5")  # reset the resident set's high-water mark
     yield lambda: peak
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _process_status("VmHWM")
 
@@ -284,14 +283,13 @@ def _process_status(key: str) -> int:
 
 
 def serve(shape: Shape, arm: Arm, device: torch.device, *, unmap: bool) -> None:
-    """Answer requests from standard input until it ends. `unmap`: give all freed memory back, to measure what is
-    held."""
+    """Answer requests from standard input until it ends. `unmap` returns all freed memory, to measure what is held."""
     if unmap:
         _unmap_freed_memory()
     elif arm.kept:
         keep_memory_mapped()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else prints goes to standard error
+    os.dup2(2, 1)  # other output goes to standard error
     worker = Worker(shape, arm, device)
     for line in sys.stdin:
         what = line.strip()
@@ -307,15 +305,15 @@ def serve(shape: Shape, arm: Arm, device: torch.device, *, unmap: bool) -> None:
 def _unmap_freed_memory() -> None:
     import ctypes
 
-    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: blocks of a megabyte are mapped by themselves
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: map blocks of a megabyte separately
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The benchmark: starts the arms' processes and lets one run at a time.
+# The benchmark: starts the arms' processes and runs one at a time.
 
 
 class Process:
-    """An arm's process, as its parent sees it."""
+    """The parent's handle of an arm's process."""
 
     def __init__(self, size: str, arm: str, device: str, *, unmap: bool = False) -> None:
         command = [sys.executable, __file__, "--size", size, "--device", device, "--serve", arm]
@@ -329,7 +327,7 @@ class Process:
         print(what, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"the process of an arm ended with code {self._process.wait()}; its error stands above")
+            raise RuntimeError(f"an arm's process ended with code {self._process.wait()}; see its error above")
         return json.loads(answer)
 
     def __enter__(self) -> Process:
@@ -342,7 +340,7 @@ class Process:
 
 
 def measure_steps(size: str, arms: list[str], rounds: int, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Seconds of steps by arm, and of steps with a curvature pass; arms take turns."""
+    """Time steps by arm, and steps with a curvature pass; arms take turns."""
     stack: dict[str, Process] = {}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     peaks: dict[str, int] = {}
@@ -386,7 +384,7 @@ def measure_steps(size: str, arms: list[str], rounds: int, device: str) -> tuple
 
 
 def measure_memory(size: str, device: str) -> dict[str, Any]:
-    """Bytes by kind, of the plain model and of this one."""
+    """Bytes by kind, for the plain model and for this one."""
     kinds = {}
     for name in (BASELINE, HERE):
         with Process(size, name, device, unmap=True) as process:
@@ -399,7 +397,7 @@ def measure_memory(size: str, device: str) -> dict[str, Any]:
 def measure(size: str, rounds: int, device: torch.device) -> dict[str, Any]:
     bf16, fp32 = (matrix_product_rate(dtype, device) for dtype in (torch.bfloat16, torch.float32))
     on_cpu = device.type == "cpu"
-    # Arms are grouped so that their processes fit into memory together; "here" runs in each group.
+    # Arms are grouped so that their processes fit into memory; "here" runs in each group.
     others = [name for name, arm in ARMS.items() if name != HERE and (on_cpu or not arm.kept or not arm.plain)]
     together = 2 if size == "124m" else len(others)
     results: dict[str, Any] = {"groups": [], "curvature": {}}
@@ -410,7 +408,7 @@ def measure(size: str, rounds: int, device: torch.device) -> dict[str, Any]:
         results["curvature"] |= curvature
     results["memory"] = measure_memory(size, str(device))
     results["matrix_product_rate"] = {"bf16": bf16, "fp32": fp32, "bf16_datasheet": datasheet_rate(device)}
-    # What the step would take if it were nothing but its products, at the measured rate.
+    # Time of a step's products alone, at the measured rate.
     results["flops"] = forward_backward_flops(SHAPES[size].config, SHAPES[size].tokens, SHAPES[size].config.block_size)
     results["products_alone_seconds"] = results["flops"] / bf16
     return results
@@ -440,14 +438,14 @@ def show(size: str, results: dict[str, Any]) -> None:
         console.print(table)
     console.print(
         f"* of the measured rate of large products: bf16 {rates['bf16'] / 1e12:.2f}, fp32 {rates['fp32'] / 1e12:.2f} "
-        f"TFLOP/s. At that rate the step's products alone take {results['products_alone_seconds']:.2f} s: the plain "
-        f"model could be sped up by {results['groups'][0][BASELINE]['median_seconds'] / results['products_alone_seconds']:.2f} "
-        "at most."
+        f"TFLOP/s. At that rate the step's products alone take {results['products_alone_seconds']:.2f} s, so the largest "
+        f"possible speed-up over the plain model is "
+        f"{results['groups'][0][BASELINE]['median_seconds'] / results['products_alone_seconds']:.2f}."
     )
     if rates["bf16_datasheet"] is not None:
         share = results["flops"] / results["groups"][0][HERE]["median_seconds"] / rates["bf16_datasheet"]
         console.print(f"  of the datasheet's {rates['bf16_datasheet'] / 1e12:.0f} TFLOP/s: {share:.0%}")
-    table = Table(title=f"Peak memory by kind, MB ({size}, memory given back as soon as it is freed)")
+    table = Table(title=f"Peak memory by kind, MB ({size}, freed memory returned immediately)")
     for column in ("", *results["memory"], "ratio", "target", ""):
         table.add_column(column, justify="left" if column == "" else "right")
     for kind in results["memory"][BASELINE]:

@@ -1,13 +1,13 @@
 """Text → tokens on disk → batches.
 
-A source of documents and a tokenizer make a token directory (`prepare`, once); a `TokenDataset` maps one of its
-splits, and `Batches` and `ValidationWindows` cut it into what a step sees. Nothing here imports torch.
+`prepare` turns a source of documents into a token directory, once. A `TokenDataset` reads one of its splits; `Batches`
+and `ValidationWindows` cut the split into batches. Nothing here imports torch.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# ruff: noqa: F401 (for type checkers; what runs is below)
+# ruff: noqa: F401 (for type checkers only)
 if TYPE_CHECKING:
     from data.batches import IGNORED_TARGET, Batch, Batches, Prefetcher, ValidationWindows
     from data.dataset import TokenDataset
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from data.splits import SplitRule
     from data.tokenizers import Tokenizer, TokenizerSpec, load_tokenizer
 
-# Where each public name lies. It is imported when it is first used: `data.errors` and `data.files` serve commands that
-# answer before numpy could be imported.
+# Modules are imported on first use, so that commands that only need `data.errors` and `data.files` start without numpy.
 _MODULES = {
     "IGNORED_TARGET": "batches",
     "Batch": "batches",

@@ -1,10 +1,9 @@
-"""Batches: the training batch of a step, and the fixed set of validation windows.
+"""The training batch of each step, and the fixed validation windows.
 
-The training stream of N tokens has (N - 1) // T windows of T tokens, each with the T tokens that follow by one place
-as its targets. Training takes windows without replacement: sequence number s = (step - 1) · B + i, of epoch
-s // windows, is the window to which that epoch's permutation sends s % windows. Nothing is stored and nothing is
-drawn in order, so a batch is a pure function of (manifest, seed, step, B, T): resumption needs the step alone, and
-the number of ranks decides only who reads which row.
+A training stream of N tokens has (N - 1) // T windows of T tokens; the targets are the tokens one place later.
+Training samples windows without replacement: sequence s = (step - 1) · B + i belongs to epoch s // windows and reads
+window permutation(epoch)[s % windows]. A batch is therefore a pure function of (manifest, seed, step, B, T). Resuming
+needs only the step, and the number of ranks only decides which rank reads which row.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from data.dataset import TokenDataset
 from data.errors import DataError
 from data.permutation import permute
 
-# The permutation is computed for about this many sequences at a time: for one step's alone, NumPy's cost per call would
-# be most of the time of a small batch.
+# The permutation is computed for about this many sequences at a time. For one step at a time, NumPy's overhead per call
+# would dominate small batches.
 _BLOCK_SEQUENCES = 4096
 
 IGNORED_TARGET = -100  # torch's ignore_index: a target that is not predicted
@@ -31,7 +30,7 @@ IGNORED_TARGET = -100  # torch's ignore_index: a target that is not predicted
 class Batch(NamedTuple):
     tokens: np.ndarray  # (b, T) int64
     targets: np.ndarray  # (b, T) int64; IGNORED_TARGET where there is nothing to predict
-    indices: np.ndarray  # (b,) int64, each row's place i in the global batch; -1 for a row of padding
+    indices: np.ndarray  # (b,) int64, each row's index i in the global batch; -1 for a padding row
 
 
 class Batches:
@@ -39,14 +38,14 @@ class Batches:
 
     Args:
         dataset: the training split.
-        seed: the data seed, 0 ≤ seed < 2^64; decides the order of the windows and nothing else.
+        seed: the data seed, 0 ≤ seed < 2^64; determines only the order of the windows.
         global_batch_size: B, in sequences, over all ranks.
         sequence_length: T, in tokens.
-        rank, world_size: which of the W ranks this one is.
+        rank, world_size: this rank's number and W.
 
     Raises:
-        DataError: the split has fewer tokens than one sequence and its successor, T + 1.
-        ValueError: an argument out of range.
+        DataError: the split has fewer than T + 1 tokens.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Batches:
         self.windows_per_epoch = (dataset.tokens - 1) // sequence_length
         if self.windows_per_epoch < 1:
             raise DataError(
-                f"the {dataset.split} split of {dataset.directory} has {dataset.tokens} tokens and one sequence of "
+                f"the {dataset.split} split of {dataset.directory} has {dataset.tokens} tokens, but one sequence of "
                 f"{sequence_length} needs {sequence_length + 1}; choose a larger corpus or a smaller "
                 "train.sequence_length"
             )
@@ -84,13 +83,13 @@ class Batches:
         """This rank's rows of the batch of update `step` ≥ 1.
 
         Args:
-            out: arrays to write into (pinned memory, say) in place of new ones: tokens and targets (b, T) int64.
+            out: arrays to write into instead of new ones, e.g. in pinned memory: tokens and targets (b, T) int64.
 
         Raises:
-            DataError: a token is outside of the vocabulary.
+            DataError: a token is outside the vocabulary.
         """
         if step < 1:
-            raise ValueError(f"step={step}: updates are counted from 1")
+            raise ValueError(f"step={step}: steps are counted from 1")
         block, row = divmod(step - 1, self._block_steps)
         windows = self._windows(block)[row]
         tokens, targets = (out.tokens, out.targets) if out is not None else self._new_arrays()
@@ -98,7 +97,7 @@ class Batches:
         return Batch(tokens, targets, self._indices)
 
     def _windows(self, block: int) -> np.ndarray:  # (steps of the block, b)
-        """This rank's windows of a block of steps; the last block is kept, since steps come in order."""
+        """This rank's windows for a block of steps. The last block is cached, since steps come in order."""
         number, windows = self._block
         if number == block:
             return windows
@@ -113,11 +112,11 @@ class Batches:
         return windows
 
     def epochs(self, step: int) -> float:
-        """How many times the split has been read, on average, once update `step` is done."""
+        """The number of epochs read after update `step`."""
         return step * self.global_batch_size / self.windows_per_epoch
 
     def prefetch(self, first_step: int, last_step: int | None = None, depth: int = 2) -> Prefetcher:
-        """Iterate over the batches of first_step, first_step + 1, …, last_step (without end if None), read ahead."""
+        """Iterate over the batches of first_step, …, last_step (endlessly if None), reading `depth` ahead."""
         return Prefetcher(self, first_step, last_step, depth)
 
     def _new_arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -126,15 +125,15 @@ class Batches:
 
 
 class Prefetcher:
-    """An iterator over batches that a thread reads `depth` ahead; also a context manager that ends the thread.
+    """An iterator over batches that a thread reads `depth` ahead; as a context manager, it stops the thread on exit.
 
-    The copies release the interpreter's lock, so reading overlaps with the step. An error of the thread is raised
-    by the `next` that would have returned the batch.
+    Reading releases the GIL and so overlaps with the step. An error in the thread is raised by the `next` that would
+    have returned the batch.
     """
 
     def __init__(self, batches: Batches, first_step: int, last_step: int | None, depth: int) -> None:
         if depth < 1:
-            raise ValueError(f"depth={depth}: at least one batch must be read ahead")
+            raise ValueError(f"depth={depth}: expected at least 1")
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
         self._closed = threading.Event()
         self._finished = False
@@ -158,7 +157,7 @@ class Prefetcher:
         raise item
 
     def close(self) -> None:
-        """End the thread; may be called more than once."""
+        """Stop the thread; may be called more than once."""
         self._finished = True
         self._closed.set()
         self._thread.join()
@@ -198,20 +197,20 @@ def _fill(
 
 
 class ValidationWindows:
-    """The fixed validation set: the first `tokens_limit` tokens of the split, in order, each token predicted once.
+    """The fixed validation set: the first `tokens_limit` tokens of the split, in order, each predicted once.
 
-    The last window is padded with ignored targets, so that no token is left out; and every rank gets the same number
-    of batches of the same shape, some rows of padding alone, so that collectives match and nothing is recompiled.
-    Window w goes to rank w mod W.
+    The last window is padded with ignored targets, so no token is left out. All ranks get the same number of batches
+    of the same shape, filled with padding rows, so that collectives match and nothing is recompiled. Window w goes to
+    rank w mod W.
 
     Args:
         dataset: the validation split.
-        tokens_limit: how many tokens are predicted at most; None for the whole split.
+        tokens_limit: the most tokens to predict; None for the whole split.
         sequence_length: T, in tokens.
 
     Raises:
         DataError: the split has fewer than two tokens.
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -229,23 +228,23 @@ class ValidationWindows:
         _check_rank(rank, world_size)
         if dataset.tokens < 2:
             raise DataError(
-                f"the {dataset.split} split of {dataset.directory} has {dataset.tokens} tokens, too few to evaluate "
-                "on; prepare the corpus with a larger data.validation.fraction"
+                f"the {dataset.split} split of {dataset.directory} has {dataset.tokens} tokens, too few to "
+                "evaluate on; prepare the corpus with a larger data.validation.fraction"
             )
         self.dataset = dataset
         self.sequence_length = sequence_length
         self.rank = rank
         self.world_size = world_size
-        #: How many tokens the whole set predicts, over all ranks.
+        #: Number of predicted tokens, over all ranks.
         self.predictions = dataset.tokens - 1 if tokens_limit is None else min(tokens_limit, dataset.tokens - 1)
         self.windows = -(-self.predictions // sequence_length)
 
     def forwards(self, batch_size: int) -> int:
-        """How many batches of `batch_size` rows each rank has."""
+        """The number of batches of `batch_size` rows on each rank."""
         return -(-self.windows // (self.world_size * batch_size))
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """This rank's windows in batches of exactly `batch_size` rows; `indices` are the windows' numbers."""
+        """This rank's windows in batches of exactly `batch_size` rows; `indices` are window numbers."""
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1")
         for number in range(self.forwards(batch_size)):
@@ -267,7 +266,7 @@ class ValidationWindows:
 
 
 def next_batch(batches: Iterator[Batch]) -> tuple[Batch | None, str | None]:
-    """The next batch, or why it cannot be read; neither at the end."""
+    """The next batch and no error, or None and the error message; (None, None) at the end."""
     try:
         return next(batches, None), None
     except (DataError, OSError) as error:

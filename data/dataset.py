@@ -1,7 +1,7 @@
-"""The tokens of one split: shards, read as one stream.
+"""One split's tokens: its shards, read as one stream.
 
-Shards are read and not mapped. A file that shrinks under a map ends the process by SIGBUS, and a page that has to come
-from the disk would stop the training thread, for a page fault holds the interpreter's lock.
+Shards are read, not memory-mapped. If a mapped file shrinks, SIGBUS kills the process; and a page fault holds the GIL,
+so a page that comes from the disk would block the training thread.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from data.errors import DataError
 from data.files import open_regular
 from data.manifest import Manifest, Shard, load_manifest, shard_remedy
 
-# Windows are gathered in blocks of about this many tokens, and a block is cast to int64 at once. As stored, a block
-# stays in the second-level cache, so memory is crossed once, from the page cache to the int64 arrays.
+# Windows are gathered in blocks of about this many tokens, and each block is cast to int64 in one go. A stored block fits
+# the L2 cache, so data crosses memory once, from the page cache to the int64 arrays.
 _BLOCK_TOKENS = 64 * 1024
 
 
 class TokenDataset:
     """The token stream of one split of a token directory.
 
-    Opening costs no reading and checks the header and the size of each shard, which stays open; `verify` reads all.
+    Opening checks the header and the size of each shard without reading its tokens, and keeps the file open. `verify`
+    reads everything.
 
     Args:
         directory: a prepared token directory.
         split: "train" or "validation".
 
     Raises:
-        DataError: the directory is not prepared, or a shard is missing, cut or has another header than it should.
+        DataError: the directory is not prepared, or a shard is missing, truncated or has an unexpected header.
     """
 
     def __init__(self, directory: str | Path, split: str) -> None:
@@ -50,16 +51,16 @@ class TokenDataset:
         shards = self.manifest.splits[split].shards
         self._names = [shard.file for shard in shards]
         self._dtype = self.manifest.dtype
-        self._files: list[tuple[int, int]] = []  # of each shard the descriptor, and where its tokens begin
+        self._files: list[tuple[int, int]] = []  # per shard: file descriptor, offset of its tokens
         weakref.finalize(self, _close, self._files)
         for shard in shards:
             self._files.append(_open_shard(self.directory, shard, self._dtype))
-        # Shard j holds the stream's positions [bounds[j], bounds[j+1]).
+        # Shard j holds positions [bounds[j], bounds[j+1]) of the stream.
         self._bounds = list(itertools.accumulate((shard.tokens for shard in shards), initial=0))
 
     @property
     def tokens(self) -> int:
-        """How many tokens the stream has."""
+        """Length of the stream in tokens."""
         return self._bounds[-1]
 
     def read(
@@ -68,17 +69,17 @@ class TokenDataset:
         tokens: np.ndarray,  # (b, T) int64, written: stream[start : start + T] for each start
         targets: np.ndarray,  # (b, T) int64, written: stream[start + 1 : start + 1 + T]
     ) -> None:
-        """Copy windows of the stream and their successors, across shard ends where need be.
+        """Copy windows of the stream and their targets; windows may cross shards.
 
         Raises:
-            DataError: a token is outside of the vocabulary, or its shard has been cut or cannot be read any more; the
-                message names the shard and the position.
-            IndexError: a window does not lie in the stream.
+            DataError: a token is outside the vocabulary, or its shard was truncated or became unreadable; the message
+                names the shard and the position.
+            IndexError: a window lies outside the stream.
         """
         length = tokens.shape[1] + 1
         places: list[int] = starts.tolist()
         if places and (min(places) < 0 or max(places) + length > self.tokens):
-            raise IndexError(f"windows of {length} tokens from {starts} do not lie in a stream of {self.tokens} tokens")
+            raise IndexError(f"windows of {length} tokens from {starts} lie outside a stream of {self.tokens} tokens")
         rows = max(1, _BLOCK_TOKENS // length)
         for first in range(0, len(places), rows):
             chosen = places[first : first + rows]
@@ -89,7 +90,7 @@ class TokenDataset:
             targets[first : first + rows] = block[:, 1:]
 
     def _stored(self, starts: list[int], length: int) -> list[bytes]:
-        """The stored bytes of windows, one after the other: one read a window, and more where it crosses shards."""
+        """The stored bytes of the windows: one read per window and shard."""
         files, bounds, size = self._files, self._bounds, self._dtype.itemsize
         parts = []
         for start in starts:
@@ -118,12 +119,13 @@ class TokenDataset:
         shard = bisect.bisect_right(self._bounds, position) - 1
         raise DataError(
             f"{self.directory / self._names[shard]} is damaged: token {position - self._bounds[shard]} is "
-            f"{int(windows[row, column])} and the vocabulary has {self.vocab_size}; {shard_remedy(self.directory)}"
+            f"{int(windows[row, column])}, but the vocabulary has {self.vocab_size} ids; "
+            f"{shard_remedy(self.directory)}"
         )
 
 
 def _open_shard(directory: Path, shard: Shard, dtype: np.dtype[Any]) -> tuple[int, int]:
-    """Open one shard: its descriptor, and the byte at which its tokens begin."""
+    """Open one shard; return its file descriptor and the offset of its tokens."""
     path = directory / shard.file
     try:
         with open_regular(path) as file:
@@ -136,16 +138,16 @@ def _open_shard(directory: Path, shard: Shard, dtype: np.dtype[Any]) -> tuple[in
         remedy = "raise the limit (ulimit -n)" if error.errno == errno.EMFILE else shard_remedy(directory)
         raise DataError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
     except (ValueError, TypeError, SyntaxError, TokenError, RecursionError) as error:  # NumPy parses it as Python
-        raise DataError(f"{path} is damaged: no NumPy header ({error}); {shard_remedy(directory)}") from error
+        raise DataError(f"{path} is damaged: not a NumPy file ({error}); {shard_remedy(directory)}") from error
     wrong = None
     expected = header_bytes + shard.tokens * dtype.itemsize
     if version != (1, 0) or shape != (shard.tokens,) or found != dtype:
         wrong = (
-            f"{path} is damaged: its header says {found} of shape {shape} where the manifest has {dtype} of shape "
+            f"{path} is damaged: its header says {found} of shape {shape}, the manifest {dtype} of shape "
             f"({shard.tokens},)"
         )
     elif size != expected:
-        wrong = f"{path} has {size} bytes and should have {expected}"
+        wrong = f"{path} has {size} bytes instead of {expected}"
     if wrong is not None:
         os.close(descriptor)
         raise DataError(f"{wrong}; {shard_remedy(directory)}")

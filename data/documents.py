@@ -1,7 +1,7 @@
-"""Text files → documents: texts parted by <|endoftext|>, and long ones cut at paragraph ends into pieces.
+"""Text files → documents: texts separated by <|endoftext|>, long ones cut into pieces at the ends of paragraphs.
 
-A novel or a play is many sequences long; as one document it would fall whole into train or validation. So a text is
-cut into pieces of about two thousand words, and each of these is a document.
+As one document, a whole novel would fall into train or validation. So each text is cut into pieces of about two
+thousand words, and each piece is a document.
 """
 
 from __future__ import annotations
@@ -9,26 +9,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-#: Written in a text file, it ends a document, as is usual in collections of texts in one file.
+#: Ends a document inside a text file.
 SEPARATOR = "<|endoftext|>"
 
 PIECE_WORDS = 2000
 
-#: How texts are cut, for the manifest: tokens that were cut by another rule are other tokens.
+#: Recorded in the manifest: another cutting rule gives different tokens.
 CUTTING = {"separator": SEPARATOR, "words": PIECE_WORDS}
 
-# The longest paragraph that is kept whole, in characters: about three pieces of English. A piece ends at this length
-# too, so that text without paragraphs, lines or spaces between words is cut all the same, in bounded memory.
+# The longest paragraph that is kept whole, in characters: about three pieces of English. A piece also ends at this
+# length, so that text without paragraphs, lines or spaces is cut too, in bounded memory.
 _LONGEST_PARAGRAPH = 1 << 15
 _PARAGRAPH_END = re.compile(rf"\n(?:[ \t]*+\n)++|(?P<separator>{re.escape(SEPARATOR)})")
 
 
 def cut_documents(chunks: Iterable[str], words: int = PIECE_WORDS) -> Iterator[str]:
-    """Cut a stream of text into documents: at each separator, and before that, if `words` words have been passed, at
-    the end of the paragraph.
+    """Cut a stream of text into documents: at each separator, and at the first paragraph end after `words` words.
 
-    Where the stream is cut into chunks makes no difference. Line feeds at the two ends of a document are dropped, and
-    so are documents of white space alone.
+    The chunking of the stream does not matter. Newlines at both ends of a document are stripped; documents that are
+    only white space are dropped.
     """
     paragraphs: list[str] = []
     found, characters = 0, 0
@@ -45,9 +44,9 @@ def cut_documents(chunks: Iterable[str], words: int = PIECE_WORDS) -> Iterator[s
 
 
 def _paragraphs(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """The text's paragraphs, each with the blank lines after it, and whether a separator (which is dropped) followed.
+    """Paragraphs with the blank lines after them, each with whether a separator followed (which is dropped).
 
-    Longer ones are cut at a line, a word or, for want of these, anywhere.
+    Paragraphs longer than the limit are cut at a line, else at a space, else at the limit.
     """
     stream = iter(chunks)
     text, start, ended = "", 0, False

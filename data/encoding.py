@@ -1,11 +1,10 @@
-"""Documents → ids in bulk: the same ids as one document at a time, three times as fast.
+"""Documents → ids in bulk: the same ids as tiktoken, three times as fast.
 
-tiktoken spends its time on finding the pre-tokens of a text (words, numbers, punctuation, each with the space before
-it) and on looking each of them up. But a corpus is made of few distinct pre-tokens, over and over. So here a batch of
-documents is cut into pre-tokens at once, by comparing arrays of bytes, and those met before take their ids from a
-cache, also at once. tiktoken encodes what is new; and every stretch with a character outside of ASCII, for whose
-classes (letter, number, white space, other) Unicode's tables would be needed. Every id comes from tiktoken, so only
-the cutting has to be right; the tests compare the whole with tiktoken on arbitrary text.
+tiktoken spends its time on finding a text's pre-tokens (words, numbers, punctuation, each with the space before it)
+and on looking each of them up. But a corpus repeats few distinct pre-tokens. So this module cuts a batch of documents
+into pre-tokens with vectorised byte comparisons and takes the ids of known pre-tokens from a cache, also vectorised.
+tiktoken encodes new pre-tokens, and every stretch with non-ASCII characters, whose classes need Unicode's tables.
+Every id comes from tiktoken, so only the cutting has to be right; the tests compare it with tiktoken on arbitrary text.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ import numpy as np
 
 from data.tokenizers import Tokenizer, repaired
 
-# A byte that UTF-8 never contains stands between documents, and is the pre-token that becomes the end of text.
+# Separates documents and becomes the end-of-text id. UTF-8 never contains this byte.
 _END = b"\xff"
 
-# From this many bytes a character on, a text is hardly English and tiktoken alone is faster.
+# Above this many bytes per character, text is mostly non-ASCII and tiktoken alone is faster.
 _FOREIGN_TEXT = 1.2
 
 _LETTER, _NUMBER, _OTHER, _SPACE, _FOREIGN, _SEPARATOR = range(6)
@@ -33,7 +32,7 @@ def _byte_classes() -> np.ndarray:
             classes[byte] = _LETTER
         elif character.isdigit():
             classes[byte] = _NUMBER
-        elif character in "\t\n\v\f\r ":  # Unicode's White_Space, which is less than what str.isspace takes
+        elif character in "\t\n\v\f\r ":  # Unicode's White_Space; str.isspace accepts more
             classes[byte] = _SPACE
         else:
             classes[byte] = _OTHER
@@ -51,9 +50,9 @@ def pretokens(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         text: (n,) uint8, documents in UTF-8, each followed by the separator byte 255.
 
     Returns:
-        starts: (m,) positions in ascending order, each separator among them.
-        foreign: (m,) bool, whether the stretch from this start to the next has to be cut further by the pattern
-            itself, because it contains something else than ASCII. Nothing around such a stretch changes how it is cut.
+        starts: (m,) positions in ascending order, separators included.
+        foreign: (m,) bool, whether the stretch from this start to the next contains non-ASCII characters, so that
+            the pattern itself must cut it. Its surroundings do not affect how it is cut.
     """
     classes = _CLASS_OF_BYTE[text]
     space = classes == _SPACE
@@ -64,15 +63,15 @@ def pretokens(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     start = separator.copy()
     start[0] = True
     start[1:] |= classes[1:] != classes[:-1]
-    # … but the last character of a run of white space is parted from it if text follows, \s+(?!\S), and if it is a
-    # space it begins the pre-token of that text, " ?\p{L}+" and so on; …
+    # … but the last character of a run of white space is split off if text follows, \s+(?!\S), and if it is a space it
+    # starts the pre-token of that text, " ?\p{L}+" and so on; …
     last = np.flatnonzero(space[:-1] & ~space[1:] & ~separator[1:])
     start[last] = True
     start[last[text[last] == ord(" ")] + 1] = False
-    # … and an apostrophe that begins a pre-token takes the letters of a contraction along, '(?:[sdmt]|ll|ve|re).
+    # … and an apostrophe that starts a pre-token includes the letters of a contraction, '(?:[sdmt]|ll|ve|re).
     apostrophe = np.flatnonzero((text == ord("'")) & start)
     if apostrophe.size:
-        first = text[apostrophe + 1]  # there is one: the text ends with a separator
+        first = text[apostrophe + 1]  # exists, since the text ends with a separator
         second = text[np.minimum(apostrophe + 2, text.size - 1)]
         one = np.isin(first, np.frombuffer(b"sdmt", np.uint8))
         pair = first.astype(np.uint16) << 8 | second
@@ -84,8 +83,8 @@ def pretokens(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not foreign.any():
         starts = np.flatnonzero(start)
         return starts, np.zeros(starts.size, bool)
-    # No pre-token goes from a character to white space after it, so the text falls into stretches that have nothing
-    # to do with each other. (The character has to be known not to be white space itself: so, of ASCII.)
+    # No pre-token continues from a non-space character into white space, so the text splits there into independent
+    # stretches. (The character must be ASCII, so that it is known not to be white space.)
     border = np.zeros(text.size, bool)
     border[0] = True
     border[1:] = (space[1:] & ~space[:-1] & ~foreign[:-1]) | separator[1:] | separator[:-1]
@@ -98,13 +97,13 @@ def pretokens(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class DocumentEncoder:
-    """Encodes batches of documents with a tokenizer, keeping the ids of the pre-tokens that it meets.
+    """Encodes batches of documents, with a cache of pre-tokens and their ids.
 
-    Holds some tens of megabytes at most; the cache is emptied when it is full.
+    The cache takes at most some tens of megabytes and is cleared when it is full.
     """
 
-    _ENTRIES = 1 << 18  # pre-tokens that are kept
-    _IDS = 1 << 20  # and ids of them
+    _ENTRIES = 1 << 18  # most pre-tokens in the cache
+    _IDS = 1 << 20  # most ids in the cache
     _SLOT_BITS = 19
     _LONGEST = 15  # bytes; longer pre-tokens, one in a hundred, are looked up one by one
     _LONGEST_KEPT = 64
@@ -114,20 +113,20 @@ class DocumentEncoder:
         self._clear()
 
     def _clear(self) -> None:
-        # Entry e is a pre-token: its bytes, padded, and its length are (low[e], high[e]), its ids
-        # ids[first[e] : first[e] + count[e]]. Entry 0 is none and has a key that no pre-token has.
+        # Entry e is a pre-token: (low[e], high[e]) are its padded bytes and length, ids[first[e] : first[e] + count[e]]
+        # its ids. Entry 0 is empty; no pre-token has its key.
         self._entry: dict[bytes, int] = {}
         self._entries, self._stored = 1, 0
         self._low, self._high = np.zeros(1, np.uint64), np.zeros(1, np.uint64)
         self._first, self._count = np.zeros(1, np.int64), np.zeros(1, np.int64)
         self._ids = np.zeros(1, np.uint32)
-        # A hash table without collision lists: a slot has the entry that was met last of those that fall into it.
+        # A hash table without collision lists: a slot holds the latest entry that hashed to it.
         self._slots = np.zeros(1 << self._SLOT_BITS, np.int32)
 
     def encode(self, documents: Sequence[str]) -> np.ndarray:
         """The ids of the documents, each followed by the end of text: (n,) uint32.
 
-        Equal to `tokenizer.encode` of each. Memory grows with the documents' lengths together.
+        Equal to `tokenizer.encode` of each. Memory grows with the total length.
         """
         if not documents:
             return np.empty(0, np.uint32)
@@ -159,9 +158,9 @@ class DocumentEncoder:
         starts: np.ndarray,  # (m,)
         lengths: np.ndarray,  # (m,)
         keys: np.ndarray,  # (2, m)
-        short: np.ndarray,  # (m,) bool: the key tells the whole pre-token
+        short: np.ndarray,  # (m,) bool: the key holds the whole pre-token
     ) -> np.ndarray:  # (m,)
-        """The entries of pre-tokens, one by one; new ones are encoded and entered."""
+        """Look up the entries of pre-tokens one by one; encode and add new ones."""
         entries: list[int] = []
         new_places: list[int] = []
         ids: list[int] = []
@@ -190,7 +189,7 @@ class DocumentEncoder:
         return np.array(entries)
 
     def _gather(self, entries: np.ndarray) -> np.ndarray:
-        """The ids of entries, one after the other."""
+        """The concatenated ids of the entries."""
         first, count = self._first[entries], self._count[entries]
         stop = np.cumsum(count)
         return self._ids[np.arange(stop[-1]) + np.repeat(first - (stop - count), count)]
@@ -204,14 +203,14 @@ def _utf8(text: str) -> bytes:
 
 
 def _put(array: np.ndarray, place: int, values: np.ndarray) -> np.ndarray:
-    """`array` with `values` from `place` on; twice as long, if they do not fit."""
+    """Write `values` into `array` at `place`, growing it at least twofold if they do not fit; return the array."""
     if place + values.size > array.size:
         array = np.append(array, np.zeros(max(array.size, values.size), array.dtype))
     array[place : place + values.size] = values
     return array
 
 
-# The bytes of a pre-token of up to 15 bytes and its length, as two numbers: 8 bytes, then 7 and the length.
+# Masks for the key of a pre-token of up to 15 bytes: two numbers that hold 8 bytes, then 7 bytes and the length.
 _LOW = np.array([(1 << 8 * min(length, 8)) - 1 for length in range(17)], np.uint64)
 _HIGH = np.array([(1 << 8 * min(max(length - 8, 0), 7)) - 1 for length in range(17)], np.uint64)
 
@@ -221,7 +220,7 @@ def _keys(
     starts: np.ndarray,  # (m,)
     lengths: np.ndarray,  # (m,)
 ) -> np.ndarray:  # (2, m) uint64
-    words = np.ndarray((padded.size - 7,), "<u8", buffer=padded, strides=(1,))  # the 8 bytes from each place
+    words = np.ndarray((padded.size - 7,), "<u8", buffer=padded, strides=(1,))  # the 8 bytes at each position
     clipped = np.minimum(lengths, 16)
     low = words[starts] & _LOW[clipped]
     high = words[starts + 8] & _HIGH[clipped] | clipped.astype(np.uint64) << np.uint64(56)

@@ -1,7 +1,7 @@
-"""The one exception of this package."""
+"""This package's exception."""
 
 from __future__ import annotations
 
 
 class DataError(Exception):
-    """A corpus or a token directory that cannot be used; the message names the file, what is wrong and the remedy."""
+    """A corpus or token directory cannot be used; the message names the file, the fault and the remedy."""

@@ -1,7 +1,7 @@
-"""Files that can be trusted: written beside their place, synced, renamed; read within limits.
+"""Atomic writes and bounded reads.
 
-A reader sees the old file or the new one, never a half of one. What it reads may still be damaged or not a file at all:
-a FIFO is not waited for, a device not read, a file of a terabyte not loaded.
+Files are written to a temporary name, synced and renamed, so a reader sees the old file or the new one, never half of
+one. Reads refuse FIFOs, devices, directories and files above a size limit.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from pydantic import ValidationError
 
 from data.errors import DataError
 
-# Nothing that this project writes is nested more than ten deep; Python's recursive functions fail near a thousand.
+# This project's files are nested at most ten deep; Python's recursive functions fail near a thousand.
 _DEEPEST = 100
 
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[BufferedRandom]:
-    """Open `<path>.<process id>.partial` for writing and reading; on a clean exit sync it and rename it to `path`.
+    """Open `<path>.<process id>.partial` for writing and reading; on a clean exit, sync it and rename it to `path`.
 
-    On an exception nothing appears at `path` and the partial file is removed.
+    On an exception, remove the partial file and leave `path` untouched.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.unlink(missing_ok=True)  # of a killed process with this number
+        partial.unlink(missing_ok=True)  # left by a killed process with the same id
         with BufferedRandom(partial.open("xb+", buffering=0), 1 << 20) as file:
             yield file
             file.flush()
@@ -47,7 +47,7 @@ def written_beside(path: Path) -> Iterator[BufferedRandom]:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the renames in a directory durable (some network filesystems refuse: they are durable or nothing is).
+    """Make the renames in a directory durable, if its filesystem can (some network filesystems cannot).
 
     Raises:
         OSError: the disk is full, gone or broken.
@@ -63,11 +63,11 @@ def sync_directory(directory: Path) -> None:
 
 
 def entries(directory: Path, own: Mapping[str, str | None]) -> list[tuple[Path, bool]]:
-    """What lies in a directory, each with whether its name is one of `own`; sorted.
+    """The sorted entries of a directory, each with whether its name matches one of `own`.
 
     Args:
-        own: patterns of names, each with that of the names in a directory of such a name, or None where anything may
-            lie in it; directories with a pattern are looked into.
+        own: maps a pattern of names to the pattern of the names inside such a directory, or to None if anything may be
+            in it. Directories with an inner pattern are listed too.
     """
     found = []
     for path in sorted(directory.iterdir()):
@@ -79,7 +79,7 @@ def entries(directory: Path, own: Mapping[str, str | None]) -> list[tuple[Path, 
 
 
 def cannot_use(error: OSError, path: Path) -> DataError:
-    """The error for what may not be read or written, or whose disk is broken, at or below `path`."""
+    """The error for something at or below `path` that cannot be accessed."""
     return DataError(f"{error.filename or path}: {error.strerror or error}; check the path and its permissions")
 
 
@@ -96,7 +96,7 @@ def _regular(path: str, flags: int) -> int:
     descriptor = os.open(path, flags | os.O_NONBLOCK)  # without it, opening a FIFO waits for a writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is a directory, a FIFO or a device, and a regular file is expected", path)
+        raise OSError(errno.EINVAL, "it is a directory, a FIFO or a device, not a regular file", path)
     return descriptor
 
 
@@ -104,13 +104,13 @@ def read_regular(path: Path, limit: int) -> bytes:
     """The content of a regular file.
 
     Raises:
-        OSError: as `open_regular`, or the disk cannot read it.
+        OSError: as `open_regular`, or reading fails.
         ValueError: it has more than `limit` bytes.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
-            raise ValueError(f"it has {size:,} bytes, and at most {limit:,} are read")
+            raise ValueError(f"it has {size:,} bytes; the limit is {limit:,}")
         return file.read(limit)
 
 
@@ -119,7 +119,7 @@ def read_json(path: Path, limit: int) -> Any:
 
     Raises:
         OSError: as `read_regular`.
-        ValueError: it is too large, not UTF-8, not JSON, or nested so deeply that recursive functions would fail.
+        ValueError: it is too large, not UTF-8, not JSON, or nested too deeply for recursive functions.
     """
     content = read_regular(path, limit)
     try:
@@ -131,10 +131,10 @@ def read_json(path: Path, limit: int) -> Any:
 
 
 def check_nesting(value: Any, size: int) -> None:
-    """Refuse parsed JSON or YAML of `size` bytes that is nested too deeply, or repeats itself by YAML's aliases.
+    """Refuse parsed JSON or YAML of `size` bytes that is nested too deeply or expands through YAML aliases.
 
     Raises:
-        ValueError: it is, or does.
+        ValueError: it is refused.
     """
     level = [value]
     for _ in range(_DEEPEST):
@@ -143,7 +143,7 @@ def check_nesting(value: Any, size: int) -> None:
         if not level:
             return
         if len(level) > size:  # each value has at least one byte
-            raise ValueError("its aliases stand for more values than it has bytes")
+            raise ValueError("its aliases expand to more values than it has bytes")
     raise ValueError(f"it is nested more than {_DEEPEST} deep")
 
 
@@ -157,7 +157,7 @@ def problem(error: ValueError) -> str:
 
 
 def why_not_written(error: OSError) -> tuple[str, str]:
-    """What is the matter where something could not be written, and what to do about it, or nothing."""
+    """The reason for a failed write, and its remedy ("" if there is none)."""
     parent = Path(os.fsdecode(error.filename)).parent if isinstance(error.filename, (str, bytes)) else None
     if error.errno == errno.ENOENT and parent is not None and parent.is_dir():  # as in /proc
         return f"{parent} takes no new files", ""
@@ -167,16 +167,16 @@ def why_not_written(error: OSError) -> tuple[str, str]:
 
 
 def cannot_write(error: OSError, directory: Path) -> DataError:
-    """The error for a disk that is full, read-only or gone while `directory` was being written."""
+    """The error for a failed write to `directory`."""
     reason, remedy = why_not_written(error)
-    again = f"{remedy} and run the same command again: what was finished is kept"
+    again = f"{remedy} and rerun the same command to resume"
     return DataError(
         f"{error.filename or directory} cannot be written: {reason}; {again if remedy else 'choose another data.directory='}"
     )
 
 
 def canonical_json(content: Any) -> bytes:
-    """The one byte string for a JSON value: sorted keys, no spaces, UTF-8. Hashes are taken of it."""
+    """The canonical bytes of a JSON value, for hashing: sorted keys, no spaces, UTF-8."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 

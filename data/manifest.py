@@ -1,11 +1,11 @@
-"""The manifest of a token directory: what the tokens are, where they come from, and how each shard is known again.
+"""The manifest of a token directory: where its tokens come from, and the size and hash of each shard.
 
     tokens/<source>-<tokenizer>/manifest.json           written last: a directory without it is unfinished
-    tokens/<source>-<tokenizer>/tokenizer.json          the trained tokenizer (tokenizer=bpe alone)
+    tokens/<source>-<tokenizer>/tokenizer.json          the trained tokenizer (only for tokenizer=bpe)
     tokens/<source>-<tokenizer>/train-00000.npy         one-dimensional uint16 or uint32 arrays in NumPy's own format
     tokens/<source>-<tokenizer>/validation-00000.npy
 
-The shards of a split, in the order of the manifest, are one stream of tokens.
+The shards of a split, in manifest order, form one stream of tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 SPLITS = ("train", "validation")
 
-# A manifest names files inside of its own directory and nowhere else.
+# A manifest only names files in its own directory.
 _SHARD_NAME = re.compile(r"(train|validation)-\d{5,}\.npy")
 _MANIFEST_BYTES = 64 << 20
 
@@ -64,10 +64,10 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a token directory holds.
+    """The contents of a token directory.
 
-    `source` and `split_rule` describe the corpus and its division, free of anything that depends on the machine
-    (absolute paths, times); so two preparations of the same text with the same tokenizer have the same `sha256`.
+    `source` and `split_rule` describe the corpus and its split without anything that depends on the machine (absolute
+    paths, times), so preparing the same text with the same tokenizer gives the same `sha256`.
     """
 
     source: dict[str, Any]
@@ -109,12 +109,12 @@ class Manifest:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Little-endian uint16 while every id fits, else uint32."""
+    """Little-endian uint16 if every id fits, else uint32."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
 class _Read(BaseModel):
-    """What a manifest.json must hold to be read."""
+    """The schema of manifest.json."""
 
     model_config = ConfigDict(strict=True)
 
@@ -148,7 +148,7 @@ def load_manifest(directory: str | Path) -> Manifest:
     """Read and check `directory/manifest.json`.
 
     Raises:
-        DataError: there is none, it is not one of this format, or its content does not have the hash written in it.
+        DataError: it is missing, has another format, or does not match its own hash.
     """
     path = Path(directory) / MANIFEST_FILE
     remedy = f"remove {path.parent} and prepare it again with scripts/prepare_data.py"
@@ -156,8 +156,8 @@ def load_manifest(directory: str | Path) -> Manifest:
         content = read_json(path, _MANIFEST_BYTES)
     except FileNotFoundError:
         raise DataError(
-            f"{path.parent} holds no prepared tokens: there is no {MANIFEST_FILE} in it; "
-            "run scripts/prepare_data.py, which also goes on with a preparation that was interrupted"
+            f"{path.parent} holds no prepared tokens: it has no {MANIFEST_FILE}; "
+            "run scripts/prepare_data.py, which also resumes an interrupted preparation"
         ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from error
@@ -165,15 +165,15 @@ def load_manifest(directory: str | Path) -> Manifest:
         raise DataError(f"{path} is damaged: not JSON ({problem(error)}); {remedy}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         given = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise DataError(f"{path} has format {given!r} and this version reads format {FORMAT}; {remedy}")
+        raise DataError(f"{path} has format {given!r}, but this version reads format {FORMAT}; {remedy}")
     try:
         manifest = _parse(content)
     except ValueError as error:
         raise DataError(f"{path} is damaged: {problem(error)}; {remedy}") from error
     if content.get("sha256") != manifest.sha256:
         raise DataError(
-            f"{path} was changed after it was written: its content has sha256 {manifest.sha256}, "
-            f"recorded is {content.get('sha256')}; {remedy}"
+            f"{path} was changed after it was written: its content has sha256 {manifest.sha256}, but it records "
+            f"{content.get('sha256')}; {remedy}"
         )
     return manifest
 
@@ -188,15 +188,15 @@ def _parse(content: dict[str, Any]) -> Manifest:
     splits = {name: Split(tuple(Shard(**shard.model_dump()) for shard in read.splits[name].shards)) for name in SPLITS}
     for shard in (shard for split in splits.values() for shard in split.shards):
         if not _SHARD_NAME.fullmatch(shard.file):
-            raise ValueError(f"{shard.file!r} is not the name of a shard")
+            raise ValueError(f"{shard.file!r} is not a shard name")
     return Manifest(read.source, read.split_rule, tokenizer, splits)
 
 
 def verify(directory: str | Path, report: Callable[[str], None] | None = None) -> Manifest:
-    """Read every shard whole and compare it with its recorded sha256; `report` is called with each file's name.
+    """Read every shard and compare it with its recorded sha256; `report` is called with each file name.
 
     Raises:
-        DataError: the first file that is missing or differs.
+        DataError: a file is missing or differs; names the first.
     """
     directory = Path(directory)
     manifest = load_manifest(directory)
@@ -212,7 +212,7 @@ def verify(directory: str | Path, report: Callable[[str], None] | None = None) -
                 raise DataError(f"{path} cannot be read: {error.strerror}; {shard_remedy(directory)}") from error
             if found != shard.sha256:
                 raise DataError(
-                    f"{path} is damaged: its sha256 is {found}, the manifest has {shard.sha256}; "
+                    f"{path} is damaged: its sha256 is {found}, but the manifest has {shard.sha256}; "
                     f"{shard_remedy(directory)}"
                 )
     return manifest

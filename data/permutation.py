@@ -1,9 +1,9 @@
-"""A keyed permutation of {0, …, n-1} that is computed place by place, with no table.
+"""A keyed permutation of {0, …, n-1}, computed element by element without a table.
 
-A balanced Feistel network is a bijection of 2h-bit numbers whatever its round function; applying it until the result
-falls below n (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002) makes it one of
-{0, …, n-1}, in fewer than four applications on average. NumPy's own `Generator.permutation` would need memory for
-every window, and its stream may change between NumPy versions (NEP 19); this one cannot.
+A balanced Feistel network is a bijection of 2h-bit numbers for any round function. Applying it until the result is
+below n (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002) gives a permutation of
+{0, …, n-1}, in fewer than four applications on average. NumPy's `Generator.permutation` would need memory for every
+window, and its stream may change between NumPy versions (NEP 19).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def permute(
     seed: int,
     epoch: int,
 ) -> np.ndarray:  # (b,) int64 in [0, n)
-    """The places to which the permutation of (seed, epoch) sends `positions`."""
+    """The images of `positions` under the permutation of (seed, epoch)."""
     half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half_bits)) - 1)
     keys = _round_keys(seed, epoch)

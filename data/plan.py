@@ -1,7 +1,7 @@
-"""A corpus's files → units of work, each of which makes one shard a split.
+"""A corpus's files → units of work; each unit makes one shard per split.
 
-The plan depends on the files and the split rule alone. So the shards, and with them the order of the tokens, are the
-same for any number of workers and however often the preparation was interrupted.
+The plan depends only on the files and the split rule. So the shards and the order of the tokens do not depend on the
+number of workers or on interruptions.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from data.files import canonical_json
 from data.readers import Segment, segments, text_bytes
 from data.splits import SplitRule
 
-# Small enough that a kill loses little and the work spreads, large enough that a corpus has at most some 130 shards a
-# split: each is an open file in every training process, and the usual limit is 1024.
+# Small enough that a kill loses little work and workers stay busy; large enough that a corpus has at most some 130
+# shards per split, since each is an open file in every training process and the usual limit is 1024.
 SMALLEST_UNIT = 4 << 20
 _UNITS = 128
 
@@ -31,7 +31,7 @@ _UNITS = 128
 class Unit:
     number: int
     segments: tuple[Segment, ...]
-    #: Under the rule "nanogpt", which of the unit's documents, counted from 0, are for validation; else None.
+    #: Under the rule "nanogpt", the unit's validation documents, counted from 0; else None.
     validation_rows: tuple[int, ...] | None
 
     @property
@@ -39,7 +39,7 @@ class Unit:
         return sum(segment.bytes for segment in self.segments)
 
     def fingerprint(self, job: dict[str, Any]) -> str:
-        """A hash of all that decides the unit's shards: equal, and what a killed preparation left can be kept."""
+        """A hash of everything that determines the unit's shards: if it is unchanged, finished shards are kept."""
         states = [os.stat(segment.path) for segment in self.segments]
         files = [(state.st_size, state.st_mtime_ns) for state in states]
         return hashlib.sha256(canonical_json([job, self.to_json(), files])).hexdigest()
@@ -64,11 +64,11 @@ def plan_units(
     smallest_unit: int,
     reading: Callable[[str], None],
 ) -> list[Unit]:
-    """Cut the files into units of about equal size, in the order of the files; `reading` is told each file's name.
+    """Cut the files into units of about equal size, in file order; `reading` is called with each file's name.
 
     Raises:
-        DataError: a file cannot be used (data/readers.py), or the split rule needs a number of documents that the
-            files do not tell.
+        DataError: a file cannot be used (data/readers.py), or the split rule needs document counts that the files do
+            not have.
     """
     total = 0
     for file in files:
@@ -92,8 +92,8 @@ def _validation_rows(groups: list[list[Segment]], split: SplitRule) -> list[tupl
         for segment in group:
             if segment.documents is None:
                 raise DataError(
-                    f"data.validation.rule=nanogpt needs parquet files, which tell their number of rows, and "
-                    f"{segment.path} is none; choose data.validation.rule=hash"
+                    f"data.validation.rule=nanogpt needs parquet files, which record their number of rows, but "
+                    f"{segment.path} is not one; choose data.validation.rule=hash"
                 )
             count += segment.documents
         counts.append(count)

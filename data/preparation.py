@@ -1,8 +1,8 @@
 """Preparation: a source and a tokenizer → a token directory, once.
 
-Parallel over processes, in memory that does not grow with the corpus, and safe to kill at any moment: the work is cut
-into units (data/plan.py), a worker writes a unit's shards beside their place, renames them and leaves a receipt; the
-next run keeps every unit whose receipt still fits and makes the rest. The manifest comes last.
+Preparation runs in parallel, in memory that does not grow with the corpus, and can be killed at any moment. The work is
+cut into units (data/plan.py). A worker writes a unit's shards under temporary names, renames them and writes a receipt;
+the next run keeps every unit whose receipt still matches and makes the rest. The manifest is written last.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from data.tokenise import RECEIPTS, receipt_path
 from data.tokenizers import TOKENIZER_FILE, TokenizerSpec, gpt2, open_tokenizer
 from data.workers import Worker, run_requests
 
-PREPARATION_FILE = "preparation.json"  # what was asked for and with which versions; for people, not hashed
+PREPARATION_FILE = "preparation.json"  # the request and the versions of the libraries; not hashed
 LOCK_FILE = ".lock"
 
-# A tokenizer is trained on this much of the training documents, spread over the whole corpus; merges learnt from more
-# text are the same in all but the rarest.
+# A tokenizer is trained on this much of the training documents, spread over the corpus; more text would change only the
+# rarest merges.
 _TRAINING_BYTES = 128 << 20
 _RECEIPT_BYTES = 64 << 20
 
-# What lies in a token directory; any other is not prepared in, for a preparation deletes what an earlier one left.
+# Preparation deletes what an earlier one left, so it refuses a directory that holds anything but these names.
 _SHARD, _PARTIAL = r"(train|validation)-\d{5,}\.npy", r"\.\d+\.partial"
 _FILE = rf"{_SHARD}|(manifest|preparation|tokenizer)\.json"
 _OWN_NAMES = {
@@ -49,25 +49,25 @@ _STALE = re.compile(rf"({_FILE}){_PARTIAL}|{_SHARD}")
 
 
 def token_directory(root: str | Path, source: Source, tokenizer: TokenizerSpec) -> Path:
-    """Where the tokens of a source are kept: `<root>/<source>-<tokenizer>`, such as tokens/sample-gpt2.
+    """The token directory of a source: `<root>/<source>-<tokenizer>`, such as tokens/sample-gpt2.
 
     Raises:
         DataError: the source's name would lead out of `root`.
     """
     if Path(source.name).name != source.name or "\0" in source.name:
-        raise DataError(f"data.name={source.name!r} becomes part of a directory's name; leave out slashes")
+        raise DataError(f"data.name={source.name!r} is part of a directory name; remove the slashes")
     return Path(root) / f"{source.name}-{tokenizer.label}"
 
 
 def ensure_prepared(
     root: str | Path, source: Source, tokenizer: TokenizerSpec, *, progress: Progress | None = None
 ) -> Path:
-    """The token directory of a source, for a run that is about to read it. The sample is prepared on first use.
+    """The token directory of a source, checked. The sample is prepared on first use.
 
-    Several processes may call it at once.
+    Safe to call from several processes at once.
 
     Raises:
-        DataError: the tokens are not there, with the command that makes them; or they were made from something else.
+        DataError: there are no tokens (the message has the command that makes them), or they do not match the request.
     """
     directory = token_directory(root, source, tokenizer)
     if isinstance(source, SampleSource) and not _is_prepared(directory):
@@ -79,10 +79,10 @@ def ensure_prepared(
 
 
 def refuse_unprepared(directory: Path, source: Source, tokenizer: TokenizerSpec) -> None:
-    """Refuse a directory without tokens, unless they are the sample's.
+    """Refuse a directory without tokens, except the sample's.
 
     Raises:
-        DataError: with the source's file that does not exist, or with the command that makes the tokens.
+        DataError: names the source's missing file, or the command that makes the tokens.
     """
     if _is_prepared(directory) or isinstance(source, SampleSource):
         return
@@ -90,7 +90,7 @@ def refuse_unprepared(directory: Path, source: Source, tokenizer: TokenizerSpec)
     options = "" if tokenizer.name == "gpt2" else f" tokenizer={tokenizer.name}"
     options += "" if tokenizer.vocab_size is None else f" tokenizer.vocab_size={tokenizer.vocab_size}"
     raise DataError(
-        f"{directory} holds no prepared tokens; make them once with: "
+        f"{directory} holds no prepared tokens; prepare them once with: "
         f"python scripts/prepare_data.py {source.overrides}{options}"
     )
 
@@ -103,27 +103,27 @@ def prepare(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Make a token directory, or go on with one that was interrupted, or return at once if it is complete.
+    """Make a token directory, resume an interrupted one, or return immediately if it is complete.
 
-    The result depends on the source's text, its split rule and the tokenizer, and not on `workers` or on
-    interruptions. A second preparation of the same directory waits for the first.
+    The result depends only on the source's text, its split rule and the tokenizer. A second preparation of the same
+    directory waits for the first.
 
     Args:
         source: the corpus (data/sources.py).
         tokenizer: which tokenizer; a "bpe" is trained on the training documents first.
-        directory: where to; made if need be.
-        workers: processes; as many as there are usable cores by default.
-        progress: what to show, nothing by default (data/progress.py).
+        directory: created if missing.
+        workers: number of processes; by default the number of usable cores.
+        progress: the display (data/progress.py); by default none.
 
     Raises:
-        DataError: the corpus cannot be used, the directory holds other tokens, or the disk is full; what was done is
+        DataError: the corpus cannot be used, the directory holds other tokens, or the disk is full; finished work is
             kept for the next call.
     """
     if workers is not None and workers < 1:
-        raise ValueError(f"workers={workers}: at least one is needed")
+        raise ValueError(f"workers={workers}: expected at least 1")
     directory = Path(directory)
     display = progress if progress is not None else Progress()
-    if not _is_prepared(directory):  # else it may be a read-only copy, with no place for a lock
+    if not _is_prepared(directory):  # a complete one may be read-only and cannot be locked
         source.refuse_absent()
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -184,15 +184,15 @@ def _is_prepared(directory: Path) -> bool:
 
 
 def _refuse_foreign(directory: Path) -> None:
-    """Refuse a directory that an unfinished preparation has not left: shards lie beside their receipts."""
+    """Refuse a directory that is not an unfinished preparation: it must hold receipts and nothing foreign."""
     found = entries(directory, _OWN_NAMES)
     foreign = [path.relative_to(directory).as_posix() for path, own in found if not own or path.is_symlink()]
     if not (directory / RECEIPTS).is_dir():
         foreign += [path.name for path, own in found if own and path.name != LOCK_FILE]
     if foreign:
         raise DataError(
-            f"{directory} holds {', '.join(foreign[:3])} and no {MANIFEST_FILE}: it is no token directory; give another "
-            "data.directory= or data.name=, or move that away"
+            f"{directory} is not a token directory: it holds {', '.join(foreign[:3])} and no {MANIFEST_FILE}; set another "
+            "data.directory= or data.name=, or move those files"
         )
 
 
@@ -203,7 +203,7 @@ def _train(
     spec: TokenizerSpec,
     display: Progress,
 ) -> TokenizerInfo:
-    """The trained tokenizer: that of an earlier run if it was made of the same corpus, else a new one."""
+    """Train a tokenizer, or reuse an earlier run's if it was trained on the same corpus."""
     directory = Path(common["directory"])
     fingerprint = [unit.fingerprint({**common, "vocab_size": spec.vocab_size}) for unit in units]
     receipt = directory / RECEIPTS / TOKENIZER_FILE
@@ -228,7 +228,7 @@ def _train(
 
 
 def _receipt(directory: Path, unit: plan.Unit, fingerprint: str) -> dict[str, Shard] | None:
-    """What was made of the unit, by split; None if nothing, or of something else, or if it is damaged."""
+    """The unit's finished shards by split; None if they are missing, damaged or were made from something else."""
     try:
         content = read_json(receipt_path(directory, unit), _RECEIPT_BYTES)
         if content["fingerprint"] != fingerprint:
@@ -247,26 +247,26 @@ def _assemble(
     receipts = [shards for shards in made if shards is not None]
     if len(receipts) < len(made):
         raise DataError(
-            "the corpus, or a finished shard, changed during the preparation; run the same command again, which makes "
+            "the corpus or a finished shard changed during the preparation; rerun the same command, which makes only "
             "what is missing"
         )
     splits = {split: Split(tuple(shards[split] for shards in receipts if split in shards)) for split in SPLITS}
     documents = sum(split.documents for split in splits.values())
     if documents == 0:
         raise DataError(
-            "the corpus has no document with text in it; check the files, and data.text_column for .jsonl and .parquet"
+            "the corpus has no documents with text; check the files, and data.text_column for .jsonl and .parquet"
         )
     for name, split in splits.items():
         if split.documents == 0:
             raise DataError(
-                f"none of the {documents} documents falls to {name} (data.validation.rule={source.split.rule}, "
-                f"fraction={source.split.fraction}); change data.validation.fraction or take a larger corpus"
+                f"none of the {documents} documents falls into {name} (data.validation.rule={source.split.rule}, "
+                f"fraction={source.split.fraction}); change data.validation.fraction or choose a larger corpus"
             )
     return Manifest(description, source.split.describe(), tokenizer, splits)
 
 
 def _remove_stale(directory: Path, manifest: Manifest) -> None:
-    """Remove what kills and earlier versions of the corpus left behind."""
+    """Remove files left by killed processes and earlier versions of the corpus."""
     listed = {shard.file for split in manifest.splits.values() for shard in split.shards}
     for path in directory.iterdir():
         if _STALE.fullmatch(path.name) and path.name not in listed:
@@ -274,7 +274,7 @@ def _remove_stale(directory: Path, manifest: Manifest) -> None:
 
 
 def _check_request(directory: Path, manifest: Manifest, source: Source, tokenizer: TokenizerSpec) -> None:
-    """Refuse tokens that were made from another corpus or with another tokenizer than the one asked for."""
+    """Refuse tokens made from another corpus or with another tokenizer than requested."""
     asked: dict[str, Any] = {"tokenizer": tokenizer.name, "split": source.split.describe()}
     held: dict[str, Any] = {"tokenizer": manifest.tokenizer.name, "split": manifest.split_rule}
     if tokenizer.vocab_size is not None:
@@ -290,17 +290,17 @@ def _check_request(directory: Path, manifest: Manifest, source: Source, tokenize
         raise DataError(
             f"{directory} was prepared with "
             + ", ".join(f"{key}={held.get(key)!r}" for key in different)
-            + ", and now asked for is "
+            + ", but this run asks for "
             + ", ".join(f"{key}={asked.get(key)!r}" for key in different)
-            + "; give the data another name (data.name), or remove the directory and prepare it again"
+            + "; set another data.name, or remove the directory and prepare it again"
         )
 
 
 @contextmanager
 def _exclusive(directory: Path, display: Progress) -> Iterator[int]:
-    """Hold the directory's lock, waiting for whoever has it; yields its descriptor.
+    """Hold the directory's lock, waiting for its holder if need be; yields the lock's descriptor.
 
-    The kernel releases it with the last process that holds it, so a kill leaves no stale lock.
+    The kernel releases the lock when the last process that holds it ends, so a kill leaves no stale lock.
     """
     descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
@@ -322,8 +322,8 @@ def _locked(descriptor: int, directory: Path) -> bool:
         return False
     except OSError as error:
         raise DataError(
-            f"{directory} is on a file system without locks ({error.strerror}), on which two preparations could "
-            "disturb each other; prepare on a local disk (data.directory) and copy the directory"
+            f"{directory} is on a filesystem without locks ({error.strerror}), where two preparations could "
+            "overwrite each other; prepare on a local disk (data.directory) and copy the directory"
         ) from error
     return True
 

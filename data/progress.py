@@ -1,4 +1,4 @@
-"""What a preparation shows: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a preparation: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Shows nothing; the others show. Calls come from one thread at a time."""
+    """The interface; this class shows nothing. One thread calls it at a time."""
 
     def message(self, text: str) -> None:
-        """Something that takes time is starting, or the user should know."""
+        """Show a line of text."""
 
     def begin(self, total_bytes: int, done_bytes: int) -> None:
-        """Tokenisation starts: so much text in all, so much of it done by an earlier run."""
+        """Start tokenisation of `total_bytes` of text, of which an earlier run did `done_bytes`."""
 
     def advance(self, text_bytes: int, tokens: int, documents: int) -> None:
-        """So much was done since the last call."""
+        """Count work done since the last call."""
 
     def end(self) -> None:
-        """Nothing more will be shown."""
+        """Close the display."""
 
 
 class LineProgress(Progress):
@@ -42,7 +42,7 @@ class LineProgress(Progress):
     def begin(self, total_bytes: int, done_bytes: int) -> None:
         self._total, self._before = total_bytes, done_bytes
         self._began = self._last = time.monotonic()
-        resumed = f", {done_bytes / 1e6:.1f} MB of it done before" if done_bytes else ""
+        resumed = f", of which {done_bytes / 1e6:.1f} MB are already done" if done_bytes else ""
         self.message(f"tokenising about {total_bytes / 1e6:.1f} MB of text{resumed}")
 
     def advance(self, text_bytes: int, tokens: int, documents: int) -> None:
@@ -65,12 +65,12 @@ class LineProgress(Progress):
         self.message(
             f"{share:.1%}  {self._documents:,} documents  {self._tokens:,} tokens  "
             f"{self._tokens / seconds / 1e6:.2f} M tokens/s  {self._bytes / seconds / 1e6:.1f} MB/s  "
-            + (f"{_duration(left)} left" if rest else f"{_duration(seconds)} in all")
+            + (f"{_duration(left)} left" if rest else f"{_duration(seconds)} in total")
         )
 
 
 class BarProgress(Progress):
-    """A bar with throughput and time left, by rich."""
+    """A rich progress bar with throughput and time left."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         import rich.console

@@ -1,8 +1,8 @@
-"""Corpus files → documents, each format streamed in memory that does not grow with the file.
+"""Corpus files → documents, streamed in memory that does not grow with the file.
 
-A `Segment` is a part of one file that can be read by itself: a range of bytes cut at a paragraph (.txt) or line
-(.jsonl), a run of row groups (.parquet), or the whole file where the format allows no other start (.gz, .xz).
-Every fault of a file is a `DataError` that names it and says where and what to do.
+A `Segment` is a part of one file that can be read by itself: a byte range cut at a paragraph (.txt) or line (.jsonl),
+a run of row groups (.parquet), or the whole file if the format allows no other start (.gz, .xz). Every fault of a file
+raises a `DataError` that names the file, the place and the remedy.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".jsonl.gz", ".parquet")
 
-#: The longest document in JSON Lines and parquet, which have to be read whole. Plain text is streamed, without limit.
+#: The longest document in JSON Lines and parquet, which are held whole. Plain text is streamed, without a limit.
 LONGEST_DOCUMENT = 128 << 20
 
 _CHUNK_BYTES = 1 << 20
 _BATCH_ROWS = 64
-_COMPRESSION = 4  # about how many bytes of text a compressed byte holds, to share out work and show progress
+_COMPRESSION = 4  # estimated bytes of text per compressed byte, to divide the work and show progress
 
-#: Called with the number of bytes (uncompressed, or an estimate of it) read since the last call.
+#: Called with the number of (uncompressed or estimated) bytes read since the last call.
 Advance = Callable[[int], None]
 
 
@@ -46,8 +46,8 @@ class Segment:
     path: str
     start: int  # bytes, or row groups in parquet; 0 in a compressed file
     stop: int
-    bytes: int  # of text, or an estimate of it
-    documents: int | None  # known in advance in parquet alone
+    bytes: int  # of text, possibly estimated
+    documents: int | None  # known in advance only in parquet
 
 
 def suffix_of(path: str | Path) -> str | None:
@@ -56,28 +56,27 @@ def suffix_of(path: str | Path) -> str | None:
 
 
 def text_bytes(path: Path, text_column: str) -> int:
-    """How much text the file holds, roughly; opens it, so that one that cannot be read is refused before any work.
+    """The approximate bytes of text in a file. Opens the file, so that an unreadable one is refused before any work.
 
     Raises:
-        DataError: the file is empty, a directory, of an unknown kind, without permission, or no parquet file with
-            that column.
+        DataError: the file is empty, a directory, of an unknown kind, unreadable, or a parquet file without the column.
     """
     suffix = suffix_of(path)
     if path.is_dir():
-        raise DataError(f"{path} is a directory and should be a file; give a glob, such as {path}/*.txt")
+        raise DataError(f"{path} is a directory, not a file; give a glob, such as {path}/*.txt")
     if suffix is None:
-        raise DataError(f"{path} has none of the known endings {', '.join(SUFFIXES)}; rename it, or narrow the glob")
+        raise DataError(f"{path} has none of the known suffixes {', '.join(SUFFIXES)}; rename it, or narrow the glob")
     with _faults_named(path), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
     if size == 0:
-        raise DataError(f"{path} is empty; remove it, or fetch it again if that was not meant")
+        raise DataError(f"{path} is empty; remove it or download it again")
     if suffix == ".parquet":
         return sum(segment.bytes for segment in _row_groups(path, text_column))
     return size * (_COMPRESSION if suffix.endswith(("gz", "xz")) else 1)
 
 
 def segments(path: Path, text_column: str, limit: int) -> list[Segment]:
-    """Cut a file into segments of about `limit` bytes of text, as far as its format allows.
+    """Cut a file into segments of about `limit` bytes of text, if its format allows.
 
     Raises:
         DataError: as `text_bytes`.
@@ -100,10 +99,10 @@ def segments(path: Path, text_column: str, limit: int) -> list[Segment]:
 
 
 def read_documents(segment: Segment, text_column: str, advance: Advance) -> Iterator[str | None]:
-    """The documents of a segment, in order; None for a parquet row without text, which has a number all the same.
+    """The documents of a segment, in order; None for a parquet row without text, so that rows keep their numbers.
 
     Raises:
-        DataError: the file is damaged, is not UTF-8, or lacks the column.
+        DataError: the file is damaged, not UTF-8, or lacks the column.
     """
     path = Path(segment.path)
     with _faults_named(path):
@@ -125,11 +124,11 @@ def read_documents(segment: Segment, text_column: str, advance: Advance) -> Iter
                 with open_regular(path) as packed, lzma.LZMAFile(packed) as file:
                     yield from cut_documents(_read_text(path, file, 0, None, _compressed(packed, advance)))
             case _:
-                raise DataError(f"{path} has none of the known endings {', '.join(SUFFIXES)}")
+                raise DataError(f"{path} has none of the known suffixes {', '.join(SUFFIXES)}")
 
 
 def _compressed(packed: IO[bytes], advance: Advance) -> Advance:
-    """Progress by compressed bytes, which is known where the uncompressed size is not."""
+    """Report progress from compressed bytes, since the uncompressed size is unknown."""
     done = 0
 
     def moved(_: int) -> None:
@@ -143,18 +142,18 @@ def _compressed(packed: IO[bytes], advance: Advance) -> Advance:
 
 @contextmanager
 def _faults_named(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged or forbidden file provokes into one error that names it."""
+    """Turn the errors of a damaged or unreadable file into a DataError that names it."""
     try:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path} is truncated or damaged ({error}); fetch or compress it again") from error
+        raise DataError(f"{path} is truncated or damaged ({error}); download or compress it again") from error
     except PermissionError as error:
-        raise DataError(f"{path} may not be read by this user; change its permissions (chmod +r)") from error
+        raise DataError(f"{path} cannot be read: permission denied; change its permissions (chmod +r)") from error
     except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist (any more), or is a link to nothing; restore or remove it") from error
+        raise DataError(f"{path} does not exist or is a broken link; restore or remove it") from error
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror or error}); check the disk, or fetch the file again"
+            f"{path} cannot be read ({error.strerror or error}); check the disk, or download the file again"
         ) from error
 
 
@@ -164,7 +163,7 @@ def _faults_named(path: Path) -> Iterator[None]:
 def _read_text(
     path: Path, file: IO[bytes] | gzip.GzipFile | lzma.LZMAFile, start: int, stop: int | None, advance: Advance
 ) -> Iterator[str]:
-    """Decode UTF-8 strictly; line ends become "\\n" as in Python's text files; a leading byte order mark is dropped."""
+    """Decode UTF-8 strictly; line ends become "\\n", and a leading byte order mark is dropped."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     place = start
@@ -188,13 +187,13 @@ def _read_text(
 def _not_utf8(path: Path, offset: int, error: UnicodeDecodeError) -> DataError:
     byte = error.object[error.start]
     return DataError(
-        f"{path} is not UTF-8: byte 0x{byte:02x} at offset {offset} ({error.reason}); convert it, for example with "
+        f"{path} is not UTF-8: byte 0x{byte:02x} at offset {offset} ({error.reason}); convert it, e.g. with "
         f"iconv -f latin1 -t utf-8"
     )
 
 
 def _after_paragraph(file: IO[bytes], nominal: int, size: int) -> int:
-    """The first place at or after `nominal` where a paragraph starts; else a line; else a character."""
+    """The first offset at or after `nominal` where a paragraph starts, else a line, else a character."""
     file.seek(nominal)
     window = file.read(_CHUNK_BYTES)
     for end in (b"\n\n", b"\r\n\r\n", b"\n"):
@@ -211,7 +210,7 @@ def _after_paragraph(file: IO[bytes], nominal: int, size: int) -> int:
 
 
 def _after_lines(file: IO[bytes], nominal: list[int], size: int) -> list[int]:
-    """The first places at or after rising nominal ones where a line starts; a line of any length is read once."""
+    """The first line starts at or after the ascending `nominal` offsets; a line of any length is read once."""
     found = [0]
     for place in nominal:
         if place > found[-1]:
@@ -237,8 +236,8 @@ def _read_json_lines(
             return
         if len(line) > LONGEST_DOCUMENT:
             raise DataError(
-                f"{path}: the line at byte {place} is longer than {LONGEST_DOCUMENT >> 20} MiB; one JSON object a line "
-                "is expected, and a longer document should be a .txt file, which is streamed"
+                f"{path}: the line at byte {place} is longer than {LONGEST_DOCUMENT >> 20} MiB; write one JSON object "
+                "per line, and put longer documents into a .txt file, which is streamed"
             )
         text = _text_of_line(path, line, place, text_column)
         place += len(line)
@@ -258,18 +257,18 @@ def _text_of_line(path: Path, line: bytes, place: int, text_column: str) -> str 
         raise _not_utf8(path, place + error.start, error) from error
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: the line at byte {place} is not JSON ({error}); one JSON object a line is expected"
+            f"{path}: the line at byte {place} is not JSON ({error}); write one JSON object per line"
         ) from error
     if not isinstance(row, dict) or text_column not in row:
-        given = f"an object with {', '.join(map(repr, row)) or 'no keys'}" if isinstance(row, dict) else "no object"
+        given = f"an object with {', '.join(map(repr, row)) or 'no keys'}" if isinstance(row, dict) else "not an object"
         raise DataError(
-            f"{path}: the line at byte {place} has no {text_column!r}, it is {given}; set data.text_column to the key "
-            "that holds the text"
+            f"{path}: the line at byte {place} has no key {text_column!r}: it is {given}; set data.text_column to the "
+            "key that holds the text"
         )
     text = row[text_column]
     if text is not None and not isinstance(text, str):
         raise DataError(
-            f"{path}: {text_column!r} of the line at byte {place} is {type(text).__name__}, and text is expected; set "
+            f"{path}: {text_column!r} of the line at byte {place} is of type {type(text).__name__}, not text; set "
             "data.text_column to the key that holds the text"
         )
     return text
@@ -281,7 +280,7 @@ def _text_of_line(path: Path, line: bytes, place: int, text_column: str) -> str 
 def _open_parquet(path: Path, text_column: str) -> pyarrow.parquet.ParquetFile:
     """Open a parquet file and check its column.
 
-    Memory mapped and without read-ahead: a reader then holds one page of the column at a time, not one row group.
+    Memory mapping without read-ahead holds one page of the column at a time instead of a row group.
     """
     import pyarrow
     import pyarrow.parquet
@@ -291,7 +290,7 @@ def _open_parquet(path: Path, text_column: str) -> pyarrow.parquet.ParquetFile:
         file = pyarrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False, page_checksum_verification=True)
     except pyarrow.ArrowException as error:
         raise DataError(
-            f"{path} is truncated or is no parquet file ({_first_line(error)}); fetch or write it again"
+            f"{path} is truncated or not a parquet file ({_first_line(error)}); download or write it again"
         ) from error
     names = file.schema_arrow.names
     if text_column not in names:
@@ -299,8 +298,7 @@ def _open_parquet(path: Path, text_column: str) -> pyarrow.parquet.ParquetFile:
     kind = file.schema_arrow.field(text_column).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)):
         raise DataError(
-            f"{path}: column {text_column!r} holds {kind}, and string is expected; set data.text_column to a column of "
-            "text"
+            f"{path}: column {text_column!r} holds {kind}, not strings; set data.text_column to a column of text"
         )
     return file
 
@@ -310,7 +308,7 @@ def _row_groups(path: Path, text_column: str) -> list[Segment]:
         metadata: Any = file.metadata
         places = [place for place in range(metadata.num_columns) if metadata.schema.column(place).path == text_column]
         if len(places) != 1:
-            raise DataError(f"{path} is damaged: {len(places)} columns are called {text_column!r}; write it again")
+            raise DataError(f"{path} is damaged: it has {len(places)} columns {text_column!r}; write it again")
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         return [
             Segment(
@@ -342,7 +340,7 @@ def _arrow_faults_named(path: Path) -> Iterator[None]:
     try:
         yield
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is damaged ({_first_line(error)}); fetch or write it again") from error
+        raise DataError(f"{path} is damaged ({_first_line(error)}); download or write it again") from error
 
 
 def _text_of_cell(path: Path, cell: Any, text_column: str) -> str | None:
@@ -351,8 +349,8 @@ def _text_of_cell(path: Path, cell: Any, text_column: str) -> str | None:
     content = cell.as_buffer()
     if content.size > LONGEST_DOCUMENT:
         raise DataError(
-            f"{path}: a text in column {text_column!r} has {content.size >> 20} MiB, and at most "
-            f"{LONGEST_DOCUMENT >> 20} MiB is read; a longer document should be a .txt file, which is streamed"
+            f"{path}: a text in column {text_column!r} has {content.size >> 20} MiB; the limit is "
+            f"{LONGEST_DOCUMENT >> 20} MiB; put longer documents into a .txt file, which is streamed"
         )
     try:
         return str(content, "utf-8")

@@ -1,4 +1,4 @@
-"""Writing shards: NumPy's own file format, filled as a stream and visible only when whole."""
+"""Writing shards: NumPy's file format, written as a stream and visible only when complete."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from data.manifest import Shard
 class ShardWriter:
     """Writes one shard in constant memory; a context manager.
 
-    On a clean exit the file is complete, synced and renamed to `path`, and `shard` describes it; if no token was
-    appended there is no file and `shard` is None. On an exception nothing appears at `path`.
+    On a clean exit the file is synced and renamed to `path`, and `shard` describes it; if no token was appended,
+    there is no file and `shard` is None. On an exception nothing appears at `path`.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
@@ -33,7 +33,7 @@ class ShardWriter:
         self._file: BufferedRandom | None = None
 
     def append(self, tokens: np.ndarray, documents: int) -> None:
-        """Append (n,) token ids in which so many documents end."""
+        """Append (n,) token ids, in which `documents` documents end."""
         if self._file is None:
             self._file = self._stack.enter_context(written_beside(self.path))
             self._write_header(self._file)
@@ -51,7 +51,7 @@ class ShardWriter:
             self._stack.__exit__(kind, error, trace)
             return
         with self._stack:
-            # The header's length does not depend on the count: NumPy pads it so that arrays can grow in place.
+            # NumPy pads the header, so its length does not depend on the token count and it can be rewritten.
             self._file.seek(0)
             self._write_header(self._file)
             self._file.seek(0)

@@ -1,6 +1,6 @@
-"""Where documents come from: the embedded sample, a dataset repository of the Hugging Face hub, or the user's files.
+"""Sources of documents: the embedded sample, a dataset repository on the Hugging Face hub, or the user's files.
 
-A source names its files and says how it is split; reading is the same for all (data/readers.py).
+A source finds its files and has a split rule; data/readers.py reads the files of all sources.
 """
 
 from __future__ import annotations
@@ -29,39 +29,39 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Corpus:
-    """A source's files, found: their paths in the order of the token stream, and their names for the manifest."""
+    """A source's files."""
 
-    files: tuple[Path, ...]
-    description: dict[str, Any]  # the manifest's `source`; nothing in it depends on the machine
+    files: tuple[Path, ...]  # in the order of the token stream
+    description: dict[str, Any]  # the manifest's `source`; independent of the machine
 
 
 class Source(ABC):
-    """A corpus by description. `name` is that of the token directory, `text_column` of the column or key read."""
+    """A corpus. `name` names its token directory, `text_column` the column or key with the text."""
 
     name: str
     text_column: str
     split: SplitRule
 
     def refuse_absent(self) -> None:
-        """Raise DataError if files that should lie on this machine do not. Needs no network."""
+        """Raise DataError if files that should be on this machine are missing. Needs no network."""
         return
 
     @abstractmethod
     def fetch(self, report: Callable[[str], None]) -> Corpus:
-        """Find the files, downloading them if need be; `report` is told what takes time.
+        """Find the files, downloading them if necessary; `report` is called before slow work.
 
         Raises:
-            DataError: there are none, or they cannot be had.
+            DataError: there are no files, or they cannot be downloaded.
         """
 
     @property
     def overrides(self) -> str:
-        """How the source is chosen on the command line of scripts/prepare_data.py."""
+        """The overrides that choose this source on the command line."""
         return f"data={self.name}"
 
     @abstractmethod
     def request(self) -> dict[str, Any]:
-        """What was asked for: two requests that may give different tokens differ. Needs neither files nor network."""
+        """Everything that determines the tokens, without reading files or the network."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ class HubSource(Source):
 
     Args:
         repository: such as "Skylion007/openwebtext".
-        revision: a commit (40 hexadecimal digits), so that the text cannot change; a tag or branch is resolved to the
-            commit that it names when the files are fetched, and the manifest records that.
-        files: which files, a glob in the repository such as "plain_text/*.parquet".
-        local: a directory that already has these files in the repository's layout, used in place of the hub.
+        revision: a commit (40 hexadecimal digits), so that the text cannot change. A tag or branch is resolved to its
+            commit when the files are downloaded, and the manifest records the commit.
+        files: a glob in the repository, such as "plain_text/*.parquet".
+        local: a directory that has these files in the repository's layout, used instead of the hub.
     """
 
     name: str
@@ -137,13 +137,13 @@ class HubSource(Source):
         """The repository's files in a directory, sorted by path."""
         if not root.is_dir():
             raise DataError(
-                f"data.local: there is no directory {root.absolute()}; give one that has the files of {self.repository}"
+                f"data.local={root.absolute()}: no such directory; give one that holds the files of {self.repository}"
             )
         found = sorted(file for file in root.glob(self.files) if not file.is_dir())
         if not found:
             raise DataError(
-                f"no file in {root} matches data.files={self.files!r} ({self.repository} at {revision}); look at the "
-                "repository's list of files and correct the glob"
+                f"no file in {root} matches data.files={self.files!r} ({self.repository} at {revision}); compare the "
+                "glob with the repository's list of files"
             )
         return found
 
@@ -152,7 +152,7 @@ class HubSource(Source):
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-        report(f"fetching {self.files} of {self.repository} at {self.revision} into the Hugging Face cache")
+        report(f"downloading {self.files} of {self.repository} at {self.revision} into the Hugging Face cache")
         try:
             snapshot = huggingface_hub.snapshot_download(
                 self.repository, repo_type="dataset", revision=self.revision, allow_patterns=[self.files]
@@ -160,13 +160,14 @@ class HubSource(Source):
         except (HfHubHTTPError, HFValidationError) as error:
             reason = str(error).strip().splitlines()[0]
             raise DataError(
-                f"{self.repository} at revision {self.revision} cannot be fetched: {reason}; check data.repository, "
+                f"{self.repository} at revision {self.revision} cannot be downloaded: {reason}; check data.repository, "
                 "data.revision and, for a gated repository, HF_TOKEN"
             ) from error
         except (LocalEntryNotFoundError, OSError) as error:
             raise DataError(
-                f"{self.repository} cannot be fetched: the Hugging Face hub is not reachable ({type(error).__name__}); "
-                "check the network, or set data.local to a directory that has the repository's files"
+                f"{self.repository} cannot be downloaded: the Hugging Face hub is not reachable "
+                f"({type(error).__name__}); check the network, or set data.local to a directory that has the "
+                "repository's files"
             ) from error
         path = Path(snapshot)  # …/snapshots/<commit>
         return path, path.name if _COMMIT.fullmatch(path.name) else self.revision
@@ -174,10 +175,10 @@ class HubSource(Source):
 
 @dataclass(frozen=True)
 class FileSource(Source):
-    """The user's own files by glob ("**" goes into directories): .txt, .jsonl, .jsonl.gz and .parquet, also mixed.
+    """The user's own files by glob ("**" descends into directories): .txt, .jsonl, .jsonl.gz and .parquet, also mixed.
 
-    A .txt file is cut into documents at <|endoftext|>, and at paragraph ends into pieces of about two thousand words;
-    in the others a line or row is a document.
+    A .txt file is cut into documents at <|endoftext|> and, at the ends of paragraphs, into pieces of about two thousand
+    words. In the other formats each line or row is a document.
     """
 
     paths: Sequence[str]
@@ -216,7 +217,7 @@ class FileSource(Source):
 
 
 def _match(patterns: Sequence[str]) -> list[Path]:
-    """The files of the globs, sorted by path, each once."""
+    """The files that match the globs, sorted by path, without duplicates."""
     found: dict[str, Path] = {}
     for pattern in patterns:
         pattern = os.path.expanduser(pattern)
@@ -224,23 +225,23 @@ def _match(patterns: Sequence[str]) -> list[Path]:
         if not matches:
             absent = "no file matches" if glob.has_magic(pattern) else "there is no file"
             raise DataError(
-                f"data.paths: {absent} {os.path.abspath(pattern)}; correct the path, and check that its directory may be read"
+                f"data.paths: {absent} {os.path.abspath(pattern)}; correct the path, and check that its directory is readable"
             )
         for match in matches:
-            # A directory that a wildcard passes by is no mistake; one that is named, or looks like a file, is.
+            # A directory that a wildcard happens to match is skipped; one that is named, or looks like a file, is a mistake.
             if os.path.isdir(match) and glob.has_magic(pattern) and suffix_of(match) is None:
                 continue
             found.setdefault(os.path.realpath(match), Path(match))
     if not found:
-        raise DataError(f"data.paths={list(patterns)} matches directories alone; add the files' ending, such as *.txt")
+        raise DataError(f"data.paths={list(patterns)} matches only directories; add a file pattern, such as *.txt")
     return sorted(found.values())
 
 
 def _listing(names: Sequence[str], files: Sequence[Path]) -> dict[str, Any]:
-    """How many files, how large, and a hash of all names and sizes."""
+    """The number of files, their total size, and a hash of all names and sizes."""
     try:
         sizes = [file.stat().st_size for file in files]
     except OSError as error:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}; restore it or remove it") from error
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}; restore or remove it") from error
     digest = hashlib.sha256(canonical_json(list(zip(names, sizes, strict=True)))).hexdigest()
     return {"files": len(files), "bytes": sum(sizes), "sha256": digest}

@@ -1,4 +1,4 @@
-"""One unit of work: its documents → a shard a split, and a receipt; or → the texts that a tokenizer is trained on."""
+"""One unit of work: its documents → one shard per split and a receipt, or → texts to train a tokenizer on."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from data.readers import Advance, read_documents
 from data.shards import ShardWriter, shard_name
 from data.splits import SplitRule
 
-RECEIPTS = "units"  # the directory of what each finished unit made, until the manifest is written
+RECEIPTS = "units"  # the directory of the finished units' receipts, deleted once the manifest is written
 
 _REPORT_SECONDS = 0.2
-_BATCH_CHARACTERS = 1 << 18  # encoded at once: enough to spread NumPy's cost per call, little enough for the caches
+_BATCH_CHARACTERS = 1 << 18  # per encoded batch: large enough to amortise NumPy's overhead, small enough for the caches
 
 
 class Listener(Protocol):
     def reading(self, path: str) -> None:
-        """A file is about to be opened."""
+        """Called before a file is opened."""
 
     def progress(self, text_bytes: int, tokens: int, documents: int) -> None:
-        """So much was done since the last call."""
+        """Called with the work done since the last call."""
 
 
 def receipt_path(directory: Path, unit: Unit) -> Path:
@@ -59,7 +59,7 @@ class _SplitWriter:
         self._characters = 0
 
     def add(self, text: str) -> tuple[int, int]:
-        """Take a document; returns how many tokens and documents were written."""
+        """Add a document; return how many tokens and documents were written."""
         self._documents.append(text)
         self._characters += len(text)
         return self.flush() if self._characters >= _BATCH_CHARACTERS else (0, 0)
@@ -83,7 +83,7 @@ def make_shards(
     fingerprint: str,
     listener: Listener,
 ) -> None:
-    """Tokenise one unit into a shard a split, and then write its receipt, with the fingerprint in it."""
+    """Tokenise one unit into one shard per split, then write its receipt with the fingerprint."""
     dtype = token_dtype(encoder.tokenizer.vocab_size)
     read, tokens, documents, last = 0, 0, 0, time.monotonic()
 

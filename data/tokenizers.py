@@ -1,7 +1,7 @@
 """Text → token ids: GPT-2's own vocabulary, or a byte-level BPE trained on the corpus.
 
-Both are the same algorithm, GPT-2's pre-tokenisation followed by byte-pair merges, and both are run by tiktoken, which
-is several times faster than the `tokenizers` library that trains the second. GPT-2's is built offline from OpenAI's
+Both use the same algorithm, GPT-2's pre-tokenisation followed by byte-pair merges, and both run in tiktoken, which is
+several times faster than the `tokenizers` library that trains the second. GPT-2's is built offline from OpenAI's
 `vocab.bpe`: the order of the bytes and the list of merges determine every id.
 """
 
@@ -38,18 +38,18 @@ _VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b772
 # equivalent form that tiktoken ships for speed.
 _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-# Longer texts are encoded in pieces: memory stays constant, and the pattern's engine refuses long runs of white space.
-# No pre-token goes from a character that is not white space to one that is, so a cut between the two changes nothing.
+# Longer texts are encoded in pieces: this bounds memory, and the regex engine fails on long runs of white space. No
+# pre-token continues from a non-space character into white space, so a cut between the two changes nothing.
 _PIECE_CHARACTERS = 1 << 16
 _CUT = re.compile(r"\S(?=[ \n])")
 
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """Which tokenizer is wanted: GPT-2's, or a BPE of `vocab_size` ids, end of text included, trained on the corpus."""
+    """A choice of tokenizer: GPT-2's, or a BPE of `vocab_size` ids (end of text included) trained on the corpus."""
 
     name: str = "gpt2"  # "gpt2" | "bpe"
-    vocab_size: int | None = None  # for "bpe" alone
+    vocab_size: int | None = None  # only for "bpe"
 
     def __post_init__(self) -> None:
         if self.name not in ("gpt2", "bpe"):
@@ -67,11 +67,11 @@ class TokenizerSpec:
 
 
 class Tokenizer:
-    """A byte-level BPE with ids 0 … vocab_size - 2 for byte strings, and the last id for the end of a text.
+    """A byte-level BPE with ids 0 … vocab_size - 2 for byte strings, and the last id for the end of text.
 
     Args:
         name: "gpt2" or "bpe".
-        ranks: each token's bytes and its id; ids are consecutive from 0 and are the priority of the merges.
+        ranks: the id of each token's bytes; ids are consecutive from 0 and give the priority of merges.
     """
 
     def __init__(self, name: str, ranks: dict[bytes, int]) -> None:
@@ -89,7 +89,7 @@ class Tokenizer:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """The hash of the vocabulary in tiktoken's file format (for GPT-2's, the hash that tiktoken pins)."""
+        """Hash of the vocabulary in tiktoken's file format (for GPT-2, the hash that tiktoken pins)."""
         lines = (
             base64.b64encode(token) + b" %d\n" % rank
             for token, rank in sorted(self._ranks.items(), key=lambda item: item[1])
@@ -101,12 +101,12 @@ class Tokenizer:
         return TokenizerInfo(self.name, self.vocab_size, self.end_of_text, self.sha256)
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, (n,) uint32. Special tokens written out in the text are ordinary characters."""
+        """The ids of a text, (n,) uint32. Special tokens written in the text are treated as ordinary characters."""
         pieces = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(repaired(text))]
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.uint32), *pieces])
 
     def encode_list(self, text: str) -> list[int]:
-        """`encode` as a list, which costs less for a word."""
+        """`encode` to a list, which is faster for short texts."""
         return [token for piece in _pieces(repaired(text)) for token in self._encoding.encode_ordinary(piece)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -114,17 +114,17 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids; invalid UTF-8 becomes U+FFFD."""
         return self._encoding.decode([int(token) for token in ids])
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ids, which may begin and end inside of a character."""
+        """The bytes of ids, which may start or end inside a character."""
         return self._encoding.decode_bytes([int(token) for token in ids])
 
     def to_huggingface(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, id for id, as one of Hugging Face's `tokenizers`, for use by other programs.
+        """This tokenizer, id for id, as one of Hugging Face's `tokenizers`.
 
-        It differs in one point, as is usual there: END_OF_TEXT written out in a text is the special token.
+        One difference, usual there: END_OF_TEXT written in a text becomes the special token.
         """
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers
@@ -139,7 +139,7 @@ class Tokenizer:
         return result
 
     def _merges(self) -> Iterator[tuple[bytes, bytes]]:
-        """The two tokens that each longer one is made of: what the merges of lower rank leave of its bytes."""
+        """The two tokens that each longer token merges: what is left of its bytes after all merges of lower rank."""
         for token, rank in sorted(self._ranks.items(), key=lambda item: item[1]):
             parts = [bytes([byte]) for byte in token]
             while len(parts) > 2:
@@ -151,7 +151,7 @@ class Tokenizer:
 
 
 def repaired(text: str) -> str:
-    """The text with each half of a surrogate pair, which JSON can escape and UTF-8 cannot hold, as U+FFFD."""
+    """The text with lone surrogates, which JSON can escape but UTF-8 cannot encode, replaced by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -160,7 +160,7 @@ def repaired(text: str) -> str:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text where no token can span, or, failing that, at twice the length of a piece."""
+    """Cut a long text where no token can span the cut, else at twice the length of a piece."""
     start = 0
     while len(text) - start > _PIECE_CHARACTERS:
         limit = start + 2 * _PIECE_CHARACTERS
@@ -173,7 +173,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The characters in which GPT-2's files write the 256 bytes, in the order of their ids."""
+    """The characters that stand for the 256 bytes in GPT-2's files, in the order of their ids."""
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
@@ -181,7 +181,7 @@ def _byte_of_character() -> dict[str, int]:
 
 @functools.cache
 def gpt2() -> Tokenizer:
-    """GPT-2's tokenizer, id for id that of `tiktoken.get_encoding("gpt2")`, without a network.
+    """GPT-2's tokenizer: the ids of `tiktoken.get_encoding("gpt2")`, without a download.
 
     Raises:
         DataError: data/sample/gpt2_vocab.bpe is missing or is not OpenAI's.
@@ -193,7 +193,7 @@ def gpt2() -> Tokenizer:
     found = hashlib.sha256(content).hexdigest()
     if found != _VOCAB_BPE_SHA256:
         raise DataError(
-            f"{_VOCAB_BPE} is not GPT-2's vocab.bpe: its sha256 is {found} and should be {_VOCAB_BPE_SHA256}; "
+            f"{_VOCAB_BPE} is not GPT-2's vocab.bpe: its sha256 is {found}, not {_VOCAB_BPE_SHA256}; "
             "restore it from the repository"
         )
     to_byte = _byte_of_character()
@@ -207,11 +207,11 @@ def gpt2() -> Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path) -> Tokenizer:
     """Train a byte-level BPE with GPT-2's pre-tokenisation and write it to `directory/tokenizer.json`.
 
-    The result depends on the texts and the size alone, not on the number of threads. The file is in the format of
-    Hugging Face's `tokenizers`, so that transformers can use it as well.
+    The result depends only on the texts and the size, not on the number of threads. The file is in the format of
+    Hugging Face's `tokenizers`, which transformers reads too.
 
     Raises:
-        DataError: the texts have too few distinct pairs for so large a vocabulary.
+        DataError: the texts have too few repeated pairs for a vocabulary of this size.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -229,8 +229,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path) -> Tokeniz
     found = trained.get_vocab_size()
     if found < vocab_size - 1:
         raise DataError(
-            f"tokenizer.vocab_size={vocab_size} is too large for this corpus, whose repeated pairs give {found + 1} "
-            f"ids; choose at most {found + 1}, or a larger corpus"
+            f"tokenizer.vocab_size={vocab_size} is too large for this corpus, which gives only {found + 1} ids; "
+            f"choose at most {found + 1}, or a larger corpus"
         )
     trained.add_special_tokens([END_OF_TEXT])
     with written_beside(directory / TOKENIZER_FILE) as file:
@@ -242,7 +242,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a prepared token directory.
 
     Raises:
-        DataError: the directory is not prepared, or its tokenizer is not the one that made the tokens.
+        DataError: the directory is not prepared, or its tokenizer did not make its tokens.
     """
     return open_tokenizer(load_manifest(directory).tokenizer, Path(directory))
 
@@ -251,19 +251,19 @@ def open_tokenizer(expected: TokenizerInfo, directory: Path) -> Tokenizer:
     """The tokenizer that `expected` describes; a trained one is read from `directory`.
 
     Raises:
-        DataError: it cannot be read, or is another.
+        DataError: it cannot be read, or its hash differs.
     """
     tokenizer = gpt2() if expected.name == "gpt2" else read_bpe(directory / TOKENIZER_FILE)
     if tokenizer.sha256 != expected.sha256:
         raise DataError(
-            f"{directory} was prepared with a tokenizer of sha256 {expected.sha256}, and {tokenizer.name} here has "
-            f"{tokenizer.sha256}; restore {TOKENIZER_FILE}, or remove the directory and prepare it again"
+            f"{directory} was prepared with a tokenizer of sha256 {expected.sha256}, but the {tokenizer.name} tokenizer "
+            f"has {tokenizer.sha256}; restore {TOKENIZER_FILE}, or remove the directory and prepare it again"
         )
     return tokenizer
 
 
 def read_bpe(path: Path) -> Tokenizer:
-    """A trained tokenizer from its file.
+    """Read a trained tokenizer.
 
     Raises:
         DataError: the file is missing, damaged, or holds another kind of tokenizer.
@@ -277,9 +277,9 @@ def read_bpe(path: Path) -> Tokenizer:
             if token != END_OF_TEXT
         }
         if sorted(ranks.values()) != list(range(len(ranks))):
-            raise ValueError("its ids are not consecutive")
+            raise ValueError("ids are not consecutive")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; prepare the corpus again") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged or no byte-level BPE: {error!r}; prepare the corpus again") from error
+        raise DataError(f"{path} is damaged or not a byte-level BPE: {error!r}; prepare the corpus again") from error
     return Tokenizer("bpe", ranks)

@@ -1,10 +1,10 @@
-"""A process of a preparation, the child's side: `python -m data.worker`, started by data/workers.py.
+"""The child side of a preparation's worker: `python -m data.worker`, started by data/workers.py.
 
-Everything that opens a file of the corpus runs here. A damaged file can bring a library down with it (pyarrow ends
-the process on some broken footers); then a child is lost and not the program that asked for the tokens.
+Everything that opens a corpus file runs here. Some damaged files crash the process that reads them (pyarrow aborts on
+some broken footers); then only a child dies.
 
-Standard input has a JSON object a line, a request each. On standard output come, a line each, {"reading": path} when
-a file is opened, {"bytes", "tokens", "documents"} with what was done since the last, and at the end of the request
+Standard input carries one JSON request per line. Standard output carries one JSON object per line: {"reading": path}
+when a file is opened, {"bytes", "tokens", "documents"} done since the last such line, and at the end of a request
 {"done": its result} or {"error": the message of a DataError}.
 """
 
@@ -31,15 +31,15 @@ from data.tokenizers import open_tokenizer, train_bpe
 
 @functools.cache
 def _encoder(tokenizer: TokenizerInfo, directory: Path) -> DocumentEncoder:
-    """One for all units, since it gets faster as it goes."""
+    """One encoder for all units, since its cache warms up."""
     return DocumentEncoder(open_tokenizer(tokenizer, directory))
 
 
 class Channel:
-    """What a request tells the parent while it works."""
+    """The messages of a request to the parent."""
 
     def __init__(self) -> None:
-        # The pipe is for messages alone: whatever a library prints goes to standard error.
+        # Only messages go through the pipe; what libraries print goes to standard error.
         self._stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
 
@@ -77,7 +77,7 @@ def answer(request: dict[str, Any], channel: Channel) -> Any:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it too and decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it too and decides
     channel = Channel()
     try:
         for line in sys.stdin:
@@ -91,7 +91,7 @@ def main() -> None:
             except OSError as error:
                 channel.send(error=str(cannot_write(error, Path(request["directory"]))))
     except BrokenPipeError:
-        os._exit(1)  # the parent is gone; nobody is left to tell
+        os._exit(1)  # the parent is gone
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The processes of a preparation, the parent's side.
+"""The parent side of a preparation's workers.
 
-Plain child processes and not multiprocessing's: those import the program that asked for the preparation, torch and
-all, once more in each, and stay behind as orphans when it is killed. These end when their pipe closes.
+Workers are plain child processes. multiprocessing's would import the calling program (with torch) again in each child
+and become orphans when it is killed; these end when their pipe closes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from data.progress import Progress
 
 
 class Worker:
-    """One process (data/worker.py) that answers requests; a context manager that ends it.
+    """One process (data/worker.py) that answers requests; as a context manager, it stops the process on exit.
 
     Args:
-        lock: the descriptor of the directory's lock. The child inherits it, so that one which outlives a killed
-            parent by a moment still keeps others out.
+        lock: the descriptor of the directory's lock. The child inherits it, so that the lock stays held while a child
+            outlives a killed parent.
     """
 
     def __init__(self, lock: int) -> None:
@@ -43,10 +43,10 @@ class Worker:
         )
 
     def messages(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Send a request and yield what comes back, up to {"done": result}.
+        """Send a request and yield its messages, up to {"done": result}.
 
         Raises:
-            DataError: the request failed, or the process died of it.
+            DataError: the request failed, or the process died.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -63,8 +63,8 @@ class Worker:
             if "done" in message:
                 return
         raise DataError(
-            f"a worker {_ending(self._process.wait())} while it read {reading}; check that file, and the memory that "
-            "is free; what was done is kept: the same command goes on, with fewer workers if memory was short"
+            f"a worker {_ending(self._process.wait())} while it read {reading}; check that file and the free memory, "
+            "then rerun the same command to resume, with fewer workers if memory was short"
         )
 
     def result(self, request: dict[str, Any]) -> Any:
@@ -96,12 +96,12 @@ def run_requests(
     lock: int,
     display: Progress,
 ) -> None:
-    """Spread the requests over so many worker processes, showing progress, and stop them all at the first error.
+    """Spread the requests over `workers` processes, showing progress, and stop them all at the first error.
 
     Raises:
         DataError: as `Worker.messages`.
     """
-    # The large ones first, so that all workers end at about the same time.
+    # Largest first, so that all workers finish at about the same time.
     order = sorted(range(len(requests)), key=lambda place: -sizes[place])
     pending = iter(order)
     mutex = threading.Lock()
@@ -122,7 +122,7 @@ def run_requests(
                 for message in worker.messages(requests[place]):
                     with mutex:
                         if "done" in message:
-                            display.advance(sizes[place] - shown, 0, 0)  # until then sizes are estimates
+                            display.advance(sizes[place] - shown, 0, 0)  # correct the estimated progress
                         elif "bytes" in message:
                             shown += message["bytes"]
                             display.advance(message["bytes"], message["tokens"], message["documents"])

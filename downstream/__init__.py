@@ -1,1 +1,1 @@
-"""A trained model in use: sample, export, evaluate."""
+"""Using a trained model: sample, export, evaluate."""

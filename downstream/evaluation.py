@@ -1,7 +1,7 @@
 """Downstream tasks: EleutherAI's lm-evaluation-harness on an exported model (downstream/export.py).
 
-The harness brings the tasks, their prompts and their metrics; this module names the paper's tasks, sets the number of
-examples in the prompt, and turns the outcome into values to be written down. lm-eval stands behind this module alone.
+The harness supplies tasks, prompts and metrics. This module names the paper's tasks, sets the number of examples in the
+prompt and converts the results to plain values. Only this module imports lm-eval.
 """
 
 import contextlib
@@ -27,25 +27,25 @@ from training.records import RecordError, json_line, write_atomically
 
 RESULTS_FILE = "downstream.json"
 FORMAT = "sophia-downstream-1"
-BOOTSTRAP_SAMPLES = 1000  # for the standard errors that have no formula: they are then known to about 2 percent
+BOOTSTRAP_SAMPLES = 1000  # for standard errors without a formula; makes them accurate to about 2 percent
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Several of the harness's tasks under one name, and how many examples their prompts have unless told otherwise."""
+    """Several of the harness's tasks under one name, and the default number of examples in their prompts."""
 
     harness_name: str
     num_fewshot: int
 
 
-#: The few-shot evaluation of the paper is on SuperGLUE, with two examples in the prompt.
+#: The paper's few-shot evaluation is on SuperGLUE, with two examples in the prompt.
 SUITES = {"superglue": Suite("super-glue-lm-eval-v1", num_fewshot=2)}
 
 
 @dataclass(frozen=True)
 class Metric:
     value: float | None  # None: not finite, or not a number
-    stderr: float | None  # None where the harness gives none
+    stderr: float | None  # None if the harness gives none
     higher_is_better: bool | None
 
 
@@ -54,14 +54,14 @@ _RESULTS_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What one task gave, and all that decides it besides the model."""
+    """The result of one task, with all settings that affect it."""
 
     task: str
     suite: str | None  # of SUITES
-    step: int | None  # updates that the model had seen; None for a model of another origin
+    step: int | None  # the model's number of updates; None for a model not trained here
     num_fewshot: int
     examples: int  # evaluated
-    limit: int | None  # the most that were to be evaluated; None: all
+    limit: int | None  # the most examples to evaluate; None: all
     seed: int  # of the choice of the prompts' examples
     precision: str
     version: str  # of the task
@@ -70,12 +70,12 @@ class TaskResult:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Two results of one key answer the same question, and the later one replaces the earlier."""
+        """A later result with the same key replaces an earlier one."""
         return self.task, self.step, self.num_fewshot, self.limit, self.seed, self.precision
 
 
 def require_harness() -> None:
-    """Raises ConfigurationError, with the remedy, where lm-eval is not installed."""
+    """Raise ConfigurationError, with the remedy, if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigurationError("lm-eval is not installed; install it with: pip install -e '.[evaluate]'")
 
@@ -95,19 +95,19 @@ def evaluate(
     """Run tasks on the model of a Hugging Face directory.
 
     Args:
-        directory: a local one with safetensors and a tokenizer, such as `export` writes.
+        directory: a local directory with safetensors and a tokenizer, as `export` writes it.
         tasks: names of SUITES, or of the harness's tasks, tags and groups.
-        num_fewshot: examples in each prompt; None for the suite's or the task's own number. A task that insists on none
+        num_fewshot: examples in each prompt; None for the suite's or the task's own number. A task that requires zero
             keeps it.
-        limit: at most so many examples of each task, for a trial.
-        batch_size: prompts per forward.
-        seed: chooses the prompts' examples; the same for two models makes a paired comparison.
+        limit: the most examples of each task, for a trial.
+        batch_size: prompts per forward pass.
+        seed: chooses the prompts' examples; use the same for two models to pair their comparison.
         device: "cpu" or "cuda".
-        precision: "fp32" or "bf16", of weights and forward.
-        include_path: a directory of further task files. Its YAML may name Python functions beside it, which are run.
+        precision: "fp32" or "bf16", of weights and computation.
+        include_path: a directory of additional task files. Its YAML may name Python functions beside it, which are run.
 
     Raises:
-        ConfigurationError: no lm-eval; an unknown task or one without its data; a directory without a model.
+        ConfigurationError: lm-eval is missing, a task is unknown or lacks its data, or the directory has no model.
     """
     require_harness()
     with _quiet_harness():
@@ -123,7 +123,7 @@ def evaluate(
         np.random.seed(seed)  # noqa: NPY002 - some tasks draw from it
         torch.manual_seed(seed)
         try:
-            # Not simple_evaluate, which besides lists the machine's packages for a minute.
+            # Not simple_evaluate, which also spends a minute listing the machine's packages.
             outcome = lm_eval.evaluate(
                 HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 loaded,
@@ -155,20 +155,20 @@ def evaluate(
 
 
 def _set_examples(task: Any, of_suite: int | None, given: int | None) -> None:
-    """How many examples the task's prompts have: as given, else its suite's number, else its own, else none."""
+    """Set the number of examples in the task's prompts: as given, else its suite's, else its own, else 0."""
     own = task.get_config("num_fewshot")
-    if own == 0:  # a task that insists on none, as in lm-eval itself
+    if own == 0:  # the task requires zero, as in lm-eval itself
         return
     number = given if given is not None else of_suite if of_suite is not None else own
     task.set_config("num_fewshot", 0 if number is None else number)
 
 
 def _load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[Any, dict[str, str]]:
-    """The harness's TaskDict, with the tasks' data, and the suite of each task that comes from one."""
+    """The harness's TaskDict with the tasks' data, and the suite of each task that comes from one."""
     if not names:
         raise ConfigurationError("no tasks: name some, for example hellaswag,lambada_openai,superglue")
     if include_path is not None and not include_path.is_dir():
-        raise ConfigurationError(f"{include_path}: no such directory of task files")
+        raise ConfigurationError(f"--include-path {include_path}: no such directory; give a directory of task files")
     manager = _index(names, include_path)
     chosen: dict[str, Any] = {}
     suites: dict[str, str] = {}
@@ -176,12 +176,12 @@ def _load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[Any, d
         known_as = SUITES[name].harness_name if name in SUITES else name
         try:
             loaded = manager.load([known_as])
-        except Exception as error:  # whatever datasets, the hub or a task's own code raises
+        except Exception as error:  # datasets, the hub and a task's own code raise anything
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigurationError(
-                f"{name}: its data or its task file cannot be loaded ({reason}); the harness fetches data from the "
-                "Hugging Face hub once and keeps it in HF_HOME: run it once where there is a network, or name local "
-                "task files with --include-path"
+                f"{name}: its data or its task file cannot be loaded ({reason}); the harness downloads data from the "
+                "Hugging Face hub once and keeps it in HF_HOME: run it once with a network, or name local task files "
+                "with --include-path"
             ) from error
         groups = loaded.get("groups", {})
         for key, value in ({known_as: groups[known_as]} if known_as in groups else loaded["tasks"]).items():
@@ -192,7 +192,7 @@ def _load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[Any, d
 
 
 def _index(names: Sequence[str], include_path: Path | None) -> Any:
-    """The harness's index of tasks: of the given directory where that suffices, since all take a while to read."""
+    """The harness's index of tasks: only the given directory if that suffices, since reading all tasks is slow."""
     from lm_eval.tasks import TaskManager
 
     wanted = [SUITES[name].harness_name if name in SUITES else name for name in names]
@@ -226,28 +226,30 @@ def _load_model(directory: Path, precision: str, device: str) -> tuple[Any, Any]
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except ConfigurationError:
         raise
-    except Exception as error:  # transformers meets a damaged directory with exceptions of many libraries
+    except Exception as error:  # damaged directories raise exceptions of many libraries
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigurationError(f"{directory} holds no model that transformers can load: {reason}") from error
+        raise ConfigurationError(
+            f"{directory}: transformers cannot load a model from it ({reason}); give a run or an exported directory"
+        ) from error
     return model.eval(), tokenizer
 
 
 def _refuse_code(directory: Path) -> None:
-    """transformers would ask on the terminal whether to run it.
+    """Refuse custom code, about which transformers would ask on the terminal.
 
     Raises:
-        ConfigurationError: a file of the directory names code to be run with the model.
+        ConfigurationError: a file of the directory names code to run with the model.
     """
     for path in (directory / "config.json", directory / "tokenizer_config.json"):
         if path.is_file() and "auto_map" in read_json(path, _RESULTS_BYTES):
             raise ConfigurationError(
-                f"{path}: auto_map names code that would be run; remove it if transformers has the model's class itself"
+                f"{path}: auto_map names code that would be run; remove it if transformers has the model's class"
             )
 
 
 @contextlib.contextmanager
 def _quiet_harness() -> Iterator[None]:
-    """Its warnings about what is meant so are not shown, its errors are; what it prints goes to standard error."""
+    """Show only the harness's errors, and redirect what it prints to standard error."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -259,7 +261,7 @@ def _quiet_harness() -> Iterator[None]:
 
 
 def _metrics(values: dict[str, Any], higher_is_better: dict[str, bool | None]) -> dict[str, Metric]:
-    """The harness's `acc,none` and `acc_stderr,none` as one metric `acc`; the name of a filter stays with it."""
+    """Merge the harness's `acc,none` and `acc_stderr,none` into one metric `acc`; keep the name of a filter."""
     metrics = {}
     for key, value in values.items():
         name, comma, filtered = key.partition(",")
@@ -282,7 +284,7 @@ def _step_of(directory: Path) -> int | None:
 
 
 def read_results(path: Path) -> list[TaskResult]:
-    """The results in a file, none where there is no file. Raises RecordError: it is no file of results."""
+    """The results in a file; empty if there is no file. Raises RecordError if it is not a file of results."""
     try:
         content = read_json(path, _RESULTS_BYTES)
         if content["format"] != FORMAT:
@@ -298,10 +300,10 @@ def read_results(path: Path) -> list[TaskResult]:
 
 
 def write_results(path: Path, results: Sequence[TaskResult]) -> None:
-    """Add results to a file; those of an equal key that are in it are replaced.
+    """Add results to a file, replacing those with the same key.
 
     Raises:
-        RecordError: the file is another, or cannot be written.
+        RecordError: the file is not a file of results, or cannot be written.
     """
     merged = {result.key: result for result in [*read_results(path), *results]}
     entries = [json.loads(json_line(asdict(result))) for result in merged.values()]
@@ -313,9 +315,9 @@ def write_results(path: Path, results: Sequence[TaskResult]) -> None:
 
 
 def suite_mean(results: Sequence[TaskResult]) -> Metric | None:
-    """The plain mean over a suite's tasks of each one's accuracy, or F1 where it has no accuracy (ReCoRD).
+    """The plain mean over a suite's tasks of accuracy, or of F1 for a task without accuracy (ReCoRD).
 
-    None where a task has neither. The standard error takes the tasks as independent.
+    None if a task has neither. The standard error assumes independent tasks.
     """
     scores = [result.metrics.get("acc", result.metrics.get("f1")) for result in results]
     values = [score.value for score in scores if score is not None and score.value is not None]

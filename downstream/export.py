@@ -1,11 +1,11 @@
-"""A trained model as a Hugging Face directory, which transformers and what builds on it load without this project.
+"""Export a trained model to a Hugging Face directory, which transformers loads without this project.
 
-    config.json, generation_config.json   the architecture, and what ends a text
+    config.json, generation_config.json   the architecture, and the token that ends a text
     model.safetensors                     float32, the vocabulary without its padding
     tokenizer.json, tokenizer_config.json the run's tokenizer, GPT-2's or a trained one
-    training.json, README.md              which run and step it is, for machines and for people
+    training.json, README.md              its run and step, for machines and for people
 
-It is written beside, loaded again, compared with the model, and renamed.
+The directory is written under a temporary name, loaded, compared with the model, and renamed.
 """
 
 import json
@@ -27,7 +27,7 @@ from training.config import ConfigurationError
 
 TRAINING_FILE = "training.json"
 WEIGHTS_FILE = "model.safetensors"
-#: Every name in an export; what else lies beside them is not deleted with them.
+#: Every name in an export; a directory with other names is not replaced.
 OWN_NAMES = {
     r"(generation_|tokenizer_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json": None,
     r"tokenizer\.json|training\.json|README\.md": None,
@@ -38,19 +38,19 @@ PROBE_TEXT = "It's the 1st of May,\n\n  isn't it?\tNaïve – 中文 🙂 <- (x 
 
 
 class ExportError(RuntimeError):
-    """A directory that does not give the model's logits or the tokenizer's ids. Nothing is left of it."""
+    """The exported directory does not reproduce the model's logits or the tokenizer's ids; it is removed."""
 
 
 def export(trained: TrainedModel, directory: Path, *, overwrite: bool = False) -> float:
-    """Write the model and its tokenizer to `directory`; returns the largest difference of a logit found in it.
+    """Write the model and its tokenizer to `directory`; return the largest difference between their logits.
 
     Args:
         trained: the model, on the CPU.
-        directory: is made; it may exist if it is empty, or holds an export and nothing else and `overwrite` is set.
+        directory: is created; may exist if it is empty, or if it holds only an export and `overwrite` is set.
 
     Raises:
         ConfigurationError: the directory holds something else, or cannot be written.
-        ExportError: transformers loads something that differs from the model.
+        ExportError: what transformers loads differs from the model.
     """
     place = directory.absolute()
     partial, replaced = (place.with_name(f".{place.name}.{os.getpid()}.{end}") for end in ("partial", "replaced"))
@@ -75,7 +75,7 @@ def export(trained: TrainedModel, directory: Path, *, overwrite: bool = False) -
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigurationError(
-            f"{directory} cannot be written: {reason}; make room, or choose another directory"
+            f"{directory} cannot be written: {reason}; free space, or choose another directory"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -86,22 +86,22 @@ def _refuse_to_replace(directory: Path, overwrite: bool) -> None:
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     if directory.is_symlink() or not (directory / TRAINING_FILE).is_file():
-        raise ConfigurationError(f"{directory} exists and is no export: choose another directory")
+        raise ConfigurationError(f"{directory} exists and is not an export; choose another directory")
     if foreign := [path.name for path, own in entries(directory, OWN_NAMES) if not own or path.is_symlink()]:
         raise ConfigurationError(
-            f"{directory} holds {', '.join(foreign[:3])} besides an export: move it away, or choose another directory"
+            f"{directory} holds {', '.join(foreign[:3])} besides an export; move it, or choose another directory"
         )
     if not overwrite:
-        raise ConfigurationError(f"{directory} already holds an export: choose another directory, or --overwrite")
+        raise ConfigurationError(f"{directory} already holds an export; add --overwrite, or choose another directory")
 
 
 def _write(trained: TrainedModel, directory: Path) -> None:
     from models.huggingface import to_huggingface
 
     model = to_huggingface(trained.model)
-    model.generation_config.pad_token_id = trained.tokenizer.end_of_text  # generate() warns where there is none
+    model.generation_config.pad_token_id = trained.tokenizer.end_of_text  # generate() warns without one
     model.save_pretrained(directory)
-    shutil.copymode(directory / "config.json", directory / WEIGHTS_FILE)  # which is written for its owner alone
+    shutil.copymode(directory / "config.json", directory / WEIGHTS_FILE)  # otherwise only its owner can read it
     (directory / TOKENIZER_FILE).write_text(trained.tokenizer.to_huggingface().to_str(pretty=True), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -117,7 +117,7 @@ def _write(trained: TrainedModel, directory: Path) -> None:
 
 
 def describe(trained: TrainedModel) -> dict[str, Any]:
-    """Which run and step a model is of, in JSON values, free of the paths of this machine."""
+    """The model's run, step and configuration as JSON values, without this machine's paths."""
     config = trained.config
     identity = config.identity()
     identity["data"].pop("paths", None)
@@ -156,13 +156,13 @@ def _model_card(described: dict[str, Any]) -> str:
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "tokenizer = AutoTokenizer.from_pretrained(directory)\n"
         "model = AutoModelForCausalLM.from_pretrained(directory)\n```\n\n"
-        f"A text begins after `{END_OF_TEXT}` and ends with it. `{TRAINING_FILE}` has the whole configuration.\n"
+        f"A text starts after `{END_OF_TEXT}` and ends with it. `{TRAINING_FILE}` has the whole configuration.\n"
     )
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars and advice, nor those of DeepSpeed, which it imports."""
+    """Silence transformers' progress bars and advice, and those of DeepSpeed, which it imports."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from transformers.utils import logging
 
@@ -179,13 +179,13 @@ def quiet_transformers() -> Iterator[None]:
 
 @torch.inference_mode()
 def _compare(model: GPT2, tokenizer: Tokenizer, directory: Path) -> float:
-    """Load the directory as its users will and hold it against the original; the largest difference of a logit."""
+    """Load the directory as its users will and compare it with the original; return the largest logit difference."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     their_tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     expected, found = tokenizer.encode(PROBE_TEXT).tolist(), their_tokenizer(PROBE_TEXT)["input_ids"]
     if expected != found or their_tokenizer.eos_token_id != tokenizer.end_of_text:
-        raise ExportError(f"{directory}: transformers reads {found} where the run's tokenizer reads {expected}")
+        raise ExportError(f"{directory}: transformers encodes a text as {found}, the run's tokenizer as {expected}")
     theirs = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, use_safetensors=True)
     length, generator = min(64, model.config.block_size), torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)

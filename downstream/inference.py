@@ -1,4 +1,4 @@
-"""A trained model in use: a run's newest valid checkpoint opened, and text drawn from it.
+"""Open a run's newest valid checkpoint and draw text from its model.
 
 trained = open_trained(Path("runs/<name>"))
 ids = generate(trained.model, prompt, 200, Sampling(temperature=0.8), 0, trained.tokenizer.end_of_text)
@@ -29,25 +29,25 @@ from training.reliability.checkpoints import MANIFEST_FILE, Checkpoint, Checkpoi
 from training.reliability.run_directory import refuse_absent
 from training.weights import model_shape
 
-#: What opening a run and using its model may raise: each message is one line for a person.
+#: The errors of opening a run and using its model; each message is one line for the user.
 OPENING_ERRORS = (ConfigurationError, RecordError, CheckpointError, DataError)
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model out of a checkpoint, with what is needed to use it."""
+    """A model from a checkpoint, with everything needed to use it."""
 
     model: GPT2  # float32, in evaluation mode, without gradients
     tokenizer: Tokenizer
     config: RunConfig  # of the run that trained it
     checkpoint: Path
     step: int  # updates made
-    run: RunRecord | None  # None for a checkpoint outside of a run directory
-    passed_over: tuple[str, ...]  # a line about each newer checkpoint that is damaged
+    run: RunRecord | None  # None for a checkpoint outside a run directory
+    passed_over: tuple[str, ...]  # a line about each damaged newer checkpoint
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of "auto" (CUDA where there is one), "cpu" or "cuda".
+    """The device for "auto" (CUDA if available), "cpu" or "cuda".
 
     Raises:
         ConfigurationError: there is no CUDA device.
@@ -58,19 +58,19 @@ def choose_device(name: str) -> torch.device:
 
 
 def open_trained(path: Path, *, device: torch.device | str = "cpu", tokens: Path | None = None) -> TrainedModel:
-    """The model of a run's newest valid checkpoint, or of the checkpoint that is given.
+    """The model of a run's newest valid checkpoint, or of the given checkpoint.
 
     Args:
         path: a run directory, runs/<name>, or a checkpoint in one, runs/<name>/checkpoints/step-….
-        device: where the weights are put.
-        tokens: the run's token directory, for its trained tokenizer, where it is no longer at the place that the run's
-            configuration names. GPT-2's own tokenizer needs none.
+        device: the device of the weights.
+        tokens: the run's token directory, for its trained tokenizer, if it has moved from the path in the run's
+            configuration. GPT-2's own tokenizer needs none.
 
     Raises:
         ConfigurationError: there is no such directory, or its configuration is not valid.
-        RecordError: the directory is no run record.
-        CheckpointError: no checkpoint is valid, or the one given is damaged.
-        DataError: the tokenizer is missing, or is not the one that the run was trained with; or a file may not be read.
+        RecordError: the directory is not a run record.
+        CheckpointError: no checkpoint is valid, or the given one is damaged.
+        DataError: the tokenizer is missing or is not the run's, or a file cannot be read.
     """
     try:
         return _open(path, device, tokens)
@@ -99,7 +99,7 @@ def _open(path: Path, device: torch.device | str, tokens: Path | None) -> Traine
 
 
 def _run_of(path: Path) -> RunRecord | None:
-    """The run that the path is, or that the checkpoint lies in."""
+    """The run at the path, or the run that contains the checkpoint at the path."""
     if not (path / MANIFEST_FILE).is_file():
         return RunRecord.open(path)
     directory = path.absolute().parent.parent
@@ -121,13 +121,14 @@ def _tokenizer_of(config: RunConfig, run: RunRecord | None, tokens: Path | None)
         manifest = load_manifest(directory)
     except DataError as error:
         raise DataError(
-            f"the run's tokenizer is missing: {error}; or name the run's token directory with --tokens"
+            f"the run's tokenizer is missing: {error}; or name the run's token directory with --token-directory"
         ) from error
     trained_on = None if run is None else run.environment.get("data_manifest_sha256")
     if trained_on not in (None, manifest.sha256):
         raise DataError(
             f"{directory} holds other tokens (manifest {manifest.sha256[:12]}) than the run was trained on "
-            f"({trained_on[:12]}), so its ids may mean other text; name the run's token directory with --tokens"
+            f"({trained_on[:12]}), so its ids may mean other text; name the run's token directory with "
+            "--token-directory"
         )
     return open_tokenizer(manifest.tokenizer, directory)
 
@@ -140,8 +141,8 @@ def _load(checkpoint: Checkpoint, shape: GPT2Config) -> GPT2:
         found = checkpoint.shape(f"model.{name}")
         if found != tuple(parameter.shape):
             raise CheckpointError(
-                f"{checkpoint.directory}: {name} has shape {found} and should have {tuple(parameter.shape)}: "
-                "the weights are not those of its configuration"
+                f"{checkpoint.directory}: {name} has shape {found}, but its configuration implies "
+                f"{tuple(parameter.shape)}"
             )
         weights[name] = checkpoint.tensor(f"model.{name}").float()
         if not weights[name].isfinite().all():
@@ -152,12 +153,12 @@ def _load(checkpoint: Checkpoint, shape: GPT2Config) -> GPT2:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from the model's distribution.
+    """How to draw the next token from the model's distribution.
 
-    Temperature first, then the `top_k` likeliest tokens, then of these the likeliest that together hold `top_p`.
+    The temperature applies first, then `top_k`, then `top_p` to the remaining tokens.
 
     Raises:
-        ConfigurationError: a value out of range.
+        ConfigurationError: a value is out of range.
     """
 
     temperature: float = 1.0  # 0: always the likeliest token
@@ -177,7 +178,7 @@ def next_token_distribution(
     logits: Tensor,  # (V,)
     sampling: Sampling,
 ) -> Tensor:  # (V,) float64, sums to 1
-    """The distribution that the next token is drawn from. Of equal logits the lower id counts as the likelier."""
+    """The distribution of the next token. Between equal logits, the lower id counts as likelier."""
     if sampling.temperature == 0:
         return F.one_hot(logits.argmax(), logits.numel()).double()
     ordered, order = logits.double().sort(descending=True, stable=True)
@@ -192,22 +193,21 @@ def next_token_distribution(
 
 def generate(
     model: GPT2,
-    prompt: Sequence[int],  # ids, at least one; of a longer prompt the last block_size count
+    prompt: Sequence[int],  # ids, at least one; only the last block_size matter
     length: int,  # tokens to draw
     sampling: Sampling,
     seed: int,
-    end_of_text: int,  # the id after which nothing is drawn; it is not returned
+    end_of_text: int,  # the id that ends the text; it is not returned
 ) -> Iterator[int]:
     """The ids that follow the prompt, one at a time.
 
-    A pure function of its arguments: the draws come from a generator of the seed on the CPU, on whatever device the
-    model is.
+    A pure function of its arguments: draws come from a generator on the CPU, whatever the model's device.
 
     Raises:
-        ValueError: an empty prompt.
+        ValueError: the prompt is empty.
     """
     if not len(prompt):
-        raise ValueError("an empty prompt: begin with the end of a text, after which a new one starts")
+        raise ValueError("the prompt is empty; start a new text with [end_of_text]")
     generator = torch.Generator().manual_seed(seed)
     context = [int(token) for token in prompt]
     for _ in range(length):
@@ -221,14 +221,14 @@ def generate(
 
 @torch.inference_mode()
 def _next_logits(model: GPT2, context: Sequence[int]) -> Tensor:
-    """(vocab_size,) float32 on the CPU: the logits of the token after the context. Padding rows have none."""
+    """(vocab_size,) float32 on the CPU: the logits of the token after the context, without padding rows."""
     weight = model.token_embedding.weight[: model.config.vocab_size]
     hidden = model.hidden(torch.tensor([context], device=weight.device))
     return F.linear(hidden[0, -1], weight).float().cpu()
 
 
 def as_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of ids as they come. A character made of several tokens is held back until it is whole."""
+    """The text of ids as they arrive. A character made of several tokens is held back until it is complete."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in ids:
         if text := decoder.decode(tokenizer.decode_bytes([token])):

@@ -1,10 +1,10 @@
-"""Sophia on something other than language: a network learns to tell three spirals apart, with either estimator.
+"""Sophia on a classifier: a network learns to separate three spirals, with either estimator.
 
     python examples/classifier.py --estimator gnb
     python examples/classifier.py --estimator hutchinson
 
-The prediction of a classifier is an example, so N counts examples here, as it counts tokens in a language model.
-For a regression pass likelihood=Gaussian(variance=0.5), for several yes-or-no labels likelihood=Bernoulli()
+A classifier makes one prediction per example, so N counts examples; in a language model it counts tokens. For a
+regression pass likelihood=Gaussian(variance=0.5), for several binary labels likelihood=Bernoulli()
 (sophia.likelihoods).
 """
 
@@ -19,7 +19,7 @@ from sophia import SophiaG, SophiaH, gauss_newton_bartlett, hutchinson
 
 
 def spirals(per_class: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(3 · per_class, 2) points on three noisy spiral arms, and (3 · per_class,) the arm of each."""
+    """(3 · per_class, 2) points on three noisy spiral arms, and (3 · per_class,) their arms."""
     generator = torch.Generator().manual_seed(seed)
     radius = torch.rand(3, per_class, generator=generator).sqrt()
     angle = 2 * math.pi * (torch.arange(3).unsqueeze(1) / 3 + radius)
@@ -29,7 +29,7 @@ def spirals(per_class: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> float:
-    """Returns the accuracy on points that training has not seen."""
+    """Return the accuracy on new points."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--estimator", choices=("gnb", "hutchinson"), default="gnb")
     parser.add_argument("--steps", type=int, default=400)

@@ -2,9 +2,9 @@
 
     python examples/huggingface_trainer.py --steps 60
 
-The callback draws its own batches from the training set, as a function of the step, so that resumption needs no
-state beyond the optimizer's. Padding and the last token, which nothing follows, are no predictions. For one
-process: under DistributedDataParallel its backward would have to go through the wrapped model.
+The callback draws its own batches from the training set as a function of the step, so resuming needs only the
+optimizer's state. Padding and the last token, which has no successor, do not count as predictions. It supports only one
+process: under DistributedDataParallel, its backward pass would have to go through the wrapped model.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from sophia.random import uniforms
 
 
 class SophiaCallback(TrainerCallback):
-    """Before the steps at which the curvature is due, makes a Gauss-Newton-Bartlett estimate of it.
+    """Makes a Gauss-Newton-Bartlett estimate before every step at which the curvature is due.
 
     Args:
-        optimizer: the one given to the Trainer.
-        dataset: what the Trainer trains on.
-        collate: makes a batch with `input_ids` (B, T) and perhaps `attention_mask` (B, T) of a list of its items.
-        batch_size: of the estimate, in sequences; half of the training batch is enough.
+        optimizer: the Trainer's optimizer.
+        dataset: the Trainer's training set.
+        collate: turns a list of items into a batch with `input_ids` (B, T) and optionally `attention_mask` (B, T).
+        batch_size: sequences per estimate; half of the training batch is enough.
         seed: of the choice of sequences and of the sampled labels.
     """
 
@@ -60,7 +60,7 @@ class SophiaCallback(TrainerCallback):
     ) -> None:
         if args.world_size > 1:
             raise RuntimeError(
-                f"SophiaCallback with {args.world_size} processes, expected one: see the module's docstring"
+                f"SophiaCallback supports one process, not {args.world_size}; see the module's docstring"
             )
         if not self.optimizer.hessian_due:
             return
@@ -97,7 +97,7 @@ def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
-    """Returns the losses that the Trainer logged."""
+    """Return the losses that the Trainer logged."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16)

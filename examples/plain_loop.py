@@ -1,10 +1,10 @@
-"""Sophia-G in a plain PyTorch loop: a small character-level language model learns a text by heart.
+"""Sophia-G in a plain PyTorch loop: a small character-level language model memorises a text.
 
     python examples/plain_loop.py --steps 200
     python examples/plain_loop.py --text my.txt --steps 2000
 
-What Sophia adds to any loop stands between the marks: every k steps a backward pass with labels sampled from the
-model, whose gradient becomes the curvature. The number of predictions that the estimate was made of goes with it.
+The marks enclose what Sophia adds to a training loop: every k steps, a backward pass with labels sampled from the
+model. `update_hessian` turns its gradient and the number of predictions into a curvature estimate.
 """
 
 import argparse
@@ -23,7 +23,7 @@ spring of hope, it was the winter of despair, we had everything before us, we ha
 
 
 class CharacterModel(nn.Module):
-    """A causal Transformer of two layers over characters."""
+    """A causal two-layer Transformer over characters."""
 
     def __init__(self, vocab_size: int, length: int, width: int = 64) -> None:
         super().__init__()
@@ -40,9 +40,9 @@ class CharacterModel(nn.Module):
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
-    """Returns the training losses."""
+    """Return the training losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, help="a text file; by default a sentence of Dickens")
+    parser.add_argument("--text", type=Path, help="a text file (default: a sentence by Dickens)")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=32)
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
         window = data[starts + torch.arange(options.length + 1)]
         x, y = window[:, :-1], window[:, 1:]
 
-        # ---- Sophia: refresh the curvature, at the weights before the step
+        # ---- Sophia: refresh the curvature at the weights before the step
         if optimizer.hessian_due:
             half = x[: options.batch // 2]
             n = gauss_newton_bartlett(lambda: model(half), seed=options.seed, step=step)  # noqa: B023

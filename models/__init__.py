@@ -1,4 +1,4 @@
-"""GPT-2, its loss head, its FLOPs, and its passage to and from transformers."""
+"""GPT-2, its loss head, its FLOPs, and conversion to and from transformers."""
 
 from models.gpt2 import GPT2, GPT2Config, GPT2Output, parameter_kind
 

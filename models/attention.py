@@ -1,9 +1,9 @@
-"""Causal attention: torch's kernels, and on CPUs, in compiled models, a backward pass made of large matrix products.
+"""Causal attention: torch's kernels, and in models compiled for CPUs a backward pass made of large matrix products.
 
-torch's flash kernel for CPUs is quick forwards; backwards it works in tiles so small that its products run at a fraction
-of the machine's rate. There, over blocks of a few hundred queries, each against the keys that it may see, products run
-at full rate and inductor fuses what lies between. Scores are held for one block at a time, so that memory grows with
-the length and not with its square beyond one block.
+The forward pass of torch's flash kernel for CPUs is fast, but its backward pass uses tiles so small that products run at
+a fraction of the machine's rate. Over blocks of a few hundred queries, each with the keys that it may see, products run
+at full rate and inductor fuses the operations between them. Scores are held for one block at a time, so memory does not
+grow with the square of the length.
 """
 
 from typing import Any
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALLEST_BLOCK = 256  # queries; fewer make small products, more waste work on masked pairs
-MOST_BLOCKS = 4  # of a sequence: each is code of its own to compile
+SMALLEST_BLOCK = 256  # queries; smaller blocks make small products, larger ones waste work on masked pairs
+MOST_BLOCKS = 4  # per sequence; each block is compiled separately
 
 
 def causal_attention(
@@ -21,9 +21,9 @@ def causal_attention(
     key: Tensor,  # (B, H, T, D)
     value: Tensor,  # (B, H, T, D)
     dropout: float = 0.0,
-    logit_factor: Tensor | None = None,  # () float32 on the CPU: multiplies the logits besides 1/sqrt(D)
+    logit_factor: Tensor | None = None,  # () float32 on the CPU: multiplies the logits in addition to 1/sqrt(D)
 ) -> Tensor:  # (B, H, T, D)
-    """softmax(query keyᵀ logit_factor / sqrt(D) + causal mask) value, by the route that is fastest here."""
+    """softmax(query keyᵀ logit_factor / sqrt(D) + causal mask) value, by the fastest implementation for the device."""
     if logit_factor is not None:
         query = query * logit_factor
     if torch.compiler.is_compiling() and query.device.type == "cpu" and not dropout:
@@ -35,7 +35,7 @@ def causal_attention(
 class _BlockedBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # normalizer (B, H, T) float32: log sum exp of a query's logits over the keys that it sees
+        # normalizer (B, H, T) float32: log sum exp of a query's logits over its visible keys
         output, normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p=0.0, is_causal=True
         )
@@ -52,12 +52,12 @@ class _BlockedBackward(torch.autograd.Function):
         for start, stop in reversed(_query_blocks(length)):
             queries, d_block, seen = query[..., start:stop, :], d_output[..., start:stop, :], key[..., :stop, :]
             logits = (queries @ seen.transpose(-1, -2)).float() * scale
-            # int32 is as wide as the logits: masks of int64 comparisons would have to be narrowed, which is slower.
+            # int32, as wide as the logits: masks of int64 comparisons would have to be narrowed, which is slower.
             position = torch.arange(stop, device=query.device, dtype=torch.int32)
             later = position > position[start:, None]
-            # Logits come out of the product rounded, so the weights of a query add up to 1 only nearly: as rounded as they are,
-            # they are made a softmax again. Without this, large logits double the gradients' error. The bounds leave gradients
-            # finite where the rounding alone is beyond the range of exp.
+            # The product rounds logits, so a query's weights sum to 1 only approximately. They are renormalised, since
+            # otherwise large logits double the gradients' error. The clamps keep gradients finite even where the
+            # rounding error alone exceeds the range of exp.
             shifted = (logits - normalizer[..., start:stop, None]).clamp(max=80)
             weights = shifted.exp().masked_fill(later, 0).to(dtype)
             total = weights.float().sum(dim=-1, keepdim=True).clamp(min=1e-30)

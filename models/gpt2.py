@@ -1,8 +1,7 @@
-"""GPT-2 (Radford et al. 2019): the decoder that the paper pretrains, in one file from top to bottom.
+"""GPT-2 (Radford et al. 2019), the model that the Sophia paper pretrains, in one file.
 
-Tied embeddings, learned positions, pre-norm blocks, tanh GELU. The vocabulary is padded so that the head's matrix
-products have aligned shapes; the padding takes no part in the softmax, is never sampled and never receives a
-gradient.
+Tied embeddings, learned positions, pre-norm blocks, tanh GELU. The vocabulary is padded to align the shapes of the
+head's matrix products; the padding is excluded from the softmax, is never sampled and receives no gradient.
 """
 
 import hashlib
@@ -29,7 +28,7 @@ INITIAL_STD = 0.02
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The shape of a GPT-2. Raises ValueError for a shape that cannot be built."""
+    """The shape of a GPT-2. Raises ValueError for an impossible shape."""
 
     vocab_size: int = 50257
     n_layer: int = 12
@@ -47,7 +46,7 @@ class GPT2Config:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(
-                f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: heads share the width evenly"
+                f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; heads share the width evenly"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: expected a probability in [0, 1)")
@@ -59,16 +58,16 @@ class GPT2Config:
 
 
 class GPT2Output(NamedTuple):
-    """Sums (not means) over positions, so that callers divide by counts over all micro-batches and ranks."""
+    """Sums over positions, not means: callers divide by counts over all micro-batches and ranks."""
 
     loss_sum: Tensor | None  # () float32, cross entropy over positions with target != -100
-    sampled_loss_sum: Tensor | None  # () float32, cross entropy of labels drawn from the model's softmax, uniforms >= 0
+    sampled_loss_sum: Tensor | None  # () float32, cross entropy of labels drawn from the softmax where uniforms >= 0
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x); in compiled code, the backward pass computes it anew from x instead of keeping it.
+    """function(x); in compiled code, the backward pass recomputes it from x instead of saving it.
 
-    For functions that cost one pass over memory and whose x is kept in any case.
+    For functions that cost one pass over memory and whose input is saved anyway.
     """
     if not torch.compiler.is_compiling():
         return function(x)
@@ -76,8 +75,8 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU's tanh form. Compiled for a CPU as x · sigmoid(2u), since tanh(u) = 2 sigmoid(2u) - 1: inductor's kernels pay less
-    for an exponential than for a tanh."""
+    """GELU, tanh form. Compiled for a CPU it is x · sigmoid(2u), since tanh(u) = 2 sigmoid(2u) - 1 and an exponential is
+    cheaper than a tanh in inductor's kernels."""
     if not torch.compiler.is_compiling() or x.device.type != "cpu":
         return F.gelu(x, approximate="tanh")
     wide = x.float()
@@ -91,7 +90,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        # A tensor, not a number: numbers are compiled in, and each layer would be compiled by itself.
+        # A tensor, not a number: numbers are compile-time constants, so each layer would be compiled separately.
         self.logit_factor = torch.tensor(1 / (layer + 1), device="cpu") if config.attention_layer_scaling else None
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -132,9 +131,9 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """The model with its loss: forward(tokens, targets, uniforms) -> GPT2Output.
 
-    Built on a real device it is initialised with seed 0; built on the meta device it is to be moved with `to_empty` and
-    initialised with `initialize(seed)`. Blocks stand in the ModuleList `blocks` and are called as modules, so that
-    `fully_shard` can wrap each. `compile()` compiles each block and the inside of the loss head in place.
+    On a real device, the model is initialised with seed 0. On the meta device, call `to_empty` and then
+    `initialize(seed)`. The ModuleList `blocks` holds the blocks, which are called as modules so that `fully_shard` can
+    wrap each. `compile()` compiles each block and the passes inside the loss head in place.
     """
 
     def __init__(self, config: GPT2Config) -> None:
@@ -153,10 +152,10 @@ class GPT2(nn.Module):
     def forward(
         self,
         tokens: Tensor,  # (B, T) int64
-        targets: Tensor | None = None,  # (B, T) int64, -100 where there is none
-        uniforms: Tensor | None = None,  # (B, T) float32 in [0, 1), negative where no label is to be drawn
+        targets: Tensor | None = None,  # (B, T) int64, -100 for no target
+        uniforms: Tensor | None = None,  # (B, T) float32 in [0, 1), negative to draw no label
     ) -> GPT2Output:
-        """The losses that are asked for: cross entropy of the targets, and of labels drawn with the uniforms.
+        """Cross entropy of the targets, if given, and of labels drawn with the uniforms, if given.
 
         Raises ValueError for sequences longer than block_size.
         """
@@ -166,7 +165,7 @@ class GPT2(nn.Module):
         return GPT2Output(*self.head(hidden, weight, targets, uniforms))
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, d): the trunk's output, after the final norm."""
+        """(B, T) int64 -> (B, T, d): the trunk's output after the final norm."""
         length = tokens.size(1)
         if length > self.config.block_size:
             raise ValueError(
@@ -175,7 +174,7 @@ class GPT2(nn.Module):
         positions = torch.arange(length, device=tokens.device)
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
         if not torch.compiler.is_compiling():
-            torch._dynamo.maybe_mark_dynamic(x, 0)  # code for any batch size at the first compilation already
+            torch._dynamo.maybe_mark_dynamic(x, 0)  # compile once, for any batch size
         if self.attention == "math":
             with sdpa_kernel(SDPBackend.MATH):
                 for block in self.blocks:
@@ -196,9 +195,9 @@ class GPT2(nn.Module):
 
     @contextmanager
     def maths_attention(self) -> Iterator[None]:
-        """Eager, with the maths attention kernel and the plain loss head: the form that can be differentiated twice.
+        """Run eagerly with the math attention kernel and the plain loss head, which can be differentiated twice.
 
-        Flash and memory-efficient attention, torch.compile and the fused head have no double backward.
+        Flash and memory-efficient attention, torch.compile and the chunked head have no double backward.
         """
         before = self.attention
         self.attention = "math"
@@ -209,10 +208,10 @@ class GPT2(nn.Module):
             self.attention = before
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles each block and the loss head's inside in place, with the arguments of torch.compile.
+        """Compile each block and the passes inside the loss head in place, with torch.compile's arguments.
 
-        The blocks share what is compiled for one. For the whole process, backward passes keep what the forward pass
-        saved: both losses of one forward can then be differentiated, the first with retain_graph=True.
+        All blocks share one compiled graph. Turns off donated buffers for the whole process, so that both losses of one
+        forward pass can be differentiated, the first with retain_graph=True.
         """
         torch._functorch.config.donated_buffer = False
         for block in self.blocks:
@@ -221,15 +220,15 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """GPT-2's initialisation, each tensor a pure function of (seed, its name), on any device and however sharded.
+        """Initialise like GPT-2; each tensor is a pure function of (seed, its name) on any device and sharding.
 
-        Normal with standard deviation 0.02; 0.02 / sqrt(2 n_layer) for the two projections into the residual
-        stream; biases and the embedding's padding rows zero; norms one.
+        Normal with standard deviation 0.02, or 0.02 / sqrt(2 n_layer) for the two projections into the residual
+        stream. Biases and the embedding's padding rows are zero, norms one.
         """
         for name, parameter in self.named_parameters():
             initial = self.initial_tensor(name, parameter.shape, seed).to(parameter.dtype)
             if isinstance(parameter, DTensor):
-                # Each rank has generated the whole tensor: it keeps its shard, and nothing is sent.
+                # Each rank generated the whole tensor and keeps its shard, without communication.
                 sharded = distribute_tensor(initial, parameter.device_mesh, parameter.placements, src_data_rank=None)
                 parameter.to_local().copy_(sharded.to_local())
             else:
@@ -251,9 +250,9 @@ class GPT2(nn.Module):
 
 
 def parameter_kind(name: str) -> ParameterKind:
-    """The part of the model that a parameter belongs to, by its name in `GPT2.named_parameters()`.
+    """The part of the model that a parameter belongs to, from its name in `GPT2.named_parameters()`.
 
-    Raises ValueError for a name that is none of a GPT2's.
+    Raises ValueError for an unknown name.
     """
     parts = name.split(".")
     rules: dict[ParameterKind, Callable[[str], bool]] = {
@@ -265,4 +264,4 @@ def parameter_kind(name: str) -> ParameterKind:
     for kind, matches in rules.items():
         if any(matches(part) for part in parts):
             return kind
-    raise ValueError(f"{name!r} is no parameter of GPT2: expected a name such as blocks.0.attention.qkv.weight")
+    raise ValueError(f"{name!r} is not a parameter of GPT2; expected a name such as blocks.0.attention.qkv.weight")

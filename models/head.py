@@ -1,13 +1,12 @@
-"""The loss head: from hidden states to cross entropies, of targets and of labels drawn from the model's softmax.
+"""The loss head: from hidden states to cross entropies of targets and of labels drawn from the model's softmax.
 
-Over half of a small GPT-2's training step is spent here. The logits are computed for some thousand positions at a
-time, and as soon as they stand in memory their softmax, its losses and its gradient are taken, in place; so
-neither the logits of the whole batch nor any logits in fp32 are ever held. Softmax, sampling and loss are fp32
-whatever the precision of the product.
+A small GPT-2 spends over half of its training step here. Logits are computed for a few thousand positions at a time, and
+their softmax, losses and gradients immediately, in place. So neither the whole batch's logits nor any full logits in
+fp32 are ever held. Softmax, sampling and loss are in fp32 for any precision of the product.
 
-Both losses come out of one softmax. Their gradients with respect to the logits, softmax - onehot(target) and
-softmax - onehot(label), differ in two entries of a row; so once the target's has been taken through the two
-matrix products of the backward pass, the label's follows from it by look-ups.
+Both losses share one softmax. Their gradients with respect to the logits, softmax - onehot(target) and
+softmax - onehot(label), differ in two entries per row. So once the target's gradient has passed through the two matrix
+products of the backward pass, look-ups give the label's.
 """
 
 from collections.abc import Callable
@@ -17,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORED = -100  # the target of a position that has none, as in torch.nn.functional.cross_entropy
-# Positions whose logits are held at once. On CPUs, with tiles for bf16 or without, 2048 to 8192 are within 3 % of each other, and
-# fewer hold less memory.
+IGNORED = -100  # target of a position without one, as in torch.nn.functional.cross_entropy
+# Positions per chunk of logits. On CPUs, with or without bf16 tiles, 2048 to 8192 are within 3 % of each other; fewer take
+# less memory.
 CHUNK_ROWS = {"cpu": 2048, "cuda": 8192}
-EAGER_ROWS = 256  # positions whose logits are widened to fp32 at once where nothing is compiled
-BLOCK = 128  # columns of the vocabulary whose probability mass the sampler sums first
+EAGER_ROWS = 256  # positions per fp32 slice of logits in uncompiled code
+BLOCK = 128  # vocabulary columns per block of the sampler
 
 Losses = tuple[Tensor | None, Tensor | None]
 
@@ -43,10 +42,10 @@ def row_maximum(
 
 def exponentials_(
     logits: Tensor,  # (N, V), replaced by exp(logits - maximum)
-) -> tuple[Tensor, Tensor]:  # (N,) float32 each: the maximum of a row, and the sum of its exponentials, before rounding
+) -> tuple[Tensor, Tensor]:  # (N,) float32 each: row maximum, and sum of exponentials before rounding
     wide = logits.float()
     maximum = wide.amax(dim=-1)
-    # As powers of 2: an exp that is used twice is kept by inductor in a buffer in fp32, which costs more than taking it twice.
+    # exp2, since inductor keeps an exp that is used twice in an fp32 buffer, which costs more than computing it twice.
     exponentials = ((wide - maximum[:, None]) * 1.4426950408889634).exp2()
     logits.copy_(exponentials)
     return maximum, exponentials.sum(dim=-1)
@@ -55,7 +54,7 @@ def exponentials_(
 def block_masses(
     logits: Tensor,  # (N, V)
     shift: Tensor,  # (N,) float32
-) -> tuple[Tensor, Tensor]:  # (N, ⌊V / BLOCK⌋) and (N, 1) float32: sums of exp(logits - shift), of blocks and the rest
+) -> tuple[Tensor, Tensor]:  # (N, ⌊V / BLOCK⌋) and (N, 1) float32: sums of exp(logits - shift) over blocks and the rest
     whole = logits.size(1) // BLOCK
     blocks = logits[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).float()
     rest = logits[:, whole * BLOCK :].float()
@@ -67,13 +66,13 @@ def block_masses(
 
 def add_(
     total: Tensor,  # (N, d) float32
-    part: Tensor,  # (N, d) of the products' precision
+    part: Tensor,  # (N, d) in the products' precision
 ) -> None:
     total.add_(part.float())
 
 
 class Passes(NamedTuple):
-    """The passes over what is too large for the caches: a chunk's logits, and the weight's gradient."""
+    """The passes over tensors too large for the caches: a chunk's logits and the weight's gradient."""
 
     log_normalizer: Callable[[Tensor], Tensor]
     row_maximum: Callable[[Tensor], Tensor]
@@ -86,7 +85,7 @@ UNCOMPILED = Passes(log_normalizer, row_maximum, block_masses, exponentials_, ad
 
 
 class LossHead(nn.Module):
-    """Cross entropies over the first vocab_size rows of the weight, summed: of targets, of drawn labels."""
+    """Summed cross entropies over the first vocab_size rows of the weight: of targets and of drawn labels."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
@@ -98,13 +97,13 @@ class LossHead(nn.Module):
         self,
         hidden: Tensor,  # (B, T, d)
         weight: Tensor,  # (padded_vocab_size, d)
-        targets: Tensor | None,  # (B, T) int64, -100 where there is none
-        uniforms: Tensor | None,  # (B, T) float32 in [0, 1), negative where no label is to be drawn
+        targets: Tensor | None,  # (B, T) int64, -100 for no target
+        uniforms: Tensor | None,  # (B, T) float32 in [0, 1), negative to draw no label
     ) -> Losses:
-        """The losses that are asked for, by the chunked route, which can be differentiated once.
+        """Compute the requested losses in chunks; they can be differentiated once.
 
-        With both losses, `sampled_loss_sum.backward(retain_graph=True)` goes before `loss_sum.backward()`; and
-        labels drawn at just the positions that have a target cost next to nothing, at any others a softmax of
+        With both losses, call `sampled_loss_sum.backward(retain_graph=True)` before `loss_sum.backward()`. Labels cost
+        almost nothing if they are drawn at exactly the positions that have targets; otherwise they need a softmax of
         their own.
         """
         if targets is None and uniforms is None:
@@ -129,18 +128,18 @@ class LossHead(nn.Module):
         return _ChunkedLosses.apply(self, hidden, weight, targets, uniforms, dtype, torch.is_grad_enabled())
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles the passes over the logits, with the arguments of torch.compile."""
+        """Compile the passes over the logits, with torch.compile's arguments."""
         self.passes = Passes(*[_of_any_length(torch.compile(function, *args, **kwargs)) for function in UNCOMPILED])
 
 
 def plain_losses(
     hidden: Tensor,  # (B, T, d)
     weight: Tensor,  # (padded_vocab_size, d)
-    targets: Tensor | None,  # (B, T) int64, -100 where there is none
-    uniforms: Tensor | None,  # (B, T) float32 in [0, 1), negative where no label is to be drawn
+    targets: Tensor | None,  # (B, T) int64, -100 for no target
+    uniforms: Tensor | None,  # (B, T) float32 in [0, 1), negative to draw no label
     vocab_size: int,
 ) -> Losses:
-    """The same losses over full logits, which can be differentiated twice: the head's reference."""
+    """The same losses from full logits, which can be differentiated twice; the reference for LossHead."""
     logits = F.linear(hidden.flatten(0, -2), weight)[:, :vocab_size].float()
     loss_sum = sampled_loss_sum = None
     if targets is not None:
@@ -153,9 +152,9 @@ def plain_losses(
 
 def cross_entropy_sum(
     logits: Tensor,  # (N, V) float32
-    targets: Tensor,  # (N,) int64, -100 where there is none
+    targets: Tensor,  # (N,) int64, -100 for no target
 ) -> Tensor:  # ()
-    """F.cross_entropy(…, reduction="sum") with half of its passes over the logits' size where it is differentiated twice."""
+    """F.cross_entropy(…, reduction="sum") with half as many passes over the logits when differentiated twice."""
     loss_sum: Tensor = _CrossEntropySum.apply(logits, targets)
     return loss_sum
 
@@ -176,9 +175,9 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 class _ChunkedLosses(torch.autograd.Function):
-    """Losses and, while the logits are in memory, their gradients. With both losses they count the same positions.
+    """Losses and, while the logits are in memory, gradients. If both losses are computed, they count the same positions.
 
-    The gradients are those of the leading loss: the targets' if there are targets, the labels' else.
+    The gradients are of the leading loss: the targets' if there are targets, else the labels'.
     """
 
     @staticmethod
@@ -194,7 +193,7 @@ class _ChunkedLosses(torch.autograd.Function):
     ) -> Losses:
         narrow_hidden, narrow_weight = hidden.to(dtype), weight.to(dtype)
         rows, padded_vocab_size = len(hidden), len(weight)
-        chunk_rows = rows_at_once(rows, hidden.device.type)
+        chunk_rows = rows_per_chunk(rows, hidden.device.type)
         labels = None if uniforms is None else torch.empty_like(uniforms, dtype=torch.int64)
         leading = targets if targets is not None else labels
         assert leading is not None
@@ -225,8 +224,8 @@ class _ChunkedLosses(torch.autograd.Function):
                 sampled_loss_sum += torch.where(counted, normalizer - labels_logits, 0).sum()
 
             if d_hidden is not None:
-                # total · (softmax - onehot), whose rows are divided by the total where they are d wide and not V. The label's
-                # entry is computed in fp32 by itself: 1 taken from the rounded probability of a sure token would leave noise.
+                # total · (softmax - onehot); the division by the total comes later, where rows are d wide and not V. The
+                # label's entry is computed in fp32 separately: for a confident token, rounded probability - 1 is noise.
                 share = torch.where(counted, 1 / total, 0)[:, None]
                 leading_logits = targets_logits if targets_logits is not None else labels_logits
                 assert leading_logits is not None
@@ -256,7 +255,7 @@ class _ChunkedLosses(torch.autograd.Function):
     def backward(ctx: Any, *loss_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "the loss head's gradients have been used: they are computed in the forward pass, to be taken once. "
+                "the loss head's gradients are already used: they are computed in the forward pass and can be used once. "
                 "With both losses, call sampled_loss_sum.backward(retain_graph=True) before loss_sum.backward()"
             )
         d_loss, d_sampled_loss = loss_gradients
@@ -266,7 +265,7 @@ class _ChunkedLosses(torch.autograd.Function):
         if d_sampled_loss is not None:
             d_hidden, d_weight = _relabelled(ctx.gradients, ctx.saved_tensors, d_sampled_loss)
         if d_loss is not None:
-            # The weight's gradient is scaled where it stands and handed over, so that autograd need not copy it.
+            # Scale the weight's gradient in place and hand it over, so that autograd does not copy it.
             leading_d_hidden, leading_d_weight = ctx.gradients
             ctx.gradients = None
             leading_d_hidden, leading_d_weight = leading_d_hidden * d_loss, leading_d_weight.mul_(d_loss)
@@ -283,7 +282,7 @@ def _relabelled(
     saved: tuple[Tensor, ...],  # hidden (N, d), weight (padded_vocab_size, d), targets (N,), labels (N,)
     scale: Tensor,  # ()
 ) -> tuple[Tensor, Tensor]:  # (N, d), (padded_vocab_size, d) float32: scale times the gradients of the labels' loss
-    """(p - onehot(label)) W = (p - onehot(target)) W + W[target] - W[label], and the like for the weight's gradient."""
+    """(p - onehot(label)) W = (p - onehot(target)) W + W[target] - W[label], and likewise for the weight's gradient."""
     d_hidden, d_weight = gradients
     hidden, weight, targets, labels = saved
     counted = (targets != IGNORED)[:, None]
@@ -297,12 +296,12 @@ def _relabelled(
 
 def sample_labels(
     logits: Tensor,  # (N, V)
-    uniforms: Tensor,  # (N,) float32 in [0, 1), negative where no label is to be drawn
+    uniforms: Tensor,  # (N,) float32 in [0, 1), negative to draw no label
 ) -> Tensor:  # (N,) int64, -100 where no label was drawn
     """Labels drawn from softmax(logits) by inverse CDF: the first whose cumulative probability exceeds the uniform.
 
-    A row's label depends on its logits and its uniform alone. A token without probability is never drawn, not
-    even as the uniform tends to 1.
+    A row's label depends only on its logits and its uniform. A token of probability zero is never drawn, even as the
+    uniform tends to 1.
     """
     logits = logits.detach()
     return draw(logits, row_maximum(logits), uniforms, block_masses)
@@ -310,11 +309,11 @@ def sample_labels(
 
 def draw(
     logits: Tensor,  # (N, V)
-    shift: Tensor,  # (N,) float32: any near the largest logit, so that exp(logits - shift) is in range
+    shift: Tensor,  # (N,) float32: close to the largest logit, so that exp(logits - shift) is in range
     uniforms: Tensor,  # (N,) float32
     block_masses: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:  # (N,) int64
-    """The cumulative sum is taken over blocks of the vocabulary first, and inside the chosen block then."""
+    """Search the cumulative sum over blocks of the vocabulary first, then inside the chosen block."""
     masses = torch.cat(block_masses(logits, shift), dim=1)
     cumulative = masses.cumsum(dim=-1)
     threshold = uniforms[:, None] * cumulative[:, -1:]
@@ -328,10 +327,10 @@ def draw(
 
 
 def _first_above(cumulative: Tensor, mass: Tensor, threshold: Tensor) -> Tensor:
-    """(N, 1): the first index that has mass and a cumulative sum above the threshold; else the last that has mass.
+    """(N, 1): the first index with mass and a cumulative sum above the threshold, else the last index with mass.
 
-    None exceeds it where rounding leaves the threshold at the last cumulative sum. Mass is asked for besides because a
-    parallel cumulative sum may grow by rounding from one index to the next where there is no mass.
+    Rounding can put the threshold at the last cumulative sum, which then no index exceeds. Mass is required because a
+    parallel cumulative sum may grow by rounding at an index without mass.
     """
     index = torch.arange(mass.size(1), device=mass.device)
     last = torch.where(mass > 0, index, 0).amax(dim=-1, keepdim=True)
@@ -339,13 +338,13 @@ def _first_above(cumulative: Tensor, mass: Tensor, threshold: Tensor) -> Tensor:
     return torch.minimum(first, last)
 
 
-def rows_at_once(rows: int, device: str) -> int:
-    """Chunks of equal size, about CHUNK_ROWS each, so that no short one is left over; 1 where there are no rows."""
+def rows_per_chunk(rows: int, device: str) -> int:
+    """The rows per chunk: equal chunks of about CHUNK_ROWS, so that no short one is left over; at least 1."""
     return max(1, -(-rows // max(1, round(rows / CHUNK_ROWS.get(device, CHUNK_ROWS["cuda"])))))
 
 
 def _in_slices(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function over slices of EAGER_ROWS rows: uncompiled, it widens all the rows that it is given to fp32."""
+    """Apply an uncompiled function to slices of EAGER_ROWS rows, since it widens all its rows to fp32."""
 
     def over_slices(*arguments: Tensor) -> Any:
         results = [function(*slices) for slices in zip(*(a.split(EAGER_ROWS) for a in arguments), strict=True)]
@@ -359,7 +358,7 @@ def _in_slices(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled function, told at its first call that the number of rows will change."""
+    """A compiled function whose number of rows is marked as dynamic."""
 
     def told(*arguments: Tensor) -> Any:
         for argument in arguments:

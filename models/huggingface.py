@@ -1,7 +1,7 @@
 """GPT-2 to and from transformers' GPT2LMHeadModel.
 
-The two differ in the layout of a linear layer (transformers' Conv1D holds its weight transposed), in biases and norms'
-offsets, which transformers always has, and in the rows that pad the vocabulary, which transformers lacks.
+transformers' Conv1D holds the weight of a linear layer transposed, transformers always has biases and norm offsets, and
+it does not pad the vocabulary.
 """
 
 import json
@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel
 
 from models.gpt2 import GPT2, GPT2Config
 
-# Our name of a block's module, theirs, and whether theirs is a Conv1D.
+# Our name of a block's module, transformers' name, and whether theirs is a Conv1D.
 BLOCK_MODULES = (
     ("attention_norm", "ln_1", False),
     ("attention.qkv", "attn.c_attn", True),
@@ -26,7 +26,7 @@ BLOCK_MODULES = (
     ("mlp.up", "mlp.c_fc", True),
     ("mlp.down", "mlp.c_proj", True),
 )
-# Settings of a GPT2LMHeadModel that this model knows in one value only.
+# Settings of a GPT2LMHeadModel for which this model supports only these values.
 FIXED_SETTINGS = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -37,9 +37,9 @@ FIXED_SETTINGS = {
 
 
 def to_huggingface(model: GPT2) -> GPT2LMHeadModel:
-    """A GPT2LMHeadModel on the CPU with the model's weights in float32 and the model's logits over the real vocabulary.
+    """A GPT2LMHeadModel on the CPU with the same weights, in float32, and the same logits over the real vocabulary.
 
-    Absent biases become zeros. `save_pretrained` writes it as safetensors. The weights must be whole, not shards.
+    Absent biases become zeros. The weights must be whole tensors, not shards.
     """
     config = model.config
     weights = {name: parameter.detach().float().cpu() for name, parameter in model.named_parameters()}
@@ -58,13 +58,13 @@ def to_huggingface(model: GPT2) -> GPT2LMHeadModel:
 
 
 def from_huggingface(source: str | Path | GPT2LMHeadModel) -> tuple[GPT2Config, dict[str, Tensor]]:
-    """The shape and the weights of a GPT2LMHeadModel or of its directory: float32, by GPT2's parameter names.
+    """The shape and the float32 weights, by GPT2's parameter names, of a GPT2LMHeadModel or its directory.
 
-    Biases that are zero throughout the model are left out, and the vocabulary is padded with zeros.
+    Biases are dropped if all of them are zero, and the vocabulary is padded with zeros.
 
     Raises:
-        ValueError: the directory has no config.json or no safetensors (pickles are not read), or holds no GPT-2 of the
-            kind that this one is.
+        ValueError: the directory has no config.json or no safetensors (pickles are not read), or its model is not a
+            GPT-2 that this code supports.
     """
     theirs = source if isinstance(source, GPT2LMHeadModel) else _load(Path(source))
     for key, allowed in FIXED_SETTINGS.items():
@@ -104,7 +104,7 @@ def from_huggingface(source: str | Path | GPT2LMHeadModel) -> tuple[GPT2Config, 
 
 
 def huggingface_config(config: GPT2Config) -> HuggingFaceConfig:
-    """The transformers configuration of the same shape. `<|endoftext|>`, the last token, begins and ends documents."""
+    """The transformers configuration of the same shape. `<|endoftext|>`, the last token, is its BOS and EOS token."""
     return HuggingFaceConfig(
         vocab_size=config.vocab_size,
         n_positions=config.block_size,
@@ -133,12 +133,12 @@ def _modules(config: GPT2Config) -> list[tuple[str, str, bool]]:
 
 def _load(directory: Path) -> GPT2LMHeadModel:
     if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory}: no config.json there; expected a directory written by save_pretrained")
+        raise ValueError(f"{directory}: no config.json; expected a directory written by save_pretrained")
     if not any(directory.glob("*.safetensors")):
         pickles = ", ".join(sorted(path.name for path in directory.glob("*.bin")))
         raise ValueError(
-            f"{directory}: no model.safetensors there"
-            + (f", and {pickles} is a pickle, which can run code when it is read" if pickles else "")
+            f"{directory}: no model.safetensors"
+            + (f", and {pickles} is a pickle, which can run code when it is loaded" if pickles else "")
             + "; expected weights written by save_pretrained(..., safe_serialization=True)"
         )
     try:
@@ -146,21 +146,23 @@ def _load(directory: Path) -> GPT2LMHeadModel:
         loaded: Any = GPT2LMHeadModel.from_pretrained(
             directory, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
-    except Exception as error:  # transformers meets a damaged directory with exceptions of many libraries
+    except Exception as error:  # damaged directories raise exceptions of many libraries
         raise ValueError(f"{directory}: {' '.join(str(error).split())}") from error
     model, report = loaded
     if report["missing_keys"] or report["mismatched_keys"]:
         faults = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        raise ValueError(f"{directory}: the weights lack {', '.join(faults)}; expected those of a GPT2LMHeadModel")
+        raise ValueError(
+            f"{directory}: the weights lack {', '.join(faults)}; expected the weights of a GPT2LMHeadModel"
+        )
     return model
 
 
 def _check_directory(directory: Path) -> None:
-    """Refuse what would lead out of the directory, or have more memory taken than the files hold.
+    """Refuse a directory that refers to files outside it or would allocate more memory than its files hold.
 
     Raises:
-        ValueError: a link or an index that leads outside, an adapter (whose base model lies elsewhere), or a config.json
-            that describes more weights than there are.
+        ValueError: a link or an index leads outside, it is an adapter (whose base model is elsewhere), or config.json
+            describes more weights than there are.
     """
     root = directory.resolve()
     # The hub's cache keeps a snapshot's files in the blobs/ of the same repository.
@@ -168,17 +170,17 @@ def _check_directory(directory: Path) -> None:
     for path in directory.iterdir():
         if not any(path.resolve().is_relative_to(home) for home in homes):
             raise ValueError(
-                f"{path.name} is a link out of the directory; expected a plain file, copy what it leads to"
+                f"{path.name} is a link to a file outside the directory; replace it with a copy of that file"
             )
     if (directory / "adapter_config.json").exists():
-        raise ValueError("adapter_config.json makes it an adapter of another model; expected a whole model, merge it")
+        raise ValueError("adapter_config.json makes it an adapter of another model; merge it into a whole model")
     index = directory / "model.safetensors.index.json"
     if index.exists():
         content = json.loads(index.read_text())
         places = content.get("weight_map", {}).values() if isinstance(content, dict) else ()
         for name in places:
             if not isinstance(name, str) or not (directory / name).is_file() or Path(name).name != name:
-                raise ValueError(f"{index.name} names {name!r}; expected the names of files in the directory")
+                raise ValueError(f"{index.name} names {name!r}; expected names of files in the directory")
     held = 0
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
@@ -186,5 +188,7 @@ def _check_directory(directory: Path) -> None:
     config = HuggingFaceConfig.from_pretrained(directory, local_files_only=True)
     layers, width, mlp = config.n_layer, config.n_embd, config.n_inner or 4 * config.n_embd
     described = (config.vocab_size + config.n_positions) * width + layers * (4 * width**2 + 2 * width * mlp)
-    if described > 2 * held:  # what is missing below that is named when it is loaded
-        raise ValueError(f"config.json describes {described} weights, the files hold {held}; expected one model's")
+    if described > 2 * held:  # loading names weights that are missing within this margin
+        raise ValueError(
+            f"config.json describes {described} weights, but the files hold {held}; expected files of one model"
+        )

@@ -19,7 +19,7 @@ from typing import Literal, get_args
 
 from models import GPT2Config
 from models.flops import parameter_count
-from models.head import EAGER_ROWS, rows_at_once
+from models.head import EAGER_ROWS, rows_per_chunk
 from training.config import (
     DDPConfig,
     DeepSpeedConfig,
@@ -197,7 +197,7 @@ class _Step:
         """At its peak, with the hidden states' and the weight's gradient, which it computes in the forward pass."""
         tokens, width = done.tokens, done.width
         d, padded = self.shape.n_embd, self.shape.padded_vocab_size
-        rows = rows_at_once(tokens, self.device)
+        rows = rows_per_chunk(tokens, self.device)
         narrow = width == BFLOAT16
         inputs = narrow * (BFLOAT16 * tokens * d + (0 if self.zero and self.bf16_weights else BFLOAT16 * padded * d))
         gradients = width * tokens * d + self.embedding

@@ -1,9 +1,9 @@
-"""Compare runs of one horizon, single ones or a sweep: a table and a picture.
+"""Compare runs of one horizon, single runs or a sweep: a table and a plot.
 
     python scripts/compare.py runs/*
     python scripts/compare.py runs/<adamw> runs/<sophiag> --baseline adamw --plot curves.png
 
-Of a sweep each optimizer's best setting is shown, a mean over its seeds. The picture is comparison.png beside the runs.
+For a sweep, shows each optimizer's best setting, averaged over its seeds. The plot is comparison.png beside the runs.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from training.records import RecordError, find_run_directories
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories, some of the baseline among them")
-    parser.add_argument("--baseline", default="adamw", help="the optimizer that the others are held against")
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories, including the baseline's")
+    parser.add_argument("--baseline", default="adamw", help="the optimizer to compare the others with (adamw)")
     parser.add_argument(
-        "--plot", type=Path, help="the picture (.png, .svg, .pdf; default: comparison.png beside the runs)"
+        "--plot", type=Path, help="the plot (.png, .svg, .pdf; default: comparison.png beside the runs)"
     )
     options = parser.parse_args(arguments)
     try:
@@ -38,10 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
         picture = comparison.plot(options.plot or directories[0].absolute().parent / "comparison.png")
     except (OSError, RecordError, ValueError) as error:
         return refuse(error)
-    for what, which in (("no run record", map(str, others)), ("not ended", comparison.left_out)):
+    for what, which in (("not a run", map(str, others)), ("not finished", comparison.left_out)):
         named = "; ".join(which)
         if named:
-            print(printable(f"passed over, {what}: {named}"), file=sys.stderr)
+            print(printable(f"skipped, {what}: {named}"), file=sys.stderr)
     console = SafeConsole()
     console.print(comparison.table())
     if comparison.is_sweep:

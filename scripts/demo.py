@@ -1,9 +1,9 @@
 """The demonstration of `make demo`: AdamW, Lion and Sophia-G from the same initial weights on the same batches.
 
     python scripts/demo.py               three runs, a table, and the curves in runs/demo/curves.png
-    python scripts/demo.py --search      how the learning rates were chosen; appends to results/demo/search.jsonl
+    python scripts/demo.py --search      search the learning rates; appends to results/demo/search.jsonl
 
-One horizon and one seed: it shows the tools at work, and is no test of any claim. Finished runs are not run again.
+With one horizon and one seed, it shows the tools at work and tests no claim. Finished runs are not rerun.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from training.run import execute
 ARMS = ("adamw", "lion", "sophiag")
 RUNS = Path("runs/demo")
 SEARCH_RECORD = Path("results/demo/search.jsonl")
-# Four trials an arm, learning rates a factor of two apart, at one momentum. The seed is not the demonstration's.
+# Four trials per arm, learning rates a factor of two apart, at one momentum, with another seed than the demonstration.
 SEARCH_SEED = 1000
 SEARCH_RATES = {
     "adamw": [1e-3, 2e-3, 4e-3, 8e-3],
@@ -81,7 +81,7 @@ def trials() -> Iterator[tuple[str, RunConfig]]:
 
 
 def search() -> int:
-    """Run every trial that is not yet in the record; print each arm's best."""
+    """Run every trial that is not on record; print each arm's best."""
     SEARCH_RECORD.parent.mkdir(parents=True, exist_ok=True)
     known = [json.loads(line) for line in SEARCH_RECORD.read_text().splitlines()] if SEARCH_RECORD.exists() else []
     for arm, config in trials():
@@ -90,7 +90,7 @@ def search() -> int:
             continue
         outcome = execute(config)
         if outcome.status not in ("completed", "diverged"):
-            return outcome.exit_code  # stopped from outside: the same command goes on
+            return outcome.exit_code  # interrupted; the same command resumes
         environment = RunRecord.open(outcome.directory).environment
         entry = {
             "arm": arm,

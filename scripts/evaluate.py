@@ -1,11 +1,11 @@
-"""Downstream tasks on a trained model, by EleutherAI's lm-evaluation-harness (the extra `evaluate`).
+"""Evaluate a trained model on downstream tasks with EleutherAI's lm-evaluation-harness (the extra `evaluate`).
 
     python scripts/evaluate.py runs/<name> --tasks hellaswag,lambada_openai,superglue
     python scripts/evaluate.py exported --tasks superglue --num-fewshot 2 --limit 100
     python scripts/evaluate.py runs/<name> --tasks my_task --include-path my_tasks      (YAML files and their data)
 
-`superglue` is SuperGLUE with two examples in the prompt, as in the paper. The results are shown, and added to
-downstream.json in the run's directory or in the exported one.
+`superglue` is SuperGLUE with two examples in the prompt, as in the paper. Prints the results and adds them to
+downstream.json in the run's or exported directory.
 """
 
 import argparse
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a run directory, one of its checkpoints, or a Hugging Face directory")
-    parser.add_argument("--tasks", required=True, help="names, with commas: superglue, or any of the harness's")
+    parser.add_argument("--tasks", required=True, help="comma-separated: superglue, or any of the harness's tasks")
     parser.add_argument("--num-fewshot", type=int, help="examples in each prompt (2 for superglue, else the task's)")
-    parser.add_argument("--limit", type=int, help="at most so many examples of each task, for a trial")
-    parser.add_argument("--batch-size", type=int, default=16, help="prompts per forward (16)")
+    parser.add_argument("--limit", type=int, help="the most examples of each task, for a trial")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts per forward pass (16)")
     parser.add_argument("--seed", type=int, default=1234, help="chooses the prompts' examples (1234)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--include-path", type=Path, help="a directory of further task files")
-    parser.add_argument("--output", type=Path, help="the file that the results are added to")
-    parser.add_argument("--token-directory", type=Path, help="the run's prepared tokens, where they have been moved")
+    parser.add_argument("--include-path", type=Path, help="a directory of additional task files")
+    parser.add_argument("--output", type=Path, help="the file to add the results to")
+    parser.add_argument("--token-directory", type=Path, help="the run's prepared tokens, if they have moved")
     options = parser.parse_args(arguments)
     try:
         check(options)
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """What can be refused before torch is imported.
+    """Refuse bad options before torch is imported.
 
     Raises:
         ConfigurationError: there is no such directory, or a number is out of range.
@@ -74,7 +74,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Export where a run is given, evaluate, show, record; returns the exit code."""
+    """Export (a run), evaluate, print and record; return the exit code."""
     from downstream import evaluation as downstream
 
     downstream.require_harness()
@@ -93,7 +93,7 @@ def evaluate(options: argparse.Namespace) -> int:
             export(trained, directory)
             home = options.model if trained.run is None else trained.run.directory
         output = options.output or home / downstream.RESULTS_FILE
-        downstream.read_results(output)  # refused before the work and not after it
+        downstream.read_results(output)  # fail before the evaluation, not after it
         results = downstream.evaluate(
             directory,
             [name.strip() for name in options.tasks.split(",") if name.strip()],
@@ -113,7 +113,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def table(title: str, results: Sequence["TaskResult"]) -> "Table":
-    """A row for each metric of each task, and for each suite the mean over its tasks."""
+    """One row per metric of each task, and one per suite with the mean over its tasks."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,10 +1,10 @@
-"""A trained model as a Hugging Face directory.
+"""Export a trained model to a Hugging Face directory.
 
     python scripts/export.py runs/<name> exported
     python scripts/export.py runs/<name>/checkpoints/step-00000100 exported --overwrite
 
-The newest valid checkpoint of the run is used. transformers' AutoModelForCausalLM and AutoTokenizer load the directory
-without a network; it is compared with the run's model before it gets its name.
+Uses the run's newest valid checkpoint. transformers' AutoModelForCausalLM and AutoTokenizer load the directory without a
+network. It is compared with the run's model before it is renamed to its final name.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from training.reliability.run_directory import refuse_absent
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run directory, or one of its checkpoints")
-    parser.add_argument("directory", type=Path, help="is made")
+    parser.add_argument("directory", type=Path, help="the directory to create")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument("--token-directory", type=Path, help="the run's prepared tokens, where they have been moved")
+    parser.add_argument("--token-directory", type=Path, help="the run's prepared tokens, if they have moved")
     options = parser.parse_args(arguments)
     try:
         refuse_absent(options.run)
@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             difference = export(trained, options.directory, overwrite=options.overwrite)
     except (*OPENING_ERRORS, ExportError) as error:
         return refuse(error)
-    said = f"{options.directory}: {trained.checkpoint}; transformers gives its logits to {difference:.1g} and its ids"
-    print(printable(said))
+    said = f"{options.directory}: exported {trained.checkpoint}; transformers gives the same ids, and logits within "
+    print(printable(f"{said}{difference:.1g}"))
     return 0
 
 

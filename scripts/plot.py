@@ -1,4 +1,4 @@
-"""One of the paper's figures or tables from records: `python scripts/plot.py curves results/cpu_scale`."""
+"""Draw one of the paper's figures or tables from records: `python scripts/plot.py curves results/cpu_scale`."""
 
 import argparse
 import sys
@@ -25,17 +25,18 @@ def main(arguments: list[str] | None = None) -> int:
         description=f"figures:\n{named}\ntables (--table): {', '.join(TABLES)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", help="a figure, or with --table a table; `all` draws every figure there is data for")
+    parser.add_argument("name", help="a figure, or with --table a table; `all` draws every figure that has data")
     parser.add_argument("paths", nargs="+", type=Path, help="a study directory, or directories that hold runs")
-    parser.add_argument("--output", type=Path, help="a file (.png, .svg, .pdf), for `all` a directory")
+    parser.add_argument("--output", type=Path, help="a file (.png, .svg, .pdf), or a directory for `all`")
     parser.add_argument("--table", action="store_true", help="print the table of this name as Markdown")
-    parser.add_argument("--baseline", default="adamw", help="for bare runs: the arm that others are held against")
+    parser.add_argument(
+        "--baseline", default="adamw", help="for runs without a study: the arm to compare the others with (adamw)"
+    )
     options = parser.parse_args(arguments)
     known = TABLES if options.table else {**FIGURES, "all": None}
     if options.name not in known:
         parser.error(
-            f"{options.name}: there is no such {'table' if options.table else 'figure'}; "
-            f"choose one of {', '.join(known)}"
+            f"{options.name}: no such {'table' if options.table else 'figure'}; choose one of {', '.join(known)}"
         )
     try:
         study = load_study(options.paths, baseline=options.baseline)

@@ -5,7 +5,7 @@
     python scripts/prepare_data.py data=openwebtext --workers 16
     python scripts/prepare_data.py data=openwebtext --verify        hash every shard against the manifest
 
-It can be stopped at any moment and goes on where it stopped. Overrides are those of train.py.
+It can be interrupted at any moment; rerun the same command to resume. Overrides are those of train.py.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="data=…, tokenizer=… and their keys")
     parser.add_argument("--workers", type=int, default=None, help="processes (default: all usable cores)")
-    parser.add_argument("--verify", action="store_true", help="check the sha256 of every shard, prepare nothing")
+    parser.add_argument("--verify", action="store_true", help="only check the sha256 of every shard")
     arguments = parser.parse_intermixed_args()
     if arguments.workers is not None and arguments.workers < 1:
         return refuse(ConfigurationError(f"--workers {arguments.workers}: expected a number of at least 1"))

@@ -1,4 +1,4 @@
-"""The report of a study or of any runs: `python scripts/report.py results/cpu_scale` or `... runs --output report`."""
+"""Report a study or any runs: `python scripts/report.py results/cpu_scale` or `... runs --output report`."""
 
 import argparse
 import os
@@ -17,10 +17,12 @@ from training.records import RecordError, refuse_no_directory
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="HTML, Markdown and JSON from run records, and a summary here.")
+    parser = argparse.ArgumentParser(description="Write HTML, Markdown and JSON from run records, and print a summary.")
     parser.add_argument("paths", nargs="+", type=Path, help="a study directory, or directories that hold runs")
-    parser.add_argument("--output", type=Path, help="where to write (default: the study directory, or ./report)")
-    parser.add_argument("--baseline", default="adamw", help="for bare runs: the arm that others are held against")
+    parser.add_argument("--output", type=Path, help="directory to write to (default: the study directory, or ./report)")
+    parser.add_argument(
+        "--baseline", default="adamw", help="for runs without a study: the arm to compare the others with (adamw)"
+    )
     options = parser.parse_args(arguments)
     try:
         refuse_no_directory(options.paths)

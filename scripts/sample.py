@@ -1,11 +1,11 @@
-"""Text from a trained model.
+"""Sample text from a trained model.
 
     python scripts/sample.py runs/<name> --prompt "It was" --tokens 200 --temperature 0.8 --top-k 50 --seed 0
     python scripts/sample.py runs/<name>/checkpoints/step-00000100 --samples 3
     python scripts/sample.py runs/<name> --prompt "$(cat story.txt)" --temperature 0
 
-The newest valid checkpoint of the run is used. The text goes to standard output as it is drawn, everything else to
-standard error. The same seed gives the same text.
+Uses the run's newest valid checkpoint. The text goes to standard output as it is drawn, everything else to standard
+error. The same seed gives the same text.
 """
 
 import argparse
@@ -29,17 +29,19 @@ from training.reliability.run_directory import refuse_absent
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run directory, or one of its checkpoints")
-    parser.add_argument("--prompt", default="", help="what the text begins with (default: the beginning of a new text)")
+    parser.add_argument("--prompt", default="", help="the beginning of the text (default: start a new text)")
     parser.add_argument(
-        "--tokens", type=int, default=200, help="the most tokens to draw, if the model does not end the text (200)"
+        "--tokens", type=int, default=200, help="the most tokens to draw; the model may end the text earlier (200)"
     )
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (0.8)")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens alone; 0: from all (0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that hold this mass (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first sample; the second has the next one (0)")
-    parser.add_argument("--samples", type=int, default=1, help="how many texts (1)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw only from the k likeliest tokens; 0: from all (0)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw only from the likeliest tokens that hold this probability (1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first sample; later samples use the next seeds (0)")
+    parser.add_argument("--samples", type=int, default=1, help="number of texts (1)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--token-directory", type=Path, help="the run's prepared tokens, where they have been moved")
+    parser.add_argument("--token-directory", type=Path, help="the run's prepared tokens, if they have moved")
     options = parser.parse_args(arguments)
     try:
         check(options)
@@ -55,13 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(flush=True)
         return 130
-    except BrokenPipeError:  # the reader, head for example, has had enough
+    except BrokenPipeError:  # the reader, e.g. head, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def check(options: argparse.Namespace) -> None:
-    """What can be refused before torch is imported.
+    """Refuse bad options before torch is imported.
 
     Raises:
         ConfigurationError: there is no such directory, or a number is out of range.
@@ -74,7 +76,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def sample(options: argparse.Namespace) -> int:
-    """Draw and print; returns the exit code."""
+    """Draw and print the samples; return the exit code."""
     from downstream.inference import Sampling, as_text, choose_device, generate, open_trained
 
     sampling = Sampling(options.temperature, options.top_k or None, options.top_p)
@@ -85,7 +87,7 @@ def sample(options: argparse.Namespace) -> int:
     prompt = [int(token) for token in tokenizer.encode(options.prompt)]
     if len(prompt) > context:
         print(
-            f"the prompt has {len(prompt)} tokens and the model sees {context}: it goes on from the last {context}",
+            f"the prompt has {len(prompt)} tokens; the model sees only the last {context}",
             file=sys.stderr,
         )
     for number in range(options.samples):
@@ -102,7 +104,7 @@ def sample(options: argparse.Namespace) -> int:
 
 
 def write(text: str) -> None:
-    """Print at once. On a terminal, control characters, of which an untrained model is full, are shown, not obeyed."""
+    """Print immediately. On a terminal, escape control characters, which an untrained model draws often."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 

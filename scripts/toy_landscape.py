@@ -1,11 +1,10 @@
-"""The motivation figure of the Sophia paper: five optimizers on a loss with one sharp, one flat and one saddle
-direction.
+"""The motivating figure of the Sophia paper: five optimizers on a loss with a sharp direction, a flat one and a saddle.
 
     python scripts/toy_landscape.py --output results/toy_landscape
 
 L(θ1, θ2) = 8 (θ1-1)² (1.3 θ1² + 2 θ1 + 1) + ½ (θ2-4)² has its minimum at (1, 4), where the curvature is 68.8 in θ1
 and 1 in θ2, and a saddle at (0, 4): its curvature in θ1 is negative on (-0.366, 0.596), where all five start. Each
-method but Newton's takes its best learning rate of a grid, by the loss after the last step.
+method except Newton's uses the learning rate of a grid with the lowest loss after the last step.
 """
 
 import argparse
@@ -43,7 +42,7 @@ def loss(theta: Tensor) -> Tensor:
 
 
 class Method(NamedTuple):
-    """How a method makes its optimizer, and what it does to the gradient before the step; the Hessian is exact."""
+    """A method's optimizer, and how it changes the gradient before the step; the Hessian is exact."""
 
     make: Callable[[Tensor, float], torch.optim.Optimizer]
     learning_rates: tuple[float, ...]
@@ -60,7 +59,7 @@ def _adam(theta: Tensor, lr: float) -> torch.optim.Optimizer:
 
 
 def _sophia(theta: Tensor, lr: float) -> torch.optim.Optimizer:
-    # Exact gradients and curvature: nothing to average.
+    # Gradients and curvature are exact, so there is nothing to average.
     return Sophia([theta], lr=lr, betas=(0.0, 0.0), gamma=1.0, weight_decay=0.0, hessian_interval=1)
 
 
@@ -97,7 +96,7 @@ class Trajectory(NamedTuple):
 
 
 def descend(method: Method, learning_rate: float, steps: int = STEPS) -> Trajectory:
-    """From START, `steps` steps of one method with a constant learning rate."""
+    """Take `steps` steps from START with a constant learning rate."""
     theta = torch.tensor(START, dtype=torch.float64).requires_grad_()
     optimizer = method.make(theta, learning_rate)
     path = [theta.detach().clone()]
@@ -111,12 +110,12 @@ def descend(method: Method, learning_rate: float, steps: int = STEPS) -> Traject
 
 
 def best(method: Method, steps: int = STEPS) -> Trajectory:
-    """The trajectory with the lowest last loss over the method's learning rates."""
+    """The trajectory with the lowest final loss over the method's learning rates."""
     return min((descend(method, lr, steps) for lr in method.learning_rates), key=lambda t: float(t.loss[-1]))
 
 
 def draw(trajectories: dict[str, Trajectory]) -> plt.Figure:
-    """Trajectories over the contours on the left, loss against steps on the right."""
+    """Draw trajectories over contours on the left, loss against steps on the right."""
     figure, (plane, curve) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(1.25, 1), layout="constrained")
     first, second = torch.meshgrid(torch.linspace(-1.1, 1.6, 400), torch.linspace(-0.6, 5.2, 400), indexing="ij")
     heights = loss(torch.stack([first, second]))

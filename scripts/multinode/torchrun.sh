@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# One run over several machines, started by hand: the same command on each of them.
+# One run over several machines, started by hand: run the same command on each.
 #
 #     NODES=2 HEAD=node-1 scripts/multinode/torchrun.sh experiment=paper/355m_sophiag strategy=fsdp
 #
-# NODES   machines
+# NODES   number of machines
 # HEAD    the machine where the ranks meet, with a port if 29500 is taken: node-1:29501
-# RANKS   ranks of each machine; its GPUs, if not given
-# RETRIES how often dead ranks are started again, from the last checkpoint
+# RANKS   ranks per machine; default: its number of GPUs
+# RETRIES how often dead ranks are restarted from the last checkpoint
 #
-# The run directory must be on a file system that all machines share, and so must the tokens, or be in the same place on
-# each. Ctrl-C, SIGTERM and SIGUSR1 let the run save first: five minutes at most.
+# The run directory must be on a filesystem that all machines share. The tokens must be on one too, or at the same path on
+# each machine. On Ctrl-C, SIGTERM and SIGUSR1 the run saves first, within five minutes.
 set -euo pipefail
 
 : "${NODES:?how many machines}" "${HEAD:?the machine where the ranks meet}"

@@ -126,7 +126,7 @@ def test_the_command_compares_all_that_a_sweep_leaves_and_draws_it(
     out, err = capsys.readouterr()
     assert "Every setting that was tried" in out
     assert str(runs / "comparison.png") in out
-    assert err == f"passed over, no run record: {runs / 'multirun.yaml'}\n"
+    assert err == f"skipped, not a run: {runs / 'multirun.yaml'}\n"
     with Image.open(runs / "comparison.png") as image:
         assert image.width > 1000
 

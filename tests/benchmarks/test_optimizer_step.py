@@ -1,4 +1,4 @@
-"""The benchmark of the optimizer step runs, holds every arm against fused AdamW and writes what it prints."""
+"""The benchmark of the optimizer step runs, compares every arm with fused AdamW and writes what it prints."""
 
 import json
 import sys

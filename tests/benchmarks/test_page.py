@@ -1,4 +1,4 @@
-"""The page of benchmarks shows what the committed records say, and says so where a target is missed."""
+"""The page of benchmarks shows the committed records and marks missed targets."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ def test_the_page_is_made_from_the_committed_records() -> None:
     assert read_part(page.PAGE, page.PART) == page.tables(page.RESULTS)
 
 
-def test_a_missed_target_is_called_so(tmp_path: Path) -> None:
+def test_a_missed_target_is_marked(tmp_path: Path) -> None:
     record = json.loads((page.RESULTS / "optimizer_step.json").read_text())
     record["steps"]["Sophia"]["ratio"] = 0.96
     record["steps"]["Lion"]["ratio"] = 0.70

@@ -10,7 +10,7 @@ from benchmarks import page, reading
 
 
 @pytest.mark.slow
-def test_a_report_of_a_few_runs_is_timed_and_its_line_is_written(
+def test_a_report_of_a_few_runs_is_timed_and_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(reading, "ORIGINALS", 4)

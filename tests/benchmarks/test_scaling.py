@@ -1,4 +1,4 @@
-"""The benchmark of growth: what is quadratic is called so, what is linear is not, and a family runs end to end."""
+"""The benchmark of growth flags quadratic costs and not linear ones, and runs a family end to end."""
 
 import json
 import sys

@@ -140,7 +140,7 @@ def test_prefetched_batches_are_those_of_their_steps(stream: TokenDataset) -> No
         assert np.array_equal(batch.tokens, batches.at(step).tokens)
 
 
-def test_no_more_is_read_ahead_than_was_asked_for(stream: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_batches_are_read_ahead_than_requested(stream: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = Batches(stream, 0, 8, 16)
     read: queue.Queue[int] = queue.Queue()
     monkeypatch.setattr(Batches, "at", lambda self, step: read.put(step) or Batch(*[np.zeros(1)] * 3))
@@ -175,7 +175,7 @@ def test_an_error_while_reading_ahead_reaches_the_reader(tmp_path: Path) -> None
 
 
 def test_a_split_shorter_than_a_sequence_is_refused(stream: TokenDataset) -> None:
-    with pytest.raises(DataError, match=r"has 1003 tokens and one sequence of 1003 needs 1004; .*sequence_length"):
+    with pytest.raises(DataError, match=r"has 1003 tokens, but one sequence of 1003 needs 1004; .*sequence_length"):
         Batches(stream, 0, 1, 1003)
     assert Batches(stream, 0, 1, 1002).at(1).targets[0, -1] == 1002
 
@@ -231,7 +231,7 @@ def test_validation_predicts_each_of_the_first_tokens_exactly_once_over_all_rank
     assert len(counts) == 1, "ranks with unequal numbers of batches would hang in a collective"
 
 
-def test_the_target_that_is_not_predicted_is_the_one_that_torch_and_the_loss_head_ignore() -> None:
+def test_torch_and_the_loss_head_ignore_the_same_target() -> None:
     assert IGNORED_TARGET == IGNORED == torch.nn.CrossEntropyLoss().ignore_index
 
 
@@ -255,7 +255,7 @@ def test_validation_arguments_out_of_range_are_refused(
 
 
 @pytest.mark.parametrize("error", [DataError("damaged"), OSError("no such device")])
-def test_a_batch_that_cannot_be_read_is_told_and_the_end_is_no_error(error: Exception) -> None:
+def test_an_unreadable_batch_is_reported_and_the_end_is_not_an_error(error: Exception) -> None:
     batch = Batch(*[np.zeros(1)] * 3)
 
     def batches() -> Iterator[Batch]:

@@ -56,7 +56,7 @@ def test_a_token_outside_of_the_vocabulary_is_refused_by_shard_and_position(
     ids = np.arange(150)
     ids[place] = 200
     write_token_directory(tmp_path, [ids[:100], ids[100:]], vocab_size=200)
-    with pytest.raises(DataError, match=rf"train-0000{shard}.npy is damaged: token {position} is 200 and .* has 200"):
+    with pytest.raises(DataError, match=rf"train-0000{shard}.npy is damaged: token {position} is 200 but .* has 200"):
         read_all(TokenDataset(tmp_path, "train"))
 
 
@@ -180,7 +180,7 @@ def test_a_manifest_with_any_changed_byte_is_refused_or_means_the_same(tokens: P
             loaded = load_manifest(tokens)
         except DataError:
             return
-        assert loaded == before  # white space
+        assert loaded == before  # only white space changed
     finally:
         path.write_bytes(original)
 
@@ -191,7 +191,7 @@ def test_a_manifest_with_any_changed_byte_is_refused_or_means_the_same(tokens: P
         (fifo_instead, "cannot be read: it is a directory, a FIFO or a device"),
         (device_instead, "cannot be read: it is a directory, a FIFO or a device"),
         (directory_instead, "cannot be read: it is a directory, a FIFO or a device"),
-        (lambda path: os.truncate(path, 1 << 40), "has 1,099,511,627,776 bytes, and at most"),
+        (lambda path: os.truncate(path, 1 << 40), "has 1,099,511,627,776 bytes; the limit is"),
         (lambda path: path.write_text("[" * 100_000), "nested more than 100 deep"),
         (lambda path: path.write_text("[" * 500 + "]" * 500), "nested more than 100 deep"),
         (lambda path: path.write_bytes(b'"\xff"'), "'utf-8' codec can't decode"),
@@ -199,7 +199,7 @@ def test_a_manifest_with_any_changed_byte_is_refused_or_means_the_same(tokens: P
     ],
     ids=["fifo", "device", "directory", "a terabyte", "deep", "deep and whole", "not UTF-8", "a list"],
 )
-def test_a_manifest_that_is_no_manifest_is_named_at_once(tokens: Path, damage: object, message: str) -> None:
+def test_a_file_that_is_not_a_manifest_is_named(tokens: Path, damage: object, message: str) -> None:
     path = tokens / "manifest.json"
     damage(path)  # type: ignore[operator]
     with pytest.raises(DataError, match=message) as caught:
@@ -247,7 +247,7 @@ def test_a_manifest_cannot_name_files_outside_of_its_directory(tokens: Path) -> 
     for name in ("../train-00000.npy", "/etc/passwd", "train-00000.npy/../x", "other.npy"):
         content["splits"]["train"]["shards"][0]["file"] = name
         path.write_text(json.dumps(content))
-        with pytest.raises(DataError, match="is not the name of a shard"):
+        with pytest.raises(DataError, match="is not a shard name"):
             load_manifest(tokens)
 
 

@@ -32,7 +32,7 @@ def test_the_sample_is_cut_into_documents_of_about_two_thousand_words_at_paragra
             assert all(count >= 2000 for count in words[:-1])
             assert max(words) < 6000
             place = 0
-            for piece in pieces:  # nothing is lost between them but line feeds, two or more of them
+            for piece in pieces:  # only line feeds, two or more, are lost between them
                 found = part.index(piece, place)
                 between = part[place:found]
                 assert between.strip("\n") == ""
@@ -79,5 +79,5 @@ def test_text_without_paragraphs_is_cut_in_bounded_memory(unit: str) -> None:
     assert peak < 1_500_000
 
 
-def test_white_space_alone_is_no_document() -> None:
+def test_white_space_alone_is_not_a_document() -> None:
     assert list(cut_documents(["\n\n \n", "\t\n\n"])) == []

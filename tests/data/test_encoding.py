@@ -14,7 +14,7 @@ from data.sources import SampleSource
 from data.tokenizers import Tokenizer, gpt2, train_bpe
 from tests.data.test_tokenizers import CORPUS, texts
 
-# ASCII text dense in what GPT-2's pattern treats specially.
+# ASCII text, dense in the special cases of GPT-2's pattern.
 ascii_texts = st.text(alphabet=" \n\t\r'sdmtlvreSLx9,.!\x1c\x0b\0", max_size=40)
 
 
@@ -50,7 +50,7 @@ def test_pretokens_of_ascii_are_those_of_the_original_pattern(text: str) -> None
 
 
 def test_the_sample_has_the_ids_that_its_documents_have_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DocumentEncoder, "_ENTRIES", 20_000)  # so that the cache is emptied on the way
+    monkeypatch.setattr(DocumentEncoder, "_ENTRIES", 20_000)  # so that the cache is cleared on the way
     encoder = DocumentEncoder(gpt2())
     for file in SampleSource().fetch(lambda _: None).files:
         text = lzma.decompress(file.read_bytes()).decode()[:1_000_000]

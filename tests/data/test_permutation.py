@@ -17,7 +17,7 @@ def test_every_place_is_reached_exactly_once(n: int, seed: int, epoch: int) -> N
 
 
 @given(n=st.integers(1, 1 << 45), seed=seeds, data=st.data())
-def test_places_do_not_depend_on_which_others_are_asked_for(n: int, seed: int, data: st.DataObject) -> None:
+def test_places_do_not_depend_on_which_others_are_requested(n: int, seed: int, data: st.DataObject) -> None:
     positions = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20)))
     together = permute(positions, n, seed, 0)
     assert ((together >= 0) & (together < n)).all()
@@ -25,7 +25,7 @@ def test_places_do_not_depend_on_which_others_are_asked_for(n: int, seed: int, d
 
 
 def test_the_order_is_frozen() -> None:
-    # A change here changes the batches of every run: records made before could not be paired with those made after.
+    # A change here changes the batches of every run, so that new records cannot be paired with old ones.
     assert permute(np.arange(8), 1000, 1337, 0).tolist() == [957, 658, 35, 877, 592, 475, 193, 407]
     assert permute(np.arange(4), 10**10, 0, 3).tolist() == [4848816817, 7083027277, 3781501959, 7512160895]
 

@@ -114,7 +114,9 @@ def test_rows_without_text_count_for_the_split_and_are_left_out(tmp_path: Path) 
 def test_nanogpt_rule_refuses_files_that_do_not_tell_their_rows(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "a.jsonl", texts(10))
     source = FileSource(paths=[f"{tmp_path}/a.jsonl"], split=SplitRule("nanogpt", 0.1, 2357))
-    with pytest.raises(DataError, match=r"needs parquet files.*a\.jsonl is none; choose data\.validation\.rule=hash"):
+    with pytest.raises(
+        DataError, match=r"needs parquet files.*a\.jsonl is not one; choose data\.validation\.rule=hash"
+    ):
         data.prepare(source, GPT2, tmp_path / "t")
 
 
@@ -152,7 +154,7 @@ def start(corpus: FileSource, directory: Path, **options: Any) -> subprocess.Pop
 def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.005)
 
 
@@ -164,7 +166,7 @@ def test_a_preparation_killed_again_and_again_gives_the_same_bytes(tmp_path: Pat
     for _ in range(5):
         done = len(list((directory / "units").glob("*.json"))) if directory.exists() else 0
         process = start(corpus, directory)
-        # Wait until it gets somewhere and then a moment more, so that kills fall at all sorts of places in a unit.
+        # Wait for some progress and then a random moment, so that kills hit different places in a unit.
         wait_for(
             lambda done=done, process=process: (
                 process.poll() is not None or len(list((directory / "units").glob("*.json"))) > done
@@ -172,7 +174,7 @@ def test_a_preparation_killed_again_and_again_gives_the_same_bytes(tmp_path: Pat
         )
         time.sleep(generator.uniform(0, 0.02))
         kills += process.poll() is None
-        process.kill()  # the parent alone: its workers have to notice
+        process.kill()  # only the parent: its workers have to notice
         process.wait()
     assert kills > 1
     data.prepare(corpus, GPT2, directory, workers=2)
@@ -194,7 +196,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path, corpus: FileSou
     wait_for(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
 
 
-def test_what_was_finished_before_an_error_is_kept(tmp_path: Path, corpus: FileSource) -> None:
+def test_finished_work_is_kept_after_an_error(tmp_path: Path, corpus: FileSource) -> None:
     root = Path(corpus.paths[0]).parent
     good = (root / "3.jsonl").read_bytes()
     (root / "3.jsonl").write_bytes(good[: len(good) // 2] + b"\xff" + good[len(good) // 2 :])
@@ -211,14 +213,14 @@ def test_what_was_finished_before_an_error_is_kept(tmp_path: Path, corpus: FileS
     assert contents(tmp_path / "t") == contents(tmp_path / "anew")
 
 
-def test_what_an_interrupted_preparation_made_of_other_text_is_made_again(tmp_path: Path, corpus: FileSource) -> None:
+def test_shards_of_changed_text_are_remade_after_an_interruption(tmp_path: Path, corpus: FileSource) -> None:
     root = Path(corpus.paths[0]).parent
     bad = root / "zz.jsonl"
     bad.write_text("not json\n")
     with pytest.raises(DataError, match="not JSON"):
         data.prepare(corpus, GPT2, tmp_path / "t", workers=1)
     bad.unlink()
-    write_json_lines(root / "1.jsonl", texts(250, seed=77))  # of the same length in documents, not in text
+    write_json_lines(root / "1.jsonl", texts(250, seed=77))  # as many documents, of another length
     (root / "2.jsonl").unlink()
     data.prepare(corpus, GPT2, tmp_path / "t", workers=2)
     data.prepare(corpus, GPT2, tmp_path / "anew", workers=2)
@@ -232,11 +234,11 @@ def test_a_killed_worker_is_one_clear_error(tmp_path: Path, corpus: FileSource) 
     errors = process.communicate()[1]
     assert process.returncode == 1
     assert "DataError: a worker was killed (signal 9: usually out of memory) while it read" in errors
-    assert "the same command goes on, with fewer workers" in errors
+    assert "rerun the same command to resume, with fewer workers" in errors
 
 
 def test_a_full_disk_is_one_clear_error_and_what_was_done_is_kept(tmp_path: Path, corpus: FileSource) -> None:
-    limit = 15_000  # bytes a file: the last unit is larger than the others
+    limit = 15_000  # bytes per file; only the last unit is larger
     process = start(
         corpus,
         tmp_path / "t",
@@ -245,13 +247,13 @@ def test_a_full_disk_is_one_clear_error_and_what_was_done_is_kept(tmp_path: Path
     )
     errors = process.communicate()[1]
     assert process.returncode == 1
-    assert "cannot be written: File too large; raise ulimit -f and run the same command again" in errors
+    assert "cannot be written: File too large; raise ulimit -f and rerun the same command" in errors
     data.prepare(corpus, GPT2, tmp_path / "t", workers=2)
     data.prepare(corpus, GPT2, tmp_path / "anew", workers=2)
     assert contents(tmp_path / "t") == contents(tmp_path / "anew")
 
 
-def test_preparations_at_once_do_not_disturb_each_other(tmp_path: Path, corpus: FileSource) -> None:
+def test_concurrent_preparations_do_not_disturb_each_other(tmp_path: Path, corpus: FileSource) -> None:
     data.prepare(corpus, GPT2, tmp_path / "alone", workers=2)
     others = [start(corpus, tmp_path / "t") for _ in range(3)]
     assert [process.wait() for process in others] == [0, 0, 0]
@@ -273,12 +275,15 @@ def test_a_finished_directory_is_left_as_it_is_and_needs_neither_corpus_nor_perm
 def test_tokens_of_another_request_are_refused_with_the_difference(tmp_path: Path, corpus: FileSource) -> None:
     data.prepare(corpus, GPT2, tmp_path / "t", workers=2)
     for other, difference in (
-        (FileSource(paths=["elsewhere/*"]), r"prepared with paths=.* is paths=\['elsewhere/\*'\]; give the data"),
+        (
+            FileSource(paths=["elsewhere/*"]),
+            r"prepared with paths=.* asks for paths=\['elsewhere/\*'\]; set another data.name",
+        ),
         (FileSource(paths=corpus.paths, split=SplitRule("hash", 0.2)), r"'fraction': 0\.05.*'fraction': 0\.2"),
     ):
         with pytest.raises(DataError, match=difference):
             data.prepare(other, GPT2, tmp_path / "t")
-    with pytest.raises(DataError, match=r"tokenizer='gpt2', .* now asked for is tokenizer='bpe'"):
+    with pytest.raises(DataError, match=r"tokenizer='gpt2', .* but this run asks for tokenizer='bpe'"):
         data.prepare(corpus, TokenizerSpec("bpe", 300), tmp_path / "t")
 
 
@@ -298,9 +303,7 @@ def test_the_manifest_says_where_tokens_come_from_and_nothing_of_the_machine(
 @pytest.mark.parametrize(
     "foreign", ["train-00000.npy", "model.partial", "units/7.txt", "thesis.tex", "units"], ids=lambda name: name
 )
-def test_a_directory_that_no_preparation_has_left_is_left_alone(
-    foreign: str, tmp_path: Path, corpus: FileSource
-) -> None:
+def test_a_foreign_directory_is_refused_and_left_alone(foreign: str, tmp_path: Path, corpus: FileSource) -> None:
     path = tmp_path / "t" / foreign
     path.parent.mkdir(parents=True)
     if foreign == "units":
@@ -308,7 +311,7 @@ def test_a_directory_that_no_preparation_has_left_is_left_alone(
         path.symlink_to(tmp_path / "elsewhere")
     else:
         path.write_text("years of work")
-    with pytest.raises(DataError, match=f"holds {foreign} and no manifest.json: it is no token directory"):
+    with pytest.raises(DataError, match=f"is not a token directory: it holds {foreign} and no manifest.json"):
         data.prepare(corpus, GPT2, tmp_path / "t")
     assert {found.name for found in (tmp_path / "t").iterdir()} - {".lock"} == {Path(foreign).parts[0]}
 
@@ -322,7 +325,7 @@ def test_tokens_that_may_not_be_read_are_named(
     data.prepare(corpus, GPT2, directory, workers=1)
     (directory / path).chmod(0)
     uses = [lambda: data.TokenDataset(directory, "train")]
-    if not path.endswith(".npy"):  # which these do not open
+    if not path.endswith(".npy"):  # these do not open shards
         uses = [lambda: data.prepare(corpus, GPT2, directory), lambda: data.ensure_prepared(root, corpus, GPT2)]
     for use in uses:
         with pytest.raises(DataError, match=f"{directory / path}.*Permission denied"):
@@ -338,13 +341,13 @@ def test_a_sources_name_does_not_lead_out_of_the_directory_of_tokens(name: str, 
 
 def test_a_corpus_of_no_text_is_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [None, None])
-    with pytest.raises(DataError, match="has no document with text in it"):
+    with pytest.raises(DataError, match="has no documents with text"):
         data.prepare(FileSource(paths=[f"{tmp_path}/a.parquet"]), GPT2, tmp_path / "t")
 
 
 def test_a_corpus_too_small_for_two_splits_is_refused(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "a.jsonl", texts(3))
-    with pytest.raises(DataError, match=r"none of the 3 documents falls to validation .*data\.validation\.fraction"):
+    with pytest.raises(DataError, match=r"none of the 3 documents falls into validation .*data\.validation\.fraction"):
         data.prepare(FileSource(paths=[f"{tmp_path}/a.jsonl"]), GPT2, tmp_path / "t")
 
 
@@ -403,7 +406,7 @@ def test_a_changed_tokenizer_file_is_refused(tmp_path: Path, corpus: FileSource)
     with pytest.raises(DataError, match=r"was prepared with a tokenizer of sha256 .*restore tokenizer\.json"):
         data.load_tokenizer(tmp_path / "t")
     path.write_text("{}")
-    with pytest.raises(DataError, match=r"tokenizer\.json is damaged or no byte-level BPE"):
+    with pytest.raises(DataError, match=r"tokenizer\.json is damaged or not a byte-level BPE"):
         data.load_tokenizer(tmp_path / "t")
 
 
@@ -436,7 +439,7 @@ def test_the_sample_prepares_itself_on_first_use_also_from_several_ranks(tmp_pat
         (
             HubSource("openwebtext", "Skylion007/openwebtext", "main", "*"),
             GPT2,
-            "tokens/openwebtext-gpt2 holds no prepared tokens; make them once with: "
+            "tokens/openwebtext-gpt2 holds no prepared tokens; prepare them once with: "
             "python scripts/prepare_data.py data=openwebtext",
         ),
         (

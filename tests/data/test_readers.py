@@ -106,7 +106,7 @@ def test_a_row_without_text_keeps_its_number(tmp_path: Path) -> None:
     assert list(read_documents(part, "text", lambda _: None)) == ["a", None, "c"]
 
 
-# What is wrong with a file, how it comes about, and what the message must say besides the file's name.
+# Faulty files: how to make each, and what the message must say in addition to the file's name.
 
 Damage = Callable[[Path], None]
 
@@ -138,12 +138,15 @@ BAD = {
         write(b'{"text": "a"}\n{"text": "caf\xe9"}\n'),
         "is not UTF-8: byte 0xe9 at offset 27",
     ),
-    "text.jsonl": (write(b"just text\n"), "line at byte 0 is not JSON .*one JSON object a line"),
+    "text.jsonl": (write(b"just text\n"), "line at byte 0 is not JSON .*one JSON object per line"),
     "cut.jsonl": (write(b'{"text": "a"}\n{"text": "b'), "line at byte 14 is not JSON"),
-    "array.jsonl": (write(b'["text"]\n'), "line at byte 0 has no 'text', it is no object"),
+    "array.jsonl": (write(b'["text"]\n'), "line at byte 0 has no key 'text': it is not an object"),
     "nested.jsonl": (write(b"[" * 100_000 + b"\n"), "line at byte 0 is not JSON"),
-    "key.jsonl": (write(b'{"content": "a", "id": 1}\n'), "has no 'text', it is an object with 'content', 'id'; set "),
-    "number.jsonl": (write(b'{"text": 5}\n'), "'text' of the line at byte 0 is int, and text is expected"),
+    "key.jsonl": (
+        write(b'{"content": "a", "id": 1}\n'),
+        "has no key 'text': it is an object with 'content', 'id'; set ",
+    ),
+    "number.jsonl": (write(b'{"text": 5}\n'), "'text' of the line at byte 0 is of type int, not text"),
     "cut.jsonl.gz": (truncated(lambda p: write_json_lines(p, texts(500)), 0.5), "truncated or damaged .*fetch"),
     "not.jsonl.gz": (write(b'{"text": "a"}\n'), "truncated or damaged .*Not a gzipped file"),
     "flipped.jsonl.gz": (
@@ -152,19 +155,19 @@ BAD = {
     ),
     "cut.txt.xz": (write(lzma.compress(b"abc " * 1000)[:-30]), "truncated or damaged"),
     "not.txt.xz": (write(b"abc"), "truncated or damaged"),
-    "cut.parquet": (truncated(lambda p: write_parquet(p, texts(500)), 0.5), "truncated or is no parquet file"),
-    "not.parquet": (write(b"PAR1 and nothing else PAR1"), "truncated or is no parquet file"),
+    "cut.parquet": (truncated(lambda p: write_parquet(p, texts(500)), 0.5), "truncated or not a parquet file"),
+    "not.parquet": (write(b"PAR1 and nothing else PAR1"), "truncated or not a parquet file"),
     "column.parquet": (
         lambda path: write_parquet(path, ["a"], column="content") and None,
         "no column 'text'; set data.text_column to one of url, content",
     ),
-    "type.parquet": (parquet_of(pa.int64(), [1]), "column 'text' holds int64, and string is expected"),
-    "binary.parquet": (parquet_of(pa.binary(), [b"a"]), "column 'text' holds binary, and string is expected"),
+    "type.parquet": (parquet_of(pa.int64(), [1]), "column 'text' holds int64, not strings"),
+    "binary.parquet": (parquet_of(pa.binary(), [b"a"]), "column 'text' holds binary, not strings"),
     "fifo.txt": (os.mkfifo, "is a directory, a FIFO or a device"),
     "fifo.parquet": (os.mkfifo, "is a directory, a FIFO or a device"),
     "device.txt": (lambda path: path.symlink_to("/dev/zero"), "is a directory, a FIFO or a device"),
-    "directory.txt": (Path.mkdir, r"is a directory and should be a file; give a glob, such as .*/\*\.txt"),
-    "page.pdf": (write(b"%PDF"), r"has none of the known endings \.txt, "),
+    "directory.txt": (Path.mkdir, r"is a directory, not a file; give a glob, such as .*/\*\.txt"),
+    "page.pdf": (write(b"%PDF"), r"has none of the known suffixes \.txt, "),
     "nowhere.txt": (lambda path: path.symlink_to("missing"), "does not exist"),
 }
 
@@ -230,7 +233,7 @@ with tempfile.TemporaryDirectory() as directory:
     os.seteuid(0)
 """
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert "secret.txt may not be read by this user; change its permissions" in output
+    assert "secret.txt cannot be read: permission denied; change its permissions" in output
 
 
 FUZZED = {

@@ -50,9 +50,9 @@ def test_a_glob_that_matches_nothing_is_named(tmp_path: Path) -> None:
         fetch(FileSource(paths=[f"{tmp_path}/*.txt"]))
 
 
-def test_globs_that_match_directories_alone_are_named(tmp_path: Path) -> None:
+def test_globs_that_match_only_directories_are_named(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    with pytest.raises(DataError, match=r"matches directories alone; add the files' ending"):
+    with pytest.raises(DataError, match=r"matches only directories; add a file pattern"):
         fetch(FileSource(paths=[f"{tmp_path}/*"]))
 
 
@@ -135,7 +135,7 @@ def test_an_unknown_revision_is_one_clear_error(monkeypatch: pytest.MonkeyPatch)
         raise RevisionNotFoundError("404: Revision Not Found\nmore", response=response)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(DataError, match=rf"openwebtext at revision {COMMIT} cannot be fetched: .*data\.revision"):
+    with pytest.raises(DataError, match=rf"openwebtext at revision {COMMIT} cannot be downloaded: .*data\.revision"):
         fetch(openwebtext())
 
 

@@ -40,7 +40,7 @@ def test_hash_rule_is_a_function_of_the_text_and_the_seed() -> None:
 
 
 def test_the_split_of_known_documents_is_frozen() -> None:
-    # A change here moves documents between train and validation in every corpus prepared before.
+    # A change here moves documents between train and validation in every prepared corpus.
     texts = [f"document {number}" for number in range(200)]
     chosen = [number for number, text in enumerate(texts) if SplitRule("hash", 0.05).is_validation(text)]
     assert chosen == [13, 49, 97, 103, 137, 150, 154, 165, 171, 196]

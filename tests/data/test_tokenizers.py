@@ -52,7 +52,7 @@ def test_known_ids() -> None:
 
 @pytest.fixture(scope="module")
 def reference() -> tiktoken.Encoding:
-    """The encoding as tiktoken's own plugin would build it, with its pattern."""
+    """The encoding that tiktoken's own plugin would build, with its pattern."""
     return tiktoken.Encoding(
         "reference",
         pat_str=r50k_pat_str,
@@ -86,7 +86,7 @@ def test_a_text_encoded_in_pieces_has_the_ids_of_the_whole(text: str, size: int)
         pieces = list(project._pieces(text))
         assert "".join(pieces) == text
         assert all(len(piece) <= 2 * size + 1 for piece in pieces)
-        if all(len(piece) < 2 * size for piece in pieces):  # no piece was cut for want of white space
+        if all(len(piece) < 2 * size for piece in pieces):  # no piece was cut at its maximum length
             assert gpt2().encode(text).tolist() == whole.tolist()
         assert gpt2().decode(gpt2().encode(text)) == text
     finally:

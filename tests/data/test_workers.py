@@ -55,7 +55,7 @@ def test_any_damage_to_a_parquet_file_is_an_error_that_names_it_even_where_it_ki
             prepare_file(worker, path, tmp_path)
         except DataError as error:
             messages.append(str(error))
-            if "a worker" in str(error):  # pyarrow ended the process
+            if "a worker" in str(error):  # pyarrow crashed the process
                 worker.__exit__(None, None, None)
                 worker = Worker(lock)
     worker.kill()
@@ -64,7 +64,7 @@ def test_any_damage_to_a_parquet_file_is_an_error_that_names_it_even_where_it_ki
     assert all(str(path) in message for message in messages)
 
 
-def test_a_worker_goes_on_after_a_refused_request(tmp_path: Path, lock: int) -> None:
+def test_a_worker_answers_after_a_refused_request(tmp_path: Path, lock: int) -> None:
     (tmp_path / "units").mkdir()
     bad, good = tmp_path / "bad.txt", write_parquet(tmp_path / "good.parquet", texts(10))
     bad.write_bytes(b"\xff")

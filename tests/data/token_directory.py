@@ -13,7 +13,7 @@ from data.shards import ShardWriter, shard_name
 
 def write_token_directory(
     directory: Path,
-    train: Sequence[np.ndarray],  # one array of ids a shard
+    train: Sequence[np.ndarray],  # one array of ids per shard
     validation: Sequence[np.ndarray] = (),
     vocab_size: int = 50257,
 ) -> Manifest:

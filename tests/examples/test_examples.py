@@ -1,4 +1,4 @@
-"""The examples run as they stand and learn what they are given."""
+"""The examples run unchanged and learn their tasks."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def test_the_plain_loop_learns_its_text() -> None:
 
 
 @pytest.mark.parametrize("estimator", ["gnb", "hutchinson"])
-def test_the_classifier_tells_the_spirals_apart(estimator: str) -> None:
+def test_the_classifier_separates_the_spirals(estimator: str) -> None:
     assert classifier.main(["--estimator", estimator, "--steps", "150"]) > 0.95
 
 
@@ -33,4 +33,4 @@ def test_the_callback_counts_only_tokens_that_are_predicted(monkeypatch: pytest.
     assert counted == [
         2 * 23,
         2 * 23,
-    ]  # at steps 1 and 11: two sequences of 24 tokens, the last of which nothing follows
+    ]  # at steps 1 and 11: two sequences of 24 tokens, whose last has no successor

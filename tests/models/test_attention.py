@@ -24,7 +24,7 @@ def test_the_blocked_backward_pass_equals_that_of_torchs_kernel(length: int, sma
         output = _BlockedBackward.apply(*inputs)
         actual = torch.autograd.grad(output, inputs, d_output)
     expected = F.scaled_dot_product_attention(*inputs, is_causal=True)
-    # The route's softmax is fp32.
+    # The blocked backward pass computes its softmax in fp32.
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
     for gradient, wanted in zip(actual, torch.autograd.grad(expected, inputs, d_output), strict=True):
         torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-4)
@@ -37,7 +37,7 @@ def test_blocks_of_queries_cover_the_sequence_in_order(length: int) -> None:
     assert len(blocks) <= attention_module.MOST_BLOCKS
 
 
-# The route's logits are a product in bf16, torch's kernel holds them in fp32: what rounds them grows with them.
+# The blocked backward pass computes its logits in bf16, torch's kernel in fp32: the rounding error grows with the logits.
 @pytest.mark.parametrize(("size", "times"), [(0.5, 1.3), (1.0, 1.5), (2.0, 3.0), (3.0, 5.0)])
 def test_in_bf16_the_blocked_backward_pass_is_within_some_times_of_torchs_error(size: float, times: float) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -52,7 +52,7 @@ def test_in_bf16_the_blocked_backward_pass_is_within_some_times_of_torchs_error(
 
 
 @pytest.mark.slow
-def test_compiled_blocks_of_many_queries_are_what_they_are_uncompiled() -> None:
+def test_compiled_and_uncompiled_blocks_of_many_queries_agree() -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(2, 2, 600, 32, generator=generator).bfloat16() for _ in range(4)]
     inputs, d_output = [t.requires_grad_() for t in tensors[:3]], tensors[3]

@@ -30,7 +30,7 @@ def inputs(sequences: int = 4) -> Inputs:
 
 
 def both_gradients(model: GPT2, batch: Inputs) -> list[Tensor]:
-    """Of the sampled and of the training loss, through one forward."""
+    """The gradients of the sampled and of the training loss, through one forward pass."""
     output = model(*batch)
     assert output.sampled_loss_sum is not None
     assert output.loss_sum is not None
@@ -51,7 +51,7 @@ def compiled(backend: str) -> GPT2:
 @pytest.mark.slow
 def test_two_backwards_through_one_compiled_forward_equal_the_eager_gradients() -> None:
     model = compiled("inductor")
-    model.loss(*inputs()[:2]).backward()  # so that the backward is compiled without knowing of a second one
+    model.loss(*inputs()[:2]).backward()  # compiles the backward pass before a second one is known
     for gradient, expected in zip(both_gradients(model, inputs()), both_gradients(GPT2(CONFIG), inputs()), strict=True):
         torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
 
@@ -66,7 +66,7 @@ def test_all_blocks_share_one_compilation() -> None:
     assert not counters["graph_break"]
 
 
-def test_nothing_is_compiled_anew_once_training_evaluation_and_curvature_have_been_seen() -> None:
+def test_nothing_is_recompiled_after_training_evaluation_and_curvature_have_run() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     model = GPT2(CONFIG)
     model.compile(backend=counter)
@@ -93,7 +93,7 @@ def test_parameter_names_are_those_of_the_uncompiled_model() -> None:
     assert compiled("aot_eager").state_dict().keys() == GPT2(CONFIG).state_dict().keys()
 
 
-def test_second_derivatives_go_past_the_compiled_code() -> None:
+def test_second_derivatives_bypass_the_compiled_code() -> None:
     model = compiled("aot_eager")
     tokens, targets, _ = inputs()
     model.loss(tokens, targets)

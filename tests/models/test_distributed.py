@@ -1,4 +1,4 @@
-"""Two processes on the CPU: replicas (DDP) and shards (FSDP2) have the gradients and the weights of a single process."""
+"""Two processes on the CPU: replicas (DDP) and shards (FSDP2) have a single process's gradients and weights."""
 
 from pathlib import Path
 

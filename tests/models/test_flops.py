@@ -33,7 +33,7 @@ def counted(run: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 class TestAgainstTorchsCounter:
-    """On the meta device, where the whole attention is counted (the CPU's flash kernel is unknown to the counter)."""
+    """Count on the meta device, which counts all of attention (the counter does not know the CPU's flash kernel)."""
 
     def model_and_tokens(self, config: GPT2Config) -> tuple[GPT2, torch.Tensor, int]:
         with torch.device("meta"):

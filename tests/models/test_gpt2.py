@@ -20,7 +20,7 @@ def batch(config: GPT2Config = TINY, sequences: int = 3, seed: int = 0) -> tuple
 
 
 def moved(model: GPT2, scale: float = 0.1) -> GPT2:
-    """The model away from its initialisation, where biases, norms and attention would hardly matter."""
+    """A model with random weights: at initialisation, biases, norms and attention would hardly matter."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -29,7 +29,7 @@ def moved(model: GPT2, scale: float = 0.1) -> GPT2:
 
 
 def reference_logits(model: GPT2, tokens: Tensor) -> Tensor:
-    """GPT-2 written once more, from the paper's equations, without modules or fused kernels."""
+    """A second GPT-2, from the paper's equations, without modules or fused kernels."""
     config, weights = model.config, dict(model.named_parameters())
 
     def linear(x: Tensor, name: str) -> Tensor:
@@ -89,7 +89,7 @@ def test_the_loss_is_a_sum_over_the_positions_that_have_a_target() -> None:
     torch.testing.assert_close(model.loss(tokens, targets), loss_sum / (targets != -100).sum())
 
 
-def test_only_the_losses_that_are_asked_for_are_computed() -> None:
+def test_only_the_requested_losses_are_computed() -> None:
     model = GPT2(TINY)
     tokens, targets, uniforms = batch()
     assert model(tokens) == (None, None)
@@ -177,7 +177,7 @@ def test_dropout_acts_on_the_embeddings_the_attention_and_both_branches_of_each_
 
 
 def test_the_initial_weights_are_frozen() -> None:
-    # A change here changes every run: records made before could not be paired with those made after.
+    # A change here changes every run, so that new records cannot be paired with old ones.
     model = GPT2(GPT2Config(vocab_size=5, n_layer=2, n_head=2, n_embd=8, block_size=4, vocab_multiple=8))
     expected = {"token_embedding": [-0.02509209, 0.01589716], "blocks.1.mlp.down": [-0.00269459, 0.00782729]}
     model.initialize(7)
@@ -207,7 +207,7 @@ def test_initialisation_is_a_function_of_seed_and_name_alone() -> None:
     shallow = on_meta.to_empty(device="cpu")
     shallow.initialize(0)
     for name, parameter in shallow.named_parameters():
-        if not name.endswith(("out.weight", "down.weight")):  # whose scale depends on the depth
+        if not name.endswith(("out.weight", "down.weight")):  # their scale depends on the depth
             assert torch.equal(parameter, dict(deep.named_parameters())[name]), name
     other = GPT2(TINY)
     other.initialize(1)

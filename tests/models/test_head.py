@@ -17,7 +17,7 @@ from models.head import (
     cross_entropy_sum,
     log_normalizer,
     plain_losses,
-    rows_at_once,
+    rows_per_chunk,
     sample_labels,
 )
 
@@ -60,7 +60,7 @@ class TestChunkedLosses:
             patch.setattr(head_module, "EAGER_ROWS", 7)
             loss_sum, sampled_loss_sum = LossHead(VOCAB_SIZE)(hidden, weight, targets, uniforms)
         expected = plain_losses(hidden, weight, targets, uniforms, VOCAB_SIZE)
-        # The order of the curvature pass: the sampled labels first, the targets then, through one forward.
+        # The order of the curvature pass: sampled labels first, then targets, through one forward pass.
         for actual, reference in ((sampled_loss_sum, expected[1]), (loss_sum, expected[0])):
             torch.testing.assert_close(actual, reference)
             if reference is not None:
@@ -119,7 +119,7 @@ class TestChunkedLosses:
         (gradient,) = gradients(loss_sum, hidden)
         assert gradient[0, 0, 0].item() == pytest.approx(probability.item() - 1, rel=1e-2)
 
-    @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])  # of the logits: from all but uniform to sure
+    @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])  # of the logits: from almost uniform to confident
     def test_the_loss_at_bf16_is_of_exponentials_in_fp32(self, scale: float) -> None:
         hidden, weight, targets, _ = inputs(4000, scale=scale / WIDTH**0.5)
         head = LossHead(VOCAB_SIZE)
@@ -142,7 +142,7 @@ class TestChunkedLosses:
             assert ((gradient - wanted).norm() / wanted.norm()).item() < 0.02
 
     def test_at_bf16_the_gradient_of_the_weight_is_added_up_in_fp32(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """In chunks of few rows as exactly as in one chunk."""
+        """Chunks of few rows are as exact as one chunk."""
         hidden, weight, targets, _ = inputs(1024)
         exact = gradients(plain_losses(hidden, weight, targets, None, VOCAB_SIZE)[0], weight)[0]
         errors = []
@@ -157,7 +157,7 @@ class TestChunkedLosses:
     def test_chunks_are_of_about_the_size_that_is_meant_and_the_last_is_no_shorter(
         self, rows: int, device: str
     ) -> None:
-        size, meant = rows_at_once(rows, device), CHUNK_ROWS[device]
+        size, meant = rows_per_chunk(rows, device), CHUNK_ROWS[device]
         assert 2048 <= meant <= 8192
         assert size <= 1.5 * meant
         chunks = -(-rows // size)
@@ -267,7 +267,7 @@ class TestSampling:
         torch.testing.assert_close(torch.stack(parts).sum(), whole)
 
     def test_labels_are_drawn_from_fp32_probabilities_under_autocast(self) -> None:
-        # A vocabulary of 50,000 near-equal tokens: sums of such probabilities in bf16 stand still at 2^-8.
+        # A vocabulary of 50,000 near-equal tokens: sums of such probabilities in bf16 stop growing at 2^-8.
         vocab_size, rows = 50_000, 512
         weight = torch.zeros(vocab_size, 1)
         uniforms = (torch.arange(rows)[None] + 0.5) / rows

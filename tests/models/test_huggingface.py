@@ -40,7 +40,7 @@ def test_the_round_trip_through_a_directory_keeps_logits_and_weights(
         assert torch.equal(weights[name], parameter), name
 
 
-def test_a_model_of_transformers_own_making_has_the_same_logits_here() -> None:
+def test_a_model_made_by_transformers_has_the_same_logits_here() -> None:
     theirs = GPT2LMHeadModel(HuggingFaceConfig(vocab_size=300, n_positions=16, n_embd=32, n_layer=2, n_head=4)).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -94,7 +94,7 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
     "setting",
     [{"activation_function": "relu"}, {"n_inner": 64}, {"tie_word_embeddings": False}, {"layer_norm_epsilon": 1e-6}],
 )
-def test_a_gpt2_of_another_kind_is_refused(setting: dict[str, object]) -> None:
+def test_an_unsupported_gpt2_is_refused(setting: dict[str, object]) -> None:
     config = HuggingFaceConfig(vocab_size=300, n_positions=16, n_embd=32, n_layer=1, n_head=2, **setting)
     with pytest.raises(ValueError, match=next(iter(setting))):
         from_huggingface(GPT2LMHeadModel(config))

@@ -1,4 +1,4 @@
-"""README followed to the letter: its commands on a fresh clone, in order and in one shell, and its Python."""
+"""README works as written: its commands on a fresh clone, in order and in one shell, and its Python code."""
 
 import os
 import re
@@ -21,7 +21,7 @@ TINY = (
     "model=gpt2_nano train.steps=2 train.global_batch_size=4 train.sequence_length=32 train.compile=false "
     "train.device=cpu eval.interval=2 eval.tokens=64"
 )
-#: What is run in the place of each command of README: {} is the command itself. A new command needs a line here.
+#: What the test runs for each command of README; {} is the command itself. A new command needs a line here.
 COMMANDS = {
     "make setup && . .venv/bin/activate": ". .venv/bin/activate",
     "python train.py optimizer=sophiag": f"{{}} {TINY}",
@@ -51,7 +51,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every line of README's shell blocks, less its comment."""
+    """Every command of README's shell blocks, without its comment."""
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
     return [command for line in lines if (command := re.sub(r"(^|\s+)#.*", "", line).strip())]
 
@@ -63,7 +63,7 @@ def test_each_command_of_readme_has_a_line_here_and_each_line_a_command() -> Non
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """What git would clone, with a .venv that stands for this environment and a stand-in for OpenWebText."""
+    """What git would clone, with a .venv that points to this environment and a stand-in for OpenWebText."""
     clone = tmp_path / "clone"
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in listed.split("\0"):
@@ -83,7 +83,9 @@ def clone(tmp_path: Path) -> Path:
 def write_small_study(path: Path) -> None:
     """The same study with fewer and shorter runs."""
     study: dict[str, Any] = yaml.safe_load(path.read_text())
-    study["base"] = [one for one in study["base"] if not one.startswith("tokenizer")]  # README has prepared GPT-2's
+    study["base"] = [
+        one for one in study["base"] if not one.startswith("tokenizer")
+    ]  # an earlier command prepared GPT-2's
     study["base"] += ["train.global_batch_size=2", "train.sequence_length=16", "eval.interval=2", "eval.tokens=64"]
     study["models"]["gpt2_nano"] |= {"horizons": [2], "tune_at": 2, "seeds": [1, 2]}
     study["tuning"] |= {"trials": 1, "retune": {"keys": ["optimizer.lr"], "trials": 1}}
@@ -95,7 +97,7 @@ def write_small_study(path: Path) -> None:
 
 @pytest.mark.timeout(900)
 def test_the_commands_of_readme_work_in_order_on_a_fresh_clone(clone: Path) -> None:
-    """One shell runs them all. Its PATH has no environment but the one that a command of README activates."""
+    """One shell runs them all. Its PATH has no Python environment until a command of README activates one."""
     here = {str(Path(sys.executable).parent), str(Path(sys.prefix) / "bin")}
     path = [place for place in os.environ["PATH"].split(":") if place not in here]
     script = ["set -eo pipefail"]

@@ -194,23 +194,27 @@ def test_pickled_weights_are_not_read(
         (directory / name).write_bytes((exported / name).read_bytes())
     torch.save({}, directory / "pytorch_model.bin")
     line = refused(main([str(directory), "--tasks", "choice", "--include-path", str(tasks)]))
-    assert "holds no model that transformers can load" in line
+    assert "transformers cannot load a model from it" in line
 
 
 @pytest.mark.parametrize(
     ("name", "change", "expected"),
     [
-        ("config.json", lambda c: c | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "no model that"),
-        ("config.json", lambda c: c | {"quantization_config": [1]}, "no model that transformers can load"),
+        (
+            "config.json",
+            lambda c: c | {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "transformers cannot load a model",
+        ),
+        ("config.json", lambda c: c | {"quantization_config": [1]}, "transformers cannot load a model from it"),
         ("config.json", lambda c: c | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map names code"),
         (
             "tokenizer_config.json",
             lambda c: c | {"auto_map": {"AutoTokenizer": ["evil.T", None]}},
             "auto_map names code",
         ),
-        ("tokenizer.json", lambda c: None, "no model that transformers can load"),
-        ("tokenizer.json", lambda c: DEEP, "no model that transformers can load"),
-        ("config.json", lambda c: DEEP, "no model that transformers can load"),
+        ("tokenizer.json", lambda c: None, "transformers cannot load a model from it"),
+        ("tokenizer.json", lambda c: DEEP, "transformers cannot load a model from it"),
+        ("config.json", lambda c: DEEP, "transformers cannot load a model from it"),
     ],
 )
 def test_a_directory_that_names_code_or_cannot_be_read_is_one_line(

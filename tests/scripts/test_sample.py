@@ -65,7 +65,7 @@ def test_a_prompt_longer_than_the_context_goes_on_from_its_end(
     assert main([str(tiny_run), "--prompt", text, "--tokens", "5"]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith(text)
-    assert f"the prompt has {len(long)} tokens and the model sees 32" in captured.err
+    assert f"the prompt has {len(long)} tokens; the model sees only the last 32" in captured.err
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def overwrite(shard: Path) -> None:
     ("shard", "damage", "said"),
     [
         ("train-00000.npy", cut, "cannot be read: the file ends before it"),
-        ("train-00000.npy", overwrite, "is 65535 and the vocabulary has 300"),
+        ("train-00000.npy", overwrite, "is 65535, but the vocabulary has 300"),
         ("validation-00000.npy", cut, "cannot be read: the file ends before it"),
     ],
 )
