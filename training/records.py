@@ -1,4 +1,4 @@
-"""The run record on disk: what a run writes, and the functions that analysis needs to read it.
+"""The run record on disk: what a run writes, and all that analysis needs to read it.
 
     <run>/config.yaml       the resolved configuration
     <run>/environment.json  versions, git, hardware, hash of the data manifest and of the initial weights
@@ -33,7 +33,7 @@ ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 
-# A run's small files take kilobytes, a study's index a megabyte, the metrics of a million steps 300 MB.
+# A run's small files have some kilobytes, a study's index a megabyte, the metrics of a million steps 300.
 CONFIG_BYTES = 4 << 20
 _JSON_BYTES = 256 << 20
 _METRICS_BYTES = 4 << 30
@@ -43,16 +43,16 @@ _YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class RecordError(RuntimeError):
-    """A run record is missing, damaged or belongs to another run. The message names the file."""
+    """A run record that is missing, damaged or another run's. The message names the file."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write to a temporary file, flush it to disk and rename it: even after a crash of the machine, a reader sees the old
-    file or the new one, never a part."""
+    """Write beside, flush to the disk, rename: a reader sees the old file or the new one, never a part, also after a
+    crash of the machine."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     data = content.encode() if isinstance(content, str) else content
     try:
-        partial.unlink(missing_ok=True)  # left by a killed process with the same pid
+        partial.unlink(missing_ok=True)  # of a killed process with this number
         with partial.open("xb") as file:
             file.write(data)
             file.flush()
@@ -64,7 +64,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def json_line(values: Mapping[str, Any]) -> str:
-    """Format strict JSON; NaN and infinities, which JSON lacks, become null."""
+    """One strict JSON object; NaN and infinities, which JSON lacks, become null."""
     return json.dumps(
         {key: _json_value(value) for key, value in values.items()}, separators=(",", ":"), allow_nan=False
     )
@@ -81,7 +81,7 @@ def _json_value(value: Any) -> Any:
 
 
 class Form(BaseModel):
-    """The keys that a file must hold; it may hold others as well."""
+    """What a file must hold to be read; besides it may hold anything."""
 
     model_config = ConfigDict(strict=True)
 
@@ -141,11 +141,11 @@ class RunRecord:
         return self.directory / METRICS_FILE
 
     def metrics(self, *kinds: str) -> Iterator[dict[str, Any]]:
-        """Yield the lines of metrics.jsonl in order, of the given kinds or all. An unfinished last line is skipped.
+        """The lines of metrics.jsonl in order, of the given kinds or of all.
 
         Raises:
-            RecordError: the file cannot be read, or a line is not a JSON object with a kind and a step (the message has
-                its number).
+            RecordError: the file cannot be read, or a line is no JSON object of a kind and a step (named by number); an
+                unfinished last line is left out.
         """
         for number, line in enumerate(io.BytesIO(metrics_content(self.metrics_path)), start=1):
             if not line.endswith(b"\n"):
@@ -156,7 +156,7 @@ class RunRecord:
 
 
 def find_runs(roots: Iterable[str | Path]) -> list[Path]:
-    """Return the run directories (those with config.yaml and metrics) at or anywhere below the roots, sorted.
+    """Run directories at or anywhere below the roots, sorted; a run directory is one with a config.yaml and metrics.
 
     Raises:
         FileNotFoundError: a root does not exist.
@@ -170,14 +170,14 @@ def find_runs(roots: Iterable[str | Path]) -> list[Path]:
 
 
 def refuse_no_directory(paths: Iterable[Path]) -> None:
-    """Raise FileNotFoundError for a path that is not a directory."""
+    """Raise FileNotFoundError for a path that is no directory."""
     for path in paths:
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such directory; give run directories, or directories that hold them")
 
 
 def find_run_directories(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """Split paths, such as a shell's expansion of `runs/*`, into run directories and others.
+    """Of paths such as a shell makes of `runs/*`: the run directories, and what else there is.
 
     Raises:
         FileNotFoundError: a path does not exist, or none is a run directory.
@@ -196,10 +196,10 @@ def find_run_directories(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]
 
 
 def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    """Parse a line of metrics.jsonl.
+    """A line of metrics.jsonl.
 
     Raises:
-        RecordError: it is not a JSON object with a kind and a step.
+        RecordError: it is no JSON object of a kind and a step.
     """
     try:
         values = json.loads(line)
@@ -211,10 +211,10 @@ def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Return the resolved configuration of a run directory.
+    """The resolved configuration of a run directory.
 
     Raises:
-        RecordError: the file is missing, cannot be read, or is not a mapping.
+        RecordError: there is none, it cannot be read, or it is no mapping.
     """
     path = directory / CONFIG_FILE
     try:
@@ -227,7 +227,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
-    # PyYAML constructs numbers and dates from any text tagged as one, and lets all kinds of errors through.
+    # PyYAML constructs numbers and dates from any text that is tagged as one, and lets errors of all kinds through.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise RecordError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -236,7 +236,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_summary(directory: Path) -> dict[str, Any] | None:
-    """Return summary.json of a run directory; None if the run has not ended.
+    """summary.json of a run directory; None for a run that has not ended.
 
     Raises:
         RecordError: it cannot be read, or is damaged.
@@ -245,10 +245,10 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
 
 
 def read_object(path: Path, form: type[Form]) -> dict[str, Any] | None:
-    """Return the JSON object in a file, with all of its keys; None if there is no file.
+    """The JSON object in a file, with all of its keys; None where there is no file.
 
     Raises:
-        RecordError: it cannot be read, or does not match its form.
+        RecordError: it cannot be read, or lacks something of its form.
     """
     try:
         values: dict[str, Any] = read_json(path, _JSON_BYTES)
@@ -263,7 +263,7 @@ def read_object(path: Path, form: type[Form]) -> dict[str, Any] | None:
 
 
 def require(form: type[Form], values: Any, path: Path) -> None:
-    """Raise RecordError if the values of a file do not match its form."""
+    """Raise RecordError where the values of a file lack something of its form."""
     try:
         form.model_validate(values)
     except ValidationError as error:
@@ -271,7 +271,7 @@ def require(form: type[Form], values: Any, path: Path) -> None:
 
 
 def metrics_content(path: Path) -> bytes:
-    """Return the content of a metrics.jsonl; empty if there is no file.
+    """The content of a metrics.jsonl; empty where there is none.
 
     Raises:
         RecordError: it cannot be read.
@@ -287,7 +287,7 @@ def metrics_content(path: Path) -> bytes:
 
 
 def sha256_of_start(path: Path, size: int) -> str:
-    """Return the hash of a file's first `size` bytes; of no bytes if there is no file."""
+    """The hash of a file's first `size` bytes; of none where there is no file."""
     digest = hashlib.sha256()
     if path.exists():
         with open_regular(path) as file:
@@ -298,14 +298,15 @@ def sha256_of_start(path: Path, size: int) -> str:
 
 
 class MetricsWriter:
-    """Appends lines to metrics.jsonl; each line reaches the operating system immediately, the disk at `sync()`.
+    """Appends lines to metrics.jsonl; each line reaches the operating system at once, the disk at `sync()`.
 
-    Each writer creates a new file, so that a stale process of the same run writes to the old one, outside the record.
+    The file is a new one each time: what another process, which takes itself for the run's, still writes to the old one
+    is in no record.
 
     Args:
         directory: the run directory.
-        resume_at: size in bytes of metrics.jsonl at the checkpoint from which the run resumes. Later lines are moved to
-            metrics.cut-<n>.jsonl. None starts an empty file.
+        resume_at: the size in bytes of metrics.jsonl at the checkpoint that the run resumes from; what lies beyond is
+            cut off and kept aside in metrics.cut-<n>.jsonl. None begins an empty file.
     """
 
     def __init__(self, directory: Path, resume_at: int | None = None) -> None:
@@ -317,8 +318,8 @@ class MetricsWriter:
         self._hash = hashlib.sha256(kept)
 
     def _cut(self, size: int) -> bytes:
-        """Return the first `size` bytes and move the rest to metrics.cut-<n>.jsonl."""
-        lines = metrics_content(self.path)  # empty in a run that was killed before its first line
+        """The lines up to there; those beyond are kept aside."""
+        lines = metrics_content(self.path)  # none in a run that was killed before its first
         if len(lines) < size:
             raise RecordError(
                 f"{self.path} has {len(lines)} bytes, but the checkpoint was saved at {size}: lines are missing; "
@@ -331,15 +332,15 @@ class MetricsWriter:
         return lines[:size]
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Append a line, completely or not at all.
+        """Append a line, whole or not at all.
 
         Raises:
-            OSError: the disk is full or gone; the message names the file.
+            OSError: the disk is full or gone; the file names itself.
         """
         content = json_line(values).encode() + b"\n"
         line, before = memoryview(content), self._size
         try:
-            while line:  # a disk that is filling up may accept a part
+            while line:  # a disk that fills up takes a part first
                 line = line[self._file.write(line) :]
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -350,14 +351,14 @@ class MetricsWriter:
 
     @property
     def sha256(self) -> str:
-        """Hash of what has been written so far."""
+        """Of what has been written so far."""
         return self._hash.hexdigest()
 
     def sync(self) -> int:
         """Flush to the disk and return the size in bytes.
 
         Raises:
-            OSError: the flush fails, or the file at the path is no longer the one that was written.
+            OSError: the disk does not take it, or the file at its path is no longer the one that was written.
         """
         os.fsync(self._file.fileno())
         found = self.path.lstat() if self.path.exists() else None
