@@ -168,7 +168,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
             )
         header = ConfigSource._get_header_dict(read_text(file)[:512])
         if not file.is_relative_to(CONFIG_DIRECTORY):
-            refuse_reach_for_hydra(file, config_path, header.get("package"), values)
+            refuse_hydra_keys(file, config_path, header.get("package"), values)
         try:
             config = OmegaConf.create(values)
         except OmegaConfBaseException as error:
@@ -187,7 +187,7 @@ class ImportlibResourcesConfigSource(importlib_resources_config_source.Importlib
         super().__init__(provider, path)
 
 
-def refuse_reach_for_hydra(file: Path, config_path: str, package: str | None, values: Mapping[str, Any]) -> None:
+def refuse_hydra_keys(file: Path, config_path: str, package: str | None, values: Mapping[str, Any]) -> None:
     """Refuse a file outside `configs` that sets keys of Hydra's node by content, path, package or defaults list.
 
     The file may choose an installed launcher and repeat what the project's files say, as a copy of one does.
@@ -216,7 +216,7 @@ def refuse_reach_for_hydra(file: Path, config_path: str, package: str | None, va
             raise ConfigurationError(f"{file}: {shown(key)}={shown(value)}: a key of hydra, {remedy}")
 
 
-def refuse_reach_of_overrides(overrides: Iterable[str], origin: str = "a job") -> None:
+def refuse_hydra_overrides(overrides: Iterable[str], origin: str = "a job") -> None:
     """Refuse overrides from a file (a study's) that set keys of Hydra's node.
 
     Raises:
@@ -234,7 +234,7 @@ def _settings_of_hydra() -> frozenset[tuple[str, Any]]:
     return frozenset(leaf for file in files for leaf in _leaves(read_yaml(file).get("hydra", {}), "hydra"))
 
 
-def begin_hydra(primary: Primary = PROJECT) -> Hydra:
+def start_hydra(primary: Primary = PROJECT) -> Hydra:
     """Create Hydra's global instance with the configuration directories; `GlobalHydra.clear` removes it."""
     GlobalHydra.instance().clear()
     version.setbase("1.3")
@@ -258,13 +258,13 @@ def compose_dictionary(overrides: Sequence[str], primary: Primary = PROJECT) -> 
     outer = GlobalHydra.instance().hydra  # inside a Hydra job (multirun) another Hydra is already initialised
     try:
         with worded_errors(overrides, primary):
-            begin_hydra(primary)
+            start_hydra(primary)
             config = hydra_compose(
                 primary.name, overrides=hydra_overrides(primary, overrides), return_hydra_config=True
             )
             check_hydra(config, overrides)
             values = resolved(config)
-            return launched_here(values) if primary.is_record else values
+            return with_local_launcher(values) if primary.is_record else values
     finally:
         GlobalHydra.instance().clear()
         GlobalHydra.instance().hydra = outer
@@ -279,7 +279,7 @@ def worded_errors(overrides: Sequence[str], primary: Primary = PROJECT) -> Itera
         ours = next((one for one in causes(error) if isinstance(one, ConfigurationError)), None)
         if ours is error:
             raise
-        chosen = functools.partial(chosen_alone, overrides, primary)
+        chosen = functools.partial(compose_choices, overrides, primary)
         line = str(ours) if ours else reword_composition_error(error, overrides, primary.file, chosen)
         raise ConfigurationError(redacted(line)) from error
     except OSError as error:  # a directory of configurations without permission to list
@@ -292,7 +292,7 @@ def worded_errors(overrides: Sequence[str], primary: Primary = PROJECT) -> Itera
         ) from None
 
 
-def chosen_alone(overrides: Sequence[str], primary: Primary) -> dict[str, Any]:
+def compose_choices(overrides: Sequence[str], primary: Primary) -> dict[str, Any]:
     """Compose only the choices among the overrides, without single keys. Empty if that fails as well."""
     choices = [override for override in overrides if key_of(override) in config_groups()]
     if len(choices) == len(overrides):
@@ -365,7 +365,7 @@ def refuse_choices_by_name(overrides: Sequence[str], primary: Primary) -> None:
             )
 
 
-def launched_here(values: dict[str, Any]) -> dict[str, Any]:
+def with_local_launcher(values: dict[str, Any]) -> dict[str, Any]:
     """Replace a record's cluster launcher by ranks on this machine: a record lacks Hydra's settings of the launcher."""
     launcher = values.get("launcher")
     if isinstance(launcher, Mapping) and launcher.get("name") not in ("local", "joblib"):

@@ -307,8 +307,8 @@ def _decide(config: RunConfig, place: RunDirectory, distributed: Distributed) ->
     """Decide how the run starts, under the directory's lock if a run exists, so that the decision stays valid."""
     restored = False
     # torchrun's counter does not change when nodes join or leave, and counts starts that never reached the run.
-    if (begun := distributed.is_marked(f"begun {place.path.absolute()}")) is not None:
-        restarted = begun or is_restart(["SLURM_RESTART_COUNT"])
+    if (started := distributed.is_marked(f"started {place.path.absolute()}")) is not None:
+        restarted = started or is_restart(["SLURM_RESTART_COUNT"])
     else:
         restarted = is_restart()
     try:
@@ -350,7 +350,7 @@ def _open_record(
             sync_directory(directory.parent)
         place.take()
         recorder = Recorder.open(config, place, decided, environment, display)
-        distributed.mark(f"begun {directory.absolute()}")
+        distributed.mark(f"started {directory.absolute()}")
         if decided.checkpoint is not None and decided.metrics_bytes is not None:
             checkpoints.set_aside_newer(directory / "checkpoints", Checkpoint(decided.checkpoint, verify=False).step)
         return recorder

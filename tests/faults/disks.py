@@ -117,7 +117,7 @@ def _faults_of_failure(code: int, said: str, directory: Path, message: str) -> l
         faults.append(f"no line says {message!r}: {said}")
     if "Traceback" in said:
         faults.append(f"a traceback: {said}")
-    if "start the same command again" not in said:
+    if "rerun the same command" not in said:
         faults.append("no line says how it goes on")
     if (directory / "summary.json").exists() and summary(directory)["status"] != "failed":
         faults.append(f"the summary says {summary(directory)['status']}")

@@ -151,7 +151,7 @@ def _wait_for(moment: str, sitting: Sitting, directory: Path, generator: np.rand
 
 def _faults_of_sitting(number: int, said: str, expected: int | None) -> list[str]:
     """A sitting that goes on must do so from the newest complete checkpoint, with nothing passed over."""
-    faults = [f"sitting {number}: {line}" for line in said.splitlines() if "passed over" in line]
+    faults = [f"sitting {number}: {line}" for line in said.splitlines() if "checkpoint skipped" in line]
     found = re.search(r"resuming from \S*step-(\d+)", said)
     if found and int(found.group(1)) != expected:
         faults.append(f"sitting {number} went on from step {int(found.group(1))}, {expected} was saved")

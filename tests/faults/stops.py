@@ -61,7 +61,7 @@ def stop_again_and_again(
         newest = next(iter(checkpoints.available(directory / "checkpoints")), None)
         at = checkpoints.step_of(newest) if newest is not None else 0
         lost += last_step(directory) - at
-        if "before training has begun" not in sitting.said() and summary(directory)["status"] != "preempted":
+        if "before training started" not in sitting.said() and summary(directory)["status"] != "preempted":
             faults.append(f"{chosen.name}: the summary says {summary(directory)['status']}")
     completed(command, log, ranks)
     difference, found = compare(directory, scratch / "undisturbed", steps)

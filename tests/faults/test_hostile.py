@@ -131,7 +131,7 @@ def test_no_configuration_has_hydra_call_anything_but_its_own_plugins(
     said = capfd.readouterr().err
     assert said.count("error: ") == 1
     in_a_file = foreign in ("file", "primary", "added primary")
-    assert ("evil.yaml: hydra.callbacks" if in_a_file else "names code outside of this project") in said
+    assert ("evil.yaml: hydra.callbacks" if in_a_file else "names code outside this project") in said
     assert not place.exists()
 
 

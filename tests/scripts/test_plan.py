@@ -60,7 +60,7 @@ def test_a_key_that_is_removed_has_its_default(removed: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("model=gpt2_hugh",), "there is no such choice"),
+        (("model=gpt2_hugh",), "unknown choice"),
         (("cluster.gpu=abacus",), "cluster.gpu=abacus"),
         (("train.stepz=3",), "did you mean train.steps"),
     ],

@@ -168,7 +168,7 @@ def test_a_file_that_cannot_be_read_is_named(
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     records.write_config(tmp_path, {})
     (tmp_path / "metrics.jsonl").write_text('{"kind":"eval","step":0}\nnonsense\n')
-    with pytest.raises(RecordError, match=r"metrics\.jsonl:2 is no JSON"):
+    with pytest.raises(RecordError, match=r"metrics\.jsonl:2 is not JSON"):
         list(RunRecord.open(tmp_path).metrics())
 
 

@@ -17,9 +17,9 @@ from data.errors import DataError
 from training.compose import (
     CONFIG_DIRECTORY,
     Primary,
-    begin_hydra,
     compose_dictionary,
     hydra_overrides,
+    start_hydra,
     validate,
     worded_errors,
 )
@@ -99,7 +99,7 @@ def show(flags: Namespace, primary: Primary) -> int:
 
         return print_answer(help_text(values))
     with worded_errors(flags.overrides, primary):
-        hydra = begin_hydra(primary)
+        hydra = start_hydra(primary)
         flags.overrides = hydra_overrides(primary, flags.overrides)
         if flags.hydra_help:
             hydra.hydra_help(primary.name, _parser(), flags)

@@ -19,7 +19,7 @@ def refuse_absent_inputs(config: RunConfig) -> None:
         ConfigurationError: the path in `resume` or `model.init_from` does not exist.
         DataError: a file of the corpus or its prepared tokens do not exist.
     """
-    if _may_have_begun(config):
+    if _may_have_started(config):
         return
     if config.resume not in ("auto", "never") and not os.path.exists(config.resume):
         raise ConfigurationError(
@@ -34,7 +34,7 @@ def refuse_absent_inputs(config: RunConfig) -> None:
     refuse_unprepared(token_directory_of(config), source_of(config), tokenizer_of(config))
 
 
-def _may_have_begun(config: RunConfig) -> bool:
+def _may_have_started(config: RunConfig) -> bool:
     """Return whether a run of this name exists. Its hash depends on what train.precision=auto became."""
     precisions = ("fp32", "bf16") if config.train.precision == "auto" else (config.train.precision,)
     trains = [config.train.model_copy(update={"precision": precision}) for precision in precisions]

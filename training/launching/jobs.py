@@ -14,11 +14,11 @@ from omegaconf import DictConfig
 
 from training.compose import (
     PROJECT,
-    begin_hydra,
     check_hydra,
     quoted,
-    refuse_reach_of_overrides,
+    refuse_hydra_overrides,
     resolved,
+    start_hydra,
     worded_errors,
 )
 from training.exits import EXIT_FAILED, EXIT_PREEMPTED
@@ -45,10 +45,10 @@ def launch(jobs: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[
     from hydra.types import HydraContext, RunMode
 
     for job in jobs:
-        refuse_reach_of_overrides(job)
+        refuse_hydra_overrides(job)
     try:
         with worded_errors(launcher):
-            hydra = begin_hydra()
+            hydra = start_hydra()
             config = hydra.compose_config(
                 PROJECT.name,
                 overrides=[quoted(override) for override in launcher],

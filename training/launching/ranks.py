@@ -21,9 +21,9 @@ from training.config import ConfigurationError, RankRefusedError, RunConfig, Slu
 from training.exits import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_PREEMPTED, EXIT_RANK_LOST, refuse
 from training.launching.lifeline import die_with_launcher
 from training.launching.limits import descriptors_failure
-from training.reliability.signals import heeded
+from training.reliability.signals import handled_signals
 
-NOT_BEGUN = -1  # not an exit code: the rank has not started the run
+NOT_STARTED = -1  # not an exit code: the rank has not started the run
 #: Ranks that were asked to stop may take this long to save a checkpoint; then they are killed.
 SAVING_SECONDS = 300
 #: A preempted task waits this long for SLURM to end it; then it exits.
@@ -113,14 +113,14 @@ def start_ranks(config: RunConfig) -> int:
         shutdown_timeout=SAVING_SECONDS,
     )
     # torch does not report how signalled ranks end.
-    codes = multiprocessing.get_context("spawn").Array("i", [NOT_BEGUN] * ranks, lock=False)
+    codes = multiprocessing.get_context("spawn").Array("i", [NOT_STARTED] * ranks, lock=False)
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # never counts as the second signal (reliability/signals.py)
         raise SignalException(f"process {os.getpid()} got signal {number}", sigval=signal.Signals(number))
 
-    handlers = {number: signal.signal(number, stop) for number in heeded()}
-    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, heeded())  # blocked in a sweep's workers
+    handlers = {number: signal.signal(number, stop) for number in handled_signals()}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, handled_signals())  # blocked in a sweep's workers
     try:
         results: dict[int, int] = elastic_launch(launch, run_rank)(config.model_dump(mode="json"), codes)
     except ChildFailedError as error:
@@ -143,7 +143,7 @@ def code_of_stopped_ranks(signalled: signal.Signals, codes: Sequence[int]) -> in
     """Return the exit code of a run whose ranks were asked to stop. Prints a line if a rank could not report its end.
 
     Args:
-        codes: each rank's exit code; `NOT_BEGUN` if it had not started the run, `EXIT_FAILED` if it started the run and
+        codes: each rank's exit code; `NOT_STARTED` if it had not started the run, `EXIT_FAILED` if it started the run and
             died before its end.
     """
     if EXIT_FAILED in codes:
@@ -155,7 +155,7 @@ def code_of_stopped_ranks(signalled: signal.Signals, codes: Sequence[int]) -> in
             flush=True,
         )
         return EXIT_FAILED
-    if NOT_BEGUN in codes:
+    if NOT_STARTED in codes:
         print(f"{signalled.name} before training started: nothing to save", file=sys.stderr, flush=True)
         return EXIT_PREEMPTED
     return max(codes)

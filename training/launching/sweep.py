@@ -15,14 +15,14 @@ from data.errors import DataError
 from training.compose import (
     PROJECT,
     Primary,
-    begin_hydra,
     check_hydra,
     compose,
     hydra_overrides,
-    launched_here,
     quoted,
     resolved,
+    start_hydra,
     validate,
+    with_local_launcher,
     worded_errors,
 )
 from training.config import ConfigurationError, RunConfig
@@ -53,7 +53,7 @@ def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
         )
     configs = check_trials(trials(overrides, primary), primary)
     overrides = hydra_overrides(primary, overrides)
-    hydra = begin_hydra(primary)
+    hydra = start_hydra(primary)
     try:
         with worded_errors(overrides, primary):
             master = hydra.compose_config(primary.name, overrides, RunMode.MULTIRUN, with_log_configuration=False)
@@ -146,7 +146,7 @@ def run_trial(config: DictConfig) -> int:
     try:
         values = resolved(config)
         if not in_job():
-            values = launched_here(values)  # the record of a job names launcher=slurm; a sweep over it runs here
+            values = with_local_launcher(values)  # the record of a job names launcher=slurm; a sweep over it runs here
         code = start(validate(values))
     except (ConfigurationError, DataError) as error:
         return refuse(error)

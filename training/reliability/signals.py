@@ -30,7 +30,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, si
 PASSED_ON_SECONDS = 2.0
 
 
-def heeded() -> list[signal.Signals]:
+def handled_signals() -> list[signal.Signals]:
     """Return the stop signals, without SIGHUP and SIGQUIT if the parent ignores them (nohup, background jobs)."""
     return [
         number
@@ -45,12 +45,12 @@ def listening(notice: Callable[[int], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = heeded()
+    numbers = handled_signals()
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, _left_to_the_listener) for number in numbers}
+    handlers = {number: signal.signal(number, _ignore) for number in numbers}
     listener = threading.Thread(target=_listen, args=(reading, numbers, notice), name="signals", daemon=True)
     listener.start()
     try:
@@ -79,7 +79,7 @@ class StopSignals:
         self._received: list[int] = []
         self._since = 0.0
         # A sweep's worker has the signals blocked. If it exited by itself, joblib would kill the others.
-        self._begun = is_worker = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._started = is_worker = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self._passed_on = is_worker or "TORCHELASTIC_RUN_ID" in os.environ
 
     def __call__(self) -> bool:
@@ -87,7 +87,7 @@ class StopSignals:
 
     def begin(self) -> None:
         """Leave the first signal to the training loop from here on: there is something to save, or ranks must agree."""
-        self._begun = True
+        self._started = True
 
     def __enter__(self) -> Self:
         self._listening = listening(self.notice)
@@ -105,7 +105,7 @@ class StopSignals:
         if not self._received:
             self._since = time.monotonic()
             self._received.append(number)
-            if not self._begun:
+            if not self._started:
                 self._say(f"{name} before training started: exiting")
                 os._exit(self._exit_code)
             self._say(f"{name}: finishing the step and saving; a second signal ends the run immediately")
@@ -170,5 +170,5 @@ def _listen(reading: int, numbers: Sequence[int], notice: Callable[[int], None])
             notice(received[0])
 
 
-def _left_to_the_listener(number: int, frame: FrameType | None) -> None:
+def _ignore(number: int, frame: FrameType | None) -> None:
     pass

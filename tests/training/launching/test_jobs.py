@@ -55,7 +55,7 @@ def test_an_unknown_launcher_is_a_configuration_error() -> None:
     "override", ["+hydra.job.env_set.A=b", "+experiment@hydra.job.env_set=x", "hydra/launcher=joblib"]
 )
 def test_a_job_sets_nothing_of_hydras(override: str) -> None:
-    with pytest.raises(ConfigurationError, match="a key of hydra, which the command line alone may set"):
+    with pytest.raises(ConfigurationError, match="a key of hydra; give it on the command line"):
         launch([["name=a", override]])
 
 

@@ -119,7 +119,7 @@ def test_a_trial_that_another_process_has_is_left_to_it_and_the_others_run(
         code, _, errors = session.end()
     assert code == EXIT_HELD, errors[-3000:]
     assert f"adamw-0 is being run by process {os.getpid()} on " in errors
-    assert "1 of 2 trials are being run by other processes" in errors
+    assert "skipped 1 of 2 trials that other processes are running" in errors
     assert [path.name for path in (tmp_path / "adamw-0").iterdir()] == [".lock"]
     assert summary(tmp_path / "lion-0")["status"] == "completed"
     holder.release()
@@ -143,7 +143,7 @@ def test_a_sweep_restarted_while_its_jobs_still_run_leaves_their_trials_to_them(
             code, _, errors = session.end()
         os.kill(holder, signal.SIGCONT)
         assert code == EXIT_HELD, errors[-3000:]
-        assert "1 of 1 trials are being run by other processes" in errors
+        assert "skipped 1 of 1 trials that other processes are running" in errors
         parent.wait_for(directory / "summary.json", '"completed"')
     assert run(sweep) == 0
     assert steps(directory) == list(range(1, 401))

@@ -25,7 +25,7 @@ def test_too_little_address_space_is_one_line() -> None:
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29)),
     )
     assert ended.returncode == 2
-    assert ended.stderr.startswith("error: this process may have 512 MiB of address space")
+    assert ended.stderr.startswith("error: the address space is limited to 512 MiB")
     assert "ulimit -v" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
 

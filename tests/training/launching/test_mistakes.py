@@ -78,7 +78,7 @@ def remedies(words: list[str], message: str) -> Iterator[list[str]]:
         key, _, choices = meant.partition(" of ")
         if "=" in key:
             yield [key]
-        elif "there is no such choice" in message:
+        elif "unknown choice" in message:
             yield from ([f"{head.partition('=')[0]}={option}"] for option in key.split(" or "))
         else:
             value = next(word.partition("=")[2] for word in words if word.lstrip("+").startswith(head))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tests.training.runs import curve, lines, run, summary
 from training.compose import compose
 from training.exits import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_PREEMPTED, EXIT_RANK_LOST
-from training.launching.ranks import NOT_BEGUN, code_of_stopped_ranks, describe_failure, start_ranks
+from training.launching.ranks import NOT_STARTED, code_of_stopped_ranks, describe_failure, start_ranks
 from training.reliability import heartbeat
 from training.reliability.heartbeat import Heartbeat
 from training.reliability.signals import STOP_SIGNALS
@@ -111,9 +111,9 @@ def test_signals_to_the_parent_let_all_ranks_save_and_one_process_go_on(tiny: li
     [
         ([EXIT_PREEMPTED, EXIT_PREEMPTED], EXIT_PREEMPTED, ""),
         ([0, 0], 0, ""),
-        ([NOT_BEGUN, NOT_BEGUN], EXIT_PREEMPTED, "nothing to save"),
+        ([NOT_STARTED, NOT_STARTED], EXIT_PREEMPTED, "nothing to save"),
         ([EXIT_PREEMPTED, EXIT_FAILED], EXIT_FAILED, "rank 1 ended before the run was saved"),
-        ([NOT_BEGUN, EXIT_FAILED], EXIT_FAILED, "rank 1 ended before the run was saved"),
+        ([NOT_STARTED, EXIT_FAILED], EXIT_FAILED, "rank 1 ended before the run was saved"),
     ],
 )
 def test_ranks_that_are_stopped_count_as_preempted_only_if_all_have_saved(

@@ -197,7 +197,7 @@ def test_a_tracker_that_cannot_start_is_one_warning() -> None:
     tracker.log({"step": 1})
     tracker.finish(DONE)
     assert warned == [
-        "tracker=test failed (ImportError: no such package); the run goes on without it, the record is complete"
+        "tracker=test failed (ImportError: no such package); the run continues without it, the record is complete"
     ]
 
 

@@ -182,8 +182,8 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "a file outside": (outside, "no plain file of this checkpoint"),
-    "an absolute path": (absolute, "no plain file of this checkpoint"),
+    "a file outside": (outside, "not a plain file of this checkpoint"),
+    "an absolute path": (absolute, "not a plain file of this checkpoint"),
     "a huge tensor": (lambda m: piece_of(m).update(shape=[1 << 40, 1 << 20], count=1 << 60), "the manifest says"),
     "a huge shape": (lambda m: piece_of(m).update(shape=[1 << 40, 1 << 20]), "two descriptions"),
     "a negative start": (lambda m: piece_of(m).update(start=-4), "pieces.0.start"),

@@ -140,7 +140,7 @@ def test_a_rank_that_does_not_come_is_named_on_all_after_the_limit(
     monkeypatch.setattr(rendezvous, "LIMIT", 3.0)
     monkeypatch.setattr(rendezvous, "SPEAK", 0.1)
     for future in [join(0, 4), join(2, 4)]:
-        with pytest.raises(ConfigurationError, match=r"rank 0 waits for rank 1, 3 of 4, in vain for \d+ s"):
+        with pytest.raises(ConfigurationError, match=r"rank 0 waits for rank 1, 3 of 4: gave up after \d+ s"):
             future.result()
     assert "rank 0 waits for rank 1, 3 of 4" in caplog.text
 
@@ -152,7 +152,7 @@ def test_a_rank_that_nobody_listens_to_says_so(
     monkeypatch.setattr(rendezvous, limit, 0.2)
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(limit == "AGENT_LIMIT"))
-    with pytest.raises(ConfigurationError, match=rf"rank 1 waits for {listener} to listen at 127\.0\.0\.1:1, in vain"):
+    with pytest.raises(ConfigurationError, match=rf"rank 1 waits for {listener} to listen at 127\.0\.0\.1:1: gave up"):
         join(1).result()
 
 

@@ -232,7 +232,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
         case "unreadable":
             unreadable(monkeypatch, victim, errno.EIO)
     assert run(overrides) == 0
-    assert f"passed over: {victim}" in capfd.readouterr().err
+    assert f"checkpoint skipped: {victim}" in capfd.readouterr().err
     assert curve(tmp_path / "run") == undisturbed["sophiag"]
     assert (tmp_path / "run" / "checkpoints" / "superseded-step-00000020").is_dir()
 

@@ -197,7 +197,7 @@ def test_ctrl_c_before_a_run_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(Path(__file__).resolve().parents[3] / "train.py"), run_name="__main__")
     assert ended.value.code == EXIT_PREEMPTED
-    assert capsys.readouterr().err == "SIGINT before training has begun: ending\n"
+    assert capsys.readouterr().err == "SIGINT before training started: exiting\n"
 
 
 def test_a_second_signal_ends_a_process_that_is_stuck_in_c(corpus: list[str], tmp_path: Path) -> None:
