@@ -1,4 +1,4 @@
-"""Hostile files are refused, the package has no means to run them, and secrets reach no file."""
+"""Hostile files are refused, the package cannot run them, and secrets reach no file."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_configuration_cannot_name_anything_outside_of_the_registry(override: 
         compose([override])
 
 
-# What would have Hydra make a directory at {place}; {files} holds an experiment that does.
+# Overrides that would make Hydra create a directory at {place}; {files} holds an experiment that does so.
 FOREIGN = {
     "callbacks": ["+hydra.callbacks.x._target_=os.mkdir", "+hydra.callbacks.x.path={place}"],
     "in launcher": ["+hydra.launcher.x._target_=os.mkdir", "+hydra.launcher.x.path={place}"],
@@ -144,7 +144,7 @@ def test_configurations_of_another_directory_are_taken(tmp_path: Path, capfd: py
 
 
 GLOBAL = "# @package _global_\n"
-# Files of somebody else, the first of which is chosen with experiment= or, in `PRIMARIES`, begun with.
+# Other people's files; the first is chosen with experiment= or, in `PRIMARIES`, is the primary file.
 REACHES = {
     "content": {"experiment/x": GLOBAL + "hydra: {job: {env_set: {WANDB_BASE_URL: 'http://x'}}}\n"},
     "header": {"experiment/x": "# @package hydra.job.env_set\nPYTHONPATH: y\n"},
