@@ -1,4 +1,4 @@
-"""The first second: what a Python that is not the project's is told, and what a refusal or --help does not import."""
+"""The first second of a command: the message in another Python, and what a refusal or --help does not import."""
 
 import ast
 import os
@@ -13,7 +13,7 @@ from training.launching.environment import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMANDS = ["train.py", *sorted(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py"))]
-#: Each takes longer to import than a mistake may take to be refused.
+#: Importing any of these takes longer than refusing a mistake may take.
 SLOW = {"torch", "transformers", "datasets", "deepspeed", "pandas", "scipy", "matplotlib", "plotly", "wandb", "pyarrow"}
 SLOW |= {"joblib", "submitit", "lm_eval", "tensorboard", "tokenizers"}
 #: A mistake for each command.
@@ -32,7 +32,7 @@ MISTAKES = {
 
 
 def imported(arguments: list[str]) -> tuple[subprocess.CompletedProcess[str], set[str]]:
-    """What the command ended with, and the top-level packages that it imported."""
+    """Return the finished command and the top-level packages that it imported."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -59,7 +59,7 @@ def test_help_imports_nothing_slow(command: str) -> None:
 
 
 def in_other_environment(command: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
-    """The command in a Python without the packages that the project installs, from outside of the project."""
+    """Run the command outside the project, in a Python without the project's packages."""
     environment = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
         [python, "-S", str(ROOT / command), "--help"],
@@ -104,7 +104,7 @@ def test_an_old_python_names_the_environment_in_one_line(command: str, tmp_path:
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "training/launching/environment.py"])
-def test_an_old_python_can_read_the_command_as_far_as_to_say_so(command: str) -> None:
+def test_an_old_python_can_parse_the_files_that_report_it(command: str) -> None:
     source = (ROOT / command).read_text()
     ast.parse(source, feature_version=(3, 7))
     if command.startswith("scripts/"):

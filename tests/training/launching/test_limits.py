@@ -1,4 +1,4 @@
-"""Limits that are too low for torch, or for several ranks, are named in one line with the remedy."""
+"""Limits too low for torch or for several ranks are reported in one line with the remedy."""
 
 from __future__ import annotations
 
