@@ -25,7 +25,7 @@ COMPOSITION_ERRORS = {
     r"Could not delete '([^']*)'": r"~\1: no such key to remove; leave it out",
     r"Could not delete from config. '([^']*)'": r"~\1: no such key to remove; leave it out",
     r"No config source registered for schema (\w+)": r"hydra.searchpath: \1:// is not supported; give [file:///...]",
-    r"In '([^']+)': Could not load '([^']+)'": r"\1.yaml: no such file as \2, in its defaults list; correct the name",
+    r"In '([^']+)': Could not load '([^']+)'": r"\1.yaml: its defaults list names \2, which does not exist; correct it",
 }
 VALUE_ERRORS = {
     r"Cannot merge": "a list or value where a section is expected, or the reverse; write it as in "

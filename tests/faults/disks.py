@@ -118,7 +118,7 @@ def _faults_of_failure(code: int, said: str, directory: Path, message: str) -> l
     if "Traceback" in said:
         faults.append(f"a traceback: {said}")
     if "rerun the same command" not in said:
-        faults.append("no line says how it goes on")
+        faults.append("no line says how to resume")
     if (directory / "summary.json").exists() and summary(directory)["status"] != "failed":
         faults.append(f"the summary says {summary(directory)['status']}")
     newest, rejected = checkpoints.newest_valid(directory / "checkpoints")

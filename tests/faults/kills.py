@@ -154,9 +154,9 @@ def _faults_of_sitting(number: int, said: str, expected: int | None) -> list[str
     faults = [f"sitting {number}: {line}" for line in said.splitlines() if "checkpoint skipped" in line]
     found = re.search(r"resuming from \S*step-(\d+)", said)
     if found and int(found.group(1)) != expected:
-        faults.append(f"sitting {number} went on from step {int(found.group(1))}, {expected} was saved")
+        faults.append(f"sitting {number} resumed from step {int(found.group(1))}, {expected} was saved")
     if "run directory" in said and expected and not found:
-        faults.append(f"sitting {number} began anew although step {expected} was saved")
+        faults.append(f"sitting {number} started over although step {expected} was saved")
     return faults
 
 

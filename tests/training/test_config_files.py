@@ -66,8 +66,8 @@ OTHERS = {
     "digits": (b"seed: " + b"9" * 5000, "4300 digits"),
     "interpolation": (b"name: ${\n", "name: its ${...} cannot be read"),
     "large": (b"#" * (MAX_BYTES + 1), "larger than 1 MiB"),
-    "defaults": (b"defaults: {model: gpt2_nano}\n", "defaults: not a list of choices"),
-    "two choices": (b"defaults:\n  - a: 1\n    b: 2\n", "defaults: not a list of choices"),
+    "defaults": (b"defaults: {model: gpt2_nano}\n", "defaults: not a list with one choice per line"),
+    "two choices": (b"defaults:\n  - a: 1\n    b: 2\n", "defaults: not a list with one choice per line"),
 }
 
 

@@ -198,7 +198,7 @@ def test_largest_seed_and_time_are_valid() -> None:
     [
         ("train.steps: 5\n", "train.steps=5: unknown key; nest it, train: {steps: ...}"),
         ("train: [1]\n", "a list or value where a section is expected"),
-        ("defaults: [nothing]\n", "mine.yaml: its defaults list names experiment/nothing, which is no file"),
+        ("defaults: [nothing]\n", "mine.yaml: its defaults list names experiment/nothing, which does not exist"),
         ("defaults: [override /nothing: x]\n", "nothing: no such configuration group"),
         ("model: {_target_: os.system}\n", "model._target_=os.system: unknown key"),
     ],
@@ -295,7 +295,7 @@ def test_a_record_is_made_again_here_from_step_0_and_replaces_nothing(tmp_path: 
 
 def test_another_seed_of_a_record_is_more_than_a_label(tmp_path: Path) -> None:
     record = Primary("config", recorded(tmp_path, "seed=1"))
-    with pytest.raises(ConfigurationError, match=r"seed: .* would change the label alone; give seeds.model="):
+    with pytest.raises(ConfigurationError, match=r"seed: .* would change only the label; give seeds.model="):
         compose(["seed=2"], record)
     config = compose(["seed=2", "seeds.model=2", "seeds.data=2", "seeds.curvature=2"], record)
     assert config.seeds.data == config.seed == 2

@@ -77,7 +77,7 @@ def test_without_the_packages_a_command_names_the_environment_in_one_line(comman
     assert done.returncode == 2
     assert done.stderr == (
         f"error: {PACKAGES[0]} is not installed in {sys.executable}; activate the project's environment: "
-        f". ../.venv/bin/activate (make setup makes it)\n"
+        f". ../.venv/bin/activate (make setup creates it)\n"
     )
 
 
@@ -98,7 +98,7 @@ def test_an_old_python_names_the_environment_in_one_line(command: str, tmp_path:
     )
     assert done.returncode == 2
     assert re.fullmatch(
-        r"error: Python 3\.11 to 3\.13 is needed, and \S+ is 3\.9; activate .*: \. \.venv/bin/activate .*\n",
+        r"error: \S+ is Python 3\.9, but 3\.11 to 3\.13 is needed; activate .*: \. \.venv/bin/activate .*\n",
         done.stderr,
     )
 

@@ -176,7 +176,7 @@ def locals_of_curvature(strategy: Strategy) -> list[torch.Tensor]:
 def collectives(kind: str) -> dict[str, dict[str, int]]:
     """Count the calls of each collective in an update with one and with four micro-batches."""
     strategy, _ = build(kind)
-    for _ in range(2):  # whatever is set up lazily: DDP orders its buckets anew after the first backward
+    for _ in range(2):  # whatever is set up lazily: DDP reorders its buckets after the first backward
         accumulate(strategy, 1)
         strategy.step(1.0)
     counted = {}
