@@ -13,7 +13,7 @@ help:
 setup: $(STAMP) ## create .venv and install the locked dependencies
 
 $(STAMP): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, {v[0]}.{v[1]} is here: make setup PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"this is Python {v[0]}.{v[1]}, but 3.11 to 3.13 is needed: make setup PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
@@ -23,7 +23,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup ## AdamW, Lion and Sophia-G on the embedded corpus: a table and a plot
 	$(BIN)/python scripts/demo.py
 
-test: setup ## the test suite; three workers keep two cores busy where tests wait
+test: setup ## the test suite, on three workers because some tests wait
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not gpu and not slurm and not faults"
 
 test-fast: setup ## the quick tests of every package: under 90 seconds
@@ -40,23 +40,23 @@ bench: setup ## speed and memory: optimizer step, training step at 30M (ten minu
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/page.py
 
-bench-full: bench ## the same, and 124M, data, and how cost grows (an hour)
+bench-full: bench ## bench, and the 124M model, the data pipeline and scaling (an hour)
 	$(BIN)/python benchmarks/training_step.py --size 124m
 	$(BIN)/python benchmarks/data_pipeline.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/reading.py
 	$(BIN)/python benchmarks/page.py
 
-test-gpu: setup ## the tests that depend on the device, on CUDA
+test-gpu: setup ## the device-dependent tests, on CUDA
 	$(BIN)/python -m pytest -m gpu
 
 test-slurm: setup ## a sweep on a SLURM of one node, set up here (root; Debian: apt-get install slurm-wlm munge)
 	$(BIN)/python -m pytest -m slurm -ra -k "$(SLURM_TESTS)"
 
-test-mutants: setup ## plant bugs one at a time and check that the suite notices them: an hour
+test-mutants: setup ## mutation tests: insert one bug at a time and check that the suite finds it (an hour)
 	$(BIN)/python -m tests.mutants
 
-test-faults: setup ## runs killed, corrupted, starved and fed bad input: half an hour, numbers to docs/reliability.md (root for full disks)
+test-faults: setup ## fault injection: kills, corruption, full disks, bad input (half an hour; writes docs/reliability.md; root for full disks)
 	$(BIN)/python -m tests.faults
 
 wheel: ## build the library's wheel into dist/, and train with it where torch is all that is installed
@@ -66,11 +66,11 @@ wheel: ## build the library's wheel into dist/, and train with it where torch is
 	.venv-wheel/bin/python -I examples/plain_loop.py --steps 20
 	rm -rf .venv-wheel
 
-results: setup ## results/cpu_scale and cpu_embeddings: reports, figures and the README's section, from the records
+results: setup ## reports, figures and the README's section from the records in results/cpu_scale and cpu_embeddings
 	$(BIN)/python scripts/results.py
 	$(BIN)/python scripts/results.py results/cpu_embeddings --part embeddings --brief
 
-lock: ## resolve pyproject.toml's ranges anew into requirements.lock
+lock: ## resolve pyproject.toml's version ranges into requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet "torch~=2.13.0"
 	.venv-lock/bin/python -m pip install --quiet ".[train,evaluate,dev]"

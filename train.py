@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py optimizer=sophiag             eight ranks, started by torchrun
     python train.py -m optimizer=adamw,lion,sophiag seed=0,1,2         a sweep
     python train.py experiment=paper/125m_sophiag                      a complete recipe
-    python train.py --config-path results/cpu_scale/runs/<trial> output_dir=runs/again     a run on record once more
+    python train.py --config-path results/cpu_scale/runs/<trial> output_dir=runs/again     a recorded run, repeated
     python train.py --help                                             every group and key
 
 Exit codes: 0 finished, 1 failed, 2 the configuration cannot be run (one line says why), 3 diverged, 75 preempted (rerun the
@@ -29,9 +29,9 @@ if __name__ == "__main__":
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(EXIT_CONFIGURATION)
     try:
-        from training.launching.command import main  # takes a while, in which the launcher may die
+        from training.launching.command import main  # slow
 
         sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:  # a run that has begun notices signals itself
-        print("SIGINT before training has begun: ending", file=sys.stderr)
+    except KeyboardInterrupt:  # a started run handles signals itself
+        print("SIGINT before training started: exiting", file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)

@@ -1,9 +1,9 @@
-"""From command-line overrides to a validated RunConfig: Hydra's one place in the project.
+"""Compose command-line overrides into a validated RunConfig. Most of the project's use of Hydra is here.
 
 Hydra's composition errors and pydantic's validation errors become one line each: the key, the value, the remedy.
 
-Files outside of `configs` may come from others. They set the run's own keys; what Hydra does with a run (its `hydra` node,
-and the shell commands of `launcher.setup`) is set by the project's files and the command line alone.
+Files outside `configs` may come from other people. They set the run's own keys; what Hydra does with a run (its `hydra`
+node, and the shell commands of `launcher.setup`) is set only by the project's files and the command line.
 """
 
 import contextlib
@@ -50,12 +50,12 @@ from training.mistakes import (
 from training.records import CONFIG_FILE, ENVIRONMENT_FILE
 from training.secrets import redacted, secret_in
 
-# Hydra's own, and those of its plugin packages (joblib, submitit): nothing else may be made of a configuration.
+# Hydra may instantiate its own plugins and those of its plugin packages (joblib, submitit), nothing else.
 PLUGIN_SECTIONS = ("hydra.launcher", "hydra.sweeper")
 PLUGIN_MODULES = ("hydra._internal.core_plugins.", "hydra_plugins.")
-# The keys by which a command line sets the shell commands of a job.
+# The keys that set the shell commands of a job.
 SETUP_KEYS = {"launcher.setup", "hydra.launcher.setup"}
-# What configs/config.yaml sets of Hydra's, for a record, which has nothing of the kind: it writes no files of its own.
+# The settings in configs/config.yaml that keep Hydra from writing files, for a record, which lacks them.
 QUIET = (
     "hydra/job_logging=none",
     "hydra/hydra_logging=none",
@@ -64,7 +64,7 @@ QUIET = (
     "hydra.sweep.dir=${output_dir}/.sweep",
     "hydra.sweep.subdir=.",
 )
-# What `${oc.env:NAME}` may read. The value is written to the record, so this has no credentials (SLURM_JWT is one).
+# What `${oc.env:NAME}` may read. Values are written to the record, so credentials (such as SLURM_JWT) are excluded.
 READABLE_VARIABLES = frozenset(
     (
         *("USER", "LOGNAME", "HOME", "HOSTNAME", "PWD", "TMPDIR", "CUDA_VISIBLE_DEVICES"),
@@ -75,23 +75,23 @@ READABLE_VARIABLES = frozenset(
         *("SLURM_NNODES", "SLURM_NTASKS", "SLURM_NODEID", "SLURM_PROCID", "SLURM_CPUS_PER_TASK", "SLURM_GPUS_ON_NODE"),
     )
 )
-# Hydra's syntax in a value: lists, quotes, sweeps, interpolations. A value without any of it may be put in quotes.
+# Hydra's syntax in a value: lists, quotes, sweeps, interpolations. A value without it can safely be quoted.
 _SYNTAX = re.compile(r"""[\\'"()\[\]{}$,]""")
-# An element of a list as it is written here, in messages and in studies: optimizer.betas[0]=0.9.
+# An element of a list, as in optimizer.betas[0]=0.9.
 _ELEMENT = re.compile(r"^(\+{0,2}[\w.]+)\[(\d+)\]=")
 
 
 def readable_variable(name: str, *default: Any, _node_: Node) -> str | None:
-    """OmegaConf's `oc.env` for `READABLE_VARIABLES`.
+    """OmegaConf's `oc.env`, restricted to `READABLE_VARIABLES`.
 
     Raises:
-        ConfigurationError: another variable, set or not; or the variable is not set and there is no default.
+        ConfigurationError: the variable is not one of them, or it is not set and there is no default.
     """
     key = _node_._get_full_key(None)
     if name not in READABLE_VARIABLES:
         raise ConfigurationError(
-            f"{key}: reads the environment variable {shown(name)}, and a configuration is written to {CONFIG_FILE}; leave a "
-            f"secret to the environment, and have the shell write anything else: {key}=$NAME"
+            f"{key}: reads the environment variable {shown(name)}, whose value would be written to {CONFIG_FILE}; leave "
+            f"secrets in the environment, and let the shell expand other variables: {key}=$NAME"
         )
     if name not in os.environ and not default:
         raise ConfigurationError(
@@ -101,17 +101,17 @@ def readable_variable(name: str, *default: Any, _node_: Node) -> str | None:
     return None if value is None else str(value)
 
 
-# For the whole process: the trials of a sweep resolve their values in Hydra's hands, in workers and jobs too.
+# Global, since Hydra resolves the values of a sweep's trials, also in workers and jobs.
 OmegaConf.register_new_resolver("oc.env", readable_variable, replace=True)
 OmegaConf.register_new_resolver("whole", whole, replace=True)  # for the integers of Hydra's launchers
-for _unused in ("oc.create", "oc.deprecated", "oc.dict.keys", "oc.dict.values"):  # none makes a plain value
+for _unused in ("oc.create", "oc.deprecated", "oc.dict.keys", "oc.dict.values"):  # they return no plain values
     OmegaConf.clear_resolver(_unused)
 
 
 class Primary(NamedTuple):
-    """The file that a configuration begins with: `<directory>/<name>.yaml`.
+    """The primary configuration file, `<directory>/<name>.yaml`.
 
-    Groups are found in its directory, in `configs` and, after these, in `added`.
+    Groups are searched in its directory, then in `configs`, then in `added`.
     """
 
     name: str = "config"
@@ -124,7 +124,7 @@ class Primary(NamedTuple):
 
     @property
     def is_record(self) -> bool:
-        """Whether it is the configuration that a run has left: every value resolved, and no defaults list."""
+        """Whether it is the configuration of a recorded run: all values resolved, no defaults list."""
         return self.file.name == CONFIG_FILE and os.path.isfile(self.directory / ENVIRONMENT_FILE)
 
 
@@ -132,24 +132,22 @@ PROJECT = Primary()
 
 
 def compose(overrides: Sequence[str] = (), primary: Primary = PROJECT) -> RunConfig:
-    """The validated configuration of `configs/config.yaml`, or another file, under Hydra overrides.
+    """Compose and validate `configs/config.yaml`, or another primary file, with Hydra overrides.
 
     Raises:
-        ConfigurationError: one line that names the key, the value and the remedy.
+        ConfigurationError: one line with the key, the value and the remedy.
     """
     return validate(compose_dictionary(overrides, primary))
 
 
-# Both have the names of Hydra's own: in a worker Hydra registers those anew, and keeps what has the same name.
+# Both classes have the names of Hydra's own: in a worker, Hydra registers its sources again but keeps names that exist.
 class FileConfigSource(file_config_source.FileConfigSource):
-    """Hydra's source of YAML files, with this project's reading of them and its rule for those of others."""
+    """Hydra's source of YAML files, with the project's reader and its restriction of files outside `configs`."""
 
     def __init__(self, provider: str, path: str) -> None:
         super().__init__(provider, path)
         if provider.startswith("hydra.searchpath") and not Path(self.path).is_dir():
-            raise ConfigurationError(
-                f"hydra.searchpath=[{shown(path)}]: there is no such directory; give one that has files"
-            )
+            raise ConfigurationError(f"hydra.searchpath=[{shown(path)}]: no such directory; give one that holds files")
 
     def load_config(self, config_path: str) -> ConfigResult:
         file = Path(self.path, self._normalize_file_name(config_path)).resolve()
@@ -159,19 +157,18 @@ class FileConfigSource(file_config_source.FileConfigSource):
         if not isinstance(values, dict):
             said = f"the text {shown(values)!r}" if isinstance(values, str) else f"a {type(values).__name__}"
             raise ConfigurationError(
-                f"{file}: holds {said}, where keys and values are expected; write lines of key: value, with a space after the "
-                "colon"
+                f"{file}: holds {said} instead of keys and values; write lines of key: value, with a space after the colon"
             )
         defaults = values.get("defaults", [])
         if not isinstance(defaults, list) or not all(
             isinstance(item, str) or (isinstance(item, dict) and len(item) == 1) for item in defaults
         ):
             raise ConfigurationError(
-                f"{file}: defaults: not a list of choices, one a line; write for example '- override /optimizer: lion'"
+                f"{file}: defaults: not a list with one choice per line; write for example '- override /optimizer: lion'"
             )
         header = ConfigSource._get_header_dict(read_text(file)[:512])
         if not file.is_relative_to(CONFIG_DIRECTORY):
-            refuse_reach_for_hydra(file, config_path, header.get("package"), values)
+            refuse_hydra_keys(file, config_path, header.get("package"), values)
         try:
             config = OmegaConf.create(values)
         except OmegaConfBaseException as error:
@@ -180,7 +177,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
 
 class ImportlibResourcesConfigSource(importlib_resources_config_source.ImportlibResourcesConfigSource):
-    """Hydra's source of configurations in Python packages, for Hydra's own: to look into one is to import it."""
+    """Hydra's source of configurations in packages, for Hydra's own packages only: reading one imports it."""
 
     def __init__(self, provider: str, path: str) -> None:
         if provider.startswith("hydra.searchpath"):
@@ -190,20 +187,20 @@ class ImportlibResourcesConfigSource(importlib_resources_config_source.Importlib
         super().__init__(provider, path)
 
 
-def refuse_reach_for_hydra(file: Path, config_path: str, package: str | None, values: Mapping[str, Any]) -> None:
-    """Refuse a file of others that would set keys of Hydra's node: by content, place, package or what it builds on.
+def refuse_hydra_keys(file: Path, config_path: str, package: str | None, values: Mapping[str, Any]) -> None:
+    """Refuse a file outside `configs` that sets keys of Hydra's node by content, path, package or defaults list.
 
-    It may choose one of the launchers that are installed, and repeat what the project's files say, as a copy of one does.
+    The file may choose an installed launcher and repeat what the project's files say, as a copy of one does.
 
     Args:
-        config_path: the file's place in its directory, `<group>/<choice>`.
-        package: of its header: where in the configuration its content goes.
+        config_path: the file's path in its directory, `<group>/<choice>`.
+        package: from its header: where its content goes in the configuration.
 
     Raises:
-        ConfigurationError: naming the file and the key.
+        ConfigurationError: the message names the file and the key.
     """
-    remedy = "which files outside of configs/ may not set; give it on the command line"
-    reached = [(f"its place, {config_path}", config_path.rpartition("/")[0]), (f"# @package {package}", package or "")]
+    remedy = "which files outside configs/ may not set; give it on the command line"
+    reached = [(f"its path, {config_path}", config_path.rpartition("/")[0]), (f"# @package {package}", package or "")]
     defaults = values.get("defaults")
     for item in defaults if isinstance(defaults, list) else []:
         for entry, choice in item.items() if isinstance(item, dict) else [(str(item), None)]:
@@ -219,57 +216,55 @@ def refuse_reach_for_hydra(file: Path, config_path: str, package: str | None, va
             raise ConfigurationError(f"{file}: {shown(key)}={shown(value)}: a key of hydra, {remedy}")
 
 
-def refuse_reach_of_overrides(overrides: Iterable[str], origin: str = "a job") -> None:
-    """Refuse overrides that a file holds (a study's) and that would set keys of Hydra's node.
+def refuse_hydra_overrides(overrides: Iterable[str], origin: str = "a job") -> None:
+    """Refuse overrides from a file (a study's) that set keys of Hydra's node.
 
     Raises:
-        ConfigurationError: naming the first such override.
+        ConfigurationError: the message names the first such override.
     """
     for override in overrides:
         if "hydra" in re.split(r"[./@:]", key_of(override)):
-            raise ConfigurationError(
-                f"{origin}: {shown(override)}: a key of hydra, which the command line alone may set"
-            )
+            raise ConfigurationError(f"{origin}: {shown(override)}: a key of hydra; give it on the command line")
 
 
 @functools.cache
 def _settings_of_hydra() -> frozenset[tuple[str, Any]]:
-    """What the project's own files set of Hydra's."""
+    """Return the keys and values of Hydra's node that the project's own files set."""
     files = (CONFIG_DIRECTORY / "config.yaml", *(CONFIG_DIRECTORY / "launcher").glob("*.yaml"))
     return frozenset(leaf for file in files for leaf in _leaves(read_yaml(file).get("hydra", {}), "hydra"))
 
 
-def begin_hydra(primary: Primary = PROJECT) -> Hydra:
-    """A fresh Hydra that knows where configurations lie, as its global instance; `GlobalHydra.clear` ends it."""
+def start_hydra(primary: Primary = PROJECT) -> Hydra:
+    """Create Hydra's global instance with the configuration directories; `GlobalHydra.clear` removes it."""
     GlobalHydra.instance().clear()
     version.setbase("1.3")
     Plugins.instance()  # registers Hydra's sources, which ours replace
     SourcesRegistry.instance().types |= {"file": FileConfigSource, "pkg": ImportlibResourcesConfigSource}
     path = create_config_search_path(str(primary.directory))
     if primary.directory != CONFIG_DIRECTORY:
-        path.prepend("project", f"file://{CONFIG_DIRECTORY}", "schema")  # Hydra wants its schema to be the last
+        path.prepend("project", f"file://{CONFIG_DIRECTORY}", "schema")  # Hydra requires its schema to be last
     if primary.added is not None:
         path.prepend("command-line", f"file://{primary.added}", "schema")
     return Hydra.create_main_hydra2("sophia", path)
 
 
 def compose_dictionary(overrides: Sequence[str], primary: Primary = PROJECT) -> dict[str, Any]:
-    """Hydra's composition as a plain, resolved dictionary, not yet validated.
+    """Compose a plain, resolved dictionary with Hydra, without validating it.
 
     Raises:
-        ConfigurationError: it cannot be composed, or it would have Hydra call what is none of its own plugins.
+        ConfigurationError: it cannot be composed, or Hydra would call something other than its plugins.
     """
     refuse_choices_by_name(overrides, primary)
     outer = GlobalHydra.instance().hydra  # inside a Hydra job (multirun) another Hydra is already initialised
     try:
         with worded_errors(overrides, primary):
-            begin_hydra(primary)
+            start_hydra(primary)
             config = hydra_compose(
                 primary.name, overrides=hydra_overrides(primary, overrides), return_hydra_config=True
             )
             check_hydra(config, overrides)
             values = resolved(config)
-            return launched_here(values) if primary.is_record else values
+            return with_local_launcher(values) if primary.is_record else values
     finally:
         GlobalHydra.instance().clear()
         GlobalHydra.instance().hydra = outer
@@ -277,28 +272,28 @@ def compose_dictionary(overrides: Sequence[str], primary: Primary = PROJECT) -> 
 
 @contextlib.contextmanager
 def worded_errors(overrides: Sequence[str], primary: Primary = PROJECT) -> Iterator[None]:
-    """Turn what Hydra and OmegaConf raise of a configuration into a ConfigurationError of one line."""
+    """Turn errors of Hydra and OmegaConf into a one-line ConfigurationError."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's, of model=null
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises ValueError for model=null
         ours = next((one for one in causes(error) if isinstance(one, ConfigurationError)), None)
         if ours is error:
             raise
-        chosen = functools.partial(chosen_alone, overrides, primary)
+        chosen = functools.partial(compose_choices, overrides, primary)
         line = str(ours) if ours else reword_composition_error(error, overrides, primary.file, chosen)
         raise ConfigurationError(redacted(line)) from error
-    except OSError as error:  # a directory of configurations that may not be listed
+    except OSError as error:  # a directory of configurations without permission to list
         raise ConfigurationError(
             f"{error.filename}: cannot be read ({error.strerror}); check its permissions"
         ) from error
     except RecursionError:
         raise ConfigurationError(
-            f"{primary.file}: its defaults list leads back to itself; give the file another name than that on which it builds"
+            f"{primary.file}: its defaults list includes the file itself; rename the file, or what it builds on"
         ) from None
 
 
-def chosen_alone(overrides: Sequence[str], primary: Primary) -> dict[str, Any]:
-    """What the choices among the overrides compose, without single keys; nothing where these cannot be composed either."""
+def compose_choices(overrides: Sequence[str], primary: Primary) -> dict[str, Any]:
+    """Compose only the choices among the overrides, without single keys. Empty if that fails as well."""
     choices = [override for override in overrides if key_of(override) in config_groups()]
     if len(choices) == len(overrides):
         return {}
@@ -309,14 +304,14 @@ def chosen_alone(overrides: Sequence[str], primary: Primary) -> dict[str, Any]:
 
 
 def quoted(override: str) -> str:
-    """The override as Hydra reads it: an element of a list as `key.0=`, and a value in quotes where that is needed.
+    """Rewrite an override for Hydra: an element of a list as `key.0=`, and a value in quotes if needed.
 
-    It is where Hydra could not read the value and it has none of Hydra's syntax: `name=jörg`.
+    Quotes are needed if Hydra cannot parse the value and it has none of Hydra's syntax, as in `name=jörg`.
 
     Raises:
         ConfigurationError: it adds a value without a key.
     """
-    if override.startswith(("+=", "++=")):  # of which Hydra asserts that there are none
+    if override.startswith(("+=", "++=")):  # an assertion fails in Hydra
         raise ConfigurationError(not_an_override(override, [override]))
     override = _ELEMENT.sub(r"\1.\2=", override, count=1)
     key, equals, value = override.partition("=")
@@ -330,11 +325,11 @@ def quoted(override: str) -> str:
 
 
 def hydra_overrides(primary: Primary, overrides: Sequence[str]) -> list[str]:
-    """The overrides as Hydra reads them. A record's run begins at step 0 and replaces nothing.
+    """Rewrite all overrides for Hydra. A run from a record starts at step 0 and replaces nothing.
 
     Raises:
-        ConfigurationError: an override of another command; or another seed for a record, which holds the
-            seeds that follow from its own.
+        ConfigurationError: an override belongs to another command, or sets `seed` for a record, which holds the seeds
+            derived from its own.
     """
     for override in overrides:
         group = key_of(override).partition(".")[0]
@@ -346,17 +341,17 @@ def hydra_overrides(primary: Primary, overrides: Sequence[str]) -> list[str]:
     keys = [key_of(override) for override in overrides]
     if "seed" in keys and not {"seeds.model", "seeds.data", "seeds.curvature"} <= {*keys}:
         raise ConfigurationError(
-            f"seed: {primary.file} holds the seeds that followed from its own, so that another would change the label alone; "
-            "give seeds.model=, seeds.data= and seeds.curvature= too"
+            f"seed: {primary.file} holds the seeds derived from its own, so another seed= would change only the label; give "
+            "seeds.model=, seeds.data= and seeds.curvature= too"
         )
     return ["resume=auto", "overwrite=false", *QUIET, *overrides]
 
 
 def refuse_choices_by_name(overrides: Sequence[str], primary: Primary) -> None:
-    """Refuse `optimizer.name=adamw` where another is chosen: the name would change, and the keys of the chosen one stay.
+    """Refuse `optimizer.name=adamw` if another is chosen: the name would change, but the other one's keys would stay.
 
     Raises:
-        ConfigurationError: naming the choices that have the name.
+        ConfigurationError: the message names the choices that have the name.
     """
     named = [override for override in overrides if override[:1] != "~" and choices_named(override)]
     if primary.is_record or not named:
@@ -366,12 +361,12 @@ def refuse_choices_by_name(overrides: Sequence[str], primary: Primary) -> None:
         if chosen.get(key_of(override)) != unquoted(override.partition("=")[2]):
             choices = either(choices_named(override))
             raise ConfigurationError(
-                f"{shown(override)}: the name without the keys that belong to it; choose the group: {choices}"
+                f"{shown(override)}: changes the name but not the keys that belong to it; choose {choices}"
             )
 
 
-def launched_here(values: dict[str, Any]) -> dict[str, Any]:
-    """A record's values with its ranks started on this machine: SLURM's launcher is Hydra's, of which a record has none."""
+def with_local_launcher(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace a record's cluster launcher by ranks on this machine: a record lacks Hydra's settings of the launcher."""
     launcher = values.get("launcher")
     if isinstance(launcher, Mapping) and launcher.get("name") not in ("local", "joblib"):
         values["launcher"] = {"name": "local", "nproc_per_node": launcher.get("nproc_per_node", 1)}
@@ -379,7 +374,7 @@ def launched_here(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
-    """The plain dictionary of a composed configuration, interpolations resolved, Hydra's own node dropped."""
+    """Return a composed configuration as a plain dictionary, with interpolations resolved and without Hydra's node."""
     ours = [str(key) for key in config if key not in ("hydra", "experiment", "study")]
     container = OmegaConf.to_container(OmegaConf.masked_copy(config, ours), resolve=True)
     assert isinstance(container, dict)
@@ -387,13 +382,13 @@ def resolved(config: DictConfig) -> dict[str, Any]:
 
 
 def check_hydra(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuse a composition in which Hydra would call or run what is neither its own nor given on the command line.
+    """Refuse a composition in which Hydra would call or run anything that is neither its own nor from the command line.
 
-    Hydra makes objects of what stands in its node under `_target_`, and logging of classes and factories: launcher,
-    sweeper, callbacks and handlers. What stands in `hydra.launcher` becomes a job script.
+    Hydra instantiates every `_target_` in its node, and logging instantiates classes and factories: launcher, sweeper,
+    callbacks and handlers. `hydra.launcher` becomes a job script.
 
     Raises:
-        ConfigurationError: naming the first such key.
+        ConfigurationError: the message names the first such key.
     """
     node = OmegaConf.to_container(config, resolve=False)
     assert isinstance(node, dict)
@@ -406,15 +401,14 @@ def check_hydra(config: DictConfig, overrides: Sequence[str]) -> None:
             foreign |= named.startswith(("ext://", "cfg://")) and named not in ("ext://sys.stdout", "ext://sys.stderr")
         if foreign:
             raise ConfigurationError(
-                f"{path}={named}: names code outside of this project, which no configuration may; remove it, and choose "
-                "launchers with launcher="
+                f"{path}={named}: names code outside this project; remove it, and choose launchers with launcher="
             )
     launcher = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     assert isinstance(launcher, dict)
     for path, value in _leaves(launcher, "hydra.launcher"):
         if _has_control_character(f"{path}{value}"):
             raise ConfigurationError(
-                f"{shown(path)}={shown(value)}: has a control character, such as a line's end; leave it out"
+                f"{shown(path)}={shown(value)}: has a control character, such as a line break; leave it out"
             )
     setup = launcher.get("setup") or []
     commands = setup if isinstance(setup, list) else [setup]
@@ -426,24 +420,24 @@ def check_hydra(config: DictConfig, overrides: Sequence[str]) -> None:
     ]
     if of_files and not SETUP_KEYS & given:
         raise ConfigurationError(
-            f"launcher.setup={shown(of_files)}: a file sets the shell commands of a job, which the command line alone may; "
-            "give launcher.setup=[...] there"
+            f"launcher.setup={shown(of_files)}: a file may not set a job's shell commands; give launcher.setup=[...] on the "
+            "command line"
         )
 
 
 @functools.cache
 def _own_setup() -> list[str]:
-    """The shell commands of launcher=slurm."""
+    """Return the shell commands of launcher=slurm."""
     return list(read_yaml(CONFIG_DIRECTORY / "launcher" / "slurm.yaml")["launcher"]["setup"])
 
 
 def _has_control_character(text: str) -> bool:
-    """Cc: control characters, ends of lines among them; Cs: half a character, which no file can hold."""
+    """Return whether the text has a control character (Cc), such as a line break, or a surrogate (Cs)."""
     return any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
 
 
 def _leaves(values: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their plain values, members of lists included."""
+    """Yield dotted keys and plain values, with the members of lists."""
     if isinstance(values, Mapping):
         for key, value in values.items():
             yield from _leaves(value, f"{path}.{key}" if path else str(key))
@@ -455,7 +449,11 @@ def _leaves(values: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def validate(values: Mapping[str, Any]) -> RunConfig:
-    """The frozen configuration of plain values, or a ConfigurationError of one line."""
+    """Validate plain values and return the frozen configuration.
+
+    Raises:
+        ConfigurationError: one line about the first mistake.
+    """
     try:
         config = RunConfig.model_validate(dict(values))
     except pydantic.ValidationError as error:
@@ -464,10 +462,10 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
         if not isinstance(value, str):
             continue
         if _has_control_character(value):
-            raise ConfigurationError(f"{key}={value!r}: has a control character, such as a line's end; leave it out")
+            raise ConfigurationError(f"{key}={value!r}: has a control character, such as a line break; leave it out")
         if name := secret_in(value):
             raise ConfigurationError(
-                f"{key}: holds {name} in the clear, and would be written to {CONFIG_FILE}; set it in the environment where the "
-                "run starts, or in ~/.netrc"
+                f"{key}: holds {name}, which would be written to {CONFIG_FILE}; set it in the environment of the run, or in "
+                "~/.netrc"
             )
     return config

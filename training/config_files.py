@@ -1,7 +1,7 @@
-"""Reading the YAML of configurations and studies: whatever is wrong is one line with the file, the line and the column.
+"""Read the YAML of configurations and studies. Any error is one line with file, line and column.
 
-The values are those of OmegaConf's own loader, by which 1e-3 is a number. Files hold plain values: text for keys, no tags
-of other types, and no more values than `MAX_VALUES`, aliases expanded.
+Values are parsed by OmegaConf's loader, for which 1e-3 is a number. Files hold plain values: text keys, no tags of other
+types, and at most `MAX_VALUES` values after aliases are expanded.
 """
 
 import re
@@ -18,7 +18,7 @@ MAX_BYTES = 2**20
 MAX_VALUES = 100_000
 _LOADER = get_yaml_loader()
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
-# What PyYAML says, and what to do about it.
+# PyYAML's messages and their remedies.
 _REMEDIES = {
     r"character '\\t'": "indent with spaces",
     r"that cannot start any token": "put the value in quotes",
@@ -27,18 +27,18 @@ _REMEDIES = {
     r"duplicate key": "keep one of the two",
     r"unexpected end of stream": "close the quote",
     r"another document|single document": "keep one document in a file",
-    r"undefined alias": "put text that begins with '*' in quotes",
+    r"undefined alias": "put text that starts with '*' in quotes",
     r"expected <block end>": "indent the line like its neighbours",
     r"expected the node content": "give a value, and close brackets",
-    r"expected ',' or": "close the bracket, and part its members with commas",
+    r"expected ',' or": "close the bracket, and separate its members with commas",
 }
 
 
 def read_yaml(path: Path) -> Any:
-    """The plain values of a YAML file, None of an empty one.
+    """Return the plain values of a YAML file, None if it is empty.
 
     Raises:
-        ConfigurationError: the file cannot be read, is no YAML, or holds more than plain values.
+        ConfigurationError: the file cannot be read, is not YAML, or holds more than plain values.
     """
     text = read_text(path)
     try:
@@ -58,15 +58,15 @@ def read_yaml(path: Path) -> Any:
         raise ConfigurationError(_reworded(path, error)) from error
     except RecursionError:
         raise ConfigurationError(f"{path}: nested too deeply; a configuration has a few levels") from None
-    except ValueError as error:  # of !!int and !!float, and of numbers of thousands of digits
+    except ValueError as error:  # from !!int and !!float, and from numbers with thousands of digits
         raise ConfigurationError(f"{path}: {str(error).partition(';')[0]}; put text in quotes") from error
 
 
 def parse_value(override: str) -> Any:
-    """The value of an override that Hydra does not see.
+    """Return the value of an override that Hydra does not see.
 
     Raises:
-        ConfigurationError: it is no YAML.
+        ConfigurationError: it is not YAML.
     """
     try:
         return _LOADER(override.partition("=")[2]).get_single_data()
@@ -75,7 +75,7 @@ def parse_value(override: str) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """The text of a small UTF-8 file.
+    """Return the text of a small UTF-8 file.
 
     Raises:
         ConfigurationError: it is too large, not UTF-8, or cannot be read.
@@ -87,7 +87,7 @@ def read_text(path: Path) -> str:
         raise ConfigurationError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     if len(content) > MAX_BYTES:
         raise ConfigurationError(
-            f"{path}: larger than {MAX_BYTES >> 20} MiB, which no configuration is; give another file"
+            f"{path}: larger than {MAX_BYTES >> 20} MiB, too large for a configuration; give another file"
         )
     try:
         return content.decode("utf-8")
@@ -100,13 +100,13 @@ def read_text(path: Path) -> str:
 
 
 def _refuse_more_than_values(root: yaml.Node) -> None:
-    """Refuse tags, keys that are no text, and aliases that lead back to themselves or stand for too many values."""
-    sizes: dict[int, int] = {}  # values that a node stands for; 0 while its members are being counted
+    """Refuse tags, keys that are not text, recursive aliases, and aliases that expand to too many values."""
+    sizes: dict[int, int] = {}  # number of values in a node; 0 while its members are being counted
 
     def size(node: yaml.Node) -> int:
         if id(node) in sizes:
             if not sizes[id(node)]:
-                raise _problem("an alias leads back to itself; remove it", node)
+                raise _problem("an alias refers to itself; remove it", node)
             return sizes[id(node)]
         if node.tag not in _TAGS:
             raise _problem(f"the tag {node.tag!r} is not allowed; write a plain value", node)
@@ -116,13 +116,13 @@ def _refuse_more_than_values(root: yaml.Node) -> None:
             for key, value in node.value:
                 if not (key.tag.endswith((":str", ":merge")) and key.value.strip()):
                     shown = key.value if isinstance(key, yaml.ScalarNode) else "..."
-                    raise _problem(f"the key {shown!r} is no text; put it in quotes, or give it a name", key)
+                    raise _problem(f"the key {shown!r} is not text; put it in quotes, or give it a name", key)
                 members.append(value)
         elif isinstance(node, yaml.SequenceNode):
             members = node.value
         total = 1 + sum(size(member) for member in members)
         if total > MAX_VALUES:
-            raise _problem(f"stands for more than {MAX_VALUES:,} values, its aliases expanded; remove aliases", node)
+            raise _problem(f"more than {MAX_VALUES:,} values after its aliases are expanded; remove aliases", node)
         sizes[id(node)] = total
         return total
 
@@ -134,13 +134,13 @@ def _problem(text: str, node: yaml.Node) -> yaml.MarkedYAMLError:
 
 
 def _reworded(path: Path, error: yaml.MarkedYAMLError) -> str:
-    """One line: where, PyYAML's problem and, where that is elsewhere, what it was reading; the remedy."""
+    """Return one line: place, PyYAML's problem, what it was reading if that started on another line, and the remedy."""
     problem = error.problem or error.context or "not YAML"
     mark = error.problem_mark or error.context_mark
     assert mark is not None
     while_at = ""
     if error.context and error.problem and error.context_mark and error.context_mark.line != mark.line:
-        while_at = f" ({error.context} that begins in line {error.context_mark.line + 1})"
+        while_at = f" ({error.context} that starts on line {error.context_mark.line + 1})"
     remedy = next(
         (f"; {remedy}" for said, remedy in _REMEDIES.items() if re.search(said, f"{problem} {error.context}")), ""
     )
@@ -148,5 +148,5 @@ def _reworded(path: Path, error: yaml.MarkedYAMLError) -> str:
 
 
 def _at(path: Path, line: int, column: int) -> str:
-    """A place by zero-based line and column, in the words of an editor."""
+    """Format a place, given zero-based line and column, with one-based numbers as in an editor."""
     return f"{path}, line {line + 1}, column {column + 1}"

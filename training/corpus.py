@@ -1,4 +1,4 @@
-"""From the configuration to a corpus: its source, its tokenizer, and the directory of its tokens."""
+"""The corpus of a configuration: its source, its tokenizer, and the directory of its tokens."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from data.splits import SplitRule
 from data.tokenizers import TokenizerSpec
 from training.config import FilesDataConfig, HubDataConfig, RunConfig, SampleDataConfig, ValidationSplitConfig
 
-if TYPE_CHECKING:  # it takes torch, which a command line that is refused need not wait for
+if TYPE_CHECKING:  # imports torch, for which a refused command line should not wait
     from training.distributed import Distributed
 
 
 def source_of(config: RunConfig) -> Source:
-    """The source that the `data` section describes."""
+    """Return the source that the `data` section describes."""
     match config.data:
         case SampleDataConfig():
             return SampleSource()
@@ -48,16 +48,16 @@ def tokenizer_of(config: RunConfig) -> TokenizerSpec:
 
 
 def token_directory_of(config: RunConfig) -> Path:
-    """Where the tokens of the configuration's corpus are, or will be: <data.directory>/<source>-<tokenizer>."""
+    """Return the directory of the corpus's tokens, which need not exist: <data.directory>/<source>-<tokenizer>."""
     return token_directory(config.data.directory, source_of(config), tokenizer_of(config))
 
 
 def open_corpus(config: RunConfig, distributed: Distributed) -> tuple[Path, Manifest]:
-    """The prepared tokens; rank 0 prepares the embedded sample on first use while the others wait.
+    """Open the prepared tokens. On first use rank 0 prepares the embedded sample while the others wait.
 
     Raises:
-        DataError: on every rank, if the tokens are missing (with the command that prepares them) or damaged.
-        ConfigurationError: on every rank, if they are not the same on all.
+        DataError: on every rank, if the tokens are missing (the message has the command to prepare them) or damaged.
+        ConfigurationError: on every rank, if the ranks have different tokens.
     """
     distributed.on_main(
         lambda: ensure_prepared(

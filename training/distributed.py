@@ -1,4 +1,4 @@
-"""This process's place among the ranks, and the few collectives that the loop needs."""
+"""This process's rank, and the few collectives that the loop needs."""
 
 import datetime
 import os
@@ -28,34 +28,35 @@ class Distributed:
     local_rank: int
     world_size: int
     device: torch.device
-    joined: bool = False  # the process group was there before: `stop` leaves it to whoever started it
+    joined: bool = False  # the process group existed before: `stop` does not destroy it
     heartbeat: Heartbeat | None = None
-    attempt: str = "0"  # the name of what the ranks began together: a store may outlive it
+    attempt: str = "0"  # the ranks' common start (rendezvous.py); the store may outlive it
     store: dist.Store | None = None  # of this start or, under torchrun, of all starts of the job
 
     @classmethod
     def start(cls, device: str, timeout: datetime.timedelta = datetime.timedelta(minutes=10)) -> "Distributed":
-        """Join the process group that torchrun's environment describes; a world of one without it.
+        """Join the process group described by torchrun's environment variables, or start a world of one without them.
 
         Args:
-            device: "auto" (CUDA where there is one), "cpu" or "cuda".
+            device: "auto" (CUDA if available), "cpu" or "cuda".
             timeout: how long a collective may wait for the other ranks before it raises.
 
         Raises:
-            ConfigurationError: CUDA is asked for and not there; or the ranks do not find each other, or are of two kinds.
+            ConfigurationError: CUDA is requested but not available, or the ranks do not find each other, or they differ
+                in device or torch version.
         """
         missing = device == "cuda" and not torch.cuda.is_available()
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         on_cuda = device != "cpu" and torch.cuda.is_available()
-        # A launcher may show each rank its own GPU alone, whatever its local rank.
+        # A launcher may show each rank only its own GPU, whatever its local rank.
         place = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_cuda else torch.device("cpu")
         if on_cuda:
             torch.cuda.set_device(place)
         joined, heartbeat, attempt, store = dist.is_initialized(), None, "0", None
         if world_size > 1 and not joined:
             facts = {"device": "no CUDA device" if missing else place.type, "torch": torch.__version__}
-            store, attempt = meet(rank, world_size, facts)  # where one rank has no GPU, all learn it here
+            store, attempt = meet(rank, world_size, facts)  # if one rank has no GPU, all are refused here
             store.set_timeout(timeout)
         if missing:
             raise ConfigurationError("train.device=cuda: no CUDA device is visible; choose train.device=cpu or auto")
@@ -83,15 +84,15 @@ class Distributed:
             self.store.set(f"mark/{what}", "1")
 
     def is_marked(self, what: str) -> bool | None:
-        """Whether an earlier start of this torchrun job has left the mark; None where no store is older than this start."""
+        """Return whether an earlier start of this torchrun job left the mark; None if no store survives restarts."""
         if self.store is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return None
         return bool(self.store.check([f"mark/{what}"]))
 
     def ensure_group(self) -> None:
-        """A process group also in a world of one, for engines that cannot do without.
+        """Create a process group even in a world of one, for engines that need it.
 
-        It stays for the process's next run: DeepSpeed remembers the groups that it has met.
+        The group remains for the process's next run, since DeepSpeed caches the groups it has seen.
         """
         if not dist.is_initialized():
             store = dist.HashStore()
@@ -102,17 +103,17 @@ class Distributed:
         return self.rank == 0
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """The tensor reduced over the ranks, in place."""
+        """Reduce the tensor over the ranks in place and return it."""
         if self.world_size > 1:
             dist.all_reduce(tensor, op)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is raised on any rank: how ranks agree before anyone acts. On the CPU: no device waits."""
+        """Return whether the flag is set on any rank, so that all ranks act together. On the CPU: no device waits."""
         return bool(self.highest(int(flag)))
 
     def highest(self, value: int) -> int:
-        """The highest value of any rank. On the CPU, like `any`."""
+        """Return the highest value of any rank. On the CPU, like `any`."""
         if self.world_size == 1:
             return value
         return int(self.all_reduce(torch.tensor(value), dist.ReduceOp.MAX).item())
@@ -122,7 +123,7 @@ class Distributed:
             dist.barrier()
 
     def on_main(self, action: Callable[[], T]) -> T | None:
-        """Have rank 0 alone do something: its result there, None elsewhere. What it raises is raised on every rank."""
+        """Run `action` on rank 0. Returns its result there, None elsewhere; its exception is raised on every rank."""
         result: T | None = None
         raised: Exception | None = None
         if self.is_main:
@@ -135,7 +136,8 @@ class Distributed:
         return result
 
     def on_all(self, action: Callable[[], T]) -> T:
-        """Have every rank do something that needs no other. A refusal of one rank is raised on all, and names it."""
+        """Run `action`, which uses no collectives, on every rank. If one rank is refused, all raise its error, with the
+        rank."""
         refused: ConfigurationError | DataError | None = None
         try:
             result = action()
@@ -147,17 +149,17 @@ class Distributed:
         return result
 
     def agree(self, values: Mapping[str, Any], remedy: str) -> None:
-        """Compare small values by key over the ranks.
+        """Check that small values are the same on all ranks.
 
         Raises:
-            ConfigurationError: on every rank, where one differs; it names key, rank, both values, and the remedy.
+            ConfigurationError: on every rank, if one differs; the message has key, rank, both values and the remedy.
         """
         by_rank = self.gather_objects((values, this_process()))
         if found := difference([values for values, _ in by_rank], [process for _, process in by_rank]):
             raise ConfigurationError(f"{found}; {remedy}")
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -165,7 +167,7 @@ class Distributed:
         return values[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of the ranks, on every rank."""
+        """Return every rank's value, in the order of the ranks, on every rank."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -173,9 +175,9 @@ class Distributed:
         return values
 
     def failed(self, error: Exception) -> None:
-        """To be told of an error that this rank does not share with all others. Ends the process if a rank is gone.
+        """Handle an error that other ranks may not share: end the process if a rank is gone.
 
-        The error may be that loss, met in a collective; the message then names the rank.
+        The error may be a collective's that missed that rank; the message then names the rank.
         """
         if self.heartbeat is not None:
             _leave_if_one_is_gone(self.heartbeat, self.rank, error)
@@ -183,7 +185,7 @@ class Distributed:
     def stop(self) -> None:
         """Leave the ranks in good order. Every rank calls it."""
         if self.heartbeat is not None:
-            self.barrier()  # no rank ends, and with it perhaps the store, while another still watches
+            self.barrier()  # no rank exits, perhaps with the store, while another still watches
             self.heartbeat.stop()
         if self.world_size > 1 and not self.joined:
             destroy_process_groups()
@@ -192,9 +194,9 @@ class Distributed:
 
 
 def destroy_process_groups() -> None:
-    """`torch.distributed.destroy_process_group` of all groups, where there are any; the process may end after it.
+    """Destroy all process groups; the process may exit afterwards.
 
-    DDP, device meshes and DeepSpeed hold groups longer, and gloo's threads live on with them.
+    DDP, device meshes and DeepSpeed hold groups longer, which keeps gloo's threads alive.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -202,24 +204,23 @@ def destroy_process_groups() -> None:
 
 
 def let_gloo_finish(seconds: float = 10.0) -> None:
-    """Wait, with the interpreter's lock released, until gloo's threads hold no tensor any more, at most `seconds`.
+    """Wait, with the interpreter's lock released, until gloo's threads hold no tensors, at most `seconds`.
 
-    A thread says that its collective is done, and only then lets go of the tensors, for which it takes the interpreter's
-    lock. If the interpreter has begun to end by then, std::terminate ends the process: SIGABRT after all is done and
-    saved (torch 2.13 with Python below 3.14, pytorch/pytorch#190489). Where there is no /proc, there is nothing to see,
-    and the wait is a short sleep.
+    A gloo thread reports its collective as done and only then releases the tensors, for which it takes the interpreter's
+    lock. If the interpreter is already shutting down, std::terminate aborts the process with SIGABRT after everything is
+    saved (torch 2.13 with Python below 3.14, pytorch/pytorch#190489). Without /proc, this is a short sleep.
     """
     until = time.monotonic() + seconds
     asleep = 0
-    # A thread that waits for the lock sleeps, too; while this one sleeps, the lock is free, and the next look finds it
-    # awake.
+    # A thread that waits for the lock also sleeps. While this one sleeps the lock is free, so the next look finds that
+    # thread awake.
     while asleep < 2 and time.monotonic() < until:
         time.sleep(0.002)
         asleep = asleep + 1 if all(state == "S" for state in _gloo_threads()) else 0
 
 
 def _gloo_threads() -> list[str]:
-    """The states of the threads of this process that carry out gloo's collectives, as in proc(5): S sleeps, R runs."""
+    """Return the states of this process's gloo threads, as in proc(5): S sleeps, R runs."""
     states = []
     for thread in Path("/proc/self/task").glob("*"):
         try:

@@ -23,8 +23,8 @@ def validation_loss(
         windows: this rank's share of the fixed windows; padding has targets of -100.
         micro_batch_size: windows per forward.
         progress: called with a few words before each forward.
-        interrupted: asked before each forward, with why this rank has no data for it; must answer the same on all ranks.
-            True ends the evaluation without a result.
+        interrupted: called before each forward with the reason why this rank has no data, or None; must return the same
+            on all ranks. True ends the evaluation without a result.
     """
     strategy.model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=strategy.device)

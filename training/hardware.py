@@ -1,4 +1,4 @@
-"""What this machine can do, found out rather than assumed: bf16 units, a working compiler; and its description."""
+"""Detect what this machine supports (bf16 units, a working compiler) and describe it."""
 
 import functools
 import hashlib
@@ -22,7 +22,7 @@ PACKAGES = ("torch", "numpy", "transformers", "datasets", "tiktoken", "tokenizer
 
 
 def has_bf16_units(device: torch.device) -> bool:
-    """Whether bf16 products run on units of their own: CUDA from Ampere on; CPUs with AMX tiles or AVX512-BF16."""
+    """Return whether the hardware has bf16 units: CUDA since Ampere, CPUs with AMX tiles or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -30,7 +30,7 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 def resolve_precision(train: TrainConfig, device: torch.device) -> str:
-    """ "fp32" or "bf16" for "auto"; what was asked for otherwise."""
+    """Return "fp32" or "bf16" for "auto", any other precision unchanged."""
     if train.precision != "auto":
         return train.precision
     return "bf16" if has_bf16_units(device) else "fp32"
@@ -38,10 +38,10 @@ def resolve_precision(train: TrainConfig, device: torch.device) -> str:
 
 @functools.cache
 def compiler_failure() -> str | None:
-    """None where torch.compile works on the CPU or the GPU of this process, else the reason in a line."""
+    """Return why torch.compile does not work in this process, in one line, or None if it works."""
     try:
         torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(4))
-    except Exception as error:  # whatever a broken tool chain raises
+    except Exception as error:  # a broken tool chain may raise anything
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     finally:
         torch._dynamo.reset()
@@ -49,7 +49,7 @@ def compiler_failure() -> str | None:
 
 
 def resolve_compile(train: TrainConfig, *, warn: bool) -> bool:
-    """Whether to compile. "auto" is yes where a compiler works, and one warning where none does.
+    """Return whether to compile. "auto" compiles if a compiler works, and warns otherwise.
 
     Raises:
         ConfigurationError: train.compile=true and no compiler works.
@@ -57,7 +57,7 @@ def resolve_compile(train: TrainConfig, *, warn: bool) -> bool:
     if train.compile is False:
         return False
     if (dropped := drop_unfinished()) and warn:
-        log.warning("a killed compilation left %s unfinished (%d in all): dropped", dropped[0], len(dropped))
+        log.warning("removed %d incomplete files of killed compilations, such as %s", len(dropped), dropped[0])
     failure = compiler_failure()
     if failure is None:
         return True
@@ -71,13 +71,13 @@ def resolve_compile(train: TrainConfig, *, warn: bool) -> bool:
 
 
 def make_deterministic() -> None:
-    """The same bits for the same run on CUDA; the CPU has them anyway."""
+    """Make CUDA runs reproducible bit for bit; CPU runs are anyway."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The hardware of this process, for the record."""
+    """Describe this process's hardware for the record."""
     description: dict[str, Any] = {
         "platform": platform.platform(),
         "hostname": platform.node(),
@@ -113,7 +113,7 @@ def versions() -> dict[str, str]:
 
 
 def code_sha256() -> str:
-    """Of the project's own modules that make a run, wherever they lie."""
+    """Return a hash of the project's modules that a run uses, independent of their location."""
     root, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
     for package in ("data", "models", "sophia", "training"):
         for path in sorted((root / package).rglob("*.py")):
@@ -122,9 +122,9 @@ def code_sha256() -> str:
 
 
 def git_state() -> dict[str, Any]:
-    """The commit of the code and whether the working tree differs from it; nulls outside a repository.
+    """Return the commit of the code and whether the working tree differs from it; nulls outside a repository.
 
-    What lies in results/ is no code: a study adds its records there while it runs.
+    results/ does not count: a study adds its records there while it runs.
     """
     root = Path(__file__).resolve().parent.parent
 
@@ -140,7 +140,7 @@ def git_state() -> dict[str, Any]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: on the GPU its own, on the CPU the process's resident set."""
+    """Return the peak memory so far, in bytes: allocated on the GPU, or the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

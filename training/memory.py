@@ -1,8 +1,8 @@
-"""Memory that stays mapped, for training on a CPU.
+"""Keep freed memory mapped, for training on a CPU.
 
-glibc gives large blocks back to the kernel as soon as they are freed. A training step allocates the same gigabytes each
-time, and the kernel clears each page anew: a tenth to a quarter of a step's time. Held back instead, the memory is
-there when the next step asks for it, at the price of a resident set that never shrinks.
+glibc returns large blocks to the kernel as soon as they are freed. A training step allocates the same gigabytes each time,
+and the kernel clears every page again: a tenth to a quarter of a step's time. Kept mapped, the memory is ready for the next
+step, at the price of a resident set that never shrinks.
 """
 
 import ctypes
@@ -15,10 +15,10 @@ _M_MMAP_MAX = -4
 
 
 def keep_memory_mapped() -> bool:
-    """Let this process keep freed memory, and ask for huge pages; call it before the first large tensor is made.
+    """Let this process keep freed memory and request huge pages. Call it before the first large tensor is created.
 
-    Returns whether it took effect: it needs glibc. It is for training on CPUs; beside a GPU it is harmless and of
-    little use. A process that preloads another allocator (jemalloc, tcmalloc) is left alone.
+    Returns whether it took effect: it needs glibc. With a GPU it is harmless and of little use. Does nothing if the process
+    preloads another allocator (jemalloc, tcmalloc).
     """
     if not sys.platform.startswith("linux") or os.environ.get("LD_PRELOAD"):
         return False

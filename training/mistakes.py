@@ -1,4 +1,4 @@
-"""The wording of mistakes: what Hydra, OmegaConf and pydantic say of a configuration as one line with a remedy."""
+"""Reword the configuration errors of Hydra, OmegaConf and pydantic as one line with a remedy."""
 
 import difflib
 import functools
@@ -19,24 +19,24 @@ from training.config import RunConfig
 from training.config_files import CONFIG_DIRECTORY, read_yaml
 from training.secrets import redacted
 
-# What Hydra says of a composition, and what OmegaConf says of a value: in the words of a remedy.
+# Hydra's messages about a composition and OmegaConf's about a value, with ours.
 COMPOSITION_ERRORS = {
-    r"An item is already at '([^']+)'": r"+\1: is there already; leave out the '+': \1=...",
-    r"Could not delete '([^']*)'": r"~\1: there is nothing to remove; leave it out",
-    r"Could not delete from config. '([^']*)'": r"~\1: there is nothing to remove; leave it out",
-    r"No config source registered for schema (\w+)": r"hydra.searchpath: \1://: no place for files; give [file:///...]",
-    r"In '([^']+)': Could not load '([^']+)'": r"\1.yaml: its defaults list names \2, which is no file; correct the name",
+    r"An item is already at '([^']+)'": r"+\1: already set; leave out the '+': \1=...",
+    r"Could not delete '([^']*)'": r"~\1: no such key to remove; leave it out",
+    r"Could not delete from config. '([^']*)'": r"~\1: no such key to remove; leave it out",
+    r"No config source registered for schema (\w+)": r"hydra.searchpath: \1:// is not supported; give [file:///...]",
+    r"In '([^']+)': Could not load '([^']+)'": r"\1.yaml: its defaults list names \2, which does not exist; correct it",
 }
 VALUE_ERRORS = {
     r"Cannot merge": "a list or value where a section is expected, or the reverse; write it as in "
     f"{CONFIG_DIRECTORY / 'config.yaml'}",
-    r"Unsupported interpolation type (\S+)": r"${\1:...}: there is no such resolver; use oc.env, oc.select or oc.decode",
-    r"Recursive interpolation": "its ${...} leads back to itself; give it a value",
-    r"Interpolation key '(.*)' not found": r"${\1}: there is no such key; give a value, or the dotted name of a key",
-    r"HydraConfig was not set": "${hydra:...} is known in a sweep alone; give a value",
+    r"Unsupported interpolation type (\S+)": r"${\1:...}: no such resolver; use oc.env, oc.select or oc.decode",
+    r"Recursive interpolation": "its ${...} refers to itself; give it a value",
+    r"Interpolation key '(.*)' not found": r"${\1}: no such key; give a value, or the dotted name of a key",
+    r"HydraConfig was not set": "${hydra:...} exists only in a sweep; give a value",
     r"list index out of range|assignment index out of range": "the list has no such element; give the whole list",
 }
-# Names that other projects have for keys of this one; a dotted name is meant in that section alone.
+# Names of our keys in other projects. A dotted name applies to its section only.
 SYNONYMS = {
     "name": "run_name exp_name experiment_name job_name",
     "output_dir": "out_dir outdir out output save_dir log_dir run_dir",
@@ -87,21 +87,21 @@ SYNONYMS = {
     "launcher.nproc_per_node": "gpus num_gpus n_gpus ngpus gpu devices world_size nproc ranks num_processes",
     "launcher.nodes": "num_nodes nnodes n_nodes",
 }
-# Those of them whose value is of another unit or meaning, and what the key takes: the value is not handed on.
+# Synonyms whose value has another unit or meaning, and what our key takes. The given value is not suggested.
 CONVERSIONS = {
-    **dict.fromkeys(("min_lr", "lr_min", "final_lr", "end_lr"), "It is that rate / optimizer.lr"),
+    **dict.fromkeys(("min_lr", "lr_min", "final_lr", "end_lr"), "It is the final rate / optimizer.lr"),
     **dict.fromkeys(
         ("epochs", "num_epochs"),
-        "An epoch has tokens of the corpus / (train.global_batch_size * train.sequence_length) of them",
+        "An epoch takes the corpus's tokens / (train.global_batch_size * train.sequence_length) steps",
     ),
     **dict.fromkeys(
-        ("eval_iters", "eval.iters", "eval.batches"), "In tokens: batches * sequences of each * train.sequence_length"
+        ("eval_iters", "eval.iters", "eval.batches"), "In tokens: batches * sequences per batch * train.sequence_length"
     ),
     **dict.fromkeys(
         ("gradient_accumulation_steps", "grad_accum_steps", "accumulation_steps"),
-        "In sequences; the steps of accumulation follow from it",
+        "In sequences; the accumulation steps follow from it",
     ),
-    **dict.fromkeys(("batch_size", "batch", "bs"), "In sequences, of all ranks and accumulated micro-batches together"),
+    **dict.fromkeys(("batch_size", "batch", "bs"), "In sequences, over all ranks and accumulated micro-batches"),
     **dict.fromkeys(("world_size", "ranks", "num_processes"), "It counts the ranks of one node"),
     **dict.fromkeys(("dtype", "bf16", "fp16", "amp", "mixed_precision"), "It is auto, fp32 or bf16"),
     **dict.fromkeys(("cuda", "cpu"), "It is auto, cpu or cuda"),
@@ -119,24 +119,24 @@ SYNONYMS_OF_CHOICES = {
     "tokenizer=gpt2": "tiktoken",
     "tracker=wandb": "wb",
 }
-# Groups of configs that are not a run's, and the commands that take them.
+# Configuration groups of other commands.
 OTHER_COMMANDS = {
-    "study": "a study has a command of its own: python scripts/study.py run",
-    "cluster": "a run does not choose its GPUs, the planner does: python scripts/plan.py",
+    "study": "studies have their own command: python scripts/study.py run",
+    "cluster": "only the planner takes it: python scripts/plan.py",
 }
-# What a list may hold that is empty.
+# Examples for lists that are empty by default.
 LIST_EXAMPLES = {"data.paths": "corpus/*.txt"}
 
 
 def reword_composition_error(
     error: Exception, overrides: Sequence[str], file: Path, chosen: Callable[[], Mapping[str, Any]]
 ) -> str:
-    """One line for Hydra's composition errors.
+    """Return one line for a composition error.
 
     Args:
-        error: Hydra's, or OmegaConf's.
-        overrides: as they were given.
-        file: with which the configuration begins.
+        error: Hydra's or OmegaConf's.
+        overrides: as given.
+        file: the primary configuration file.
         chosen: composes the configuration without the single keys among the overrides.
     """
     text = str(error)
@@ -148,7 +148,7 @@ def reword_composition_error(
         options = group_options(group) or re.findall(r"^\t([\w/]+)$", text, re.MULTILINE)
         if re.search(r"\s\S+=", choice):
             return f"{shown(f'{group}={choice}')}: several overrides in one pair of quotes; quote each of them alone"
-        return f"{group}={choice}: there is no such choice; {choose_from(choice, options, group)}"
+        return f"{group}={choice}: unknown choice; {choose_from(choice, options, group)}"
     if "Could not override ''" in text:
         return not_an_override(next(one for one in overrides if not key_of(one)), overrides)
     if match := re.search(r"Could not override '([^']+)'", text):
@@ -157,10 +157,10 @@ def reword_composition_error(
             return f"{key}: unknown key{did_you_mean_key(key, chosen())}"
         if key in config_groups():
             return (
-                f"{key}: {file} chooses from no configuration groups, it holds values; set single keys, "
-                f"{key}.<key>=..., or begin with another file"
+                f"{key}: {file} holds values, not choices of configuration groups; set single keys, {key}.<key>=..., or "
+                "start from another file"
             )
-        return f"{key}: there is no such configuration group; choose one of {', '.join(config_groups())}"
+        return f"{key}: no such configuration group; choose one of {', '.join(config_groups())}"
     if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", chain):
         key = of_element(match.group(2))
         return f"{key}: unknown key{did_you_mean_key(key, chosen())}"
@@ -172,7 +172,7 @@ def reword_composition_error(
         pairs = [override.lstrip("+").partition("=")[::2] for override in overrides]
         for group, value in pairs:
             if group in config_groups() and value not in group_options(group):
-                return f"{group}={value}: there is no such choice; {choose_from(value, group_options(group), group)}"
+                return f"{group}={value}: unknown choice; {choose_from(value, group_options(group), group)}"
         if any(key_of(one) == "hydra" for one in overrides):
             return "hydra: a section, not a value; set one of its keys"
         return not_an_override(next((one for one in overrides if not key_of(one)), "the command line"), overrides)
@@ -187,7 +187,7 @@ def reword_composition_error(
 
 
 def several_values(override: str) -> str:
-    """One line for `seed=0,1` without -m."""
+    """Return one line for `seed=0,1` without -m."""
     key, _, values = override.partition("=")
     key = of_element(key)
     given = shown(f"{key}={values}")
@@ -199,7 +199,7 @@ def several_values(override: str) -> str:
 
 
 def not_an_override(override: str, overrides: Sequence[str]) -> str:
-    """One line for what Hydra cannot read: what the shell made of it, or the form in which Hydra could read it."""
+    """Return one line for an override that Hydra cannot parse: what the shell did to it, or how to write it."""
     override = next((one for one in overrides if one in (override, override.replace("'", ""))), override)
     key, equals, value = override.partition("=")
     given = shown(override) or repr(override)
@@ -209,7 +209,7 @@ def not_an_override(override: str, overrides: Sequence[str]) -> str:
     whole = next((one for one in joined if one.count("[") == one.count("]")), None)
     if override.count("[") > override.count("]") and whole is not None:
         quoted = shlex.quote(re.sub(r",\s+", ",", whole))
-        return f"{given}: a part of a list, which the shell has cut at its spaces; put it in quotes: {quoted}"
+        return f"{given}: part of a list that the shell split at its spaces; put it in quotes: {quoted}"
     if not equals and after and after[0].startswith("="):
         spaced = override + after[0] + (after[1] if after[0] == "=" and len(after) > 1 else "")
         return f"{given}: not an override; leave no space around '=': {shown(spaced)}"
@@ -246,12 +246,12 @@ def not_an_override(override: str, overrides: Sequence[str]) -> str:
 
 
 def not_a_flag(message: str, words: Sequence[str]) -> str:
-    """One line for a flag that Hydra's parser does not know; `message` is argparse's of these words."""
+    """Return one line for a flag that Hydra's parser does not know; `message` is argparse's about `words`."""
     match = re.fullmatch(r"unrecognized arguments: -+([\w.-]+)(=\S*)?.*", message, re.DOTALL)
     if match is None:
         return f"{message}; overrides are written key=value, see --help"
     flag, value = match.groups()
-    if not value:  # argparse takes the next word for an override
+    if not value:  # argparse takes the next word as an override
         after = next((words[at + 1 : at + 2] for at, word in enumerate(words) if word.lstrip("-") == flag), [])
         value = f"={after[0]}" if after and not re.search("^-|=", after[0]) else "=<value>"
     meant, conversion = suggestions(flag, {})
@@ -264,9 +264,9 @@ def not_a_flag(message: str, words: Sequence[str]) -> str:
 
 
 def omegaconf_problem(error: BaseException) -> str:
-    """The first line of OmegaConf's own error, with the key."""
+    """Return the first line of OmegaConf's own error, with the key."""
     ours = [one for one in causes(error) if isinstance(one, OmegaConfBaseException)]
-    for one in ours:  # of Hydra's launcher, whose keys are ours by another name
+    for one in ours:  # an integer of Hydra's launcher, interpolated from one of our keys
         if match := re.search(r"'\$\{(?:whole:\$\{)?([\w.]+)\}+': Value '(.*)' of type .* to Integer", str(one)):
             return shown(f"{match[1]}={match[2]}: not a whole number; give one such as 1")
     said = next((line.strip() for line in str(ours[-1]).splitlines() if line.strip()), type(ours[-1]).__name__)
@@ -282,11 +282,11 @@ def omegaconf_problem(error: BaseException) -> str:
 
 
 def reword_validation_error(error: pydantic.ValidationError, values: Mapping[str, Any]) -> str:
-    """One line for the first of pydantic's errors (unknown keys before anything else: they often cause the rest).
+    """Return one line for the first of pydantic's errors. Unknown keys come first: they often cause the others.
 
     Args:
-        error: of `RunConfig`.
-        values: that were validated.
+        error: raised by `RunConfig`.
+        values: the values that were validated.
     """
     by_key: dict[str, list[Any]] = {}
     for one in sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden"):
@@ -301,14 +301,14 @@ def reword_validation_error(error: pydantic.ValidationError, values: Mapping[str
 
 
 def _reworded(key: str, errors: Sequence[Any], values: Mapping[str, Any]) -> str:
-    """One line for the errors of one key."""
+    """Return one line for the errors of one key."""
     first, field = errors[0], field_at(errors[0]["loc"])
     given, kind = shown(first["input"]), first["type"]
     if kind == "extra_forbidden":
         return f"{key or repr('')}={given}: unknown key{did_you_mean_key(key, values, first['loc'])}"
     if kind == "value_error":
         return str(first["msg"].removeprefix("Value error, "))
-    if kind == "missing" and isinstance(first["loc"][-1], int):  # a member of a list, which is the input
+    if kind == "missing" and isinstance(first["loc"][-1], int):  # a member of a list; the input is the list
         key = key.rpartition("[")[0]
     elif kind == "missing":
         return f"{key}: missing; give it a value, {key}=..."
@@ -325,20 +325,20 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as one types it, on one line, of no more than two hundred characters and without secrets."""
+    """Format a value as one types it: on one line, at most 200 characters, without secrets."""
     if value is None:
         value = "null"
     if isinstance(value, bool):
         value = "true" if value else "false"
     if isinstance(value, (list, tuple)):
         value = f"[{','.join(map(shown, value))}]"
-    # Hidden before the cut, of which a secret would leave its head.
+    # Redacted before truncation, which could otherwise leave the start of a secret.
     text = "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in redacted(str(value)))
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def expectation(errors: Sequence[Any], key: str, field: FieldInfo | None) -> str:
-    """What pydantic expected of one key, in the words of a remedy. A union of types has an error for each of them."""
+    """Return what pydantic expected of one key, with a remedy. A union of types has one error per type."""
     error = errors[0]
     context, kind, default = error.get("ctx", {}), error["type"], None if field is None else field.default
     kinds = {one["type"] for one in errors}
@@ -354,12 +354,12 @@ def expectation(errors: Sequence[Any], key: str, field: FieldInfo | None) -> str
         limit = context[bound]
         return f"out of range; give a number {word} {f'{limit:g}' if isinstance(limit, float) else limit}{or_null}"
     if kind in ("float_parsing", "float_type", "finite_number"):
-        if isinstance(default, tuple):  # of a list, one of whose members this is
+        if isinstance(default, tuple):  # the key is a member of a list
             default = default[0]
         example = default if type(default) is float else "6e-4"
         numbers = str(error["input"]).split()
         if len(numbers) > 1 and key.endswith("]") and all(re.fullmatch(r"[-+\d.eE]+", number) for number in numbers):
-            return f"not a number; part them with commas: '{key.rpartition('[')[0]}=[{shown(','.join(numbers))}]'"
+            return f"not a number; separate them with commas: '{key.rpartition('[')[0]}=[{shown(','.join(numbers))}]'"
         number = "finite number" if kind == "finite_number" else "number"
         return f"not a {number}; give one such as {example}{or_null}"
     if kind in ("int_parsing", "int_type", "int_from_float"):
@@ -370,16 +370,16 @@ def expectation(errors: Sequence[Any], key: str, field: FieldInfo | None) -> str
         known = next(one["ctx"]["expected"] for one in errors if one["type"] == "literal_error").replace("'", "")
         return f"not a known value; choose one of {known}" + (", true or false" if len(kinds) > 1 else "")
     if kind in ("bool_parsing", "bool_type"):
-        return "not a switch; give true or false"
+        return "not a boolean; give true or false"
     if kind == "string_pattern_mismatch":
-        return "not a valid name; use letters, digits, '.', '_' and '-', beginning with a letter or digit"
+        return "not a valid name; use letters, digits, '.', '_' and '-', starting with a letter or digit"
     if kind == "string_too_long":
         return f"too long; give at most {context['max_length']} characters"
     if field is not None and get_origin(field.annotation) is tuple and not key.endswith("]"):
         return list_expected(error["input"], key, field)
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         inside = [known.removeprefix(f"{key}.") for known in sorted(known_keys()) if known.startswith(f"{key}.")]
-        instead = "not a switch; give true or false, or" if key == "profile" else "a section, not a value;"
+        instead = "not a boolean; give true or false, or" if key == "profile" else "a section, not a value;"
         return f"{instead} set one of its keys, {key}.<key>=...: {', '.join(inside)}"
     if kind == "string_type" and error["input"] is None:
         return f"missing; give it a value, {key}=..."
@@ -389,7 +389,7 @@ def expectation(errors: Sequence[Any], key: str, field: FieldInfo | None) -> str
 
 
 def list_expected(given: Any, key: str, field: FieldInfo) -> str:
-    """What a list should hold, with one to copy: the default, or what was given in brackets."""
+    """Return what a list should hold, with an example: the default, or the given value in brackets."""
     members = get_args(field.annotation)
     single = not isinstance(given, (list, tuple, Mapping))
     if members[-1] is Ellipsis:
@@ -405,12 +405,12 @@ def _numbers(count: int) -> str:
 
 
 def dotted_key(location: Sequence[int | str]) -> str:
-    """`optimizer.lr` and `optimizer.betas[0]` of pydantic's location, without the tags of its unions."""
+    """Return `optimizer.lr` or `optimizer.betas[0]` for pydantic's location, without the tags of its unions."""
     return _found(location)[0]
 
 
 def field_at(location: Sequence[int | str]) -> FieldInfo | None:
-    """The field of a location, whether or not it has the tags of unions; None of an unknown key."""
+    """Return the field at a location, with or without the tags of unions; None for an unknown key."""
     return _found(location)[1]
 
 
@@ -423,7 +423,7 @@ def _is_text(key: str) -> bool:
 
 
 def _may_hold(kind: type, key: str) -> bool:
-    """Whether a value of the key may be of the kind, or a list of it."""
+    """Return whether a value of the key may be of the kind, or a list of it."""
     field = field_at(key.split("."))
     kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
     return any(one is kind or get_args(one)[:1] == (kind,) for one in kinds)
@@ -432,7 +432,7 @@ def _may_hold(kind: type, key: str) -> bool:
 def _found(location: Sequence[int | str]) -> tuple[str, FieldInfo | None]:
     key, field = "", None
     models: tuple[type[BaseModel], ...] = (RunConfig,)
-    untold = False  # a union of sections, of which pydantic tells the one by its tag
+    untold = False  # the last part was a union of sections: its tag may follow
     for part in location:
         tagged = tuple(model for model in models if untold and part in tags_of(model))
         untold = False
@@ -440,7 +440,7 @@ def _found(location: Sequence[int | str]) -> tuple[str, FieldInfo | None]:
             key += f"[{part}]"
         elif tagged:
             models = tagged
-        elif models:  # else a plain value: the part is pydantic's name of one of its types
+        elif models:  # otherwise the part is pydantic's name for a type of a plain value
             key += f".{part}" if key else part
             field = next((model.model_fields[part] for model in models if part in model.model_fields), None)
             models = sections_of(field.annotation) if field is not None else ()
@@ -449,18 +449,18 @@ def _found(location: Sequence[int | str]) -> tuple[str, FieldInfo | None]:
 
 
 def sections_of(annotation: Any) -> tuple[type[BaseModel], ...]:
-    """The model class of a field, or those of its union; none of a plain value."""
+    """Return the model class of a field, or those of its union; none for a plain value."""
     return tuple(a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel))
 
 
 def tags_of(model: type[BaseModel]) -> tuple[Any, ...]:
-    """The names, or kinds, by which a union tells the model from its others."""
+    """Return the names, or kinds, that select the model in its union."""
     field = model.model_fields.get("kind") or model.model_fields.get("name")
     return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
 
 
 def known_keys(values: Mapping[str, Any] | None = None) -> set[str]:
-    """Every dotted key that some configuration may have; with values, one of the same choices."""
+    """Return every dotted key that a configuration may have; with `values`, a configuration with the same choices."""
 
     def keys_of(model: type[BaseModel], prefix: str, values: Any) -> Iterator[str]:
         for name, field in model.model_fields.items():
@@ -478,7 +478,7 @@ def _tag(values: Any) -> Any:
 
 
 def choices_with(key: str) -> list[str]:
-    """The choices of a group that have the key; none where every choice has it."""
+    """Return the choices of a group that have the key; none if every choice has it."""
     group, _, rest = key.partition(".")
     sections = sections_of(RunConfig.model_fields[group].annotation)
     having = [section for section in sections if rest.partition(".")[0] in section.model_fields]
@@ -489,7 +489,7 @@ def choices_with(key: str) -> list[str]:
 
 
 def choices_named(override: str) -> list[str]:
-    """`optimizer=adamw` of `optimizer.name=adamw`: the choices that have the name, or kind; none of another override."""
+    """Return `optimizer=adamw` for `optimizer.name=adamw`: the choices with that name or kind; none for other overrides."""
     group, _, tag = key_of(override).partition(".")
     field = RunConfig.model_fields.get(group)
     if field is None or field.discriminator is None or tag != field.discriminator:
@@ -504,18 +504,18 @@ def _tags_of_choices(group: str) -> dict[str, Any]:
 
 
 def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int | str] = ()) -> str:
-    """What to write in the place of an unknown key.
+    """Return what to write instead of an unknown key.
 
     Args:
         key: dotted.
-        values: of the configuration, without the key or with it; empty where they are not known.
-        location: pydantic's, of a key in a file.
+        values: the configuration's, with or without the key; empty if unknown.
+        location: pydantic's location of a key in a file.
     """
     section, _, leaf = key.rpartition(".")
     whole = key.partition("[")[0]
     field = field_at(whole.split("."))
     if whole != key and field is not None and not sections_of(field.annotation):
-        return f"; {whole} is no list; write {whole}=..."
+        return f"; {whole} is not a list; write {whole}=..."
     if any("." in str(part) for part in location):
         return f"; nest it, {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
     if key in config_groups():
@@ -527,7 +527,7 @@ def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int
             other = [one for one in _synonyms().get(key.rpartition(".")[2], []) if not _of_choice(one, values)]
             instead = f"; did you mean {either(other)}?" if other else ""
             return f"; it is a key of {group}={either(choices)}{has_not}{instead}"
-        return f"; the files leave out {section or key}, or give it one value; correct that, or set it with ++{key}=..."
+        return f"; the files omit {section or key} or set it to one value; correct them, or set it with ++{key}=..."
     if section in config_groups() and leaf in group_options(section):
         return f"; did you mean {section}={leaf}?"
     meant, conversion = suggestions(key, values)
@@ -536,12 +536,12 @@ def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int
         return f"{hint} {conversion}" if conversion else hint
     inside = sorted(known.rpartition(".")[2] for known in known_keys(values) if known.rpartition(".")[0] == section)
     if not inside:
-        return f"; there is no section {section}; the sections are {', '.join(sorted(RunConfig.model_fields))}"
+        return f"; no such section as {section}; the sections are {', '.join(sorted(RunConfig.model_fields))}"
     return f"; known keys{' of ' + section if section else ''}: {', '.join(inside)}"
 
 
 def suggestions(key: str, values: Mapping[str, Any]) -> tuple[list[str], str]:
-    """Known keys that the unknown one may stand for, those of the chosen sections before others; and the conversion."""
+    """Return known keys that the unknown one may stand for, those of the chosen sections first, and a conversion."""
     key = key.lower().replace("-", "_").replace("/", ".")
     section, _, leaf = key.rpartition(".")
     known = sorted(known_keys(), key=lambda one: (one.count("."), one))
@@ -557,7 +557,7 @@ def suggestions(key: str, values: Mapping[str, Any]) -> tuple[list[str], str]:
         real, meant = by_leaf.get(name, []), _synonyms().get(name, [])
         if name in own:
             real, meant = own[name], []
-        elif set(meant) <= set(real):  # of several keys of the name, the one that is meant elsewhere
+        elif set(meant) <= set(real):  # of several keys with this name, prefer the synonym's
             real, meant = meant or real, []
         fitting = [one for one in real if not _of_choice(one, values)]
         if found := fitting or [one for one in meant if not _of_choice(one, values)] or meant or real:
@@ -567,7 +567,7 @@ def suggestions(key: str, values: Mapping[str, Any]) -> tuple[list[str], str]:
 
 @functools.cache
 def _synonyms() -> dict[str, list[str]]:
-    """`SYNONYMS` by the other name."""
+    """`SYNONYMS` inverted."""
     keys: dict[str, list[str]] = {}
     for key, names in SYNONYMS.items():
         for name in names.split():
@@ -576,7 +576,7 @@ def _synonyms() -> dict[str, list[str]]:
 
 
 def _of_choice(key: str, values: Mapping[str, Any]) -> str:
-    """Which choices have the key, where the chosen one does not."""
+    """Return which choices have the key, if the chosen one does not."""
     key = key.partition("[")[0]
     if "=" in key or key in known_keys(values):
         return ""
@@ -584,15 +584,15 @@ def _of_choice(key: str, values: Mapping[str, Any]) -> str:
 
 
 def choose_from(choice: str, options: Sequence[str], group: str) -> str:
-    """What an unknown choice may stand for, and all that there are."""
+    """Return what an unknown choice may stand for, and all choices."""
     everything = ", ".join(options)
     if meant := likely(choice, options, group):
         return f"did you mean {either(meant)}? Choices: {everything}"
-    return f"choose one of {everything}" if options else f"give the name of one, as in {CONFIG_DIRECTORY}"
+    return f"choose one of {everything}" if options else f"give one of those in {CONFIG_DIRECTORY}"
 
 
 def likely(choice: str, options: Sequence[str], group: str = "") -> list[str]:
-    """The options that an unknown one may stand for: by synonym, or by its last part, beginning or spelling."""
+    """Return the options that an unknown one may stand for: by synonym, last part, prefix or spelling."""
     flat = {option: _flat(option.rpartition("/")[2]) for option in options}
     name = _flat(choice)
     meant = [one.partition("=")[2] for one, others in SYNONYMS_OF_CHOICES.items() if name in map(_flat, others.split())]
@@ -607,7 +607,7 @@ def _flat(name: str) -> str:
 
 
 def either(names: Sequence[str]) -> str:
-    """`a`, `a or b`, `a, b or c`."""
+    """Join names: `a`, `a or b`, `a, b or c`."""
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
@@ -616,13 +616,13 @@ def config_groups() -> list[str]:
 
 
 def group_options(group: str) -> list[str]:
-    """The choices of a configuration group, nested ones as `folder/name`."""
+    """Return the choices of a configuration group, nested ones as `folder/name`."""
     root = CONFIG_DIRECTORY / group
     return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, that from which it was raised, and so on."""
+    """Yield the error, its cause or context, and so on."""
     at: BaseException | None = error
     while at is not None:
         yield at
@@ -634,7 +634,7 @@ def unquoted(value: str) -> str:
 
 
 def of_element(key: str) -> str:
-    """`optimizer.betas[0]` of Hydra's `optimizer.betas.0`."""
+    """Return `optimizer.betas[0]` for Hydra's `optimizer.betas.0`."""
     return re.sub(r"\.(\d+)$", r"[\1]", key)
 
 

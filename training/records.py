@@ -173,7 +173,7 @@ def refuse_no_directory(paths: Iterable[Path]) -> None:
     """Raise FileNotFoundError for a path that is no directory."""
     for path in paths:
         if not path.is_dir():
-            raise FileNotFoundError(f"{path} is no directory: give run directories, or directories that hold them")
+            raise FileNotFoundError(f"{path}: no such directory; give run directories, or directories that hold them")
 
 
 def find_run_directories(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
@@ -186,7 +186,7 @@ def find_run_directories(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]
     others: list[Path] = []
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist; give run directories, for example runs/*")
+            raise FileNotFoundError(f"{path}: no such directory; give run directories, for example runs/*")
         (runs if (path / CONFIG_FILE).is_file() else others).append(path)
     if not runs:
         raise FileNotFoundError(
@@ -204,9 +204,9 @@ def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"{path}:{number} is no JSON: {error}; restore the file") from error
+        raise RecordError(f"{path}:{number} is not JSON: {error}; restore the file") from error
     if not isinstance(values, dict) or not isinstance(values.get("kind"), str) or type(values.get("step")) is not int:
-        raise RecordError(f"{path}:{number} is no object with a kind and a step; restore the file")
+        raise RecordError(f"{path}:{number} is not an object with a kind and a step; restore the file")
     return values
 
 
@@ -223,7 +223,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         check_nesting(values, len(content))
     except (FileNotFoundError, NotADirectoryError):
         raise RecordError(
-            f"{directory} is no run record: {CONFIG_FILE} is missing; give a run directory, runs/<name>"
+            f"{directory} is not a run record: {CONFIG_FILE} is missing; give a run directory, runs/<name>"
         ) from None
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
@@ -231,7 +231,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise RecordError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise RecordError(f"{path} cannot be read: a mapping is expected, it holds {type(values).__name__}")
+        raise RecordError(f"{path} cannot be read: expected a mapping, found {type(values).__name__}")
     return values
 
 
@@ -322,8 +322,8 @@ class MetricsWriter:
         lines = metrics_content(self.path)  # none in a run that was killed before its first
         if len(lines) < size:
             raise RecordError(
-                f"{self.path} has {len(lines)} bytes, the checkpoint was saved at {size}: lines are missing; "
-                "start anew with overwrite=true or restore the file"
+                f"{self.path} has {len(lines)} bytes, but the checkpoint was saved at {size}: lines are missing; "
+                "restore the file, or start over with overwrite=true"
             )
         if beyond := lines[size:]:
             taken = [p.name for p in self.path.parent.glob("metrics.cut-*.jsonl")]

@@ -1,6 +1,6 @@
-"""From a validated configuration to a finished run: everything before and after the loop.
+"""Execute a validated configuration: everything before and after the loop.
 
-Nothing is written until the configuration, the data and the run directory have been found in order.
+Nothing is written until the configuration, the data and the run directory have been checked.
 """
 
 import contextlib
@@ -67,10 +67,10 @@ class Outcome:
 
 
 def resolve(config: RunConfig, device: torch.device, *, warn: bool = True) -> RunConfig:
-    """The configuration with `auto` replaced by what this machine can do; the run's name and record are of this one.
+    """Replace `auto` in the configuration by what this machine supports. The run's name and record use the result.
 
     Raises:
-        ConfigurationError: compilation is asked for and no compiler works.
+        ConfigurationError: compilation is requested and no compiler works.
     """
     precision = hardware.resolve_precision(config.train, device)
     compiled = hardware.resolve_compile(config.train, warn=warn)
@@ -79,17 +79,17 @@ def resolve(config: RunConfig, device: torch.device, *, warn: bool = True) -> Ru
 
 
 def _resolve_for_ranks(config: RunConfig, distributed: Distributed) -> tuple[RunConfig, int]:
-    """`resolve`, and the micro-batch of each of the ranks that there are."""
+    """Return the resolved configuration and each rank's micro-batch size."""
     if config.strategy.name == "single" and distributed.world_size > 1:
         raise ConfigurationError(
-            f"strategy=single: there are {distributed.world_size} ranks; choose strategy=ddp or start one process"
+            f"strategy=single: cannot run on {distributed.world_size} ranks; choose strategy=ddp or start one process"
         )
     micro = micro_batch_size(config, distributed.world_size)
     return resolve(config, distributed.device, warn=distributed.is_main), micro
 
 
 def execute(config: RunConfig) -> Outcome:
-    """One run, from set-up to summary, on every rank of the environment.
+    """Execute a run from set-up to summary. Every rank calls it.
 
     Raises:
         ConfigurationError: the configuration cannot be run here; nothing has been written.
@@ -107,7 +107,7 @@ def execute(config: RunConfig) -> Outcome:
     ):
         distributed = Distributed.start(config.train.device, _collective_timeout(config))
         if distributed.world_size > 1:
-            stop.begin()  # a rank that ended by itself would be missed by the others: they end together, in the loop
+            stop.begin()  # the ranks stop together, in the loop: the others would wait for a rank that exits alone
         try:
             outcome = _execute(config, distributed, stop, held)
         except (ConfigurationError, DataError):  # on every rank
@@ -121,7 +121,7 @@ def execute(config: RunConfig) -> Outcome:
 
 
 def _collective_timeout(config: RunConfig) -> datetime.timedelta:
-    """How long a collective may wait: longer than the watchdog, which has more to say."""
+    """Return the time-out of a collective: longer than the watchdog's, whose report is better."""
     minutes = config.guards.hang_minutes
     return datetime.timedelta(minutes=10 + 2 * minutes) if minutes is not None else datetime.timedelta(days=1)
 
@@ -138,7 +138,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     decided = distributed.broadcast_object(distributed.on_main(lambda: _decide(config, place, distributed)))
     if decided.finished is not None:
         if distributed.is_main:
-            print(f"{directory} is already {decided.finished} for this configuration; overwrite=true runs it again")
+            print(f"{directory} is already {decided.finished} for this configuration; run it again with overwrite=true")
         summary = distributed.broadcast_object(distributed.on_main(lambda: RunRecord.open(directory).summary)) or {}
         return Outcome(decided.finished, directory, summary.get("final_val_loss"))
 
@@ -164,7 +164,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     refuse_unsavable_state(build_optimizers(config.optimizer, compile_step=False), strategy)
     if config.train.deterministic:
         hardware.make_deterministic()
-    torch.manual_seed((config.seeds.model * world_size + rank) % 2**63)  # dropout alone draws from this stream
+    torch.manual_seed((config.seeds.model * world_size + rank) % 2**63)  # only dropout draws from this stream
     ledger = Ledger(distributed.device, CompilationClock.installed())
     with torch.device("meta"):
         model = GPT2(shape)
@@ -182,7 +182,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
         lambda: _open_record(config, place, decided, distributed, manifest, weights, display)
     ) or Recorder(place, display)
     for line in decided.rejected:
-        recorder.message(f"passed over: {line}")
+        recorder.message(f"checkpoint skipped: {line}")
     if decided.checkpoint is not None:
         recorder.message(f"resuming from {decided.checkpoint} at step {state.step}")
         recorder.write({"kind": "event", "event": "resumed", "step": state.step, "world_size": world_size})
@@ -200,7 +200,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
         root, keeping = directory / "checkpoints", config.checkpoint
         checkpoints.save(root, current.step, _pieces(config, strategy, rank), saved, distributed)
         if distributed.is_main:
-            with contextlib.suppress(OSError):  # what could not be deleted now is deleted after the next save
+            with contextlib.suppress(OSError):  # retried after the next save
                 checkpoints.prune(root, keeping.keep, keeping.keep_every, keep_best=keeping.keep_best)
 
     def report_hang(line: str) -> None:
@@ -243,12 +243,12 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
 
 
 def _train(run: Run, watchdog: Watchdog, recorder: Recorder) -> Status:
-    """The loop, and the end of its record, however it ends."""
+    """Run the loop and finish the record, however the loop ends."""
     status: Status = "failed"
     try:
         with watchdog:
             status = train(run)
-    except (NotSaved, RanksDiffer) as error:  # on every rank: what a disk or a chip does
+    except (NotSaved, RanksDiffer) as error:  # on every rank: a failed disk or chip
         run.reason = str(error)
     except BaseException as error:
         run.reason = f"{type(error).__name__}: {error}"
@@ -262,25 +262,25 @@ def _train(run: Run, watchdog: Watchdog, recorder: Recorder) -> Status:
 
 
 def closing_line(run: Run, status: Status, directory: Path) -> str:
-    """What a person reads last: how it ended, why, and what to do."""
+    """Return a run's last message: how it ended, why, and what to do."""
     loss = "-" if run.state.final_val_loss is None else f"{run.state.final_val_loss:.4f}"
     line = f"{status} at step {run.state.step}, validation loss {loss}: {directory}"
     if run.reason is not None:
         line = f"{line}\n{run.reason}"
     match status:
         case "preempted":
-            return f"{line}\nstart the same command again and it goes on"
+            return f"{line}\nrerun the same command to resume"
         case "failed":
             newest = None
             with contextlib.suppress(OSError):
                 newest = next(iter(checkpoints.available(directory / "checkpoints")), None)
-            where = "the beginning" if newest is None else newest.name
-            return f"{line}\nonce the cause is gone, start the same command again: it goes on from {where}"
+            remedy = "start over" if newest is None else f"resume from {newest.name}"
+            return f"{line}\nfix the cause, then rerun the same command to {remedy}"
     return line
 
 
 def summarize(run: Run, status: Status, reason: str | None) -> dict[str, Any]:
-    """The content of summary.json."""
+    """Return the content of summary.json."""
     ledger, state, config = run.ledger, run.state, run.config
     ledger.settle()
     return {
@@ -304,11 +304,11 @@ def summarize(run: Run, status: Status, reason: str | None) -> dict[str, Any]:
 
 
 def _decide(config: RunConfig, place: RunDirectory, distributed: Distributed) -> Decision:
-    """The decision, made under the directory's lock if a run exists, so that it stays true."""
+    """Decide how the run starts, under the directory's lock if a run exists, so that the decision stays valid."""
     restored = False
-    # torchrun's counter stands still when nodes join or leave, and counts starts that never got to the run.
-    if (begun := distributed.is_marked(f"begun {place.path.absolute()}")) is not None:
-        restarted = begun or is_restart(["SLURM_RESTART_COUNT"])
+    # torchrun's counter does not change when nodes join or leave, and counts starts that never reached the run.
+    if (started := distributed.is_marked(f"started {place.path.absolute()}")) is not None:
+        restarted = started or is_restart(["SLURM_RESTART_COUNT"])
     else:
         restarted = is_restart()
     try:
@@ -334,7 +334,7 @@ def _open_record(
     weights: InitialWeights,
     display: Display,
 ) -> Recorder:
-    """The first writes of a run, on rank 0."""
+    """Open the record on rank 0: the first writes of a run."""
     directory = place.path
     environment = {
         "versions": hardware.versions(),
@@ -350,7 +350,7 @@ def _open_record(
             sync_directory(directory.parent)
         place.take()
         recorder = Recorder.open(config, place, decided, environment, display)
-        distributed.mark(f"begun {directory.absolute()}")
+        distributed.mark(f"started {directory.absolute()}")
         if decided.checkpoint is not None and decided.metrics_bytes is not None:
             checkpoints.set_aside_newer(directory / "checkpoints", Checkpoint(decided.checkpoint, verify=False).step)
         return recorder
@@ -365,10 +365,10 @@ def _open_record(
 
 
 def _load(path: Path, strategy: Strategy, ledger: Ledger, distributed: Distributed) -> TrainingState:
-    """Weights, optimizer state, ledger and generator states of a checkpoint, verified before.
+    """Load weights, optimizer state, ledger and generator states from a verified checkpoint.
 
     Raises:
-        ConfigurationError: it is of another model or optimizer, or a rank cannot reach it.
+        ConfigurationError: it was saved by another model or optimizer, or a rank cannot read it.
     """
     checkpoint = distributed.on_all(lambda: _reached(path))
     try:
@@ -392,7 +392,7 @@ def _reached(path: Path) -> Checkpoint:
 
 
 def _pieces(config: RunConfig, strategy: Strategy, rank: int) -> Iterator[Piece | NumberPiece]:
-    """This rank's part of a checkpoint. With dropout also its generator's state; without, nothing draws from it."""
+    """Yield this rank's part of a checkpoint. Generator states are saved only with dropout, the only user of them."""
     yield from strategy.pieces()
     if config.model.dropout > 0:
         states = {"cpu": torch.get_rng_state()}

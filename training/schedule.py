@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a pure function of the step."""
+"""Learning-rate schedules as a pure function of the step."""
 
 import math
 

@@ -1,14 +1,14 @@
-"""Keys and passwords: they live in the environment, and reach neither configuration nor record nor log."""
+"""Keep keys and passwords in the environment: out of configurations, records and logs."""
 
 import os
 import re
 
-#: Variables of which a configuration may not hold the value.
+#: A configuration may not hold the values of these variables.
 VARIABLES = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
-#: Characters of the shortest secret that is looked for: TOKENIZERS_PARALLELISM=false is none.
+#: Length of the shortest value taken for a secret: TOKENIZERS_PARALLELISM=false is not one.
 SHORTEST = 8
 _WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
-# `tracker.api_key=…`, `export WANDB_API_KEY=…`; `eval.tokens=…` is none, and `WANDB_API_KEY=$KEY` holds none.
+# Matches `tracker.api_key=…` and `export WANDB_API_KEY=…`, but not `eval.tokens=…` or `WANDB_API_KEY=$KEY`.
 _GIVEN = re.compile(
     r"""([\w.]*(?:api_?key|access_?key|token|secret|password)=)(?!["']?\$)[^\s,;)\]}]+?(?=:?(?:[\s,;)\]}]|$))""",
     re.IGNORECASE,
@@ -16,7 +16,7 @@ _GIVEN = re.compile(
 
 
 def redacted(text: str) -> str:
-    """The text without what is given to names of secrets, and without the values of such environment variables."""
+    """Hide values assigned to names of secrets, and values of environment variables with such names."""
     for name, value in os.environ.items():
         if len(value) >= SHORTEST and any(word in name.upper() for word in _WORDS):
             text = text.replace(value, f"<{name}>")
@@ -24,7 +24,7 @@ def redacted(text: str) -> str:
 
 
 def secret_in(text: str) -> str | None:
-    """The name of a secret that the text holds in the clear, None where it holds none."""
+    """Return the name of a secret that the text holds in plain text, or None."""
     if found := _GIVEN.search(text):
         return found.group(1).removesuffix("=")
     given = {name: os.environ.get(name, "") for name in VARIABLES}

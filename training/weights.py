@@ -1,4 +1,4 @@
-"""The weights that a run begins with: GPT-2's initialisation of a seed, or a Hugging Face directory's."""
+"""A run's initial weights: GPT-2's initialisation from a seed, or a Hugging Face directory."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from training.config import ConfigurationError, ModelConfig
 
 
 def model_shape(config: ModelConfig, vocab_size: int) -> GPT2Config:
-    """The model's shape: the configuration's, with the vocabulary of the tokens."""
+    """Return the configuration's model shape with the tokens' vocabulary."""
     return GPT2Config(vocab_size, **config.model_dump(exclude={"name", "init_from"}))
 
 
@@ -23,16 +23,16 @@ class InitialWeights:
     Args:
         config: the model's configuration; `init_from` names a directory of Hugging Face GPT-2 weights.
         shape: the model's shape.
-        seed: decides the weights where there is no `init_from`.
+        seed: determines the weights without `init_from`.
 
     Raises:
-        ConfigurationError: the directory holds no GPT-2 that can be read, or one of another shape.
+        ConfigurationError: the directory holds no readable GPT-2, or one of another shape.
     """
 
     def __init__(self, config: ModelConfig, shape: GPT2Config, seed: int) -> None:
         self._seed = seed
         with torch.device("meta"):
-            self._model = GPT2(shape)  # names and shapes: the run's own model may show shards, or nothing
+            self._model = GPT2(shape)  # for names and full shapes: the run's own model may be sharded
         self._loaded: dict[str, Tensor] | None = None
         if config.init_from is not None:
             from models.huggingface import from_huggingface
@@ -56,7 +56,7 @@ class InitialWeights:
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, full float32 tensor on the CPU) of each parameter, one after another, in the model's order."""
+        """Yield (name, full float32 tensor on the CPU) of each parameter, one at a time, in the model's order."""
         for name, parameter in self._model.named_parameters():
             if self._loaded is None:
                 yield name, self._model.initial_tensor(name, parameter.shape, self._seed)
@@ -77,7 +77,7 @@ class InitialWeights:
                 parameter.copy_(full)
 
     def sha256(self) -> str:
-        """A hash over names and bytes, in the order of the names."""
+        """Hash names and bytes, in the order of the names."""
         hashes = {name: hashlib.sha256(full.contiguous().numpy().data).digest() for name, full in self.tensors()}
         digest = hashlib.sha256()
         for name, tensor_hash in sorted(hashes.items()):

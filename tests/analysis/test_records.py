@@ -81,7 +81,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r", steps=2, evaluations=1)
     count = len((run / "metrics.jsonl").read_text().splitlines())
     append(run, "garbage\n", '{"kind": "event", "step": 3}\n')
-    with pytest.raises(RecordError, match=rf"metrics.jsonl:{count + 1} is no JSON"):
+    with pytest.raises(RecordError, match=rf"metrics.jsonl:{count + 1} is not JSON"):
         load_run(run)
 
 
@@ -184,5 +184,5 @@ def test_the_last_whole_line_of_a_kind_is_found_without_the_others(tmp_path: Pat
     assert last_line(path, "train") == {"kind": "train", "step": 3}
     assert last_line(path, "eval") is None
     path.write_text('{"kind": "hessian", "step": 1}\n{"kind": "hessian", nothing\n')
-    with pytest.raises(RecordError, match=r"metrics.jsonl:2 is no JSON"):
+    with pytest.raises(RecordError, match=r"metrics.jsonl:2 is not JSON"):
         last_line(path, "hessian")

@@ -1,11 +1,10 @@
-"""Break runs on purpose and count what survives: kills, damage, full disks, signals, bad input, hostile files.
+"""Fault injection: break runs on purpose and count what survives.
 
-    python -m tests.faults                    every campaign, half an hour on two cores (make test-faults)
+    python -m tests.faults                    all campaigns, half an hour on two cores (make test-faults)
     python -m tests.faults kills signals      some of them
-    python -m tests.faults --report           docs/reliability.md's numbers from results/faults/ alone
+    python -m tests.faults --report           only rewrite the table in docs/reliability.md from results/faults/
 
-Each campaign leaves results/faults/<name>.json, and the numbers of docs/reliability.md are made from these. The exit code is
-1 where anything was not as it should be.
+Each campaign writes results/faults/<name>.json, from which the table is made. The exit code is 1 if anything failed.
 """
 
 import argparse
@@ -74,7 +73,7 @@ def disks(corpus: Corpus, scratch: Path) -> Found:
 
 
 def signals(corpus: Corpus, scratch: Path) -> Found:
-    """Every stop signal at random moments; the second signal; a large last-moment save; shards that shrink under a run."""
+    """Every stop signal at random moments; second signals; the save of a larger model; shards truncated during a run."""
     from tests.faults.stops import (
         shrink_shards,
         stop_again_and_again,
@@ -115,7 +114,7 @@ def trackers(corpus: Corpus, scratch: Path) -> Found:
 
 
 def configurations(corpus: Corpus, scratch: Path) -> Found:
-    """Random valid configurations build and step; spoilt ones, broken files and files of others are refused in one line."""
+    """Random valid configurations build and step; mutated ones, broken and foreign files are refused in one line."""
     from tests.faults.configurations import (
         break_files,
         mutate_configurations,
@@ -138,7 +137,7 @@ def configurations(corpus: Corpus, scratch: Path) -> Found:
 
 
 def corpora(corpus: Corpus, scratch: Path) -> Found:
-    """Bad files among good ones, documents of 1 GB, and damaged files of every format and of token directories."""
+    """Bad files among good ones, 1 GB documents, and damaged files of every format and of token directories."""
     from tests.faults.corpora import fuzz_readers, fuzz_tokens, refuse_all, refuse_gigabytes
 
     return {
@@ -150,21 +149,21 @@ def corpora(corpus: Corpus, scratch: Path) -> Found:
 
 
 def hostile(corpus: Corpus, scratch: Path) -> Found:
-    """Pickles, links and paths that lead outside, headers that claim more than there is."""
+    """Pickles, links and paths that point outside, headers that claim more than the file holds."""
     from tests.faults.hostile import meet_all
 
     return {"files": meet_all(scratch)}
 
 
 def directories(corpus: Corpus, scratch: Path) -> Found:
-    """Directories of others, links, FIFOs, devices, permissions and disks that fail, in the place of a run's files."""
+    """Foreign directories, links, FIFOs, devices, missing permissions and failing disks in place of a run's files."""
     from tests.faults import directories
 
     return directories.meet_all(corpus, scratch)
 
 
 def records(corpus: Corpus, scratch: Path) -> Found:
-    """Records and checkpoints that parse and are wrong."""
+    """Records and checkpoints that parse but are wrong."""
     from tests.faults.records import spoil_records
 
     return {"files": spoil_records(corpus, scratch, 400, SEED)}
@@ -181,7 +180,7 @@ def compilers(corpus: Corpus, scratch: Path) -> Found:
 
 
 def ranks(corpus: Corpus, scratch: Path) -> Found:
-    """Ranks that were started with other configurations or tokens; ranks whose launcher is killed."""
+    """Ranks started with different configurations or tokens; ranks whose launcher is killed."""
     from tests.faults.ranks import kill_launchers, other_corpus, ranks_that_differ
 
     return {
@@ -207,12 +206,12 @@ CAMPAIGNS: dict[str, Callable[[Corpus, Path], Found]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("campaigns", nargs="*", help=f"of {', '.join(CAMPAIGNS)}; all by default")
-    parser.add_argument("--report", action="store_true", help="only write the page's numbers anew")
+    parser.add_argument("campaigns", nargs="*", help=f"from {', '.join(CAMPAIGNS)}; all by default")
+    parser.add_argument("--report", action="store_true", help="only rewrite the page's table")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.campaigns if name not in CAMPAIGNS]
     if unknown:
-        parser.error(f"{unknown[0]}: no such campaign; choose of {', '.join(CAMPAIGNS)}")
+        parser.error(f"{unknown[0]}: no such campaign; choose from {', '.join(CAMPAIGNS)}")
     faults = 0
     if not arguments.report:
         faults = sum(run(name) for name in arguments.campaigns or CAMPAIGNS)
@@ -221,7 +220,7 @@ def main() -> int:
 
 
 def run(name: str) -> int:
-    """One campaign, its record written; how much was not as it should be."""
+    """Run one campaign and write its results. Returns the number of faults."""
     import tests.conftest  # noqa: F401 (few threads, no network)
     from tests.faults import sittings
     from tests.training.runs import prepare_corpus
@@ -244,15 +243,15 @@ def run(name: str) -> int:
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     faults = [f"{name}, {part}: {fault}" for part, values in found.items() for fault in values["faults"]]
-    print(f"{name}: {'as it should be' if not faults else f'{len(faults)} FAULTS'}, {seconds:.0f} s", flush=True)
+    print(f"{name}: {'passed' if not faults else f'{len(faults)} FAULTS'}, {seconds:.0f} s", flush=True)
     for fault in faults[:20]:
         print(f"  {fault}", file=sys.stderr)
     return len(faults)
 
 
 def report() -> str:
-    """The numbers of docs/reliability.md, from results/faults/."""
-    rows = ["| tried | came of it | |", "| --- | --- | --- |"]
+    """Return the table of docs/reliability.md, from results/faults/."""
+    rows = ["| test | result | |", "| --- | --- | --- |"]
     found = {name: _found(name) for name in CAMPAIGNS}
     for part, what in {"single": "one process", "ddp": "two ranks, DDP", "zero2": "two ranks, ZeRO 2"}.items():
         if part in found["kills"]:
@@ -297,20 +296,20 @@ def report() -> str:
     if "second_signal" in found["signals"]:
         values = found["signals"]["second_signal"]
         rows.append(
-            f"| {values['tried']} second signals | {values['at_once']} ended at once | {values['longest_seconds']:.2f} s "
-            "at most |"
+            f"| {values['tried']} second signals | {values['at_once']} exited immediately | "
+            f"{values['longest_seconds']:.2f} s at most |"
         )
     if "larger_model" in found["signals"]:
         values = found["signals"]["larger_model"]
         rows.append(
-            f"| last-moment save of {values['parameters'] / 1e6:.0f}M weights, {values['bytes'] / 1e6:.0f} MB | "
+            f"| save of {values['parameters'] / 1e6:.0f}M weights after a signal, {values['bytes'] / 1e6:.0f} MB | "
             f"{values['save_seconds']:.1f} s | {values['seconds_to_the_end']:.1f} s from the signal to the end |"
         )
     if "shards" in found["signals"]:
         values = found["signals"]["shards"]
-        came = _unless_faults(values, "saved and ended in one line, same curve once the shard was whole")
+        came = _unless_faults(values, "saved and ended with one line, same curve once the shard was restored")
         rows.append(
-            f"| {values['tried']} shards cut under a run | {came} | {values['longest_seconds']:.2f} s at most |"
+            f"| {values['tried']} shards truncated during a run | {came} | {values['longest_seconds']:.2f} s at most |"
         )
     if "closed_port" in found["trackers"]:
         came = _unless_faults(found["trackers"]["closed_port"], "a warning, the record complete, the key in no file")
@@ -320,9 +319,9 @@ def report() -> str:
         rows += [
             f"| {valid['tried']} random valid configurations | {valid['tried'] - len(valid['faults'])} built and stepped | "
             f"of {len(valid['by_optimizer'])} optimizers |",
-            f"| {mutated['tried']} spoilt configurations | {mutated['refused']} refused in one line, "
+            f"| {mutated['tried']} mutated configurations | {mutated['refused']} refused in one line, "
             f"{mutated.get('valid', 0)} still valid | {len(mutated['faults'])} tracebacks |",
-            f"| {lines['tried']} spoilt command lines | {lines['refused']} refused in one line | "
+            f"| {lines['tried']} invalid command lines | {lines['refused']} refused in one line | "
             f"{len(lines['faults'])} tracebacks |",
         ]
         files = found["configurations"].get("files")
@@ -332,9 +331,9 @@ def report() -> str:
                 f"{len(files['faults'])} tracebacks |"
             )
         for part, what in {
-            "broken": "files with one of the usual mistakes, as experiment or primary file, run, swept and shown",
-            "foreign": "files that would run code, send keys elsewhere or write secrets down",
-            "names": "names that lead out of their directory, into markup or past a file system's limit",
+            "broken": "files with a common mistake, as experiment or primary file, in runs, sweeps and --cfg",
+            "foreign": "files that would run code, send keys elsewhere or record secrets",
+            "names": "names that leave their directory, inject markup or exceed a file system's limit",
         }.items():
             if part in found["configurations"]:
                 values = found["configurations"][part]
@@ -362,15 +361,15 @@ def report() -> str:
     for kind, (_, what, came) in KINDS.items():
         if kind in found["directories"]:
             values = found["directories"][kind]
-            rows.append(f"| {values['tried']} {what} | {values['as_promised']} as promised | {came} |")
+            rows.append(f"| {values['tried']} {what} | {values['as_promised']} as documented | {came} |")
     for values in found["records"].values():
         rows.append(
-            f"| {values['tried']} records that parse and are wrong | {values.get('refused', 0)} refused in one line, "
+            f"| {values['tried']} records that parse but are wrong | {values.get('refused', 0)} refused in one line, "
             f"{values.get('ran', 0)} ended with the same curve | {len(values['faults'])} faults |"
         )
     if "cache" in found["compilers"]:
         values = found["compilers"]["cache"]
-        came = _unless_faults(values, "dropped and compiled again, same curve")
+        came = _unless_faults(values, "removed and compiled again, same curve")
         rows.append(f"| {values['libraries']} damaged libraries in torch.compile's cache | {came} | |")
     if "interrupted" in found["compilers"]:
         values = found["compilers"]["interrupted"]

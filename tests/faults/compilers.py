@@ -1,6 +1,6 @@
-"""torch.compile's cache as a killed compiler leaves it, and stop signals while the compiler runs.
+"""torch.compile's cache after a killed compiler, and stop signals while the compiler runs.
 
-A compiled run must never need anybody to delete a cache by hand.
+Nobody must ever have to delete the cache by hand.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _environment(cache: Path) -> dict[str, str]:
 
 
 def _start(command: Sequence[str], cache: Path, log: Path) -> subprocess.Popen[bytes]:
-    """The run in a process group of its own, as a terminal starts it."""
+    """Start the run in its own process group, as a terminal does."""
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, os.fspath(ROOT / "train.py"), *command],
@@ -65,7 +65,7 @@ def _garbage(library: Path) -> None:
 
 
 def spoil_cache(corpus: Sequence[str], scratch: Path) -> dict[str, Any]:
-    """Every library in the cache cut to a half, emptied, or replaced by text: the next run says so and stays compiled."""
+    """Halve, empty, or replace with text every library in the cache: the next run reports it and still compiles."""
     cache, log = scratch / "cache", scratch / "log"
     command = overrides_of(corpus, scratch, "undisturbed", STEPS, "train.compile=auto")
     faults = []
@@ -99,7 +99,7 @@ def _compilers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def interrupt_compilers(corpus: Sequence[str], scratch: Path, times: int) -> dict[str, Any]:
-    """Ctrl-C, and then SIGKILL, to the whole process group while g++ runs, each with an empty cache; then a new start."""
+    """Send SIGINT, or SIGKILL, to the process group while g++ runs, each with an empty cache; then start again."""
     faults, honoured, log = [], 0, scratch / "log"
     for number in range(times):
         sent = signal.SIGINT if number % 2 == 0 else signal.SIGKILL
@@ -114,7 +114,7 @@ def interrupt_compilers(corpus: Sequence[str], scratch: Path, times: int) -> dic
         os.killpg(process.pid, sent)
         code = process.wait(3 * LIMIT_SECONDS)
         if sent == signal.SIGKILL:
-            for one in family:  # as the kernel does where memory runs out
+            for one in family:  # as the kernel does when memory runs out
                 try:
                     one.kill()
                 except psutil.NoSuchProcess:

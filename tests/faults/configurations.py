@@ -1,7 +1,7 @@
 """Random configurations: a valid one builds and steps, a mutated one is valid or refused in one line.
 
-Hypothesis draws them, for the tests a few and for `make test-faults` many: `step_configurations` and `mutate_configurations`
-count what came of each and list what should not have.
+Hypothesis draws a few for the tests and many for `make test-faults`. `step_configurations` and `mutate_configurations`
+count the results and list the faults.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SCHEDULES = ("cosine", "wsd", "constant")
 
 
 def drawn(examples: int, number: int) -> Any:
-    """The settings of a campaign: so many examples of a seed, no shrinking, nothing kept between two runs."""
+    """Settings of a campaign: `examples` examples of a seed, no shrinking, no database."""
 
     def decorate(test: Any) -> Any:
         chosen = settings(
@@ -104,7 +104,7 @@ def valid_overrides(draw: st.DrawFn) -> dict[str, Any]:
 
 
 class Composer:
-    """Compositions of each choice of groups, made once: Hydra takes longer than the run."""
+    """Cache of the composition of each choice of groups: Hydra takes longer than the run."""
 
     def __init__(self, corpus: Sequence[str], output_dir: Path) -> None:
         self._corpus = list(corpus)
@@ -175,7 +175,7 @@ KEYS = sorted(known_keys())
 
 @st.composite
 def mutated(draw: st.DrawFn, composer: Composer) -> tuple[dict[str, Any], list[str]]:
-    """A valid configuration with one to three changes; the changes in words."""
+    """A valid configuration with one to three changes, and a description of the changes."""
     values = composer.values(draw(valid_overrides()))
     done = []
     for _ in range(draw(st.integers(1, 3))):
@@ -204,7 +204,7 @@ def mutated(draw: st.DrawFn, composer: Composer) -> tuple[dict[str, Any], list[s
 
 
 def mutate_configurations(corpus: Sequence[str], scratch: Path, examples: int, number: int) -> dict[str, Any]:
-    """Validate `examples` randomly spoilt configurations: each is valid, or refused in one line without control codes."""
+    """Validate `examples` randomly mutated configurations: each is valid, or refused in one line without control codes."""
     composer = Composer(corpus, scratch / "configurations")
     counts, faults = Counter[str](), list[str]()
 
@@ -231,7 +231,7 @@ def mutate_configurations(corpus: Sequence[str], scratch: Path, examples: int, n
 
 
 def _round_trip(config: RunConfig, done: list[str], faults: list[str]) -> None:
-    """What is valid must have a name, a hash, and be the same when a resumed run reads it from its record."""
+    """Check that a valid configuration has a name and a hash, and is the same when read back from a record."""
     try:
         again = validate(config.model_dump(mode="json") | {"name": config.run_name})
         if (again.identity(), again.seed) != (config.identity(), config.seed):
@@ -270,9 +270,9 @@ OVERRIDES = st.one_of(
 
 
 def spoil_command_lines(scratch: Path, examples: int, number: int) -> dict[str, Any]:
-    """Give train.py `examples` random command lines that cannot be run: exit code 2 and one line on standard error."""
+    """Give train.py `examples` random invalid command lines: exit code 2 and one line on standard error."""
     counts, faults = Counter[str](), list[str]()
-    # A command line that happens to be valid stops at its corpus, which is not there.
+    # A command line that happens to be valid fails at its missing corpus.
     missing = ["data=text", f"data.paths=[{scratch}/none.txt]", f"data.directory={scratch}/none"]
 
     @drawn(examples, number)
@@ -302,7 +302,7 @@ def spoil_command_lines(scratch: Path, examples: int, number: int) -> dict[str, 
     return {**counts, "faults": faults}
 
 
-# Files that somebody keeps beside the project's.
+# A user's own files.
 BROKEN_FILES: dict[str, bytes] = {
     "an open bracket": b"train:\n  steps: [1, 2\n",
     "a tab": b"train:\n\tsteps: 5\n",
@@ -336,7 +336,7 @@ BROKEN_FILES: dict[str, bytes] = {
     "nested without end": b"train: " + b"[" * 20_000 + b"]" * 20_000,
 }
 
-# What a file of somebody else would have the program do.
+# Malicious content of other people's files.
 FOREIGN_FILES: dict[str, str] = {
     "a module path": "hydra: {job: {env_set: {PYTHONPATH: /tmp/evil}}}",
     "a server for the key": "hydra: {job: {env_set: {WANDB_BASE_URL: 'http://127.0.0.1:9'}}}",
@@ -353,12 +353,12 @@ FOREIGN_FILES: dict[str, str] = {
 }
 
 
-# What only a run refuses: --cfg shows what was composed, and runs nothing.
+# Refused only by a run: --cfg shows the composition and runs nothing.
 SHOWN = ("an unknown key", "an unknown section", "a shell line")
 
 
 def break_files(scratch: Path, kinds: Mapping[str, bytes] = BROKEN_FILES) -> dict[str, Any]:
-    """Compose with a file that is broken, as an experiment and as the primary one, for a run and for what Hydra shows."""
+    """Compose with a broken file, as an experiment and as the primary file, for a run and for --cfg."""
     faults, tried = [], 0
     for kind, content in kinds.items():
         for mode in ("", "-m", *(["--cfg"] if kind not in SHOWN else [])):
@@ -377,7 +377,7 @@ def break_files(scratch: Path, kinds: Mapping[str, bytes] = BROKEN_FILES) -> dic
 
 
 def refuse_foreign_files(scratch: Path, kinds: Mapping[str, str] = FOREIGN_FILES) -> dict[str, Any]:
-    """Compose with a file that would run code, send keys elsewhere or write secrets down."""
+    """Compose with a file that would run code, send keys elsewhere or record secrets."""
     secret = "wJalrXUtnFEMI-K7MDENG-bPxRfiCY"
     faults, tried = [], 0
     before, os.environ["AWS_SECRET_ACCESS_KEY"] = os.environ.get("AWS_SECRET_ACCESS_KEY"), secret
@@ -411,7 +411,7 @@ def refuse_foreign_files(scratch: Path, kinds: Mapping[str, str] = FOREIGN_FILES
     return {"tried": tried, "refused": tried - len(faults), "faults": faults}
 
 
-# Values that may not become a part of a path, and keys from which paths are made.
+# Values that must not become part of a path, and keys that do.
 BAD_NAMES = (
     "../x",
     "/abs/x",
@@ -432,7 +432,7 @@ NAME_KEYS = ("name", "model.name", "data.name")
 
 
 def refuse_names(scratch: Path) -> dict[str, Any]:
-    """Names that would lead out of `output_dir` or `data.directory`, into markup, or past what a file system takes."""
+    """Names that would leave `output_dir` or `data.directory`, inject markup, or exceed a file system's limits."""
     faults, tried = [], 0
     inside = scratch / "a" / "b" / "c"
     inside.mkdir(parents=True)
@@ -448,7 +448,7 @@ def refuse_names(scratch: Path) -> dict[str, Any]:
 
 
 def _fault_of_line(arguments: Sequence[str], scratch: Path, secret: str | None = None) -> str | None:
-    """What is wrong with how a command line that cannot be run was refused."""
+    """Return the fault in how an invalid command line was refused, or None."""
     said, shown = io.StringIO(), io.StringIO()
     missing = ["data=text", f"data.paths=[{scratch}/none.txt]", "train.compile=false"]
     missing += [] if any("output_dir=" in a for a in arguments) else [f"output_dir={scratch}/never"]
@@ -492,7 +492,7 @@ def spoil_files(scratch: Path, examples: int, number: int) -> dict[str, Any]:
     file = scratch / "files" / "experiment" / "mine.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = PLACE.encode() + (CONFIG_DIRECTORY / "config.yaml").read_bytes().partition(b"\nname:")[2]
-    # A file that is still valid stops at its corpus, which is not there.
+    # A file that is still valid fails at its missing corpus.
     missing = ["data=text", f"data.paths=[{scratch}/none.txt]", f"data.directory={scratch}/none", "name=never"]
 
     @drawn(examples, number)

@@ -9,5 +9,5 @@ from tests.training.runs import prepare_corpus
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that choose it."""
+    """Overrides that choose the corpus."""
     return prepare_corpus(tmp_path_factory.mktemp("corpus"))

@@ -1,6 +1,6 @@
-"""Corpora and token directories that are damaged: the file is named, what was finished is kept, nothing crashes.
+"""Damaged corpora and token directories: the file is named, finished shards are kept, nothing crashes.
 
-`refuse_all` prepares a corpus of good files among which one is bad; `fuzz_readers` and `fuzz_tokens` change random bytes.
+`refuse_all` prepares a corpus with one bad file among good ones; `fuzz_readers` and `fuzz_tokens` change random bytes.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ UNIT_BYTES = 50_000  # of text in a shard, so that a small corpus has many
 
 
 def refuse_all(scratch: Path, names: tuple[str, ...] = tuple(BAD)) -> dict[str, Any]:
-    """Prepare a good file beside each kind of bad one, then the good ones alone; counts, and the faults.
+    """Prepare a good file with each kind of bad one, then the good ones alone. Returns counts and faults.
 
-    Most bad files are found before any work. The others are found when shards are finished, and those must be kept, but
-    for the two that hold the end of the good file and the beginning of the bad one.
+    Most bad files are found before any work. The others are found after shards are finished, and those must be kept,
+    except the two that hold the end of the good file and the start of the bad one.
     """
     smallest, plan.SMALLEST_UNIT = plan.SMALLEST_UNIT, UNIT_BYTES
     try:
@@ -89,7 +89,7 @@ def _refuse_all(scratch: Path, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def refuse_gigabytes(scratch: Path) -> dict[str, Any]:
-    """A document of 1 GB: streamed in plain text, refused by name where it would have to be held whole."""
+    """1 GB documents: streamed in plain text, refused by name in formats that would hold them in memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -134,7 +134,7 @@ def refuse_gigabytes(scratch: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> int:
-    """How many documents a file has, read as preparation reads it, in small segments."""
+    """Count a file's documents, reading it as preparation does, in small segments."""
     return sum(
         text is not None and isinstance(text, str)
         for part in segments(path, "text", 500)
@@ -158,7 +158,7 @@ def seeds(scratch: Path) -> dict[str, bytes]:
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """A file with some bytes changed, put in, taken out or cut off; seldom other bytes altogether."""
+    """A file with some bytes changed, inserted, removed or truncated; rarely entirely different bytes."""
     if draw(st.integers(0, 19)) == 0:
         return draw(st.binary(max_size=300))
     changed = bytearray(content)
@@ -180,7 +180,7 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 class ParquetReader:
-    """Reads parquet in a process of its own, as preparation does: some damage ends the process that reads it."""
+    """Reads parquet in a separate process, as preparation does: some damage ends the process that reads it."""
 
     def __init__(self, scratch: Path) -> None:
         self._directory = scratch / "prepared"
@@ -206,10 +206,10 @@ class ParquetReader:
 
 
 def fuzz_readers(scratch: Path, examples: int, number: int) -> dict[str, Any]:
-    """Read `examples` damaged files of all formats: text, or an error that names the file, and no other.
+    """Read `examples` damaged files of all formats: the result is text, or an error that names the file.
 
-    `workers_ended` counts damaged parquet files that ended the child process which opened them: an error like the others
-    for whoever prepares a corpus.
+    `workers_ended` counts damaged parquet files that ended the child process that opened them. Preparation reports them
+    like any other error.
     """
     contents = seeds(scratch)
     counts, faults = Counter[str](), list[str]()
@@ -241,10 +241,10 @@ def fuzz_readers(scratch: Path, examples: int, number: int) -> dict[str, Any]:
 
 
 def fuzz_tokens(scratch: Path, examples: int, number: int) -> dict[str, Any]:
-    """Open and read a token directory of which one file is damaged: its tokens, or an error that names the file.
+    """Open and read a token directory with one damaged file: the result is tokens, or an error that names the file.
 
-    Opening checks headers and sizes; a flipped token within the vocabulary is what the full check is for, which must
-    find every change.
+    Opening checks headers and sizes. The full check must find every change, including a token changed within the
+    vocabulary.
     """
     generator = np.random.default_rng(0)
     pristine = scratch / "tokens"

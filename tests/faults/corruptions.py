@@ -1,7 +1,7 @@
-"""Damage to the files of a checkpoint, byte by byte: it is refused, or what is read is what was saved.
+"""Damaged checkpoint files: opening the checkpoint fails, or it reads exactly what was saved.
 
-A checkpoint of two ranks and three steps is damaged in one random way at a time. To pass, opening it must raise a
-CheckpointError, or every tensor and the state must read as they were written: never other numbers, never another error.
+A checkpoint of two ranks and three steps is damaged in one random way at a time. To pass, opening it must raise
+CheckpointError, or every tensor and the state must read as written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHAPES = {"model.w": (6, 10), "optimizer.w.exp_avg": (6, 10), "optimizer.w.hessi
 
 
 def write_checkpoints(root: Path) -> None:
-    """Checkpoints of three steps, each as two ranks write it; numbers that differ between the steps."""
+    """Write checkpoints of three steps, as two ranks do, with numbers that differ between the steps."""
     from training.reliability.checkpoints import _write_rank_file
     from training.strategies.base import Piece
 
@@ -55,7 +55,7 @@ def write_checkpoints(root: Path) -> None:
 
 
 def content_of(directory: Path) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
-    """All that a checkpoint says, read as a resumed run reads it."""
+    """Return a checkpoint's entire content, read as a resumed run reads it."""
     checkpoint = Checkpoint(directory)
     return checkpoint.step, checkpoint.state, {name: checkpoint.tensor(name) for name in checkpoint.names()}
 
@@ -70,7 +70,7 @@ def _same(
     )
 
 
-# Each takes a victim among the files of a checkpoint, and says what it did.
+# Each damages one file of a checkpoint and describes what it did.
 Damage = Callable[[Path, np.random.Generator], str]
 
 
@@ -165,7 +165,7 @@ def swap(path: Path, generator: np.random.Generator) -> str:
 
 
 def link(path: Path, generator: np.random.Generator) -> str:
-    """The same content, but elsewhere: what is behind a link can change after it was checked."""
+    """Move the content elsewhere: a link's target can change after it was checked."""
     elsewhere = path.parent.parent / f"elsewhere-{path.name}"
     path.replace(elsewhere)
     path.symlink_to(elsewhere)
@@ -182,12 +182,12 @@ DAMAGES: tuple[Damage, ...] = (
     *(flip, flip, flip, overwrite, zeros, truncate, append, insert, cut_out, empty, remove, directory),
     *(of_another_step, swap, link, extra),
 )
-# A file that no manifest names is not read: the checkpoint is what it was.
+# A file that the manifest does not name is not read: the checkpoint is unchanged.
 HARMLESS = (extra,)
 
 
 def corrupt(scratch: Path, cases: int, seed: int) -> dict[str, Any]:
-    """Damage a checkpoint in `cases` random ways, one at a time; counts by kind of damage, and the faults."""
+    """Damage a checkpoint in `cases` random ways, one at a time. Returns counts by kind of damage, and the faults."""
     generator = np.random.default_rng(seed)
     pristine = scratch / "pristine"
     write_checkpoints(pristine)
@@ -231,10 +231,10 @@ def corrupt(scratch: Path, cases: int, seed: int) -> dict[str, Any]:
 
 
 def _faults_of_resumption(root: Path, damaged: int, what: str, harmless: bool, contents: dict[int, Any]) -> list[str]:
-    """A run resumes from the newest checkpoint that is whole, and is told of each newer one."""
+    """Check that a run would resume from the newest sound checkpoint, with a line for each newer one."""
     checkpoint, rejected = newest_valid(root)
     expected = next(step for step in reversed(STEPS) if harmless or step != damaged)
     if checkpoint is None or checkpoint.step != expected:
-        return [f"{what}: a run goes on from {checkpoint and checkpoint.step}, {expected} is whole"]
+        return [f"{what}: a run resumes from {checkpoint and checkpoint.step}, but {expected} is sound"]
     told = 0 if harmless or damaged < expected else 1
     return [] if len(rejected) == told else [f"{what}: {rejected}"]

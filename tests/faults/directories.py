@@ -1,7 +1,7 @@
-"""Run directories as other people, programs and disks leave them.
+"""Run directories damaged or occupied by other people, programs and disks.
 
-Each case prepares a place, starts a run there, and returns what should not have happened. In every case the run ends
-in bounded time with one error line or none, and changes nothing that is not its own.
+Each case prepares a directory, starts a run there, and returns the faults. In every case the run must end in bounded time
+with at most one error line, and change only its own files.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from tests.training.runs import curve
 from training.reliability import checkpoints
 
 STEPS = 24
-#: No case needs longer, on a loaded machine either.
+#: No case takes longer, even on a loaded machine.
 BOUND_SECONDS = 30.0
 RECORD_FILES = ("config.yaml", "environment.json", "summary.json", "metrics.jsonl")
 
 
 def met(command: Sequence[str], log: Path, codes: Sequence[int], **named: Any) -> tuple[int | None, list[str]]:
-    """Run a command line to its end; its exit code, and what is wrong with how it ended."""
+    """Run a command line to its end. Returns its exit code and the faults of how it ended."""
     sitting = Sitting(command, log, **named)
     try:
         (code,) = sitting.wait(BOUND_SECONDS)
@@ -48,7 +48,7 @@ def met(command: Sequence[str], log: Path, codes: Sequence[int], **named: Any) -
 
 
 class Unfinished:
-    """A run of two sittings of which the first is over, copied for each case."""
+    """An unfinished run, copied for each case."""
 
     def __init__(self, corpus: Sequence[str], scratch: Path) -> None:
         self.scratch = scratch
@@ -66,7 +66,7 @@ class Unfinished:
         directory.rename(self.pristine)
 
     def copy(self) -> Path:
-        """The unfinished run anew, at the place where `command` looks for it."""
+        """Make a fresh copy of the unfinished run where `command` looks for it."""
         directory = self.scratch / "run"
         if directory.is_symlink():
             directory.unlink()
@@ -78,7 +78,7 @@ class Unfinished:
         return self.overrides("run", STEPS, *self.keeping, *overrides)
 
     def resumes(self, what: str, codes: Sequence[int] = (0, 1, 2), **named: Any) -> tuple[int | None, list[str]]:
-        """Start the run again: refused in one line, or the curve of a run that nothing happened to."""
+        """Start the run again: it is refused in one line, or has the curve of an undisturbed run."""
         code, faults = met(self.command(), self.log, codes, **named)
         if code == 0 and curve(self.scratch / "run") != self.curve:
             faults.append("another curve, recorded as complete")
@@ -128,7 +128,7 @@ def foreign_directories(run: Unfinished) -> dict[str, list[str]]:
 
 
 def links(run: Unfinished) -> dict[str, list[str]]:
-    """Links in the place of a run's files: what they point to is not changed."""
+    """Links in place of a run's files: their targets do not change."""
     found = {}
     for name in (".lock", *RECORD_FILES, "checkpoints"):
         for overrides in ((), ("overwrite=true",)):
@@ -153,7 +153,7 @@ def _fifo(path: Path) -> None:
 
 
 def _device(path: Path) -> None:
-    os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))  # /dev/zero: has no end
+    os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))  # /dev/zero is endless
 
 
 def _directory(path: Path) -> None:
@@ -161,7 +161,7 @@ def _directory(path: Path) -> None:
 
 
 def special_files(run: Unfinished) -> dict[str, list[str]]:
-    """FIFOs, devices and directories in the place of a run's files."""
+    """FIFOs, devices and directories in place of a run's files."""
     found = {}
     newest = checkpoints.available(run.pristine / "checkpoints")[0].name
     inside = (f"checkpoints/{newest}/manifest.json", f"checkpoints/{newest}/rank-00000.safetensors")
@@ -178,7 +178,7 @@ def special_files(run: Unfinished) -> dict[str, list[str]]:
 
 
 def special_corpora(run: Unfinished) -> dict[str, list[str]]:
-    """FIFOs and devices in the place of the corpus's tokens."""
+    """FIFOs and devices in place of the corpus's tokens."""
     found = {}
     directory = next(Path(o.split("=", 1)[1]) for o in run.command() if o.startswith("data.directory="))
     for path in sorted(directory.glob("*/*.npy")) + sorted(directory.glob("*/manifest.json")):
@@ -201,12 +201,12 @@ _BOUND = contextlib.ExitStack()  # as long as the process
 
 
 def permissions_bind() -> None:
-    """Permissions count in this process from here on."""
+    """Make permissions apply to this process, even for root."""
     _BOUND.enter_context(bound_by_permissions())
 
 
 def permissions(run: Unfinished) -> dict[str, list[str]]:
-    """Files and directories that the run's user may not read, or not write."""
+    """Files and directories without read or write permission."""
     found = {}
     newest = f"checkpoints/{checkpoints.available(run.pristine / 'checkpoints')[0].name}"
     passed_over = (newest, f"{newest}/manifest.json", f"{newest}/rank-00000.safetensors")
@@ -223,7 +223,7 @@ def permissions(run: Unfinished) -> dict[str, list[str]]:
 
 
 def unreadable(target: str) -> None:
-    """Every way of opening a path that ends in `target` fails with EIO in this process."""
+    """Make every way of opening a path that ends in `target` fail with EIO in this process."""
     import builtins
     import io
 
@@ -254,17 +254,17 @@ def failing_disks(run: Unfinished) -> dict[str, list[str]]:
 
 
 KINDS = {
-    "foreign": (foreign_directories, "directories of others under `overwrite=true`", "refused, nothing changed"),
+    "foreign": (foreign_directories, "foreign directories under `overwrite=true`", "refused, nothing changed"),
     "links": (links, "links in a run directory", "never followed for writing"),
-    "special": (special_files, "FIFOs, devices and directories in the place of a run's files", "one line, no hang"),
-    "corpora": (special_corpora, "FIFOs, devices and directories in the place of tokens", "one line, no hang"),
+    "special": (special_files, "FIFOs, devices and directories in place of a run's files", "one line, no hang"),
+    "corpora": (special_corpora, "FIFOs, devices and directories in place of tokens", "one line, no hang"),
     "permissions": (permissions, "missing permissions", "one line, or an older checkpoint"),
     "disks": (failing_disks, "files that a disk cannot read (EIO)", "one line, or an older checkpoint"),
 }
 
 
 def meet_all(corpus: Sequence[str], scratch: Path) -> dict[str, dict[str, Any]]:
-    """Every case of every kind; counts, and the faults."""
+    """Run every case of every kind. Returns counts and faults."""
     run = Unfinished(corpus, scratch)
     result = {}
     for kind, (cases, _, _) in KINDS.items():

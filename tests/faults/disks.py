@@ -1,7 +1,7 @@
 """Runs on a real disk that fills up: a tmpfs of a few hundred kilobytes.
 
-The run ends with one clear line, what was saved before is untouched, and once there is room the same command goes on to
-the curve of an undisturbed run.
+The run ends with one clear line, earlier saves are untouched, and once there is room the same command resumes to the curve
+of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ STEPS = 60
 
 
 class MountRefusedError(RuntimeError):
-    """This machine or user may not mount a tmpfs; says why."""
+    """This machine or user may not mount a tmpfs. The message says why."""
 
 
 @contextlib.contextmanager
 def small_disk(place: Path, kilobytes: int) -> Iterator[Path]:
-    """A mounted tmpfs of so many kilobytes.
+    """Mount a tmpfs of `kilobytes`.
 
     Raises:
         MountRefusedError: it cannot be mounted here.
@@ -52,7 +52,7 @@ def make_room(place: Path, kilobytes: int) -> None:
 
 
 def fill(place: Path) -> Path:
-    """A file that takes all that is left."""
+    """Fill the remaining space with one file."""
     filler = place / "filler"
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
@@ -69,7 +69,7 @@ def hashes(root: Path) -> dict[str, str]:
 
 
 def full_while_saving(corpus: Sequence[str], scratch: Path) -> dict[str, Any]:
-    """A disk on which every checkpoint is kept and the third or so no longer fits."""
+    """A disk that keeps every checkpoint, until about the third no longer fits."""
     completed(overrides_of(corpus, scratch, "undisturbed", STEPS), scratch / "log")
     size = sum(path.stat().st_size for path in _newest(scratch / "undisturbed").iterdir())
     with small_disk(scratch / "disk", kilobytes=int(3.5 * size / 1024)) as disk:
@@ -117,8 +117,8 @@ def _faults_of_failure(code: int, said: str, directory: Path, message: str) -> l
         faults.append(f"no line says {message!r}: {said}")
     if "Traceback" in said:
         faults.append(f"a traceback: {said}")
-    if "start the same command again" not in said:
-        faults.append("no line says how it goes on")
+    if "rerun the same command" not in said:
+        faults.append("no line says how to resume")
     if (directory / "summary.json").exists() and summary(directory)["status"] != "failed":
         faults.append(f"the summary says {summary(directory)['status']}")
     newest, rejected = checkpoints.newest_valid(directory / "checkpoints")

@@ -1,7 +1,7 @@
-"""Files made by somebody with bad intentions, in the places from which this project reads.
+"""Malicious files in every place from which the project reads.
 
-Each case is given a place and must be refused by one of the project's own errors, without a process started, code run, a
-file outside read, or more memory taken than the files hold.
+Each case must be refused with one of the project's own errors: no process is started, no code runs, no file outside is
+read, and no more memory is used than the files hold.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REFUSALS = (CheckpointError, DataError, ValueError)
 
 
 class Bomb:
-    """Unpickled, it leaves a file named `exploded` where it is told."""
+    """Creates a file named `exploded` when unpickled."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -40,7 +40,7 @@ class Bomb:
 
 
 def huge_header(path: Path, name: str) -> None:
-    """A safetensors file of a few bytes whose header claims a petabyte."""
+    """A tiny safetensors file whose header claims a petabyte."""
     header = {name: {"dtype": "F32", "shape": [1 << 24, 1 << 24], "data_offsets": [0, 1 << 50]}}
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 64)
@@ -57,7 +57,7 @@ def checkpoint_at(scratch: Path) -> Path:
 
 
 def sign(directory: Path, change: Callable[[dict[str, Any]], Any] = lambda manifest: None) -> None:
-    """Change a checkpoint's manifest and have it agree with itself and with its files' sizes and hashes again."""
+    """Change a checkpoint's manifest and update its sizes and hashes."""
     import hashlib
 
     path = directory / "manifest.json"
@@ -158,7 +158,7 @@ def model_pickle_renamed(scratch: Path) -> None:
 
 
 def model_pickle_beside(scratch: Path) -> None:
-    """A safetensors file of another name lets the directory pass as one without pickles."""
+    """A safetensors file of another name makes the directory look free of pickles."""
     directory = model_at(scratch)
     (directory / "model.safetensors").rename(directory / "other.safetensors")
     torch.save(Bomb(scratch), directory / "pytorch_model.bin")
@@ -259,7 +259,7 @@ CASES: dict[str, Callable[[Path], None]] = {
 
 
 def fault_of(case: str, scratch: Path) -> str | None:
-    """What is wrong with how a hostile file was met; None where it was refused."""
+    """Return the fault in how a hostile file was handled; None if it was refused."""
     try:
         CASES[case](scratch)
     except REFUSALS as error:
@@ -273,7 +273,7 @@ def fault_of(case: str, scratch: Path) -> str | None:
 
 
 def meet_all(scratch: Path) -> dict[str, Any]:
-    """Every case once, each in a directory of its own."""
+    """Run every case once, each in its own directory."""
     faults = []
     for case in CASES:
         (scratch / case).mkdir(parents=True)

@@ -1,7 +1,7 @@
-"""A run killed by SIGKILL again and again, at random moments: in set-up, between steps, in a step, in a save.
+"""A run killed by SIGKILL repeatedly at random moments: in set-up, between steps, in a step, in a save.
 
-After the last kill the run is started once more and ends. It must then have the record of a run that nothing happened
-to, every line once, and the same weights and optimizer state.
+After the last kill the run is started once more and completes. It must then have the record of an undisturbed run, every
+line once, and the same weights and optimizer state.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from training.reliability import checkpoints
 from training.reliability.checkpoints import Checkpoint
 
 INTERVAL = 5
-# A kill anywhere from the first moment on; in the loop; in a save, between its first file and its rename.
+# Kill at any moment; in the loop; in a save, between its first file and its rename.
 MOMENTS = {"any": 0.2, "loop": 0.35, "save": 0.45}
-# How often one rank of several is killed alone, once they have met, and the others are left to notice.
+# How often only one of several ranks is killed, after rendezvous, so that the others must notice.
 ONE_RANK = 0.3
-#: How long ranks may live on without one of them.
+#: How long ranks may outlive one of them.
 SURVIVORS_SECONDS = 60.0
 
 
@@ -42,9 +42,9 @@ def overrides_of(corpus: Sequence[str], output_dir: Path, name: str, steps: int,
 def kill_again_and_again(
     corpus: Sequence[str], scratch: Path, kills: int, seed: int, *overrides: str, ranks: int = 1, steps: int = 0
 ) -> dict[str, Any]:
-    """Kill a run `kills` times and compare what it leaves with an undisturbed run.
+    """Kill a run `kills` times and compare the result with an undisturbed run.
 
-    Returns counts, and under `faults` a line for each thing that was not as it should be.
+    Returns counts, and one line for each fault under `faults`.
     """
     steps = steps or 10 * kills + 20
     log = scratch / "log"
@@ -56,7 +56,7 @@ def kill_again_and_again(
     began = time.monotonic()
     moments, sittings = Counter[str](), 0
     in_save = repeated = completed_early = 0
-    expected: int | None = None  # the step that the next sitting has to go on from
+    expected: int | None = None  # the step from which the next sitting must resume
     faults: list[str] = []
     survivors: list[float] = []
     while sum(moments.values()) < kills:
@@ -106,7 +106,7 @@ def kill_again_and_again(
 
 @dataclass(frozen=True)
 class Pace:
-    """How long an undisturbed run takes, in seconds: to its first step, for a step with all that belongs to it, a save."""
+    """Seconds of an undisturbed run: to its first step, per step with everything included, and per save."""
 
     start: float
     step: float
@@ -126,7 +126,7 @@ def _undisturbed(command: Sequence[str], log: Path, ranks: int, scratch: Path, s
 
 
 def _wait_for(moment: str, sitting: Sitting, directory: Path, generator: np.random.Generator, pace: Pace) -> None:
-    """Return at the moment of the kill, or when the sitting has ended."""
+    """Wait until the moment of the kill, or until the sitting ends."""
     if moment == "any":
         time.sleep(generator.uniform(0, pace.start + 2 * INTERVAL * pace.step))
         return
@@ -150,18 +150,18 @@ def _wait_for(moment: str, sitting: Sitting, directory: Path, generator: np.rand
 
 
 def _faults_of_sitting(number: int, said: str, expected: int | None) -> list[str]:
-    """A sitting that goes on must do so from the newest complete checkpoint, with nothing passed over."""
-    faults = [f"sitting {number}: {line}" for line in said.splitlines() if "passed over" in line]
+    """Check that a sitting resumed from the newest complete checkpoint and skipped none."""
+    faults = [f"sitting {number}: {line}" for line in said.splitlines() if "checkpoint skipped" in line]
     found = re.search(r"resuming from \S*step-(\d+)", said)
     if found and int(found.group(1)) != expected:
-        faults.append(f"sitting {number} went on from step {int(found.group(1))}, {expected} was saved")
+        faults.append(f"sitting {number} resumed from step {int(found.group(1))}, {expected} was saved")
     if "run directory" in said and expected and not found:
-        faults.append(f"sitting {number} began anew although step {expected} was saved")
+        faults.append(f"sitting {number} started over although step {expected} was saved")
     return faults
 
 
 def last_step(directory: Path) -> int:
-    """The newest train line that has reached the record."""
+    """Return the step of the newest train line in the record."""
     metrics = directory / "metrics.jsonl"
     last = 0
     for line in metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []:
@@ -172,7 +172,7 @@ def last_step(directory: Path) -> int:
 
 
 def compare(directory: Path, undisturbed: Path, steps: int) -> tuple[float, list[str]]:
-    """The largest difference of any number of two records and of the final state, and what is missing or double."""
+    """Return the largest difference between two records and final states, and the missing or duplicate lines."""
     faults = []
     if summary(directory)["status"] != "completed":
         faults.append(f"the run ended as {summary(directory)['status']}")
@@ -200,7 +200,7 @@ def compare(directory: Path, undisturbed: Path, steps: int) -> tuple[float, list
 
 
 def _difference(one: Any, other: Any) -> float:
-    """The largest difference of two lines' numbers; infinite where they are not of one form."""
+    """Return the largest difference between two lines' numbers; infinite if their keys differ."""
     match one, other:
         case dict(), dict():
             if one.keys() != other.keys():

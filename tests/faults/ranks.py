@@ -1,6 +1,6 @@
-"""Ranks that are not of one run: started with other configurations, left over from a launcher that was killed.
+"""Ranks that do not belong together: started with different configurations, or left over from a killed launcher.
 
-A curve must never be a mixture of two configurations, and no rank may outlive its launcher.
+A curve must never mix two configurations, and no rank may outlive its launcher.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from tests.faults.kills import compare, last_step, overrides_of
 from tests.faults.sittings import LIMIT_SECONDS, Sitting, _free_port, completed
 
 ROOT = Path(__file__).resolve().parents[2]
-#: How long a rank may live on without its launcher.
+#: How long a rank may outlive its launcher.
 ORPHAN_SECONDS = 15.0
-#: What the second of two ranks is given, and the first is not.
+#: Overrides of the second of two ranks only.
 APART = (
     *("seeds.data=7", "seeds.curvature=7", "seeds.model=7", "optimizer.lr=1e-4", "optimizer.batch_fraction=1.0"),
     *("optimizer.hessian_interval=4", "optimizer=sophiah", "train.global_batch_size=16", "train.sequence_length=8"),
@@ -38,7 +38,7 @@ APART = (
 
 
 def ranks_that_differ(corpus: Sequence[str], scratch: Path, apart: Sequence[str] = APART) -> dict[str, Any]:
-    """Two ranks of which the second has another configuration, as on a node where somebody edited the command."""
+    """Start two ranks, the second with another configuration, as on a node where somebody edited the command."""
     faults = []
     for number, override in enumerate(apart):
         command = overrides_of(corpus, scratch, f"run-{number}", 24)
@@ -59,7 +59,7 @@ def ranks_that_differ(corpus: Sequence[str], scratch: Path, apart: Sequence[str]
 
 
 def other_corpus(corpus: Sequence[str], scratch: Path) -> dict[str, Any]:
-    """The second rank finds other tokens under the path that the configuration names."""
+    """Start two ranks; the second finds other tokens at the configured path."""
     directory = next(Path(o.split("=", 1)[1]) for o in corpus if o.startswith("data.directory="))
     other = scratch / "tokens"
     shutil.copytree(directory, other)
@@ -90,10 +90,10 @@ def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def kill_launchers(corpus: Sequence[str], scratch: Path, times: int, seed: int) -> dict[str, Any]:
-    """SIGKILL to the process that has started the ranks, at a random moment from its start to the middle of the loop.
+    """SIGKILL the launcher of the ranks at a random moment between its start and the middle of the loop.
 
-    In turn: ranks started by train.py, by torchrun with a fixed port, and a sweep's two trials side by side. The run is
-    started again at once, on the same port, while the old ranks may still be there.
+    In turn: ranks started by train.py, by torchrun with a fixed port, and two trials of a sweep in parallel. The run is
+    restarted immediately, on the same port, while the old ranks may still exist.
     """
     generator = np.random.default_rng(seed)
     port = _free_port()

@@ -1,7 +1,7 @@
-"""Records and checkpoints that parse and are wrong: a key is missing, has another type, is nested without end.
+"""Records and checkpoints that parse but are wrong: a key is missing, has another type, or is nested too deeply.
 
-A run started on such a record is refused in one line or ends with the curve of a run that nothing happened to; whatever
-reads records for a comparison raises RecordError and nothing else.
+A run started on such a record is refused in one line or has the curve of an undisturbed run. Readers for comparisons raise
+only RecordError.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from training.reliability.checkpoints import manifest_text
 
 VALUES: tuple[Any, ...] = (None, True, -1, 1.5, 10**30, "", "text", [], [1], {}, {"a": 1}, float("nan"), [[[]]])
 DEEP = 100_000
-#: A sparse file that claims more than any memory holds; and what this process may take, so that reading it is an error.
+#: The size of a sparse file larger than any memory, and this process's memory limit, so that reading it fails.
 HUGE_BYTES = 1 << 40
 MEMORY_BYTES = 8 << 30
 
@@ -36,7 +36,7 @@ Generator = np.random.Generator
 
 
 def change(values: Any, generator: Generator) -> str:
-    """Remove or replace one member, anywhere in the tree; says which."""
+    """Remove or replace one member anywhere in the tree. Returns a description."""
     path, place = "", values
     while True:
         keys = list(place) if isinstance(place, dict) else list(range(len(place)))
@@ -70,7 +70,7 @@ def changed_yaml(path: Path, generator: Generator) -> str:
 
 
 def changed_manifest(path: Path, generator: Generator) -> str:
-    """A change that the manifest's own hash vouches for."""
+    """Change the manifest and update its own hash."""
     values = json.loads(path.read_text())
     del values["sha256"]
     what = change(values, generator)
@@ -87,7 +87,7 @@ def changed_line(path: Path, generator: Generator) -> str:
 
 
 def replaced(path: Path, generator: Generator) -> str:
-    """Something else altogether in the place of the file."""
+    """Replace the file with something entirely different."""
     contents: dict[str, bytes] = {
         "empty": b"",
         "null": b"null",

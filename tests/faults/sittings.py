@@ -1,8 +1,7 @@
-"""Sittings of a run as real processes, to be killed and signalled from outside.
+"""Sittings of a run (one start until its end) as real processes, to be killed and signalled from outside.
 
-A fork server has imported torch and the project once; a rank is a process forked from it, which gets its own sockets,
-locks and signals and dies as any other. Nothing in the project knows that it is being tested: what a sitting is doing is
-seen in its log and in the run directory.
+A fork server imports torch and the project once. A rank is a process forked from it, with its own sockets, locks and
+signals. The project's code has no test hooks: the log and the run directory show what a sitting is doing.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ _SERVER.set_forkserver_preload([*PRELOADED])
 
 
 def preload(*modules: str) -> None:
-    """Have the fork server import these besides; to be called before the first sitting."""
+    """Have the fork server import these modules as well. Call it before the first sitting."""
     _SERVER.set_forkserver_preload([*PRELOADED, *modules])
 
 
 class Sitting:
-    """One command line, run by `ranks` processes from now on.
+    """One command line, started immediately in `ranks` processes.
 
     Args:
         overrides: of train.py.
-        log: what the ranks say, on both streams.
-        ranks: how many processes make up the run.
-        environment: variables of the processes besides their place among the ranks.
-        prepare: called in each process before it begins.
-        own: more overrides of single ranks, as of nodes that were started differently.
+        log: the ranks' output, of both streams.
+        ranks: number of processes.
+        environment: variables of the processes, in addition to RANK and the like.
+        prepare: called in each process before it starts.
+        own: more overrides of single ranks, as on nodes that were started differently.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class Sitting:
         return self.log.read_text(errors="replace")
 
     def wait_until(self, condition: Callable[[], bool], poll: float = 0.001) -> bool:
-        """Whether the condition came true before the sitting ended."""
+        """Return whether the condition became true before the sitting ended."""
         until = time.monotonic() + LIMIT_SECONDS
         while not condition():
             if not self.running:
@@ -97,7 +96,7 @@ class Sitting:
         self.signal(signal.SIGKILL, rank)
 
     def wait(self, seconds: float = LIMIT_SECONDS) -> list[int]:
-        """The ranks' exit codes, -n for signal n; each process is gone."""
+        """Wait for all processes. Returns the ranks' exit codes, -n for signal n."""
         until = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, until - time.monotonic()))
@@ -110,7 +109,7 @@ class Sitting:
 
 
 def completed(overrides: Sequence[str], log: Path, ranks: int = 1, **named: Any) -> str:
-    """Run a command line to its end, which must be a good one; returns what it said."""
+    """Run a command line to its end and check that it succeeded. Returns its output."""
     sitting = Sitting(overrides, log, ranks, **named)
     codes = sitting.wait()
     assert codes == [0] * ranks, f"exit codes {codes}:\n{sitting.said()}"

@@ -1,4 +1,4 @@
-"""Runs asked to stop at random moments: the step is finished and saved, the exit code says so, nothing is lost."""
+"""Runs asked to stop at random moments: the step is finished and saved, the exit code is 75, nothing is lost."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ AT_ONCE_SECONDS = 5.0
 def stop_again_and_again(
     corpus: Sequence[str], scratch: Path, stops: int, seed: int, *overrides: str, ranks: int = 1
 ) -> dict[str, Any]:
-    """Signal a run at `stops` random moments of its loop, start it again each time, and compare it in the end.
+    """Signal a run at `stops` random moments of its loop, restart it each time, and compare the final result.
 
-    With several ranks one of them alone is signalled. A checkpoint is due only at the end: what is saved is saved at the
-    last moment.
+    Of several ranks only one is signalled. Checkpoints are due only at the end, so every save is due to a signal.
     """
     steps = 12 * stops + 20
     given = ("checkpoint.interval=1000", *overrides)
@@ -61,7 +60,7 @@ def stop_again_and_again(
         newest = next(iter(checkpoints.available(directory / "checkpoints")), None)
         at = checkpoints.step_of(newest) if newest is not None else 0
         lost += last_step(directory) - at
-        if "before training has begun" not in sitting.said() and summary(directory)["status"] != "preempted":
+        if "before training started" not in sitting.said() and summary(directory)["status"] != "preempted":
             faults.append(f"{chosen.name}: the summary says {summary(directory)['status']}")
     completed(command, log, ranks)
     difference, found = compare(directory, scratch / "undisturbed", steps)
@@ -80,7 +79,7 @@ def stop_again_and_again(
 
 
 def stop_twice(corpus: Sequence[str], scratch: Path, times: int, seed: int) -> dict[str, Any]:
-    """Two signals within one long step: the second ends the process at once, unless it is SIGHUP."""
+    """Send two signals within one long step: the second ends the process immediately, unless it is SIGHUP."""
     second_signals = [number for number in STOP_SIGNALS if number != signal.SIGHUP]
     generator = np.random.default_rng(seed)
     long_step = ("train.global_batch_size=4096", "train.micro_batch_size=64", "train.sequence_length=32")
@@ -107,7 +106,7 @@ def stop_twice(corpus: Sequence[str], scratch: Path, times: int, seed: int) -> d
 
 
 def stop_torchrun(corpus: Sequence[str], scratch: Path, times: int, seed: int) -> dict[str, Any]:
-    """Signal torchrun and all of its processes at once, as systemd and some clusters do: torchrun passes it on besides."""
+    """Signal torchrun and all its processes together, as systemd and some clusters do; torchrun also passes it on."""
     generator = np.random.default_rng(seed)
     command = overrides_of(corpus, scratch, "run", 30 * times + 20, "checkpoint.interval=1000", "strategy=ddp")
     directory, root = scratch / "run", Path(__file__).resolve().parents[2]
@@ -145,7 +144,7 @@ def stop_torchrun(corpus: Sequence[str], scratch: Path, times: int, seed: int) -
 
 
 def time_of_a_large_save(corpus: Sequence[str], scratch: Path) -> dict[str, Any]:
-    """From the signal to the end of a run of tens of millions of weights: the rest of its step, and the save."""
+    """Time a run of tens of millions of weights from the signal to its end: the rest of a step, and the save."""
     command = overrides_of(
         corpus,
         scratch,
@@ -174,7 +173,7 @@ def time_of_a_large_save(corpus: Sequence[str], scratch: Path) -> dict[str, Any]
 
 
 def shrink_shards(corpus: Sequence[str], scratch: Path, times: int, seed: int) -> dict[str, Any]:
-    """Cut a shard of tokens under a run at a random moment: it is saved and ends, and resumes once the shard is whole."""
+    """Truncate a token shard during a run at a random moment: the run saves and ends, and resumes once it is restored."""
     generator = np.random.default_rng(seed)
     given = next(Path(o.split("=", 1)[1]) for o in corpus if o.startswith("data.directory="))
     tokens = scratch / "tokens"
@@ -192,7 +191,7 @@ def shrink_shards(corpus: Sequence[str], scratch: Path, times: int, seed: int) -
         sitting = Sitting(command, log)
         assert sitting.wait_until(lambda n=name: last_step(scratch / n) > 0)
         time.sleep(generator.uniform(0, 0.2))
-        # The run evaluates on the first 256 tokens alone.
+        # The run evaluates only on the first 256 tokens.
         os.truncate(shard, int(generator.integers(200, len(content) // 2 if split == "train" else 500)))
         began = time.monotonic()
         (code,) = sitting.wait()

@@ -1,4 +1,4 @@
-"""Any valid configuration runs; any other is one line. `make test-faults` draws many more of each."""
+"""Any valid configuration runs; any other is refused in one line. `make test-faults` draws many more of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk that is full ends a run in one clear line and costs nothing that was saved."""
+"""A full disk ends a run with one clear line and loses nothing that was saved."""
 
 from __future__ import annotations
 

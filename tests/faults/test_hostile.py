@@ -1,4 +1,4 @@
-"""Hostile files are refused, the package has no means to run them, and secrets reach no file."""
+"""Hostile files are refused, the package cannot run them, and secrets reach no file."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_configuration_cannot_name_anything_outside_of_the_registry(override: 
         compose([override])
 
 
-# What would have Hydra make a directory at {place}; {files} holds an experiment that does.
+# Overrides that would make Hydra create a directory at {place}; {files} holds an experiment that does so.
 FOREIGN = {
     "callbacks": ["+hydra.callbacks.x._target_=os.mkdir", "+hydra.callbacks.x.path={place}"],
     "in launcher": ["+hydra.launcher.x._target_=os.mkdir", "+hydra.launcher.x.path={place}"],
@@ -131,7 +131,7 @@ def test_no_configuration_has_hydra_call_anything_but_its_own_plugins(
     said = capfd.readouterr().err
     assert said.count("error: ") == 1
     in_a_file = foreign in ("file", "primary", "added primary")
-    assert ("evil.yaml: hydra.callbacks" if in_a_file else "names code outside of this project") in said
+    assert ("evil.yaml: hydra.callbacks" if in_a_file else "names code outside this project") in said
     assert not place.exists()
 
 
@@ -144,7 +144,7 @@ def test_configurations_of_another_directory_are_taken(tmp_path: Path, capfd: py
 
 
 GLOBAL = "# @package _global_\n"
-# Files of somebody else, the first of which is chosen with experiment= or, in `PRIMARIES`, begun with.
+# Other people's files; the first is chosen with experiment= or, in `PRIMARIES`, is the primary file.
 REACHES = {
     "content": {"experiment/x": GLOBAL + "hydra: {job: {env_set: {WANDB_BASE_URL: 'http://x'}}}\n"},
     "header": {"experiment/x": "# @package hydra.job.env_set\nPYTHONPATH: y\n"},

@@ -1,6 +1,6 @@
-"""Killed again and again at random moments, a run has the curve of one that nothing happened to.
+"""A run killed repeatedly at random moments has the curve of an undisturbed run.
 
-The whole campaign is `make test-faults`; here a few kills of each kind.
+These tests make a few kills of each kind; `make test-faults` runs the whole campaign.
 """
 
 from __future__ import annotations

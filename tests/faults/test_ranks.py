@@ -1,4 +1,4 @@
-"""What two real ranks do about a rank that hangs, weights that are no longer the same, and ranks started differently."""
+"""Two real ranks when one hangs, when their weights differ, and when they were started differently."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from training.reliability import checkpoints, heartbeat, watchdog
 
 
 def hang_on_rank_1(step: int) -> None:
-    """A loop without end on one rank; the other, which has the store, waits for it in a collective.
+    """An endless loop on one rank; the other, which serves the store, waits for it in a collective.
 
-    The stuck rank is slow to see that both have shown their stacks: if the store left first, its heartbeat would end it
-    for that.
+    The stuck rank is slow to see that both have written their stacks: if the store exited first, the heartbeat would end
+    the stuck rank with another message.
     """
     from training import loop
 
@@ -49,7 +49,7 @@ def hang_on_rank_1(step: int) -> None:
 
 
 def flip_on_rank_1(step: int) -> None:
-    """A bit of one weight changes after the update, as in a chip that computes wrongly."""
+    """Flip a bit of one weight after the update, like a faulty chip."""
     import torch
 
     from training.strategies.ddp import DDP
@@ -69,7 +69,7 @@ def flip_on_rank_1(step: int) -> None:
 
 
 def unreadable_on_rank_1(step: int) -> None:
-    """A shard on the second machine's disk: the training data of a step cannot be read, nor any validation data."""
+    """The second machine's disk fails: a step's training data and all validation data cannot be read."""
     from data.batches import Batches, ValidationWindows
     from data.errors import DataError
     from tests.training.runs import before
@@ -108,7 +108,7 @@ def die_on_rank_1_before_the_group() -> None:
 
 
 def test_a_rank_that_dies_once_the_ranks_have_met_is_missed(corpus: list[str], tmp_path: Path) -> None:
-    """The other one waits for it in the set-up of the process group."""
+    """The other rank waits for it in the set-up of the process group."""
     command = overrides_of(corpus, tmp_path, "run", 12, "guards.hang_minutes=null")
     sitting = Sitting(command, tmp_path / "log", ranks=2, prepare=die_on_rank_1_before_the_group)
     assert sitting.wait() == [heartbeat.EXIT_RANK_LOST, -signal.SIGKILL]
@@ -191,7 +191,7 @@ def test_ranks_of_another_version_of_the_code_are_refused(corpus: list[str], tmp
 def test_ranks_with_other_tokens_or_none_are_refused(
     directory: str, named: str, corpus: list[str], tmp_path: Path
 ) -> None:
-    """As on two nodes that each have a disk of their own."""
+    """As on two nodes with separate disks."""
     if directory == "tokens":
         prepare_corpus(tmp_path, documents=100)
     own = {1: [f"data.directory={tmp_path / directory}"]}

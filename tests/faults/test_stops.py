@@ -1,4 +1,4 @@
-"""Stop signals at random moments lose no step; a second signal ends a run at once."""
+"""Stop signals at random moments lose no step; a second signal ends a run immediately."""
 
 from __future__ import annotations
 

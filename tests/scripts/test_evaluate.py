@@ -166,7 +166,7 @@ def test_a_missing_harness_is_one_line(
     ("arguments", "expected"),
     [
         (["nowhere", "--tasks", "choice"], "no such directory"),
-        ([".", "--tasks", "choice"], "is no run record"),
+        ([".", "--tasks", "choice"], "is not a run record"),
         (["tiny", "--tasks", ","], "no tasks"),
         (["tiny", "--tasks", "choice", "--num-fewshot", "-1"], "--num-fewshot -1"),
         (["tiny", "--tasks", "choice", "--limit", "0"], "--limit 0"),

@@ -251,7 +251,7 @@ def test_an_export_is_not_lost_where_its_replacement_cannot_take_its_place(
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, refused: Callable[[int], str]) -> None:
     assert "no such directory" in refused(main([str(tmp_path / "nowhere"), str(tmp_path / "out")]))
-    assert "is no run record" in refused(main([str(tmp_path), str(tmp_path / "out")]))
+    assert "is not a run record" in refused(main([str(tmp_path), str(tmp_path / "out")]))
 
 
 @pytest.mark.parametrize("path", ["", "config.yaml", "checkpoints"])

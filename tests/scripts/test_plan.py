@@ -51,7 +51,7 @@ def test_the_plan_of_a_sharded_run_stands_in_tables_and_in_json(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("model=gpt2_hugh",), "there is no such choice"),
+        (("model=gpt2_hugh",), "unknown choice"),
         (("cluster.gpu=abacus",), "cluster.gpu=abacus"),
         (("train.stepz=3",), "did you mean train.steps"),
     ],

@@ -262,7 +262,7 @@ def test_weights_of_another_shape_or_without_configuration_are_refused(tiny_run:
     ("arguments", "expected"),
     [
         (["nowhere"], "no such directory"),
-        (["."], "is no run record"),
+        (["."], "is not a run record"),
         (["tiny", "--tokens", "0"], "--tokens 0"),
         (["tiny", "--samples", "0"], "--samples 0"),
         (["tiny", "--seed", "-1"], "--seed -1"),

@@ -97,7 +97,7 @@ def test_a_sweep_restarted_while_its_job_runs_leaves_the_trial_to_it(tmp_path: P
     second = run(command)
     assert not (directory / "summary.json").exists(), "the first job has ended too soon for this test"
     assert second.returncode == EXIT_HELD, second.stdout[-3000:] + second.stderr[-3000:]
-    assert "1 of 1 trials are being run by other processes" in second.stderr
+    assert "skipped 1 of 1 trials that other processes are running" in second.stderr
 
     wait_until(lambda: (directory / "summary.json").exists(), directory)
     third = run(command)

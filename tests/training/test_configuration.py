@@ -12,7 +12,7 @@ from hydra import compose as hydra_compose
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from training.compose import CONFIG_DIRECTORY, Primary, begin_hydra, compose, compose_dictionary, validate
+from training.compose import CONFIG_DIRECTORY, Primary, compose, compose_dictionary, start_hydra, validate
 from training.config import ConfigurationError, SlurmLauncherConfig, micro_batch_size, nearest_batches
 from training.exits import EXIT_FAILED
 from training.launching.command import main, parse
@@ -72,7 +72,7 @@ MISTAKES = [
     (["guards.hang_minutes=1e300"], ["guards.hang_minutes=1e+300", "at most 527040"]),
     (["launcher=slurm", "launcher.signal_seconds=65536"], ["launcher.signal_seconds=65536", "at most 65535"]),
     (["seed='${oc.create:{a:1}}'"], ["seed: ${oc.create:...}", "no such resolver"]),
-    (["seed='${train.steps}'", "train.steps='${seed}'"], ["seed: its ${...} leads back to itself"]),
+    (["seed='${train.steps}'", "train.steps='${seed}'"], ["seed: its ${...} refers to itself"]),
     (["hydra.searchpath=['file:///nowhere']"], ["hydra.searchpath=[file:///nowhere]", "no such directory"]),
     (["optimizer=adamw", "optimizer.eps=1e-46"], ["optimizer.eps=1e-46", "at least 1.17"]),
     (["=1"], ["=1: not an override"]),
@@ -128,7 +128,7 @@ def test_a_whole_number_in_scientific_notation_is_the_same_run() -> None:
 def test_the_launchers_of_hydra_get_integers() -> None:
     given = {"launcher=joblib": ["trials"], "launcher=slurm": ["nodes", "nproc_per_node", "mem_gb", "timeout_minutes"]}
     for launcher, keys in given.items():
-        begin_hydra()
+        start_hydra()
         overrides = [launcher, *(f"launcher.{key}=2e2" for key in keys)]
         node = OmegaConf.to_container(
             hydra_compose("config", overrides, return_hydra_config=True).hydra.launcher, resolve=True
@@ -175,7 +175,7 @@ def test_absent_inputs_are_refused_unless_this_very_run_has_begun(
 ) -> None:
     (tmp_path / compose([begun]).run_name).mkdir()
     (tmp_path / compose([begun]).run_name / "config.yaml").write_text("")
-    refusal = pytest.raises(ConfigurationError, match="resume: there is no directory")
+    refusal = pytest.raises(ConfigurationError, match=r"resume=.*: no such directory")
     with refusal if is_refused else contextlib.nullcontext():
         refuse_absent_inputs(compose([given, f"output_dir={tmp_path}", "resume=/nowhere"]))
 
@@ -198,8 +198,8 @@ def test_largest_seed_and_time_are_valid() -> None:
     [
         ("train.steps: 5\n", "train.steps=5: unknown key; nest it, train: {steps: ...}"),
         ("train: [1]\n", "a list or value where a section is expected"),
-        ("defaults: [nothing]\n", "mine.yaml: its defaults list names experiment/nothing, which is no file"),
-        ("defaults: [override /nothing: x]\n", "nothing: there is no such configuration group"),
+        ("defaults: [nothing]\n", "mine.yaml: its defaults list names experiment/nothing, which does not exist"),
+        ("defaults: [override /nothing: x]\n", "nothing: no such configuration group"),
         ("model: {_target_: os.system}\n", "model._target_=os.system: unknown key"),
     ],
 )
@@ -295,7 +295,7 @@ def test_a_record_is_made_again_here_from_step_0_and_replaces_nothing(tmp_path: 
 
 def test_another_seed_of_a_record_is_more_than_a_label(tmp_path: Path) -> None:
     record = Primary("config", recorded(tmp_path, "seed=1"))
-    with pytest.raises(ConfigurationError, match=r"seed: .* would change the label alone; give seeds.model="):
+    with pytest.raises(ConfigurationError, match=r"seed: .* would change only the label; give seeds.model="):
         compose(["seed=2"], record)
     config = compose(["seed=2", "seeds.model=2", "seeds.data=2", "seeds.curvature=2"], record)
     assert config.seeds.data == config.seed == 2
@@ -303,7 +303,8 @@ def test_another_seed_of_a_record_is_more_than_a_label(tmp_path: Path) -> None:
 
 def test_groups_of_a_record_are_not_said_to_be_missing(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigurationError, match=r"tracker: .*config.yaml chooses from no configuration groups.*tracker.<key>"
+        ConfigurationError,
+        match=r"tracker: .*config.yaml holds values, not choices of configuration groups.*tracker.<key>",
     ):
         compose(["tracker=wandb"], Primary("config", recorded(tmp_path)))
 
@@ -337,7 +338,7 @@ def test_the_name_of_an_optimizer_may_stand_in_a_file_or_repeat_the_choice(given
 
 def test_a_file_that_builds_on_itself_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("defaults: [config, _self_]\n")
-    with pytest.raises(ConfigurationError, match=r"config\.yaml: its defaults list leads back to itself"):
+    with pytest.raises(ConfigurationError, match=r"config\.yaml: its defaults list includes the file itself"):
         compose([], Primary("config", tmp_path))
 
 
@@ -376,7 +377,7 @@ def test_hydras_flags_show_what_a_run_would_have(
         (["--cfg", "nothing"], "--cfg/-c: invalid choice: 'nothing'"),
         (["--nothing"], "--nothing: no such flag"),
         (["--experimental-rerun", "x"], "--experimental-rerun: would unpickle"),
-        (["--config-dir", "/nowhere"], "--config-dir /nowhere: there is no such directory"),
+        (["--config-dir", "/nowhere"], "--config-dir /nowhere: no such directory"),
         (["--cfg", "job", "--package", "nowhere"], "package 'nowhere' not found"),
         (["--help", "seed='${nowhere}'"], "seed: ${nowhere}"),
     ],

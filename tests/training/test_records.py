@@ -33,7 +33,7 @@ def test_resuming_cuts_at_the_checkpoint_and_keeps_the_rest_aside(tmp_path: Path
 
 def test_a_record_shorter_than_its_checkpoint_says_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind":"train"}\n')
-    with pytest.raises(RecordError, match=r"metrics\.jsonl has 17 bytes, the checkpoint was saved at 40"):
+    with pytest.raises(RecordError, match=r"metrics\.jsonl has 17 bytes, but the checkpoint was saved at 40"):
         MetricsWriter(tmp_path, resume_at=40)
 
 
@@ -168,7 +168,7 @@ def test_a_file_that_cannot_be_read_is_named(
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     records.write_config(tmp_path, {})
     (tmp_path / "metrics.jsonl").write_text('{"kind":"eval","step":0}\nnonsense\n')
-    with pytest.raises(RecordError, match=r"metrics\.jsonl:2 is no JSON"):
+    with pytest.raises(RecordError, match=r"metrics\.jsonl:2 is not JSON"):
         list(RunRecord.open(tmp_path).metrics())
 
 

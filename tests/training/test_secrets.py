@@ -70,9 +70,7 @@ def test_what_is_given_to_a_key_is_hidden_though_no_variable_holds_it() -> None:
 )
 def test_a_key_that_would_be_written_to_the_record_is_refused(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    with pytest.raises(
-        ConfigurationError, match=r"holds WANDB_API_KEY in the clear.*; set it in the environment"
-    ) as caught:
+    with pytest.raises(ConfigurationError, match=r"holds WANDB_API_KEY, .*; set it in the environment") as caught:
         compose(["launcher=slurm", override])
     assert KEY not in str(caught.value)
 

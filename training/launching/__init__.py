@@ -1,1 +1,1 @@
-"""The command line: one run, ranks started on this machine, sweeps and jobs on a cluster."""
+"""The command line: single runs, ranks on this machine, sweeps, and jobs on a cluster."""

@@ -1,7 +1,6 @@
-"""The command line of train.py: compose, validate, run here or start the ranks.
+"""The command line of train.py: compose and validate the configuration, then run it here or start its ranks.
 
-A run is composed by Hydra and validated before anything else happens. Hydra reads the flags and shows what --help, --cfg
-and --info ask for; it writes no files.
+Hydra composes the configuration, parses the flags and answers --cfg and --info. It writes no files.
 """
 
 import contextlib
@@ -18,9 +17,9 @@ from data.errors import DataError
 from training.compose import (
     CONFIG_DIRECTORY,
     Primary,
-    begin_hydra,
     compose_dictionary,
     hydra_overrides,
+    start_hydra,
     validate,
     worded_errors,
 )
@@ -35,17 +34,17 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line; returns the exit code. Rank 0 speaks."""
+    """Run the command line and return the exit code. Only rank 0 logs at INFO."""
     logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.WARNING, format="%(message)s")
     try:
-        asked, primary = parse(arguments)
-        if asked.help or asked.hydra_help or asked.cfg or asked.info or asked.shell_completion:
-            return show(asked, primary)
-        if asked.multirun:
-            return sweep(asked.overrides, primary)
-        config = validate(compose_dictionary(asked.overrides, primary))
+        flags, primary = parse(arguments)
+        if flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
+            return show(flags, primary)
+        if flags.multirun:
+            return sweep(flags.overrides, primary)
+        config = validate(compose_dictionary(flags.overrides, primary))
         if isinstance(config.launcher, SlurmLauncherConfig) and not in_job():
-            return sweep(asked.overrides, primary)  # of one trial: the launcher belongs to Hydra's sweeps
+            return sweep(flags.overrides, primary)  # a sweep of one trial: Hydra has launchers only for sweeps
         return start(config)
     except (ConfigurationError, DataError) as error:
         return refuse(error)
@@ -56,36 +55,32 @@ def _rank() -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Namespace, Primary]:
-    """Hydra's flags and the overrides, and the file that the configuration begins with.
+    """Parse Hydra's flags and the overrides, and find the primary configuration file.
 
-    --config-name names the file, which lies in --config-path (`configs` by default); --config-dir is one more place to look
-    for it, and for choices of groups.
+    --config-name names the file and --config-path its directory (`configs` by default). --config-dir is searched as well,
+    for that file and for choices of groups.
 
     Raises:
-        ConfigurationError: another flag, which Hydra does not have; or no such file or directory.
+        ConfigurationError: a flag is unknown, or a file or directory does not exist.
     """
-    asked = _parser(arguments).parse_intermixed_args(list(arguments))
-    if asked.experimental_rerun is not None:
-        raise ConfigurationError(
-            "--experimental-rerun: would unpickle a file; run the configuration of a record instead"
-        )
-    name = (asked.config_name or "config").removesuffix(".yaml")
-    path = CONFIG_DIRECTORY if asked.config_path is None else Path(asked.config_path).absolute()
-    added = None if asked.config_dir is None else Path(asked.config_dir).absolute()
+    flags = _parser(arguments).parse_intermixed_args(list(arguments))
+    if flags.experimental_rerun is not None:
+        raise ConfigurationError("--experimental-rerun: would unpickle a file; run a record's configuration instead")
+    name = (flags.config_name or "config").removesuffix(".yaml")
+    path = CONFIG_DIRECTORY if flags.config_path is None else Path(flags.config_path).absolute()
+    added = None if flags.config_dir is None else Path(flags.config_dir).absolute()
     if added is not None and not os.path.isdir(added):
-        raise ConfigurationError(f"--config-dir {added}: there is no such directory; give one that has configurations")
+        raise ConfigurationError(f"--config-dir {added}: no such directory; give one that holds configurations")
     if added is not None and not os.path.isfile(path / f"{name}.yaml") and os.path.isfile(added / f"{name}.yaml"):
         path = added
     if not os.path.isfile(path / f"{name}.yaml"):
-        flag = f"--config-name {name}" if asked.config_path is None else f"--config-path {path}"
-        raise ConfigurationError(
-            f"{flag}: there is no {name}.yaml in {path} that may be read; give a directory that has one"
-        )
-    return asked, Primary(name, path, added)
+        flag = f"--config-name {name}" if flags.config_path is None else f"--config-path {path}"
+        raise ConfigurationError(f"{flag}: no readable {name}.yaml in {path}; give a directory that has one")
+    return flags, Primary(name, path, added)
 
 
 def _parser(arguments: Sequence[str] = ()) -> ArgumentParser:
-    """Hydra's parser of the command line, whose mistakes in the arguments are one line."""
+    """Return Hydra's argument parser, with its errors reworded as one line."""
     from hydra._internal.utils import get_args_parser
 
     def refuse_flag(message: str) -> NoReturn:
@@ -96,37 +91,37 @@ def _parser(arguments: Sequence[str] = ()) -> ArgumentParser:
     return parser
 
 
-def show(asked: Namespace, primary: Primary) -> int:
-    """Answer --help, --hydra-help, --info, --cfg and --shell-completion about what the overrides compose."""
-    values = {} if asked.shell_completion else compose_dictionary(asked.overrides, primary)
-    if asked.help:
-        from training.launching.help import help_text  # reads and parses the models' source
+def show(flags: Namespace, primary: Primary) -> int:
+    """Answer --help, --hydra-help, --info, --cfg and --shell-completion for the composed configuration."""
+    values = {} if flags.shell_completion else compose_dictionary(flags.overrides, primary)
+    if flags.help:
+        from training.launching.help import help_text  # slow: parses the source of config.py
 
         return print_answer(help_text(values))
-    with worded_errors(asked.overrides, primary):
-        hydra = begin_hydra(primary)
-        asked.overrides = hydra_overrides(primary, asked.overrides)
-        if asked.hydra_help:
-            hydra.hydra_help(primary.name, _parser(), asked)
-        elif asked.cfg:
-            return show_configuration(hydra, asked, primary)
-        elif asked.info:
-            hydra.show_info(asked.info, primary.name, asked.overrides)
+    with worded_errors(flags.overrides, primary):
+        hydra = start_hydra(primary)
+        flags.overrides = hydra_overrides(primary, flags.overrides)
+        if flags.hydra_help:
+            hydra.hydra_help(primary.name, _parser(), flags)
+        elif flags.cfg:
+            return show_configuration(hydra, flags, primary)
+        elif flags.info:
+            hydra.show_info(flags.info, primary.name, flags.overrides)
         else:
-            hydra.shell_completion(primary.name, asked.overrides)
+            hydra.shell_completion(primary.name, flags.overrides)
     return 0
 
 
-def show_configuration(hydra: "Hydra", asked: Namespace, primary: Primary) -> int:
-    """Answer --cfg: Hydra's YAML, of a whole run with the meaning of each key as a comment."""
+def show_configuration(hydra: "Hydra", flags: Namespace, primary: Primary) -> int:
+    """Answer --cfg with Hydra's YAML. For a whole run, the meaning of each key follows as a comment."""
     shown = io.StringIO()
     try:
         with contextlib.redirect_stdout(shown):
-            hydra.show_cfg(primary.name, asked.overrides, asked.cfg, asked.package, asked.resolve)
-    except SystemExit:  # it has said that there is no such --package
+            hydra.show_cfg(primary.name, flags.overrides, flags.cfg, flags.package, flags.resolve)
+    except SystemExit:  # Hydra has printed that the --package does not exist
         return EXIT_CONFIGURATION
     text = shown.getvalue()
-    if asked.cfg == "job" and asked.package is None:
+    if flags.cfg == "job" and flags.package is None:
         from training.launching.help import annotated
 
         text = annotated(text) + "\n"
@@ -134,9 +129,9 @@ def show_configuration(hydra: "Hydra", asked: Namespace, primary: Primary) -> in
 
 
 def print_answer(text: str) -> int:
-    """Print a long answer; a reader such as `| head` may close the pipe before its end."""
+    """Print a long answer. A reader such as `| head` may close the pipe early."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again on exit
     return 0

@@ -1,7 +1,6 @@
-"""What --help and --cfg job say of a configuration: every key with its value and its meaning.
+"""The text of --help and --cfg job: every key of a configuration with its value and meaning.
 
-The meaning of a key is the line below it in training/config.py. It is read from the source when it is asked for, since no
-run needs it.
+The meaning of a key is the string below it in training/config.py, read from the source because no run needs it.
 """
 
 import ast
@@ -31,23 +30,23 @@ Train a GPT-2.
   python train.py --hydra-help                       Hydra's flags
 
 Lists go in quotes: 'optimizer.betas=[0.9,0.95]'."""
-LONGEST_KEY = 36  # characters of key=value beside which the meaning stands
+LONGEST_KEY = 36  # characters of key=value; longer ones have their meaning on the next line
 
 
 class Key(NamedTuple):
-    """A key that a configuration may have, in all choices of its group or in some."""
+    """A configuration key, which all or only some choices of its group have."""
 
     name: str  # dotted, as on the command line
     meaning: str
-    default: Any  # PydanticUndefined where the key must be given; configs/ may set another
-    tag: str  # the key that tells the choices apart, optimizer.name for example; "" where all have this key
-    tags: tuple[str, ...]  # its values in the choices that have this key
+    default: Any  # PydanticUndefined if the key is required; configs/ may set another value
+    tag: str  # the key that distinguishes the choices, such as optimizer.name; "" if all choices have this key
+    tags: tuple[str, ...]  # the tag's values in the choices that have this key
 
 
 def keys(
     model: type[BaseModel] = RunConfig, prefix: str = "", tag: str = "", tags: tuple[str, ...] = ()
 ) -> Iterator[Key]:
-    """Every key that some configuration may have, in the order of training/config.py."""
+    """Yield every key of every choice, in the order of training/config.py."""
     for name, field in model.model_fields.items():
         sections = sections_of(field.annotation)
         if not sections:
@@ -61,10 +60,10 @@ def keys(
 
 
 def meaning(model: type[BaseModel], key: str) -> str:
-    """The line below a key of a section.
+    """Return the string below a key of a section.
 
     Raises:
-        KeyError: there is none.
+        KeyError: the key has none.
     """
     for owner in model.__mro__:
         if key in inspect.get_annotations(owner):
@@ -74,7 +73,7 @@ def meaning(model: type[BaseModel], key: str) -> str:
 
 @functools.cache
 def _lines() -> dict[tuple[str, str], str]:
-    """The string that follows each annotated name, by class and name."""
+    """Map (class, key) to the string that follows the key in the source."""
     found: dict[tuple[str, str], str] = {}
     for node in ast.parse(Path(config.__file__).read_text(encoding="utf-8")).body:
         if not isinstance(node, ast.ClassDef):
@@ -91,7 +90,7 @@ def _lines() -> dict[tuple[str, str], str]:
 
 
 def of_this_run(values: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, str]], dict[str, str]]:
-    """Values and meanings of the keys that a composed configuration has; meanings of those that other choices have."""
+    """Return value and meaning of each key of a composed configuration, and the meanings of the other choices' keys."""
     own: dict[str, tuple[Any, str]] = {}
     others: dict[tuple[str, str], list[Key]] = {}
     for key in keys():
@@ -116,11 +115,11 @@ def _value(values: Any, name: str, default: Any = None) -> Any:
 
 
 def help_text(values: Mapping[str, Any], width: int | None = None) -> str:
-    """Usage, groups with their choices, and every key by section, those of the composed configuration with its values.
+    """Return usage, groups with their choices, and all keys by section, with values where the configuration has the key.
 
     Args:
         values: the composed configuration.
-        width: characters of a line; the terminal's by default.
+        width: characters per line; the terminal's width by default.
     """
     width = width or min(shutil.get_terminal_size().columns, 140)
     lines = [USAGE, "", "Groups and their choices, group=choice:", ""]
@@ -128,7 +127,7 @@ def help_text(values: Mapping[str, Any], width: int | None = None) -> str:
     for group in groups:
         lines += _row(group, ", ".join(group_options(group)), max(map(len, groups)), width)
     own, elsewhere = of_this_run(values)
-    tags = {key.tag for key in keys()}  # of a group's choice, which group=choice sets with all that belongs to it
+    tags = {key.tag for key in keys()}  # not listed: group=choice sets them, with the keys that belong to the choice
     rows = {name: (f"{name}={_text(value)}", said) for name, (value, said) in own.items() if name not in tags}
     rows |= {name: (name, said) for name, said in elsewhere.items()}
     lines += ["", "Keys, key=value:"]
@@ -141,7 +140,7 @@ def help_text(values: Mapping[str, Any], width: int | None = None) -> str:
 
 
 def _row(left: str, right: str, column: int, width: int) -> list[str]:
-    """`left`, and `right` in a column of its own, below where `left` reaches into it."""
+    """Format `left` and `right` in two columns. `right` starts on the next line if `left` is too long."""
     wrapped = textwrap.wrap(right, max(width - column - 4, 24), break_on_hyphens=False)
     if len(left) > column:
         return [f"  {left}", *(" " * (column + 4) + line for line in wrapped)]
@@ -149,7 +148,7 @@ def _row(left: str, right: str, column: int, width: int) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Format a value as it is written on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -160,7 +159,7 @@ def _text(value: Any) -> str:
 
 
 def annotated(text: str) -> str:
-    """A composed configuration as YAML, each key's meaning a comment at the end of its line."""
+    """Append each key's meaning as a comment to its line of a composed configuration's YAML."""
     lines = text.splitlines()
     own, _ = of_this_run(yaml.safe_load(text))
     for name, line in _lines_of_keys(yaml.compose(text)):
@@ -170,7 +169,7 @@ def annotated(text: str) -> str:
 
 
 def _lines_of_keys(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Keys and the lines that they begin, but for values of several lines, in which a comment would be text."""
+    """Yield keys and their line numbers, except for multi-line scalars, where a comment would become text."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if not (isinstance(value, yaml.ScalarNode) and value.end_mark.line > key.start_mark.line):

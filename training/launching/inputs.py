@@ -1,6 +1,6 @@
-"""Files that a new run needs, looked for before anything that takes long: a wrong path is refused at once.
+"""Check that the files of a new run exist before any slow import or start of ranks, so that a wrong path fails fast.
 
-What the ranks cannot use of them, they say later, all of them together.
+Whether the files are usable is checked later, by all ranks together.
 """
 
 import os
@@ -13,29 +13,29 @@ from training.records import CONFIG_FILE
 
 
 def refuse_absent_inputs(config: RunConfig) -> None:
-    """Refuse a run whose checkpoint, weights or tokens do not exist, unless there may be a run that has begun with them.
+    """Refuse a run whose checkpoint, weights or tokens do not exist, unless the run may have started before.
 
     Raises:
-        ConfigurationError: the path of `resume` or `model.init_from`.
-        DataError: the corpus's file that does not exist, or the command that makes its tokens.
+        ConfigurationError: the path in `resume` or `model.init_from` does not exist.
+        DataError: a file of the corpus or its prepared tokens do not exist.
     """
-    if _may_have_begun(config):
+    if _may_have_started(config):
         return
     if config.resume not in ("auto", "never") and not os.path.exists(config.resume):
         raise ConfigurationError(
-            f"resume: there is no directory {os.path.abspath(config.resume)}; give a checkpoint or a run directory"
+            f"resume={os.path.abspath(config.resume)}: no such directory; give a checkpoint or a run directory"
         )
     init_from = config.model.init_from
     if init_from is not None and not os.path.isdir(init_from):
         raise ConfigurationError(
-            f"model.init_from: there is no directory {os.path.abspath(init_from)}; give one with GPT-2 weights, as "
+            f"model.init_from={os.path.abspath(init_from)}: no such directory; give one with GPT-2 weights, as "
             "scripts/export.py and save_pretrained write them"
         )
     refuse_unprepared(token_directory_of(config), source_of(config), tokenizer_of(config))
 
 
-def _may_have_begun(config: RunConfig) -> bool:
-    """Whether there is a run of this name, whose hash is of the precision that the hardware has in the place of auto."""
+def _may_have_started(config: RunConfig) -> bool:
+    """Return whether a run of this name exists. Its hash depends on what train.precision=auto became."""
     precisions = ("fp32", "bf16") if config.train.precision == "auto" else (config.train.precision,)
     trains = [config.train.model_copy(update={"precision": precision}) for precision in precisions]
     names = [config.model_copy(update={"train": train}).run_name for train in trains]

@@ -1,7 +1,6 @@
-"""A list of runs through any of Hydra's launchers: one after the other, side by side (joblib), on SLURM (submitit).
+"""Launch a list of runs through any of Hydra's launchers: sequential, parallel (joblib) or on SLURM (submitit).
 
-Hydra's own multirun takes products of values; a study has a list of overrides for each run, which the launchers take as
-well.
+Hydra's multirun expands products of values. A study has a list of overrides per run, which the launchers accept as well.
 """
 
 import contextlib
@@ -15,11 +14,11 @@ from omegaconf import DictConfig
 
 from training.compose import (
     PROJECT,
-    begin_hydra,
     check_hydra,
     quoted,
-    refuse_reach_of_overrides,
+    refuse_hydra_overrides,
     resolved,
+    start_hydra,
     worded_errors,
 )
 from training.exits import EXIT_FAILED, EXIT_PREEMPTED
@@ -29,16 +28,16 @@ from training.reliability.signals import passed_on_to_workers, stop_pending
 
 
 def launch(jobs: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[int]:
-    """Run every job and wait for all of them. Returns exit codes as of train.py, in order.
+    """Run every job, wait for all, and return their exit codes (those of train.py) in order.
 
-    A job's output goes to `<output_dir>/<name>.log`, and what it raises becomes exit code 1 with the traceback there.
+    A job's output goes to `<output_dir>/<name>.log`. An exception ends the job with exit code 1 and its traceback there.
 
     Args:
-        jobs: overrides of each run; `name=` is needed.
-        launcher: Hydra overrides that choose and set the launcher, such as `hydra/launcher=joblib`.
+        jobs: overrides of each run; `name=` is required.
+        launcher: Hydra overrides that choose and configure the launcher, such as `hydra/launcher=joblib`.
 
     Raises:
-        ConfigurationError: there is no such launcher, or a job's overrides cannot be composed.
+        ConfigurationError: the launcher does not exist, or a job's overrides cannot be composed.
     """
     from hydra._internal.callbacks import Callbacks
     from hydra.core.global_hydra import GlobalHydra
@@ -46,10 +45,10 @@ def launch(jobs: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[
     from hydra.types import HydraContext, RunMode
 
     for job in jobs:
-        refuse_reach_of_overrides(job)
+        refuse_hydra_overrides(job)
     try:
         with worded_errors(launcher):
-            hydra = begin_hydra()
+            hydra = start_hydra()
             config = hydra.compose_config(
                 PROJECT.name,
                 overrides=[quoted(override) for override in launcher],
@@ -71,7 +70,7 @@ def launch(jobs: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[
 
 
 def side_by_side(launcher: Sequence[str]) -> int | None:
-    """How many jobs a launcher runs side by side; None for all that there are (a queue)."""
+    """Return how many jobs a launcher runs in parallel; None if it queues them all."""
     chosen = {key: value.strip("'\"") for key, _, value in (given.lstrip("+").partition("=") for given in launcher)}
     match chosen.get("hydra/launcher", "basic"):
         case "basic":
@@ -84,7 +83,7 @@ def side_by_side(launcher: Sequence[str]) -> int | None:
 
 
 def run_logged(config: DictConfig) -> int:
-    """One job: validate and run, its output in its log."""
+    """Validate and run one job, with its output in its log."""
     die_with_launcher()
 
     import torch
@@ -94,7 +93,7 @@ def run_logged(config: DictConfig) -> int:
     values: dict[str, Any] = resolved(config)
     log = Path(str(values["output_dir"])) / f"{values['name']}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    # Compiled code of the previous job's model in this process counts against the limit of recompilations.
+    # Code compiled for this process's previous job counts against the recompilation limit.
     torch._dynamo.reset()
     with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:

@@ -1,4 +1,4 @@
-"""Start a run: in this process, in ranks on this machine by torch's elastic launch, or as a task of a SLURM job.
+"""Start a run in this process, in ranks on this machine (torch's elastic launch), or as a task of a SLURM job.
 
 The configuration is composed and validated once, in the parent; the ranks receive plain values.
 """
@@ -21,22 +21,21 @@ from training.config import ConfigurationError, RankRefusedError, RunConfig, Slu
 from training.exits import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_PREEMPTED, EXIT_RANK_LOST, refuse
 from training.launching.lifeline import die_with_launcher
 from training.launching.limits import descriptors_failure
-from training.reliability.signals import heeded
+from training.reliability.signals import handled_signals
 
-NOT_BEGUN = -1  # no exit code: a rank that has not begun the run
-#: How long ranks may take to save a checkpoint after they were asked to stop, before they are killed.
+NOT_STARTED = -1  # not an exit code: the rank has not started the run
+#: Ranks that were asked to stop may take this long to save a checkpoint; then they are killed.
 SAVING_SECONDS = 300
-#: How long a preempted task waits for SLURM to end it before it ends itself.
+#: A preempted task waits this long for SLURM to end it; then it exits.
 REQUEUE_SECONDS = 120
 
 
 def start(config: RunConfig) -> int:
-    """Run a validated configuration in this process, or in ranks that are started here. Returns the exit code."""
+    """Run a validated configuration in this process or in ranks that it starts. Returns the exit code."""
     if isinstance(config.launcher, SlurmLauncherConfig):
         return run_in_job(config)
-    if "WORLD_SIZE" not in os.environ:  # the ranks of torchrun find it out together
-        # Imports numpy, which a refusal of the configuration need not wait for.
-        from training.launching.inputs import refuse_absent_inputs
+    if "WORLD_SIZE" not in os.environ:  # torchrun's ranks check their inputs together
+        from training.launching.inputs import refuse_absent_inputs  # imports numpy
 
         refuse_absent_inputs(config)
         if config.launcher.nproc_per_node > 1:
@@ -47,7 +46,7 @@ def start(config: RunConfig) -> int:
 
 
 def run_job(values: dict[str, Any]) -> int:
-    """One run of plain values; what is wrong with them or the data becomes an exit code."""
+    """Validate and run a configuration of plain values. Returns the exit code, also if it or the data is refused."""
     try:
         return start(validate(values))
     except (ConfigurationError, DataError) as error:
@@ -55,15 +54,18 @@ def run_job(values: dict[str, Any]) -> int:
 
 
 def in_job() -> bool:
-    """Whether this process is a task of a job that submitit has started."""
+    """Return whether this process is a task of a job started by submitit."""
     return "SUBMITIT_EXECUTOR" in os.environ
 
 
 def refuse_absent_slurm(launcher: Mapping[str, Any]) -> None:
-    """Refuse Hydra's settings of a launcher for SLURM where no SLURM answers.
+    """Refuse a SLURM launcher if no SLURM answers.
+
+    Args:
+        launcher: Hydra's settings of a launcher, of any kind.
 
     Raises:
-        ConfigurationError: its commands are not installed, or find no controller.
+        ConfigurationError: SLURM's commands are not installed or reach no controller.
     """
     if not str(launcher.get("_target_")).endswith(".SlurmLauncher"):
         return
@@ -74,19 +76,19 @@ def refuse_absent_slurm(launcher: Mapping[str, Any]) -> None:
         problem = f"scontrol: {error.strerror}"
     if problem:
         raise ConfigurationError(
-            f"launcher=slurm: no SLURM answers here ({problem}); start on a node of the cluster, or choose launcher=submitit, "
-            "launcher=joblib or launcher=local"
+            f"launcher=slurm: no SLURM answers here ({problem}); start on a node of the cluster, or choose "
+            "launcher=submitit, launcher=joblib or launcher=local"
         )
 
 
 def start_ranks(config: RunConfig) -> int:
     """Start `launcher.nproc_per_node` ranks of the run on this machine and wait. Returns the exit code of the run.
 
-    A rank that dies ends the others; with `launcher.max_restarts` all are started again and go on from the last
-    checkpoint. A stop signal is passed on, and the ranks have `SAVING_SECONDS` to save.
+    If a rank dies, the others are stopped; with `launcher.max_restarts` all restart from the last checkpoint. A stop
+    signal is passed on, and the ranks have `SAVING_SECONDS` to save.
 
     Raises:
-        ConfigurationError: this process may not have enough files open.
+        ConfigurationError: this process may not open enough files.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -107,25 +109,25 @@ def start_ranks(config: RunConfig) -> int:
         max_restarts=getattr(config.launcher, "max_restarts", 0),
         monitor_interval=0.5,
         start_method="spawn",
-        signals_to_handle="",  # ours are there before torch's would be, and know SIGHUP
+        signals_to_handle="",  # our handlers are installed earlier than torch's and cover SIGHUP
         shutdown_timeout=SAVING_SECONDS,
     )
-    # torch does not say how ranks end that were signalled.
-    codes = multiprocessing.get_context("spawn").Array("i", [NOT_BEGUN] * ranks, lock=False)
+    # torch does not report how signalled ranks end.
+    codes = multiprocessing.get_context("spawn").Array("i", [NOT_STARTED] * ranks, lock=False)
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # never counts as the second signal (reliability/signals.py)
         raise SignalException(f"process {os.getpid()} got signal {number}", sigval=signal.Signals(number))
 
-    handlers = {number: signal.signal(number, stop) for number in heeded()}
-    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, heeded())  # the workers of a sweep have them blocked
+    handlers = {number: signal.signal(number, stop) for number in handled_signals()}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, handled_signals())  # blocked in a sweep's workers
     try:
         results: dict[int, int] = elastic_launch(launch, run_rank)(config.model_dump(mode="json"), codes)
     except ChildFailedError as error:
         if all(failure.exitcode == EXIT_PREEMPTED for failure in error.failures.values()):
             return EXIT_PREEMPTED
         if any(failure.exitcode == EXIT_CONFIGURATION for failure in error.failures.values()):
-            return EXIT_CONFIGURATION  # the rank has said why
+            return EXIT_CONFIGURATION  # the rank has printed why
         print(f"error: {describe_failure(error)}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     except SignalException as error:
@@ -138,29 +140,29 @@ def start_ranks(config: RunConfig) -> int:
 
 
 def code_of_stopped_ranks(signalled: signal.Signals, codes: Sequence[int]) -> int:
-    """The exit code of a run whose ranks were asked to stop, and a line unless all of them have said how it ended.
+    """Return the exit code of a run whose ranks were asked to stop. Prints a line if a rank could not report its end.
 
     Args:
-        codes: what each rank returned; `NOT_BEGUN` of one that had not begun the run, `EXIT_FAILED` of one that began it
-            and did not get to its end.
+        codes: each rank's exit code; `NOT_STARTED` if it had not started the run, `EXIT_FAILED` if it started the run and
+            died before its end.
     """
     if EXIT_FAILED in codes:
         missing = ", ".join(str(rank) for rank, code in enumerate(codes) if code == EXIT_FAILED)
         print(
-            f"error: {signalled.name}: rank {missing} ended before the run was saved; the same command resumes from the "
-            "last checkpoint",
+            f"error: {signalled.name}: rank {missing} ended before the run was saved; rerun the same command to resume "
+            "from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
         return EXIT_FAILED
-    if NOT_BEGUN in codes:
-        print(f"{signalled.name} before training has begun: nothing to save", file=sys.stderr, flush=True)
+    if NOT_STARTED in codes:
+        print(f"{signalled.name} before training started: nothing to save", file=sys.stderr, flush=True)
         return EXIT_PREEMPTED
     return max(codes)
 
 
 def describe_failure(error: Any) -> str:
-    """Which rank failed first and how, in a line; a rank that only lost another one is not it."""
+    """Describe in one line which rank failed first and how. Ranks that only lost a peer do not count."""
     failures = {rank: failure for rank, failure in error.failures.items() if failure.exitcode != EXIT_RANK_LOST}
     rank, failure = min((failures or error.failures).items(), key=lambda pair: pair[1].timestamp)
     how = f"exit code {failure.exitcode}"
@@ -174,12 +176,12 @@ def describe_failure(error: Any) -> str:
 
 
 def run_rank(values: dict[str, Any], codes: Any) -> int:
-    """One rank's work: validate again (cheap), run, and return the exit code, which is also left in `codes`."""
+    """Validate again (cheap) and run as one rank. Returns the exit code and stores it in `codes`."""
     die_with_launcher()
 
     from training.run import execute
 
-    # A terminal's Ctrl-C goes to its whole process group. The parent passes it on; twice would mean "at once".
+    # A terminal sends Ctrl-C to its whole process group, and the parent passes it on: twice would mean "stop immediately".
     os.setpgrp()
     logging.basicConfig(level=logging.INFO if os.environ.get("RANK") == "0" else logging.WARNING, format="%(message)s")
     place = int(os.environ["LOCAL_RANK"])
@@ -190,18 +192,18 @@ def run_rank(values: dict[str, Any], codes: Any) -> int:
     except (ConfigurationError, DataError) as error:
         code, refused = refuse(error), isinstance(error, RankRefusedError)
     codes[place] = code
-    # A parent that was told to stop no longer reads results, and a child that returns one waits until it is read. A rank
-    # that is refused alone would count as one that has succeeded, and the others would wait.
+    # A parent that was told to stop no longer reads results, and a child that returns one blocks until it is read. If one
+    # rank alone is refused, a normal return would count as success and the others would wait for it.
     if code == EXIT_PREEMPTED or refused:
         sys.exit(code)
     return code
 
 
 def run_in_job(config: RunConfig) -> int:
-    """This task of a SLURM job as a rank of the run. Returns the exit code of the run.
+    """Run this task of a SLURM job as a rank. Returns the exit code of the run.
 
-    SLURM announces the time limit `launcher.signal_seconds` ahead. The run then saves, and the job queues again; so it
-    does when it is preempted.
+    SLURM announces the time limit `launcher.signal_seconds` ahead. The run then saves and the job is requeued, as it is
+    after a preemption.
     """
     import submitit
 
@@ -220,9 +222,9 @@ def run_in_job(config: RunConfig) -> int:
 
 @contextlib.contextmanager
 def announced_time_limit() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SLURM has announced the time limit (SIGUSR2), which the run is told as SIGUSR1.
+    """Yield a function that returns whether SLURM has announced the time limit (SIGUSR2). The run receives SIGUSR1.
 
-    Other requests to stop (SIGTERM: preemption by SLURM, which queues the job itself, or scancel) do not count.
+    SIGTERM does not count: it means scancel, or a preemption after which SLURM requeues the job itself.
     """
     announced: list[int] = []
 
@@ -238,13 +240,13 @@ def announced_time_limit() -> Iterator[Callable[[], bool]]:
 
 
 def _leave_job(environment: Any, *, requeue: bool) -> None:
-    """End this task without a result: the job is not over, it waits in the queue or has been cancelled."""
+    """End this task without a result: the job is requeued or cancelled, not finished."""
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(EXIT_PREEMPTED))
     sys.stdout.flush()
     sys.stderr.flush()
     if requeue and environment.global_rank == 0:
-        environment._requeue(0)  # submitit's own hook for every cluster it knows; on SLURM `scontrol requeue`
-    # A task that ended of itself would end the job, perhaps before it is in the queue.
+        environment._requeue(0)  # submitit's hook for each cluster type; `scontrol requeue` on SLURM
+    # A task that exits by itself would end the job, perhaps before it is requeued.
     if environment.name() == "slurm":
         time.sleep(REQUEUE_SECONDS)
     os._exit(EXIT_PREEMPTED)

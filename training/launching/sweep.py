@@ -1,8 +1,7 @@
-"""Sweeps: the trials of `-m`, one after another, side by side (joblib) or as SLURM jobs (submitit), through Hydra.
+"""Sweeps (`-m`) through Hydra: trials run sequentially, in parallel (joblib) or as SLURM jobs (submitit).
 
-A trial is a run like any other, with a run directory of its own: a sweep that was killed is started again with the same
-command, passes over the finished trials and resumes the others. Those that its own earlier jobs are still running are
-left to them.
+A trial is an ordinary run with its own run directory. Rerunning a killed sweep's command skips the finished trials and
+resumes the others, except those that jobs of the earlier sweep are still running.
 """
 
 import os
@@ -16,14 +15,14 @@ from data.errors import DataError
 from training.compose import (
     PROJECT,
     Primary,
-    begin_hydra,
     check_hydra,
     compose,
     hydra_overrides,
-    launched_here,
     quoted,
     resolved,
+    start_hydra,
     validate,
+    with_local_launcher,
     worded_errors,
 )
 from training.config import ConfigurationError, RunConfig
@@ -34,15 +33,15 @@ from training.mistakes import key_of
 from training.reliability.signals import passed_on_to_workers, stop_pending
 from training.secrets import redacted
 
-_preempted = False  # a trial of this process was asked to stop: no other is begun
+_preempted = False  # a trial of this process was asked to stop: start no other
 
 
 def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
-    """Run every trial and wait for all. Returns the worst of the trials' exit codes.
+    """Run every trial and wait for all. Returns the highest of the trials' exit codes.
 
     Raises:
-        ConfigurationError: a trial cannot be run, or two trials are one run; nothing has been started.
-        DataError: a trial's corpus is missing; nothing has been started.
+        ConfigurationError: a trial cannot be run, or two trials are the same run; no trial has started.
+        DataError: a trial's corpus is missing; no trial has started.
     """
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -54,15 +53,15 @@ def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
         )
     configs = check_trials(trials(overrides, primary), primary)
     overrides = hydra_overrides(primary, overrides)
-    hydra = begin_hydra(primary)
+    hydra = start_hydra(primary)
     try:
         with worded_errors(overrides, primary):
             master = hydra.compose_config(primary.name, overrides, RunMode.MULTIRUN, with_log_configuration=False)
             check_hydra(master, overrides)
-        from training.launching.inputs import refuse_absent_inputs  # and with it numpy
+        from training.launching.inputs import refuse_absent_inputs  # imports numpy
 
         for config in configs:
-            if config.launcher.name != "slurm":  # whose nodes may have files that this one has not
+            if config.launcher.name != "slurm":  # the nodes may have files that this machine lacks
                 refuse_absent_inputs(config)
         refuse_absent_slurm(master.hydra.launcher)
         with passed_on_to_workers(master.hydra.launcher._target_, EXIT_PREEMPTED):
@@ -71,7 +70,7 @@ def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
         raise
     except HydraException as error:
         raise ConfigurationError(redacted(" ".join(str(error).split()))) from error
-    except Exception as error:  # of a job of SLURM: a task has ended without a result, or with an error
+    except Exception as error:  # a task of a SLURM job ended without a result, or with an error
         print(f"error: a trial failed: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     finally:
@@ -82,22 +81,22 @@ def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
 
 
 def _print_held(held: Sequence[Sequence[str]], trials: int) -> None:
-    """One line about the trials that other processes have, for which a job was of no use."""
+    """Print one line about the trials that other processes are running."""
     if held:
         named = "; ".join(" ".join(overrides) for overrides in held[:3]) + ("; …" if len(held) > 3 else "")
         print(
-            f"{len(held)} of {trials} trials are being run by other processes and were left to them ({named}); "
-            "start the same command again when those have ended",
+            f"skipped {len(held)} of {trials} trials that other processes are running ({named}); "
+            "rerun the same command when those have ended",
             file=sys.stderr,
             flush=True,
         )
 
 
 def trials(overrides: Sequence[str], primary: Primary = PROJECT) -> list[list[str]]:
-    """The overrides of each trial, Hydra's own left out except for where configurations lie.
+    """Return the overrides of each trial, without Hydra's own except hydra.searchpath.
 
     Raises:
-        ConfigurationError: an override that cannot be read.
+        ConfigurationError: an override cannot be read.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -113,10 +112,10 @@ def trials(overrides: Sequence[str], primary: Primary = PROJECT) -> list[list[st
 
 
 def check_trials(trials: Sequence[Sequence[str]], primary: Primary = PROJECT) -> list[RunConfig]:
-    """The trials' configurations, before the first one starts.
+    """Return the trials' validated configurations.
 
     Raises:
-        ConfigurationError: a mistake in any of them, or two with one run directory.
+        ConfigurationError: a trial is invalid, or two trials share a run directory.
     """
     named: dict[str, int] = {}
     configs: list[RunConfig] = []
@@ -126,7 +125,7 @@ def check_trials(trials: Sequence[Sequence[str]], primary: Primary = PROJECT) ->
         if name in named:
             first = " ".join(o for o in trials[named[name]] if o not in overrides) or "the same values"
             second = " ".join(o for o in overrides if o not in trials[named[name]]) or "the same values"
-            remedy = "they are one run: leave one of them out"
+            remedy = "they are the same run; leave one out"
             if "name" in map(key_of, overrides):
                 remedy = "leave name= out, or make it differ, for example name='${optimizer.name}-${seed}'"
             raise ConfigurationError(
@@ -138,7 +137,7 @@ def check_trials(trials: Sequence[Sequence[str]], primary: Primary = PROJECT) ->
 
 
 def run_trial(config: DictConfig) -> int:
-    """One trial, where the launcher has put it. Returns its exit code: what it raises ends it, not the sweep."""
+    """Run one trial, wherever the launcher has put it. Returns its exit code; an exception ends the trial, not the sweep."""
     die_with_launcher()
 
     global _preempted
@@ -147,13 +146,13 @@ def run_trial(config: DictConfig) -> int:
     try:
         values = resolved(config)
         if not in_job():
-            values = launched_here(values)  # of a record that a job has made: the trials of a sweep over it run here
+            values = with_local_launcher(values)  # the record of a job names launcher=slurm; a sweep over it runs here
         code = start(validate(values))
     except (ConfigurationError, DataError) as error:
         return refuse(error)
     except Exception:
         if in_job():
-            raise  # SLURM shall see it
+            raise  # so that SLURM sees it
         traceback.print_exc(file=sys.stderr)
         return EXIT_FAILED
     _preempted = code == EXIT_PREEMPTED

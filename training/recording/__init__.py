@@ -1,1 +1,1 @@
-"""What a run writes and shows: the record, the ledger, the display, the trackers."""
+"""A run's outputs: record, ledger, display and trackers."""

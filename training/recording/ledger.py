@@ -1,7 +1,7 @@
-"""What a run has spent: tokens, FLOPs and seconds by kind, and bytes communicated.
+"""The ledger of a run's costs: tokens, FLOPs and seconds by kind, and bytes communicated.
 
-`seconds` of the record is training time: forward-backward, curvature, optimizer and data. Evaluation, checkpoints and
-compilation are booked apart, so that a comparison of optimizers does not depend on how often a run was looked at.
+`seconds` in the record is training time: forward-backward, curvature, optimizer and data. Evaluation, checkpoints and
+compilation are booked separately, so that comparisons of optimizers do not depend on how often a run evaluates or saves.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ class Entry:
 
 
 class CompilationClock:
-    """Host seconds that torch.compile spends compiling in this process, by its own start and end callbacks."""
+    """Host seconds that torch.compile spends compiling in this process, measured by its start and end callbacks."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -35,7 +35,7 @@ class CompilationClock:
 
     @classmethod
     def installed(cls) -> "CompilationClock":
-        """This process's clock, hooked into torch.compile; anew where torch._dynamo.reset() has thrown the hooks out."""
+        """Return this process's clock and hook it into torch.compile, again if torch._dynamo.reset() removed the hooks."""
         from torch._dynamo.callback import callback_handler
 
         clock = _clock_of_the_process()
@@ -58,26 +58,26 @@ def _clock_of_the_process() -> CompilationClock:
 
 
 class Ledger:
-    """Cumulative costs by kind. On CUDA the seconds are the device's, read from events without stopping it.
+    """Cumulative costs by kind. On CUDA, seconds are device time from events, which need no synchronisation.
 
     Args:
         device: where the work runs.
-        compilation: the clock whose seconds are taken out of the kind in which they fell and booked as compilation.
+        compilation: its seconds are booked as compilation instead of the kind during which they fell.
     """
 
     def __init__(self, device: torch.device, compilation: CompilationClock | None = None) -> None:
         self.entries: dict[Kind, Entry] = {kind: Entry() for kind in get_args(Kind)}
         self.bytes_communicated = 0
-        self.shared_forwards = 0  # curvature passes without a forward of their own
+        self.shared_forwards = 0  # curvature passes that reused the training forward
         self._compilation = compilation or CompilationClock()
         self._cuda = device.type == "cuda"
         self._pending: list[tuple[Kind, torch.cuda.Event, torch.cuda.Event, float]] = []
 
     @contextlib.contextmanager
     def measure(self, kind: Kind, tokens: int = 0, flops: int = 0, *, part: bool = False) -> Iterator[None]:
-        """Book the block's time under `kind`, and its tokens and model FLOPs when it ends without an error.
+        """Book the block's time under `kind`, and its tokens and model FLOPs if it ends without an error.
 
-        `part`: the time alone; the whole, of which this is a part, is counted by `add`.
+        `part` books the time only; `add` counts the whole.
         """
         compiled = self._compilation.seconds
         if self._cuda:
@@ -94,7 +94,7 @@ class Ledger:
             self.add(kind, tokens, flops)
 
     def add(self, kind: Kind, tokens: int, flops: int) -> None:
-        """Count once what has been measured in parts, with its tokens and model FLOPs."""
+        """Count something measured in parts, with its tokens and model FLOPs."""
         entry = self.entries[kind]
         entry.tokens += tokens
         entry.flops += flops
@@ -107,7 +107,7 @@ class Ledger:
             self.entries["compilation"].count += 1
 
     def settle(self) -> None:
-        """Turn the CUDA events that have passed into seconds; call where the device has been waited for."""
+        """Convert completed CUDA events to seconds. Call it after a synchronisation."""
         while self._pending and self._pending[0][2].query():
             kind, begin, end, compiling = self._pending.pop(0)
             self._book(kind, begin.elapsed_time(end) / 1000, compiling)
@@ -134,4 +134,4 @@ class Ledger:
         for kind, values in state["entries"].items():
             self.entries[kind] = Entry(**values)
         self.bytes_communicated = state["bytes_communicated"]
-        self.shared_forwards = state.get("shared_forwards", 0)  # checkpoints from before it was counted
+        self.shared_forwards = state.get("shared_forwards", 0)  # older checkpoints lack it

@@ -14,9 +14,9 @@ from training.records import write_atomically
 
 @contextlib.contextmanager
 def profiler(config: ProfileConfig, directory: Path, *, enabled: bool) -> Iterator[Callable[[], None]]:
-    """A function to call after every step.
+    """Yield a function to call after every step.
 
-    Writes <run>/profile/trace.json (chrome://tracing, Perfetto) and table.txt, the ten costliest kinds of operation.
+    Writes <run>/profile/trace.json (chrome://tracing, Perfetto) and table.txt, the ten most expensive operations.
     """
     if not (config.enabled and enabled):
         yield lambda: None

@@ -1,4 +1,4 @@
-"""Where a run's lines go: the record first, then the display and the tracker. Rank 0 writes, the others do nothing."""
+"""Write a run's lines to the record first, then to the display and the tracker. Ranks other than 0 do nothing."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from training.reliability.run_directory import RunDirectory
 
 @dataclass
 class Recorder:
-    """One run's outputs. `failure` is why the record cannot be written any more: the loop ends the run over it."""
+    """One run's outputs. `failure` says why the record can no longer be written; the loop then ends the run."""
 
     place: RunDirectory
     display: Display
@@ -34,20 +34,18 @@ class Recorder:
         environment: Mapping[str, Any],
         display: Display,
     ) -> "Recorder":
-        """Create or reopen the record, on rank 0, in a directory that this process has: a run's first writes.
+        """Create or reopen the record on rank 0, in a directory that this process holds. These are a run's first writes.
 
         Raises:
-            RunHeldError: another process has begun this run since the decision.
-            ConfigurationError: the run to be replaced holds what no run writes.
+            RunHeldError: another process has started this run since the decision.
+            ConfigurationError: the run to be replaced holds something that no run writes.
             OSError: the directory cannot be written.
         """
         directory = place.path
         if decision.metrics_bytes is None:
             if (directory / records.CONFIG_FILE).exists():
                 if not config.overwrite:
-                    raise RunHeldError(
-                        f"{directory} has been begun by another process just now; start the command again"
-                    )
+                    raise RunHeldError(f"{directory} was just started by another process; rerun the command")
                 place.set_aside()
             records.write_config(directory, config.model_dump(mode="json") | {"name": config.run_name})
         if decision.metrics_bytes is None or not (directory / records.ENVIRONMENT_FILE).exists():
@@ -80,14 +78,14 @@ class Recorder:
 
     @property
     def sha256(self) -> str | None:
-        """Of the record so far, on rank 0."""
+        """Hash of the record so far; None on other ranks than 0."""
         return None if self.metrics is None else self.metrics.sha256
 
     def sync(self) -> int:
-        """The record is on the disk up to here, and is this process's: its size in bytes.
+        """Flush the record to disk, check that it is still this process's, and return its size in bytes.
 
         Raises:
-            OSError: it is not.
+            OSError: it cannot be flushed, or another process has taken it.
         """
         if self.metrics is None:
             return 0
@@ -99,7 +97,7 @@ class Recorder:
             raise
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
-        """Write the summary, if the record is still this process's. A disk that takes none is told on the terminal."""
+        """Write the summary if the record is still this process's. A failure is a message, not an error."""
         if self.metrics is None:
             return
         try:
@@ -114,7 +112,7 @@ class Recorder:
         self.display.close()
         self.summarize(summary)
         if self.metrics is not None:
-            with contextlib.suppress(OSError):  # of a disk that is gone, which has been told
+            with contextlib.suppress(OSError):  # the disk may be gone, which has been reported
                 self.metrics.close()
         if self.tracker is not None:
             self.tracker.finish(summary)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress display on a terminal, plain lines elsewhere."""
+"""A run's progress: a live display on a terminal, plain lines elsewhere."""
 
 import contextlib
 import os
@@ -13,18 +13,18 @@ from rich.segment import Segment
 from rich.text import Text
 
 SECONDS_BETWEEN_PLAIN_LINES = 15.0
-# Of each control character but newline and tab, its picture.
+# Each control character except newline and tab, mapped to its visible symbol.
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 _PICTURES |= dict.fromkeys(range(128, 160), 0xFFFD)
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: control characters, escape sequences with them, are shown and not obeyed."""
+    """Replace control characters, and so escape sequences, with visible symbols."""
     return text.translate(_PICTURES)
 
 
 class SafeConsole(Console):
-    """A console for names and texts out of records, of which a terminal obeys nothing."""
+    """A console for untrusted text from records: no control character reaches the terminal."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -55,11 +55,11 @@ def _thousands(number: float) -> str:
 
 
 class Display:
-    """Progress of one run. Silent on all ranks but the first.
+    """Progress of one run. Silent on all ranks except 0.
 
     Args:
         steps: the run's length.
-        done: steps that an earlier sitting has made.
+        done: steps made before this process started.
         enabled: false on ranks other than 0.
     """
 
@@ -83,9 +83,9 @@ class Display:
             self._progress.start()
 
     def message(self, text: str) -> None:
-        """A line of its own, above the progress. Where nobody can read it, the run goes on unseen."""
+        """Print a line above the progress bar. A line that cannot be written does not stop the run."""
         if self._enabled:
-            with contextlib.suppress(OSError):  # a log on a full disk, a pipe that nobody reads any more
+            with contextlib.suppress(OSError):  # a full disk or a closed pipe
                 if self._progress is not None:
                     self._progress.console.print(text, highlight=False, markup=False)
                 else:
@@ -118,7 +118,7 @@ class Display:
                 self._progress.stop()
             sys.stderr.flush()
         except OSError:
-            # Python would try again at its end, fail again, and exit with a code of its own.
+            # Python would flush again on exit, fail again, and replace the exit code.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stderr.fileno())
             os.close(nowhere)

@@ -1,7 +1,7 @@
 """Mirrors of the run record: Weights & Biases and TensorBoard. The record (metrics.jsonl) is written first and never waits.
 
-A tracker never stops a run and never slows it: it works in a thread of its own, and one that fails, hangs or falls too
-far behind is a warning and left alone from then on.
+A tracker never stops or slows a run: it works in its own thread. One that fails, hangs or falls too far behind is dropped
+with a warning.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ AXES = ("step", "tokens", "flops", "seconds")
 PREFIXES = {"train": "train", "eval": "val", "hessian": "hessian"}
 REFERENCE_FILE = Path(__file__).resolve().parents[2] / "results" / "reference.json"
 
-# Lines that may wait for a slow tracker; beyond, it is given up. At ten steps a second, a quarter of an hour.
+# Lines that may wait for a slow tracker before it is dropped: a quarter of an hour at ten steps a second.
 MOST_WAITING = 10_000
-# How long the end of a run waits for what is still to be sent; a preempted one must be gone soon.
 INIT_SECONDS = 30.0
+# How long a run waits at its end for what is still to be sent; a preempted run must exit soon.
 FINISH_SECONDS, PREEMPTED_SECONDS = 60.0, 5.0
 
 
@@ -38,17 +38,17 @@ class Tracker(ABC):
     @abstractmethod
     def finish(self, summary: Mapping[str, Any]) -> None: ...
 
-    def abandon(self) -> None:  # noqa: B027 (most have nothing that outlives them)
-        """Called from another thread when `log` or `finish` hangs: nothing of it may hold up the process's end."""
+    def abandon(self) -> None:  # noqa: B027 (most trackers need no cleanup)
+        """Called from another thread when `log` or `finish` hangs: release whatever would delay the process's exit."""
 
 
 class BackgroundTracker(Tracker):
-    """Builds a tracker and feeds it in a thread of its own, until it fails.
+    """Builds a tracker and feeds it in a separate thread until it fails.
 
     Args:
-        build: makes the tracker, in the thread.
-        name: what it is called in a warning.
-        warn: told once, in one line, why the run goes on without it.
+        build: creates the tracker, in the thread.
+        name: for the warning.
+        warn: called once, with one line that says why the tracker was dropped.
     """
 
     def __init__(self, build: Callable[[], Tracker], name: str, warn: Callable[[str], None]) -> None:
@@ -89,19 +89,19 @@ class BackgroundTracker(Tracker):
             while method != "finish" and not self._given_up:
                 method, values = self._waiting.get()
                 getattr(tracker, method)(values)
-        except BaseException as error:  # no network, no package, a refused key, even an exit: the run must not notice
+        except BaseException as error:  # no network, no package, a refused key, even SystemExit
             self._give_up(f"failed ({type(error).__name__}: {' '.join(str(error).split())})")
 
     def _give_up(self, reason: str) -> None:
         if not self._given_up:
             self._given_up = True
-            self._warn(f"tracker={self._name} {redacted(reason)}; the run goes on without it, the record is complete")
+            self._warn(f"tracker={self._name} {redacted(reason)}; the run continues without it, the record is complete")
             if self._tracker is not None and threading.current_thread() is not self._thread:
                 self._tracker.abandon()
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """A line's numbers by mirrored name: `train/loss`, `val/loss`, `hessian/norm`; nested ones joined by slashes."""
+    """Return a line's numbers by mirrored name: `train/loss`, `val/loss`, `hessian/norm`; nested names joined by slashes."""
     prefix = PREFIXES.get(line["kind"], line["kind"])
     found: dict[str, float] = {}
 
@@ -119,10 +119,10 @@ def scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def published_losses(config: RunConfig) -> dict[str, float]:
-    """Final losses published for the run's model on its corpus, by mirrored name (`reference/paper/adamw`).
+    """Return the final losses published for the run's model and corpus, by mirrored name (`reference/paper/adamw`).
 
-    Those of results/reference.json that name one of our models are of GPT-2's tokens of OpenWebText; for any other
-    corpus or model there are none, and none in an installation without that file.
+    results/reference.json has losses of our models on OpenWebText with GPT-2's tokenizer only. Empty for any other corpus
+    or model, and in an installation without that file.
     """
     if (config.data.name, config.tokenizer.name) != ("openwebtext", "gpt2") or not REFERENCE_FILE.is_file():
         return {}
@@ -135,9 +135,9 @@ def published_losses(config: RunConfig) -> dict[str, float]:
 
 
 def wandb_config(config: RunConfig) -> dict[str, Any]:
-    """The configuration as the record has it, with each of the optimizer's betas as a number of its own besides.
+    """Return the configuration as in the record, with each beta of the optimizer also as a number.
 
-    A parallel-coordinates panel takes numbers, not lists.
+    Parallel-coordinates panels take numbers, not lists.
     """
     values = config.model_dump(mode="json")
     for place, beta in enumerate(values["optimizer"].get("betas") or (), start=1):
@@ -149,8 +149,8 @@ class WandbTracker(Tracker):
     """Weights & Biases: online with a key, offline without one.
 
     Group `<model>-<data>`, job type the optimizer. Each row has step, tokens, flops and seconds, so any of them can be the
-    x axis; `tokens` is the default. The run's id is derived from its directory: a resumed run goes on in its own curve.
-    Only a sweep's agent gives its runs ids of its own. Published losses stand in the evaluations' rows, as flat lines.
+    x axis; `tokens` is the default. The W&B id is derived from the run, so that a resumed run continues its curve; in a
+    sweep the agent assigns it. Rows of evaluations also have published losses, as flat lines.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class WandbTracker(Tracker):
 
         identity = f"{config.run_name}/{config.identity_hash()}/{environment['initial_weights_sha256']}"
         chosen = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-        # The server knows a sweep's runs by the project and id that the agent has put into the environment.
+        # A sweep's agent passes project and id in the environment.
         own: dict[str, Any] = {}
         if not os.environ.get("WANDB_SWEEP_ID"):
             own = {
@@ -189,11 +189,11 @@ class WandbTracker(Tracker):
         except Exception as error:
             if chosen != "online":
                 raise
-            _end_service()  # it holds the run's id until it has given up by itself
+            _end_service()  # it would hold the run's id until its own time-out
             self._run = start("offline")
             warn(
-                f"tracker=wandb cannot be reached ({type(error).__name__}); this sitting is recorded offline, "
-                f"`wandb sync {directory}/wandb/offline-run-*` sends it later"
+                f"tracker=wandb cannot be reached ({type(error).__name__}); logging offline, "
+                f"`wandb sync {directory}/wandb/offline-run-*` uploads it later"
             )
         for axis in AXES:
             self._run.define_metric(axis)
@@ -218,9 +218,9 @@ class WandbTracker(Tracker):
 
 
 def _end_service() -> None:
-    """Kill W&B's service process, whose end its exit hook waits for, and that for the network.
+    """Kill W&B's service process: its exit hook would wait for the service, which waits for the network.
 
-    What was logged is in the service's file already.
+    Whatever was logged is in the service's file already.
     """
     import psutil
     import wandb
@@ -229,12 +229,12 @@ def _end_service() -> None:
         with contextlib.suppress(psutil.Error):
             if child.name().startswith("wandb"):
                 child.kill()
-    with contextlib.suppress(Exception, SystemExit):  # it passes the service's exit code on
+    with contextlib.suppress(Exception, SystemExit):  # raises with the service's exit code
         wandb.teardown()
 
 
 def _has_wandb_key() -> bool:
-    """Whether W&B will find a key: in the environment or in a netrc file. The key itself is not read."""
+    """Return whether W&B will find a key in the environment or a netrc file. The key itself is not used."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
@@ -242,7 +242,7 @@ def _has_wandb_key() -> bool:
 
 
 class TensorBoardTracker(Tracker):
-    """TensorBoard event files in <run>/tensorboard, over steps."""
+    """TensorBoard event files in <run>/tensorboard, by step."""
 
     def __init__(self, directory: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -262,7 +262,7 @@ class TensorBoardTracker(Tracker):
 def build_tracker(
     config: RunConfig, directory: Path, environment: Mapping[str, Any], warn: Callable[[str], None]
 ) -> Tracker | None:
-    """The configured tracker, None for tracker=none. One that cannot start is a warning."""
+    """Build the configured tracker; None for tracker=none. A tracker that cannot start is a warning."""
     match config.tracker.name:
         case "wandb":
             return BackgroundTracker(lambda: WandbTracker(config, directory, environment, warn), "wandb", warn)

@@ -1,13 +1,12 @@
 """Checkpoints: full tensors by parameter name in safetensors shards, with a JSON manifest; never a pickle.
 
     <run>/checkpoints/step-00000100/
-        manifest.json            step, tensors and where their elements lie, numbers of the optimizer's state, state of ledger
-                                 and records, sha256 of each file
+        manifest.json            step, location of each tensor's elements, numbers of the optimizer's state, state of ledger
+                                 and records, sha256 of each file and of the manifest itself
         rank-00000.safetensors   this rank's pieces: flat ranges of full tensors (training/strategies/base.py)
 
-A checkpoint is written into a hidden directory beside, flushed, and renamed when every rank has written: a directory with
-its final name is complete. Each rank hashes what it wrote; a file that does not have its hash is never used. The manifest
-has a hash of itself.
+A checkpoint is written to a hidden directory next to the final one, flushed, and renamed once every rank has written: a
+directory with its final name is complete. Each rank hashes what it wrote; a file with another hash is never used.
 """
 
 import contextlib
@@ -43,15 +42,15 @@ _FILE = re.compile(r"rank-\d{5}\.safetensors")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAVED_DTYPES}
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "BOOL": "bool"}
 _SAFETENSORS_DTYPES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
-# A model of 1.5 billion parameters that a thousand ranks have written needs 400 MB.
+# 1.5 billion parameters written by a thousand ranks need 400 MB.
 _MANIFEST_BYTES = 1 << 30
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is incomplete or damaged. The message names the file and what is wrong with it."""
+    """A checkpoint is incomplete or damaged. The message names the file and the problem."""
 
 
-# What a manifest must hold to be read.
+# The schema of a manifest.
 
 _Count = Annotated[int, Field(ge=0)]
 
@@ -66,7 +65,7 @@ class _Piece(Form):
     @model_validator(mode="after")
     def _known_type(self) -> Self:
         if self.dtype not in _DTYPES:
-            raise ValueError(f"{self.dtype!r} is no type of tensor that a checkpoint holds")
+            raise ValueError(f"{self.dtype!r} is not a dtype that checkpoints store")
         return self
 
 
@@ -99,15 +98,15 @@ class _GammaState(BaseModel):
 
 
 class RunState(BaseModel):
-    """What a resumed run needs besides tensors, as `training.run` saves it."""
+    """What a resumed run needs in addition to tensors, as `training.run` saves it."""
 
     training: TrainingState
     ledger: _LedgerState
     metrics_bytes: _Count  # size of metrics.jsonl
-    metrics_sha256: str | None = None  # of these bytes
+    metrics_sha256: str | None = None  # of those bytes
     config: dict[str, Any]
-    good: bool = True  # False where a step was skipped right before
-    val_loss: float | None = None  # where there was an evaluation at this step
+    good: bool = True  # False if the step before the save was skipped
+    val_loss: float | None = None  # None without an evaluation at this step
 
     @model_validator(mode="after")
     def _guards(self) -> Self:
@@ -139,7 +138,7 @@ def save(
     state: dict[str, Any],
     distributed: Distributed,
 ) -> Path:
-    """Write a checkpoint in parallel, one file a rank. Every rank calls it; returns the final directory.
+    """Write a checkpoint in parallel, one file per rank. Every rank calls it; returns the final directory.
 
     Args:
         root: the run's checkpoints/ directory.
@@ -149,8 +148,8 @@ def save(
         distributed: the ranks that take part.
 
     Raises:
-        OSError: on every rank: the disk is full or not writable, or the optimizer has come to keep state that cannot be
-            saved; what was written of this checkpoint is removed, older ones are untouched.
+        OSError: on every rank, if the disk is full or not writable or the optimizer now keeps state that cannot be saved.
+            The partial checkpoint is removed; older ones are untouched.
     """
     final = root / checkpoint_name(step)
     partial = root / f".{checkpoint_name(step)}.partial"
@@ -173,14 +172,14 @@ def save(
 
 
 def _failure_of(action: Callable[..., None], *arguments: Any) -> tuple[int, str] | None:
-    """Error number and words of what could not be done; None where it was."""
+    """Run `action`. Returns the error number and message if it failed, else None."""
     try:
         action(*arguments)
     except ConfigurationError as error:
         return errno.EINVAL, str(error)
     except OSError as error:
         return error.errno or errno.EIO, error.strerror or str(error)
-    except SafetensorError as error:  # safetensors' word for any error of the operating system
+    except SafetensorError as error:  # wraps errors of the operating system
         number = int(found.group(1)) if (found := re.search(r"os error (\d+)", str(error))) else errno.EIO
         return number, os.strerror(number) if found else str(error)
     return None
@@ -195,7 +194,7 @@ def _finish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     write_atomically(partial / MANIFEST_FILE, manifest_text(manifest))
     sync_directory(partial)
     deleted = _to_delete(final)
-    if final.exists():  # of an earlier sitting that was resumed before it
+    if final.exists():  # saved by an earlier process, before the run resumed from an older checkpoint
         shutil.rmtree(deleted, ignore_errors=True)
         final.rename(deleted)
     partial.rename(final)
@@ -204,7 +203,7 @@ def _finish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:
-    """The manifest as it is written: its own sha256 first, of the rest as it is written."""
+    """Return the manifest's text: first the sha256 of the rest, then the rest."""
     body = json.dumps(manifest, indent=1)
     return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), **manifest}, indent=1)
 
@@ -249,15 +248,15 @@ class _Place:
 
 
 class Checkpoint:
-    """An opened checkpoint: full tensors, readable in part (a PieceReader), and the saved state.
+    """An open checkpoint: full tensors, readable in part (a PieceReader), and the saved state.
 
     Args:
         directory: checkpoints/step-…
-        verify: hash every file against the manifest first.
+        verify: check every file's hash against the manifest.
 
     Raises:
-        CheckpointError: a file is missing, damaged, unreadable, of another length or hash, or names a path outside; the
-            file is named.
+        CheckpointError: a file is missing, damaged, unreadable, has another length or hash, or names a path outside the
+            directory; the message names the file.
     """
 
     def __init__(self, directory: Path, *, verify: bool = True) -> None:
@@ -303,25 +302,25 @@ class Checkpoint:
     def _check_file(self, name: str, entry: dict[str, Any], verify: bool) -> None:
         path = self.directory / name
         if not _FILE.fullmatch(name) or path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"{path} is missing or no plain file of this checkpoint")
+            raise CheckpointError(f"{path} is missing or not a plain file of this checkpoint")
         if path.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; its manifest says {entry['bytes']}")
         if verify:
             with open_regular(path) as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                    raise CheckpointError(f"{path} does not have the sha256 of the manifest: it is damaged")
+                    raise CheckpointError(f"{path} is damaged: its sha256 differs from the manifest's")
 
     def _check_header(self, name: str, pieces: list[dict[str, Any]]) -> None:
-        """Tensors, lengths and types are those of the manifest; reads the file's header alone."""
+        """Check that tensors, lengths and dtypes match the manifest. Reads only the file's header."""
         opened = self._open(name)
         described = {_key(piece): ([piece["count"]], piece["dtype"]) for piece in pieces}
         if described.keys() != set(opened.keys()):
-            raise CheckpointError(f"{self.directory / name} holds other tensors than the manifest says")
+            raise CheckpointError(f"{self.directory / name} holds other tensors than its manifest says")
         for key, (shape, dtype) in described.items():
             found = opened.get_slice(key)
             if found.get_shape() != shape or _SAFETENSORS_DTYPES.get(found.get_dtype()) != dtype:
                 raise CheckpointError(
-                    f"{self.directory / name}: {key} is {found.get_dtype()} of shape {found.get_shape()}, the manifest "
+                    f"{self.directory / name}: {key} is {found.get_dtype()} of shape {found.get_shape()}; its manifest "
                     f"says {dtype} of shape {shape}"
                 )
 
@@ -365,7 +364,7 @@ class Checkpoint:
             try:
                 self._files[name] = safe_open(self.directory / name, framework="pt")  # type: ignore[no-untyped-call]
             except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.directory / name} is no safetensors file: {error}") from error
+                raise CheckpointError(f"{self.directory / name} is not a safetensors file: {error}") from error
         return self._files[name]
 
 
@@ -376,7 +375,7 @@ def _key(piece: dict[str, Any]) -> str:
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST_FILE
     if path.is_symlink() or not path.exists():
-        raise CheckpointError(f"{path} is missing: {directory} is no complete checkpoint")
+        raise CheckpointError(f"{path} is missing: {directory} is not a complete checkpoint")
     try:
         text = read_regular(path, _MANIFEST_BYTES).decode()
         manifest: dict[str, Any] = json.loads(text)
@@ -386,12 +385,12 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         _Manifest.model_validate(manifest)
         manifest.pop("sha256", None)
         if text != manifest_text(manifest):
-            raise CheckpointError(f"{path} does not have the sha256 that is written in it: it is damaged")
+            raise CheckpointError(f"{path} is damaged: its sha256 differs from the one written in it")
     except (ValueError, RecursionError) as error:
-        said = problem(error) if isinstance(error, ValueError) else "it is nested too deeply"
+        said = problem(error) if isinstance(error, ValueError) else "nested too deeply"
         raise CheckpointError(f"{path} is damaged: {said}") from error
     if _NAME.fullmatch(directory.name) and directory.name != checkpoint_name(manifest["step"]):
-        raise CheckpointError(f"{path} is of step {manifest['step']}: the directory has another's name")
+        raise CheckpointError(f"{path} is of step {manifest['step']}, but its directory is named {directory.name}")
     return manifest
 
 
@@ -400,13 +399,13 @@ def step_of(path: Path) -> int:
 
 
 def available(root: Path) -> list[Path]:
-    """The complete checkpoint directories of a run, newest first; not yet verified.
+    """Return a run's complete checkpoint directories, newest first, without verifying them.
 
     Raises:
         OSError: `root` cannot be listed.
     """
     try:
-        # One whose disk does not even say that it is a directory counts: whoever opens it is told why.
+        # A path that the disk cannot even stat counts: opening it reports the error.
         found = [
             path
             for path in root.iterdir()
@@ -420,11 +419,11 @@ def available(root: Path) -> list[Path]:
 def newest_valid(
     root: Path, fits: Callable[[Checkpoint], str | None] = lambda checkpoint: None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose every file has its hash, and a line about each newer one that had to be passed over.
+    """Return the newest checkpoint whose files all match their hashes, and one line for each newer one that was rejected.
 
     Args:
         root: the run's checkpoints/ directory.
-        fits: says why a sound checkpoint cannot be used, None where it can.
+        fits: returns why an undamaged checkpoint cannot be used, or None if it can.
 
     Raises:
         CheckpointError: `root` cannot be listed.
@@ -448,7 +447,7 @@ def newest_valid(
 
 
 def set_aside_newer(root: Path, step: int) -> None:
-    """Rename the checkpoints beyond `step`: a run that goes on from there must not find them again."""
+    """Rename the checkpoints after `step`, so that a run resumed from there does not find them."""
     for path in available(root):
         if step_of(path) > step:
             aside = path.with_name(f"superseded-{path.name}")
@@ -457,7 +456,7 @@ def set_aside_newer(root: Path, step: int) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a checkpoint so that no half of it is ever found under its name."""
+    """Delete a checkpoint. It is renamed first, so that no part of it is ever found under its name."""
     deleted = _to_delete(path)
     shutil.rmtree(deleted, ignore_errors=True)
     path.rename(deleted)
@@ -465,18 +464,16 @@ def discard(path: Path) -> None:
 
 
 def _to_delete(path: Path) -> Path:
-    """What a checkpoint is called while it is deleted."""
+    """Return the name of a checkpoint while it is being deleted."""
     return path.with_name(f".{path.name}.discarded")
 
 
 def prune(root: Path, keep: int, keep_every: int | None = None, *, keep_best: bool = False) -> None:
-    """Delete checkpoints, and what unfinished saves and deletions left behind. Nothing is deleted for one that is damaged.
+    """Delete checkpoints that need not be kept, and the leftovers of unfinished saves and deletions.
 
-    Kept are the newest, whatever it is, and the newest that opens; the newest `keep` that are good (no step was skipped
-    right before); those at multiples of `keep_every`; and with `keep_best` the one with the lowest validation loss.
-
-    Args:
-        keep: counts only checkpoints whose files are there with their sizes.
+    Keeps the newest, even if damaged; the newest that opens; the newest `keep` good ones (the step before the save was not
+    skipped); those at multiples of `keep_every`; and with `keep_best` the one with the lowest validation loss. A damaged
+    checkpoint never displaces a sound one: `keep` counts only those whose files exist with the right sizes.
     """
     for leftover in (*root.glob(".step-*.partial"), *root.glob(".step-*.discarded")):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -1,10 +1,11 @@
-"""What killed compilations leave in the cache of torch.compile, which takes every file that is there for whole.
+"""Remove incomplete files that killed compilations leave in torch.compile's cache.
 
-The compiler writes libraries and precompiled headers in place. Killed in the middle (a time limit, memory that ran out, a
-machine that is lost) it leaves a part of a file, and every compiled run on this machine fails on it from then on.
+The compiler writes libraries and precompiled headers in place, and torch.compile takes every file in the cache for
+complete. A compiler that is killed (time limit, out of memory, lost machine) leaves a partial file, on which every later
+compiled run on this machine fails.
 
-torch keeps a library as `<2 characters>/<key>[.main].so`, a header as `precompiled_headers/<key>.h.gch`, beside each a
-directory `…_CxxBuild` while it is being built, and holds `locks/<key>.lock` meanwhile.
+torch stores a library as `<2 characters>/<key>[.main].so` and a header as `precompiled_headers/<key>.h.gch`. While it
+builds one, a directory `…_CxxBuild` exists next to it and torch holds `locks/<key>.lock`.
 """
 
 import contextlib
@@ -20,9 +21,9 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 
 def drop_unfinished() -> list[Path]:
-    """Remove what no process is building and what is not whole; it is compiled again when it is needed.
+    """Remove incomplete files that no process is building; they are compiled again when needed.
 
-    Returns the removed files. One that cannot be removed is left to the compiler's own complaint.
+    Returns the removed files. Files that cannot be removed are skipped: the compiler will report them.
     """
     libraries, headers = Path(cache_dir()), Path(default_cache_dir()) / "precompiled_headers"
     dropped = []
@@ -39,7 +40,7 @@ def drop_unfinished() -> list[Path]:
 
 @contextlib.contextmanager
 def _lock(root: Path, path: Path) -> Iterator[None]:
-    """Raises Timeout where a process is building the file."""
+    """Hold torch's lock of the file. Raises Timeout if a process is building it."""
     (root / "locks").mkdir(exist_ok=True)
     with FileLock(root / "locks" / f"{path.name.split('.')[0]}.lock", timeout=0):
         yield
@@ -57,14 +58,14 @@ def _is_unfinished(path: Path) -> bool:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether an ELF file reaches to the end of its section headers, which linkers write last."""
+    """Return whether an ELF file extends to the end of its section headers, which linkers write last."""
     if sys.platform != "linux":
         return True
     with library.open("rb") as file:
         header, size = file.read(64), os.fstat(file.fileno()).st_size
     if len(header) < 64 or header[:4] != b"\x7fELF":
         return False
-    if header[4:6] != b"\x02\x01":  # of 64 bits, little-endian
+    if header[4:6] != b"\x02\x01":  # not 64-bit little-endian: not checked
         return True
     offset, entry_bytes, entries = struct.unpack("<Q10xHH", header[40:62])
     return bool(offset + entry_bytes * entries <= size)

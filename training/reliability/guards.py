@@ -1,4 +1,4 @@
-"""What a run notices about its own numbers: loss spikes, and ranks that no longer hold the same weights."""
+"""Guards on a run's numbers: loss spikes, and ranks whose weights differ."""
 
 import math
 from collections.abc import Iterator
@@ -13,18 +13,18 @@ from models import GPT2
 from training.strategies.base import Strategy
 from training.strategies.state import state_tensors
 
-# The running mean looks back over about this many steps, and says nothing before it has seen as many.
+# The running mean averages about this many steps; no spike is reported before it has seen as many.
 HORIZON = 50
-# Noise is never taken for smaller than this share of the mean: at the end of a run the loss hardly moves.
+# Lower bound of the deviation, as a share of the mean: at the end of a run the loss hardly moves.
 LEAST_DEVIATION = 0.005
 
 
 @dataclass
 class LossSpikes:
-    """Marks steps whose loss leaps above its running mean; once for each leap.
+    """Detects steps whose loss jumps above its running mean, once per jump.
 
-    Mean and variance are exponential averages into which a leap enters cut at the threshold, so that a loss that stays
-    high becomes the new normal instead of a spike without end. All fields are JSON values that a checkpoint keeps.
+    Mean and variance are exponential averages. Losses enter them clipped at the threshold, so that a loss that stays high
+    becomes the new normal instead of an endless spike. All fields are JSON values, saved in checkpoints.
 
     Args:
         threshold: in standard deviations.
@@ -37,7 +37,7 @@ class LossSpikes:
     high: bool = False
 
     def observe(self, loss: float) -> dict[str, float] | None:
-        """The event of a spike that begins with this loss: what was expected, and how far off it is."""
+        """Return the event of a spike that starts with this loss (expected loss, distance in deviations), else None."""
         if not math.isfinite(loss):
             return None
         if self.seen == 0:
@@ -63,11 +63,11 @@ class LossSpikes:
 
 
 class RanksDiffer(RuntimeError):
-    """Ranks hold different values of a tensor that should be the same on all of them. The message names the tensors."""
+    """Ranks hold different values of a replicated tensor. The message names the tensors and ranks."""
 
 
 def replicated_tensors(strategy: Strategy) -> Iterator[tuple[str, Tensor]]:
-    """What every rank holds whole, by name: weights, and optimizer state where it is not sharded."""
+    """Yield what every rank holds in full, by name: weights, and optimizer state unless it is sharded."""
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in GPT2(strategy.model.config).named_parameters()}
     parameters = strategy.parameters()
@@ -80,7 +80,7 @@ def replicated_tensors(strategy: Strategy) -> Iterator[tuple[str, Tensor]]:
 
 
 def compare_ranks(strategy: Strategy) -> None:
-    """Hash what should be the same on all ranks and compare the hashes; one read of the tensors, one small exchange.
+    """Compare hashes of the replicated tensors across ranks: one read of the tensors, one small exchange.
 
     Raises:
         RanksDiffer: on every rank, naming the tensors and the ranks that differ from the majority.

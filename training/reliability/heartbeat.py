@@ -1,9 +1,8 @@
-"""Which rank is gone: every rank counts seconds in a shared store, and a rank whose count stands still is dead.
+"""Heartbeats that tell which rank has died: each rank increments a counter in a shared store every second.
 
-A collective that misses a rank fails with the address of a socket (gloo) or not at all (NCCL, which waits). The counts
-name the rank, and bound the wait: a rank whose count stands still for `LIMIT` seconds ends all others. They run in a
-thread, so a rank that is alive but stuck in a collective keeps counting; that is what the collectives' own time-out is
-for.
+A collective that misses a rank fails with a socket's address (gloo) or waits forever (NCCL). The counters name the rank
+and bound the wait: a counter that stops for `LIMIT` seconds ends all other ranks. They run in a thread, so a rank that is
+alive but stuck in a collective keeps counting; the collectives' own time-out covers that case.
 """
 
 import contextlib
@@ -19,15 +18,15 @@ from training.exits import EXIT_RANK_LOST
 
 INTERVAL = 1.0  # seconds from one beat to the next
 LIMIT = 120.0  # seconds without a beat after which a rank counts as dead
-SETTLED = 4.0  # seconds in which a living rank is sure to have beaten
-STORE_LOST = "the store through which the ranks talk is gone, and with it rank 0 or its launcher"
+SETTLED = 4.0  # seconds within which a living rank is sure to beat
+STORE_LOST = "the ranks' store is gone, and with it rank 0 or its launcher"
 
 
 class Heartbeat:
-    """This rank's beats, and the means to find out who has stopped.
+    """This rank's heartbeat, and the check of the others'.
 
     Args:
-        store: shared by the ranks; used by this object alone.
+        store: a connection to the ranks' store that nothing else uses.
         rank, world_size: this process's place.
     """
 
@@ -44,25 +43,25 @@ class Heartbeat:
 
     @classmethod
     def of_attempt(cls, attempt: str, rank: int, world_size: int) -> "Heartbeat":
-        """Over a connection of its own to the store at MASTER_ADDR:MASTER_PORT, where the ranks have met."""
+        """Open a separate connection to the ranks' store at MASTER_ADDR:MASTER_PORT."""
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=LIMIT))
         return cls(dist.PrefixStore(attempt, store), rank, world_size)
 
     def start(self) -> None:
-        """Watch and be watched. Every rank's count is in the store."""
+        """Start beating and watching. Every rank's counter must be in the store."""
         self._thread.start()
 
     def stop(self) -> None:
-        """This rank leaves in good order: from here on nobody waits for its beats."""
+        """Leave in good order: the other ranks no longer wait for this rank's beats."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(2 * INTERVAL)
-        with self._lock, contextlib.suppress(RuntimeError):  # the store may have gone before this rank
+        with self._lock, contextlib.suppress(RuntimeError):  # the store may be gone already
             self._store.set(f"left/{self._rank}", "1")
 
     def gone(self, seconds: float = SETTLED) -> str | None:
-        """Which ranks do not beat during the next `seconds`, or that the store is gone. None: all is well."""
+        """Wait `seconds` and describe the ranks that did not beat, or the loss of the store. None if all is well."""
         try:
             before = self._read()
             time.sleep(seconds)
@@ -97,7 +96,7 @@ class Heartbeat:
             return [int(value) for value in self._store.multi_get([beats_key(r) for r in range(self._world_size)])]
 
     def _overdue(self) -> list[int]:
-        """Ranks silent for too long. Rank 0 watches all and all watch rank 0: a request a rank and beat, not W²."""
+        """Return overdue ranks. Rank 0 watches all and all watch rank 0: one request per rank and beat, not W²."""
         watched = range(self._world_size) if self._rank == 0 else range(1)
         with self._lock:
             counts = [int(value) for value in self._store.multi_get([beats_key(r) for r in watched])]
@@ -113,15 +112,15 @@ class Heartbeat:
 
 
 def beats_key(rank: int) -> str:
-    """Where a rank counts its beats among the keys of its attempt."""
+    """Return the key of a rank's counter within its attempt."""
     return f"beats/{rank}"
 
 
 def leave(rank: int, reason: str) -> None:
-    """End this process at once, saying why. Nothing can be saved: a checkpoint needs all ranks."""
-    with contextlib.suppress(OSError):  # a log that cannot be written
+    """Print the reason and exit immediately. Nothing can be saved: a checkpoint needs all ranks."""
+    with contextlib.suppress(OSError):  # standard error may not be writable
         print(
-            f"error: {reason}; rank {rank} stops. Start the same command again to resume from the last checkpoint",
+            f"error: {reason}; rank {rank} stops. Rerun the same command to resume from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )

@@ -1,9 +1,9 @@
-"""How the ranks of one attempt find each other: each place among them is taken by one process, and all are of one kind.
+"""Rendezvous: the ranks of one attempt find each other, one process per rank, all with the same facts.
 
-The store at MASTER_ADDR:MASTER_PORT may be older than the attempt (torchrun's agent keeps its own when it restarts
+The store at MASTER_ADDR:MASTER_PORT may be older than the attempt (torchrun's agent keeps its store when it restarts
 ranks), and a process of an earlier attempt may still be alive. So rank 0 opens an attempt under a random name, the other
 ranks claim their places in it, and rank 0 closes it once all are there. A process without a place in the closed attempt
-waits for the next one, and is refused if the holder of its place is alive.
+waits for the next one. It is refused if the process that holds its place is alive.
 """
 
 import json
@@ -23,17 +23,17 @@ from training.reliability.heartbeat import beats_key
 
 log = logging.getLogger(__name__)
 
-LIMIT = 600.0  # seconds in which all ranks must come; torchrun's agents have as long
-AGENT_LIMIT = 30.0  # seconds without torchrun's store, which was there before its ranks
-GRACE = 60.0  # seconds that the others wait beyond that for rank 0's verdict
-READING = 10.0  # seconds in which the others read a refusal, before rank 0 and perhaps the store are gone
-SPEAK = 30.0  # seconds between two lines about what is waited for
+LIMIT = 600.0  # seconds within which all ranks must arrive; the same as for torchrun's agents
+AGENT_LIMIT = 30.0  # seconds to reach torchrun's store, which exists before its ranks
+GRACE = 60.0  # seconds beyond LIMIT that the others wait for rank 0's decision
+READING = 10.0  # seconds for the others to read a refusal before rank 0, and perhaps the store, exit
+SPEAK = 30.0  # seconds between log lines while waiting
 POLL = 0.1
 NEWEST = "attempt"  # the key of the newest attempt
 
 
 class Attempt(NamedTuple):
-    """What rank 0 says of an attempt, as JSON in the store."""
+    """Rank 0's description of an attempt, stored as JSON."""
 
     name: str
     world_size: int
@@ -41,19 +41,19 @@ class Attempt(NamedTuple):
     reason: str = ""
 
     def claim(self, rank: int) -> str:
-        """The key under which the process that has this place is described."""
+        """Return the key that describes the process holding this rank."""
         return f"{self.name}/claim/{rank}"
 
 
 def meet(rank: int, world_size: int, facts: Mapping[str, Any]) -> tuple[dist.Store, str]:
-    """The ranks' store and the name of this attempt, once `world_size` ranks are there.
+    """Wait for `world_size` ranks. Returns their store and the name of this attempt.
 
     Args:
-        facts: JSON values without whose agreement the ranks cannot talk to each other.
+        facts: JSON values on which the ranks must agree before they can communicate.
 
     Raises:
-        ConfigurationError: on all ranks, if one did not come in time or has other facts.
-        RankRefusedError: another process has this rank's place, or the store cannot be reached.
+        ConfigurationError: on all ranks, if one did not arrive in time or has other facts.
+        RankRefusedError: another process holds this rank's place, or the store cannot be reached.
     """
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise ConfigurationError(f"WORLD_SIZE={world_size}: {missing[0]} is not set; set it to where rank 0 listens")
@@ -73,11 +73,11 @@ def this_process() -> str:
 
 
 def difference(by_rank: Sequence[Mapping[str, Any]], processes: Sequence[str]) -> str | None:
-    """The first key whose value is not rank 0's on all ranks, with both values and the ranks that differ.
+    """Describe the first key on which a rank differs from rank 0, with both values and the ranks; None if all agree.
 
     Args:
         by_rank: each rank's values by key.
-        processes: what each rank is, as `this_process` says.
+        processes: `this_process()` of each rank.
     """
     reference = by_rank[0]
     for key in sorted({key for values in by_rank for key in values}):
@@ -92,12 +92,12 @@ def difference(by_rank: Sequence[Mapping[str, Any]], processes: Sequence[str]) -
 
 
 def address() -> str:
-    """Where the store listens."""
+    """Return the store's host:port."""
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
 def _connect(rank: int) -> dist.TCPStore:
-    """The store, served by rank 0 where torchrun's agent does not."""
+    """Connect to the store, which rank 0 serves unless torchrun's agent does."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if rank == 0 and not of_agent:
@@ -111,7 +111,7 @@ def _connect(rank: int) -> dist.TCPStore:
     server = "the launcher of rank 0" if of_agent else "rank 0"
     waiting = _Waiting(AGENT_LIMIT if of_agent else LIMIT)
     while True:
-        try:  # TCPStore alone would wait without a word
+        try:  # TCPStore alone would wait silently
             socket.create_connection((host, port), timeout=SPEAK).close()
             return dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
         except (OSError, RuntimeError):
@@ -134,7 +134,7 @@ def _lead(store: dist.Store, world_size: int, claim: str) -> str:
         if store.compare_set(NEWEST, opened, decided).decode() == decided:
             _wait_for_readers(store, attempt)
         raise
-    for rank in range(world_size):  # whoever dies from here on is missed
+    for rank in range(world_size):  # from here on, a rank that dies is noticed
         dist.PrefixStore(attempt.name, store).add(beats_key(rank), 0)
     decided = json.dumps(attempt._replace(state="closed"))
     if (newest := store.compare_set(NEWEST, opened, decided).decode()) != decided:
@@ -163,7 +163,7 @@ def _wait_for_readers(store: dist.Store, attempt: Attempt) -> None:
 
 
 def _follow(store: dist.Store, rank: int, claim: str) -> str:
-    """Any other rank: claim a place in the newest attempt until one is closed with this process in it."""
+    """Any other rank: claim a place in the newest attempt until an attempt closes with this process in it."""
     waiting, seen, beats = _Waiting(LIMIT + GRACE), None, 0
     while True:
         attempt = Attempt(*json.loads(store.get(NEWEST))) if store.check([NEWEST]) else None
@@ -184,7 +184,7 @@ def _follow(store: dist.Store, rank: int, claim: str) -> str:
             beats = count
         if attempt != seen:
             waiting, seen = _Waiting(LIMIT + GRACE), attempt
-        waiting.pause(f"rank {rank} waits for rank 0 to begin at {address()}")
+        waiting.pause(f"rank {rank} waits for rank 0 to start at {address()}")
 
 
 def _holder(store: dist.Store, attempt: Attempt, rank: int) -> str:
@@ -197,10 +197,10 @@ def _listed(ranks: Sequence[int]) -> str:
 
 
 class _Waiting:
-    """Pauses between two looks, with a line now and then and an end.
+    """A polling pause that logs what it waits for every `SPEAK` seconds.
 
     Raises:
-        RankRefusedError: after so many seconds.
+        RankRefusedError: after `seconds`.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -211,7 +211,7 @@ class _Waiting:
         now = time.monotonic()
         if now - self._began > self._seconds:
             raise RankRefusedError(
-                f"{what}, in vain for {now - self._began:.0f} s; start the same command for all ranks"
+                f"{what}: gave up after {now - self._began:.0f} s; start the same command for all ranks"
             )
         if now - self._spoke > SPEAK:
             self._spoke = now

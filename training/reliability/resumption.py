@@ -1,4 +1,4 @@
-"""Decide what to do with a run directory: start, resume or leave it alone. Nothing is changed here."""
+"""Decide what to do with a run directory: start, resume, or leave it alone. This module changes no files."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from training.reliability import checkpoints
 from training.reliability.checkpoints import Checkpoint, CheckpointError
 from training.reliability.run_directory import refuse_to_replace, refuse_unnamed
 
-#: Set by torchrun and by SLURM in a process that takes the place of one that ended.
+#: Set by torchrun and SLURM in a process that replaces one that ended.
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
@@ -24,12 +24,12 @@ class Decision:
 
     finished: Status | None = None  # nothing to do
     checkpoint: Path | None = None  # to resume from; verified
-    metrics_bytes: int | None = None  # the record continues after so many bytes; None: a new record
-    rejected: tuple[str, ...] = ()  # why newer checkpoints are passed over
+    metrics_bytes: int | None = None  # the record continues after this many bytes; None: a new record
+    rejected: tuple[str, ...] = ()  # why newer checkpoints were rejected
 
 
 def is_restart(names: Sequence[str] = RESTART_COUNTS) -> bool:
-    """Whether a launcher has put this process in the place of one that ended."""
+    """Return whether a launcher started this process to replace one that ended."""
     return any(int(os.environ.get(name) or 0) > 0 for name in names)
 
 
@@ -37,8 +37,8 @@ def decide(config: RunConfig, directory: Path, *, restarted: bool = False) -> De
     """Decide how the run starts.
 
     Args:
-        restarted: this process takes the place of one that had begun the run, if there is one in the directory: the
-            command's overwrite=true, resume=never or resume=<path> was obeyed then.
+        restarted: this process replaces one that ended. If that one started the run, it has obeyed the command's
+            overwrite=true, resume=never or resume=<path> already.
 
     Raises:
         ConfigurationError: the directory holds something else, or what `resume=` asks for cannot be done.
@@ -63,11 +63,11 @@ def decide(config: RunConfig, directory: Path, *, restarted: bool = False) -> De
         return Decision(checkpoint=chosen.directory, metrics_bytes=chosen.state["metrics_bytes"])
     if given is not None and there.resume != config.resume:
         raise ConfigurationError(
-            f"resume={config.resume}: {directory} already has a run of its own; give another name= or overwrite=true"
+            f"resume={config.resume}: {directory} already holds a run; give another name= or overwrite=true"
         )
     if config.resume == "never":
         raise ConfigurationError(
-            f"resume=never: {directory} exists; choose resume=auto to go on, overwrite=true to replace it"
+            f"resume=never: {directory} exists; choose resume=auto to resume it, or overwrite=true to replace it"
         )
     _size(directory / records.METRICS_FILE)
     status = (_record(directory).summary or {}).get("status")
@@ -76,25 +76,25 @@ def decide(config: RunConfig, directory: Path, *, restarted: bool = False) -> De
     try:
         newest, rejected = checkpoints.newest_valid(root, lambda checkpoint: _misfit(checkpoint, config, directory))
     except CheckpointError as error:
-        raise ConfigurationError(f"{error}; correct its permissions, or overwrite=true begins anew") from error
+        raise ConfigurationError(f"{error}; correct its permissions, or start over with overwrite=true") from error
     if newest is not None:
         return Decision(
             checkpoint=newest.directory, metrics_bytes=newest.state["metrics_bytes"], rejected=tuple(rejected)
         )
     if rejected:
         raise ConfigurationError(
-            f"{directory}: no checkpoint can be used ({'; '.join(rejected)}); restore one, or overwrite=true begins anew"
+            f"{directory}: no usable checkpoint ({'; '.join(rejected)}); restore one, or start over with overwrite=true"
         )
     return Decision(checkpoint=_given_checkpoint(given, config) if given else None, metrics_bytes=0)
 
 
 def check_tokens(directory: Path, manifest_sha256: str) -> None:
-    """Raise ConfigurationError where a run that goes on was begun on other tokens."""
+    """Raise ConfigurationError if the run being resumed was started on other tokens."""
     recorded = _record(directory).environment.get("data_manifest_sha256")
     if recorded is not None and recorded != manifest_sha256:
         raise ConfigurationError(
-            f"{directory} was begun on other tokens (manifest {recorded[:12]}, now {manifest_sha256[:12]}); restore "
-            "them, give another name=, or overwrite=true begins anew"
+            f"{directory} was started on other tokens (manifest {recorded[:12]}, now {manifest_sha256[:12]}); restore "
+            "them, give another name=, or start over with overwrite=true"
         )
 
 
@@ -102,32 +102,32 @@ def _record(directory: Path) -> RunRecord:
     try:
         return RunRecord.open(directory)
     except RecordError as error:
-        raise ConfigurationError(f"{error}; restore or remove that file, or overwrite=true begins anew") from error
+        raise ConfigurationError(f"{error}; restore or remove that file, or start over with overwrite=true") from error
 
 
 def _misfit(checkpoint: Checkpoint, config: RunConfig, directory: Path) -> str | None:
-    """Why a sound checkpoint in the run's own directory is not this run's."""
+    """Return why an undamaged checkpoint in the run's own directory does not belong to this run, or None."""
     metrics = directory / records.METRICS_FILE
     have = _size(metrics)
     if have < checkpoint.state["metrics_bytes"]:
-        return f"{metrics} has {have} bytes and had {checkpoint.state['metrics_bytes']} at this checkpoint"
+        return f"{metrics} has {have} bytes, but had {checkpoint.state['metrics_bytes']} at this checkpoint"
     expected = checkpoint.state.get("metrics_sha256")
     if expected is not None and records.sha256_of_start(metrics, checkpoint.state["metrics_bytes"]) != expected:
-        return f"{metrics} is not what was written up to this checkpoint"
+        return f"{metrics} has changed since this checkpoint"
     try:
         theirs = validate(checkpoint.state["config"])
     except ConfigurationError as error:
         return f"its configuration cannot be read ({error})"
     if (theirs.identity(), theirs.seed) != (config.identity(), config.seed):
-        return "it is of another configuration"
+        return "it has another configuration"
     return None
 
 
 def _size(path: Path) -> int:
-    """Bytes of a record's file; 0 where there is none.
+    """Return the bytes of a record's file, 0 if it does not exist.
 
     Raises:
-        ConfigurationError: it cannot be read, or is no regular file.
+        ConfigurationError: it cannot be read, or is not a regular file.
     """
     try:
         with open_regular(path) as file:
@@ -136,17 +136,17 @@ def _size(path: Path) -> int:
         return 0
     except OSError as error:
         raise ConfigurationError(
-            f"{path} cannot be read: {error.strerror}; restore it, or overwrite=true begins anew"
+            f"{path} cannot be read: {error.strerror}; restore it, or start over with overwrite=true"
         ) from error
 
 
 def _given_checkpoint(path: Path, config: RunConfig) -> Path:
-    """The checkpoint that `resume=<path>` names: itself, or the newest valid one of a run directory."""
+    """Return the checkpoint that `resume=<path>` names: the path itself, or a run directory's newest valid one."""
     try:
         if path.is_dir() and not (path / checkpoints.MANIFEST_FILE).exists():
             checkpoint, rejected = checkpoints.newest_valid(path / "checkpoints")
             if checkpoint is None:
-                reason = "; ".join(rejected) or "there is none"
+                reason = "; ".join(rejected) or "it holds none"
                 raise ConfigurationError(f"resume={path}: no valid checkpoint in {path / 'checkpoints'} ({reason})")
         else:
             checkpoint = Checkpoint(path)
@@ -162,21 +162,21 @@ def _given_checkpoint(path: Path, config: RunConfig) -> Path:
     if theirs != config.optimizer.name:
         raise ConfigurationError(
             f"optimizer={config.optimizer.name}: {checkpoint.directory} has the state of optimizer={theirs}; choose that, "
-            "or begin with its weights alone: scripts/export.py and model.init_from="
+            "or start from its weights only: scripts/export.py and model.init_from="
         )
     if checkpoint.step >= config.train.steps:
         raise ConfigurationError(
-            f"train.steps={config.train.steps}: {checkpoint.directory} has made {checkpoint.step} steps already; "
+            f"train.steps={config.train.steps}: {checkpoint.directory} is at step {checkpoint.step} already; "
             "choose more steps or an earlier checkpoint"
         )
     return checkpoint.directory
 
 
 def _same_run(config: RunConfig, directory: Path) -> RunConfig:
-    """The configuration of the run in the directory, which is this one's.
+    """Return the configuration of the run in the directory, after checking that it is the same run.
 
     Raises:
-        ConfigurationError: it is another one's; the differing keys are named.
+        ConfigurationError: it is another run; the message names the keys that differ.
     """
     try:
         there = validate(records.read_config(directory))
@@ -193,6 +193,6 @@ def _same_run(config: RunConfig, directory: Path) -> RunConfig:
     differing = sorted(key for key in relevant if here_values.get(key) != there_values.get(key))
     shown = ", ".join(f"{key}={there_values.get(key)} there and {here_values.get(key)} here" for key in differing[:4])
     raise ConfigurationError(
-        f"name={config.run_name}: {directory} is a run of another configuration ({shown}); "
+        f"name={config.run_name}: {directory} is a run with another configuration ({shown}); "
         "give another name= or overwrite=true"
     )

@@ -1,9 +1,9 @@
-"""A run's directory: what may lie in it, which process has it, and how one run takes the place of another.
+"""A run's directory: what it may hold, which process holds it, and how a run replaces another.
 
-    <run>/.lock        host and process of the run, and a token of its own; the lock ends with the process
-    <run>/.replaced/   under overwrite=true: the run before, until the one that replaces it has begun
+    <run>/.lock        host and process of the run, and a random token; the lock ends with the process
+    <run>/.replaced/   under overwrite=true: the previous run, until the new one has started
 
-Only rank 0 writes here, apart from checkpoints and stacks. Nothing is written through a link.
+Only rank 0 writes here, except for checkpoints and stacks. Nothing is written through a link.
 """
 
 import errno
@@ -27,11 +27,11 @@ from training.config import ConfigurationError, RunConfig, RunHeldError
 
 LOCK_FILE = ".lock"
 REPLACED = ".replaced"
-DISCARDED = ".discarded-"  # a replaced run while it is deleted
+DISCARDED = ".discarded-"  # a replaced run while it is being deleted
 
-# What a run that was killed as it began may leave. NFS keeps a deleted file that is open as .nfs…
+# What a run killed during start-up may leave. NFS keeps an open file that was deleted as .nfs…
 _HIDDEN: dict[str, str | None] = {r"\.lock|\.replaced|\.discarded-\w+|\..+\.partial|\.nfs.+": None}
-#: Every name that a run writes, with the names in it where it is a directory of the run's own.
+#: Every name that a run writes, as patterns; for a directory with the names inside it (None: any).
 OWN_NAMES: dict[str, str | None] = {
     r"config\.yaml|environment\.json|summary\.json|metrics(\.cut-\d+)?\.jsonl": None,
     "checkpoints": r"(superseded-)?step-\d{8,}|\.step-\d{8,}\.(partial|discarded)",
@@ -43,20 +43,20 @@ OWN_NAMES: dict[str, str | None] = {
 
 
 def refuse_absent(path: Path) -> None:
-    """Refuse a path at which there is no trained model.
+    """Refuse a path that is not a directory.
 
     Raises:
-        ConfigurationError: it is no directory.
+        ConfigurationError: it is not.
     """
     if not path.is_dir():
         raise ConfigurationError(f"{path}: no such directory; give a run, runs/<name>, or a checkpoint of one")
 
 
 def is_run(directory: Path) -> bool:
-    """Whether the directory's config.yaml is a run's: a mapping with the sections of one, of whatever version.
+    """Return whether the directory's config.yaml is a run's: a mapping with a run's sections, of any version.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     path = directory / records.CONFIG_FILE
     sections = {name for name, field in RunConfig.model_fields.items() if field.is_required()}
@@ -68,10 +68,10 @@ def is_run(directory: Path) -> bool:
 
 
 def refuse_unnamed(directory: Path) -> None:
-    """Refuse to begin a run in a directory that holds more than what a run left that was killed as it began.
+    """Refuse to start a run in a directory that holds more than the leftovers of a run killed during start-up.
 
     Raises:
-        ConfigurationError: naming what lies there.
+        ConfigurationError: the message names what the directory holds.
     """
     try:
         found = [path.name for path, own in entries(directory, _HIDDEN) if not own]
@@ -83,47 +83,47 @@ def refuse_unnamed(directory: Path) -> None:
         ) from error
     if found:
         raise ConfigurationError(
-            f"{directory} holds {_listed(found)} and no {records.CONFIG_FILE}: it is no run directory; "
+            f"{directory} is not a run directory: it holds {_listed(found)} and no {records.CONFIG_FILE}; "
             "give another name= or output_dir="
         )
 
 
 def refuse_to_replace(directory: Path) -> None:
-    """Refuse to delete a directory that is not a run's, or that holds anything besides what a run writes.
+    """Refuse to delete a directory that is not a run's, or that holds anything a run does not write.
 
     Raises:
-        ConfigurationError: naming what is foreign.
+        ConfigurationError: the message names what is not a run's.
     """
     remedy = "move it away, remove the directory yourself, or give another name="
     if not is_run(directory):
         raise ConfigurationError(
-            f"overwrite=true: {directory / records.CONFIG_FILE} is not the configuration of a run, and what is not a "
-            f"run's is not deleted; {remedy}"
+            f"overwrite=true: {directory / records.CONFIG_FILE} is not the configuration of a run, and only runs are "
+            f"replaced; {remedy}"
         )
     if found := [path.relative_to(directory).as_posix() for path, own in entries(directory, OWN_NAMES) if not own]:
         raise ConfigurationError(
-            f"overwrite=true: {directory} holds {_listed(found)}, which no run writes, and would be deleted; {remedy}"
+            f"overwrite=true: {directory} holds {_listed(found)}, which no run writes and which would be deleted; {remedy}"
         )
 
 
 def refuse_links(directory: Path) -> None:
-    """Refuse a run directory that is a link, or that has a link, a pipe or a device in the place of what a run writes.
+    """Refuse a run directory that is a link, or that has a link, pipe or device where a run writes files.
 
     Raises:
-        ConfigurationError: naming the first one.
+        ConfigurationError: the message names the first such path.
         OSError: the directory cannot be read.
     """
     if directory.is_symlink():
         place = os.path.realpath(directory)
         raise ConfigurationError(
-            f"{directory} is a link to {place}, and a run stays in its output_dir=; remove the link, or give output_dir="
+            f"{directory} is a link to {place}, outside output_dir=; remove the link, or give output_dir="
             f"{os.path.dirname(place)}"
         )
     for path, own in entries(directory, OWN_NAMES) if directory.is_dir() else ():
         if own and not _is_plain(path):
             what = f"a link to {os.readlink(path)}" if path.is_symlink() else "neither a file nor a directory"
             raise ConfigurationError(
-                f"{path} is {what}, and a run writes its own files only; remove it or give another name="
+                f"{path} is {what}, and a run writes only its own files; remove it or give another name="
             )
 
 
@@ -137,7 +137,7 @@ def _listed(names: list[str]) -> str:
 
 
 class RunDirectory:
-    """A run directory and this process's hold on it, from before it is changed until the context is left."""
+    """A run directory and this process's lock on it, taken before any change and released when the context exits."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -153,10 +153,10 @@ class RunDirectory:
         self.release()
 
     def take(self) -> None:
-        """Lock the directory, which exists, for this process; at once where it has it already.
+        """Lock the directory, which must exist, for this process. Does nothing if it is locked already.
 
         Raises:
-            RunHeldError: another process has it; host and process are named.
+            RunHeldError: another process holds it; the message names host and process.
             OSError: the lock file cannot be opened, or is a link.
         """
         if self._lock is not None:
@@ -169,7 +169,7 @@ class RunDirectory:
             raise self._held() from error
         except OSError as error:
             logging.getLogger(__name__).warning(
-                "%s: the file system has no locks (%s): a second process that runs this would end the first",
+                "%s: the file system has no locks (%s): a second process of this run would end the first",
                 self.path,
                 error.strerror,
             )
@@ -178,13 +178,13 @@ class RunDirectory:
         self._lock = lock
 
     def confirm(self) -> None:
-        """Check that this process still has the directory: that the lock file is the one that it wrote.
+        """Check that this process still holds the directory, i.e. that the lock file is the one it wrote.
 
-        Another process takes the directory although this one is alive where the file system has no locks, or the lock
-        file was deleted. A lock file that is gone, without another in its place, is written again.
+        Another process can take the directory from a living one if the file system has no locks or the lock file was
+        deleted. A missing lock file is recreated.
 
         Raises:
-            OSError: another process has it, or nothing can be read.
+            OSError: another process holds the directory, or the lock file cannot be read.
         """
         try:
             if self._read_lock() == self._owner:
@@ -213,14 +213,14 @@ class RunDirectory:
         finally:
             os.close(lock)
 
-    # One run in the place of another. The configuration is moved first, and moved back last: so it always tells whose the
-    # files beside it are, wherever a crash comes in between.
+    # Replacing a run. The configuration is moved first and moved back last, so that after a crash it still tells which run
+    # the files next to it belong to.
 
     def set_aside(self) -> None:
-        """Move the run that another one replaces into .replaced.
+        """Move the run that is to be replaced into .replaced.
 
         Raises:
-            ConfigurationError: it is no run, or holds what no run writes.
+            ConfigurationError: it is not a run, or holds something that no run writes.
         """
         refuse_to_replace(self.path)
         aside = self.path / REPLACED
@@ -230,14 +230,14 @@ class RunDirectory:
         sync_directory(self.path)
 
     def delete_replaced(self) -> None:
-        """Delete the run that was set aside: the new one has begun."""
+        """Delete the run that was set aside, once the new one has started."""
         if (self.path / REPLACED).is_dir():
             (self.path / REPLACED).rename(self.path / f"{DISCARDED}{secrets.token_hex(4)}")
         for discarded in self.path.glob(f"{DISCARDED}*"):
             shutil.rmtree(discarded, ignore_errors=True)
 
     def restore(self) -> bool:
-        """Undo a replacement that ended before the new run had begun. Returns whether there was one."""
+        """Undo a replacement that ended before the new run started. Returns whether there was one."""
         aside = self.path / REPLACED
         if not aside.is_dir():
             return False

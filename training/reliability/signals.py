@@ -1,18 +1,18 @@
-"""SIGTERM, SIGINT, SIGUSR1, SIGHUP and SIGQUIT ask a run to stop; a second one ends the process at once.
+"""SIGTERM, SIGINT, SIGUSR1, SIGHUP and SIGQUIT ask a run to stop; a second one ends the process immediately.
 
-A terminal that closes sends SIGHUP more than once (the kernel and the shell both do), and systemd may send it right after
-SIGTERM. So SIGHUP never counts as the second signal. nohup ignores it, and then it stays ignored.
+A closing terminal sends SIGHUP more than once (from the kernel and the shell), and systemd may send it right after
+SIGTERM, so SIGHUP never counts as the second signal. If nohup ignores it, it stays ignored.
 
-Under torchrun and in a sweep one request may come twice: systemd and some clusters signal every process of a job, a
-terminal its whole process group, and the parent passes its signal on besides. There the same signal within
-`PASSED_ON_SECONDS` of the first is the first.
+Under torchrun and in a sweep one request may arrive twice: systemd and some clusters signal every process of a job, a
+terminal signals its whole process group, and the parent passes its signal on as well. There, the same signal within
+`PASSED_ON_SECONDS` counts once.
 
 Python runs signal handlers between bytecodes of the main thread, which may be waiting in a collective or a kernel. So
-the handlers do nothing, and a thread listens on the pipe into which the interpreter's C-level handler writes the
-signal's number: the second signal ends a process that hangs, too.
+the handlers do nothing, and a thread reads the pipe into which the interpreter's C-level handler writes the signal's
+number. A second signal therefore also ends a process that hangs.
 
-That thread alone takes the signals; in all others they are blocked. Child processes inherit that: a compiler that a
-terminal's Ctrl-C also reaches finishes its work, and the workers of a sweep keep a signal until their trial listens.
+Only that thread takes the signals; all others block them. Child processes inherit the mask: a compiler that also receives
+a terminal's Ctrl-C finishes its work, and a sweep's workers keep a signal pending until their trial listens.
 """
 
 import contextlib
@@ -30,9 +30,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, si
 PASSED_ON_SECONDS = 2.0
 
 
-def heeded() -> list[signal.Signals]:
-    """The stop signals less SIGHUP and SIGQUIT where whoever started this process had them ignored (nohup, a shell's
-    background jobs)."""
+def handled_signals() -> list[signal.Signals]:
+    """Return the stop signals, without SIGHUP and SIGQUIT if the parent ignores them (nohup, background jobs)."""
     return [
         number
         for number in STOP_SIGNALS
@@ -42,17 +41,16 @@ def heeded() -> list[signal.Signals]:
 
 @contextlib.contextmanager
 def listening(notice: Callable[[int], None]) -> Iterator[None]:
-    """Have a thread call `notice` for each stop signal. Outside of the main thread, where signals cannot be caught, it
-    is never called."""
+    """Call `notice` in a thread for each stop signal. Does nothing outside the main thread, which cannot catch signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = heeded()
+    numbers = handled_signals()
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, _left_to_the_listener) for number in numbers}
+    handlers = {number: signal.signal(number, _ignore) for number in numbers}
     listener = threading.Thread(target=_listen, args=(reading, numbers, notice), name="signals", daemon=True)
     listener.start()
     try:
@@ -68,11 +66,11 @@ def listening(notice: Callable[[int], None]) -> Iterator[None]:
 
 
 class StopSignals:
-    """A context in which stop signals are noticed; called, it says whether one has come.
+    """A context that listens for stop signals. Calling it returns whether one has arrived.
 
     Args:
-        exit_code: of a process that is asked to stop before `begin`: it has nothing to save yet and ends at once.
-        speaks: say on standard error that a signal has come (rank 0).
+        exit_code: of a process that is asked to stop before `begin`; it has nothing to save and exits immediately.
+        speaks: report signals on standard error (rank 0).
     """
 
     def __init__(self, exit_code: int, *, speaks: bool) -> None:
@@ -80,17 +78,16 @@ class StopSignals:
         self._speaks = speaks
         self._received: list[int] = []
         self._since = 0.0
-        # The worker of a sweep has the signals blocked. If it ended by itself, joblib would kill the others.
-        self._begun = is_worker = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        # A sweep's worker has the signals blocked. If it exited by itself, joblib would kill the others.
+        self._started = is_worker = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self._passed_on = is_worker or "TORCHELASTIC_RUN_ID" in os.environ
 
     def __call__(self) -> bool:
         return bool(self._received)
 
     def begin(self) -> None:
-        """From here on there is something to save, or there are others to agree with: the first signal is left to the
-        loop."""
-        self._begun = True
+        """Leave the first signal to the training loop from here on: there is something to save, or ranks must agree."""
+        self._started = True
 
     def __enter__(self) -> Self:
         self._listening = listening(self.notice)
@@ -103,17 +100,17 @@ class StopSignals:
         self._listening.__exit__(kind, error, trace)
 
     def notice(self, number: int) -> None:
-        """A stop signal has come."""
+        """Handle a stop signal."""
         name = signal.Signals(number).name
         if not self._received:
             self._since = time.monotonic()
             self._received.append(number)
-            if not self._begun:
-                self._say(f"{name} before training has begun: ending")
+            if not self._started:
+                self._say(f"{name} before training started: exiting")
                 os._exit(self._exit_code)
-            self._say(f"{name}: finishing the step and saving; a second signal ends the run at once")
+            self._say(f"{name}: finishing the step and saving; a second signal ends the run immediately")
         elif number != signal.SIGHUP and not self._is_passed_on(number):
-            self._say(f"{name}, the second signal: ending at once")
+            self._say(f"{name}, the second signal: exiting immediately")
             os._exit(128 + number)
 
     def _is_passed_on(self, number: int) -> bool:
@@ -126,11 +123,11 @@ class StopSignals:
 
 @contextlib.contextmanager
 def passed_on_to_workers(launcher: str, exit_code: int) -> Iterator[None]:
-    """Pass stop signals on to the worker processes of a sweep, which save and return, and wait for them.
+    """Pass stop signals on to a sweep's worker processes, which save and return, and wait for them.
 
     Args:
-        launcher: the target of Hydra's launcher. joblib alone has workers: a trial in this process listens itself, and
-            what a cluster runs is the cluster's.
+        launcher: the target of Hydra's launcher. Only joblib has workers: a trial in this process listens itself, and a
+            cluster signals its own jobs.
         exit_code: of this process if it is asked to stop before it has workers.
     """
     if "joblib" not in launcher:
@@ -147,22 +144,22 @@ def passed_on_to_workers(launcher: str, exit_code: int) -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, number)
         if stopped or not workers:
-            say(f"{name}: ending at once")
+            say(f"{name}: exiting immediately")
             os._exit(128 + number if stopped else exit_code)
         stopped.append(number)
-        say(f"{name}: the trials finish their step and save; a second signal ends them at once")
+        say(f"{name}: the trials finish their step and save; a second signal ends them immediately")
 
     with listening(notice):
         yield
 
 
 def stop_pending() -> bool:
-    """Whether a stop signal waits in this worker of a sweep for a trial that listens."""
+    """Return whether a stop signal is pending in this sweep worker."""
     return not signal.sigpending().isdisjoint(STOP_SIGNALS)
 
 
 def say(text: str) -> None:
-    with contextlib.suppress(OSError):  # a log on a full disk, a closed terminal: the signal is obeyed all the same
+    with contextlib.suppress(OSError):  # a full disk or closed terminal must not stop the signal's handling
         print(text, file=sys.stderr, flush=True)
 
 
@@ -173,5 +170,5 @@ def _listen(reading: int, numbers: Sequence[int], notice: Callable[[int], None])
             notice(received[0])
 
 
-def _left_to_the_listener(number: int, frame: FrameType | None) -> None:
+def _ignore(number: int, frame: FrameType | None) -> None:
     pass

@@ -1,10 +1,10 @@
-"""A run without progress shows where every rank stands, and ends.
+"""End a run that makes no progress, and print the stacks of every rank.
 
-Whatever hangs (a collective that a living rank has not entered, a disk that does not answer, a loop without end), the
-main thread stops reporting progress. A thread of each rank watches for that; the first to notice tells the others
-through the store at which they met, all write the stacks of all their threads, and the processes end. Where that thread
-cannot run either, because something holds the interpreter's lock, a timer of the C library (faulthandler) does the same
-for its process. Ranks that are gone altogether are training/reliability/heartbeat.py's.
+Whatever hangs (a collective that a living rank has not entered, a disk that does not answer, an endless loop), the main
+thread stops reporting progress. A watchdog thread on each rank notices. The first one tells the others through the ranks'
+store, all write the stacks of all their threads, and the processes exit. If something holds the interpreter's lock, so
+that the thread cannot run either, a C-level timer (faulthandler) does the same for its process. Dead ranks are handled by
+training/reliability/heartbeat.py.
 """
 
 import contextlib
@@ -25,9 +25,8 @@ from training.distributed import Distributed
 from training.exits import EXIT_FAILED
 
 POLL_SECONDS = 1.0
-# The others are given this long to write their stacks, a disk this long to take a few lines.
-PEERS_SECONDS = 10.0
-DISK_SECONDS = 5.0
+PEERS_SECONDS = 10.0  # for the other ranks to write their stacks
+DISK_SECONDS = 5.0  # for the disk to accept a few lines
 STORE_TIMEOUT = datetime.timedelta(seconds=10)
 STANDARD_ERROR = 2
 
@@ -36,10 +35,10 @@ class Watchdog:
     """Ends the process when `progress` has not been called for `seconds`.
 
     Args:
-        seconds: None watches nothing.
-        distributed: the ranks, which are shown and ended together.
-        directory: where the stacks are written besides standard error, as rank-<n>.txt.
-        report: called with one line on rank 0 before the end, in a thread that is waited for but a moment.
+        seconds: None disables the watchdog.
+        distributed: the ranks, which end together.
+        directory: for the stacks, as rank-<n>.txt; they also go to standard error.
+        report: called with one line on rank 0 before the exit, in a thread that gets `DISK_SECONDS`.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class Watchdog:
         self._store: dist.Store | None = None
 
     def progress(self, doing: str) -> None:
-        """The run has come further, and is `doing` this now."""
+        """Report progress: the run is now `doing` this."""
         self._doing, self._since = doing, time.monotonic()
 
     def __enter__(self) -> Self:
@@ -82,7 +81,7 @@ class Watchdog:
     def _watch(self, seconds: float) -> None:
         poll = min(POLL_SECONDS, seconds / 4)
         while not self._stopped.wait(poll):
-            # Armed anew at every poll; it fires where this thread no longer comes here.
+            # Rearmed at every poll; fires if this thread cannot run.
             faulthandler.dump_traceback_later(seconds + 2 * poll + PEERS_SECONDS, exit=True, file=STANDARD_ERROR)
             idle = time.monotonic() - self._since
             if idle > seconds:
@@ -92,12 +91,12 @@ class Watchdog:
 
     def _end(self, reason: str) -> None:
         rank = self._distributed.rank
-        line = f"rank {rank}: {reason}: the job is stopped; start the same command again and it goes on"
+        line = f"rank {rank}: {reason}: the job is stopped; rerun the same command to resume"
         self._tell_peers(f"rank {rank} had {reason}")
-        with contextlib.suppress(OSError):  # a log on the disk that is full or hangs
+        with contextlib.suppress(OSError):  # the log's disk may be full or hang
             print(f"\n{line}\nstacks of rank {rank}:", file=sys.__stderr__, flush=True)
         faulthandler.dump_traceback(file=STANDARD_ERROR, all_threads=True)
-        # The disk may be what hangs.
+        # In a thread, since the disk may be what hangs.
         writer = threading.Thread(target=self._write, args=(line,), daemon=True)
         writer.start()
         writer.join(DISK_SECONDS)
@@ -113,7 +112,7 @@ class Watchdog:
         if self._distributed.is_main:
             self._report(line)
 
-    # The store may be gone with its rank: then each rank is left to its own clock.
+    # The store may be gone with its rank; then each rank relies on its own clock.
 
     def _word_of_peers(self) -> str | None:
         if self._store is None:
@@ -133,7 +132,7 @@ class Watchdog:
             self._store = None
 
     def _wait_for_peers(self) -> None:
-        """Until all have shown their stacks; the store's rank, whose end the others would notice, leaves last."""
+        """Wait until all ranks have written their stacks. Rank 0, which serves the store, exits last."""
         if self._store is None:
             return
         world_size = self._distributed.world_size
@@ -155,7 +154,7 @@ class Watchdog:
 
 
 def _own_store(distributed: Distributed) -> dist.Store | None:
-    """A connection of its own to the ranks' store: the process group's may be held by a main thread that waits."""
+    """Open a separate connection to the ranks' store: a waiting main thread may hold the process group's."""
     if distributed.world_size == 1:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -1,4 +1,4 @@
-"""Ways of running a model over ranks, behind one interface (training/strategies/base.py)."""
+"""Ways to run a model over ranks, behind one interface (training/strategies/base.py)."""
 
 from training.config import DDPConfig, DeepSpeedConfig, FSDPConfig, RunConfig
 from training.distributed import Distributed
@@ -6,7 +6,7 @@ from training.strategies.base import Strategy
 
 
 def build_strategy(config: RunConfig, distributed: Distributed) -> Strategy:
-    """The strategy that `strategy=` names. Each engine is imported only when it is chosen."""
+    """Build the strategy named by `strategy=`. An engine is imported only if chosen."""
     bf16, compile_model = config.train.precision == "bf16", config.train.compile is True
     # A central difference moves the weights by less than bf16 resolves.
     needs_float32 = getattr(config.optimizer, "estimator", None) == "hutchinson_differences"

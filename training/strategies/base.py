@@ -1,7 +1,7 @@
-"""What the loop asks of a strategy: forward, backward, curvature, step, and its state as pieces of full tensors.
+"""The interface of a strategy: forward, backward, curvature, step, and its state as pieces of full tensors.
 
-The loop does not know which strategy it has. A strategy owns the wrapped model, the optimizers, the precision and the
-reduction of gradients; it is small, and its own class alone knows its engine.
+The loop does not know which strategy it uses. A strategy owns the wrapped model, the optimizers, the precision and the
+reduction of gradients. Only its class knows its engine.
 """
 
 from abc import ABC, abstractmethod
@@ -20,16 +20,16 @@ from sophia.random import normals_like
 from training.distributed import Distributed
 from training.weights import InitialWeights
 
-# Share of ‖θ‖ by which a central difference moves the weights: smaller drowns in float32's rounding, larger in the
-# cubic term.
+# Share of ‖θ‖ by which a central difference moves the weights. Smaller steps drown in float32 rounding, larger ones in
+# the cubic term.
 DIFFERENCE_SHARE = 1e-3
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """() float32, the Euclidean norm over all elements of all tensors: of shards (DTensor) by one sum over ranks.
+    """() float32, the Euclidean norm over all elements of all tensors.
 
-    Tensors are either all whole or all sharded over one mesh dimension. torch.nn.utils.get_total_norm would reduce
-    shards tensor by tensor.
+    The tensors are either all whole or all sharded (DTensor) over one mesh dimension; shards need one sum over ranks.
+    torch.nn.utils.get_total_norm would reduce them tensor by tensor.
     """
     listed = list(tensors)
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in listed]
@@ -44,7 +44,7 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 class Piece(NamedTuple):
     """A contiguous range of a full tensor's elements in row-major order, held by this rank.
 
-    Rows of a matrix (FSDP), a fragment of a flat partition (ZeRO) and a whole tensor are all of this form.
+    It describes rows of a matrix (FSDP), a fragment of a flat partition (ZeRO) or a whole tensor.
     """
 
     name: str  # "model.<parameter>" or "optimizer.<parameter>.<state>"
@@ -53,9 +53,9 @@ class Piece(NamedTuple):
     values: Tensor  # (n,) flat
 
 
-#: What a state may hold besides tensors, and a checkpoint's manifest holds as it is.
+#: What optimizer state may hold in addition to tensors; stored in a checkpoint's manifest.
 Number = int | float | bool | None
-#: The types of tensor that a checkpoint holds.
+#: The dtypes that a checkpoint can store.
 SAVED_DTYPES = (
     *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
@@ -63,7 +63,7 @@ SAVED_DTYPES = (
 
 
 class NumberPiece(NamedTuple):
-    """A number of an optimizer's state; one rank has it."""
+    """A number of an optimizer's state, yielded by one rank."""
 
     name: str  # "optimizer.<parameter>.<state>" or "group.<parameter>.<key>"
     value: Number
@@ -86,20 +86,20 @@ class PieceReader(Protocol):
 
 
 class StepStatistics(NamedTuple):
-    """0-D tensors on the device: reading them is the caller's choice of when to wait."""
+    """0-D tensors on the device; the caller decides when to read them and wait."""
 
     grad_norm: Tensor  # of the mean gradient, before the clip
-    clipped: Tensor  # 1 where the norm was above the limit
-    skipped: Tensor  # 1 where a non-finite loss or gradient left weights and state alone
+    clipped: Tensor  # 1 if the norm was above the limit
+    skipped: Tensor  # 1 if a non-finite loss or gradient left weights and state unchanged
     unclipped_fraction: Tensor | None  # Sophia: share of coordinates with |m| < γh
 
 
 class Strategy(ABC):
-    """One way of running a model over the ranks.
+    """One way to run a model over the ranks.
 
     Args:
-        distributed: this process's place.
-        bf16: run the forward under bf16 (parameters and optimizer state stay float32).
+        distributed: this process's rank and world size.
+        bf16: run the forward in bf16 (parameters and optimizer state stay float32).
         compile_model: compile the model in place.
     """
 
@@ -120,18 +120,18 @@ class Strategy(ABC):
         weights: InitialWeights,
         build_optimizers: Callable[[Mapping[str, Tensor]], list[Optimizer]],
     ) -> None:
-        """Put the weights on the device, wrap the model, build the optimizers over the parameters that they step."""
+        """Put the weights on the device, wrap the model, and build the optimizers over the parameters they step."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
 
     @abstractmethod
     def forward(self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> GPT2Output:
-        """The model's losses, in the run's precision, through the engine's hooks."""
+        """Return the model's losses, in the run's precision, through the engine's hooks."""
 
     @abstractmethod
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
-        """The surroundings of one forward and backward of an accumulation; gradients are reduced in the last one."""
+        """Return the context of one forward and backward of an accumulation; gradients are reduced in the last one."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -144,22 +144,22 @@ class Strategy(ABC):
     def update_hessian(
         self, *, num_predictions: int | None = None, estimates: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """Fold an estimate into h: from the gradients and N, or from a tensor for each parameter in their order.
+        """Fold an estimate into h: from the gradients and N, or from one tensor per parameter, in the parameters' order.
 
-        The tensors are whole, or have the form of `normals`. An estimate that is not finite, or N g² that would not be,
-        never enters h. What is left of the gradients is for `zero_grad` to clear.
+        The tensors are whole, or have the form of `normals`. Estimates that are not finite, or whose N g² would not be,
+        are skipped. `zero_grad` clears the gradients afterwards.
 
-        Returns 1 (0-D, on the device) where an estimate was held back.
+        Returns a 0-D tensor on the device: 1 if the estimate was skipped.
         """
 
     @abstractmethod
     def step(self, max_norm: float | None, loss: Tensor | None = None) -> StepStatistics:
-        """Clip the global norm of the mean gradient, update the weights, clear the gradients.
+        """Clip the global norm of the mean gradient, update the weights and clear the gradients.
 
         Args:
-            max_norm: None clips nothing.
-            loss: 0-D, on the device, the same on all ranks; where it or the gradient is not finite, weights and state
-                stay as they are.
+            max_norm: None disables clipping.
+            loss: 0-D, on the device, the same on all ranks. If it or the gradient is not finite, weights and state do
+                not change.
         """
 
     @abstractmethod
@@ -167,7 +167,7 @@ class Strategy(ABC):
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
-        """The forward in float32, whatever the run's precision."""
+        """Run forwards in float32, whatever the run's precision."""
         bf16, self.bf16 = self.bf16, False
         try:
             yield
@@ -175,33 +175,33 @@ class Strategy(ABC):
             self.bf16 = bf16
 
     def parameter_normals(self, seed: int, step: int) -> list[Tensor]:
-        """Hutchinson's noise u ~ N(0, I) in the form of each parameter of the model."""
+        """Return Hutchinson's noise u ~ N(0, I), one tensor in the form of each parameter of the model."""
         return [normals_like(p, seed, step, name, compile=self.compile_noise) for name, p in self.parameters().items()]
 
     def normals(self, seed: int, step: int) -> list[Tensor]:
-        """The same noise for each parameter, where the strategy shards this rank's part of it."""
+        """Return the same noise; under a sharding strategy, this rank's part of it."""
         return self.parameter_normals(seed, step)
 
     def difference_step(self, directions: Sequence[Tensor]) -> Tensor:
-        """() δ for a central difference along `directions`: a share of the weights' norm over the directions' norm, or the
-        share itself where all weights are zero."""
+        """() δ of a central difference along `directions`: DIFFERENCE_SHARE ‖θ‖ / ‖directions‖, or DIFFERENCE_SHARE if all
+        weights are zero."""
         size = self.norm(self.weights())
         return torch.where(size > 0, DIFFERENCE_SHARE * size / self.norm(directions), DIFFERENCE_SHARE)
 
     def norm(self, tensors: Iterable[Tensor]) -> Tensor:
-        """() the Euclidean norm over tensors in the form of `normals`, over all ranks."""
+        """() the Euclidean norm of tensors in the form of `normals`, over all ranks."""
         return total_norm(tensors)
 
     def weights(self) -> list[Tensor]:
-        """The float32 weights that the optimizers step, in the form of `normals`, to be changed in place."""
+        """Return the float32 weights that the optimizers step, in the form of `normals`. They may be changed in place."""
         return [p.detach() for p in self.parameters().values()]
 
     def weights_changed(self) -> None:  # noqa: B027 (most forwards read `weights()` themselves)
-        """To be called after `weights()` have been changed, before the next forward."""
+        """Call it after changing `weights()`, before the next forward."""
 
     @contextmanager
     def perturbed(self, directions: Sequence[Tensor], scale: Tensor) -> Iterator[None]:
-        """The weights moved by `scale` (0-D) times the directions; afterwards they are what they were, bit for bit."""
+        """Move the weights by `scale` (0-D) times the directions. On exit they are restored bit for bit."""
         weights = self.weights()
         saved = [w.clone() for w in weights]
         try:
@@ -215,7 +215,7 @@ class Strategy(ABC):
             self.weights_changed()
 
     def take_gradients(self) -> list[Tensor]:
-        """The reduced gradients in the form of `normals`; they are the caller's afterwards, and cleared here."""
+        """Return the reduced gradients in the form of `normals` and clear them here."""
         taken = []
         for name, parameter in self.parameters().items():
             if parameter.grad is None:
@@ -225,16 +225,16 @@ class Strategy(ABC):
         return taken
 
     def parameters(self) -> dict[str, Tensor]:
-        """The parameters by name, in the model's order; shards where the strategy shards."""
+        """Return the parameters by name, in the model's order; shards if the strategy shards."""
         return dict(self.model.named_parameters())
 
     #: Whether each rank holds only a part of `curvature_state()`.
     shards_optimizer_state: bool = False
-    #: Whether one update is several calls of the optimizer's `step`, each with some of its groups' parameters.
+    #: Whether one update calls the optimizer's `step` several times, each with some of its groups' parameters.
     steps_in_parts: bool = False
 
     def curvature_state(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name, h, m) of each parameter, whole or this rank's part of it."""
+        """Yield (name, h, m) of each parameter, whole or this rank's part."""
         (optimizer,) = self.optimizers
         for name, parameter in self.parameters().items():
             state = optimizer.state[parameter]
@@ -242,41 +242,41 @@ class Strategy(ABC):
                 yield name, state["hessian"], state["exp_avg"]
 
     def set_learning_rate(self, factor: float) -> None:
-        """Every group's rate to its peak times the factor, in place."""
+        """Set every group's learning rate to its peak times the factor."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
 
     @abstractmethod
     def pieces(self) -> Iterator[Piece | NumberPiece]:
-        """This rank's part of weights and optimizer state. Over all ranks each element stands in exactly one piece.
+        """Yield this rank's part of weights and optimizer state. Over all ranks, each element is in exactly one piece.
 
         Raises:
-            ConfigurationError: the optimizer keeps state that no checkpoint can hold.
+            ConfigurationError: the optimizer keeps state that a checkpoint cannot store.
         """
 
     @abstractmethod
     def load(self, reader: PieceReader) -> None:
-        """Weights and optimizer state from a checkpoint that any strategy at any world size has written."""
+        """Load weights and optimizer state from a checkpoint written by any strategy at any world size."""
 
     @abstractmethod
     def bytes_communicated(self, micro_batches: int) -> int:
-        """Bytes that each rank sends for one accumulation of gradients over so many micro-batches and its update."""
+        """Return the bytes that each rank sends for one update with this many micro-batches."""
 
 
 class KeepsGraphs(Strategy):
-    """A strategy whose ranks can keep gradients to themselves for a while, and differentiate one forward twice.
+    """A strategy that can defer the reduction of gradients and differentiate one forward twice.
 
-    Engines that gather weights for a forward and its backward, or own the gradients, cannot.
+    Engines that gather weights for a forward and its backward, or that own the gradients, cannot.
     """
 
     @abstractmethod
     def forward_locally(self, tokens: Tensor, targets: Tensor | None, uniforms: Tensor | None) -> GPT2Output:
-        """`forward` past the engine's hooks: what is differentiated stays on this rank until it is reduced."""
+        """`forward` without the engine's hooks: gradients stay on this rank until `reduce_gradients`."""
 
     @abstractmethod
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None: ...
 
     @abstractmethod
     def reduce_gradients(self) -> None:
-        """Sum what local backwards have left in `.grad` over the ranks, as a last micro-batch's `backward` does."""
+        """Sum the `.grad` of local backwards over the ranks, as the last micro-batch's `backward` does."""

@@ -1,7 +1,7 @@
-"""How many bytes a rank sends, by strategy: ring algorithms, which send (W-1)/W of a buffer for a reduce-scatter or an
-all-gather and twice that for an all-reduce.
+"""Bytes that a rank sends, by strategy.
 
-The ledger adds these up, and the planner predicts with them.
+Ring algorithms send (W-1)/W of a buffer for a reduce-scatter or an all-gather, and twice that for an all-reduce. The ledger
+sums these bytes and the planner predicts with them.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class Traffic(NamedTuple):
     """Bytes that each rank sends."""
 
     per_micro_batch: int
-    per_update: int  # for each accumulation of gradients and what is done with it, once
+    per_update: int  # once for each accumulation of gradients and the update or estimate made of it
 
     def total(self, micro_batches: int) -> int:
         return micro_batches * self.per_micro_batch + self.per_update
@@ -46,7 +46,7 @@ def fsdp_traffic(
     Args:
         root_parameters: embeddings and final norm, gathered in float32 once for forward and backward.
         block_bytes: bytes of a gathered weight of a block.
-        reshard_after_forward: whether blocks give their gathered weights up between forward and backward.
+        reshard_after_forward: whether blocks free their gathered weights between forward and backward.
     """
     gathered = block_bytes * block_parameters * (2 if reshard_after_forward else 1) + FLOAT32 * root_parameters
     gradients = FLOAT32 * (block_parameters + root_parameters)
@@ -54,11 +54,11 @@ def fsdp_traffic(
 
 
 def zero_traffic(parameters: int, world_size: int, *, stage: int, weight_bytes: int) -> Traffic:
-    """ZeRO 1: gradients reduced once, weights gathered after the update; 2: gradients reduced in each micro-batch;
-    3: besides, weights gathered in each forward and each backward instead of after the update.
+    """Stage 1 reduces gradients once and gathers weights after the update; stage 2 reduces gradients in each micro-batch;
+    stage 3 also gathers weights in each forward and backward instead of after the update.
 
     Args:
-        weight_bytes: bytes of a weight as the forward sees it.
+        weight_bytes: bytes of a weight in the forward.
     """
     gradients = _scattered(FLOAT32 * parameters, world_size)
     weights = _scattered(weight_bytes * parameters, world_size)

@@ -16,7 +16,7 @@ from training.strategies.gradients import clip_and_step, unclipped, update_hessi
 from training.strategies.state import assigned_pieces, load_state, saved_state
 from training.weights import InitialWeights
 
-# Small gradients are reduced together: as many bytes as DDP puts into a bucket.
+# Small gradients are reduced together, in buckets of DDP's size.
 BUCKET_BYTES = 25 * 2**20
 
 
@@ -53,18 +53,18 @@ class DDP(KeepsGraphs):
         return self._wrapped.no_sync()
 
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
-        # DDP averages over the ranks; the shares are to be summed.
+        # DDP averages over the ranks, but the shares must be summed.
         (loss * self.distributed.world_size).backward(retain_graph=retain_graph)
 
     def forward_locally(self, tokens: Tensor, targets: Tensor | None, uniforms: Tensor | None) -> GPT2Output:
-        # DDP's hooks stay quiet in a backward that no forward of the wrapper has armed them for.
+        # DDP's hooks do not run in a backward unless a forward of the wrapper has armed them.
         with self.autocast():
             return self.model(tokens, targets, uniforms)
 
     def reduce_gradients(self) -> None:
         parameters = list(self.model.parameters())
         for parameter in parameters:
-            if parameter.grad is None:  # this rank had no part in it
+            if parameter.grad is None:  # this rank had no share of the batch
                 parameter.grad = torch.zeros_like(parameter)
         if self.distributed.world_size == 1:
             return
@@ -105,7 +105,7 @@ class DDP(KeepsGraphs):
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in their order, as many together as fit into a bucket; a larger one by itself."""
+    """Yield the tensors in order, as many together as fit into a bucket; a larger one alone."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:

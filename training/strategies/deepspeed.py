@@ -1,13 +1,11 @@
-"""DeepSpeed ZeRO 1 to 3: optimizer state sharded, from stage 2 on gradients too, at stage 3 weights too.
+"""DeepSpeed ZeRO: stage 1 shards the optimizer state, stage 2 also the gradients, stage 3 also the weights.
 
-The engine hands the optimizer flat float32 partitions of its parameter groups: a *fragment* is the contiguous range of
-a parameter's elements that lies in one of this rank's partitions. Curvature, checkpoints and diagnostics are told in
-fragments.
+The engine gives the optimizer flat float32 partitions of its parameter groups. A *fragment* is the contiguous range of a
+parameter's elements in one of this rank's partitions. Curvature, checkpoints and diagnostics work on fragments.
 
-A reduction of gradients ends in the engine's step, which reduces, partitions and casts, and then calls the optimizer.
-So everything that needs reduced gradients (the update, the curvature estimate, the two gradients of a central
-difference) is an engine step with another action in the optimizer's place; the engine clips nothing and schedules
-nothing.
+Gradients are reduced by the engine's step, which reduces, partitions and casts them and then calls the optimizer. So
+everything that needs reduced gradients (the update, the curvature estimate, the two gradients of a central difference) is
+an engine step with another action instead of the optimizer's. The engine neither clips nor schedules.
 """
 
 import logging
@@ -34,25 +32,25 @@ from training.weights import InitialWeights
 
 
 def prepare_environment(device: str) -> None:
-    """What DeepSpeed must find before its first import and before the ranks join.
+    """Set what DeepSpeed reads at its first import, before the ranks join.
 
     Args:
         device: "auto", "cpu" or "cuda".
     """
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")  # zero.Init insists on it, in a world of one too
+    os.environ.setdefault("LOCAL_RANK", "0")  # zero.Init requires it, even at world size 1
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
-    # Shared-memory collectives of the CPU backend: 45 seconds of C++ compilation at the first start, and an error
-    # without ninja and g++. Gloo does the same.
+    # The CPU backend's shared-memory collectives cost 45 seconds of C++ compilation at the first start and need ninja and
+    # g++. Gloo does the same without them.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """The part of a parameter that this rank steps; empty where other ranks have all of it."""
+    """The part of a parameter that this rank steps; empty if other ranks hold all of it."""
 
     name: str
     shape: tuple[int, ...]  # of the parameter
@@ -62,22 +60,22 @@ class Fragment:
     offset: int  # in the partition
 
     def of(self, flat: Tensor) -> Tensor:
-        """(count,) the view of this fragment in a tensor like its partition."""
+        """(count,) view of this fragment in a tensor shaped like its partition."""
         return flat.narrow(0, self.offset, self.count)
 
     def cut(self, whole: Tensor) -> Tensor:
-        """(count,) this fragment of a tensor like the parameter."""
+        """(count,) this fragment of a tensor shaped like the parameter."""
         return whole.reshape(-1).narrow(0, self.start, self.count)
 
 
 class EngineOptimizer(Optimizer):
-    """What the engine takes for the optimizer: its groups and state are the optimizer's, its step is the given action.
+    """The optimizer as the engine sees it: with the inner optimizer's groups and state, and `action` as its step.
 
-    The engine replaces the groups' parameters by flat partitions and calls `step` once per group or partition.
+    The engine replaces the groups' parameters with flat partitions and calls `step` once per group or partition.
     """
 
     def __init__(self, inner: Optimizer) -> None:
-        # Not Optimizer.__init__: groups and state are not this object's own.
+        # No Optimizer.__init__: groups and state belong to the inner optimizer.
         self.inner = inner
         self.defaults = inner.defaults
         self.action: Callable[[], Any] = inner.step
@@ -102,9 +100,9 @@ class DeepSpeed(Strategy):
     """ZeRO with the project's optimizers, learning-rate schedule, clip and checkpoints.
 
     Args:
-        config: stage, optimizer state in host memory.
-        engine_bf16: under bf16, stages 2 and 3 keep bf16 weights beside the float32 partitions. Not for a run whose
-            curvature pass needs a float32 forward: there, and at stage 1, the weights are float32 under autocast, as
+        config: the stage, and whether optimizer state is in host memory.
+        engine_bf16: under bf16, stages 2 and 3 keep bf16 weights next to the float32 partitions. Must be false if the
+            curvature pass needs a float32 forward: then, and at stage 1, the weights are float32 under autocast, as
             with DDP.
     """
 
@@ -146,19 +144,19 @@ class DeepSpeed(Strategy):
         self.model = model
         self.optimizers = [optimizer]
         self._partitions, self._fragments = _layout(self._engine.optimizer, model, self._shapes, self.distributed)
-        if self._engine_bf16:  # the engine has made the float32 partitions from rounded weights
+        if self._engine_bf16:  # the engine made the float32 partitions from rounded weights
             for exact, (_, whole), (fragment, _) in zip(self.weights(), weights.tensors(), self._placed(), strict=True):
                 exact.copy_(fragment.cut(whole))
 
     def _build_optimizer(self, build_optimizers: Callable[[Mapping[str, Tensor]], list[Optimizer]]) -> Optimizer:
-        """The optimizer over stand-ins of the right shape and no size: at stage 3 parameters have no shape."""
+        """Build the optimizer over zero-memory stand-ins of the right shape: at stage 3, parameters have no shape."""
         device = torch.device("cpu") if self._config.offload_optimizer else self.device
         stand_ins = {name: torch.zeros((), device=device).expand(shape) for name, shape in self._shapes.items()}
         (optimizer,) = build_optimizers(stand_ins)
         return optimizer
 
     def _materialize(self, model: GPT2, weights: InitialWeights) -> None:
-        """Weights into the model; at stage 3 one tensor after another, so that no rank ever holds the whole model."""
+        """Put the weights into the model, at stage 3 one tensor at a time, so that no rank ever holds the whole model."""
         import deepspeed
 
         dtype = torch.bfloat16 if self._engine_bf16 else torch.float32
@@ -170,7 +168,7 @@ class DeepSpeed(Strategy):
                 deepspeed.zero.Init(module=owner, config_dict_or_path=self._engine_configuration(model), dtype=dtype)
 
     def _set_up_forward(self, model: GPT2) -> None:
-        """Autocast inside the engine, which turns an outer one off; the head's use of the embedding made known."""
+        """Enable autocast inside the engine, which disables an outer one, and register the head's use of the embedding."""
         import deepspeed
 
         forward = model.forward
@@ -183,7 +181,7 @@ class DeepSpeed(Strategy):
             keep_norms_float32(model)
             keep_residual_float32(model)
         if self.compile_model:
-            if self._config.zero_stage == 3:  # the engine gathers weights in hooks inside of the blocks
+            if self._config.zero_stage == 3:  # the engine gathers weights in hooks inside the blocks
                 model.head.compile()
             else:
                 model.compile()
@@ -218,10 +216,10 @@ class DeepSpeed(Strategy):
         return output
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
-        return nullcontext()  # stage 1 reduces in the engine's step, the others must in every backward
+        return nullcontext()  # stage 1 reduces in the engine's step, the others in every backward
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss * self.distributed.world_size)  # the engine averages; the shares are to be summed
+        self._engine.backward(loss * self.distributed.world_size)  # the engine averages, but the shares must be summed
 
     def update_hessian(
         self, *, num_predictions: int | None = None, estimates: Sequence[Tensor] | None = None
@@ -249,7 +247,7 @@ class DeepSpeed(Strategy):
         statistics = self._engine_step(self._client.inner.step, limit, loss=loss)
         counts = unclipped(self.optimizers)
         if counts is not None:
-            # Partitions are padded: the share is one of the model's own coordinates.
+            # Divide by the model's size, not the partitions', which are padded.
             count = self.distributed.all_reduce(counts[0].to(self.device))
             statistics = statistics._replace(unclipped_fraction=count / self._size())
         return statistics
@@ -262,9 +260,9 @@ class DeepSpeed(Strategy):
         loss: Tensor | None = None,
         predictions: int | None = None,
     ) -> StepStatistics:
-        """Reduce the gradients and call the action once per partition, with the clip and the skip in its kernel.
+        """Reduce the gradients and call the action once per partition, with clip and skip in its kernel.
 
-        Where the engine itself finds gradients that are not finite (float32, and stage 3), it does not call the action.
+        If the engine itself finds non-finite gradients (in float32, and at stage 3), it does not call the action.
         """
         optimizer: Any = self._client.inner
 
@@ -283,10 +281,10 @@ class DeepSpeed(Strategy):
         return self._statistics(limit, loss, predictions)
 
     def _statistics(self, limit: float, loss: Tensor | None, predictions: int | None) -> StepStatistics:
-        """Of the gradients that the engine has reduced last, over all ranks; skipped where they are not finite, the
-        loss is not, or N ‖g‖², which bounds the estimate of N predictions."""
+        """Return the statistics of the last reduced gradients over all ranks. They are skipped if they, the loss or
+        N ‖g‖², the bound of an estimate from N predictions, are not finite."""
         norm = torch.as_tensor(self._engine.optimizer._global_grad_norm, device=self.device, dtype=torch.float32)
-        norm = torch.where(norm >= 0, norm, float("inf"))  # the engine's word for a norm that is not finite is -1
+        norm = torch.where(norm >= 0, norm, float("inf"))  # the engine reports a non-finite norm as -1
         finite = torch.isfinite(norm if predictions is None else norm.square() * predictions)
         if loss is not None:
             finite = finite & torch.isfinite(loss)
@@ -294,7 +292,7 @@ class DeepSpeed(Strategy):
 
     @contextmanager
     def _unnoticed(self) -> Iterator[None]:
-        """An engine step that leaves the engine's counters as they are."""
+        """Restore the engine's counters after an engine step."""
         counters = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
         saved = {name: getattr(self._engine, name) for name in counters}
         try:
@@ -322,7 +320,7 @@ class DeepSpeed(Strategy):
 
     @torch.no_grad()
     def weights_changed(self) -> None:
-        """From the float32 partitions to the weights of the forward, on all ranks."""
+        """Copy the float32 partitions to the forward's weights, on all ranks."""
         engine = self._engine.optimizer
         if self._config.zero_stage < 3:
             engine.update_lp_params()
@@ -342,7 +340,7 @@ class DeepSpeed(Strategy):
                     taken[id(partition)] = partition.grad.clone()
 
         with self._unnoticed():
-            if self._engine_step(collect).skipped:  # nothing was collected: the estimate is to be held back
+            if self._engine_step(collect).skipped:  # nothing was collected: NaN has the estimate skipped
                 return [torch.full_like(weight, float("nan")) for weight in self.weights()]
         return [fragment.of(taken[id(partition)]) for fragment, partition in self._placed()]
 
@@ -368,14 +366,14 @@ class DeepSpeed(Strategy):
                         yield NumberPiece(name, value)
                 elif value.shape == partition.shape:
                     yield Piece(name, fragment.shape, fragment.start, fragment.of(value))
-                elif fragment.start == 0:  # a count, which every parameter of the partition shares
+                elif fragment.start == 0:  # a count, shared by all parameters of the partition
                     yield Piece(name, tuple(value.shape), 0, value.reshape(-1).clone())
 
     @torch.no_grad()
     def load(self, reader: PieceReader) -> None:
         numbers = reader.numbers()
         tensors, counts = saved_keys(self._shapes, sorted(reader.names())), saved_keys(self._shapes, sorted(numbers))
-        shared: dict[tuple[int, str], Any] = {}  # (partition, key) -> what its parameters have in common
+        shared: dict[tuple[int, str], Any] = {}  # (partition, key) -> value of all its parameters
         for fragment, partition in self._placed():
             _read(fragment, fragment.of(partition), f"model.{fragment.name}", reader)
             state = self._client.state[partition]
@@ -405,16 +403,16 @@ class DeepSpeed(Strategy):
         return traffic.total(micro_batches)
 
     def _size(self) -> int:
-        """Parameters of the whole model."""
+        """Return the number of parameters of the whole model."""
         return sum(torch.Size(shape).numel() for shape in self._shapes.values())
 
     def _placed(self) -> Iterator[tuple[Fragment, Tensor]]:
-        """Each parameter's fragment and the flat partition in which it lies, in the model's order."""
+        """Yield each parameter's fragment and its flat partition, in the model's order."""
         for fragment in self._fragments.values():
             yield fragment, self._partitions[fragment.partition]
 
     def _parts_of(self, estimates: Sequence[Tensor]) -> list[Tensor]:
-        """Fragments of tensors that are whole or fragments already."""
+        """Cut whole tensors to this rank's fragments; fragments stay as they are."""
         return [
             fragment.cut(estimate) if estimate.shape == fragment.shape else estimate
             for fragment, estimate in zip(self._fragments.values(), estimates, strict=True)
@@ -422,7 +420,7 @@ class DeepSpeed(Strategy):
 
     @contextmanager
     def _all_partitions(self) -> Iterator[None]:
-        """Every group with all of its partitions; outside of its step the engine may leave groups empty."""
+        """Give every group all of its partitions; outside its step the engine may leave groups empty."""
         optimizer = self._client.inner
         saved = [group["params"] for group in optimizer.param_groups]
         group_of = {name: index for index, group in enumerate(optimizer.param_groups) for name in group["names"]}
@@ -441,8 +439,8 @@ class DeepSpeed(Strategy):
 def _layout(
     engine: Any, model: GPT2, shapes: Mapping[str, tuple[int, ...]], distributed: Distributed
 ) -> tuple[list[Tensor], dict[str, Fragment]]:
-    """The engine's flat float32 partitions on this rank, and where each parameter lies in them."""
-    parameters: dict[str, Any] = dict(model.named_parameters())  # with the attributes that the engine has given them
+    """Return the engine's flat float32 partitions on this rank, and each parameter's fragment."""
+    parameters: dict[str, Any] = dict(model.named_parameters())  # with attributes set by the engine
     place = _place_at_stage_3 if hasattr(engine, "fp32_partitioned_groups_flat") else _place_at_stages_1_and_2
     partitions = getattr(engine, "fp32_partitioned_groups_flat", None) or engine.single_partition_of_fp32_groups
     fragments = {
@@ -453,14 +451,14 @@ def _layout(
 
 
 def _place_at_stage_3(engine: Any, parameter: Any, rank: int) -> tuple[int, int, int, int]:
-    """(start, count, partition, offset): every rank has an equal part of every parameter, the last one's padded."""
+    """Return (start, count, partition, offset). Every rank has an equal part of every parameter, the last one padded."""
     partition, offset, padded = engine.grad_position[engine.get_param_id(parameter)]
     start = min(rank * padded, parameter.ds_numel)
     return start, min(padded, parameter.ds_numel - start), partition, offset
 
 
 def _place_at_stages_1_and_2(engine: Any, parameter: Any, rank: int) -> tuple[int, int, int, int]:
-    """The same, where a group's parameters stand end to end and are cut into one part for each rank."""
+    """Return the same. A group's parameters are concatenated and cut into one part per rank."""
     place = parameter._hp_mapping
     if place is not None:
         inside, outside = place.hp_fragment_address, place.lp_fragment_address
@@ -470,11 +468,11 @@ def _place_at_stages_1_and_2(engine: Any, parameter: Any, rank: int) -> tuple[in
 
 
 def _share(shared: dict[tuple[int, str], Any], fragment: Fragment, key: str, value: Any) -> Any:
-    """The value that all parameters of a partition have; ValueError where they differ."""
+    """Return the value that all parameters of a partition share. Raises ValueError if they differ."""
     known = shared.setdefault((fragment.partition, key), value)
     if known != value and not (known != known and value != value):
         raise ValueError(
-            f"state[{key!r}] of {fragment.name} is {value} and that of another parameter of its partition {known}; resume "
+            f"state[{key!r}] of {fragment.name} is {value}, but {known} for another parameter of its partition; resume "
             "under strategy=ddp or fsdp"
         )
     return value

@@ -1,7 +1,7 @@
-"""Parameters, gradients and optimizer state sharded over the ranks (FSDP2, `fully_shard`), block by block.
+"""Parameters, gradients and optimizer state sharded over the ranks, block by block (FSDP2, `fully_shard`).
 
-Each parameter is a DTensor whose dimension 0 is split; the optimizers step the shards, and state is sharded like them.
-The embeddings and the final norm are one group, gathered for the whole forward and backward: the head uses the token
+Each parameter is a DTensor split along dimension 0. The optimizers step the shards, and their state is sharded alike. The
+embeddings and the final norm form one group, gathered for the whole forward and backward because the head uses the token
 embedding.
 """
 
@@ -32,9 +32,9 @@ class FSDP(Strategy):
     """Every rank holds 1/W of weights, gradients and optimizer state.
 
     Args:
-        config: whether blocks keep their activations and their gathered weights from forward to backward.
-        gather_bf16: under bf16, gather the blocks' weights in bf16, half of the bytes. The products see the same
-            numbers: autocast rounds the weights in any case. Not where the curvature pass needs a float32 forward.
+        config: whether blocks keep their activations and gathered weights from forward to backward.
+        gather_bf16: under bf16, gather the blocks' weights in bf16, for half the bytes. The products are the same, since
+            autocast rounds the weights anyway. Must be false if the curvature pass needs a float32 forward.
     """
 
     shards_optimizer_state = True
@@ -60,8 +60,8 @@ class FSDP(Strategy):
     ) -> None:
         self.distributed.ensure_group()
         mesh = init_device_mesh(self.device.type, (self.distributed.world_size,))
-        # Gradients are reduced in float32 whatever the weights are gathered in, and inputs stay as autocast leaves
-        # them: the residual stream in float32, as without sharding.
+        # Gradients are always reduced in float32. Inputs stay as autocast leaves them: the residual stream is float32, as
+        # without sharding.
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if self._gather_bf16 else None,
             reduce_dtype=torch.float32,
@@ -72,14 +72,14 @@ class FSDP(Strategy):
         if self.compile_model:
             model.head.compile()
         for block in model.blocks:
-            # The engine's hooks stay outside of what is compiled or computed again.
+            # The engine's hooks stay outside of what is compiled or recomputed.
             block.forward = _forward_of(  # type: ignore[method-assign]
                 block, compiled=self.compile_model, checkpointed=self._config.activation_checkpointing
             )
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=self._config.reshard_after_forward)
         root = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         self._sharded: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=root)
-        # A loss is a rank's share of the mean: shares are summed, not averaged.
+        # Each rank's loss is its share of the mean: shares are summed, not averaged.
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
@@ -93,7 +93,7 @@ class FSDP(Strategy):
         with self.autocast():
             output: GPT2Output = self.model(tokens, targets, uniforms)
         if not torch.is_grad_enabled():
-            self._sharded.reshard()  # no backward will come to release the root's gathered weights
+            self._sharded.reshard()  # no backward will release the root's gathered weights
         return output
 
     @contextmanager
@@ -123,7 +123,7 @@ class FSDP(Strategy):
             optimizer.zero_grad()
 
     def parameters(self) -> dict[str, Tensor]:
-        # Not asked of the module anew: while weights are gathered, it shows whole tensors in place of the shards.
+        # Not read from the module: while weights are gathered, it shows whole tensors instead of shards.
         return dict(self._parameters)
 
     def pieces(self) -> Iterator[Piece | NumberPiece]:

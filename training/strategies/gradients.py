@@ -1,8 +1,7 @@
-"""The step over gradients that lie in `.grad`, whole or sharded (DTensor): norm, clip and update without waiting.
+"""The step over gradients in `.grad`, whole or sharded (DTensor): norm, clip and update without a synchronisation.
 
-The clip is not a pass of its own: optimizers with torch's AMP protocol divide the gradient by `grad_scale` inside their
-kernel and leave everything alone where `found_inf` is 1. torch.optim.Muon has no such protocol; it gets a pass, and a
-wait.
+Clipping is not a separate pass: optimizers with torch's AMP protocol divide the gradient by `grad_scale` in their kernel
+and change nothing if `found_inf` is 1. torch.optim.Muon lacks that protocol, so it needs a pass and a synchronisation.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,9 +21,9 @@ def gradients(optimizers: Sequence[Optimizer]) -> list[Tensor]:
 def clip_and_step(
     optimizers: Sequence[Optimizer], max_norm: float | None, loss: Tensor | None = None
 ) -> StepStatistics:
-    """Clip the global gradient norm to `max_norm`, step; a non-finite norm or loss skips the step on the device.
+    """Clip the global gradient norm to `max_norm` and step. A non-finite norm or loss skips the step on the device.
 
-    `loss` (0-D) is that of the global batch: an infinite one may have gradients that are finite.
+    `loss` (0-D) is the global batch's: an infinite loss may have finite gradients.
     """
     norm = total_norm(gradients(optimizers)).float()
     finite = torch.isfinite(norm)
@@ -45,7 +44,7 @@ def clip_and_step(
 
 
 def unclipped(optimizers: Sequence[Optimizer]) -> Tensor | None:
-    """(2,) float64: coordinates with |m| < γh in this rank's last step, and coordinates stepped; None without h."""
+    """(2,) float64: coordinates with |m| < γh in this rank's last step, and all coordinates stepped; None without h."""
     if not isinstance(optimizers[0], Sophia):
         return None
     count = optimizers[0].unclipped_count.double()
@@ -58,13 +57,13 @@ def update_hessian(
     num_predictions: int | None,
     estimates: Sequence[Tensor] | None,
 ) -> Tensor:
-    """`update_hessian` of the one optimizer that has it; a non-finite estimate is held back on the device.
+    """Call the optimizer's `update_hessian`. A non-finite estimate is skipped on the device.
 
-    `estimates` stand in the order of `parameters`, which need not be that of the optimizer's groups.
+    `estimates` are in the order of `parameters`, which may differ from the order in the optimizer's groups.
     """
     (optimizer,) = optimizers
     norm = total_norm(gradients(optimizers) if estimates is None else estimates)
-    # ĥ = N ĝ² may overflow where ĝ does not; it is no larger than N ‖ĝ‖².
+    # ĥ = N ĝ² may overflow even if ĝ does not. N ‖ĝ‖² bounds it.
     bound = norm if num_predictions is None else norm.square() * num_predictions
     skipped = (~torch.isfinite(bound)).float()
     optimizer.found_inf = skipped  # type: ignore[attr-defined]

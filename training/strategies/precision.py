@@ -1,8 +1,7 @@
-"""A model with bf16 weights whose arithmetic is autocast's over float32 weights.
+"""Make a model with bf16 weights compute as autocast does over float32 weights.
 
-Autocast on CUDA widens a norm's weights where they are bf16; on the CPU it does not, and the residual stream follows
-the embeddings' dtype everywhere. Engines that gather or keep weights in bf16 would so round more than the matrix
-products.
+Autocast on CUDA widens bf16 weights of norms, but not on the CPU, and the residual stream takes the embeddings' dtype on
+both. Engines that gather or keep weights in bf16 would therefore round more than the matrix products.
 """
 
 from functools import partial
@@ -14,14 +13,14 @@ from models import GPT2
 
 
 def keep_norms_float32(model: GPT2) -> None:
-    """Norms in float32, of weights of any dtype."""
+    """Compute norms in float32, whatever the dtype of their weights."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.forward = partial(_norm, module)  # type: ignore[method-assign]
 
 
 def keep_residual_float32(model: GPT2) -> None:
-    """The residual stream in float32, where the embeddings are bf16."""
+    """Keep the residual stream in float32 if the embeddings are bf16."""
     model.blocks[0].register_forward_pre_hook(lambda block, inputs: (inputs[0].float(), *inputs[1:]))
 
 

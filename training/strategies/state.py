@@ -1,7 +1,7 @@
 """Weights and optimizer state by parameter name, for strategies whose optimizers step the model's own parameters.
 
-State is what torch's `state_dict` takes for it: what lies in `optimizer.state` for a parameter, and what the optimizer
-itself changes in its `param_groups`. Tensors and numbers are saved; an optimizer that keeps anything else is refused.
+State is defined as in torch's `state_dict`: the entries of `optimizer.state` for a parameter, and what the optimizer itself
+changes in its `param_groups`. Tensors and numbers are saved; an optimizer that keeps anything else is refused.
 """
 
 import contextlib
@@ -18,20 +18,20 @@ from sophia.elementwise import COUNTS
 from training.config import ConfigurationError
 from training.strategies.base import SAVED_DTYPES, Number, NumberPiece, Piece, PieceReader, Strategy
 
-# What the run sets in a group, and not the optimizer.
+# Keys of a group that the run sets, not the optimizer.
 _SET_BY_THE_RUN = ("params", "names", "initial", "lr", "peak_lr")
-# One parameter of each kind, under which optimizers group them, in shapes that cost nothing.
+# One small parameter for each kind of group that optimizers form.
 _STAND_INS = {"token_embedding.weight": (4, 4), "blocks.0.mlp.up.weight": (4, 4), "blocks.0.mlp_norm.weight": (4,)}
 
 
 def saved_state(
     parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]
 ) -> Iterator[tuple[str, Tensor | Number]]:
-    """("model.<name>", weight), ("optimizer.<name>.<key>", state) and ("group.<name>.<key>", number), in one order on
-    all ranks.
+    """Yield ("model.<name>", weight), ("optimizer.<name>.<key>", state) and ("group.<name>.<key>", number), in the same
+    order on all ranks.
 
     Raises:
-        ConfigurationError: a state cannot be saved.
+        ConfigurationError: an entry of the state cannot be saved.
     """
     for name, parameter in parameters.items():
         yield f"model.{name}", parameter.detach()
@@ -50,19 +50,19 @@ def saved_state(
 
 
 def state_tensors(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `saved_state`."""
+    """Yield the tensors of `saved_state`."""
     for name, value in saved_state(parameters, optimizers):
         if isinstance(value, Tensor):
             yield name, value
 
 
 def numbers_of(group: Mapping[str, Any]) -> dict[str, Number]:
-    """The numbers in a parameter group that are not the run's to set."""
+    """Return the numbers in a parameter group that the run does not set."""
     return {key: value for key, value in group.items() if key not in _SET_BY_THE_RUN and isinstance(value, Number)}
 
 
 def _changed(group: Mapping[str, Any]) -> dict[str, Number]:
-    """The numbers that the optimizer itself has changed since it was built, such as a step count or an estimate."""
+    """Return the numbers that the optimizer itself has changed since it was built, such as a step count."""
     initial = group.get("initial")
     if initial is None:
         return {}
@@ -70,15 +70,15 @@ def _changed(group: Mapping[str, Any]) -> dict[str, Number]:
 
 
 def check_savable(optimizer: Optimizer, key: Any, value: Any, parameter: Tensor, *, sharded: bool) -> None:
-    """Raise ConfigurationError where a checkpoint cannot hold an entry of a parameter's state.
+    """Raise ConfigurationError if a checkpoint cannot store an entry of a parameter's state.
 
     Args:
-        sharded: the parameter is one rank's part; a tensor of another shape then has an unknown place in the whole.
+        sharded: the parameter is one rank's part, so that a tensor of another shape has no known place in the whole.
     """
     where = f"{type(optimizer).__qualname__}: state[{key!r}]"
     remedy = "keep state in tensors, int, float, bool or None"
     if not isinstance(key, str):
-        raise ConfigurationError(f"{where} cannot be saved: its key is of type {type(key).__name__}; use a text")
+        raise ConfigurationError(f"{where} cannot be saved: its key is of type {type(key).__name__}; use a string")
     if not isinstance(value, Tensor):
         if not isinstance(value, Number):
             raise ConfigurationError(f"{where} cannot be saved: it is of type {type(value).__name__}; {remedy}")
@@ -92,27 +92,27 @@ def check_savable(optimizer: Optimizer, key: Any, value: Any, parameter: Tensor,
     whole = value.shape == parameter.shape and isinstance(value, DTensor) == isinstance(parameter, DTensor)
     if sharded and not whole and value.numel() != 1:
         raise ConfigurationError(
-            f"{where} cannot be saved under this strategy: it has shape {tuple(value.shape)} and its parameter "
-            f"{tuple(parameter.shape)}, of which a rank holds a part; choose strategy=ddp"
+            f"{where} cannot be saved under this strategy: it has shape {tuple(value.shape)}, but its sharded parameter "
+            f"{tuple(parameter.shape)}; choose strategy=ddp"
         )
 
 
 def refuse_unsavable_state(
     build_optimizers: Callable[[Mapping[str, Tensor]], list[Optimizer]], strategy: Strategy
 ) -> None:
-    """Step the run's optimizers once with stand-ins for the parameters, and look at what they keep.
+    """Step the run's optimizers once on stand-ins for the parameters, and check the state they keep.
 
-    State appears with the first step, which in a run may come after minutes of preparation, and is saved after hours.
+    In a run, the first step may come after minutes of preparation and the first save after hours.
 
     Raises:
-        ConfigurationError: a checkpoint could not hold it; class and key are named.
+        ConfigurationError: a checkpoint cannot store the state; the message names class and key.
     """
     stand_ins = {name: nn.Parameter(torch.ones(shape, device=strategy.device)) for name, shape in _STAND_INS.items()}
     for parameter in stand_ins.values():
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizers: list[Optimizer] = []
     before: list[list[dict[str, Any]]] = []
-    # What fails here may work on the model's own parameters; a state that none can see now is refused when it is saved.
+    # A step that fails here may work on the model's own parameters. Its state is then checked at the first save.
     with warnings.catch_warnings(action="ignore"), contextlib.suppress(Exception):
         optimizers = build_optimizers(stand_ins)
         before = [[_values(group) for group in optimizer.param_groups] for optimizer in optimizers]
@@ -132,7 +132,7 @@ def refuse_unsavable_state(
 
 
 def _values(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a group holds, of tensors and lists a copy."""
+    """Return a group's values, with copies of tensors and lists."""
     return {
         key: value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
         for key, value in group.items()
@@ -141,7 +141,7 @@ def _values(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_group(optimizer: Optimizer, group: Mapping[str, Any], before: Mapping[str, Any], strategy: Strategy) -> None:
-    """Raise ConfigurationError where a step has changed a group in a way that is lost with the process."""
+    """Raise ConfigurationError if a step has changed a group in a way that a checkpoint cannot store."""
     for key, value in _values(group).items():
         if key in before and _equal(value, before[key]):
             continue
@@ -150,7 +150,7 @@ def _check_group(optimizer: Optimizer, group: Mapping[str, Any], before: Mapping
             raise ConfigurationError(f"{where} is of type {type(value).__name__}; keep int, float, bool or None there")
         if strategy.steps_in_parts:
             raise ConfigurationError(
-                f"{where} would change several times in one under strategy=deepspeed; choose ddp or fsdp"
+                f"{where} would change several times per step under strategy=deepspeed; choose ddp or fsdp"
             )
 
 
@@ -163,8 +163,7 @@ def _equal(one: Any, other: Any) -> bool:
 def assigned_pieces(
     state: Iterable[tuple[str, Tensor | Number]], rank: int, world_size: int
 ) -> Iterator[Piece | NumberPiece]:
-    """What every rank holds whole, dealt out so that the ranks write about the same number of bytes; rank 0 the
-    numbers."""
+    """Distribute replicated state so that all ranks write about the same number of bytes. Rank 0 yields the numbers."""
     written = [0] * world_size
     for name, value in state:
         if not isinstance(value, Tensor):
@@ -178,7 +177,7 @@ def assigned_pieces(
 
 
 def sharded_pieces(state: Iterable[tuple[str, Tensor | Number]], *, is_main: bool) -> Iterator[Piece | NumberPiece]:
-    """This rank's shards; what is no DTensor (step counts) every rank holds, and rank 0 writes."""
+    """Yield this rank's shards. Values that are not DTensors (step counts) are replicated; rank 0 yields them."""
     for name, value in state:
         if isinstance(value, DTensor):
             start, stop = shard_range(value)
@@ -210,13 +209,13 @@ def load_state(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]
                     )
                 for key in counts.get(name, ()):
                     optimizer.state[parameter][key] = numbers[f"optimizer.{name}.{key}"]
-            for name in group.get("names", ())[:1]:  # all of a group's have the same
+            for name in group.get("names", ())[:1]:  # the same for all of a group's parameters
                 start = f"group.{name}."
                 group.update({n.removeprefix(start): value for n, value in numbers.items() if n.startswith(start)})
 
 
 def saved_keys(parameters: Collection[str], full_names: Iterable[str]) -> dict[str, list[str]]:
-    """Of names "optimizer.<parameter>.<key>" the keys, by parameter; both may have dots in them."""
+    """Return the keys in names "optimizer.<parameter>.<key>", by parameter. Both parts may contain dots."""
     keys: dict[str, list[str]] = {}
     for full_name in full_names:
         kind, _, rest = full_name.partition(".")
@@ -228,7 +227,7 @@ def saved_keys(parameters: Collection[str], full_names: Iterable[str]) -> dict[s
 
 
 def _new_state(parameter: Tensor, name: str, key: str, group: Mapping[str, Any], reader: PieceReader) -> Tensor:
-    """A tensor of state as it was saved, where the optimizer would have made it."""
+    """Read a state tensor to the device where the optimizer would have created it."""
     shape = torch.Size(reader.shape(name))
     if shape == parameter.shape:
         state = torch.zeros_like(parameter, dtype=reader.dtype(name))
@@ -239,8 +238,8 @@ def _new_state(parameter: Tensor, name: str, key: str, group: Mapping[str, Any],
 
 
 def counts_on_host(key: str, group: Mapping[str, Any]) -> bool:
-    """Whether a state is a count that stays on the CPU: torch's `step`, but for kernels that read it on the device, and
-    the counts of this project's optimizers."""
+    """Return whether a state is a count on the CPU: torch's `step`, unless fused or capturable kernels read it on the
+    device, and the counts of this project's optimizers."""
     return key in COUNTS and not (key == "step" and (group.get("fused") or group.get("capturable")))
 
 
@@ -256,7 +255,7 @@ def _read_into(tensor: Tensor, name: str, reader: PieceReader) -> None:
 
 
 def shard_range(tensor: DTensor) -> tuple[int, int]:
-    """The elements [start, stop) of the full row-major tensor that this rank's dim-0 shard holds."""
+    """Return the range [start, stop) of the full row-major tensor's elements in this rank's dim-0 shard."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     local_shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)

@@ -1,4 +1,4 @@
-"""The first second: what a Python that is not the project's is told, and what a refusal or --help does not import."""
+"""The first second of a command: the message in another Python, and what a refusal or --help does not import."""
 
 import ast
 import os
@@ -13,7 +13,7 @@ from training.launching.environment import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMANDS = ["train.py", *sorted(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py"))]
-#: Each takes longer to import than a mistake may take to be refused.
+#: Importing any of these takes longer than refusing a mistake may take.
 SLOW = {"torch", "transformers", "datasets", "deepspeed", "pandas", "scipy", "matplotlib", "plotly", "wandb", "pyarrow"}
 SLOW |= {"joblib", "submitit", "lm_eval", "tensorboard", "tokenizers"}
 #: A mistake for each command.
@@ -32,7 +32,7 @@ MISTAKES = {
 
 
 def imported(arguments: list[str]) -> tuple[subprocess.CompletedProcess[str], set[str]]:
-    """What the command ended with, and the top-level packages that it imported."""
+    """Return the finished command and the top-level packages that it imported."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -59,7 +59,7 @@ def test_help_imports_nothing_slow(command: str) -> None:
 
 
 def in_other_environment(command: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
-    """The command in a Python without the packages that the project installs, from outside of the project."""
+    """Run the command outside the project, in a Python without the project's packages."""
     environment = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
         [python, "-S", str(ROOT / command), "--help"],
@@ -77,7 +77,7 @@ def test_without_the_packages_a_command_names_the_environment_in_one_line(comman
     assert done.returncode == 2
     assert done.stderr == (
         f"error: {PACKAGES[0]} is not installed in {sys.executable}; activate the project's environment: "
-        f". ../.venv/bin/activate (make setup makes it)\n"
+        f". ../.venv/bin/activate (make setup creates it)\n"
     )
 
 
@@ -98,13 +98,13 @@ def test_an_old_python_names_the_environment_in_one_line(command: str, tmp_path:
     )
     assert done.returncode == 2
     assert re.fullmatch(
-        r"error: Python 3\.11 to 3\.13 is needed, and \S+ is 3\.9; activate .*: \. \.venv/bin/activate .*\n",
+        r"error: \S+ is Python 3\.9, but 3\.11 to 3\.13 is needed; activate .*: \. \.venv/bin/activate .*\n",
         done.stderr,
     )
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "training/launching/environment.py"])
-def test_an_old_python_can_read_the_command_as_far_as_to_say_so(command: str) -> None:
+def test_an_old_python_can_parse_the_files_that_report_it(command: str) -> None:
     source = (ROOT / command).read_text()
     ast.parse(source, feature_version=(3, 7))
     if command.startswith("scripts/"):

@@ -1,4 +1,4 @@
-"""--help and --cfg job explain every key, from the one line that training/config.py has of it."""
+"""--help and --cfg job explain every key with its line in training/config.py."""
 
 import re
 
@@ -13,7 +13,7 @@ from training.mistakes import config_groups, group_options, known_keys, sections
 
 
 def leaves() -> set[str]:
-    """Every key that holds a value."""
+    """Return every key that holds a value."""
     return {key for key in known_keys() if not any(other.startswith(f"{key}.") for other in known_keys())}
 
 

@@ -1,4 +1,4 @@
-"""A list of runs goes through Hydra's launchers, each with overrides of its own, and comes back with exit codes."""
+"""Hydra's launchers run a list of jobs, each with its own overrides, and return exit codes."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ NANO = [
 
 
 @pytest.mark.slow
-def test_jobs_run_one_after_the_other_each_with_overrides_of_its_own(tmp_path: Path) -> None:
+def test_jobs_run_sequentially_each_with_its_own_overrides(tmp_path: Path) -> None:
     common = [*NANO, f"output_dir={tmp_path}", f"data.directory={tmp_path / 'tokens'}"]
     codes = launch([[*common, "name=a", "optimizer=adamw"], [*common, "name=b", "optimizer=lion", "train.steps=1"]])
     assert codes == [0, 0]
@@ -23,7 +23,7 @@ def test_jobs_run_one_after_the_other_each_with_overrides_of_its_own(tmp_path: P
     assert "completed at step 1" in (tmp_path / "b.log").read_text()
 
 
-def test_a_job_that_is_refused_or_breaks_ends_itself_alone(tmp_path: Path) -> None:
+def test_a_job_that_is_refused_or_fails_does_not_end_the_others(tmp_path: Path) -> None:
     broken = tmp_path / "file"
     broken.write_text("not a directory")
     codes = launch(
@@ -39,8 +39,8 @@ def test_a_job_that_is_refused_or_breaks_ends_itself_alone(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_jobs_go_side_by_side_through_joblib(tmp_path: Path) -> None:
-    """Refused configurations: what is tested is the way there and back, not training."""
+def test_joblib_runs_jobs_in_parallel(tmp_path: Path) -> None:
+    """The configurations are refused: the test covers the launcher, not training."""
     jobs = [[f"name=j{i}", f"output_dir={tmp_path}", "train.steps=5", f"schedule.warmup_steps={9 + i}"] for i in (0, 1)]
     assert launch(jobs, ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]) == [2, 2]
     assert "warmup_steps=10" in (tmp_path / "j1.log").read_text()
@@ -54,8 +54,8 @@ def test_an_unknown_launcher_is_a_configuration_error() -> None:
 @pytest.mark.parametrize(
     "override", ["+hydra.job.env_set.A=b", "+experiment@hydra.job.env_set=x", "hydra/launcher=joblib"]
 )
-def test_a_job_sets_nothing_of_hydras(override: str) -> None:
-    with pytest.raises(ConfigurationError, match="a key of hydra, which the command line alone may set"):
+def test_a_job_cannot_set_hydras_keys(override: str) -> None:
+    with pytest.raises(ConfigurationError, match="a key of hydra; give it on the command line"):
         launch([["name=a", override]])
 
 
@@ -75,7 +75,7 @@ def test_slurm_that_does_not_answer_is_a_configuration_error(
     assert said.count("\n") == 1
 
 
-def test_a_launcher_is_handed_what_it_can_run_side_by_side() -> None:
+def test_the_number_of_parallel_jobs_follows_from_the_launcher() -> None:
     assert side_by_side([]) == 1
     assert side_by_side(["hydra/launcher=joblib", "hydra.launcher.n_jobs=3"]) == 3
     assert side_by_side(["hydra/launcher=submitit_slurm"]) is None

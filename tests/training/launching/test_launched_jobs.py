@@ -1,4 +1,4 @@
-"""Sweeps, one by one, side by side and as jobs: killed ones go on, each trial in its own run directory."""
+"""Sweeps, sequential, parallel and as jobs: killed ones resume, each trial in its own run directory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = "name='${optimizer.name}-${seed}'"
 
 @pytest.fixture
 def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For what sessions say; a sweep's directory has its trials alone."""
+    """A directory for the sessions' logs; a sweep's directory holds only its trials."""
     return tmp_path_factory.mktemp("said")
 
 
@@ -32,7 +32,7 @@ def resumed_at(directory: Path) -> list[int]:
     return [line["step"] for line in lines(directory, "event") if line["event"] == "resumed"]
 
 
-def test_a_killed_sweep_passes_over_finished_trials_and_resumes_the_others(
+def test_a_killed_sweep_skips_finished_trials_and_resumes_the_others(
     tiny: list[str], tmp_path: Path, said: Path
 ) -> None:
     sweep = ["-m", *tiny, NAMES, f"output_dir={tmp_path}", "train.steps=300", "eval.interval=300"]
@@ -52,9 +52,7 @@ def test_a_killed_sweep_passes_over_finished_trials_and_resumes_the_others(
     assert resumed_at(tmp_path / "adamw-0") == []
 
 
-def test_trials_run_side_by_side_and_are_passed_over_the_second_time(
-    tiny: list[str], tmp_path: Path, said: Path
-) -> None:
+def test_trials_run_in_parallel_and_are_skipped_the_second_time(tiny: list[str], tmp_path: Path, said: Path) -> None:
     sweep = ["-m", "launcher=joblib", *tiny, NAMES, f"output_dir={tmp_path}", "optimizer=adamw", "seed=0,1"]
     with Session(sweep, said) as session:
         code, _, errors = session.end()
@@ -66,10 +64,10 @@ def test_trials_run_side_by_side_and_are_passed_over_the_second_time(
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["adamw-0", "adamw-1"]
 
 
-def test_a_sweep_side_by_side_that_is_hung_up_on_has_saved_its_trials(
+def test_a_parallel_sweep_saves_its_trials_when_the_terminal_closes(
     tiny: list[str], tmp_path: Path, said: Path
 ) -> None:
-    """The third trial has to wait for a worker, and is not begun."""
+    """The third trial waits for a worker and does not start."""
     sweep = ["-m", "launcher=joblib", "hydra.launcher.n_jobs=2", *tiny, NAMES, f"output_dir={tmp_path}", "seed=0,1,2"]
     sweep += ["optimizer=adamw", "train.steps=100000", "eval.interval=100000", "checkpoint.interval=null"]
     with Session(sweep, said) as session:
@@ -87,9 +85,7 @@ def test_a_sweep_side_by_side_that_is_hung_up_on_has_saved_its_trials(
     assert not (tmp_path / "adamw-2").exists()
 
 
-def test_jobs_of_two_tasks_are_told_of_the_time_limit_save_and_start_again(
-    tiny: list[str], tmp_path: Path, said: Path
-) -> None:
+def test_jobs_of_two_tasks_save_at_the_time_limit_and_resume(tiny: list[str], tmp_path: Path, said: Path) -> None:
     """What launcher=slurm does, through submitit's local executor; on a real SLURM: make test-slurm."""
     sweep = ["-m", "launcher=submitit", "launcher.nproc_per_node=2", *tiny, NAMES, f"output_dir={tmp_path}"]
     sweep += ["optimizer=adamw", "seed=0,1", "train.steps=400", "eval.interval=400", "checkpoint.interval=null"]
@@ -108,7 +104,7 @@ def test_jobs_of_two_tasks_are_told_of_the_time_limit_save_and_start_again(
 
 
 @pytest.mark.parametrize("launcher", ["local", "joblib"])
-def test_a_trial_that_another_process_has_is_left_to_it_and_the_others_run(
+def test_a_trial_that_another_process_runs_is_skipped_and_the_others_run(
     launcher: str, tiny: list[str], tmp_path: Path, said: Path
 ) -> None:
     sweep = ["-m", f"launcher={launcher}", *tiny, NAMES, f"output_dir={tmp_path}", "optimizer=adamw,lion"]
@@ -119,7 +115,7 @@ def test_a_trial_that_another_process_has_is_left_to_it_and_the_others_run(
         code, _, errors = session.end()
     assert code == EXIT_HELD, errors[-3000:]
     assert f"adamw-0 is being run by process {os.getpid()} on " in errors
-    assert "1 of 2 trials are being run by other processes" in errors
+    assert "skipped 1 of 2 trials that other processes are running" in errors
     assert [path.name for path in (tmp_path / "adamw-0").iterdir()] == [".lock"]
     assert summary(tmp_path / "lion-0")["status"] == "completed"
     holder.release()
@@ -127,10 +123,10 @@ def test_a_trial_that_another_process_has_is_left_to_it_and_the_others_run(
     assert steps(tmp_path / "adamw-0") == list(range(1, 13))
 
 
-def test_a_sweep_restarted_while_its_jobs_still_run_leaves_their_trials_to_them(
+def test_a_sweep_restarted_while_its_jobs_still_run_skips_their_trials(
     tiny: list[str], tmp_path: Path, said: Path
 ) -> None:
-    """The parent is killed and its job lives on, as on SLURM; the new job of the same trial ends at once."""
+    """The parent is killed but its job survives, as on SLURM; the new job of the same trial exits immediately."""
     sweep = ["-m", "launcher=submitit", *tiny, NAMES, f"output_dir={tmp_path}"]
     sweep += ["optimizer=adamw", "seed=0", "train.steps=400", "eval.interval=400", "checkpoint.interval=null"]
     directory = tmp_path / "adamw-0"
@@ -143,7 +139,7 @@ def test_a_sweep_restarted_while_its_jobs_still_run_leaves_their_trials_to_them(
             code, _, errors = session.end()
         os.kill(holder, signal.SIGCONT)
         assert code == EXIT_HELD, errors[-3000:]
-        assert "1 of 1 trials are being run by other processes" in errors
+        assert "skipped 1 of 1 trials that other processes are running" in errors
         parent.wait_for(directory / "summary.json", '"completed"')
     assert run(sweep) == 0
     assert steps(directory) == list(range(1, 401))
@@ -151,7 +147,7 @@ def test_a_sweep_restarted_while_its_jobs_still_run_leaves_their_trials_to_them(
 
 
 def of_trial(process: psutil.Process, directory: Path) -> bool:
-    """A task of the trial's job: a sibling of the process that has the trial's record open."""
+    """Return whether the process is a task of the trial's job: a sibling of the one with the trial's record open."""
 
     def holds(candidate: psutil.Process) -> bool:
         try:

@@ -19,7 +19,7 @@ from training.launching import ranks as launch
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# Children write their process id when they are under way, once; the last one waits to be orphaned first.
+# Each child writes its process id once it runs; the last one first waits to be orphaned.
 BY_TORCHRUN = """
 import os, subprocess, sys, time
 child = "import os, sys, time; from training.launching.lifeline import die_with_launcher; die_with_launcher();" \\
@@ -62,7 +62,7 @@ if __name__ == "__main__":
 
 
 def wait_for_end(pid: int, seconds: float = 60) -> None:
-    """Until the process is gone, or a zombie of whoever has adopted it."""
+    """Wait until the process is gone or a zombie."""
     until = time.monotonic() + seconds
     while (state := state_of(pid)) not in (None, "Z"):
         assert time.monotonic() < until, f"process {pid} is alive ({state})"
@@ -121,7 +121,7 @@ def test_a_child_dies_with_its_launcher(script: str, children: int, tmp_path: Pa
     ],
     ids=["train.py", "rank", "trial of a sweep", "trial of a study"],
 )
-def test_every_entry_of_a_rank_or_trial_begins_with_it(
+def test_every_entry_point_of_a_rank_or_trial_starts_with_die_with_launcher(
     entry: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Called(BaseException):
@@ -137,7 +137,7 @@ def test_every_entry_of_a_rank_or_trial_begins_with_it(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_a_process_of_a_shell_outlives_it() -> None:
+def test_a_process_started_by_a_shell_outlives_it() -> None:
     """`nohup python train.py … &` in a shell that ends, also as a rank started by hand."""
     script = "from training.launching.lifeline import die_with_launcher; die_with_launcher(); print('on', flush=True); input()"
     shell = f'"{sys.executable}" -c "{script}; print(\'lives\')" <&3 & '

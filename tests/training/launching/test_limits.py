@@ -1,4 +1,4 @@
-"""Limits that are too low for torch, or for several ranks, are named in one line with the remedy."""
+"""Limits too low for torch or for several ranks are reported in one line with the remedy."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def test_too_little_address_space_is_one_line() -> None:
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29)),
     )
     assert ended.returncode == 2
-    assert ended.stderr.startswith("error: this process may have 512 MiB of address space")
+    assert ended.stderr.startswith("error: the address space is limited to 512 MiB")
     assert "ulimit -v" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
 
 
 def test_too_few_descriptors_for_the_ranks_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (24, 24))
-    with pytest.raises(ConfigurationError, match=r"nproc_per_node=2: .* 24 files open .* ulimit -n 64"):
+    with pytest.raises(ConfigurationError, match=r"nproc_per_node=2: open files are limited to 24, .* ulimit -n 64"):
         start_ranks(compose(["launcher.nproc_per_node=2"]))
 
 

@@ -1,4 +1,4 @@
-"""Mistakes that people make on the command line, each with its one line: mistakes.txt is the table, from top to bottom."""
+"""Common command-line mistakes, each with its one-line message: the table is mistakes.txt."""
 
 import importlib
 import re
@@ -23,7 +23,7 @@ ROWS = re.findall(r"^\$ (.+)\n  (.+)$", TABLE, re.MULTILINE)
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty directory but for notes.txt, where no run can begin."""
+    """A directory with only notes.txt, in which no run can start."""
 
     def begun(*_: object) -> None:
         raise AssertionError("the command was not refused")
@@ -37,7 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def refused(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The exit code of a command line, cut into words as a shell would."""
+    """Run a command line, split as a shell would. Returns its exit code."""
     script, *words = shlex.split(line)
     monkeypatch.setattr(sys, "argv", [script, *words])
     module = "training.launching.command" if script == "train.py" else script.removesuffix(".py").replace("/", ".")
@@ -61,7 +61,7 @@ def test_a_mistake_is_one_line_with_the_remedy(
 
 
 PROPOSED = re.compile(r"""(?:write|choose|such as|:) ("[\w.]+=[^"]+"|'[\w.]+=[^']+'|[\w.]+=\w[\w.-]*)""")
-#: Remedies that lead to a second line.
+#: Remedies that lead to another error.
 STILL_REFUSED = {
     ("optimizer.betas=[0.9]",),  # closed, and too short
     ("data=text",),  # the choice, which needs data.paths
@@ -71,14 +71,14 @@ STILL_REFUSED = {
 
 
 def remedies(words: list[str], message: str) -> Iterator[list[str]]:
-    """The overrides that a message proposes."""
+    """Return the overrides that a message proposes."""
     yield from (shlex.split(proposed) for proposed in PROPOSED.findall(message) if proposed != "key=value")
     head = message.partition(": ")[0]
     for meant in re.findall(r"did you mean (.+?)\?", message):
         key, _, choices = meant.partition(" of ")
         if "=" in key:
             yield [key]
-        elif "there is no such choice" in message:
+        elif "unknown choice" in message:
             yield from ([f"{head.partition('=')[0]}={option}"] for option in key.split(" or "))
         else:
             value = next(word.partition("=")[2] for word in words if word.lstrip("+").startswith(head))
@@ -86,14 +86,14 @@ def remedies(words: list[str], message: str) -> Iterator[list[str]]:
 
 
 def with_remedy(words: list[str], message: str, remedy: list[str]) -> tuple[str, ...]:
-    """The command line with the remedy in the place of the override that is refused."""
+    """Return the command line with the refused override replaced by the remedy."""
     keys = {override.partition("=")[0] for override in remedy}
     others = [(word, word.partition("=")[0]) for word in words if re.match(r"[\w.]+=.", word)]
     kept = [word for word, key in others if key not in keys and not message.startswith((f"{key}: ", f"{word}: "))]
     return (*kept, *remedy)
 
 
-def test_a_remedy_that_is_typed_is_no_second_mistake() -> None:
+def test_typing_the_proposed_remedy_is_accepted() -> None:
     runs = [(shlex.split(line)[1:], message) for line, message in ROWS if line.startswith("train.py ")]
     refusals = {}
     for typed in {with_remedy(*run, remedy) for run in runs for remedy in remedies(*run)}:
@@ -105,8 +105,8 @@ def test_a_remedy_that_is_typed_is_no_second_mistake() -> None:
 
 
 @pytest.mark.parametrize("given", ["resume=/nowhere", "model.init_from=/nowhere", "data=openwebtext"])
-def test_a_run_that_has_begun_is_not_refused_for_files_that_are_gone(given: str, tmp_path: Path) -> None:
-    """It may be finished. One that needs them says so when it opens them."""
+def test_an_existing_run_is_not_refused_for_missing_files(given: str, tmp_path: Path) -> None:
+    """It may be finished. A run that needs the files reports them when it opens them."""
     config = compose([given, "train.precision=auto", f"output_dir={tmp_path}", f"data.directory={tmp_path}/tokens"])
     with pytest.raises((ConfigurationError, DataError)):
         refuse_absent_inputs(config)
@@ -116,13 +116,13 @@ def test_a_run_that_has_begun_is_not_refused_for_files_that_are_gone(given: str,
     refuse_absent_inputs(config)
 
 
-def test_synonyms_are_of_keys_and_choices_that_exist() -> None:
+def test_synonyms_map_to_existing_keys_and_choices() -> None:
     assert {key.partition("[")[0].partition("=")[0] for key in SYNONYMS} <= known_keys()
     choices = {f"{group}={option}" for group in config_groups() for option in group_options(group)}
     assert SYNONYMS_OF_CHOICES.keys() | {key for key in SYNONYMS if "=" in key} <= choices
 
 
-def test_a_synonym_has_one_meaning_and_is_no_key_of_its_own() -> None:
+def test_a_synonym_has_one_meaning_and_is_not_a_key() -> None:
     names = [name for others in SYNONYMS.values() for name in others.split()]
     assert len(set(names)) == len(names)
     assert not set(names) & known_keys()

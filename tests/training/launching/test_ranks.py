@@ -1,4 +1,4 @@
-"""Ranks that train.py starts: they make one run, stop together, and a rank that dies is named and replaced."""
+"""Ranks started by train.py form one run and stop together; a rank that dies is named and replaced."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tests.training.runs import curve, lines, run, summary
 from training.compose import compose
 from training.exits import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_PREEMPTED, EXIT_RANK_LOST
-from training.launching.ranks import NOT_BEGUN, code_of_stopped_ranks, describe_failure, start_ranks
+from training.launching.ranks import NOT_STARTED, code_of_stopped_ranks, describe_failure, start_ranks
 from training.reliability import heartbeat
 from training.reliability.heartbeat import Heartbeat
 from training.reliability.signals import STOP_SIGNALS
@@ -56,10 +56,10 @@ def losses(directory: Path) -> list[float]:
     return [line["loss"] for line in lines(directory, "train")]
 
 
-def test_dead_ranks_are_started_again_and_named_in_the_end(tiny: list[str], tmp_path: Path) -> None:
-    """Rank 1 is killed at step 10, started again from step 8, and killed again; then a single process resumes.
+def test_dead_ranks_are_restarted_and_finally_named(tiny: list[str], tmp_path: Path) -> None:
+    """Rank 1 is killed at step 10, restarted from step 8, and killed again; then a single process resumes.
 
-    The first start replaces an older run, the second does not replace the first.
+    The first start replaces an older run; the second does not replace the first.
     """
     overrides = [*tiny, f"output_dir={tmp_path}", "name=run", "checkpoint.interval=4"]
     assert run([*overrides, "train.steps=2"]) == 0
@@ -78,7 +78,7 @@ def test_dead_ranks_are_started_again_and_named_in_the_end(tiny: list[str], tmp_
     assert losses(directory) == pytest.approx(losses(tmp_path / "single"), abs=1e-5)
 
 
-def test_signals_to_the_parent_let_all_ranks_save_and_one_process_go_on(tiny: list[str], tmp_path: Path) -> None:
+def test_signals_to_the_parent_let_all_ranks_save_and_one_process_resumes(tiny: list[str], tmp_path: Path) -> None:
     """SIGHUP twice, as from a terminal that closes."""
     long = [
         *tiny,
@@ -101,7 +101,7 @@ def test_signals_to_the_parent_let_all_ranks_save_and_one_process_go_on(tiny: li
     assert run(long) == 0
     assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(1, 401))
     assert run([*long, "name=single"]) == 0
-    # Hundreds of steps make a rounding difference grow; the first after the interruption show whether it left a trace.
+    # Rounding differences grow over hundreds of steps; the first ones after the interruption show whether it had an effect.
     assert losses(tmp_path / "run")[:40] == pytest.approx(losses(tmp_path / "single")[:40], abs=1e-4)
     assert len(curve(tmp_path / "run")) == len(curve(tmp_path / "single"))
 
@@ -111,9 +111,9 @@ def test_signals_to_the_parent_let_all_ranks_save_and_one_process_go_on(tiny: li
     [
         ([EXIT_PREEMPTED, EXIT_PREEMPTED], EXIT_PREEMPTED, ""),
         ([0, 0], 0, ""),
-        ([NOT_BEGUN, NOT_BEGUN], EXIT_PREEMPTED, "nothing to save"),
+        ([NOT_STARTED, NOT_STARTED], EXIT_PREEMPTED, "nothing to save"),
         ([EXIT_PREEMPTED, EXIT_FAILED], EXIT_FAILED, "rank 1 ended before the run was saved"),
-        ([NOT_BEGUN, EXIT_FAILED], EXIT_FAILED, "rank 1 ended before the run was saved"),
+        ([NOT_STARTED, EXIT_FAILED], EXIT_FAILED, "rank 1 ended before the run was saved"),
     ],
 )
 def test_ranks_that_are_stopped_count_as_preempted_only_if_all_have_saved(
@@ -198,7 +198,7 @@ def test_a_silent_rank_ends_the_others_after_the_limit(store: dist.TCPStore, mon
     assert dead is not None
 
 
-def test_a_store_that_is_gone_is_not_told_as_a_silent_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_store_is_not_reported_as_a_silent_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[str] = []
     monkeypatch.setattr(heartbeat, "INTERVAL", 0.05)
     monkeypatch.setattr(heartbeat, "leave", lambda rank, reason: left.append(reason))
@@ -213,9 +213,7 @@ def test_a_store_that_is_gone_is_not_told_as_a_silent_rank(monkeypatch: pytest.M
     assert re.fullmatch(r"the store .* is gone, and with it rank 0 or its launcher: no answer for [01] s", left[0])
 
 
-def test_a_rank_that_has_left_in_good_order_is_not_missed(
-    store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_that_left_in_good_order_is_not_reported(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[object] = []
     monkeypatch.setattr(heartbeat, "INTERVAL", 0.05)
     monkeypatch.setattr(heartbeat, "LIMIT", 0.3)

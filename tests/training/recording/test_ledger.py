@@ -1,4 +1,4 @@
-"""What the ledger books where."""
+"""The ledger books every cost under its kind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from training.strategies.ddp import DDP
 
 
 class Clock:
-    """The ledger's clock, which only what is told to takes time moves."""
+    """A clock for the ledger that only selected operations advance."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -43,7 +43,7 @@ class Clock:
 
 
 def compile_something(meanwhile: Callable[[], None] = lambda: None) -> None:
-    """What torch.compile tells its callbacks, without compiling."""
+    """Call torch.compile's callbacks without compiling."""
     told = CallbackArgs(CallbackTrigger.DYNAMO, "0/0")
     callback_handler.run_start_callbacks(told)
     meanwhile()
@@ -51,7 +51,7 @@ def compile_something(meanwhile: Callable[[], None] = lambda: None) -> None:
 
 
 def test_compilation_is_booked_apart_in_every_run_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A study runs its trials in one process and resets the compiler in between, which forgets who listens."""
+    """A study runs its trials in one process and resets the compiler in between, which removes the callbacks."""
     clock = Clock(monkeypatch)
     for _ in range(3):
         torch._dynamo.reset()
@@ -64,7 +64,7 @@ def test_compilation_is_booked_apart_in_every_run_of_a_process(monkeypatch: pyte
         assert ledger.seconds == pytest.approx(1)
 
 
-def test_a_clock_asked_for_twice_counts_once() -> None:
+def test_a_clock_installed_twice_counts_once() -> None:
     clock = CompilationClock.installed()
     assert CompilationClock.installed() is clock
     before = clock.count
@@ -86,15 +86,15 @@ REFRESHED = ["optimizer.hessian_interval=2", "optimizer.batch_fraction=0.5"]
 OWN_FORWARD = [*REFRESHED, "train.shared_forward=false"]
 FISHER = ["optimizer.estimator=empirical_fisher", *REFRESHED]
 DIFFERENCES = ["optimizer.estimator=hutchinson_differences", *REFRESHED]
-#: Overrides; of a refresh, the FLOPs of a token, the seconds (one for each forward and each backward) and the gradients
-#: that the strategy sums over the ranks.
+#: Overrides; for a refresh: FLOPs per token, seconds (one for each forward and each backward), and the number of gradients
+#: summed over the ranks.
 REFRESHES: dict[str, tuple[list[str], int, int, int]] = {
     "none": (["optimizer=adamw"], 0, 0, 0),
     "shared_forward": (["optimizer=sophiag", *REFRESHED], 2 * TRUNK, 1, 1),
     "gnb": (["optimizer=sophiag", *OWN_FORWARD], 3 * FORWARD, 2, 1),
     "empirical_fisher": (["optimizer=sophiag", *FISHER], 3 * FORWARD, 2, 1),
     "differences": (["optimizer=sophiah", *DIFFERENCES], 6 * FORWARD, 4, 2),
-    # The backwards are autograd's own, which take no time here, and the products are summed outside of the strategy.
+    # The backwards are autograd's own, which take no time here, and the products are summed outside the strategy.
     "hutchinson": (["optimizer=sophiah", *REFRESHED], 9 * FORWARD, 1, 0),
 }
 
@@ -132,7 +132,7 @@ def test_tokens_flops_seconds_and_bytes_are_booked_under_what_they_were_spent_on
     }
     assert record.summary["flops"] == forward_backward["flops"] + curvature["flops"]
     assert record.summary["seconds"] == forward_backward["seconds"] + curvature["seconds"] + 300 + 30
-    # What a step and the refresh before it cost is in the line of the step.
+    # A step's line includes the cost of the refresh before it.
     first, second, last = record.metrics("train")
     assert first["flops"] == 128 * 3 * FORWARD + 64 * flops
     assert second["tokens_per_second"] == 128 / (10 + 2 * (1 + 1) + 100)
@@ -154,6 +154,6 @@ def test_a_refresh_on_two_ranks_sends_each_gradient_once_and_of_differences_twic
         model = GPT2(shape)
     strategy = DDP(Distributed(0, 0, 2, torch.device("cpu")), bf16=False, compile_model=False)
     strategy.model = model
-    # Of two ranks, each sends half of a buffer twice; a float32 has four bytes.
+    # Each of two ranks sends half of a buffer twice; a float32 has four bytes.
     expected = all_reduces * 4 * sum(p.numel() for p in model.parameters())
     assert CurvaturePass(config, 0, 8, 1).bytes_communicated(strategy, step=1) == expected

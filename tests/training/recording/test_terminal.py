@@ -1,4 +1,4 @@
-"""Texts out of records reach a terminal as text."""
+"""Text from records reaches a terminal as plain text."""
 
 import io
 
@@ -12,7 +12,7 @@ def test_control_characters_are_shown_and_not_obeyed() -> None:
     assert printable("a\tb\nc\x1b[2J\x07\x7f\x9b") == "a\tb\nc\u241b[2J\u2407\u2421\ufffd"
 
 
-def test_a_console_obeys_its_own_styles_and_nothing_in_the_texts() -> None:
+def test_a_console_applies_its_own_styles_and_no_codes_in_the_text() -> None:
     file = io.StringIO()
     console = SafeConsole(file=file, force_terminal=True, color_system="standard", width=60)
     table = Table("name")

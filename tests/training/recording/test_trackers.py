@@ -1,4 +1,4 @@
-"""Mirrors equal the record, and never stop, slow or betray a run."""
+"""Trackers mirror the record, and never stop or slow a run or leak its key."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEY = "5ec4e7" * 6 + "abcd"
 
 
 def mirrored(run_directory: Path) -> list[dict[str, Any]]:
-    """The record's lines as a mirror should have them."""
+    """Return the record's lines as a tracker should have them."""
     return [
         {axis: line[axis] for axis in trackers.AXES if axis in line} | scalars(line)
         for line in lines(run_directory, "train", "eval", "hessian")
@@ -79,7 +79,7 @@ def test_wandb_has_the_published_losses_as_flat_lines_over_the_whole_run(
     "override",
     ["model=gpt2_small data=sample", "model=gpt2_small data=openwebtext tokenizer=bpe tokenizer.vocab_size=999"],
 )
-def test_a_run_on_another_corpus_is_held_against_nothing_published(override: str) -> None:
+def test_a_run_on_another_corpus_has_no_published_losses(override: str) -> None:
     assert trackers.published_losses(compose(["model=gpt2_small", "data=openwebtext", "tokenizer=gpt2"]))
     assert trackers.published_losses(compose(override.split())) == {}
 
@@ -124,7 +124,7 @@ def test_tensorboard_holds_the_record(corpus: list[str], tmp_path: Path) -> None
     assert found == expected
 
 
-def test_names_of_the_mirror() -> None:
+def test_mirrored_names() -> None:
     line = {"kind": "eval", "step": 3, "tokens": 1, "flops": 1, "seconds": 0.1, "val_loss": 2.0, "by": {"mlp": 1}}
     assert scalars(line) == {"val/loss": 2.0, "val/by/mlp": 1}
     assert scalars({"kind": "train", "loss": None, "skipped": True}) == {"train/skipped": True}
@@ -197,11 +197,11 @@ def test_a_tracker_that_cannot_start_is_one_warning() -> None:
     tracker.log({"step": 1})
     tracker.finish(DONE)
     assert warned == [
-        "tracker=test failed (ImportError: no such package); the run goes on without it, the record is complete"
+        "tracker=test failed (ImportError: no such package); the run continues without it, the record is complete"
     ]
 
 
-def test_a_tracker_that_hangs_neither_slows_the_run_nor_holds_up_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_hangs_neither_slows_the_run_nor_delays_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.3)
     inner, warned = Hanging(), []
     tracker = BackgroundTracker(lambda: inner, "test", warned.append)
@@ -215,7 +215,7 @@ def test_a_tracker_that_hangs_neither_slows_the_run_nor_holds_up_its_end(monkeyp
     assert inner.abandoned
 
 
-def test_a_preempted_run_waits_but_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preempted_run_waits_only_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "PREEMPTED_SECONDS", 0.2)
     tracker = BackgroundTracker(Hanging, "test", lambda line: None)
     tracker.log({"step": 1})
@@ -224,7 +224,7 @@ def test_a_preempted_run_waits_but_a_moment(monkeypatch: pytest.MonkeyPatch) -> 
     assert time.monotonic() - began < 10
 
 
-def test_a_tracker_that_falls_too_far_behind_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_falls_too_far_behind_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "MOST_WAITING", 50)
     warned: list[str] = []
     tracker = BackgroundTracker(Hanging, "test", warned.append)
@@ -287,6 +287,6 @@ def test_wandb_that_cannot_be_reached_is_a_warning_and_no_file_has_the_key(corpu
     assert rows == mirrored(tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_reaches_no_mirror() -> None:
+def test_a_loss_that_is_not_finite_reaches_no_tracker() -> None:
     assert scalars({"kind": "train", "loss": None, "grad_norm": 1.0}) == {"train/grad_norm": 1.0}
     assert not any(math.isnan(value) for value in scalars({"kind": "train", "loss": None}).values())

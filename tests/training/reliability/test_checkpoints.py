@@ -103,7 +103,7 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_used(tmp_path: Path, f
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
 @pytest.mark.parametrize("place", ["", "rank-00000.safetensors", "manifest.json"])
-def test_a_checkpoint_that_cannot_be_read_is_passed_over(
+def test_a_checkpoint_that_cannot_be_read_is_skipped(
     tmp_path: Path, place: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(tmp_path, 5)
@@ -116,7 +116,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(
     assert f"cannot be read: {os.strerror(number)}" in reason
 
 
-def test_a_checkpoint_whose_directory_cannot_even_be_looked_at_is_passed_over(
+def test_a_checkpoint_whose_directory_cannot_be_accessed_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(tmp_path, 5)
@@ -135,9 +135,7 @@ def test_a_checkpoint_whose_directory_cannot_even_be_looked_at_is_passed_over(
     assert "Input/output error" in reason
 
 
-def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoints_that_cannot_be_listed_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, 5)
     monkeypatch.setattr(os, "listdir", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(CheckpointError, match=rf"{tmp_path} cannot be read: Permission denied"):
@@ -154,7 +152,7 @@ def test_numbers_come_back_exactly_and_with_their_type(tmp_path: Path) -> None:
 
 
 def forged(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the manifest and sign it anew, as somebody with bad intentions would."""
+    """Change the manifest and update its hash, as an attacker would."""
     path = directory / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["sha256"]
@@ -182,17 +180,17 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "a file outside": (outside, "no plain file of this checkpoint"),
-    "an absolute path": (absolute, "no plain file of this checkpoint"),
-    "a huge tensor": (lambda m: piece_of(m).update(shape=[1 << 40, 1 << 20], count=1 << 60), "the manifest says"),
+    "a file outside": (outside, "not a plain file of this checkpoint"),
+    "an absolute path": (absolute, "not a plain file of this checkpoint"),
+    "a huge tensor": (lambda m: piece_of(m).update(shape=[1 << 40, 1 << 20], count=1 << 60), "its manifest says"),
     "a huge shape": (lambda m: piece_of(m).update(shape=[1 << 40, 1 << 20]), "two descriptions"),
     "a negative start": (lambda m: piece_of(m).update(start=-4), "pieces.0.start"),
-    "another type": (lambda m: piece_of(m).update(dtype="int32"), "the manifest says int32"),
-    "no type": (lambda m: piece_of(m).update(dtype="object"), "pieces.0: .*'object' is no type"),
+    "another type": (lambda m: piece_of(m).update(dtype="int32"), "its manifest says int32"),
+    "no type": (lambda m: piece_of(m).update(dtype="object"), "pieces.0: .*'object' is not a dtype"),
     "a shape that is no list": (lambda m: piece_of(m).update(shape="ab"), "damaged: .*pieces.0.shape"),
     "a count that is no number": (lambda m: piece_of(m).update(count="many"), "damaged"),
     "overlapping pieces": (lambda m: piece_of(m).update(name="optimizer.w.exp_avg"), "holds other tensors"),
-    "another step": (lambda m: m.update(step=6), "another's name"),
+    "another step": (lambda m: m.update(step=6), "of step 6, but its directory is named"),
     "no state": (lambda m: m.update(state=None), "damaged: state"),
     "another format": (lambda m: m.update(format="pickle"), "'pickle' is not"),
     "no files": (lambda m: m.pop("files"), "damaged: files"),
@@ -224,7 +222,7 @@ def test_a_forged_manifest_is_refused(tmp_path: Path, forgery: str) -> None:
         Checkpoint(directory)
 
 
-def test_an_unfinished_save_is_no_checkpoint_and_is_cleared_away(tmp_path: Path) -> None:
+def test_an_unfinished_save_is_not_a_checkpoint_and_is_removed(tmp_path: Path) -> None:
     saved(tmp_path, 5)
     leftover = tmp_path / ".step-00000006.partial"
     leftover.mkdir()
@@ -245,7 +243,7 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     assert steps(tmp_path) == [20, 3]
 
 
-def test_pruning_keeps_multiples_for_good_and_the_best(tmp_path: Path) -> None:
+def test_pruning_keeps_multiples_and_the_best(tmp_path: Path) -> None:
     losses = {10: 3.0, 20: 1.5, 30: 1.0, 40: None, 50: 2.0, 60: 2.5}
     for step, loss in losses.items():
         saved(tmp_path, step, val_loss=loss)
@@ -296,8 +294,8 @@ def test_a_deletion_that_was_interrupted_leaves_no_half_of_a_checkpoint(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
-def test_whatever_gets_its_name_is_on_the_disk_before_and_its_name_right_after(tmp_path: Path, monkeypatch) -> None:
-    """The machine may crash at any moment: what a checkpoint's name leads to must by then have reached the disk."""
+def test_content_is_flushed_before_the_rename_and_the_directory_after_it(tmp_path: Path, monkeypatch) -> None:
+    """The machine may crash at any moment: once a checkpoint has its name, its content must be on disk."""
     done: list[tuple[str, str]] = []
     sync, replace, rename = os.fsync, Path.replace, Path.rename
 
@@ -328,7 +326,9 @@ def test_whatever_gets_its_name_is_on_the_disk_before_and_its_name_right_after(t
     ]
 
 
-def test_a_step_saved_anew_is_never_without_a_checkpoint_but_between_two_renames(tmp_path: Path, monkeypatch) -> None:
+def test_saving_a_step_again_leaves_it_without_a_checkpoint_only_between_two_renames(
+    tmp_path: Path, monkeypatch
+) -> None:
     saved(tmp_path, 5, val_loss=1.0)
     monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda *_, **__: None)  # killed before anything is deleted
     final = saved(tmp_path, 5, val_loss=2.0)

@@ -1,4 +1,4 @@
-"""What a killed compilation leaves is dropped and compiled again; what is whole, or being built, stays."""
+"""Files of killed compilations are removed and compiled again; complete files and those being built stay."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIBRARY = next(Path(sysconfig.get_path("stdlib"), "lib-dynload").glob("*.so"))
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A library of the cache, whole; there is a precompiled header as well."""
+    """A complete library in the cache, which also has a precompiled header."""
     monkeypatch.setattr(compiler_cache, "cache_dir", lambda: str(tmp_path))
     monkeypatch.setattr(compiler_cache, "default_cache_dir", lambda: str(tmp_path))
     path = tmp_path / "ab" / "cabc.main.so"
@@ -37,7 +37,7 @@ def header(root: Path) -> Path:
     return root / "precompiled_headers" / "cdef.h.gch"
 
 
-def test_whole_libraries_and_headers_stay(library: Path, tmp_path: Path) -> None:
+def test_complete_libraries_and_headers_stay(library: Path, tmp_path: Path) -> None:
     assert drop_unfinished() == []
     assert library.exists()
     assert header(tmp_path).exists()
@@ -53,13 +53,13 @@ def test_whole_libraries_and_headers_stay(library: Path, tmp_path: Path) -> None
     ],
     ids=["empty", "headers only", "last byte missing", "zeros"],
 )
-def test_a_library_that_is_not_whole_is_dropped(damage: Callable[[Path], object], library: Path) -> None:
+def test_an_incomplete_library_is_removed(damage: Callable[[Path], object], library: Path) -> None:
     damage(library)
     assert drop_unfinished() == [library]
     assert drop_unfinished() == []
 
 
-def test_a_header_whose_compilation_was_killed_is_dropped(library: Path, tmp_path: Path) -> None:
+def test_a_header_whose_compilation_was_killed_is_removed(library: Path, tmp_path: Path) -> None:
     building = tmp_path / "precompiled_headers" / "cdef.h_CxxBuild"
     building.mkdir()
     assert drop_unfinished() == [header(tmp_path)]
@@ -74,7 +74,7 @@ def test_what_another_process_is_building_stays(library: Path, tmp_path: Path) -
     assert drop_unfinished() == [library]
 
 
-def test_a_run_says_what_it_dropped_and_stays_compiled(
+def test_a_run_reports_what_it_removed_and_still_compiles(
     library: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.truncate(library, 1000)
@@ -87,7 +87,7 @@ def test_a_run_says_what_it_dropped_and_stays_compiled(
 
 
 def test_torch_keeps_its_cache_where_it_is_looked_for(tmp_path: Path) -> None:
-    """Names of torch's own, which another version may change."""
+    """These are private names of torch, which another version may change."""
     from torch._inductor import codecache, cpp_builder
 
     assert cpp_builder._BUILD_TEMP_DIR == "CxxBuild"

@@ -1,4 +1,4 @@
-"""What a run notices about its numbers: leaps of the loss, steps that are not finite, ranks that differ."""
+"""Guards on a run's numbers: loss spikes, non-finite steps, ranks that differ."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def test_nothing_is_said_before_there_is_a_mean() -> None:
 
 @pytest.mark.parametrize("mean", [0.1, 5.0])
 def test_noise_is_never_taken_for_less_than_half_a_percent_of_the_loss(mean: float) -> None:
-    """After losses that did not vary: six deviations of half a percent are three percent."""
+    """After constant losses, six deviations of half a percent are three percent."""
     assert events([mean] * 200 + [1.0299 * mean]) == []
     assert events([mean] * 200 + [1.0301 * mean]) == [200]
 
 
 @given(losses=st.lists(st.floats(0, 20) | st.just(math.nan) | st.just(math.inf), max_size=120), cut=st.integers(0, 120))
 @settings(max_examples=50, deadline=None)
-def test_spikes_go_on_over_an_interruption(losses: list[float], cut: int) -> None:
+def test_spike_detection_continues_after_an_interruption(losses: list[float], cut: int) -> None:
     whole = LossSpikes(3.0)
     expected = [whole.observe(loss) for loss in losses]
     first, second = LossSpikes(3.0), LossSpikes(3.0)
@@ -75,11 +75,11 @@ def test_spikes_go_on_over_an_interruption(losses: list[float], cut: int) -> Non
     assert second.state_dict() == whole.state_dict()
 
 
-# A whole run with gradients that are not finite, or a batch from nowhere.
+# Whole runs with non-finite gradients, or one bad batch.
 
 
 def spoil_gradients(steps: tuple[int, ...]) -> None:
-    """Before these updates one gradient is infinite."""
+    """Make one gradient infinite before these updates."""
     from training.strategies.ddp import DDP
 
     count = [0]
@@ -95,7 +95,7 @@ def spoil_gradients(steps: tuple[int, ...]) -> None:
 
 
 def spoil_losses(steps: tuple[int, ...]) -> None:
-    """The losses of these updates are infinite, and their gradients are not."""
+    """Make the losses of these updates infinite, but not their gradients."""
     from training import loop
 
     original = loop.forward_backward
@@ -107,7 +107,7 @@ def spoil_losses(steps: tuple[int, ...]) -> None:
 
 
 def spoil_estimate(number: int) -> None:
-    """The gradients of this refresh are not numbers."""
+    """Make the gradients of this refresh NaN."""
     from training.strategies.ddp import DDP
 
     count = [0]
@@ -128,7 +128,7 @@ def said(directory: Path) -> str:
 
 
 @pytest.mark.parametrize("optimizer", ["sophiag", "adamw", "lion", "muon"])
-def test_a_step_that_is_not_finite_is_skipped_counted_and_told(
+def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(
     optimizer: str, corpus: list[str], tmp_path: Path
 ) -> None:
     overrides = tiny(corpus, tmp_path, f"optimizer={optimizer}")
@@ -171,7 +171,7 @@ def test_more_than_n_skipped_steps_in_a_row_end_as_diverged_and_the_last_good_ch
 
 
 def report_a_step_late(steps: tuple[int, ...]) -> None:
-    """As on CUDA, where the numbers of a step are read after the next one has been queued."""
+    """As on CUDA, where a step's numbers are read after the next one has been queued."""
     from training.loop import Reporter
 
     spoil_gradients(steps)
@@ -185,7 +185,7 @@ def report_a_step_late(steps: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("step", [24, 16, 13], ids=["at the end", "before an evaluation", "between"])
-def test_a_run_diverges_alike_whether_its_numbers_come_at_once_or_a_step_late(
+def test_a_run_diverges_alike_whether_its_numbers_arrive_immediately_or_a_step_late(
     corpus: list[str], tmp_path: Path, step: int
 ) -> None:
     ended = {}
@@ -200,7 +200,7 @@ def test_a_run_diverges_alike_whether_its_numbers_come_at_once_or_a_step_late(
     assert ended["late"]["reason"] == ended["at once"]["reason"]
 
 
-def test_skipped_steps_are_counted_over_an_interruption(corpus: list[str], tmp_path: Path) -> None:
+def test_skipped_steps_are_counted_across_an_interruption(corpus: list[str], tmp_path: Path) -> None:
     overrides = tiny(corpus, tmp_path, "train.max_skipped_steps=3")
     assert run_in_child([*overrides, "train.steps=24"], spoil_gradients_then_stop, 8) == 75
     assert summary(tmp_path / "run")["skipped_steps"] == 2
@@ -215,7 +215,7 @@ def spoil_gradients_then_stop(step: int) -> None:
     stop_in_step(step, 15)
 
 
-def test_a_bad_estimate_never_enters_h_and_is_told(corpus: list[str], tmp_path: Path) -> None:
+def test_a_bad_estimate_never_enters_h_and_is_reported(corpus: list[str], tmp_path: Path) -> None:
     overrides = tiny(corpus, tmp_path)
     assert run_in_child(overrides, spoil_estimate, 3, errors=tmp_path / "errors") == 0
     refreshes = lines(tmp_path / "run", "hessian")
@@ -239,7 +239,7 @@ def lose_validation() -> None:
     loop.validation_loss = lambda *_: (math.nan, 256)
 
 
-def test_a_validation_loss_that_is_not_finite_ends_the_run_also_where_a_sitting_begins(
+def test_a_validation_loss_that_is_not_finite_ends_the_run_also_right_after_a_resume(
     corpus: list[str], tmp_path: Path
 ) -> None:
     assert run_in_child(tiny(corpus, tmp_path), lose_validation) == 3
@@ -248,14 +248,14 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_also_where_a_sitting_
 
 
 def strike(step: int) -> None:
-    """A batch whose loss is ten times what it should be."""
+    """Make the loss of one batch ten times too large."""
     from training import loop
 
     original = loop.forward_backward
     loop.forward_backward = lambda run, batch: original(run, batch) * (10 if run.state.step == step - 1 else 1)
 
 
-def test_a_loss_spike_is_an_event_and_the_run_goes_on(corpus: list[str], tmp_path: Path) -> None:
+def test_a_loss_spike_is_an_event_and_the_run_continues(corpus: list[str], tmp_path: Path) -> None:
     overrides = tiny(corpus, tmp_path, "train.steps=70", "eval.interval=70", "optimizer=adamw")
     assert run_in_child(overrides, strike, 60) == 0
     (event,) = lines(tmp_path / "run", "event")
@@ -278,11 +278,11 @@ def test_guards_change_neither_curve_nor_name(corpus: list[str], tmp_path: Path)
     assert curve(tmp_path / "off") == curve(tmp_path / "on")
 
 
-# Ranks that differ. Two ranks are played by two calls that see each other's hashes.
+# Ranks that differ: two calls that see each other's hashes stand for two ranks.
 
 
 class Ranks:
-    """Stands in for Distributed: this rank's hashes, and another's."""
+    """A stand-in for Distributed with this rank's hashes and another's."""
 
     world_size = 3
 
@@ -330,7 +330,7 @@ def test_any_single_bit_that_differs_is_found_and_its_tensor_named(place: int, b
         compare_ranks(Holder(Ranks(broken.mine), weight))  # type: ignore[arg-type]
 
 
-def test_one_process_has_nobody_to_compare_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_compares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guards, "replicated_tensors", lambda strategy: pytest.fail("hashed"))
     holder = Holder(Ranks(None), torch.ones(1))
     holder.distributed = Distributed(0, 0, 1, torch.device("cpu"))  # type: ignore[assignment]

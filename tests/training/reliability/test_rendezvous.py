@@ -1,4 +1,4 @@
-"""Ranks find each other: one process a place, of one kind, in an attempt that all began."""
+"""Rendezvous: one process per rank, with equal facts, in an attempt that all ranks joined."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
 
 @pytest.fixture
 def join(server: dist.TCPStore) -> Iterator[Join]:
-    """Begins to join as a rank, in a thread that stands for its process; the result is the attempt's name."""
+    """Join as a rank, in a thread that stands for its process. The result is the attempt's name."""
     with ThreadPoolExecutor(8) as pool:
         yield lambda rank, world_size=2, **facts: pool.submit(lambda: meet(rank, world_size, facts)[1])
 
@@ -50,13 +50,13 @@ def attempt_of(server: dist.TCPStore) -> rendezvous.Attempt:
     return rendezvous.Attempt(*json.loads(server.get(rendezvous.NEWEST)))
 
 
-def test_all_ranks_come_to_one_attempt_whoever_is_first(join: Join) -> None:
+def test_all_ranks_join_one_attempt_whoever_is_first(join: Join) -> None:
     others = [join(rank, 3) for rank in (2, 1)]
     assert {future.result() for future in [*others, join(0, 3)]} == {others[0].result()}
 
 
-def test_ranks_that_are_started_again_come_to_a_new_attempt(join: Join) -> None:
-    """The store keeps the places of the dead."""
+def test_restarted_ranks_join_a_new_attempt(join: Join) -> None:
+    """The store still holds the claims of the dead ranks."""
     names = set()
     for _ in range(3):
         one, other = join(1), join(0)
@@ -66,7 +66,7 @@ def test_ranks_that_are_started_again_come_to_a_new_attempt(join: Join) -> None:
 
 
 def test_ranks_of_a_crashed_start_do_not_fill_places(join: Join, server: dist.TCPStore) -> None:
-    """A rank 1 claimed a place in an attempt whose rank 0 was killed before it closed."""
+    """An old rank 1 claimed a place in an attempt whose rank 0 was killed before it closed."""
     stale = rendezvous.Attempt("stale", 2, "open")
     server.set(stale.claim(1), json.dumps({"process": "process 1 on here", "facts": {}}))
     server.set(rendezvous.NEWEST, json.dumps(stale))
@@ -97,7 +97,7 @@ def test_a_second_process_for_a_living_rank_is_refused_and_the_holder_is_named(
         heart.join()
 
 
-def test_of_two_processes_for_one_place_one_alone_gets_it(
+def test_only_one_of_two_processes_gets_a_rank(
     join: Join, server: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leader = join(0)
@@ -121,7 +121,7 @@ def test_a_second_rank_0_ends_the_first_and_the_others_follow_it(join: Join, ser
         first.result()
 
 
-def test_ranks_of_two_kinds_are_refused_on_all(join: Join) -> None:
+def test_ranks_with_different_facts_are_refused_on_all(join: Join) -> None:
     futures = [join(0, device="cpu"), join(1, device="cuda")]
     for future in futures:
         with pytest.raises(ConfigurationError, match=r"device=cuda on rank 1 \(process .*\), cpu on rank 0"):
@@ -134,25 +134,25 @@ def test_world_sizes_that_differ_are_refused_on_all(join: Join) -> None:
             future.result()
 
 
-def test_a_rank_that_does_not_come_is_named_on_all_after_the_limit(
+def test_a_missing_rank_is_named_on_all_after_the_limit(
     join: Join, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(rendezvous, "LIMIT", 3.0)
     monkeypatch.setattr(rendezvous, "SPEAK", 0.1)
     for future in [join(0, 4), join(2, 4)]:
-        with pytest.raises(ConfigurationError, match=r"rank 0 waits for rank 1, 3 of 4, in vain for \d+ s"):
+        with pytest.raises(ConfigurationError, match=r"rank 0 waits for rank 1, 3 of 4: gave up after \d+ s"):
             future.result()
     assert "rank 0 waits for rank 1, 3 of 4" in caplog.text
 
 
 @pytest.mark.parametrize(("limit", "listener"), [("LIMIT", "rank 0"), ("AGENT_LIMIT", "the launcher of rank 0")])
-def test_a_rank_that_nobody_listens_to_says_so(
+def test_a_rank_without_a_store_reports_it(
     limit: str, listener: str, join: Join, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rendezvous, limit, 0.2)
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(limit == "AGENT_LIMIT"))
-    with pytest.raises(ConfigurationError, match=rf"rank 1 waits for {listener} to listen at 127\.0\.0\.1:1, in vain"):
+    with pytest.raises(ConfigurationError, match=rf"rank 1 waits for {listener} to listen at 127\.0\.0\.1:1: gave up"):
         join(1).result()
 
 

@@ -51,7 +51,7 @@ def kill_after_save(step: int) -> None:
 
 KILLS: dict[
     str, tuple[Callable[..., None], tuple[Any, ...], int]
-] = {  # and the step that the next sitting begins after
+] = {  # and the step after which the next sitting starts
     "right before a refresh, which is the first thing after the resume": (kill_before_refresh, (11,), 10),
     "right before a refresh, steps after the checkpoint": (kill_before_refresh, (16,), 10),
     "between an update and its line": (kill_before_recording, (19,), 10),
@@ -66,7 +66,7 @@ KILLS: dict[
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """The curve of an uninterrupted run of each optimizer, made when it is first asked for."""
+    """The curve of an undisturbed run of each optimizer, computed on first use."""
 
     class Curves(dict):
         def __missing__(self, optimizer: str) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ def overwrite(shard: Path) -> None:
         ("validation-00000.npy", cut, "cannot be read: the file ends before it"),
     ],
 )
-def test_a_shard_that_is_damaged_under_a_run_costs_no_step(
+def test_a_shard_damaged_during_a_run_costs_no_step(
     shard: str,
     damage: Callable[[Path], None],
     said: str,
@@ -173,7 +173,7 @@ def test_a_run_with_dropout_resumes_with_the_same_masks(corpus: list[str], tmp_p
     assert curve(tmp_path / "run") == curve(tmp_path / "undisturbed")
 
 
-def test_totals_go_on_over_an_interruption(corpus: list[str], tmp_path: Path) -> None:
+def test_totals_continue_after_an_interruption(corpus: list[str], tmp_path: Path) -> None:
     overrides = tiny(corpus, tmp_path)
     assert run(tiny(corpus, tmp_path, name="undisturbed")) == 0
     assert run_in_child(overrides, kill_before_recording, 16) == -signal.SIGKILL
@@ -192,14 +192,14 @@ def test_totals_go_on_over_an_interruption(corpus: list[str], tmp_path: Path) ->
         assert got[key] == expected[key], key
     for kind, entry in expected["ledger"].items():
         for key in ("tokens", "flops", "count"):
-            # Saves are counted when they are done: a checkpoint does not know of itself.
+            # A save is counted when it is done, so a checkpoint does not count itself.
             if (kind, key) != ("checkpoint", "count"):
                 assert got["ledger"][kind][key] == entry[key], (kind, key)
     seconds = [line["seconds"] for line in lines(tmp_path / "run", "train")]
     assert seconds == sorted(seconds)
 
 
-def test_lines_beyond_the_checkpoint_are_kept_aside(corpus: list[str], tmp_path: Path) -> None:
+def test_lines_after_the_checkpoint_are_moved_to_another_file(corpus: list[str], tmp_path: Path) -> None:
     overrides = tiny(corpus, tmp_path)
     assert run_in_child(overrides, kill_before_recording, 19) == -signal.SIGKILL
     before_resume = lines(tmp_path / "run")
@@ -232,12 +232,12 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
         case "unreadable":
             unreadable(monkeypatch, victim, errno.EIO)
     assert run(overrides) == 0
-    assert f"passed over: {victim}" in capfd.readouterr().err
+    assert f"checkpoint skipped: {victim}" in capfd.readouterr().err
     assert curve(tmp_path / "run") == undisturbed["sophiag"]
     assert (tmp_path / "run" / "checkpoints" / "superseded-step-00000020").is_dir()
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_silently_begun_anew(
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_silently_start_over(
     corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     overrides = tiny(corpus, tmp_path)
@@ -264,7 +264,7 @@ def test_a_record_that_lost_lines_falls_back_to_a_checkpoint_that_it_still_cover
     assert curve(tmp_path / "run") == undisturbed["sophiag"]
 
 
-def test_a_run_goes_on_under_another_micro_batch_tracker_and_checkpoint_interval(
+def test_a_run_resumes_with_another_micro_batch_tracker_and_checkpoint_interval(
     corpus: list[str], tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
     assert run_in_child(tiny(corpus, tmp_path), kill_before_recording, 16) == -signal.SIGKILL
@@ -289,14 +289,14 @@ def test_other_tokens_under_the_same_configuration_are_refused_on_resume(
     assert "other tokens" in capfd.readouterr().err.splitlines()[-1]
 
 
-def test_resume_from_another_run_begins_a_record_of_its_own(
+def test_resume_from_another_run_starts_a_new_record(
     corpus: list[str], tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
     assert run(tiny(corpus, tmp_path, "train.steps=24", name="first")) == 0
     source = tmp_path / "first" / "checkpoints" / "step-00000020"
     overrides = tiny(corpus, tmp_path, f"resume={source}", "checkpoint.interval=2", name="second")
     assert run_in_child(overrides, kill_before_recording, 24) == -signal.SIGKILL
-    assert run(overrides) == 0  # the same command again goes on with the run's own checkpoints
+    assert run(overrides) == 0  # rerunning the command resumes from the run's own checkpoints
     events = [(line["event"], line["step"]) for line in lines(tmp_path / "second", "event")]
     assert events == [("resumed", 20), ("resumed", 22)]
     later = [line for line in undisturbed["sophiag"] if line["step"] > 20]
@@ -332,7 +332,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(
     assert not (tmp_path / "second").exists()
 
 
-def test_a_restarted_worker_goes_on_whatever_the_command_said(
+def test_a_restarted_worker_resumes_whatever_the_command_said(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, Any]
 ) -> None:
     for override in ("overwrite=true", "resume=never"):

@@ -1,4 +1,4 @@
-"""What a run does with the directory that it finds: begin, go on, leave alone; never take what is not its own."""
+"""A run starts in, resumes, or leaves alone the directory it finds, and never takes what is not its own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_directory_that_is_no_run_is_left_alone(
 
 
 @pytest.mark.parametrize("config", ["theme: dark\n", None], ids=["another program's", "a run's"])
-def test_overwriting_deletes_nothing_that_no_run_has_made(
+def test_overwriting_deletes_only_what_a_run_wrote(
     config: str | None, corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     home = tmp_path / "run"
@@ -64,7 +64,7 @@ def test_a_run_stays_in_its_output_directory(
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "run").symlink_to(tmp_path / "elsewhere")
     assert run(tiny(corpus, tmp_path / "runs")) == 2
-    assert f"is a link to {tmp_path / 'elsewhere'}, and a run stays in its output_dir=" in message(capfd)
+    assert f"is a link to {tmp_path / 'elsewhere'}, outside output_dir=" in message(capfd)
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
@@ -129,7 +129,7 @@ def test_an_empty_directory_is_taken(corpus: list[str], tmp_path: Path) -> None:
     assert run(tiny(corpus, tmp_path, "train.steps=3")) == 0
 
 
-def test_a_file_in_the_place_of_the_directory_is_named(
+def test_a_file_in_place_of_the_directory_is_named(
     corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run").write_text("a file")
@@ -145,7 +145,7 @@ def test_an_output_directory_that_cannot_be_written_is_named(
     assert "choose another output_dir=" in message(capfd)
 
 
-def test_a_file_system_that_takes_no_files_is_not_said_to_be_full(
+def test_a_file_system_that_refuses_files_is_not_reported_as_full(
     corpus: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tiny(corpus, Path("/proc/runs"))) == 2
@@ -181,7 +181,7 @@ def test_a_damaged_summary_is_named(
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
 @pytest.mark.parametrize("name", ["config.yaml", "environment.json", "summary.json", "metrics.jsonl"])
-def test_what_is_no_file_in_the_place_of_a_record_is_named_at_once(
+def test_anything_but_a_file_in_place_of_a_record_is_named_without_hanging(
     name: str, make: Callable[[Path], object], corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     overrides = tiny(corpus, tmp_path, "train.steps=3")
@@ -209,7 +209,7 @@ def test_a_record_that_cannot_be_read_is_named(
     assert f"{tmp_path / 'run' / name} cannot be read: {os.strerror(number)}" in message(capfd)
 
 
-def test_checkpoints_that_nobody_may_list_do_not_begin_the_run_anew(
+def test_a_run_does_not_start_over_if_its_checkpoints_cannot_be_listed(
     corpus: list[str], tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     overrides = tiny(corpus, tmp_path)
@@ -238,12 +238,12 @@ def test_a_record_that_was_changed_below_a_checkpoint_is_not_continued(
     metrics.write_bytes(record.replace(b'"step":3', b'"step":7', 1))
     capfd.readouterr()
     assert run(overrides) == 2
-    assert f"{metrics} is not what was written up to this checkpoint" in message(capfd)
+    assert f"{metrics} has changed since this checkpoint" in message(capfd)
     metrics.write_bytes(record)
     assert run(overrides) == 0
 
 
-def test_overwriting_removes_all_of_the_run_before(corpus: list[str], tmp_path: Path) -> None:
+def test_overwriting_removes_all_of_the_previous_run(corpus: list[str], tmp_path: Path) -> None:
     assert run(tiny(corpus, tmp_path, "tracker=tensorboard")) == 0
     assert run(tiny(corpus, tmp_path, "overwrite=true", "train.steps=3", "optimizer=adamw")) == 0
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
@@ -257,30 +257,30 @@ def test_overwriting_removes_all_of_the_run_before(corpus: list[str], tmp_path: 
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
 
 
-def kill_when_the_metrics_are_begun() -> None:
+def kill_when_the_metrics_are_created() -> None:
     from training.recording import recorder
 
     recorder.MetricsWriter = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_run_whose_replacement_was_killed_is_there_again(
+def test_a_run_whose_replacement_was_killed_is_restored(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before, after = tiny(corpus, tmp_path, "train.steps=3"), tiny(corpus, tmp_path, "train.steps=4", "overwrite=true")
     assert run(before) == 0
     record = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    assert run_in_child(after, kill_when_the_metrics_are_begun) == -signal.SIGKILL
+    assert run_in_child(after, kill_when_the_metrics_are_created) == -signal.SIGKILL
     capfd.readouterr()
     assert run(before) == 0
     assert "is already completed" in capfd.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == record
-    assert run_in_child(after, kill_when_the_metrics_are_begun) == -signal.SIGKILL
+    assert run_in_child(after, kill_when_the_metrics_are_created) == -signal.SIGKILL
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun starts the killed one again
     assert run(after) == 0
     assert summary(tmp_path / "run")["steps"] == 4
 
 
-def test_a_restart_before_the_first_checkpoint_begins_where_resume_says(
+def test_a_restart_before_the_first_checkpoint_starts_where_resume_says(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tiny(corpus, tmp_path, name="base")) == 0
@@ -292,7 +292,9 @@ def test_a_restart_before_the_first_checkpoint_begins_where_resume_says(
     assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(25, 41))
 
 
-def test_a_run_killed_before_its_first_checkpoint_keeps_its_lines_aside(corpus: list[str], tmp_path: Path) -> None:
+def test_a_run_killed_before_its_first_checkpoint_keeps_its_lines_in_another_file(
+    corpus: list[str], tmp_path: Path
+) -> None:
     overrides = tiny(corpus, tmp_path)
     assert run_in_child(overrides, kill_before_recording, 7) < 0
     assert run(overrides) == 0
@@ -302,7 +304,7 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_its_lines_aside(corpus: 
 
 
 @pytest.mark.parametrize("cut", ["config.yaml", "environment.json", "metrics.jsonl"])
-def test_a_run_killed_while_it_was_beginning_begins_again(cut: str, corpus: list[str], tmp_path: Path) -> None:
+def test_a_run_killed_during_start_up_starts_again(cut: str, corpus: list[str], tmp_path: Path) -> None:
     overrides = tiny(corpus, tmp_path)
     assert run_in_child(overrides, kill_before_recording, 1) < 0
     files = ["config.yaml", "environment.json", "metrics.jsonl"]
@@ -319,7 +321,7 @@ def test_a_run_killed_while_it_was_beginning_begins_again(cut: str, corpus: list
 
 
 def wait_in_step(step: int, arrived: str, until: str | None = None, locks: bool = True) -> None:
-    """Stop in a step, until a file is there or for good."""
+    """Block in a step until a file exists, or forever."""
     from training import loop
 
     if not locks:
@@ -347,7 +349,7 @@ def no_locks(descriptor: int, operation: int) -> None:
 
 
 @pytest.mark.parametrize("locks", [True, False], ids=["lock deleted", "no locks"])
-def test_of_two_processes_in_one_directory_the_first_ends_and_the_second_has_a_record_of_its_own(
+def test_of_two_processes_in_one_directory_the_first_ends_and_the_second_has_its_own_record(
     locks: bool, corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.training.runs import _SERVER, _child
@@ -402,7 +404,7 @@ def test_a_directory_that_is_being_run_is_refused_and_not_touched(
     assert run(overrides) == 0  # the lock went with the process
 
 
-def test_the_lock_is_let_go_with_the_run_and_by_whoever_holds_it(tmp_path: Path) -> None:
+def test_the_lock_is_released_at_the_end_of_the_run_or_of_its_process(tmp_path: Path) -> None:
     lock = RunDirectory(tmp_path)
     lock.take()
     with pytest.raises(ConfigurationError, match=f"process {os.getpid()} on"):

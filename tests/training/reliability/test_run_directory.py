@@ -1,4 +1,4 @@
-"""What may lie in a run's directory, who has it, and what a replacement that is broken off leaves."""
+"""What a run's directory may hold, which process holds it, and what an interrupted replacement leaves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONFIG = compose(["model=gpt2_nano"]).model_dump(mode="json")
 
 
 def make_run(directory: Path, marker: str = "old") -> Path:
-    """What a run leaves, with a marker by which it is known."""
+    """Write a run's files, with a marker that identifies it."""
     (directory / "checkpoints" / "step-00000005").mkdir(parents=True)
     (directory / "checkpoints" / "superseded-step-00000009").mkdir()
     (directory / "checkpoints" / ".step-00000010.partial").mkdir()
@@ -76,8 +76,8 @@ class _Crash(BaseException):
     pass
 
 
-def _begin_anew(place: RunDirectory) -> None:
-    """A replacement up to the new run's first step, by the calls of Recorder.open."""
+def _replace(place: RunDirectory) -> None:
+    """Replace a run up to the new one's first step, with the calls of Recorder.open."""
     place.set_aside()
     for name in ("config.yaml", "environment.json", "metrics.jsonl"):
         content = yaml.safe_dump({**CONFIG, "name": "new"}) if name == "config.yaml" else "new"
@@ -90,7 +90,7 @@ def _begin_anew(place: RunDirectory) -> None:
 def test_a_replacement_killed_at_any_moment_leaves_the_old_run_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at each change of the directory in turn, and again at each change of the recovery."""
+    """It is killed at each change of the directory in turn, and again at each change of the recovery."""
     pristine = make_run(tmp_path / "pristine")
     old = files(pristine)
     left = 0
@@ -128,7 +128,7 @@ def test_a_replacement_killed_at_any_moment_leaves_the_old_run_or_the_new_one(
             left = 1 << 30
             shutil.copytree(pristine, run, symlinks=True)
             place = RunDirectory(run)
-            ended = attempt(lambda place=place: _begin_anew(place), first)
+            ended = attempt(lambda place=place: _replace(place), first)
             while not attempt(place.restore, second):
                 second += 1
             place.delete_replaced()
@@ -142,7 +142,7 @@ def test_a_replacement_killed_at_any_moment_leaves_the_old_run_or_the_new_one(
     "name",
     [".lock", "config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "checkpoints/step-00000005", "stacks"],
 )
-def test_a_link_in_the_place_of_a_runs_own_is_refused_and_its_target_kept(name: str, tmp_path: Path) -> None:
+def test_a_link_in_place_of_a_runs_file_is_refused_and_its_target_kept(name: str, tmp_path: Path) -> None:
     run, target = make_run(tmp_path / "run"), make_run(tmp_path / "target")
     before = files(target)
     path = run / name
@@ -157,7 +157,7 @@ def test_a_link_in_the_place_of_a_runs_own_is_refused_and_its_target_kept(name: 
 
 
 @pytest.mark.parametrize("name", [".lock", "config.yaml", "metrics.jsonl"])
-def test_a_pipe_in_the_place_of_a_runs_own_is_refused_without_opening_it(name: str, tmp_path: Path) -> None:
+def test_a_pipe_in_place_of_a_runs_file_is_refused_without_opening_it(name: str, tmp_path: Path) -> None:
     (make_run(tmp_path) / name).unlink()
     os.mkfifo(tmp_path / name)
     with pytest.raises(ConfigurationError, match="neither a file nor a directory"):
@@ -165,13 +165,13 @@ def test_a_pipe_in_the_place_of_a_runs_own_is_refused_without_opening_it(name: s
     assert is_run(tmp_path) == (name != "config.yaml")
 
 
-def test_a_users_own_links_beside_are_none_of_a_runs_concern(tmp_path: Path) -> None:
+def test_a_users_own_links_next_to_a_run_are_ignored(tmp_path: Path) -> None:
     (make_run(tmp_path) / "notes").symlink_to(tmp_path)
     (tmp_path / "checkpoints" / "latest").symlink_to("step-00000005")
     refuse_links(tmp_path)
 
 
-def test_a_lock_file_that_was_deleted_is_written_again_while_nobody_else_has_the_directory(tmp_path: Path) -> None:
+def test_a_deleted_lock_file_is_recreated_while_no_other_process_holds_the_directory(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as holder:
         holder.take()
         (tmp_path / ".lock").unlink()

@@ -1,4 +1,4 @@
-"""Asked to stop: the step is finished and saved, the exit code says so, and the same command goes on."""
+"""A run asked to stop finishes and saves its step and exits with 75; the same command resumes it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def stop_in_set_up() -> None:
 
 
 def stop_in_evaluation(step: int) -> None:
-    """In the first of two forwards of the evaluation after so many updates."""
+    """Ask to stop in the first of two forwards of an evaluation after so many updates."""
     from data.batches import ValidationWindows
     from training import loop
 
@@ -75,7 +75,7 @@ def stop_in_evaluation(step: int) -> None:
 
 
 def two_signals_under_a_launcher(step: int, passed_on_seconds: float) -> None:
-    """SIGTERM to all processes of a job reaches this one twice: from the system, and from its launcher."""
+    """SIGTERM to all processes of a job arrives twice: from the system and from the launcher."""
     from training import loop
     from training.reliability import signals
 
@@ -91,7 +91,7 @@ def two_signals_under_a_launcher(step: int, passed_on_seconds: float) -> None:
 
 
 def two_signals_while_stuck(step: int) -> None:
-    """The main thread waits in C, as in a collective: no handler of Python's ever runs."""
+    """The main thread waits in C, as in a collective: no Python handler ever runs."""
     import threading
 
     from training import loop
@@ -118,7 +118,7 @@ def undisturbed(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_ends_the_run_after_a_saved_step_and_it_goes_on_bit_for_bit(
+def test_a_signal_ends_the_run_after_a_saved_step_and_it_resumes_bit_for_bit(
     number: signal.Signals, corpus: list[str], tmp_path: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
     overrides = tiny(corpus, tmp_path)
@@ -155,7 +155,7 @@ def test_an_evaluation_that_is_due_is_left_to_the_next_sitting(
 
 
 @pytest.mark.parametrize("step", [0, 16, 24])
-def test_a_signal_in_an_evaluation_is_obeyed_before_its_end(
+def test_a_signal_interrupts_an_evaluation(
     step: int, corpus: list[str], tmp_path: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
     overrides = tiny(corpus, tmp_path, "eval.micro_batch_size=8")
@@ -177,7 +177,7 @@ def test_a_signal_in_the_last_step_leaves_the_last_evaluation_to_the_next_sittin
     assert curve(tmp_path / "run") == undisturbed
 
 
-def test_a_signal_that_a_launcher_passes_on_is_no_second_one(corpus: list[str], tmp_path: Path) -> None:
+def test_a_signal_that_a_launcher_passes_on_is_not_a_second_one(corpus: list[str], tmp_path: Path) -> None:
     overrides = tiny(corpus, tmp_path)
     assert run_in_child(overrides, two_signals_under_a_launcher, 13, 60.0) == EXIT_PREEMPTED
     assert summary(tmp_path / "run")["steps"] == 13
@@ -197,7 +197,7 @@ def test_ctrl_c_before_a_run_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(Path(__file__).resolve().parents[3] / "train.py"), run_name="__main__")
     assert ended.value.code == EXIT_PREEMPTED
-    assert capsys.readouterr().err == "SIGINT before training has begun: ending\n"
+    assert capsys.readouterr().err == "SIGINT before training started: exiting\n"
 
 
 def test_a_second_signal_ends_a_process_that_is_stuck_in_c(corpus: list[str], tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_second_signal_ends_a_process_that_is_stuck_in_c(corpus: list[str], tm
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-def test_the_handlers_of_before_are_there_after_a_run(corpus: list[str], tmp_path: Path) -> None:
+def test_previous_handlers_are_restored_after_a_run(corpus: list[str], tmp_path: Path) -> None:
     def state() -> list[Any]:
         return [[signal.getsignal(number) for number in STOP_SIGNALS], signal.pthread_sigmask(signal.SIG_BLOCK, ())]
 
@@ -215,7 +215,7 @@ def test_the_handlers_of_before_are_there_after_a_run(corpus: list[str], tmp_pat
 
 
 def signal_the_group_while_a_child_works(step: int, number: int, report: Path) -> None:
-    """What a terminal does, while a compiler, say, is at work for this process."""
+    """Signal the process group, as a terminal does, while a child (such as a compiler) works."""
     import subprocess
 
     from training import loop
@@ -235,7 +235,7 @@ def signal_the_group_while_a_child_works(step: int, number: int, report: Path) -
     before(loop, "forward_backward", signalled, lambda run, *rest: run.state.step == step - 1)
 
 
-def test_a_signal_to_the_process_group_leaves_a_compiler_at_work(corpus: list[str], tmp_path: Path) -> None:
+def test_a_signal_to_the_process_group_does_not_reach_a_compiler(corpus: list[str], tmp_path: Path) -> None:
     report = tmp_path / "exit code"
     overrides = tiny(corpus, tmp_path)
     assert run_in_child(overrides, signal_the_group_while_a_child_works, 13, signal.SIGINT, report) == EXIT_PREEMPTED
@@ -244,7 +244,7 @@ def test_a_signal_to_the_process_group_leaves_a_compiler_at_work(corpus: list[st
 
 
 def signals_of_a_session_that_ends(step: int) -> None:
-    """systemd sends SIGHUP after SIGTERM; the kernel and the shell send it each when a terminal closes."""
+    """systemd sends SIGHUP after SIGTERM; when a terminal closes, the kernel and the shell each send it."""
     from training import loop
 
     def three() -> None:
@@ -281,7 +281,7 @@ def on_a_terminal(name: str) -> None:
     os.login_tty(os.open(name, os.O_RDWR))
 
 
-def test_a_terminal_that_closes_leaves_a_saved_run(corpus: list[str], tmp_path: Path) -> None:
+def test_a_run_is_saved_when_its_terminal_closes(corpus: list[str], tmp_path: Path) -> None:
     ours, theirs = os.openpty()
     overrides = tiny(corpus, tmp_path, "train.steps=100000", "checkpoint.interval=null", "eval.interval=100000")
     with ThreadPoolExecutor(1) as pool:

@@ -1,4 +1,4 @@
-"""A run without progress shows its stacks and ends; a run with progress never does."""
+"""A run without progress prints its stacks and ends; a run with progress never does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECONDS = "guards.hang_minutes=0.05"  # 3 s
 
 
 def hang_in_step(step: int) -> None:
-    """A loop without end."""
+    """An endless loop."""
     from training import loop
 
     original = loop.forward_backward
@@ -34,7 +34,7 @@ def hang_in_step(step: int) -> None:
 
 
 def hang_in_data(step: int) -> None:
-    """A data disk that no longer answers: the reading thread waits, and so does the loop."""
+    """A data disk that stops answering: the reading thread waits, and so does the loop."""
     from data.batches import Batches
 
     original = Batches.at
@@ -48,7 +48,7 @@ def hang_in_data(step: int) -> None:
 
 
 def hang_with_the_interpreters_lock(step: int) -> None:
-    """No thread of Python's runs any more, the watchdog's included."""
+    """No Python thread can run, including the watchdog's."""
     import ctypes
 
     from training import loop
@@ -85,7 +85,7 @@ def test_a_hang_shows_the_stacks_and_ends_the_run(
     assert (event["event"], event["step"]) == ("hang", 4)
     assert summary(tmp_path / "run")["status"] == "failed"
     assert doing in summary(tmp_path / "run")["reason"]
-    assert run(overrides) == 0  # a failed run is unfinished: it goes on
+    assert run(overrides) == 0  # a failed run is unfinished and resumes
 
 
 def test_a_process_whose_interpreter_is_held_ends_too(corpus: list[str], tmp_path: Path) -> None:
@@ -104,14 +104,14 @@ def test_progress_keeps_a_slow_run_alive(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_is_gone_after_the_run(tmp_path: Path) -> None:
+def test_the_watchdog_stops_with_the_run(tmp_path: Path) -> None:
     with Watchdog(1.0, ALONE, tmp_path) as dog:
         dog.progress("little")
     time.sleep(1.5)
     assert not dog._thread.is_alive()
 
 
-def test_null_watches_nothing(tmp_path: Path) -> None:
+def test_null_disables_the_watchdog(tmp_path: Path) -> None:
     with Watchdog(None, ALONE, tmp_path) as dog:
         dog.progress("anything")
     assert not hasattr(dog, "_thread")

@@ -1,4 +1,4 @@
-"""One launch of two ranks for all tests of this folder, whichever of pytest's workers asks first."""
+"""One launch of two ranks for all tests of this folder, by whichever pytest worker needs it first."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ STEPS = 6
 STRATEGIES = ["ddp×2", "fsdp×2", "zero1×2", "zero2×2", "zero3×2"]
 MOVES = (("fsdp", 6), ("zero2", 9), ("ddp", 12))  # strategy on two ranks, steps after which it is stopped
 MOVED_STEPS = 15
-#: Shares of a batch of 8: one rank has no part in the estimate, the ranks' parts differ, all of the batch.
+#: Shares of a batch of 8: one rank has no part of the estimate, the ranks' parts differ, the whole batch.
 SHARES = [0.125, 0.875, 1.0]
-#: What stands in the configuration beyond the paper.
+#: Options that go beyond the paper.
 ADDITIONS = ["optimizer.label_draws=2", "optimizer.warm_start=2", "optimizer.unclipped_target=0.3"]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the two ranks have done."""
+    """The results of the two ranks."""
 
     directory: Path
     corpus: list[str]
@@ -135,7 +135,7 @@ def launch(directory: Path) -> None:
 
 
 def ends_of_logs(directory: Path) -> str:
-    """What each rank said last."""
+    """Return the end of each rank's log."""
     logs = sorted(directory.rglob("std*.log"), key=lambda log: log.parent.name)
     return "".join(f"\n{log.parent.name}/{log.name}:\n{log.read_text()[-3000:]}" for log in logs)
 

@@ -1,11 +1,11 @@
-"""One run, one curve: each strategy held against the single process, optimizer by optimizer.
+"""One run, one curve: compare each strategy with the single process, optimizer by optimizer.
 
     python -m tests.training.strategies.parity        the table, in results/parity/parity.md and parity.json
     python -m tests.training.strategies.parity --steps 10 --optimizers sophiag --strategies single fsdp×2
 
-Every cell is a whole run of the same configuration: float32, gradient clip active, 1 and 2 micro-batches a step.
-Compared are the loss before each update and, at the end, the curvature h in the checkpoint. Ranks are processes of this
-machine (gloo).
+Every cell is a whole run of the same configuration in float32, with active gradient clipping and 1 or 2 micro-batches per
+step. The comparison covers the loss before each update and the curvature h in the final checkpoint. Ranks are processes on
+this machine (gloo).
 """
 
 import argparse
@@ -59,7 +59,7 @@ CLIP = 0.5  # below the gradient norms of the first steps: the clip acts
 
 @dataclass(frozen=True)
 class Cell:
-    """One strategy, optimizer and accumulation against the single process."""
+    """One strategy, optimizer and accumulation, compared with the single process."""
 
     strategy: str
     optimizer: str
@@ -73,7 +73,7 @@ class Cell:
 
     @property
     def within(self) -> bool | None:
-        """Whether the cell shows parity; None for a refused pair."""
+        """Return whether the cell shows parity; None for a refused pair."""
         if self.refused is not None:
             return None
         key = "h, differences" if "differences" in self.optimizer else "h"
@@ -130,7 +130,7 @@ def plan(
     steps: int,
     accumulations: Sequence[int] = (1, 2),
 ) -> tuple[list[Cell], dict[int, list[list[str]]]]:
-    """The cells, not yet filled but for refusals, and the command lines of their runs by world size."""
+    """Return the cells, empty except for refusals, and the command lines of their runs by world size."""
     cells: list[Cell] = []
     jobs: dict[int, list[list[str]]] = {}
     for strategy, optimizer, accumulation in itertools.product(strategies, optimizers, accumulations):
@@ -146,7 +146,7 @@ def plan(
 
 
 def overrides(cell: Cell, directory: Path, corpus: Sequence[str], steps: int) -> list[str]:
-    """The command line of a cell's run."""
+    """Return the command line of a cell's run."""
     world_size, strategy = STRATEGIES[cell.strategy]
     micro = GLOBAL_BATCH_SIZE // (world_size * cell.accumulation)
     return [
@@ -183,7 +183,7 @@ def run_jobs(jobs: list[list[str]], world_size: int, directory: Path, timeout: f
     """Run command lines one after another in one launch of `world_size` ranks.
 
     Raises:
-        RuntimeError: a job or a rank failed; the message ends with what the ranks said.
+        RuntimeError: a job or a rank failed; the message ends with the ranks' output.
     """
     listing = directory / f"jobs-{world_size}.json"
     write_atomically(listing, json.dumps(jobs))
@@ -204,7 +204,7 @@ def run_jobs(jobs: list[list[str]], world_size: int, directory: Path, timeout: f
 
 
 def work(listing: Path) -> int:
-    """A rank: joins the others once and runs every job of the listing. Returns the first exit code that is not 0."""
+    """Run every listed job as one rank, which joins the others once. Returns the first nonzero exit code."""
     import torch.distributed as dist
 
     from training.distributed import destroy_process_groups
@@ -224,7 +224,7 @@ def work(listing: Path) -> int:
 
 
 def compared(cell: Cell, directory: Path) -> Cell:
-    """The cell with its differences from the single process without accumulation."""
+    """Return the cell with its differences from the single process without accumulation."""
     run = directory / run_name(cell)
     reference = directory / run_name(Cell("single", cell.optimizer, 1))
     losses, there = train_lines(run), train_lines(reference)
@@ -245,12 +245,12 @@ def train_lines(run: Path) -> list[dict[str, Any]]:
 
 
 def curvature(run: Path) -> dict[str, torch.Tensor]:
-    """h by parameter name, from the run's checkpoint; empty for a method without one."""
+    """Return h by parameter name from the run's checkpoint; empty for a method without h."""
     return {name: h for name, h in tensors(run, "optimizer.").items() if name.endswith(".hessian")}
 
 
 def tensors(run: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """What the run's newest checkpoint holds under a prefix, by its name there."""
+    """Return the tensors with a prefix in the run's newest checkpoint, by name."""
     checkpoint, rejected = newest_valid(run / "checkpoints")
     if checkpoint is None:
         raise RuntimeError(f"{run} has no checkpoint: {rejected}")
@@ -258,7 +258,7 @@ def tensors(run: Path, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def relative_difference(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float | None:
-    """‖a - b‖ / ‖b‖ over all tensors; None where there are none."""
+    """‖a - b‖ / ‖b‖ over all tensors; None if there are none."""
     if not reference:
         return None
     if values.keys() != reference.keys():
@@ -268,7 +268,7 @@ def relative_difference(values: dict[str, torch.Tensor], reference: dict[str, to
 
 
 def table(cells: Sequence[Cell]) -> str:
-    """Markdown: a row for each strategy and accumulation, a column for each optimizer."""
+    """Return a Markdown table: a row per strategy and accumulation, a column per optimizer."""
     optimizers = list(dict.fromkeys(cell.optimizer for cell in cells))
     by_place = {(cell.strategy, cell.accumulation, cell.optimizer): cell for cell in cells}
     steps = max(cell.steps for cell in cells)

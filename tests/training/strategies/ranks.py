@@ -1,8 +1,8 @@
-"""What the strategies' tests do on two ranks, in one launch: whole runs, and looks inside of a strategy.
+"""The two-rank part of the strategies' tests, in one launch: whole runs, and measurements inside a strategy.
 
     python -m torch.distributed.run --standalone --nproc-per-node=2 tests/training/strategies/ranks.py <directory>
 
-reads <directory>/work.json and leaves run records there, and what was seen in <directory>/seen.json.
+reads <directory>/work.json, writes run records there, and the measurements to <directory>/seen.json.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ LENGTH = 12
 
 @contextlib.contextmanager
 def stopped_after(step: int | None) -> Iterator[None]:
-    """The run in this block is asked to stop (SIGUSR1) after so many steps."""
+    """Ask the run in this block to stop (SIGUSR1) after so many steps."""
     original = loop.Reporter.step
 
     def reported(self: Any, number: int, *arguments: Any) -> None:
@@ -69,7 +69,7 @@ def stopped_after(step: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def poisoned(calls: list[int], rank: int) -> Iterator[None]:
-    """The n-th backward passes of the run in this block (1, 2, …) give NaN on one rank."""
+    """Make the given backward passes (1, 2, …) of the run in this block return NaN on one rank."""
     from training.strategies.ddp import DDP
     from training.strategies.deepspeed import DeepSpeed
     from training.strategies.fsdp import FSDP
@@ -101,7 +101,7 @@ def run(job: dict[str, Any]) -> str:
 
 
 def build(kind: str, *overrides: str) -> tuple[Strategy, RunConfig]:
-    """A strategy of a tiny model of random weights, Sophia-G as its optimizer unless another is given."""
+    """Build a strategy with a tiny model of random weights, and Sophia-G unless another optimizer is given."""
     given = [*KINDS[kind], "train.precision=fp32", "train.compile=false", "train.device=cpu"]
     if not any(override.startswith("optimizer=") for override in overrides):
         given.append("optimizer=sophiag")
@@ -124,13 +124,13 @@ def batch(sequences: int) -> Batch:
 
 
 def whole_weights(strategy: Strategy) -> torch.Tensor:
-    """This rank's float32 weights, end to end."""
+    """Return this rank's float32 weights, concatenated."""
     local = [w.to_local() if hasattr(w, "to_local") else w for w in strategy.weights()]
     return torch.cat([w.reshape(-1) for w in local]).clone()
 
 
 def accumulate(strategy: Strategy, micro_batches: int, sequences: int = 8) -> None:
-    """The gradient of the mean loss over the batch, in so many micro-batches."""
+    """Accumulate the gradient of the mean loss over the batch, in so many micro-batches."""
     data = batch(sequences)
     size = len(data.tokens) // micro_batches
     for index in range(micro_batches):
@@ -142,7 +142,7 @@ def accumulate(strategy: Strategy, micro_batches: int, sequences: int = 8) -> No
 
 
 def curvature_pass(kind: str) -> dict[str, Any]:
-    """What a pass changes: h, and nothing else that the strategy or its engine holds."""
+    """Record what a curvature pass changes: only h, of all that the strategy and its engine hold."""
     strategy, config = build(kind, "train.global_batch_size=8", "optimizer.hessian_interval=1")
     assert config.optimizer.name == "sophiag"
     engine = getattr(strategy, "_engine", None)
@@ -174,9 +174,9 @@ def locals_of_curvature(strategy: Strategy) -> list[torch.Tensor]:
 
 
 def collectives(kind: str) -> dict[str, dict[str, int]]:
-    """How often each collective is called in an accumulation of one and of four micro-batches and its update."""
+    """Count the calls of each collective in an update with one and with four micro-batches."""
     strategy, _ = build(kind)
-    for _ in range(2):  # whatever is set up lazily: DDP orders its buckets anew after the first backward
+    for _ in range(2):  # whatever is set up lazily: DDP reorders its buckets after the first backward
         accumulate(strategy, 1)
         strategy.step(1.0)
     counted = {}
@@ -190,7 +190,7 @@ def collectives(kind: str) -> dict[str, dict[str, int]]:
 
 
 def gradient_of_the_mean(kind: str) -> dict[str, float]:
-    """The gradient's norm of one batch, however it is split into micro-batches."""
+    """Measure the gradient norm of one batch under several splits into micro-batches."""
     norms = {}
     for micro_batches in (1, 2, 4):
         strategy, _ = build(kind)
@@ -200,7 +200,7 @@ def gradient_of_the_mean(kind: str) -> dict[str, float]:
 
 
 def numbers_in_state(kind: str) -> dict[str, Any]:
-    """A strategy saved after three steps, loaded into another, and both stepped on."""
+    """Save a strategy after three steps, load it into another, and step both."""
     root = Path(sys.argv[1]) / "numbers" / kind
     with mock.patch.object(optimizers, "_adamw", lambda groups, lr, *_: Counting(groups, 0.1, in_groups=False)):
         first, second = (build(kind, "optimizer=adamw")[0] for _ in range(2))
@@ -244,7 +244,7 @@ def main(directory: Path) -> None:
 
 
 def attempt(action: Any, argument: Any) -> Any:
-    """The result, or the traceback of what went wrong: a test's failure is no reason to lose the others' results."""
+    """Return the result, or the traceback, so that one failure does not lose the other tests' results."""
     try:
         return action(argument)
     except Exception:

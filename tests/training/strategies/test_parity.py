@@ -1,4 +1,4 @@
-"""One run has one curve: two ranks under any strategy against a single process, and what must not matter does not."""
+"""One run has one curve: two ranks under any strategy match a single process, and neutral settings change nothing."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def test_norms_fractions_and_histograms_are_those_of_all_ranks(two_ranks: Launch
         assert line["val_tokens"] == expected["val_tokens"]
 
 
-def test_a_checkpoint_moves_between_strategies_and_world_sizes_without_a_trace(two_ranks: Launch) -> None:
-    """single → fsdp on two ranks → ZeRO 2 on two → DDP on two → single, each stopped on the way."""
+def test_a_checkpoint_moves_between_strategies_and_world_sizes_without_changing_the_curve(two_ranks: Launch) -> None:
+    """single → FSDP on two ranks → ZeRO 2 on two → DDP on two → single, each stopped midway."""
     for name in ("moved fsdp", "moved zero2", "moved ddp"):
         assert two_ranks.status(name) == "preempted"
     moved, undisturbed = two_ranks.directory / "moved", two_ranks.directory / "undisturbed"
     assert summary(moved)["status"] == "completed"
     resumed = [line for line in lines(moved, "event") if line["event"] == "resumed"]
     assert [line["world_size"] for line in resumed] == [2, 2, 2, 1]
-    # The ranks agree on a stop a step or so after it is asked for.
+    # The ranks agree on a stop about a step after the request.
     assert all(line["step"] >= asked for line, asked in zip(resumed, (3, 6, 9, 12), strict=True))
     assert resumed[-1]["step"] < MOVED_STEPS
     assert [line["step"] for line in trained(moved)] == list(range(1, MOVED_STEPS + 1))
@@ -83,7 +83,7 @@ def test_a_checkpoint_moves_between_strategies_and_world_sizes_without_a_trace(t
 
 
 @pytest.mark.parametrize("kind", list(ranks.KINDS))
-def test_a_gradient_that_is_not_finite_on_one_rank_holds_back_all_ranks(two_ranks: Launch, kind: str) -> None:
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(two_ranks: Launch, kind: str) -> None:
     """NaN on rank 1: in the training gradient of step 3, and in the curvature estimate before step 6."""
     assert two_ranks.status(f"poisoned {kind}") == "completed"
     run, plain = two_ranks.directory / f"poisoned-{kind}", two_ranks.directory / "plain"
@@ -98,7 +98,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_holds_back_all_ranks(two_rank
         assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
 
 
-def test_differences_that_are_not_finite_on_one_rank_are_held_back_under_an_engine_that_skips_by_itself(
+def test_differences_that_are_not_finite_on_one_rank_are_skipped_under_an_engine_that_skips_by_itself(
     two_ranks: Launch,
 ) -> None:
     assert two_ranks.status("poisoned differences") == "completed"
@@ -107,7 +107,7 @@ def test_differences_that_are_not_finite_on_one_rank_are_held_back_under_an_engi
     assert not any(line.get("skipped", False) for line in trained(run))
 
 
-def test_ranks_draw_dropout_masks_of_their_own(two_ranks: Launch) -> None:
+def test_ranks_draw_different_dropout_masks(two_ranks: Launch) -> None:
     assert two_ranks.status("dropout") == "completed"
     checkpoint, _ = newest_valid(two_ranks.directory / "dropout" / "checkpoints")
     assert checkpoint is not None
@@ -115,8 +115,8 @@ def test_ranks_draw_dropout_masks_of_their_own(two_ranks: Launch) -> None:
 
 
 def test_bytes_are_those_of_every_step_and_every_refresh(two_ranks: Launch) -> None:
-    """Six steps and two refreshes. Of two ranks, each sends half of what is gathered or scattered, and half of what is
-    all-reduced twice; a float32 has four bytes."""
+    """Six steps and two refreshes. Each of two ranks sends half of what is gathered or scattered, and twice half of what
+    is all-reduced; a float32 has four bytes."""
 
     def sent(strategy: str, optimizer: str) -> int:
         run = two_ranks.directory / parity.run_name(parity.Cell(strategy, optimizer, 2))
@@ -219,7 +219,7 @@ def test_the_gradient_is_the_mean_over_all_tokens_however_the_batch_is_split(two
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero1"])
 def test_gradients_are_reduced_once_in_an_accumulation(two_ranks: Launch, kind: str) -> None:
-    """Collectives that carry gradients: as many for four micro-batches as for one."""
+    """Four micro-batches need as many collectives of gradients as one."""
     seen = two_ranks.look("collectives", kind)
     gathers = ("c10d::_allgather_base_", "c10d::allgather_")  # of weights, which FSDP needs in every forward
     once, four = ({k: n for k, n in seen[m].items() if not k.startswith(gathers)} for m in ("1", "4"))

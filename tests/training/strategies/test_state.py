@@ -1,4 +1,4 @@
-"""Optimizer state that is no tensor: saved and restored with its type, or refused before a run begins."""
+"""Optimizer state other than tensors is saved and restored with its type, or refused before a run starts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from training.strategies.state import refuse_unsavable_state, saved_state
 
 
 class Stand(Strategy):
-    """What is asked about a strategy before it is prepared."""
+    """The attributes of a strategy that are read before `prepare`."""
 
     def __init__(self, *, sharded: bool = False, in_parts: bool = False) -> None:
         self.device = torch.device("cpu")
@@ -70,7 +70,7 @@ def test_state_that_cannot_be_saved_is_refused_with_class_and_key(make: Any, opt
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_known_for_whole_tensors_alone_is_refused_for_shards() -> None:
+def test_state_of_another_shape_than_its_parameter_is_refused_for_shards() -> None:
     rows = building(lambda p: torch.ones(p.shape[0] + 1))
     refuse_unsavable_state(rows, Stand())
     with pytest.raises(ConfigurationError, match=r"state\['kept'\] cannot be saved under this strategy"):
@@ -88,7 +88,7 @@ def test_the_projects_own_optimizers_are_never_refused(optimizer: str) -> None:
         refuse_unsavable_state(build, strategy)
 
 
-def test_an_optimizer_that_cannot_step_stand_ins_is_left_to_the_model() -> None:
+def test_an_optimizer_that_cannot_step_stand_ins_is_not_refused() -> None:
     def fails(parameter: Tensor) -> float:
         raise RuntimeError("expected a matrix of 64 rows")
 
@@ -146,7 +146,7 @@ def test_a_run_whose_optimizer_cannot_be_saved_is_refused_before_anything_is_wri
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_whose_optimizer_comes_to_keep_what_cannot_be_saved_ends_in_one_line(
+def test_a_run_whose_optimizer_later_keeps_unsavable_state_ends_with_one_line(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     calls = iter(range(10**6))
