@@ -12,15 +12,13 @@ for step, (x, y) in enumerate(batches, start=1):
 """
 
 from sophia.adahessian import AdaHessian
-from sophia.diagnostics import ConsecutiveCosine, Diagnostics, UnclippedAlarm, cosine_of, diagnostics
+from sophia.diagnostics import UnclippedAlarm, curvature_summary, curvature_sums
 from sophia.estimators import (
     empirical_fisher,
     gauss_newton_bartlett,
-    gauss_newton_bartlett_mean,
     hutchinson,
     hutchinson_differences,
 )
-from sophia.gamma import GammaController
 from sophia.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, sample_labels
 from sophia.lion import Lion
 from sophia.optimizer import Sophia, SophiaG, SophiaH
@@ -30,9 +28,6 @@ __all__ = [
     "AdaHessian",
     "Bernoulli",
     "Categorical",
-    "ConsecutiveCosine",
-    "Diagnostics",
-    "GammaController",
     "Gaussian",
     "Likelihood",
     "Lion",
@@ -41,11 +36,10 @@ __all__ = [
     "SophiaG",
     "SophiaH",
     "UnclippedAlarm",
-    "cosine_of",
-    "diagnostics",
+    "curvature_summary",
+    "curvature_sums",
     "empirical_fisher",
     "gauss_newton_bartlett",
-    "gauss_newton_bartlett_mean",
     "hutchinson",
     "hutchinson_differences",
     "sample_labels",

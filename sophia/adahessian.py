@@ -102,7 +102,6 @@ class AdaHessian(SecondOrderOptimizer):
         states: list[dict[str, Tensor]],
         values: list[Tensor],
         num_predictions: int | Tensor | None,
-        beta2: float,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
@@ -113,4 +112,4 @@ class AdaHessian(SecondOrderOptimizer):
             )
         advance(states, "hessian_step", found_inf)
         tensors = [[local(state["hessian"]) for state in states], values]
-        apply(squared_hessian_update, tensors, [beta2, grad_scale, found_inf], self._form)
+        apply(squared_hessian_update, tensors, [group["betas"][1], grad_scale, found_inf], self._form)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sophia.elementwise import SMALLEST, ParamsT, advance, check_betas, check_number, widened
+from sophia.elementwise import SMALLEST, ParamsT, check_betas, check_number, widened
 from sophia.kernels import Rule, apply, local
 from sophia.rules import gauss_newton_update, hessian_update, sophia_unclipped_update, sophia_update
 from sophia.second_order import SecondOrderOptimizer
@@ -49,8 +49,6 @@ class Sophia(SecondOrderOptimizer):
         hessian_interval: k, the steps from one estimate to the next, one value for all groups. None is for a run
             without curvature (h stays zero: the paper's "clip only" ablation): `hessian_due` is then always False.
         clip: False leaves out the clip, the paper's ablation; it diverges easily.
-        bias_correction: divide m by 1 - β1^t and h by 1 - β2^n after n estimates, as Adam does. Not in the paper; it
-            matters in short runs, where h is still near zero. Adds `hessian_step` (n) to the state.
         foreach: carry the step out by torch._foreach_*, an operation on all tensors at once.
         compile: carry it out by compiled kernels; what is too small to be worth a call stays eager. By default from a
             million parameters on, if there is a compiler. False leaves the eager form, on accelerators the foreach form.
@@ -72,7 +70,6 @@ class Sophia(SecondOrderOptimizer):
         hessian_interval: int | None = 10,
         *,
         clip: bool = True,
-        bias_correction: bool = False,
         foreach: bool | None = None,
         compile: bool | None = None,
     ) -> None:
@@ -84,7 +81,6 @@ class Sophia(SecondOrderOptimizer):
             "weight_decay": weight_decay,
             "hessian_interval": hessian_interval,
             "clip": clip,
-            "bias_correction": bias_correction,
         }
         super().__init__(params, defaults, foreach=foreach, compile=compile)
 
@@ -94,12 +90,10 @@ class Sophia(SecondOrderOptimizer):
         check_number(group, "gamma", "try 0.05 (GNB) or 0.01 (Hutchinson)", positive=True)
         check_number(group, "eps", "the paper uses 1e-12", least=SMALLEST)
         check_number(group, "weight_decay", "the paper uses 0.2")
-        for name, remedy in (
-            ("clip", "the threshold is always 1, scale lr instead"),
-            ("bias_correction", "it is a switch"),
-        ):
-            if not isinstance(group[name], bool):
-                raise ValueError(f"{name} = {group[name]!r}, expected True or False: {remedy}")
+        if not isinstance(group["clip"], bool):
+            raise ValueError(
+                f"clip = {group['clip']!r}, expected True or False: the threshold is always 1, scale lr instead"
+            )
         super()._validate_group(group)
 
     @property
@@ -137,18 +131,9 @@ class Sophia(SecondOrderOptimizer):
             [local(state["hessian"]) for state in states],
         ]
         lr, gamma = widened(group["lr"]), widened(group["gamma"])
-        (beta1, beta2), eps = group["betas"], group["eps"]
-        if not group["bias_correction"]:
-            scalars = [lr, beta1, gamma, eps, group["weight_decay"], grad_scale, found_inf]
-            self._counts += apply(rule, tensors, scalars, self._form)
-            return
-        for row, state in zip(zip(*tensors, strict=True), states, strict=True):
-            # m̂ / max(γĥ, ε) = m / max(γ c1/c2 h, c1 ε) with m̂ = m/c1 and ĥ = h/c2. Before the first step or estimate
-            # has come in, m or h is zero whatever divides it: a count of 1 avoids 0/0.
-            c1 = 1 - beta1 ** state["step"].double().clamp_min(1)
-            c2 = 1 - beta2 ** state["hessian_step"].double().clamp_min(1)
-            scalars = [lr, beta1, gamma * c1 / c2, eps * c1, group["weight_decay"], grad_scale, found_inf]
-            self._counts += apply(rule, [[t] for t in row], scalars, self._form)
+        beta1, eps = group["betas"][0], group["eps"]
+        scalars = [lr, beta1, gamma, eps, group["weight_decay"], grad_scale, found_inf]
+        self._counts += apply(rule, tensors, scalars, self._form)
 
     def _update_group(
         self,
@@ -156,23 +141,14 @@ class Sophia(SecondOrderOptimizer):
         states: list[dict[str, Tensor]],
         values: list[Tensor],
         num_predictions: int | Tensor | None,
-        beta2: float,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        tensors = [[local(state["hessian"]) for state in states], values]
-        if group["bias_correction"]:
-            advance(states, "hessian_step", found_inf)
+        tensors, beta2 = [[local(state["hessian"]) for state in states], values], group["betas"][1]
         if num_predictions is None:
             apply(hessian_update, tensors, [beta2, grad_scale, found_inf], self._form)
         else:
             apply(gauss_newton_update, tensors, [num_predictions, beta2, grad_scale, found_inf], self._form)
-
-    def _state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        state = super()._state(p, group)
-        if group["bias_correction"] and "hessian_step" not in state:
-            state["hessian_step"] = torch.zeros((), dtype=torch.float32)
-        return state
 
 
 class SophiaG(Sophia):
@@ -194,7 +170,6 @@ class SophiaH(Sophia):
         hessian_interval: int | None = 10,
         *,
         clip: bool = True,
-        bias_correction: bool = False,
         foreach: bool | None = None,
         compile: bool | None = None,
     ) -> None:
@@ -207,7 +182,6 @@ class SophiaH(Sophia):
             weight_decay,
             hessian_interval,
             clip=clip,
-            bias_correction=bias_correction,
             foreach=foreach,
             compile=compile,
         )

@@ -18,8 +18,6 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
     def _set_transient_attributes(self) -> None:
         self._round: dict[int, int] = {}  # id(parameter) -> coordinates, since the training step began
         self._steps_since_refresh = 0
-        self._refreshed = False
-        self._warm_starts = 0
         self._warned = False
 
     def _validate_group(self, group: dict[str, Any]) -> None:
@@ -48,12 +46,6 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
             return False
         steps = [state["step"] for state in self.state.values() if "step" in state]
         return not steps or int(torch.stack([step.to(steps[0].device) for step in steps]).max()) % interval == 0
-
-    @property
-    def hessian_age(self) -> int | None:
-        """Training steps since an estimate last came in: 0 right after, None before the first since construction or
-        loading."""
-        return self._steps_since_refresh if self._refreshed else None
 
     @property
     def numel(self) -> int:
@@ -142,44 +134,14 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
             ValueError: N < 1, a wrong number of estimates, or one of the wrong shape.
             RuntimeError: a parameter without a gradient, or hessian_interval is None.
         """
-        if self._refresh(num_predictions, estimates, grad_scaler, None):
-            self._refreshed = True
+        if self._refresh(num_predictions, estimates, grad_scaler):
             self._steps_since_refresh = 0
-
-    @torch.no_grad()
-    def warm_start_hessian(
-        self,
-        num_predictions: int | Tensor | None = None,
-        *,
-        estimates: Sequence[Tensor | None] | None = None,
-        grad_scaler: torch.amp.GradScaler | None = None,
-    ) -> None:
-        """Before the first step, h_0 ← the mean of the estimates given by this call so far, instead of h_0 = 0.
-
-        Not in the paper, where h takes some k / (1 - β2) steps to grow to its size. Arguments and errors as in
-        `update_hessian`; several estimates, each from other data, make a less noisy start.
-
-        Raises:
-            RuntimeError: after a step, after `update_hessian`, or with bias_correction, which mends the same thing.
-        """
-        if self._refreshed or any(int(state["step"]) > 0 for state in self.state.values() if "step" in state):
-            raise RuntimeError(
-                "warm_start_hessian() after a step or update_hessian(), expected before both: h is in use"
-            )
-        if any(group.get("bias_correction", True) for group in self.param_groups):
-            raise RuntimeError(
-                f"warm_start_hessian() of a bias-corrected {type(self).__name__}: a correction for h_0 = 0 would "
-                "blow up an h_0 that is not; choose one of the two"
-            )
-        if self._refresh(num_predictions, estimates, grad_scaler, 1 - 1 / (self._warm_starts + 1)):
-            self._warm_starts += 1
 
     def _refresh(
         self,
         num_predictions: int | Tensor | None,
         estimates: Sequence[Tensor | None] | None,
         grad_scaler: torch.amp.GradScaler | None,
-        beta2: float | None,  # by default that of the group
     ) -> bool:  # whether the estimate came in; an overflow that only the device knows of counts as true
         if self.param_groups[0]["hessian_interval"] is None:
             raise RuntimeError(
@@ -220,7 +182,6 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
                 [self._state(p, group) for p in params],
                 [local(values[p]) for p in params],
                 num_predictions,
-                group["betas"][1] if beta2 is None else beta2,
                 grad_scale,
                 found_inf,
             )
@@ -232,7 +193,6 @@ class SecondOrderOptimizer(ElementwiseOptimizer):
         states: list[dict[str, Tensor]],
         values: list[Tensor],  # .grad if num_predictions is given, else ĥ
         num_predictions: int | Tensor | None,
-        beta2: float,  # 1 - the weight of the new estimate
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:

@@ -6,11 +6,7 @@
     hutchinson             ĥ = u ⊙ (∇²L u), the product by double backward
     hutchinson_differences ĥ = u ⊙ (∇L(θ + δu) − ∇L(θ − δu)) / 2δ, in float32
 
-Beyond the paper, off by default: with `label_draws` R, gnb's ĥ is the mean over R sets of labels, each with a forward and
-backward of its own; with `warm_start` n, h at the first step is the mean of n estimates of that step's slice, each with
-labels or noise of its own, instead of (1 - β2) ĥ.
-
-Gauss-Newton-Bartlett with one draw needs no forward of its own where a strategy can differentiate one forward twice: the
+Gauss-Newton-Bartlett needs no forward of its own where a strategy can differentiate one forward twice: the
 labels are drawn from the softmax of the training loss (`run_within_training`). Elsewhere `run` makes the pass by itself.
 
 N is counted from the predictions that were really made. No norm clip touches the estimate. Formulas: Liu et al. 2024,
@@ -69,9 +65,6 @@ class CurvaturePass:
     ) -> None:
         self._shared_forward = shared_forward
         self.interval = config.hessian_interval
-        self._label_draws = config.label_draws if isinstance(config, SophiaConfig) else 1
-        self._warm_start = config.warm_start if isinstance(config, SophiaConfig) else 0
-        self._beta2 = config.betas[1]
         self.estimator = config.estimator
         self._seed = seed
         self.sequences = max(1, round(config.batch_fraction * global_batch_size))
@@ -106,24 +99,28 @@ class CurvaturePass:
         slices = list(self.slices(strategy, batch))
         num_predictions = self._count_predictions(strategy, slices)
         with random.generators_kept([strategy.device]):
-            if step == 1 and self._warm_start:
-                skipped = strategy.update_hessian(estimates=self._first(strategy, slices, num_predictions))
-            elif self._label_draws == 1 and self.estimator in ("gnb", "empirical_fisher"):
-                self._backward(strategy, slices, self._loss(step, 0), num_predictions)
-                skipped = strategy.update_hessian(num_predictions=num_predictions)
-            else:
-                skipped = strategy.update_hessian(estimates=self._estimate(strategy, slices, step, num_predictions))
+            match self.estimator:
+                case "hutchinson":
+                    product = self._product(strategy, slices, step, num_predictions)
+                    skipped = strategy.update_hessian(estimates=product)
+                case "hutchinson_differences":
+                    quotient = self._differences(strategy, slices, step, num_predictions)
+                    skipped = strategy.update_hessian(estimates=quotient)
+                case _:
+                    loss = self._sampled_loss(step) if self.estimator == "gnb" else _training_loss
+                    self._backward(strategy, slices, loss, num_predictions)
+                    skipped = strategy.update_hessian(num_predictions=num_predictions)
         strategy.zero_grad()
         return skipped
 
-    def within_training(self, step: int) -> bool:
-        """Whether the training forward can give the refresh before this step all that it needs: one draw of labels."""
-        plain = self.estimator == "gnb" and self._label_draws == 1 and not (step == 1 and self._warm_start)
-        return self._shared_forward and plain
+    @property
+    def within_training(self) -> bool:
+        """Whether the training forward can give a refresh all that it needs, the logits from which labels are drawn."""
+        return self._shared_forward and self.estimator == "gnb"
 
-    def shares_forward(self, strategy: Strategy, step: int) -> TypeGuard[KeepsGraphs]:
+    def shares_forward(self, strategy: Strategy) -> TypeGuard[KeepsGraphs]:
         """`within_training`, under a strategy that can differentiate one forward twice."""
-        return self.within_training(step) and isinstance(strategy, KeepsGraphs)
+        return self.within_training and isinstance(strategy, KeepsGraphs)
 
     def run_within_training(
         self, strategy: KeepsGraphs, batch: Batch, step: int, predictions: int, ledger: Ledger
@@ -190,42 +187,6 @@ class CurvaturePass:
         """Whether some rank's part of the slice is all of its `rows` sequences."""
         return -(-self.sequences // world_size) >= rows
 
-    def _first(self, strategy: Strategy, slices: list[CurvatureSlice], num_predictions: int) -> list[Tensor]:
-        """What takes h from zero to the mean of `warm_start` estimates: that mean / (1 - β2).
-
-        No step before the first needs the counters 0, -1, … of labels and noise: they are the further estimates'.
-        """
-        total = self._estimate(strategy, slices, 1, num_predictions)
-        for earlier in range(1, self._warm_start):
-            torch._foreach_add_(total, self._estimate(strategy, slices, 1 - earlier, num_predictions))
-        torch._foreach_div_(total, self._warm_start * (1 - self._beta2))
-        return total
-
-    def _estimate(
-        self, strategy: Strategy, slices: list[CurvatureSlice], step: int, num_predictions: int
-    ) -> list[Tensor]:
-        """ĥ for each parameter, in the form of `Strategy.normals` or whole; gradients are clear afterwards."""
-        match self.estimator:
-            case "hutchinson":
-                return self._product(strategy, slices, step, num_predictions)
-            case "hutchinson_differences":
-                return self._differences(strategy, slices, step, num_predictions)
-        estimate: list[Tensor] = []
-        for draw in range(self._label_draws):
-            self._backward(strategy, slices, self._loss(step, draw), num_predictions)
-            squares = strategy.take_gradients()
-            torch._foreach_mul_(squares, squares)
-            if estimate:  # the mean of the squares: the square of the mean gradient would be as noisy as one draw
-                torch._foreach_add_(estimate, squares)
-            else:
-                estimate = squares
-        torch._foreach_mul_(estimate, num_predictions / self._label_draws)
-        return estimate
-
-    def estimates(self, step: int) -> int:
-        """How many estimates the refresh before this step makes of the slice."""
-        return self._label_draws * (self._warm_start if step == 1 and self._warm_start else 1)
-
     def slices(self, strategy: Strategy, batch: Batch) -> Iterator[CurvatureSlice]:
         """This rank's micro-batches: as many, of the same shape, on every rank."""
         rank, world_size = strategy.distributed.rank, strategy.distributed.world_size
@@ -251,18 +212,17 @@ class CurvaturePass:
             local += (part.positions >= 0).sum()
         return int(strategy.distributed.all_reduce(local).item())
 
-    def _loss(self, step: int, draw: int) -> "Callable[[Strategy, CurvatureSlice], Tensor]":
-        """The sum of the losses over a micro-batch: of sampled labels, or of the training labels."""
+    def _sampled_loss(self, step: int) -> "Callable[[Strategy, CurvatureSlice], Tensor]":
+        """The sum of the losses of sampled labels over a micro-batch."""
 
         def sampled(strategy: Strategy, part: CurvatureSlice) -> Tensor:
-            stream = "label" if draw == 0 else f"label/{draw}"  # as sophia.likelihoods names them
-            drawn = random.uniforms(self._seed, step, part.positions.clamp(min=0), stream)
+            drawn = random.uniforms(self._seed, step, part.positions.clamp(min=0))
             uniforms = torch.where(part.positions >= 0, drawn, -1.0)
             loss = strategy.forward(part.tokens, None, uniforms).sampled_loss_sum
             assert loss is not None
             return loss
 
-        return sampled if self.estimator == "gnb" else _training_loss
+        return sampled
 
     @staticmethod
     def _backward(
@@ -314,28 +274,27 @@ class CurvaturePass:
         torch._foreach_div_(estimates, 2 * delta)
         return estimates
 
-    def bytes_communicated(self, strategy: Strategy, step: int) -> int:
-        """Bytes that each rank sends in the refresh before this step."""
+    def bytes_communicated(self, strategy: Strategy) -> int:
+        """Bytes that each rank sends in a refresh."""
         world_size = strategy.distributed.world_size
-        estimates = self.estimates(step)
         if self.estimator == "hutchinson":  # the products are summed outside of the engine
             parameters = sum(p.numel() for p in strategy.parameters().values())
-            return estimates * all_reduce_bytes(FLOAT32 * parameters, world_size)
+            return all_reduce_bytes(FLOAT32 * parameters, world_size)
         passes = 2 if self.estimator == "hutchinson_differences" else 1
-        return estimates * passes * strategy.bytes_communicated(self._micro_batches(world_size))
+        return passes * strategy.bytes_communicated(self._micro_batches(world_size))
 
     def _micro_batches(self, world_size: int) -> int:
         """Forwards of a pass on each rank."""
         rows = -(-self.sequences // world_size)  # the largest share of a rank
         return -(-rows // self._micro_batch_size)
 
-    def tokens(self, sequence_length: int, step: int) -> int:
-        """Tokens that the refresh before this step estimates from over all ranks, counted for each estimate."""
-        return self.estimates(step) * self.sequences * sequence_length
+    def tokens(self, sequence_length: int) -> int:
+        """Tokens that a refresh estimates from, over all ranks."""
+        return self.sequences * sequence_length
 
-    def flops(self, shape: GPT2Config, sequence_length: int, step: int, *, shared_forward: bool = False) -> int:
-        """Model FLOPs of the refresh before this step over all ranks, its own forwards included."""
-        tokens = self.tokens(sequence_length, step)
+    def flops(self, shape: GPT2Config, sequence_length: int, *, shared_forward: bool = False) -> int:
+        """Model FLOPs of a refresh over all ranks, its own forwards included."""
+        tokens = self.tokens(sequence_length)
         if shared_forward:
             return gauss_newton_bartlett_flops(shape, tokens, sequence_length, own_forward=False)
         match self.estimator:

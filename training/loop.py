@@ -21,7 +21,6 @@ from torch import Tensor
 
 from data.batches import Batch, Batches, ValidationWindows, next_batch
 from models.flops import evaluation_flops, forward_backward_flops
-from sophia import GammaController
 from sophia.diagnostics import UnclippedAlarm
 from training.config import RunConfig, SophiaConfig
 from training.curvature import CurvaturePass
@@ -50,7 +49,6 @@ class TrainingState:
     loss_spikes: int = 0
     spikes: dict[str, Any] | None = None  # of LossSpikes
     alarm: dict[str, Any] | None = None  # of UnclippedAlarm
-    gamma: dict[str, Any] | None = None  # of GammaController
 
 
 @dataclass
@@ -62,7 +60,6 @@ class Run:
     batches: Batches
     validation: ValidationWindows
     curvature: CurvaturePass | None
-    gamma: GammaController | None  # steers γ, where it is not constant
     ledger: Ledger
     micro_batch_size: int
     eval_micro_batch_size: int
@@ -241,8 +238,8 @@ def forward_backward_refresh(
     ledger, config = run.ledger, run.config.train
     length, predictions = config.sequence_length, config.global_batch_size * config.sequence_length
     share, done, held_back = curvature.run_within_training(strategy, batch, step, predictions, ledger)
-    flops = curvature.flops(strategy.model.config, length, step, shared_forward=True)
-    ledger.add("curvature", curvature.tokens(length, step), flops)
+    flops = curvature.flops(strategy.model.config, length, shared_forward=True)
+    ledger.add("curvature", curvature.tokens(length), flops)
     ledger.shared_forwards += 1
     rows = len(batch.tokens)
     with ledger.measure("forward_backward", part=True):
@@ -303,18 +300,18 @@ def train(run: Run) -> Status:
 
             run.progress(f"at step {step}")
             curvature = run.curvature if run.curvature is not None and run.curvature.due(step) else None
-            if curvature is not None and curvature.shares_forward(strategy, step):
+            if curvature is not None and curvature.shares_forward(strategy):
                 loss, held_back = forward_backward_refresh(run, curvature, strategy, batch, step)
                 ledger.add("forward_backward", step_tokens, step_flops)
             else:
                 if curvature is not None:
-                    flops = curvature.flops(shape, length, step)
-                    with ledger.measure("curvature", curvature.tokens(length, step), flops):
+                    flops = curvature.flops(shape, length)
+                    with ledger.measure("curvature", curvature.tokens(length), flops):
                         held_back = curvature.run(strategy, batch, step)
                 with ledger.measure("forward_backward", step_tokens, step_flops):
                     loss = forward_backward(run, batch)
             if curvature is not None:
-                ledger.bytes_communicated += curvature.bytes_communicated(strategy, step)
+                ledger.bytes_communicated += curvature.bytes_communicated(strategy)
                 reporter.flush()
                 write_curvature(run, step, held_back)
             ledger.bytes_communicated += strategy.bytes_communicated(len(batch.tokens) // run.micro_batch_size)
@@ -324,8 +321,6 @@ def train(run: Run) -> Status:
                 strategy.set_learning_rate(factor)
                 mean_loss = strategy.distributed.all_reduce(loss.double())
                 statistics = strategy.step(config.train.grad_clip, mean_loss)
-                if run.gamma is not None:
-                    steer_gamma(run.gamma, statistics)
 
             reporter.step(step, config.optimizer.lr * factor, mean_loss, statistics)
             state.step = step
@@ -422,20 +417,11 @@ def save(run: Run) -> None:
     with run.ledger.measure("checkpoint"):
         if run.config.guards.weights_interval is not None:
             compare_ranks(run.strategy)
-        if run.gamma is not None:
-            run.state.gamma = run.gamma.state_dict()
         try:
             run.save(run.state)
         except OSError as error:
             raise NotSaved(error.strerror or str(error)) from error
     run.saved_step = run.state.step
-
-
-def steer_gamma(controller: GammaController, statistics: StepStatistics) -> None:
-    """γ for the next step from the unclipped fraction of this one over all ranks; a skipped step leaves it alone."""
-    fraction = statistics.unclipped_fraction
-    assert fraction is not None
-    controller.update(torch.where(statistics.skipped > 0, controller.target, fraction.double()))
 
 
 def write_curvature(run: Run, step: int, held_back: Tensor) -> None:
@@ -444,8 +430,6 @@ def write_curvature(run: Run, step: int, held_back: Tensor) -> None:
     if held_back:
         run.state.estimates_held_back += 1
         run.message(f"step {step}: the curvature estimate is not finite and is kept out of h")
-    if run.gamma is not None:
-        numbers["gamma"] = float(run.gamma.gamma)
     run.write({"kind": "hessian", **position(run), "step": step, "held_back": bool(held_back), **numbers})
 
 

@@ -1,6 +1,6 @@
 """The optimizers of a run: parameter groups by rule, and one constructor for each `optimizer=`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from models import parameter_kind
-from sophia import AdaHessian, GammaController, Lion, Sophia
+from sophia import AdaHessian, Lion, Sophia
 from training.config import (
     AdaHessianConfig,
     AdamWConfig,
@@ -74,15 +74,6 @@ def build_optimizers(config: OptimizerConfig, *, compile_step: bool) -> Callable
     return build
 
 
-def gamma_controller(config: OptimizerConfig, optimizers: Sequence[Optimizer]) -> GammaController | None:
-    """What steers γ to `optimizer.unclipped_target`; None where γ is constant."""
-    if not isinstance(config, SophiaConfig) or config.unclipped_target is None:
-        return None
-    (optimizer,) = optimizers
-    assert isinstance(optimizer, Sophia)
-    return GammaController(optimizer, config.unclipped_target)
-
-
 def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool) -> list[Optimizer]:
     grouped = partial(
         parameter_groups,
@@ -110,7 +101,6 @@ def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool
                     eps=config.eps,
                     hessian_interval=config.hessian_interval,
                     clip=config.clip,
-                    bias_correction=config.bias_correction,
                     compile=form,
                 )
             ]

@@ -49,8 +49,6 @@ OTHER_UPDATE_ACCESSES = 7
 #: Reads and writes of folding an estimate into h.
 REFRESH_ACCESSES = 3
 NEWTON_SCHULZ_STEPS = 5
-#: A step whose refresh is like all others (the first may make several estimates).
-USUAL_STEP = 2
 
 
 @dataclass(frozen=True)
@@ -258,7 +256,7 @@ def _curvature(config: RunConfig, world_size: int) -> CurvaturePass | None:
 
 
 def _curvature_flops(curvature: CurvaturePass, shape: GPT2Config, length: int) -> int:
-    return curvature.flops(shape, length, USUAL_STEP, shared_forward=curvature.within_training(USUAL_STEP))
+    return curvature.flops(shape, length, shared_forward=curvature.within_training)
 
 
 def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, traffic: Traffic) -> StepSeconds:
@@ -278,13 +276,12 @@ def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, t
     memory_rate = cluster.memory_bandwidth * 1e9 * cluster.bandwidth_utilisation
     if curvature is not None:
         rows = -(-curvature.sequences // world_size)  # the largest share; a rank with less waits
-        estimates = curvature.estimates(USUAL_STEP)
         share = rows * world_size / curvature.sequences
         exact = curvature.estimator == "hutchinson_differences"
         rate_of_pass = cluster.fp32_tflops * 1e12 * cluster.utilisation if exact else rate
         work = _curvature_flops(curvature, shape, length) / world_size * share
         if curvature.estimator != "hutchinson":
-            work += estimates * rows * length * recomputed
+            work += rows * length * recomputed
         one = max(work / rate_of_pass, sum(traffic.curvature_pass.values()) / cluster.link_bandwidth)
         curvature_seconds = (one + REFRESH_ACCESSES * FLOAT32 * mine / memory_rate) / curvature.interval
     accesses = UPDATE_ACCESSES.get(config.optimizer.name, OTHER_UPDATE_ACCESSES)
@@ -310,11 +307,10 @@ def planned_traffic(config: RunConfig, shape: GPT2Config, world_size: int) -> Tr
     curvature = _curvature(config, world_size)
     if curvature is None:
         return Traffic(step, {})
-    estimates = curvature.estimates(USUAL_STEP)
     if curvature.estimator == "hutchinson":
-        products = estimates * all_reduce_bytes(FLOAT32 * parameter_count(shape), world_size)
+        products = all_reduce_bytes(FLOAT32 * parameter_count(shape), world_size)
         return Traffic(step, {"all-reduce of products": products})
-    passes = estimates * (2 if curvature.estimator == "hutchinson_differences" else 1)
+    passes = 2 if curvature.estimator == "hutchinson_differences" else 1
     rows = -(-curvature.sequences // world_size)
     one = _traffic(config, shape, world_size, -(-rows // micro_batch_size(config, world_size)))
     return Traffic(step, {name: passes * size for name, size in one.items()})

@@ -8,7 +8,7 @@ from pathlib import Path
 from data.files import open_regular
 from training import checkpoints, records
 from training.checkpoints import Checkpoint, CheckpointError
-from training.compose import validate
+from training.compose import validate_recorded
 from training.config import ConfigurationError, RunConfig, flat
 from training.records import RecordError, RunRecord, Status
 from training.run_directory import refuse_to_replace, refuse_unnamed
@@ -112,7 +112,7 @@ def _misfit(checkpoint: Checkpoint, config: RunConfig, directory: Path) -> str |
     if expected is not None and records.sha256_of_start(metrics, checkpoint.state["metrics_bytes"]) != expected:
         return f"{metrics} is not what was written up to this checkpoint"
     try:
-        theirs = validate(checkpoint.state["config"])
+        theirs = validate_recorded(checkpoint.state["config"])
     except ConfigurationError as error:
         return f"its configuration cannot be read ({error})"
     if (theirs.identity(), theirs.seed) != (config.identity(), config.seed):
@@ -176,7 +176,7 @@ def _same_run(config: RunConfig, directory: Path) -> RunConfig:
         ConfigurationError: it is another one's; the differing keys are named.
     """
     try:
-        there = validate(records.read_config(directory))
+        there = validate_recorded(records.read_config(directory))
     except RecordError as error:
         raise ConfigurationError(f"{error}; give another name= or overwrite=true") from error
     except ConfigurationError as error:

@@ -30,7 +30,7 @@ from training.guards import RanksDiffer
 from training.ledger import CompilationClock, Ledger
 from training.loop import NotSaved, Run, TrainingState, train
 from training.memory import keep_memory_mapped
-from training.optimizers import build_optimizers, gamma_controller
+from training.optimizers import build_optimizers
 from training.profiling import profiler
 from training.recorder import Recorder
 from training.records import RecordError, RunRecord, Status
@@ -172,9 +172,6 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     state = TrainingState()
     if decided.checkpoint is not None:
         state = _load(decided.checkpoint, strategy, ledger, distributed)
-    gamma = gamma_controller(config.optimizer, strategy.optimizers)
-    if gamma is not None and state.gamma is not None:
-        gamma.load_state_dict(state.gamma)
 
     display = Display(config.train.steps, state.step, enabled=distributed.is_main)
     recorder = distributed.on_main(
@@ -221,7 +218,6 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
                 micro,
                 shared_forward=config.train.shared_forward,
             ),
-            gamma=gamma,
             ledger=ledger,
             micro_batch_size=micro,
             eval_micro_batch_size=config.eval.micro_batch_size or micro,

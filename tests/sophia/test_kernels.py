@@ -20,7 +20,6 @@ SHAPES = [(70, 100), (7,), (3, 5), (2, 3, 4), (1,), (), (0, 3)]
 CASES: list[tuple[type, dict[str, Any]]] = [
     (SophiaG, {}),
     (SophiaG, {"clip": False, "eps": 1e-3}),
-    (SophiaG, {"bias_correction": True}),
     (Lion, {}),
     (AdaHessian, {"hessian_interval": 3}),
 ]
