@@ -21,8 +21,8 @@ from sophia.estimators import (
 )
 from sophia.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, sample_labels
 from sophia.lion import Lion
-from sophia.optimizer import Sophia, SophiaG, SophiaH
 from sophia.reference import ReferenceSophiaG
+from sophia.sophia import Sophia, SophiaG, SophiaH, refresh_due
 
 __all__ = [
     "AdaHessian",
@@ -42,5 +42,6 @@ __all__ = [
     "gauss_newton_bartlett",
     "hutchinson",
     "hutchinson_differences",
+    "refresh_due",
     "sample_labels",
 ]

@@ -218,6 +218,9 @@ class MuonConfig(OptimizerSettings):
     """ε of AdamW, which trains the rest."""
 
 
+Estimator = Literal["gnb", "hutchinson", "hutchinson_differences", "empirical_fisher"]
+
+
 class CurvatureSettings(OptimizerSettings):
     """What every method with a curvature pass shares."""
 
@@ -225,9 +228,10 @@ class CurvatureSettings(OptimizerSettings):
     """k: steps from one curvature estimate to the next."""
     batch_fraction: Fraction = 0.5
     """Share of the global batch on which the curvature is estimated."""
+    estimator: Estimator
+    """Estimator of the Hessian's diagonal: gnb, hutchinson, hutchinson_differences or empirical_fisher."""
 
 
-Estimator = Literal["gnb", "hutchinson", "hutchinson_differences", "empirical_fisher"]
 # Keys of Sophia's section up to commit 3b433fa, with the values that switched them off (docs/decisions.md).
 REMOVED: Mapping[str, Any] = {"bias_correction": False, "label_draws": 1, "warm_start": 0, "unclipped_target": None}
 LAST_WITH_REMOVED = "3b433fa"
@@ -244,8 +248,6 @@ class SophiaConfig(CurvatureSettings):
     """ε: the least denominator."""
     weight_decay: NonNegativeFloat = 0.2
     """Decoupled weight decay of matrices and embeddings."""
-    estimator: Estimator
-    """Estimator of the Hessian's diagonal: gnb, hutchinson, hutchinson_differences or empirical_fisher."""
     clip: bool = True
     """Clip each coordinate of the update to ±1."""
 

@@ -28,8 +28,8 @@ from models.flops import (
     hutchinson_differences_flops,
     hutchinson_exact_flops,
 )
-from sophia import random
-from training.config import AdaHessianConfig, OptimizerConfig, SophiaConfig
+from sophia import random, refresh_due
+from training.config import CurvatureSettings, OptimizerSettings
 from training.ledger import Ledger
 from training.strategies.base import KeepsGraphs, Strategy
 from training.strategies.communication import FLOAT32, all_reduce_bytes
@@ -47,7 +47,7 @@ class CurvaturePass:
     """Runs the pass of one optimizer configuration under any strategy.
 
     Args:
-        config: an optimizer with `hessian_interval`, `estimator` and `batch_fraction`.
+        config: the section of an optimizer that takes curvature estimates.
         seed: the curvature seed; labels and noise are pure functions of it, the step and the global position.
         global_batch_size: sequences of a training batch, B.
         micro_batch_size: the most sequences per forward on a rank.
@@ -56,7 +56,7 @@ class CurvaturePass:
 
     def __init__(
         self,
-        config: SophiaConfig | AdaHessianConfig,
+        config: CurvatureSettings,
         seed: int,
         global_batch_size: int,
         micro_batch_size: int,
@@ -73,7 +73,7 @@ class CurvaturePass:
     @classmethod
     def of(
         cls,
-        config: OptimizerConfig,
+        config: OptimizerSettings,
         seed: int,
         global_batch_size: int,
         micro_batch_size: int,
@@ -81,13 +81,13 @@ class CurvaturePass:
         shared_forward: bool = False,
     ) -> "CurvaturePass | None":
         """The pass of the configuration, None for a method without one."""
-        if isinstance(config, (SophiaConfig, AdaHessianConfig)):
+        if isinstance(config, CurvatureSettings):
             return cls(config, seed, global_batch_size, micro_batch_size, shared_forward=shared_forward)
         return None
 
     def due(self, step: int) -> bool:
-        """Before the steps t = 1, 1 + k, 1 + 2k, …"""
-        return (step - 1) % self.interval == 0
+        """Before the steps t = 1, 1 + k, 1 + 2k, … of the run, skipped ones counted, which the optimizer does not."""
+        return refresh_due(step, self.interval)
 
     def run(self, strategy: Strategy, batch: Batch, step: int) -> Tensor:
         """Estimate at the current weights and fold into h; gradients are clear before and after.
@@ -173,15 +173,9 @@ class CurvaturePass:
 
     def _own_rows(self, strategy: Strategy, batch: Batch) -> Iterator[CurvatureSlice]:
         """This rank's sequences of the slice in micro-batches, without padding: ranks need not have as many."""
-        mine = len(range(strategy.distributed.rank, self.sequences, strategy.distributed.world_size))
-        length = batch.tokens.shape[1]
-        offsets = torch.arange(length, device=strategy.device)
+        mine = self._rows_of(strategy)
         for first in range(0, mine, self._micro_batch_size):
-            rows = slice(first, min(first + self._micro_batch_size, mine))
-            tokens = torch.from_numpy(batch.tokens[rows]).to(strategy.device, non_blocking=True)
-            targets = torch.from_numpy(batch.targets[rows]).to(strategy.device, non_blocking=True)
-            indices = torch.from_numpy(batch.indices[rows])[:, None].to(strategy.device, non_blocking=True)
-            yield CurvatureSlice(tokens, targets, indices * length + offsets)
+            yield _part_of(batch, range(first, min(first + self._micro_batch_size, mine)), mine, strategy.device)
 
     def covers_batch(self, rows: int, world_size: int) -> bool:
         """Whether some rank's part of the slice is all of its `rows` sequences."""
@@ -189,22 +183,15 @@ class CurvaturePass:
 
     def slices(self, strategy: Strategy, batch: Batch) -> Iterator[CurvatureSlice]:
         """This rank's micro-batches: as many, of the same shape, on every rank."""
-        rank, world_size = strategy.distributed.rank, strategy.distributed.world_size
+        world_size = strategy.distributed.world_size
         rows = -(-self.sequences // world_size)  # the largest share of a rank
-        mine = len(range(rank, self.sequences, world_size))
         size = -(-rows // self._micro_batches(world_size))
-        length = batch.tokens.shape[1]
-        offsets = torch.arange(length, device=strategy.device)
         for first in range(0, rows, size):
-            row = np.arange(first, first + size)
-            real = torch.from_numpy(row < mine)[:, None].to(strategy.device)
-            row = row.clip(max=len(batch.indices) - 1)
-            tokens = torch.from_numpy(batch.tokens[row]).to(strategy.device)
-            targets = torch.from_numpy(batch.targets[row]).to(strategy.device)
-            indices = torch.from_numpy(batch.indices[row])[:, None].to(strategy.device)
-            yield CurvatureSlice(
-                tokens, torch.where(real, targets, -100), torch.where(real, indices * length + offsets, -1)
-            )
+            yield _part_of(batch, range(first, first + size), self._rows_of(strategy), strategy.device)
+
+    def _rows_of(self, strategy: Strategy) -> int:
+        """Sequences of the slice on this rank."""
+        return len(range(strategy.distributed.rank, self.sequences, strategy.distributed.world_size))
 
     def _count_predictions(self, strategy: Strategy, slices: list[CurvatureSlice]) -> int:
         local = torch.zeros((), dtype=torch.int64, device=strategy.device)
@@ -304,6 +291,18 @@ class CurvaturePass:
                 return hutchinson_differences_flops(shape, tokens, sequence_length)
             case _:
                 return forward_backward_flops(shape, tokens, sequence_length)
+
+
+def _part_of(batch: Batch, rows: range, real: int, device: torch.device) -> CurvatureSlice:
+    """Rows of the rank's batch; those from `real` on are padding."""
+    row = np.arange(rows.start, rows.stop)
+    taken = row.clip(max=len(batch.indices) - 1)
+    positions = batch.indices[taken, None] * batch.tokens.shape[1] + np.arange(batch.tokens.shape[1])
+    targets = batch.targets[taken]
+    if rows.stop > real:
+        targets, positions = (np.where(row[:, None] < real, a, b) for a, b in ((targets, -100), (positions, -1)))
+    arrays = (batch.tokens[taken], targets, positions)
+    return CurvatureSlice(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
 
 
 def _training_loss(strategy: Strategy, part: CurvatureSlice) -> Tensor:

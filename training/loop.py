@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch, Batches, ValidationWindows, next_batch
+from models import GPT2Output
 from models.flops import evaluation_flops, forward_backward_flops
 from sophia.diagnostics import UnclippedAlarm
-from training.config import RunConfig, SophiaConfig
+from training.config import RunConfig
 from training.curvature import CurvaturePass
 from training.diagnostics import describe_curvature
 from training.evaluation import validation_loss
@@ -117,8 +118,7 @@ class Reporter:
         self._spikes = LossSpikes(guards.spike_deviations) if guards.spike_deviations is not None else None
         if self._spikes is not None and state.spikes is not None:
             self._spikes.load_state_dict(state.spikes)
-        optimizer = run.config.optimizer
-        self._alarm = UnclippedAlarm(optimizer.hessian_interval) if isinstance(optimizer, SophiaConfig) else None
+        self._alarm = UnclippedAlarm(run.curvature.interval) if run.curvature is not None else None
         if self._alarm is not None and state.alarm is not None:
             self._alarm.load_state_dict(state.alarm)
         self.diverged = False
@@ -208,12 +208,19 @@ class Reporter:
                 run.message(alarm)
 
 
-def forward_backward(run: Run, batch: Batch, first: int = 0) -> Tensor:
+def forward_backward(
+    run: Run, batch: Batch, first: int = 0, forward: Callable[[Tensor, Tensor], GPT2Output] | None = None
+) -> Tensor:
     """Accumulate the gradient of the mean loss over the global batch, from this rank's sequence `first` on.
 
-    Returns this rank's share of the mean loss: 0-D, on the device; the sum over the ranks is the mean over all tokens.
+    Args:
+        forward: in place of the strategy's own, whose last backward sums the gradients over the ranks.
+
+    Returns:
+        This rank's share of the mean loss: 0-D, on the device; the sum over the ranks is the mean over all tokens.
     """
     strategy, size = run.strategy, run.micro_batch_size
+    forward = forward or strategy.forward
     tokens = torch.from_numpy(batch.tokens).to(strategy.device, non_blocking=True)
     targets = torch.from_numpy(batch.targets).to(strategy.device, non_blocking=True)
     predictions = run.config.train.global_batch_size * run.config.train.sequence_length
@@ -221,7 +228,7 @@ def forward_backward(run: Run, batch: Batch, first: int = 0) -> Tensor:
     for start in range(first, len(tokens), size):
         run.progress(f"at step {run.state.step + 1}, sequence {start} of {len(tokens)}")
         with strategy.micro_batch(last=start + size >= len(tokens)):
-            loss_sum = strategy.forward(tokens[start : start + size], targets[start : start + size]).loss_sum
+            loss_sum = forward(tokens[start : start + size], targets[start : start + size]).loss_sum
             assert loss_sum is not None
             strategy.backward(loss_sum / predictions)
         share += loss_sum.detach() / predictions
@@ -245,26 +252,11 @@ def forward_backward_refresh(
     with ledger.measure("forward_backward", part=True):
         if curvature.covers_batch(rows, strategy.distributed.world_size):
             # A rank with nothing left has no last micro-batch in which to reduce: all ranks do it by hand.
-            if done < rows:
-                share += forward_backward_locally(run, strategy, batch, done)
+            share += forward_backward(run, batch, done, strategy.forward_locally)
             strategy.reduce_gradients()
         else:
             share += forward_backward(run, batch, done)
     return share, held_back
-
-
-def forward_backward_locally(run: Run, strategy: KeepsGraphs, batch: Batch, first: int) -> Tensor:
-    """`forward_backward` without the reduction over the ranks."""
-    predictions = run.config.train.global_batch_size * run.config.train.sequence_length
-    share = torch.zeros((), device=strategy.device)
-    for start in range(first, len(batch.tokens), run.micro_batch_size):
-        rows = slice(start, start + run.micro_batch_size)
-        tokens, targets = (torch.from_numpy(a[rows]).to(strategy.device) for a in (batch.tokens, batch.targets))
-        loss_sum = strategy.forward_locally(tokens, targets, None).loss_sum
-        assert loss_sum is not None
-        strategy.backward(loss_sum / predictions)
-        share += loss_sum.detach() / predictions
-    return share
 
 
 def train(run: Run) -> Status:

@@ -50,7 +50,7 @@ def parameter_groups(
         apart = embedding_lr_ratio != 1 and embeds
         decays = parameter.dim() >= 2 and (decay_embeddings or not embeds)
         rate = lr * embedding_lr_ratio if apart else lr
-        settings = {"weight_decay": weight_decay if decays else 0.0, "lr": rate, "peak_lr": rate}
+        settings = {"weight_decay": weight_decay if decays else 0.0, "lr": rate, "initial_lr": rate}
         group = groups.setdefault((apart, not decays), {"params": [], "names": [], **settings})
         group["params"].append(parameter)
         group["names"].append(name)
@@ -58,7 +58,7 @@ def parameter_groups(
 
 
 def build_optimizers(config: OptimizerConfig, *, compile_step: bool) -> Callable[[Named], list[Optimizer]]:
-    """A function from named parameters to the run's optimizers; each group carries its `peak_lr`.
+    """A function from named parameters to the run's optimizers; each group carries its `initial_lr`.
 
     Args:
         config: the validated `optimizer` section.

@@ -245,7 +245,7 @@ class Strategy(ABC):
         """Every group's rate to its peak times the factor, in place."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
+                group["lr"] = group["initial_lr"] * factor
 
     @abstractmethod
     def pieces(self) -> Iterator[Piece | NumberPiece]:
@@ -271,7 +271,9 @@ class KeepsGraphs(Strategy):
     """
 
     @abstractmethod
-    def forward_locally(self, tokens: Tensor, targets: Tensor | None, uniforms: Tensor | None) -> GPT2Output:
+    def forward_locally(
+        self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None
+    ) -> GPT2Output:
         """`forward` past the engine's hooks: what is differentiated stays on this rank until it is reduced."""
 
     @abstractmethod
