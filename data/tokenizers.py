@@ -12,7 +12,7 @@ import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,10 +108,6 @@ class Tokenizer:
     def encode_list(self, text: str) -> list[int]:
         """`encode` to a list, which is faster for short texts."""
         return [token for piece in _pieces(repaired(text)) for token in self._encoding.encode_ordinary(piece)]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text."""
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; invalid UTF-8 becomes U+FFFD."""

@@ -21,7 +21,7 @@ from data.files import cannot_use
 from data.manifest import load_manifest
 from data.tokenizers import Tokenizer, gpt2, open_tokenizer
 from models import GPT2, GPT2Config
-from training.compose import validate
+from training.compose import validate_recorded
 from training.config import ConfigurationError, RunConfig
 from training.corpus import token_directory_of
 from training.records import CONFIG_FILE, RecordError, RunRecord
@@ -108,7 +108,7 @@ def _run_of(path: Path) -> RunRecord | None:
 
 def _config_of(checkpoint: Checkpoint) -> RunConfig:
     try:
-        return validate(checkpoint.state["config"])
+        return validate_recorded(checkpoint.state["config"])
     except ConfigurationError as error:
         raise ConfigurationError(f"the configuration of {checkpoint.directory} is not valid: {error}") from error
 

@@ -17,7 +17,7 @@ from typing import Any
 from models import GPT2Config
 from models.flops import attention_flops_per_token, block_flops_per_token, forward_backward_flops, parameter_count
 from planning.cluster import OPTIMIZERS, ClusterConfig
-from planning.memory import USUAL_STEP, Memory, Phase, curvature_of, engine_has_bf16_weights, planned_memory
+from planning.memory import Memory, Phase, curvature_of, engine_has_bf16_weights, planned_memory
 from training.compose import compose_dictionary, validate
 from training.config import (
     ConfigurationError,
@@ -233,7 +233,7 @@ def step_tokens(config: RunConfig) -> int:
 
 
 def _curvature_flops(curvature: CurvaturePass, shape: GPT2Config, length: int) -> int:
-    return curvature.flops(shape, length, USUAL_STEP, shared_forward=curvature.within_training(USUAL_STEP))
+    return curvature.flops(shape, length, shared_forward=curvature.within_training)
 
 
 def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, traffic: PlannedTraffic) -> StepSeconds:
@@ -253,13 +253,12 @@ def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, t
     memory_rate = cluster.memory_bandwidth * 1e9 * cluster.bandwidth_utilisation
     if curvature is not None:
         rows = -(-curvature.sequences // world_size)  # the largest share; a rank with less waits
-        estimates = curvature.estimates(USUAL_STEP)
         share = rows * world_size / curvature.sequences
         exact = curvature.estimator == "hutchinson_differences"
         rate_of_pass = cluster.fp32_tflops * 1e12 * cluster.utilisation if exact else rate
         work = _curvature_flops(curvature, shape, length) / world_size * share
         if curvature.estimator != "hutchinson":
-            work += estimates * rows * length * recomputed
+            work += rows * length * recomputed
         one = max(work / rate_of_pass, sum(traffic.curvature_pass.values()) / cluster.link_bandwidth)
         curvature_seconds = (one + REFRESH_ACCESSES * FLOAT32 * mine / memory_rate) / curvature.interval
     accesses = UPDATE_ACCESSES.get(config.optimizer.name, UPDATE_ACCESSES["adamw"])
@@ -285,11 +284,10 @@ def planned_traffic(config: RunConfig, shape: GPT2Config, world_size: int) -> Pl
     curvature = curvature_of(config, world_size)
     if curvature is None:
         return PlannedTraffic(step, {})
-    estimates = curvature.estimates(USUAL_STEP)
     if curvature.estimator == "hutchinson":
-        products = estimates * all_reduce_bytes(FLOAT32 * parameter_count(shape), world_size)
+        products = all_reduce_bytes(FLOAT32 * parameter_count(shape), world_size)
         return PlannedTraffic(step, {"all-reduce of products": products})
-    passes = estimates * (2 if curvature.estimator == "hutchinson_differences" else 1)
+    passes = 2 if curvature.estimator == "hutchinson_differences" else 1
     rows = -(-curvature.sequences // world_size)
     one = _traffic(config, shape, world_size, -(-rows // micro_batch_size(config, world_size)))
     return PlannedTraffic(step, {name: passes * size for name, size in one.items()})

@@ -12,27 +12,22 @@ for step, (x, y) in enumerate(batches, start=1):
 """
 
 from sophia.adahessian import AdaHessian
-from sophia.diagnostics import ConsecutiveCosine, Diagnostics, UnclippedAlarm, cosine_of, diagnostics
+from sophia.diagnostics import UnclippedAlarm, curvature_summary, curvature_sums
 from sophia.estimators import (
     empirical_fisher,
     gauss_newton_bartlett,
-    gauss_newton_bartlett_mean,
     hutchinson,
     hutchinson_differences,
 )
-from sophia.gamma import GammaController
 from sophia.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, sample_labels
 from sophia.lion import Lion
-from sophia.optimizer import Sophia, SophiaG, SophiaH
 from sophia.reference import ReferenceSophiaG
+from sophia.sophia import Sophia, SophiaG, SophiaH, refresh_due
 
 __all__ = [
     "AdaHessian",
     "Bernoulli",
     "Categorical",
-    "ConsecutiveCosine",
-    "Diagnostics",
-    "GammaController",
     "Gaussian",
     "Likelihood",
     "Lion",
@@ -41,12 +36,12 @@ __all__ = [
     "SophiaG",
     "SophiaH",
     "UnclippedAlarm",
-    "cosine_of",
-    "diagnostics",
+    "curvature_summary",
+    "curvature_sums",
     "empirical_fisher",
     "gauss_newton_bartlett",
-    "gauss_newton_bartlett_mean",
     "hutchinson",
     "hutchinson_differences",
+    "refresh_due",
     "sample_labels",
 ]

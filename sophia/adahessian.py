@@ -4,18 +4,61 @@ Yao, Gholami, Shen, Mustafa, Keutzer and Mahoney, "AdaHessian: An Adaptive Secon
 AAAI 2021. Without its spatial averaging, which depends on the kind of the layer and would tie coordinates together.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sophia.elementwise import SMALLEST, ParamsT, advance, check_betas, check_number, widened
-from sophia.kernels import apply, local
-from sophia.rules import adahessian_update, squared_hessian_update
-from sophia.second_order import SecondOrderOptimizer
+from sophia.elementwise import (
+    SMALLEST,
+    CurvatureOptimizer,
+    ParamsT,
+    advance,
+    check_betas,
+    check_interval,
+    check_number,
+    evaluated,
+)
+from sophia.kernels import Scalar, apply, descend, fold, unscaled, updates
+from sophia.sophia import refresh_due
 
 
-class AdaHessian(SecondOrderOptimizer):
+@updates(0, 2)
+def adahessian_update(
+    param: Tensor,  # (*) θ, updated in place
+    grad: Tensor,  # (*) g
+    exp_avg: Tensor,  # (*) m, updated in place
+    hessian: Tensor,  # (*) v, the average of ĥ ⊙ ĥ, read only
+    lr: Scalar,  # () η
+    beta1: Scalar,  # ()
+    eps: Scalar,  # () ε
+    weight_decay: Scalar,  # () λ
+    correction1: Scalar,  # () 1 - β1^t
+    correction2: Scalar,  # () 1 - β2^n after n estimates
+    grad_scale: Tensor | None = None,  # ()
+    found_inf: Tensor | None = None,  # ()
+) -> None:
+    """m ← β1 m + (1-β1) g;  θ ← θ - ηλθ - η · m̂ / (√v̂ + ε)   (Yao et al. 2021, Algorithm 1, Hessian power 1)."""
+    fold(exp_avg, unscaled(grad, exp_avg, grad_scale), beta1, found_inf)
+    update = (exp_avg / correction1) / ((hessian / correction2).sqrt() + eps)
+    descend(param, update, lr, weight_decay, found_inf)
+
+
+@updates(0)
+def squared_hessian_update(
+    hessian: Tensor,  # (*) v, updated in place
+    estimate: Tensor,  # (*) ĥ
+    beta2: Scalar,  # ()
+    grad_scale: Tensor | None = None,  # ()
+    found_inf: Tensor | None = None,  # ()
+) -> None:
+    """v ← β2 v + (1-β2) ĥ ⊙ ĥ   (Yao et al. 2021, equation 10)."""
+    estimate = unscaled(estimate, hessian, grad_scale)
+    fold(hessian, estimate * estimate, beta2, found_inf)
+
+
+class AdaHessian(CurvatureOptimizer):
     """m ← β1 m + (1-β1) g;  v ← β2 v + (1-β2) ĥ ⊙ ĥ;  θ ← θ - ηλθ - η · m̂ / (√v̂ + ε), bias-corrected.
 
     State per parameter: `exp_avg` (m) and `hessian` (v), in the shape of the parameter; `step` (t) and
@@ -35,6 +78,8 @@ class AdaHessian(SecondOrderOptimizer):
         ValueError: a hyper-parameter out of its range, by name.
         TypeError: a complex or integer parameter.
     """
+
+    _state_names = ("step", "exp_avg", "hessian", "hessian_step")
 
     def __init__(
         self,
@@ -57,7 +102,7 @@ class AdaHessian(SecondOrderOptimizer):
         }
         super().__init__(params, defaults, foreach=foreach, compile=compile)
 
-    def _validate_group(self, group: dict[str, Any]) -> None:
+    def _check_group(self, group: dict[str, Any]) -> None:
         check_number(group, "lr", "the paper uses 0.15")
         check_betas(group)
         check_number(group, "eps", "the paper uses 1e-4", least=SMALLEST)
@@ -66,51 +111,49 @@ class AdaHessian(SecondOrderOptimizer):
             raise ValueError(
                 "hessian_interval = None, expected an integer >= 1: AdaHessian has no step without curvature"
             )
-        super()._validate_group(group)
+        check_interval(group, self.param_groups)
 
-    def _state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        state = super()._state(p, group)
-        if "hessian_step" not in state:
-            state["hessian_step"] = torch.zeros((), dtype=torch.float32)
-        return state
+    @property
+    def hessian_due(self) -> bool:
+        """True before the steps t with (t-1) mod k == 0, as in `Sophia`."""
+        return refresh_due(self._steps_made() + 1, self.param_groups[0]["hessian_interval"])
 
-    def _step_group(
+    @torch.no_grad()
+    def update_hessian(
         self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Tensor]],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        num_predictions: None = None,
+        *,
+        estimates: Sequence[Tensor | None] | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        lr, eps, weight_decay = widened(group["lr"]), group["eps"], group["weight_decay"]
-        beta1, beta2 = group["betas"]
-        for p, grad, state in zip(params, grads, states, strict=True):
-            # Where a count is still 0, m or v is zero whatever divides it: 1 avoids 0/0.
-            correction1 = 1 - beta1 ** state["step"].double().clamp_min(1)
-            correction2 = 1 - beta2 ** state["hessian_step"].double().clamp_min(1)
-            apply(
-                adahessian_update,
-                [[p], [grad], [local(state["exp_avg"])], [local(state["hessian"])]],
-                [lr, beta1, eps, weight_decay, correction1, correction2, grad_scale, found_inf],
-                self._form,
-            )
-
-    def _update_group(
-        self,
-        group: dict[str, Any],
-        states: list[dict[str, Tensor]],
-        values: list[Tensor],
-        num_predictions: int | Tensor | None,
-        beta2: float,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
+        """Take in ĥ for each parameter, as in `Sophia`. Raises TypeError for `num_predictions` besides."""
         if num_predictions is not None:
             raise TypeError(
                 f"update_hessian(num_predictions={num_predictions}) of AdaHessian, expected estimates=[…]: it "
                 "averages the square of the Hessian's diagonal, which hutchinson() estimates"
             )
-        advance(states, "hessian_step", found_inf)
-        tensors = [[local(state["hessian"]) for state in states], values]
-        apply(squared_hessian_update, tensors, [beta2, grad_scale, found_inf], self._form)
+        for group, _, values, states, amp in self._curvature(None, estimates, grad_scaler):
+            advance(states, "hessian_step", amp.found_inf)
+            tensors = [[state["hessian"] for state in states], values]
+            apply(squared_hessian_update, tensors, [group["betas"][1]], self._form, amp)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient, as in `Sophia`."""
+        loss = evaluated(closure)
+        for group, params, grads, states, amp in self._with_gradients():
+            self._begins_step(params)
+            advance(states, "step", amp.found_inf)
+            (beta1, beta2), eps = group["betas"], group["eps"]
+            for p, grad, state in zip(params, grads, states, strict=True):
+                # Where a count is still 0, m or v is zero whatever divides it: 1 avoids 0/0.
+                correction1 = 1 - beta1 ** state["step"].double().clamp_min(1)
+                correction2 = 1 - beta2 ** state["hessian_step"].double().clamp_min(1)
+                apply(
+                    adahessian_update,
+                    [[p], [grad], [state["exp_avg"]], [state["hessian"]]],
+                    [group["lr"], beta1, eps, group["weight_decay"], correction1, correction2],
+                    self._form,
+                    amp,
+                )
+        return loss

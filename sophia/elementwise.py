@@ -1,9 +1,13 @@
-"""What the optimizers of this package share: validation, state in float32, torch's protocol for loss scaling."""
+"""What the optimizers of this package share: checks, state in float32, the tensors of a step, torch's loss scaling.
+
+The methods stand in files of their own: `sophia.sophia`, `sophia.lion`, `sophia.adahessian`.
+"""
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +27,23 @@ SMALLEST = torch.finfo(torch.float32).tiny
 COUNTS = ("step", "hessian_step")
 
 
+class Amp(NamedTuple):
+    """Torch's protocol for loss scaling, on the device of the parameters."""
+
+    grad_scale: Tensor | None  # () by which gradients are divided
+    found_inf: Tensor | None  # () 1.0 where neither weights nor state may change, else 0.0
+
+
+class Work(NamedTuple):
+    """What a group brings to a step or a refresh: the parameters for which there is a value."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    values: list[Tensor]  # gradients or estimates, in the shapes and placements of the parameters
+    states: list[dict[str, Tensor]]
+    amp: Amp
+
+
 class ElementwiseOptimizer(Optimizer):
     """An optimizer whose update of a coordinate depends on that coordinate alone, so that shards of any shape work.
 
@@ -36,6 +57,9 @@ class ElementwiseOptimizer(Optimizer):
     """
 
     _step_supports_amp_scaling = True
+
+    # What `state[p]` holds: zeros like p, and of COUNTS 0-D zeros on the CPU.
+    _state_names: tuple[str, ...] = ("exp_avg",)
 
     def __init__(
         self,
@@ -65,7 +89,7 @@ class ElementwiseOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._validate_group(group)
+            self._check_group(group)
             for index, p in enumerate(group["params"]):
                 if not p.is_floating_point():
                     raise TypeError(
@@ -76,19 +100,9 @@ class ElementwiseOptimizer(Optimizer):
             self.param_groups.pop()
             raise
 
-    def _validate_group(self, group: dict[str, Any]) -> None:
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for a hyper-parameter out of its range, by name."""
         raise NotImplementedError
-
-    def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """grad_scale, and found_inf as 0.0 or 1.0, on the device of the parameters; the host does not wait for them."""
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if grad_scale is not None:
-            grad_scale = local(grad_scale).to(device, non_blocking=True)
-        if found_inf is not None:  # a GradScaler adds up the flags of several devices
-            found_inf = (local(found_inf) > 0).to(device, non_blocking=True)
-            found_inf = found_inf.to(torch.float32 if device.type == "mps" else torch.float64)
-        return grad_scale, found_inf
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim, but what torch casts to the parameter's dtype stays as it was: float32 for half precision,
@@ -103,17 +117,132 @@ class ElementwiseOptimizer(Optimizer):
                 elif p.dtype in HALF:
                     self.state[p][key] = value.to(device=p.device, dtype=torch.float32)
 
+    def _with_gradients(self) -> Iterator[Work]:
+        """The work of a step. Raises RuntimeError for a sparse gradient."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        return self._work({p: checked_grad(p) for p in params if p.grad is not None})
 
-def widened(value: float | Tensor) -> float | Tensor:
-    """A hyper-parameter with the precision of a Python float where it is a tensor, so that all forms of a rule compute
-    with the same numbers. MPS, which lacks float64, keeps what it is given."""
-    return value.double() if isinstance(value, Tensor) and value.device.type != "mps" else value
+    def _work(self, values: Mapping[Tensor, Tensor], grad_scale: Tensor | None = None) -> Iterator[Work]:
+        """Group by group, without those that have no value.
+
+        Args:
+            grad_scale: in place of the attributes `grad_scale` and `found_inf`.
+        """
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p in values]
+            if params:
+                device = local(params[0]).device
+                amp = self._amp(device) if grad_scale is None else Amp(grad_scale.to(device), None)
+                yield Work(group, params, [values[p] for p in params], [self._state_of(p) for p in params], amp)
+
+    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[p]
+        for name in self._state_names:
+            if name not in state:
+                state[name] = torch.zeros((), dtype=torch.float32) if name in COUNTS else _zeros_like(p)
+        return state
+
+    def _amp(self, device: torch.device) -> Amp:
+        """The attributes on a device; the host does not wait for them."""
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if grad_scale is not None:
+            grad_scale = local(grad_scale).to(device, non_blocking=True)
+        if found_inf is not None:  # a GradScaler adds up the flags of several devices
+            found_inf = (local(found_inf) > 0).to(device, non_blocking=True)
+            found_inf = found_inf.to(torch.float32 if device.type == "mps" else torch.float64)
+        return Amp(grad_scale, found_inf)
 
 
-def state_like(p: Tensor) -> Tensor:
-    """Zeros in the shape, layout and placement of p, in the dtype of the arithmetic."""
-    dtype = torch.float32 if p.dtype in HALF else p.dtype
-    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+class CurvatureOptimizer(ElementwiseOptimizer):
+    """With a diagonal curvature estimate, which comes in by `update_hessian` every `hessian_interval` steps."""
+
+    _state_names = ("step", "exp_avg", "hessian")
+
+    def _set_transient_attributes(self) -> None:
+        self._round: dict[int, int] = {}  # id(parameter) -> coordinates, since the training step began
+        self._counts: list[Tensor] = []  # what the rules of the training step returned
+        self._steps_since_refresh = 0
+        self._warned = False
+
+    @property
+    def numel(self) -> int:
+        """Coordinates on this rank that the last training step has updated, over all its calls of `step`."""
+        return sum(self._round.values())
+
+    def _steps_made(self) -> int:
+        """The largest step count of a parameter."""
+        steps = [state["step"] for state in self.state.values() if "step" in state]
+        return int(torch.stack([step.to(steps[0].device) for step in steps]).max()) if steps else 0
+
+    def _begins_step(self, params: list[Tensor]) -> bool:
+        """Whether a training step begins with these parameters. It may be several calls of `step`, as DeepSpeed makes
+        them, one for each group or shard: a parameter met again begins the next."""
+        begins = not self._round or not self._round.keys().isdisjoint(id(p) for p in params)
+        if begins:
+            self._round = {}
+            self._steps_since_refresh += 1
+        self._round.update((id(p), local(p).numel()) for p in params)
+        interval = self.param_groups[0]["hessian_interval"]
+        if interval is not None and self._steps_since_refresh > interval and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self._steps_since_refresh} steps without update_hessian(), expected one every hessian_interval = "
+                f"{interval} steps: the curvature is stale or, if none ever came, zero, which makes Sophia momentum-sign "
+                "descent. Call update_hessian() when hessian_due is true; hessian_interval=None is for a run without "
+                "curvature.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        return begins
+
+    def _curvature(
+        self,
+        num_predictions: int | Tensor | None,
+        estimates: Sequence[Tensor | None] | None,
+        grad_scaler: torch.amp.GradScaler | None,
+    ) -> Iterator[Work]:
+        """The work of a refresh, its arguments checked: gradients if num_predictions is given, else estimates; nothing,
+        with a warning, after an overflow."""
+        if self.param_groups[0]["hessian_interval"] is None:
+            raise RuntimeError(
+                "update_hessian() of an optimizer with hessian_interval=None, which means a run without curvature: "
+                "give the constructor hessian_interval=10"
+            )
+        if (num_predictions is None) == (estimates is None):
+            raise TypeError(
+                f"update_hessian() got {'neither' if estimates is None else 'both'} of num_predictions and "
+                "estimates, expected exactly one: num_predictions=N, the number of sampled tokens, when .grad "
+                "holds the gradient of their mean loss; estimates=[…] for any other estimator"
+            )
+        params = [p for group in self.param_groups for p in group["params"]]
+        if estimates is None:
+            _check_num_predictions(num_predictions)
+            values = _gradients(params)
+        else:
+            values = _checked_estimates(params, estimates)
+        scale: Tensor | None = None
+        if grad_scaler is not None and grad_scaler.is_enabled():
+            if not _all_finite(values.values()):
+                warnings.warn(
+                    "the curvature estimate overflowed under loss scaling: this refresh is skipped and h keeps its "
+                    "last value. The scaler lowers its scale when a training step overflows; if this recurs, start "
+                    "from a smaller init_scale.",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+                return
+            scale = torch.tensor(grad_scaler.get_scale())
+        yield from self._work(values, scale)
+        self._steps_since_refresh = 0
+
+
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """A step's closure's loss, with gradients; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def advance(states: list[dict[str, Tensor]], key: str, found_inf: Tensor | None) -> None:
@@ -133,6 +262,12 @@ def advance(states: list[dict[str, Tensor]], key: str, found_inf: Tensor | None)
         torch._foreach_sub_(counts, [found_inf.to(counts[0].dtype)] * len(counts))
 
 
+def _zeros_like(p: Tensor) -> Tensor:
+    """Zeros in the shape, layout and placement of p, in the dtype of the arithmetic."""
+    dtype = torch.float32 if p.dtype in HALF else p.dtype
+    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+
 def checked_grad(p: Tensor) -> Tensor:
     """p.grad, dense and in the placement of p. Raises RuntimeError for a sparse gradient."""
     grad = p.grad
@@ -142,9 +277,74 @@ def checked_grad(p: Tensor) -> Tensor:
             f"the gradient of a parameter of shape {tuple(p.shape)} has layout {grad.layout}, expected a dense one: "
             "build the embedding with sparse=False, or give its parameters to torch.optim.SparseAdam"
         )
-    if isinstance(p, DTensor) and isinstance(grad, DTensor) and grad.placements != p.placements:
-        grad = grad.redistribute(placements=p.placements)
-    return grad
+    return _placed_like(p, grad)
+
+
+def _placed_like(p: Tensor, value: Tensor) -> Tensor:
+    if isinstance(p, DTensor) and isinstance(value, DTensor) and value.placements != p.placements:
+        return value.redistribute(placements=p.placements)
+    return value
+
+
+def _gradients(params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    for index, p in enumerate(params):
+        if p.grad is None and p.requires_grad:
+            raise RuntimeError(
+                f"parameter {index} of shape {tuple(p.shape)} has no gradient: run the backward of the "
+                "curvature loss before update_hessian(), or set requires_grad=False if the parameter is not "
+                "trained"
+            )
+    return {p: checked_grad(p) for p in params if p.grad is not None}
+
+
+def _checked_estimates(params: Sequence[Tensor], estimates: Sequence[Tensor | None]) -> dict[Tensor, Tensor]:
+    if len(estimates) != len(params):
+        raise ValueError(
+            f"{len(estimates)} estimates for {len(params)} parameters, expected one for each, in the order of "
+            "the parameters"
+        )
+    checked = {}
+    for index, (p, estimate) in enumerate(zip(params, estimates, strict=True)):
+        if estimate is None:
+            if p.requires_grad:
+                raise ValueError(
+                    f"the estimate for parameter {index} of shape {tuple(p.shape)} is None, expected a tensor: "
+                    "None is for parameters with requires_grad=False"
+                )
+            continue
+        if estimate.shape != p.shape:
+            raise ValueError(
+                f"the estimate for parameter {index} has shape {tuple(estimate.shape)}, expected {tuple(p.shape)}: "
+                "give the estimates in the order of the parameters"
+            )
+        if isinstance(p, DTensor) != isinstance(estimate, DTensor):
+            raise TypeError(
+                f"the estimate for parameter {index} is a {type(estimate).__name__} and the parameter a "
+                f"{type(p).__name__}, expected the same: use torch.distributed.tensor.distribute_tensor, or "
+                "build the estimate from p.grad and sophia.random.normals_like(p, …)"
+            )
+        checked[p] = _placed_like(p, estimate)
+    return checked
+
+
+def _all_finite(values: Iterable[Tensor]) -> bool:
+    """Whether every value is finite, on all ranks that share a DTensor; waits for the device."""
+    bad = [value.isfinite().logical_not().sum() for value in values]
+    return not any(int(count.full_tensor() if isinstance(count, DTensor) else count) for count in bad)
+
+
+def _check_num_predictions(num_predictions: object) -> None:
+    if isinstance(num_predictions, Tensor):
+        if num_predictions.dim() != 0:
+            raise ValueError(
+                f"num_predictions is a tensor of shape {tuple(num_predictions.shape)}, expected an integer or a 0-D "
+                "tensor: the number of sampled tokens"
+            )
+    elif isinstance(num_predictions, bool) or not isinstance(num_predictions, int) or num_predictions < 1:
+        raise ValueError(
+            f"num_predictions = {num_predictions!r}, expected an integer >= 1: the number of tokens (not sequences) "
+            "whose labels were sampled, over all micro-batches and ranks"
+        )
 
 
 def check_number(
@@ -169,6 +369,21 @@ def check_betas(group: Mapping[str, Any]) -> None:
     for index, beta in enumerate(betas):
         if not _is_number(beta) or not 0 <= beta < 1:
             raise ValueError(f"betas[{index}] = {beta!r}, expected a number in [0, 1): with 1 nothing new comes in")
+
+
+def check_interval(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError unless group["hessian_interval"] is an integer >= 1 or None, and that of the first group."""
+    interval, first = group["hessian_interval"], groups[0]["hessian_interval"]
+    if interval is not None and (isinstance(interval, bool) or not isinstance(interval, int) or interval < 1):
+        raise ValueError(
+            f"hessian_interval = {interval!r}, expected an integer >= 1: the paper uses 10; "
+            "None is for a run without curvature"
+        )
+    if interval != first:
+        raise ValueError(
+            f"hessian_interval = {interval!r} in one group and {first!r} in another, expected one value: "
+            "set it in the constructor, not by group"
+        )
 
 
 def _is_number(value: object) -> bool:

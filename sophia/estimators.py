@@ -56,51 +56,10 @@ def gauss_newton_bartlett(
         ValueError: positions of the wrong shape, or no prediction.
     """
     outputs, positions = _predictions(_outputs(outputs_fn), positions, likelihood)
-    labels = likelihood.sample(outputs.detach(), positions, seed, step, 0)
+    labels = likelihood.sample(outputs.detach(), positions, seed, step)
     loss = likelihood.loss_sum(outputs, labels) / (total_predictions or len(outputs))
     _backward(loss, grad_scaler)
     return len(outputs)
-
-
-def gauss_newton_bartlett_mean(
-    outputs_fn: Callable[[], Tensor],
-    params: Iterable[Tensor],
-    *,
-    seed: int,
-    step: int,
-    draws: int,
-    positions: Tensor | None = None,
-    likelihood: Likelihood = Categorical(),  # noqa: B008 frozen
-) -> list[Tensor]:
-    """The mean of `draws` Gauss-Newton-Bartlett estimates that share one forward pass; not in the paper.
-
-        estimates = gauss_newton_bartlett_mean(lambda: model(x), model.parameters(), seed=0, step=step, draws=4)
-        optimizer.update_hessian(estimates=estimates)
-
-    A draw costs a backward pass and the variance falls as 1/draws. (To sample several labels and average their
-    *gradients* would leave it where it is: N ĝ ⊙ ĝ has the relative variance 2 for every large N.)
-
-    Args:
-        params: in the order of the optimizer's.
-        draws: how many labels each prediction gets, at least 1. The first is that of `gauss_newton_bartlett`.
-        outputs_fn, seed, step, positions, likelihood: as there.
-
-    Returns:
-        ĥ for each parameter, in its shape; zeros for one that the outputs do not depend on.
-    """
-    if draws < 1:
-        raise ValueError(f"draws = {draws}, expected an integer >= 1: the labels drawn for each prediction")
-    params = list(params)
-    outputs, positions = _predictions(_outputs(outputs_fn), positions, likelihood)
-    n = len(outputs)
-    estimates = [torch.zeros_like(p) for p in params]
-    for draw in range(draws):
-        labels = likelihood.sample(outputs.detach(), positions, seed, step, draw)
-        loss = likelihood.loss_sum(outputs, labels) / n
-        grads = torch.autograd.grad(loss, params, retain_graph=draw < draws - 1, materialize_grads=True)
-        for estimate, grad in zip(estimates, grads, strict=True):
-            estimate.add_(grad.square(), alpha=n / draws)
-    return estimates
 
 
 def empirical_fisher(

@@ -1,7 +1,12 @@
-"""How an update rule of `sophia.rules` is carried out over many tensors.
+"""What an update rule is written with, and how it is carried out over many tensors.
 
-A rule is written once and carried out in one of three forms, which agree to the last bit where the hardware rounds each
-operation (a GPU compiler may fuse a multiplication into an addition):
+A rule is an elementwise function: the only place where a method's arithmetic is written. It takes tensors of one shape,
+then hyper-parameters, floats or 0-D float64 tensors (the compiled form takes only these, so that a schedule compiles
+nothing anew), then `grad_scale` and `found_inf`, which may be None. The arithmetic has the precision of the state (m, h):
+float32, also for bfloat16 and float16 parameters.
+
+A rule is carried out in one of three forms, which agree to the last bit where the hardware rounds each operation (a GPU
+compiler may fuse a multiplication into an addition):
 
 - compiled: `torch.compile` makes a kernel of it, one pass over memory. Its sizes are symbolic, so that one compilation
   serves every model and every process, and it takes ROWS parameters at a call, since a call costs as much as a hundred
@@ -15,13 +20,15 @@ In the compiled and the eager form small tensors are joined, so that a hundred n
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 Rule = Callable[..., Tensor | None]
+Scalar = float | Tensor
+F = TypeVar("F", bound=Rule)
 Row = Sequence[Tensor]  # the tensor arguments of a rule, for one parameter
 
 
@@ -47,6 +54,52 @@ _compiled: dict[tuple[object, ...], Callable[..., Tensor | None]] = {}
 _compiler_failed = False
 
 
+def updates(*indices: int) -> Callable[[F], F]:
+    """Marks which tensor arguments a rule changes, in the attribute `updated`."""
+
+    def mark(rule: F) -> F:
+        rule.updated = indices  # type: ignore[attr-defined]
+        return rule
+
+    return mark
+
+
+def unscaled(
+    grad: Tensor,  # (*) any floating dtype
+    state: Tensor,  # (*) whose dtype the arithmetic has
+    grad_scale: Tensor | None,  # ()
+) -> Tensor:  # (*)
+    """The gradient in the dtype of the state, divided by `grad_scale`."""
+    grad = grad.to(state.dtype)
+    # A division per coordinate would not hide behind memory beside Sophia's own; powers of 2 and 1 stay exact.
+    return grad if grad_scale is None else grad * (1 / grad_scale)
+
+
+def fold(
+    average: Tensor,  # (*) updated in place
+    value: Tensor,  # (*)
+    decay: Scalar,  # () β
+    found_inf: Tensor | None,  # ()
+) -> None:
+    """average ← β average + (1-β) value, but nothing where found_inf is 1. Not lerp_, which rounds otherwise where it is
+    compiled."""
+    new = average * decay + value * (1 - decay)
+    average.copy_(new if found_inf is None else torch.where(found_inf > 0, average, new))
+
+
+def descend(
+    param: Tensor,  # (*) updated in place
+    update: Tensor,  # (*)
+    lr: Scalar,  # () η
+    weight_decay: Scalar,  # () λ
+    found_inf: Tensor | None,  # ()
+) -> None:
+    """θ ← θ - ηλθ - ηu, rounded once to the parameter's dtype; bit for bit θ where found_inf is 1."""
+    if found_inf is not None:
+        lr = lr * (1 - found_inf)
+    param.copy_(param.to(update.dtype) * (1 - lr * weight_decay) - update * lr)
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that lives on this rank; any other tensor itself, detached. Only under no_grad."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
@@ -54,14 +107,15 @@ def local(tensor: Tensor) -> Tensor:
 
 def apply(
     rule: Rule,
-    tensors: Sequence[Sequence[Tensor]],  # for each tensor argument of the rule, one local tensor per parameter
-    scalars: Sequence[float | Tensor | None],  # the rule's other arguments
+    tensors: Sequence[Sequence[Tensor]],  # for each tensor argument of the rule, one tensor per parameter
+    hyper: Sequence[Scalar],  # the rule's hyper-parameters
     form: Form = AUTOMATIC,
+    amp: Sequence[Tensor | None] = (),  # grad_scale and found_inf, on the device of the parameters
 ) -> list[Tensor]:  # what the rule returned, for each call of it
-    """Carry out `rule` on each parameter's tensors, in place."""
+    """Carry out `rule` on each parameter's tensors, in place: of DTensors on the part of this rank. Under no_grad."""
     results: list[Tensor | None] = []
-    for rows in _by_signature(zip(*tensors, strict=True)):
-        scalars = [_reachable(scalar, rows[0][0].device) for scalar in scalars]
+    for rows in _by_signature(zip(*([local(t) for t in column] for column in tensors), strict=True)):
+        scalars = [*(_widened(value, rows[0][0].device) for value in hyper), *amp]
         foreach, compile = _choose(form, rows)
         if foreach:
             results.append(rule(*(TensorList(column) for column in zip(*rows, strict=True)), *scalars))
@@ -84,11 +138,15 @@ def apply(
     return [result for result in results if result is not None]
 
 
-def _reachable(scalar: float | Tensor | None, device: torch.device) -> float | Tensor | None:
-    """Kernels take 0-D tensors from the CPU and from their own device, not from another accelerator."""
-    if isinstance(scalar, Tensor) and scalar.device.type != "cpu" and scalar.device != device:
-        return scalar.to(device, non_blocking=True)
-    return scalar
+def _widened(value: Scalar, device: torch.device) -> Scalar:
+    """A hyper-parameter with the precision of a Python float where it is a tensor, so that all forms of a rule compute
+    with the same numbers (MPS, which lacks float64, keeps what it is given), from where kernels take it: the CPU or
+    their own device, not another accelerator."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_floating_point() and value.device.type != "mps":
+        value = value.double()
+    return value if value.device.type == "cpu" else value.to(device, non_blocking=True)
 
 
 def _by_signature(rows: Iterable[Row]) -> list[list[Row]]:

@@ -42,9 +42,8 @@ class Likelihood(Protocol):
         positions: Tensor,  # (n,) int64, not negative
         seed: int,
         step: int,
-        draw: int,
     ) -> Tensor:
-        """Labels drawn from the distributions, a function of the outputs and (seed, step, position, draw)."""
+        """Labels drawn from the distributions, a function of the outputs and (seed, step, position)."""
         ...
 
     def loss_sum(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -82,8 +81,8 @@ class Categorical:
                 f"event_dims = {self.event_dims}, expected 1: the last dimension holds the logits of the classes"
             )
 
-    def sample(self, outputs: Tensor, positions: Tensor, seed: int, step: int, draw: int) -> Tensor:
-        return sample_labels(outputs, uniforms(seed, step, positions, _stream(draw)))
+    def sample(self, outputs: Tensor, positions: Tensor, seed: int, step: int) -> Tensor:
+        return sample_labels(outputs, uniforms(seed, step, positions))
 
     def loss_sum(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(outputs, labels, reduction="sum")
@@ -101,8 +100,8 @@ class Gaussian:
             raise ValueError(f"variance = {self.variance}, expected a number > 0: 0.5 is that of F.mse_loss")
 
     @torch.no_grad()
-    def sample(self, outputs: Tensor, positions: Tensor, seed: int, step: int, draw: int) -> Tensor:
-        noise = normals_at(seed, step, _stream(draw), _element_positions(outputs, positions))
+    def sample(self, outputs: Tensor, positions: Tensor, seed: int, step: int) -> Tensor:
+        noise = normals_at(seed, step, "label", _element_positions(outputs, positions))
         return outputs + noise.to(outputs.dtype) * math.sqrt(self.variance)
 
     def loss_sum(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -116,16 +115,12 @@ class Bernoulli:
     event_dims: int = 0
 
     @torch.no_grad()
-    def sample(self, outputs: Tensor, positions: Tensor, seed: int, step: int, draw: int) -> Tensor:
-        u = uniforms(seed, step, _element_positions(outputs, positions), _stream(draw))
+    def sample(self, outputs: Tensor, positions: Tensor, seed: int, step: int) -> Tensor:
+        u = uniforms(seed, step, _element_positions(outputs, positions))
         return (u < outputs.sigmoid()).to(outputs.dtype)
 
     def loss_sum(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(outputs, labels, reduction="sum")
-
-
-def _stream(draw: int) -> str:
-    return "label" if draw == 0 else f"label/{draw}"
 
 
 def _element_positions(

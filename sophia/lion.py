@@ -7,17 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sophia.elementwise import (
-    ElementwiseOptimizer,
-    ParamsT,
-    check_betas,
-    check_number,
-    checked_grad,
-    state_like,
-    widened,
-)
-from sophia.kernels import apply, local
-from sophia.rules import lion_update
+from sophia.elementwise import ElementwiseOptimizer, ParamsT, check_betas, check_number, evaluated
+from sophia.kernels import Scalar, apply, descend, fold, unscaled, updates
+
+
+@updates(0, 2)
+def lion_update(
+    param: Tensor,  # (*) θ, updated in place
+    grad: Tensor,  # (*) g
+    exp_avg: Tensor,  # (*) m, updated in place
+    lr: Scalar,  # () η
+    beta1: Scalar,  # () of the update
+    beta2: Scalar,  # () of the momentum
+    weight_decay: Scalar,  # () λ
+    grad_scale: Tensor | None = None,  # ()
+    found_inf: Tensor | None = None,  # ()
+) -> None:
+    """θ ← θ - η (sign(β1 m + (1-β1) g) + λθ);  m ← β2 m + (1-β2) g   (Chen et al. 2023, Algorithm 2)."""
+    grad = unscaled(grad, exp_avg, grad_scale)
+    if found_inf is not None:
+        grad = torch.where(found_inf > 0, exp_avg, grad)  # 0 · nan would reach the weights
+    descend(param, (exp_avg * beta1 + grad * (1 - beta1)).sign(), lr, weight_decay, found_inf)
+    fold(exp_avg, grad, beta2, found_inf)
 
 
 class Lion(ElementwiseOptimizer):
@@ -50,7 +61,7 @@ class Lion(ElementwiseOptimizer):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         super().__init__(params, defaults, foreach=foreach, compile=compile)
 
-    def _validate_group(self, group: dict[str, Any]) -> None:
+    def _check_group(self, group: dict[str, Any]) -> None:
         check_number(group, "lr", "the paper uses 1e-4")
         check_betas(group)
         check_number(group, "weight_decay", "try 0.2")
@@ -58,31 +69,8 @@ class Lion(ElementwiseOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient. Raises RuntimeError for a sparse one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["exp_avg"] = state_like(p)
-            apply(
-                lion_update,
-                [
-                    [local(p) for p in params],
-                    [local(checked_grad(p)) for p in params],
-                    [local(self.state[p]["exp_avg"]) for p in params],
-                ],
-                [
-                    widened(group["lr"]),
-                    group["betas"][0],
-                    group["betas"][1],
-                    group["weight_decay"],
-                    *self._amp(local(params[0]).device),
-                ],
-                self._form,
-            )
+        loss = evaluated(closure)
+        for group, params, grads, states, amp in self._with_gradients():
+            tensors = [params, grads, [state["exp_avg"] for state in states]]
+            apply(lion_update, tensors, [group["lr"], *group["betas"], group["weight_decay"]], self._form, amp)
         return loss

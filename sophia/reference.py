@@ -9,15 +9,36 @@ For repeating old runs. It differs from the paper, and from `SophiaG`, in these 
 - β1 = 0.965.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sophia.elementwise import ParamsT
-from sophia.kernels import Rule
-from sophia.optimizer import Sophia
-from sophia.rules import sophia_reference_update
+from sophia.kernels import Rule, Scalar, descend, fold, unscaled, updates
+from sophia.sophia import Sophia
+
+
+@updates(0, 2)
+def sophia_reference_update(
+    param: Tensor,  # (*) θ, updated in place
+    grad: Tensor,  # (*) g
+    exp_avg: Tensor,  # (*) m, updated in place
+    hessian: Tensor,  # (*) h, read only
+    lr: Scalar,  # () η
+    beta1: Scalar,  # ()
+    gamma: Scalar,  # () ρ·bs
+    eps: Scalar,  # () 1e-15
+    weight_decay: Scalar,  # () λ
+    grad_scale: Tensor | None = None,  # ()
+    found_inf: Tensor | None = None,  # ()
+) -> Tensor:  # () int32, the number of coordinates with |m| < ρ·bs·h + 1e-15
+    """θ ← θ - ηλθ - η · sign(m) · min(|m| / (ρ·bs·h + 1e-15), 1), the authors' code (sophia.py,
+    _single_tensor_sophiag)."""
+    fold(exp_avg, unscaled(grad, exp_avg, grad_scale), beta1, found_inf)
+    curvature = hessian * gamma + eps
+    descend(param, exp_avg.sign() * (exp_avg.abs() / curvature).clamp_max(1), lr, weight_decay, found_inf)
+    return (exp_avg.abs() < curvature).sum(dtype=torch.int32)
 
 
 class ReferenceSophiaG(Sophia):
@@ -42,6 +63,8 @@ class ReferenceSophiaG(Sophia):
         hessian_interval: k.
         estimator_clip: the norm to which .grad is clipped before it is squared.
     """
+
+    _rules: ClassVar[dict[bool, Rule]] = {True: sophia_reference_update}
 
     def __init__(
         self,
@@ -86,6 +109,3 @@ class ReferenceSophiaG(Sophia):
             [p for group in self.param_groups for p in group["params"]], self._estimator_clip
         )
         super().update_hessian(num_predictions=1)
-
-    def _rule(self, group: dict[str, Any]) -> Rule:
-        return sophia_reference_update

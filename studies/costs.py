@@ -56,9 +56,8 @@ def costs(spec: StudySpec, speeds: Mapping[str, float], start_seconds: float) ->
 
 
 def curvature_share(config: RunConfig) -> float:
-    """FLOPs of the curvature passes over those of training, the first refresh apart."""
+    """FLOPs of the curvature passes over those of training."""
     optimizer = config.optimizer
     if not isinstance(optimizer, (SophiaConfig, AdaHessianConfig)):
         return 0.0
-    draws = optimizer.label_draws if isinstance(optimizer, SophiaConfig) else 1
-    return draws * _PASSES[optimizer.estimator] * optimizer.batch_fraction / optimizer.hessian_interval
+    return _PASSES[optimizer.estimator] * optimizer.batch_fraction / optimizer.hessian_interval

@@ -1,4 +1,4 @@
-"""Records put to the proof: a run of every arm once more from its committed configuration, curve held against curve."""
+"""Checks records: runs every arm once more from its committed configuration and compares the curves."""
 
 import math
 import os
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from analysis.trials import Study, Trial
+from training.compose import without_removed
+from training.config import ConfigurationError
 from training.records import SUMMARY_FILE, RecordError, RunRecord, json_line, write_atomically
 
 VERIFICATION_FILE = "verification.json"
@@ -42,11 +44,25 @@ class Verification:
 
 def chosen(study: Study) -> list[Trial]:
     """One reported run of each arm on each model: of the shortest horizon, the first seed, completed if any is."""
-    reported = [trial for trial in study.reporting if trial.run is not None and study.arms[trial.arm].role == "arm"]
+    reported = [
+        trial
+        for trial in study.reporting
+        if trial.run is not None and study.arms[trial.arm].role == "arm" and refusal(trial) is None
+    ]
     first: dict[tuple[str, str], Trial] = {}
     for trial in sorted(reported, key=lambda one: (one.status != "completed", one.horizon, one.seed)):
         first.setdefault((trial.arm, trial.model), trial)
     return [first[key] for key in dict.fromkeys((trial.arm, trial.model) for trial in reported)]
+
+
+def refusal(trial: Trial) -> str | None:
+    """Why this version cannot run a recorded trial again; None where it can."""
+    assert trial.run is not None
+    try:
+        without_removed(trial.run.record.config)
+    except ConfigurationError as error:
+        return str(error)
+    return None
 
 
 def verify(study: Study, work: Path, records: Path, *, tell: Callable[[str], None] = print) -> list[Verification]:
@@ -64,6 +80,10 @@ def verify(study: Study, work: Path, records: Path, *, tell: Callable[[str], Non
         ValueError: nothing has been reported yet.
     """
     trials = chosen(study)
+    refused = {trial.arm: refusal(trial) for trial in study.reporting if trial.run is not None}
+    for arm, reason in refused.items():
+        if reason is not None:
+            tell(f"{arm}: cannot be run again: {reason}")
     if not trials:
         raise ValueError(f"{study.name}: no reported run is on record; run the study first")
     failures: list[str] = []

@@ -30,7 +30,7 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from training.config import ConfigurationError, RunConfig, flat, whole
+from training.config import LAST_WITH_REMOVED, REMOVED, ConfigurationError, RunConfig, flat, whole
 from training.config_files import CONFIG_DIRECTORY, read_text, read_yaml
 from training.mistakes import (
     OTHER_COMMANDS,
@@ -264,7 +264,7 @@ def compose_dictionary(overrides: Sequence[str], primary: Primary = PROJECT) -> 
             )
             check_hydra(config, overrides)
             values = resolved(config)
-            return with_local_launcher(values) if primary.is_record else values
+            return with_local_launcher(without_removed(values)) if primary.is_record else values
     finally:
         GlobalHydra.instance().clear()
         GlobalHydra.instance().hydra = outer
@@ -446,6 +446,29 @@ def _leaves(values: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, path)
     else:
         yield path, values
+
+
+def without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a recorded configuration without the keys that later versions lack.
+
+    Raises:
+        ConfigurationError: one of them is switched on; the key, the value and the commit to use are named.
+    """
+    optimizer = values.get("optimizer")
+    if not isinstance(optimizer, Mapping):
+        return dict(values)
+    for key, off in REMOVED.items():
+        if optimizer.get(key, off) != off:
+            raise ConfigurationError(
+                f"optimizer.{key}={shown(optimizer[key])}: removed after this run was recorded (docs/decisions.md); check out "
+                f"commit {LAST_WITH_REMOVED} to run or resume it"
+            )
+    return {**values, "optimizer": {key: value for key, value in optimizer.items() if key not in REMOVED}}
+
+
+def validate_recorded(values: Mapping[str, Any]) -> RunConfig:
+    """`validate` for the configuration that a record or a checkpoint holds, of this version or an earlier one."""
+    return validate(without_removed(values))
 
 
 def validate(values: Mapping[str, Any]) -> RunConfig:

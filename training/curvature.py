@@ -6,11 +6,7 @@
     hutchinson             ĥ = u ⊙ (∇²L u), the product by double backward
     hutchinson_differences ĥ = u ⊙ (∇L(θ + δu) − ∇L(θ − δu)) / 2δ, in float32
 
-Beyond the paper, off by default: with `label_draws` R, gnb's ĥ is the mean over R sets of labels, each with a forward and
-backward of its own; with `warm_start` n, h at the first step is the mean of n estimates of that step's slice, each with
-labels or noise of its own, instead of (1 - β2) ĥ.
-
-Gauss-Newton-Bartlett with one draw needs no forward of its own where a strategy can differentiate one forward twice: the
+Gauss-Newton-Bartlett needs no forward of its own where a strategy can differentiate one forward twice: the
 labels are drawn from the softmax of the training loss (`run_within_training`). Elsewhere `run` makes the pass by itself.
 
 N is counted from the predictions that were really made. No norm clip touches the estimate. Formulas: Liu et al. 2024,
@@ -32,8 +28,8 @@ from models.flops import (
     hutchinson_differences_flops,
     hutchinson_exact_flops,
 )
-from sophia import random
-from training.config import AdaHessianConfig, OptimizerConfig, SophiaConfig
+from sophia import random, refresh_due
+from training.config import CurvatureSettings, OptimizerSettings
 from training.recording.ledger import Ledger
 from training.strategies.base import KeepsGraphs, Strategy
 from training.strategies.communication import FLOAT32, all_reduce_bytes
@@ -51,7 +47,7 @@ class CurvaturePass:
     """Runs the pass of one optimizer configuration under any strategy.
 
     Args:
-        config: an optimizer with `hessian_interval`, `estimator` and `batch_fraction`.
+        config: the section of an optimizer that takes curvature estimates.
         seed: the curvature seed; labels and noise are pure functions of it, the step and the global position.
         global_batch_size: sequences of a training batch, B.
         micro_batch_size: the most sequences per forward on a rank.
@@ -60,7 +56,7 @@ class CurvaturePass:
 
     def __init__(
         self,
-        config: SophiaConfig | AdaHessianConfig,
+        config: CurvatureSettings,
         seed: int,
         global_batch_size: int,
         micro_batch_size: int,
@@ -69,9 +65,6 @@ class CurvaturePass:
     ) -> None:
         self._shared_forward = shared_forward
         self.interval = config.hessian_interval
-        self._label_draws = config.label_draws if isinstance(config, SophiaConfig) else 1
-        self._warm_start = config.warm_start if isinstance(config, SophiaConfig) else 0
-        self._beta2 = config.betas[1]
         self.estimator = config.estimator
         self._seed = seed
         self.sequences = max(1, round(config.batch_fraction * global_batch_size))
@@ -80,7 +73,7 @@ class CurvaturePass:
     @classmethod
     def of(
         cls,
-        config: OptimizerConfig,
+        config: OptimizerSettings,
         seed: int,
         global_batch_size: int,
         micro_batch_size: int,
@@ -88,13 +81,13 @@ class CurvaturePass:
         shared_forward: bool = False,
     ) -> "CurvaturePass | None":
         """The pass of the configuration, None for a method without one."""
-        if isinstance(config, (SophiaConfig, AdaHessianConfig)):
+        if isinstance(config, CurvatureSettings):
             return cls(config, seed, global_batch_size, micro_batch_size, shared_forward=shared_forward)
         return None
 
     def due(self, step: int) -> bool:
-        """Before the steps t = 1, 1 + k, 1 + 2k, …"""
-        return (step - 1) % self.interval == 0
+        """Before the steps t = 1, 1 + k, 1 + 2k, … of the run, skipped ones counted, which the optimizer does not."""
+        return refresh_due(step, self.interval)
 
     def run(self, strategy: Strategy, batch: Batch, step: int) -> Tensor:
         """Estimate at the current weights and fold into h; gradients are clear before and after.
@@ -106,24 +99,28 @@ class CurvaturePass:
         slices = list(self.slices(strategy, batch))
         num_predictions = self._count_predictions(strategy, slices)
         with random.generators_kept([strategy.device]):
-            if step == 1 and self._warm_start:
-                skipped = strategy.update_hessian(estimates=self._first(strategy, slices, num_predictions))
-            elif self._label_draws == 1 and self.estimator in ("gnb", "empirical_fisher"):
-                self._backward(strategy, slices, self._loss(step, 0), num_predictions)
-                skipped = strategy.update_hessian(num_predictions=num_predictions)
-            else:
-                skipped = strategy.update_hessian(estimates=self._estimate(strategy, slices, step, num_predictions))
+            match self.estimator:
+                case "hutchinson":
+                    product = self._product(strategy, slices, step, num_predictions)
+                    skipped = strategy.update_hessian(estimates=product)
+                case "hutchinson_differences":
+                    quotient = self._differences(strategy, slices, step, num_predictions)
+                    skipped = strategy.update_hessian(estimates=quotient)
+                case _:
+                    loss = self._sampled_loss(step) if self.estimator == "gnb" else _training_loss
+                    self._backward(strategy, slices, loss, num_predictions)
+                    skipped = strategy.update_hessian(num_predictions=num_predictions)
         strategy.zero_grad()
         return skipped
 
-    def within_training(self, step: int) -> bool:
-        """Whether the training forward can give the refresh before this step all that it needs: one draw of labels."""
-        plain = self.estimator == "gnb" and self._label_draws == 1 and not (step == 1 and self._warm_start)
-        return self._shared_forward and plain
+    @property
+    def within_training(self) -> bool:
+        """Whether the training forward can give a refresh all that it needs, the logits from which labels are drawn."""
+        return self._shared_forward and self.estimator == "gnb"
 
-    def shares_forward(self, strategy: Strategy, step: int) -> TypeGuard[KeepsGraphs]:
+    def shares_forward(self, strategy: Strategy) -> TypeGuard[KeepsGraphs]:
         """`within_training`, under a strategy that can differentiate one forward twice."""
-        return self.within_training(step) and isinstance(strategy, KeepsGraphs)
+        return self.within_training and isinstance(strategy, KeepsGraphs)
 
     def run_within_training(
         self, strategy: KeepsGraphs, batch: Batch, step: int, predictions: int, ledger: Ledger
@@ -176,74 +173,25 @@ class CurvaturePass:
 
     def _own_rows(self, strategy: Strategy, batch: Batch) -> Iterator[CurvatureSlice]:
         """This rank's sequences of the slice in micro-batches, without padding: ranks need not have as many."""
-        mine = len(range(strategy.distributed.rank, self.sequences, strategy.distributed.world_size))
-        length = batch.tokens.shape[1]
-        offsets = torch.arange(length, device=strategy.device)
+        mine = self._rows_of(strategy)
         for first in range(0, mine, self._micro_batch_size):
-            rows = slice(first, min(first + self._micro_batch_size, mine))
-            tokens = torch.from_numpy(batch.tokens[rows]).to(strategy.device, non_blocking=True)
-            targets = torch.from_numpy(batch.targets[rows]).to(strategy.device, non_blocking=True)
-            indices = torch.from_numpy(batch.indices[rows])[:, None].to(strategy.device, non_blocking=True)
-            yield CurvatureSlice(tokens, targets, indices * length + offsets)
+            yield _part_of(batch, range(first, min(first + self._micro_batch_size, mine)), mine, strategy.device)
 
     def covers_batch(self, rows: int, world_size: int) -> bool:
         """Whether some rank's part of the slice is all of its `rows` sequences."""
         return -(-self.sequences // world_size) >= rows
 
-    def _first(self, strategy: Strategy, slices: list[CurvatureSlice], num_predictions: int) -> list[Tensor]:
-        """What takes h from zero to the mean of `warm_start` estimates: that mean / (1 - β2).
-
-        No step before the first needs the counters 0, -1, … of labels and noise: they are the further estimates'.
-        """
-        total = self._estimate(strategy, slices, 1, num_predictions)
-        for earlier in range(1, self._warm_start):
-            torch._foreach_add_(total, self._estimate(strategy, slices, 1 - earlier, num_predictions))
-        torch._foreach_div_(total, self._warm_start * (1 - self._beta2))
-        return total
-
-    def _estimate(
-        self, strategy: Strategy, slices: list[CurvatureSlice], step: int, num_predictions: int
-    ) -> list[Tensor]:
-        """ĥ for each parameter, in the form of `Strategy.normals` or whole; gradients are clear afterwards."""
-        match self.estimator:
-            case "hutchinson":
-                return self._product(strategy, slices, step, num_predictions)
-            case "hutchinson_differences":
-                return self._differences(strategy, slices, step, num_predictions)
-        estimate: list[Tensor] = []
-        for draw in range(self._label_draws):
-            self._backward(strategy, slices, self._loss(step, draw), num_predictions)
-            squares = strategy.take_gradients()
-            torch._foreach_mul_(squares, squares)
-            if estimate:  # the mean of the squares: the square of the mean gradient would be as noisy as one draw
-                torch._foreach_add_(estimate, squares)
-            else:
-                estimate = squares
-        torch._foreach_mul_(estimate, num_predictions / self._label_draws)
-        return estimate
-
-    def estimates(self, step: int) -> int:
-        """How many estimates the refresh before this step makes of the slice."""
-        return self._label_draws * (self._warm_start if step == 1 and self._warm_start else 1)
-
     def slices(self, strategy: Strategy, batch: Batch) -> Iterator[CurvatureSlice]:
         """This rank's micro-batches: as many, of the same shape, on every rank."""
-        rank, world_size = strategy.distributed.rank, strategy.distributed.world_size
+        world_size = strategy.distributed.world_size
         rows = -(-self.sequences // world_size)  # the largest share of a rank
-        mine = len(range(rank, self.sequences, world_size))
         size = -(-rows // self._micro_batches(world_size))
-        length = batch.tokens.shape[1]
-        offsets = torch.arange(length, device=strategy.device)
         for first in range(0, rows, size):
-            row = np.arange(first, first + size)
-            real = torch.from_numpy(row < mine)[:, None].to(strategy.device)
-            row = row.clip(max=len(batch.indices) - 1)
-            tokens = torch.from_numpy(batch.tokens[row]).to(strategy.device)
-            targets = torch.from_numpy(batch.targets[row]).to(strategy.device)
-            indices = torch.from_numpy(batch.indices[row])[:, None].to(strategy.device)
-            yield CurvatureSlice(
-                tokens, torch.where(real, targets, -100), torch.where(real, indices * length + offsets, -1)
-            )
+            yield _part_of(batch, range(first, first + size), self._rows_of(strategy), strategy.device)
+
+    def _rows_of(self, strategy: Strategy) -> int:
+        """Sequences of the slice on this rank."""
+        return len(range(strategy.distributed.rank, self.sequences, strategy.distributed.world_size))
 
     def _count_predictions(self, strategy: Strategy, slices: list[CurvatureSlice]) -> int:
         local = torch.zeros((), dtype=torch.int64, device=strategy.device)
@@ -251,18 +199,17 @@ class CurvaturePass:
             local += (part.positions >= 0).sum()
         return int(strategy.distributed.all_reduce(local).item())
 
-    def _loss(self, step: int, draw: int) -> "Callable[[Strategy, CurvatureSlice], Tensor]":
-        """The sum of the losses over a micro-batch: of sampled labels, or of the training labels."""
+    def _sampled_loss(self, step: int) -> "Callable[[Strategy, CurvatureSlice], Tensor]":
+        """The sum of the losses of sampled labels over a micro-batch."""
 
         def sampled(strategy: Strategy, part: CurvatureSlice) -> Tensor:
-            stream = "label" if draw == 0 else f"label/{draw}"  # as sophia.likelihoods names them
-            drawn = random.uniforms(self._seed, step, part.positions.clamp(min=0), stream)
+            drawn = random.uniforms(self._seed, step, part.positions.clamp(min=0))
             uniforms = torch.where(part.positions >= 0, drawn, -1.0)
             loss = strategy.forward(part.tokens, None, uniforms).sampled_loss_sum
             assert loss is not None
             return loss
 
-        return sampled if self.estimator == "gnb" else _training_loss
+        return sampled
 
     @staticmethod
     def _backward(
@@ -314,28 +261,27 @@ class CurvaturePass:
         torch._foreach_div_(estimates, 2 * delta)
         return estimates
 
-    def bytes_communicated(self, strategy: Strategy, step: int) -> int:
-        """Bytes that each rank sends in the refresh before this step."""
+    def bytes_communicated(self, strategy: Strategy) -> int:
+        """Bytes that each rank sends in a refresh."""
         world_size = strategy.distributed.world_size
-        estimates = self.estimates(step)
         if self.estimator == "hutchinson":  # the products are summed outside of the engine
             parameters = sum(p.numel() for p in strategy.parameters().values())
-            return estimates * all_reduce_bytes(FLOAT32 * parameters, world_size)
+            return all_reduce_bytes(FLOAT32 * parameters, world_size)
         passes = 2 if self.estimator == "hutchinson_differences" else 1
-        return estimates * passes * strategy.bytes_communicated(self._micro_batches(world_size))
+        return passes * strategy.bytes_communicated(self._micro_batches(world_size))
 
     def _micro_batches(self, world_size: int) -> int:
         """Forwards of a pass on each rank."""
         rows = -(-self.sequences // world_size)  # the largest share of a rank
         return -(-rows // self._micro_batch_size)
 
-    def tokens(self, sequence_length: int, step: int) -> int:
-        """Tokens that the refresh before this step estimates from over all ranks, counted for each estimate."""
-        return self.estimates(step) * self.sequences * sequence_length
+    def tokens(self, sequence_length: int) -> int:
+        """Tokens that a refresh estimates from, over all ranks."""
+        return self.sequences * sequence_length
 
-    def flops(self, shape: GPT2Config, sequence_length: int, step: int, *, shared_forward: bool = False) -> int:
-        """Model FLOPs of the refresh before this step over all ranks, its own forwards included."""
-        tokens = self.tokens(sequence_length, step)
+    def flops(self, shape: GPT2Config, sequence_length: int, *, shared_forward: bool = False) -> int:
+        """Model FLOPs of a refresh over all ranks, its own forwards included."""
+        tokens = self.tokens(sequence_length)
         if shared_forward:
             return gauss_newton_bartlett_flops(shape, tokens, sequence_length, own_forward=False)
         match self.estimator:
@@ -345,6 +291,18 @@ class CurvaturePass:
                 return hutchinson_differences_flops(shape, tokens, sequence_length)
             case _:
                 return forward_backward_flops(shape, tokens, sequence_length)
+
+
+def _part_of(batch: Batch, rows: range, real: int, device: torch.device) -> CurvatureSlice:
+    """Rows of the rank's batch; those from `real` on are padding."""
+    row = np.arange(rows.start, rows.stop)
+    taken = row.clip(max=len(batch.indices) - 1)
+    positions = batch.indices[taken, None] * batch.tokens.shape[1] + np.arange(batch.tokens.shape[1])
+    targets = batch.targets[taken]
+    if rows.stop > real:
+        targets, positions = (np.where(row[:, None] < real, a, b) for a, b in ((targets, -100), (positions, -1)))
+    arrays = (batch.tokens[taken], targets, positions)
+    return CurvatureSlice(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
 
 
 def _training_loss(strategy: Strategy, part: CurvatureSlice) -> Tensor:

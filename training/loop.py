@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch, Batches, ValidationWindows, next_batch
+from models import GPT2Output
 from models.flops import evaluation_flops, forward_backward_flops
-from sophia import GammaController
 from sophia.diagnostics import UnclippedAlarm
-from training.config import RunConfig, SophiaConfig
+from training.config import RunConfig
 from training.curvature import CurvaturePass
 from training.evaluation import validation_loss
 from training.recording.diagnostics import describe_curvature
@@ -50,7 +50,6 @@ class TrainingState:
     loss_spikes: int = 0
     spikes: dict[str, Any] | None = None  # of LossSpikes
     alarm: dict[str, Any] | None = None  # of UnclippedAlarm
-    gamma: dict[str, Any] | None = None  # of GammaController
 
 
 @dataclass
@@ -62,7 +61,6 @@ class Run:
     batches: Batches
     validation: ValidationWindows
     curvature: CurvaturePass | None
-    gamma: GammaController | None  # steers γ, where it is not constant
     ledger: Ledger
     micro_batch_size: int
     eval_micro_batch_size: int
@@ -120,8 +118,7 @@ class Reporter:
         self._spikes = LossSpikes(guards.spike_deviations) if guards.spike_deviations is not None else None
         if self._spikes is not None and state.spikes is not None:
             self._spikes.load_state_dict(state.spikes)
-        optimizer = run.config.optimizer
-        self._alarm = UnclippedAlarm(optimizer.hessian_interval) if isinstance(optimizer, SophiaConfig) else None
+        self._alarm = UnclippedAlarm(run.curvature.interval) if run.curvature is not None else None
         if self._alarm is not None and state.alarm is not None:
             self._alarm.load_state_dict(state.alarm)
         self.diverged = False
@@ -211,12 +208,19 @@ class Reporter:
                 run.message(alarm)
 
 
-def forward_backward(run: Run, batch: Batch, first: int = 0) -> Tensor:
+def forward_backward(
+    run: Run, batch: Batch, first: int = 0, forward: Callable[[Tensor, Tensor], GPT2Output] | None = None
+) -> Tensor:
     """Accumulate the gradient of the mean loss over the global batch, from this rank's sequence `first` on.
 
-    Returns this rank's share of the mean loss: 0-D, on the device; the sum over the ranks is the mean over all tokens.
+    Args:
+        forward: in place of the strategy's own, whose last backward sums the gradients over the ranks.
+
+    Returns:
+        This rank's share of the mean loss: 0-D, on the device; the sum over the ranks is the mean over all tokens.
     """
     strategy, size = run.strategy, run.micro_batch_size
+    forward = forward or strategy.forward
     tokens = torch.from_numpy(batch.tokens).to(strategy.device, non_blocking=True)
     targets = torch.from_numpy(batch.targets).to(strategy.device, non_blocking=True)
     predictions = run.config.train.global_batch_size * run.config.train.sequence_length
@@ -224,7 +228,7 @@ def forward_backward(run: Run, batch: Batch, first: int = 0) -> Tensor:
     for start in range(first, len(tokens), size):
         run.progress(f"at step {run.state.step + 1}, sequence {start} of {len(tokens)}")
         with strategy.micro_batch(last=start + size >= len(tokens)):
-            loss_sum = strategy.forward(tokens[start : start + size], targets[start : start + size]).loss_sum
+            loss_sum = forward(tokens[start : start + size], targets[start : start + size]).loss_sum
             assert loss_sum is not None
             strategy.backward(loss_sum / predictions)
         share += loss_sum.detach() / predictions
@@ -241,33 +245,18 @@ def forward_backward_refresh(
     ledger, config = run.ledger, run.config.train
     length, predictions = config.sequence_length, config.global_batch_size * config.sequence_length
     share, done, held_back = curvature.run_within_training(strategy, batch, step, predictions, ledger)
-    flops = curvature.flops(strategy.model.config, length, step, shared_forward=True)
-    ledger.add("curvature", curvature.tokens(length, step), flops)
+    flops = curvature.flops(strategy.model.config, length, shared_forward=True)
+    ledger.add("curvature", curvature.tokens(length), flops)
     ledger.shared_forwards += 1
     rows = len(batch.tokens)
     with ledger.measure("forward_backward", part=True):
         if curvature.covers_batch(rows, strategy.distributed.world_size):
             # A rank with nothing left has no last micro-batch in which to reduce: all ranks do it by hand.
-            if done < rows:
-                share += forward_backward_locally(run, strategy, batch, done)
+            share += forward_backward(run, batch, done, strategy.forward_locally)
             strategy.reduce_gradients()
         else:
             share += forward_backward(run, batch, done)
     return share, held_back
-
-
-def forward_backward_locally(run: Run, strategy: KeepsGraphs, batch: Batch, first: int) -> Tensor:
-    """`forward_backward` without the reduction over the ranks."""
-    predictions = run.config.train.global_batch_size * run.config.train.sequence_length
-    share = torch.zeros((), device=strategy.device)
-    for start in range(first, len(batch.tokens), run.micro_batch_size):
-        rows = slice(start, start + run.micro_batch_size)
-        tokens, targets = (torch.from_numpy(a[rows]).to(strategy.device) for a in (batch.tokens, batch.targets))
-        loss_sum = strategy.forward_locally(tokens, targets, None).loss_sum
-        assert loss_sum is not None
-        strategy.backward(loss_sum / predictions)
-        share += loss_sum.detach() / predictions
-    return share
 
 
 def train(run: Run) -> Status:
@@ -303,18 +292,18 @@ def train(run: Run) -> Status:
 
             run.progress(f"at step {step}")
             curvature = run.curvature if run.curvature is not None and run.curvature.due(step) else None
-            if curvature is not None and curvature.shares_forward(strategy, step):
+            if curvature is not None and curvature.shares_forward(strategy):
                 loss, held_back = forward_backward_refresh(run, curvature, strategy, batch, step)
                 ledger.add("forward_backward", step_tokens, step_flops)
             else:
                 if curvature is not None:
-                    flops = curvature.flops(shape, length, step)
-                    with ledger.measure("curvature", curvature.tokens(length, step), flops):
+                    flops = curvature.flops(shape, length)
+                    with ledger.measure("curvature", curvature.tokens(length), flops):
                         held_back = curvature.run(strategy, batch, step)
                 with ledger.measure("forward_backward", step_tokens, step_flops):
                     loss = forward_backward(run, batch)
             if curvature is not None:
-                ledger.bytes_communicated += curvature.bytes_communicated(strategy, step)
+                ledger.bytes_communicated += curvature.bytes_communicated(strategy)
                 reporter.flush()
                 write_curvature(run, step, held_back)
             ledger.bytes_communicated += strategy.bytes_communicated(len(batch.tokens) // run.micro_batch_size)
@@ -324,8 +313,6 @@ def train(run: Run) -> Status:
                 strategy.set_learning_rate(factor)
                 mean_loss = strategy.distributed.all_reduce(loss.double())
                 statistics = strategy.step(config.train.grad_clip, mean_loss)
-                if run.gamma is not None:
-                    steer_gamma(run.gamma, statistics)
 
             reporter.step(step, config.optimizer.lr * factor, mean_loss, statistics)
             state.step = step
@@ -422,20 +409,11 @@ def save(run: Run) -> None:
     with run.ledger.measure("checkpoint"):
         if run.config.guards.weights_interval is not None:
             compare_ranks(run.strategy)
-        if run.gamma is not None:
-            run.state.gamma = run.gamma.state_dict()
         try:
             run.save(run.state)
         except OSError as error:
             raise NotSaved(error.strerror or str(error)) from error
     run.saved_step = run.state.step
-
-
-def steer_gamma(controller: GammaController, statistics: StepStatistics) -> None:
-    """γ for the next step from the unclipped fraction of this one over all ranks; a skipped step leaves it alone."""
-    fraction = statistics.unclipped_fraction
-    assert fraction is not None
-    controller.update(torch.where(statistics.skipped > 0, controller.target, fraction.double()))
 
 
 def write_curvature(run: Run, step: int, held_back: Tensor) -> None:
@@ -444,8 +422,6 @@ def write_curvature(run: Run, step: int, held_back: Tensor) -> None:
     if held_back:
         run.state.estimates_held_back += 1
         run.message(f"step {step}: the curvature estimate is not finite and is kept out of h")
-    if run.gamma is not None:
-        numbers["gamma"] = float(run.gamma.gamma)
     run.write({"kind": "hessian", **position(run), "step": step, "held_back": bool(held_back), **numbers})
 
 

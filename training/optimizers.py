@@ -1,6 +1,6 @@
 """The optimizers of a run: parameter groups by rule, and one constructor for each `optimizer=`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from models import parameter_kind
-from sophia import AdaHessian, GammaController, Lion, Sophia
+from sophia import AdaHessian, Lion, Sophia
 from training.config import (
     AdaHessianConfig,
     AdamWConfig,
@@ -50,7 +50,7 @@ def parameter_groups(
         apart = embedding_lr_ratio != 1 and embeds
         decays = parameter.dim() >= 2 and (decay_embeddings or not embeds)
         rate = lr * embedding_lr_ratio if apart else lr
-        settings = {"weight_decay": weight_decay if decays else 0.0, "lr": rate, "peak_lr": rate}
+        settings = {"weight_decay": weight_decay if decays else 0.0, "lr": rate, "initial_lr": rate}
         group = groups.setdefault((apart, not decays), {"params": [], "names": [], **settings})
         group["params"].append(parameter)
         group["names"].append(name)
@@ -58,7 +58,7 @@ def parameter_groups(
 
 
 def build_optimizers(config: OptimizerConfig, *, compile_step: bool) -> Callable[[Named], list[Optimizer]]:
-    """A function from named parameters to the run's optimizers; each group carries its `peak_lr`.
+    """A function from named parameters to the run's optimizers; each group carries its `initial_lr`.
 
     Args:
         config: the validated `optimizer` section.
@@ -72,15 +72,6 @@ def build_optimizers(config: OptimizerConfig, *, compile_step: bool) -> Callable
         return optimizers
 
     return build
-
-
-def gamma_controller(config: OptimizerConfig, optimizers: Sequence[Optimizer]) -> GammaController | None:
-    """What steers γ to `optimizer.unclipped_target`; None where γ is constant."""
-    if not isinstance(config, SophiaConfig) or config.unclipped_target is None:
-        return None
-    (optimizer,) = optimizers
-    assert isinstance(optimizer, Sophia)
-    return GammaController(optimizer, config.unclipped_target)
 
 
 def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool) -> list[Optimizer]:
@@ -110,7 +101,6 @@ def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool
                     eps=config.eps,
                     hessian_interval=config.hessian_interval,
                     clip=config.clip,
-                    bias_correction=config.bias_correction,
                     compile=form,
                 )
             ]

@@ -27,7 +27,7 @@ from training.distributed import Distributed
 from training.exits import EXIT_DIVERGED, EXIT_FAILED, EXIT_PREEMPTED
 from training.loop import NotSaved, Run, TrainingState, train
 from training.memory import keep_memory_mapped
-from training.optimizers import build_optimizers, gamma_controller
+from training.optimizers import build_optimizers
 from training.recording.ledger import CompilationClock, Ledger
 from training.recording.profiling import profiler
 from training.recording.recorder import Recorder
@@ -173,9 +173,6 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     state = TrainingState()
     if decided.checkpoint is not None:
         state = _load(decided.checkpoint, strategy, ledger, distributed)
-    gamma = gamma_controller(config.optimizer, strategy.optimizers)
-    if gamma is not None and state.gamma is not None:
-        gamma.load_state_dict(state.gamma)
 
     display = Display(config.train.steps, state.step, enabled=distributed.is_main)
     recorder = distributed.on_main(
@@ -222,7 +219,6 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
                 micro,
                 shared_forward=config.train.shared_forward,
             ),
-            gamma=gamma,
             ledger=ledger,
             micro_batch_size=micro,
             eval_micro_batch_size=config.eval.micro_batch_size or micro,

@@ -170,4 +170,4 @@ def test_the_hash_is_that_of_the_tiktoken_file(trained: tuple[Tokenizer, Path]) 
 
 def test_ids_come_as_unsigned_integers() -> None:
     assert gpt2().encode("a").dtype == np.uint32
-    assert [ids.tolist() for ids in gpt2().encode_batch(["hello", "", " world"])] == [[31373], [], [995]]
+    assert [gpt2().encode(text).tolist() for text in ("hello", "", " world")] == [[31373], [], [995]]

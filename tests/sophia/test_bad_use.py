@@ -13,7 +13,6 @@ from sophia import (
     AdaHessian,
     Bernoulli,
     Categorical,
-    GammaController,
     Gaussian,
     Lion,
     ReferenceSophiaG,
@@ -21,10 +20,8 @@ from sophia import (
     SophiaG,
     SophiaH,
     UnclippedAlarm,
-    diagnostics,
     empirical_fisher,
     gauss_newton_bartlett,
-    gauss_newton_bartlett_mean,
     hutchinson,
     hutchinson_differences,
 )
@@ -70,7 +67,6 @@ def test_a_wrong_hyperparameter_is_named_with_its_value(cls: type, name: str, va
         ("hessian_interval", 2.5),
         ("hessian_interval", True),
         ("clip", 1.0),
-        ("bias_correction", None),
     ],
 )
 def test_a_wrong_hyperparameter_of_sophia_is_named_with_its_value(name: str, value: Any) -> None:
@@ -188,23 +184,12 @@ def test_refreshes_in_time_do_not_warn() -> None:
             optimizer.step()
 
 
-def test_warm_start_only_before_everything_else_and_without_bias_correction() -> None:
-    optimizer = SophiaG([parameter(2)])
-    optimizer.update_hessian(num_predictions=1)
-    with pytest.raises(RuntimeError, match="after a step or update_hessian"):
-        optimizer.warm_start_hessian(num_predictions=1)
-    with pytest.raises(RuntimeError, match="choose one of the two"):
-        SophiaG([parameter(2)], bias_correction=True).warm_start_hessian(num_predictions=1)
-
-
 def test_estimators_name_what_does_not_fit() -> None:
     logits, w = torch.zeros(4, 3, requires_grad=True), torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match=r"positions have shape \(3,\), expected \(4,\)"):
         gauss_newton_bartlett(lambda: logits, seed=0, step=1, positions=torch.arange(3))
     with pytest.raises(ValueError, match="no prediction"):
         gauss_newton_bartlett(lambda: logits, seed=0, step=1, positions=torch.full((4,), -1))
-    with pytest.raises(ValueError, match="draws = 0"):
-        gauss_newton_bartlett_mean(lambda: logits, [logits], seed=0, step=1, draws=0)
     with pytest.raises(ValueError, match="every target is ignore_index = -100"):
         empirical_fisher(lambda: logits, torch.full((4,), -100))
     with pytest.raises(ValueError, match=r"targets have shape \(3,\), expected \(4,\)"):
@@ -242,7 +227,6 @@ def test_a_model_that_returns_more_than_its_logits_is_told_how_to_take_them_out(
     targets = torch.zeros(2, dtype=torch.int64)
     for estimate in (
         lambda: gauss_newton_bartlett(lambda: returned, seed=0, step=1),
-        lambda: gauss_newton_bartlett_mean(lambda: returned, [LOGITS], seed=0, step=1, draws=1),
         lambda: empirical_fisher(lambda: returned, targets),
     ):
         with pytest.raises(TypeError, match=f"outputs_fn .*{re.escape(said)}$"):
@@ -281,23 +265,7 @@ def test_central_differences_refuse_half_precision(dtype: torch.dtype) -> None:
         hutchinson_differences(lambda: v.square().sum(), [v], seed=0, step=1)
 
 
-def test_diagnostics_want_each_parameter_in_one_kind() -> None:
-    p, q = parameter(2), parameter(3)
-    optimizer = SophiaG([p, q])
-    for kinds in ({"a": [p]}, {"a": [p, q], "b": [q]}, {"a": [p, parameter(3)]}):
-        with pytest.raises(ValueError, match="each parameter of the optimizer in exactly one kind"):
-            diagnostics(optimizer, kinds)
-
-
-def test_controller_alarm_and_reference_name_what_does_not_fit() -> None:
-    optimizer = SophiaG([parameter(2)])
-    for wrong in ({"target": 0.0}, {"rate": 2.0}, {"span": 1.0}):
-        name = next(iter(wrong))
-        with pytest.raises(ValueError, match=f"{name} ="):
-            GammaController(optimizer, **wrong)
-    two = SophiaG([{"params": [parameter(2)]}, {"params": [parameter(2)], "gamma": 0.1}])
-    with pytest.raises(ValueError, match=r"gamma = \[0.05, 0.1\]"):
-        GammaController(two)
+def test_alarm_and_reference_name_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="hessian_interval = 0"):
         UnclippedAlarm(0)
     with pytest.raises(ValueError, match="bs = 0"):

@@ -42,8 +42,8 @@ def curvature(model: LanguageModel, tokens: Tensor, split: tuple[int, int, int])
     class Recording:
         event_dims = 1
 
-        def sample(self, outputs: Tensor, positions: Tensor, seed: int, step: int, draw: int) -> Tensor:
-            drawn = likelihood.sample(outputs, positions, seed, step, draw)
+        def sample(self, outputs: Tensor, positions: Tensor, seed: int, step: int) -> Tensor:
+            drawn = likelihood.sample(outputs, positions, seed, step)
             for position, label in zip(positions.tolist(), drawn, strict=True):
                 labels[position] = label
             return drawn
@@ -133,10 +133,10 @@ def test_gauss_newton_in_bfloat16_autocast_stays_within_two_percent_of_float32(
         event_dims = 1
         labels: Tensor | None = None
 
-        def sample(self, outputs: Tensor, positions: Tensor, seed: int, step: int, draw: int) -> Tensor:
+        def sample(self, outputs: Tensor, positions: Tensor, seed: int, step: int) -> Tensor:
             assert outputs.dtype == torch.float32
             if self.labels is None:
-                self.labels = Categorical().sample(outputs, positions, seed, step, draw)
+                self.labels = Categorical().sample(outputs, positions, seed, step)
             return self.labels
 
         loss_sum = staticmethod(Categorical().loss_sum)

@@ -52,7 +52,7 @@ def test_an_outcome_without_probability_is_not_drawn(
     monkeypatch: pytest.MonkeyPatch, uniform: float, logit: float, label: int
 ) -> None:
     monkeypatch.setattr("sophia.likelihoods.uniforms", lambda *_: torch.tensor([uniform]))
-    assert Bernoulli().sample(torch.tensor([logit]), torch.tensor([0]), 0, 1, 0).tolist() == [label]
+    assert Bernoulli().sample(torch.tensor([logit]), torch.tensor([0]), 0, 1).tolist() == [label]
 
 
 def test_labels_do_not_depend_on_how_many_rows_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,5 +74,5 @@ def test_each_element_of_an_event_has_the_random_number_of_a_position_of_its_own
     k = math.prod(event)
     single = (positions[:, None] * k + torch.arange(k)).flatten()
     assert torch.equal(
-        of(len(event)).sample(outputs, positions, 3, 5, 0).flatten(), of(0).sample(outputs.flatten(), single, 3, 5, 0)
+        of(len(event)).sample(outputs, positions, 3, 5).flatten(), of(0).sample(outputs.flatten(), single, 3, 5)
     )

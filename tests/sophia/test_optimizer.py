@@ -185,50 +185,6 @@ def test_v1_notation_converts_as_the_documentation_says() -> None:
     torch.testing.assert_close(p.detach(), theta)
 
 
-def test_bias_correction_divides_by_what_the_averages_lack() -> None:
-    normal = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    beta1, beta2, gamma, lr = 0.9, 0.95, 0.5, 0.1
-    theta, (m, h), n = normal(20), torch.zeros(2, 20, dtype=torch.float64), 0
-    p = torch.nn.Parameter(theta.clone())
-    optimizer = Sophia(
-        [p], lr, (beta1, beta2), gamma, 1e-12, 0.0, hessian_interval=3, bias_correction=True, compile=False
-    )
-    for t in range(1, 11):
-        if optimizer.hessian_due:
-            estimate = normal(20) ** 2
-            h, n = beta2 * h + (1 - beta2) * estimate, n + 1
-            optimizer.update_hessian(estimates=[estimate])
-        g = normal(20)
-        m = beta1 * m + (1 - beta1) * g
-        m_hat, h_hat = m / (1 - beta1**t), h / (1 - beta2**n)
-        theta = theta - lr * (m_hat / (gamma * h_hat).clamp(min=1e-12)).clamp(-1, 1)
-        p.grad = g
-        optimizer.step()
-        assert int(optimizer.unclipped_count) == int((m_hat.abs() < gamma * h_hat).sum())
-    torch.testing.assert_close(p.detach(), theta)
-    assert optimizer.state[p]["hessian_step"] == 4
-
-
-def test_bias_correction_before_any_estimate_is_the_sign_step() -> None:
-    p = torch.nn.Parameter(torch.zeros(3))
-    optimizer = Sophia([p], lr=0.1, weight_decay=0.0, bias_correction=True)
-    p.grad = torch.tensor([1.0, -1.0, 0.0])
-    optimizer.step()
-    torch.testing.assert_close(p.detach(), torch.tensor([-0.1, 0.1, 0.0]))
-
-
-def test_warm_start_is_the_mean_of_its_estimates() -> None:
-    p = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
-    optimizer = SophiaH([p])
-    estimates = torch.randn(3, 4, dtype=torch.float64)
-    for estimate in estimates:
-        optimizer.warm_start_hessian(estimates=[estimate])
-    torch.testing.assert_close(optimizer.state[p]["hessian"], estimates.mean(0))
-    assert optimizer.hessian_due
-    optimizer.update_hessian(estimates=[torch.ones(4, dtype=torch.float64)])
-    torch.testing.assert_close(optimizer.state[p]["hessian"], 0.99 * estimates.mean(0) + 0.01)
-
-
 SOPHIA = {"lr": 6e-4, "betas": (0.96, 0.99), "eps": 1e-12, "weight_decay": 0.2, "hessian_interval": 10, "clip": True}
 AUTHORS = {"lr": 1e-4, "betas": (0.965, 0.99), "gamma": 0.04 * 5120, "eps": 1e-15, "weight_decay": 0.1}
 

@@ -12,7 +12,6 @@ from sophia import AdaHessian, Lion, SophiaG, SophiaH, gauss_newton_bartlett
 OPTIMIZERS: list[tuple[type, dict[str, Any]]] = [
     (SophiaG, {}),
     (SophiaG, {"clip": False}),
-    (SophiaG, {"bias_correction": True}),
     (SophiaH, {}),
     (Lion, {}),
     (AdaHessian, {}),

@@ -49,7 +49,6 @@ def test_a_model_of_unknown_speed_has_no_hours() -> None:
     [
         (["optimizer=adamw"], 0.0),
         (["optimizer=sophiag"], 0.05),
-        (["optimizer=sophiag", "optimizer.label_draws=4"], 0.2),
         (["optimizer=sophiah"], 0.02),
         (["optimizer=adahessian", "optimizer.estimator=hutchinson_differences"], 2 / 150),
     ],

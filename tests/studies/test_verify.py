@@ -2,15 +2,16 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from analysis.records import load_run
-from analysis.trials import Study, Trial
-from studies.verify import TOLERANCE, compare, unequal, verify
+from analysis.trials import Arm, Study, Trial
+from studies.verify import TOLERANCE, chosen, compare, refusal, unequal, verify
 from training.records import RecordError
 
 
@@ -33,6 +34,10 @@ def record(directory: Path, losses: Mapping[int, float | None], threads: int = 1
 
 def trial(directory: Path) -> Trial:
     return Trial("adamw", "reporting", "gpt2_nano", 8, 1, {}, directory, load_run(directory))
+
+
+def study_of(*trials: Trial) -> Study:
+    return Study("study", "adamw", {"adamw": Arm("adamw")}, trials, seeds=(1,))
 
 
 def test_the_largest_difference_counts_whatever_the_kind_of_line(tmp_path: Path) -> None:
@@ -87,9 +92,23 @@ def test_what_an_earlier_call_left_does_not_vouch_for_a_run_that_fails(
     monkeypatch.setattr("studies.verify._TRAIN", train)
     monkeypatch.setattr("studies.verify.chosen", lambda _: trials)
     with pytest.raises(RuntimeError, match=r"^two failed with exit code 2, see .*two\.log$"):
-        verify(cast(Study, None), tmp_path / "work", tmp_path, tell=lambda _: None)
+        verify(study_of(*trials), tmp_path / "work", tmp_path, tell=lambda _: None)
     (written,) = json.loads((tmp_path / "verification.json").read_text())
     assert (written["run"], written["difference"], written["holds"]) == ("runs/one", 0.0, True)
+
+
+def test_what_this_version_cannot_run_again_is_named_and_not_run(tmp_path: Path) -> None:
+    kept = trial(record(tmp_path / "kept", {8: 1.0}))
+    config = tmp_path / "kept" / "config.yaml"
+    config.write_text(config.read_text().replace("{name: adamw}", "{name: sophiag, label_draws: 1, warm_start: 4}"))
+    refused = trial(tmp_path / "kept")
+    assert (refusal(kept), chosen(study_of(kept))) == (None, [kept])
+    assert chosen(study_of(refused)) == []
+    told: list[str] = []
+    with pytest.raises(ValueError, match="no reported run"):
+        verify(study_of(refused), tmp_path / "work", tmp_path, tell=told.append)
+    (line,) = told
+    assert re.fullmatch(r"adamw: cannot be run again: optimizer\.warm_start=4: removed .* commit [0-9a-f]+ .*", line)
 
 
 def test_runs_without_a_common_step_are_refused(tmp_path: Path) -> None:

@@ -77,86 +77,6 @@ def test_gnb_equals_the_librarys_estimator_on_the_same_seeds() -> None:
     assert_close(run(), expected)
 
 
-def test_several_draws_are_the_librarys_mean_of_their_estimates() -> None:
-    model = strategy().model
-    tokens = torch.from_numpy(batch().tokens[: BATCH // 2])
-    expected = sophia.gauss_newton_bartlett_mean(
-        lambda: model.logits(tokens), model.parameters(), seed=SEED, step=STEP, draws=3
-    )
-    got = run(CONFIG.model_copy(update={"label_draws": 3}))
-    assert_close(got, expected)
-    assert not torch.allclose(got[0], run()[0], rtol=0.05)
-
-
-@pytest.mark.parametrize("micro_batch_size", [1, 3])
-def test_several_draws_do_not_depend_on_the_micro_batch(micro_batch_size: int) -> None:
-    config = CONFIG.model_copy(update={"label_draws": 2})
-    assert_close(run(config, micro_batch_size), run(config))
-
-
-def uniforms_of(config: SophiaConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What the labels of a refresh are drawn with, forward by forward."""
-    seen: list[Tensor] = []
-    original = DDP.forward
-
-    def forward(self: DDP, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> object:
-        assert uniforms is not None
-        seen.append(uniforms)
-        return original(self, tokens, targets, uniforms)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DDP, "forward", forward)
-        CurvaturePass(config, SEED, BATCH, BATCH).run(strategy(config=config), batch(), step)
-    return seen
-
-
-def test_further_draws_and_warm_starts_leave_the_first_labels_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    for step in (1, STEP):
-        (alone,) = uniforms_of(CONFIG, step, monkeypatch)
-        several = uniforms_of(CONFIG.model_copy(update={"label_draws": 3, "warm_start": 2}), step, monkeypatch)
-        assert len(several) == (6 if step == 1 else 3)
-        assert torch.equal(several[0], alone)
-        assert all(not torch.equal(a, b) for i, a in enumerate(several) for b in several[:i])
-
-
-@pytest.mark.parametrize("estimator", ["gnb", "hutchinson"])
-def test_a_warm_start_is_the_librarys_mean_of_estimates(estimator: str) -> None:
-    config = CONFIG.model_copy(update={"estimator": estimator, "warm_start": 3, "betas": (0.96, 0.99)})
-    made = strategy(config=config)
-    CurvaturePass(config, SEED, BATCH, BATCH).run(made, batch(), 1)
-    model = strategy().model
-    tokens, targets = (torch.from_numpy(part[: BATCH // 2]) for part in batch()[:2])
-    reference = sophia.Sophia(model.parameters())
-    names = [name for name, _ in model.named_parameters()]
-    for step in (1, 0, -1):
-        if estimator == "gnb":
-            n = sophia.gauss_newton_bartlett(lambda: model.logits(tokens), seed=SEED, step=step)
-            reference.warm_start_hessian(num_predictions=n)
-            reference.zero_grad()
-        else:
-            params = list(model.parameters())
-            reference.warm_start_hessian(
-                estimates=sophia.hutchinson(
-                    lambda: torch.nn.functional.cross_entropy(model.logits(tokens).flatten(0, 1), targets.flatten()),
-                    params,
-                    seed=SEED,
-                    step=step,
-                    names=names,
-                )
-            )
-    assert_close(hessians(made), [reference.state[p]["hessian"] for p in model.parameters()])
-
-
-def test_the_ledger_counts_every_draw_and_the_warm_start() -> None:
-    plain = CurvaturePass(CONFIG, SEED, BATCH, 2)
-    more = CurvaturePass(CONFIG.model_copy(update={"label_draws": 3, "warm_start": 4}), SEED, BATCH, 2)
-    made = strategy(world_size=2)
-    for step, factor in ((1, 12), (11, 3)):
-        assert more.tokens(LENGTH, step) == factor * plain.tokens(LENGTH, step) == factor * BATCH // 2 * LENGTH
-        assert more.flops(SHAPE, LENGTH, step) == factor * plain.flops(SHAPE, LENGTH, step)
-        assert more.bytes_communicated(made, step) == factor * plain.bytes_communicated(made, step) > 0
-
-
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("estimator", ["gnb", "empirical_fisher", "hutchinson"])
 def test_the_estimate_does_not_depend_on_the_micro_batch(estimator: str, micro_batch_size: int) -> None:
@@ -366,7 +286,7 @@ def test_a_non_finite_estimate_never_enters_h(shared_forward: bool, micro_batch_
     with torch.no_grad():
         made.model.final_norm.weight[0] = float("nan")
     if shared_forward:
-        assert curvature.shares_forward(made, STEP)
+        assert curvature.shares_forward(made)
         ledger = Ledger(torch.device("cpu"))
         *_, held_back = curvature.run_within_training(made, batch(), STEP, BATCH * LENGTH, ledger)
     else:
@@ -390,7 +310,7 @@ def one_forward(micro_batch_size: int, config: SophiaConfig) -> tuple[list[Tenso
     """h, the training gradient and the training loss of a step whose refresh has no forward of its own."""
     made = strategy(config=config)
     curvature = CurvaturePass(config, SEED, BATCH, micro_batch_size, shared_forward=True)
-    assert curvature.shares_forward(made, STEP)
+    assert curvature.shares_forward(made)
     ledger = Ledger(torch.device("cpu"))
     share, done, held_back = curvature.run_within_training(made, batch(), STEP, BATCH * LENGTH, ledger)
     assert done == curvature.sequences
@@ -419,19 +339,17 @@ def test_labels_drawn_in_the_training_forward_give_the_same_curvature_and_traini
     assert_close(gradients, [p.grad for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize(
-    "change", [{"estimator": "empirical_fisher"}, {"estimator": "hutchinson"}, {"label_draws": 2}, {"warm_start": 1}]
-)
-def test_a_forward_is_shared_only_where_one_draw_of_labels_is_all_that_is_needed(change: dict[str, object]) -> None:
-    config = CONFIG.model_copy(update=change)
+@pytest.mark.parametrize("estimator", ["empirical_fisher", "hutchinson"])
+def test_a_forward_is_shared_only_where_labels_are_all_that_is_needed(estimator: str) -> None:
+    config = CONFIG.model_copy(update={"estimator": estimator})
     curvature = CurvaturePass(config, SEED, BATCH, BATCH, shared_forward=True)
-    assert not curvature.shares_forward(strategy(config=config), 1)
-    assert not CurvaturePass(CONFIG, SEED, BATCH, BATCH, shared_forward=False).shares_forward(strategy(), 1)
+    assert not curvature.shares_forward(strategy(config=config))
+    assert not CurvaturePass(CONFIG, SEED, BATCH, BATCH, shared_forward=False).shares_forward(strategy())
 
 
 def test_a_shared_forward_is_billed_a_backward_through_the_trunk() -> None:
     curvature = CurvaturePass(CONFIG, SEED, BATCH, BATCH, shared_forward=True)
-    own = curvature.flops(SHAPE, LENGTH, STEP)
-    shared = curvature.flops(SHAPE, LENGTH, STEP, shared_forward=True)
+    own = curvature.flops(SHAPE, LENGTH)
+    shared = curvature.flops(SHAPE, LENGTH, shared_forward=True)
     head = 2 * SHAPE.padded_vocab_size * SHAPE.n_embd * curvature.sequences * LENGTH
     assert shared == (own / 3 - head) * 2

@@ -93,10 +93,6 @@ class _AlarmState(BaseModel):
     told: bool
 
 
-class _GammaState(BaseModel):
-    gamma: float
-
-
 class RunState(BaseModel):
     """What a resumed run needs in addition to tensors, as `training.run` saves it."""
 
@@ -112,7 +108,8 @@ class RunState(BaseModel):
     def _guards(self) -> Self:
         training = self.training
         forms: tuple[tuple[type[BaseModel], Any], ...] = (
-            *((_SpikesState, training.spikes), (_AlarmState, training.alarm), (_GammaState, training.gamma)),
+            (_SpikesState, training.spikes),
+            (_AlarmState, training.alarm),
         )
         for form, values in forms:
             if values is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.files import open_regular
 from training import records
-from training.compose import validate
+from training.compose import validate_recorded
 from training.config import ConfigurationError, RunConfig, flat
 from training.records import RecordError, RunRecord, Status
 from training.reliability import checkpoints
@@ -115,7 +115,7 @@ def _misfit(checkpoint: Checkpoint, config: RunConfig, directory: Path) -> str |
     if expected is not None and records.sha256_of_start(metrics, checkpoint.state["metrics_bytes"]) != expected:
         return f"{metrics} has changed since this checkpoint"
     try:
-        theirs = validate(checkpoint.state["config"])
+        theirs = validate_recorded(checkpoint.state["config"])
     except ConfigurationError as error:
         return f"its configuration cannot be read ({error})"
     if (theirs.identity(), theirs.seed) != (config.identity(), config.seed):
@@ -179,7 +179,7 @@ def _same_run(config: RunConfig, directory: Path) -> RunConfig:
         ConfigurationError: it is another run; the message names the keys that differ.
     """
     try:
-        there = validate(records.read_config(directory))
+        there = validate_recorded(records.read_config(directory))
     except RecordError as error:
         raise ConfigurationError(f"{error}; give another name= or overwrite=true") from error
     except ConfigurationError as error:

@@ -245,7 +245,7 @@ class Strategy(ABC):
         """Set every group's learning rate to its peak times the factor."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
+                group["lr"] = group["initial_lr"] * factor
 
     @abstractmethod
     def pieces(self) -> Iterator[Piece | NumberPiece]:
@@ -271,7 +271,9 @@ class KeepsGraphs(Strategy):
     """
 
     @abstractmethod
-    def forward_locally(self, tokens: Tensor, targets: Tensor | None, uniforms: Tensor | None) -> GPT2Output:
+    def forward_locally(
+        self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None
+    ) -> GPT2Output:
         """`forward` without the engine's hooks: gradients stay on this rank until `reduce_gradients`."""
 
     @abstractmethod

@@ -56,7 +56,9 @@ class DDP(KeepsGraphs):
         # DDP averages over the ranks, but the shares must be summed.
         (loss * self.distributed.world_size).backward(retain_graph=retain_graph)
 
-    def forward_locally(self, tokens: Tensor, targets: Tensor | None, uniforms: Tensor | None) -> GPT2Output:
+    def forward_locally(
+        self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None
+    ) -> GPT2Output:
         # DDP's hooks do not run in a backward unless a forward of the wrapper has armed them.
         with self.autocast():
             return self.model(tokens, targets, uniforms)

@@ -19,7 +19,7 @@ from training.config import ConfigurationError
 from training.strategies.base import SAVED_DTYPES, Number, NumberPiece, Piece, PieceReader, Strategy
 
 # Keys of a group that the run sets, not the optimizer.
-_SET_BY_THE_RUN = ("params", "names", "initial", "lr", "peak_lr")
+_SET_BY_THE_RUN = ("params", "names", "initial", "lr", "initial_lr")
 # One small parameter for each kind of group that optimizers form.
 _STAND_INS = {"token_embedding.weight": (4, 4), "blocks.0.mlp.up.weight": (4, 4), "blocks.0.mlp_norm.weight": (4,)}
 

@@ -152,18 +152,6 @@ def test_every_optimizer_resumes_bit_for_bit(
     assert curve(tmp_path / "run") == undisturbed[optimizer]
 
 
-def test_a_run_with_a_steered_gamma_and_several_draws_resumes_bit_for_bit(corpus: list[str], tmp_path: Path) -> None:
-    additions = ["optimizer.label_draws=2", "optimizer.warm_start=2", "optimizer.unclipped_target=0.3"]
-    assert run(tiny(corpus, tmp_path, *additions, name="undisturbed")) == 0
-    killed = tiny(corpus, tmp_path, *additions)
-    assert run_in_child(killed, kill_before_recording, 19) == -signal.SIGKILL
-    assert run(killed) == 0
-    assert curve(tmp_path / "run") == curve(tmp_path / "undisturbed")
-    gammas = [line["gamma"] for line in lines(tmp_path / "run", "hessian")]
-    assert gammas[0] == 0.05
-    assert len(set(gammas)) == len(gammas)
-
-
 def test_a_run_with_dropout_resumes_with_the_same_masks(corpus: list[str], tmp_path: Path) -> None:
     overrides = ["model.dropout=0.2", "optimizer=adamw"]
     assert run(tiny(corpus, tmp_path, *overrides, name="undisturbed")) == 0

@@ -22,8 +22,6 @@ MOVES = (("fsdp", 6), ("zero2", 9), ("ddp", 12))  # strategy on two ranks, steps
 MOVED_STEPS = 15
 #: Shares of a batch of 8: one rank has no part of the estimate, the ranks' parts differ, the whole batch.
 SHARES = [0.125, 0.875, 1.0]
-#: Options that go beyond the paper.
-ADDITIONS = ["optimizer.label_draws=2", "optimizer.warm_start=2", "optimizer.unclipped_target=0.3"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,6 @@ def launch(directory: Path) -> None:
     ranks.run({"overrides": moved(corpus, directory, "undisturbed", "strategy=single")})
     ranks.run({"overrides": moved(corpus, directory, "moved", "strategy=single"), "stop": 3})
 
-    ranks.run({"overrides": small(corpus, directory, "additions", "strategy=single", *ADDITIONS)})
     for share in SHARES:
         own = ["strategy=single", "train.shared_forward=false", f"optimizer.batch_fraction={share}"]
         ranks.run({"overrides": small(corpus, directory, f"share-{share}-single", *own)})
@@ -106,7 +103,6 @@ def launch(directory: Path) -> None:
         runs[f"bf16 {kind}"] = {
             "overrides": small(corpus, directory, f"bf16-{kind}", *strategy, "train.precision=bf16")
         }
-        runs[f"additions {kind}"] = {"overrides": small(corpus, directory, f"additions-{kind}", *strategy, *ADDITIONS)}
     # Of a refresh by differences two: before step 6 they are the eighth and the ninth.
     differences = [*ranks.KINDS["zero2"], "optimizer.estimator=hutchinson_differences"]
     runs["poisoned differences"] = {

@@ -162,23 +162,6 @@ def test_a_refresh_within_the_training_forward_of_two_ranks_equals_the_pass_of_a
 
 
 @pytest.mark.parametrize("kind", list(ranks.KINDS))
-def test_several_draws_a_warm_start_and_a_steered_gamma_are_the_same_on_two_ranks(two_ranks: Launch, kind: str) -> None:
-    assert two_ranks.status(f"additions {kind}") == "completed"
-    run, single = two_ranks.directory / f"additions-{kind}", two_ranks.directory / "additions"
-    for line, expected in zip(trained(run), trained(single), strict=True):
-        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
-    assert parity.relative_difference(parity.curvature(run), parity.curvature(single)) < 1e-5
-    for line, expected in zip(lines(run, "hessian"), lines(single, "hessian"), strict=True):
-        assert line["gamma"] == pytest.approx(expected["gamma"], rel=1e-4)
-    assert lines(run, "hessian")[-1]["gamma"] != 0.05
-    assert summary(run)["ledger"]["curvature"] == {
-        **summary(single)["ledger"]["curvature"],
-        "seconds": pytest.approx(summary(run)["ledger"]["curvature"]["seconds"]),
-    }
-    assert summary(run)["bytes_communicated"] > summary(two_ranks.directory / f"bf16-{kind}")["bytes_communicated"]
-
-
-@pytest.mark.parametrize("kind", list(ranks.KINDS))
 def test_bf16_stays_close_to_float32_and_keeps_its_state_in_float32(two_ranks: Launch, kind: str) -> None:
     assert two_ranks.status(f"bf16 {kind}") == "completed"
     run, plain = two_ranks.directory / f"bf16-{kind}", two_ranks.directory / "plain"

@@ -1,0 +1,272 @@
+"""Sophia: descent along the momentum over an average of diagonal curvature estimates, clipped.
+
+Liu, Li, Hall, Liang and Ma, "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model Pre-training",
+ICLR 2024, arXiv 2305.14342. The rules come first, then the optimizer around them. `sophia.kernels` carries a rule out
+over many tensors; `sophia.elementwise` checks and keeps what all optimizers of this package share.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sophia.elementwise import (
+    SMALLEST,
+    CurvatureOptimizer,
+    ParamsT,
+    advance,
+    check_betas,
+    check_interval,
+    check_number,
+    evaluated,
+)
+from sophia.kernels import Rule, Scalar, apply, descend, fold, unscaled, updates
+
+
+@updates(0, 2)
+def sophia_update(
+    param: Tensor,  # (*) θ, updated in place
+    grad: Tensor,  # (*) g
+    exp_avg: Tensor,  # (*) m, updated in place
+    hessian: Tensor,  # (*) h, read only
+    lr: Scalar,  # () η
+    beta1: Scalar,  # ()
+    gamma: Scalar,  # () γ
+    eps: Scalar,  # () ε
+    weight_decay: Scalar,  # () λ
+    grad_scale: Tensor | None = None,  # ()
+    found_inf: Tensor | None = None,  # ()
+) -> Tensor:  # () int32, the number of coordinates with |m| < γh
+    """m ← β1 m + (1-β1) g;  θ ← θ - ηλθ - η · clip(m / max(γh, ε), 1)   (Liu et al. 2024, Algorithm 3)."""
+    fold(exp_avg, unscaled(grad, exp_avg, grad_scale), beta1, found_inf)
+    curvature = hessian * gamma
+    descend(param, (exp_avg / curvature.clamp_min(eps)).clamp(-1, 1), lr, weight_decay, found_inf)
+    return (exp_avg.abs() < curvature).sum(dtype=torch.int32)
+
+
+@updates(0)
+def gauss_newton_update(
+    hessian: Tensor,  # (*) h, updated in place
+    grad: Tensor,  # (*) ĝ, the gradient of the mean loss of sampled labels
+    num_predictions: Scalar,  # () N
+    beta2: Scalar,  # ()
+    grad_scale: Tensor | None = None,  # ()
+    found_inf: Tensor | None = None,  # ()
+) -> None:
+    """h ← β2 h + (1-β2) N ĝ ⊙ ĝ   (Liu et al. 2024, Algorithm 2 and Algorithm 3)."""
+    grad = unscaled(grad, hessian, grad_scale)
+    fold(hessian, grad * grad * num_predictions, beta2, found_inf)
+
+
+@updates(0)
+def hessian_update(
+    hessian: Tensor,  # (*) h, updated in place
+    estimate: Tensor,  # (*) ĥ
+    beta2: Scalar,  # ()
+    grad_scale: Tensor | None = None,  # ()
+    found_inf: Tensor | None = None,  # ()
+) -> None:
+    """h ← β2 h + (1-β2) ĥ   (Liu et al. 2024, Algorithm 3). ĥ is linear in the loss, so `grad_scale` divides it
+    once."""
+    fold(hessian, unscaled(estimate, hessian, grad_scale), beta2, found_inf)
+
+
+def refresh_due(step: int, hessian_interval: int) -> bool:
+    """Whether an estimate comes in before step t = 1, 2, …: (t-1) mod k == 0   (Algorithm 3: t mod k = 1)."""
+    return (step - 1) % hessian_interval == 0
+
+
+@updates(0, 2)
+def sophia_unclipped_update(
+    param: Tensor,  # (*) θ, updated in place
+    grad: Tensor,  # (*) g
+    exp_avg: Tensor,  # (*) m, updated in place
+    hessian: Tensor,  # (*) h, read only
+    lr: Scalar,  # () η
+    beta1: Scalar,  # ()
+    gamma: Scalar,  # () γ
+    eps: Scalar,  # () ε
+    weight_decay: Scalar,  # () λ
+    grad_scale: Tensor | None = None,  # ()
+    found_inf: Tensor | None = None,  # ()
+) -> Tensor:  # () int32, the number of coordinates with |m| < γh
+    """`sophia_update` without its clip, the paper's ablation: θ ← θ - ηλθ - η · m / max(γh, ε)."""
+    fold(exp_avg, unscaled(grad, exp_avg, grad_scale), beta1, found_inf)
+    curvature = hessian * gamma
+    descend(param, exp_avg / curvature.clamp_min(eps), lr, weight_decay, found_inf)
+    return (exp_avg.abs() < curvature).sum(dtype=torch.int32)
+
+
+class Sophia(CurvatureOptimizer):
+    r"""Sophia with any estimator of the diagonal Hessian.
+
+    At step t = 1, 2, …, with m and h zero at the start and without bias correction:
+
+        m ← β1 m + (1-β1) g
+        h ← β2 h + (1-β2) ĥ              before the steps with (t-1) mod k == 0, by `update_hessian`
+        θ ← θ - ηλθ - η · clip(m / max(γh, ε), 1)
+
+    Where h is negative or tiny the step is η·sign(m), so Sophia without curvature is momentum-sign descent.
+
+        optimizer = SophiaG(model.parameters(), lr=6e-4)
+        for step, (x, y) in enumerate(batches, start=1):
+            if optimizer.hessian_due:
+                n = gauss_newton_bartlett(lambda: model(x), seed=0, step=step)
+                optimizer.update_hessian(num_predictions=n)
+                optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    State per parameter, `optimizer.state[p]`: `exp_avg` (m) and `hessian` (h), in the shape of p; `step` (t), a 0-D
+    float32 tensor.
+
+    Args:
+        params: tensors, named tensors or parameter groups.
+        lr: η, a float or a 0-D tensor; may be changed in place by any scheduler.
+        betas: (β1, β2), the decays of the momentum and of the curvature.
+        gamma: γ, the scale of the curvature; choose it so that `unclipped_count / numel` is between 0.1 and 0.5.
+        eps: ε, the floor of γh. A live hyper-parameter: 1e-7 may beat 1e-12.
+        weight_decay: λ, decoupled from the gradient and multiplied by η.
+        hessian_interval: k, the steps from one estimate to the next, one value for all groups. None is for a run
+            without curvature (h stays zero: the paper's "clip only" ablation): `hessian_due` is then always False.
+        clip: False leaves out the clip, the paper's ablation; it diverges easily.
+        foreach: carry the step out by torch._foreach_*, an operation on all tensors at once.
+        compile: carry it out by compiled kernels; what is too small to be worth a call stays eager. By default from a
+            million parameters on, if there is a compiler. False leaves the eager form, on accelerators the foreach form.
+            All forms give the same numbers.
+
+    Raises:
+        ValueError: a hyper-parameter out of its range, by name.
+        TypeError: a complex or integer parameter.
+    """
+
+    # The rule of a group by its `clip`.
+    _rules: ClassVar[dict[bool, Rule]] = {True: sophia_update, False: sophia_unclipped_update}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 6e-4,
+        betas: tuple[float, float] = (0.96, 0.99),
+        gamma: float | Tensor = 0.05,
+        eps: float = 1e-12,
+        weight_decay: float = 0.2,
+        hessian_interval: int | None = 10,
+        *,
+        clip: bool = True,
+        foreach: bool | None = None,
+        compile: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "gamma": gamma,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "hessian_interval": hessian_interval,
+            "clip": clip,
+        }
+        super().__init__(params, defaults, foreach=foreach, compile=compile)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_number(group, "lr", "the paper uses 2e-4 to 7e-4")
+        check_betas(group)
+        check_number(group, "gamma", "try 0.05 (GNB) or 0.01 (Hutchinson)", positive=True)
+        check_number(group, "eps", "the paper uses 1e-12", least=SMALLEST)
+        check_number(group, "weight_decay", "the paper uses 0.2")
+        if not isinstance(group["clip"], bool):
+            raise ValueError(
+                f"clip = {group['clip']!r}, expected True or False: the threshold is always 1, scale lr instead"
+            )
+        check_interval(group, self.param_groups)
+
+    @property
+    def hessian_due(self) -> bool:
+        """True before the steps t = 1, 2, … with (t-1) mod k == 0; t-1 is the largest step count of a parameter.
+
+        For plain loops. A step that an overflow held back does not advance t, so the same step stays due; a loop that
+        counts such steps asks `refresh_due` with its own counter. The step counts live on the CPU, unless loss scaling
+        has moved them to the device: then reading this property waits for the device.
+        """
+        interval = self.param_groups[0]["hessian_interval"]
+        return interval is not None and refresh_due(self._steps_made() + 1, interval)
+
+    @torch.no_grad()
+    def update_hessian(
+        self,
+        num_predictions: int | Tensor | None = None,
+        *,
+        estimates: Sequence[Tensor | None] | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """Take in a curvature estimate ĥ, made at the weights before the step. Give exactly one of the first two.
+
+        Args:
+            num_predictions: N, for ĥ = N · g ⊙ g, where .grad holds g, the gradient of the *mean* loss over N
+                predictions with labels sampled from the model (Gauss-Newton-Bartlett). N counts tokens, not sequences,
+                over all micro-batches and ranks; g must not be clipped. An integer, or a 0-D tensor that is not read
+                back.
+            estimates: ĥ for each parameter, in the order of the parameters and in their shapes (a DTensor for a
+                DTensor parameter); None only for a parameter that does not require a gradient.
+            grad_scaler: the scaler of the loss behind g or ĥ: its scale is divided out before squaring, and on an
+                overflow h stays as it is, with a warning. This reads one number back to the host. Without it the
+                attributes `grad_scale` and `found_inf` hold, if they are set.
+
+        Raises:
+            TypeError: none or both of num_predictions and estimates; a plain estimate for a DTensor parameter.
+            ValueError: N < 1, a wrong number of estimates, or one of the wrong shape.
+            RuntimeError: a parameter without a gradient, or hessian_interval is None.
+        """
+        for group, _, values, states, amp in self._curvature(num_predictions, estimates, grad_scaler):
+            tensors, beta2 = [[state["hessian"] for state in states], values], group["betas"][1]
+            if num_predictions is not None:
+                apply(gauss_newton_update, tensors, [num_predictions, beta2], self._form, amp)
+            else:
+                apply(hessian_update, tensors, [beta2], self._form, amp)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient. Returns the closure's loss, if there is a closure.
+
+        Raises RuntimeError for a sparse gradient. Warns once when k steps have passed without `update_hessian`.
+        """
+        loss = evaluated(closure)
+        for group, params, grads, states, amp in self._with_gradients():
+            if self._begins_step(params):
+                self._counts = []
+            advance(states, "step", amp.found_inf)
+            exp_avgs, hessians = [state["exp_avg"] for state in states], [state["hessian"] for state in states]
+            hyper = [group["lr"], group["betas"][0], group["gamma"], group["eps"], group["weight_decay"]]
+            rule = self._rules[group["clip"]]
+            self._counts += apply(rule, [params, grads, exp_avgs, hessians], hyper, self._form, amp)
+        return loss
+
+    @property
+    def unclipped_count(self) -> Tensor:
+        """() int64 on the device: how many of the `numel` coordinates of the last training step had |m| < γh, so that
+        the clip did not act."""
+        if not self._counts:
+            return torch.zeros((), dtype=torch.int64)
+        return torch.stack([count.to(self._counts[0].device, torch.int64) for count in self._counts]).sum()
+
+
+class SophiaG(Sophia):
+    """Sophia with the paper's defaults for the Gauss-Newton-Bartlett estimator: `gauss_newton_bartlett`, then
+    `update_hessian(num_predictions=N)`."""
+
+
+class SophiaH(Sophia):
+    """Sophia with the paper's defaults for Hutchinson's estimator (γ = 0.01): `update_hessian(estimates=…)`."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 6e-4,
+        betas: tuple[float, float] = (0.96, 0.99),
+        gamma: float | Tensor = 0.01,
+        *others: Any,
+        **named: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, gamma, *others, **named)
