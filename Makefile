@@ -39,11 +39,12 @@ bench: setup ## speed and memory: optimizer step, training step at 30M (ten minu
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/page.py
 
-bench-full: bench ## the same, and 124M, data, and how cost grows (an hour)
+bench-full: bench ## the same, and 124M, data, how cost grows, and planned against measured memory (over an hour)
 	$(BIN)/python benchmarks/training_step.py --size 124m
 	$(BIN)/python benchmarks/data_pipeline.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/reading.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/page.py
 
 test-gpu: setup ## the tests that depend on the device, on CUDA
