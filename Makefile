@@ -40,11 +40,12 @@ bench: setup ## speed and memory: optimizer step, training step at 30M (ten minu
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/page.py
 
-bench-full: bench ## bench, and the 124M model, the data pipeline and scaling (an hour)
+bench-full: bench ## bench, and the 124M model, data, scaling, planned against measured memory (over an hour)
 	$(BIN)/python benchmarks/training_step.py --size 124m
 	$(BIN)/python benchmarks/data_pipeline.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/reading.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/page.py
 
 test-gpu: setup ## the device-dependent tests, on CUDA

@@ -1,12 +1,13 @@
 """The peak memory of real training steps against planning/memory.py, on this machine's CPU.
 
-    python benchmarks/memory.py            every case: about fifteen minutes on two cores
-    python benchmarks/memory.py --only 30m the cases whose name has these words
+    python benchmarks/memory.py                every case: some fifteen minutes on two quiet cores
+    python benchmarks/memory.py --only "30m fsdp" --output /tmp/memory    the cases whose name has these words
 
 A case is a configuration at a size; its ranks are processes of their own over gloo. Each does one step to make its state
 and is measured in the next, which refreshes the curvature where the optimizer has one. What is measured is the bytes that
 torch's CPU allocator has given out (torch.profiler's memory events): tensors of Python, of C++ and of the kernels, not the
-resident set, which holds the interpreter and libraries too. Writes memory.json and memory.md to results/planner.
+resident set, which holds the interpreter and libraries too. Writes memory.json and memory.md to results/planner, and the table of
+docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
 
+from analysis.pages import write_part
 from data.batches import Batch
 from data.files import write_json
 from models import GPT2, GPT2Config
@@ -48,6 +50,7 @@ from training.strategies.base import Strategy
 from training.weights import InitialWeights
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "planner"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 TOLERANCE = 0.15
 SIZES = {
     "mini": "model=gpt2_mini model.n_layer=8 tokenizer=bpe tokenizer.vocab_size=8192 train.sequence_length=256 "
@@ -149,7 +152,7 @@ def _step(
     run = cast(Run, SimpleNamespace(progress=lambda doing: None, state=SimpleNamespace(step=number - 1), **of_run))
     if curvature is not None:
         with torch.profiler.record_function("curvature"):
-            if curvature.shares_forward(strategy, number):
+            if curvature.shares_forward(strategy):
                 forward_backward_refresh(run, curvature, strategy, batch, number)
                 strategy.zero_grad()
             else:
@@ -233,14 +236,27 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         *[f"- {name}: `{overrides}`" for name, overrides in record["sizes"].items()],
         "",
+        table(record["cases"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table(cases: Sequence[dict[str, Any]]) -> str:
+    lines = [
         "| size | ranks | configuration | planned | measured | planned / measured |",
         "| --- | ---: | --- | ---: | ---: | ---: |",
     ]
-    for case in record["cases"]:
+    for case in cases:
         sizes = " | ".join(f"{case[key] / 1e6:,.1f}" for key in ("planned", "measured"))
         ratio = f"{case['planned_over_measured']:.3f}"
         lines.append(f"| {case['size']} | {case['ranks']} | {case['overrides']} | {sizes} | {ratio} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
+
+
+def page_table(record: dict[str, Any]) -> str:
+    """What docs/scaling.md quotes: the cases that are there at every size."""
+    everywhere = {overrides for _, overrides in EVERYWHERE}
+    return table([case for case in record["cases"] if case["overrides"] in everywhere])
 
 
 def main() -> int:
@@ -265,6 +281,8 @@ def main() -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_json(arguments.output / "memory.json", record)
     (arguments.output / "memory.md").write_text(markdown(record))
+    if len(cases) == len(CASES):
+        write_part(PAGE, "memory", page_table(record))
     outside = [case for case in cases if abs(case["planned_over_measured"] - 1) > TOLERANCE]
     console.print(f"{len(cases) - len(outside)} of {len(cases)} within {TOLERANCE:.0%}; written to {arguments.output}")
     return 1 if outside else 0

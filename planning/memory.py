@@ -15,7 +15,7 @@ the products' precision: 2 under bf16, else 4. The residual stream, the norms, g
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from models import GPT2Config
 from models.flops import parameter_count
@@ -38,6 +38,7 @@ Phase = Literal["curvature", "training", "update"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 DeviceType = Literal["cpu", "cuda"]
 Memory = dict[Kind, int]  # bytes by kind
+Bytes = Counter[Kind]  # the same, to be added up
 
 #: Float32 numbers that an optimizer keeps for each parameter, and of h. Muon keeps one of the blocks' matrices; any other
 #: optimizer is taken to keep what AdamW does.
@@ -64,7 +65,7 @@ def planned_memory(config: RunConfig, shape: GPT2Config, world_size: int, device
         ConfigurationError: the batch does not divide over the ranks.
     """
     step = _Step(config, shape, world_size, device)
-    moments: dict[Phase, list[Counter[Kind]]] = {
+    moments: dict[Phase, list[Bytes]] = {
         "curvature": list(step.curvature()),
         "training": list(step.training()),
         "update": [step.update()],
@@ -72,9 +73,13 @@ def planned_memory(config: RunConfig, shape: GPT2Config, world_size: int, device
     return {phase: _highest(candidates) for phase, candidates in moments.items() if candidates}
 
 
-def _highest(moments: list[Counter[Kind]]) -> Memory:
+def _highest(moments: list[Bytes]) -> Memory:
     highest = max(moments, key=lambda moment: moment.total())
     return {kind: highest[kind] for kind in KINDS}
+
+
+def bytes_of(**by_kind: int) -> Bytes:
+    return Counter(cast(Memory, by_kind))
 
 
 def curvature_of(config: RunConfig, world_size: int) -> CurvaturePass | None:
@@ -114,7 +119,7 @@ class _Pass:
     tokens: int
     width: int  # e
     accumulated: bool  # earlier micro-batches have left gradients
-    held: Counter[Kind]  # besides weights and state
+    held: Bytes  # besides weights and state
     both_losses: bool = False  # labels are drawn too: the first of two backwards keeps what it used
 
 
@@ -140,12 +145,12 @@ class _Step:
 
     # What is there all the time
 
-    def standing(self) -> Counter[Kind]:
+    def standing(self) -> Bytes:
         """Weights and state, and the buffers that outlive a step."""
         optimizer, curvature = _state_sizes(self.config.optimizer, self.shape)
         share = self.shard / self.model
         on_device = not (self.zero and self.zero.offload_optimizer)
-        memory = Counter[Kind](
+        memory = bytes_of(
             weights=self.shard,
             optimizer=round(FLOAT32 * optimizer * share) * on_device,
             curvature=round(FLOAT32 * curvature * share) * on_device,
@@ -218,53 +223,53 @@ class _Step:
 
     # Moments of a forward and backward pass
 
-    def moments(self, done: _Pass) -> Iterator[Counter[Kind]]:
+    def moments(self, done: _Pass) -> Iterator[Bytes]:
         tokens, width, layers = done.tokens, done.width, self.shape.n_layer
         stream = FLOAT32 * tokens * self.shape.n_embd
         base = self.standing() + done.held
-        block = Counter[Kind](activations=self.kept_of_block(tokens, width), engine=self.copies_of_block(width))
-        kept = Counter[Kind](activations=layers * block["activations"], engine=layers * block["engine"])
-        recomputed = Counter[Kind]()
+        block = bytes_of(activations=self.kept_of_block(tokens, width), engine=self.copies_of_block(width))
+        kept = bytes_of(activations=layers * block["activations"], engine=layers * block["engine"])
+        recomputed = bytes_of()
         if self.fsdp and self.fsdp.activation_checkpointing:  # the block's input alone is kept
-            kept, recomputed = Counter(activations=layers * stream), block
-        temporaries = Counter[Kind](activations=self.temporaries_of_block(tokens, width))
+            kept, recomputed = bytes_of(activations=layers * stream), block
+        temporaries = bytes_of(activations=self.temporaries_of_block(tokens, width))
 
         if done.accumulated and (self.zero is None):
             base["gradients"] += self.model
         gathered = self.gathered()
-        yield base + gathered + kept + Counter(activations=2 * stream, head=self.head(done))
+        yield base + gathered + kept + bytes_of(activations=2 * stream, head=self.head(done))
 
         backward = base + self.gathered_in_backward() + temporaries + recomputed
         if done.both_losses:
-            kept += Counter(activations=stream, head=self.head_kept(done))
-        yield backward + kept + Counter(head=self.embedding)
+            kept += bytes_of(activations=stream, head=self.head_kept(done))
+        yield backward + kept + bytes_of(head=self.embedding)
 
         # The embedding has a gradient as the head's weight, which waits, and one as the look-up's.
-        last = base + gathered + (kept if done.both_losses else Counter())
+        last = base + gathered + (kept if done.both_losses else bytes_of())
         if self.fsdp:
             if not done.accumulated:
                 last["gradients"] += self.shard
-            yield last + Counter(engine=2 * FLOAT32 * self.root, activations=stream)
+            yield last + bytes_of(engine=2 * FLOAT32 * self.root, activations=stream)
             return
         standing = self.zero or self.world_size > 1 or done.accumulated  # the other gradients have their place
         last["gradients"] += self.embedding if standing else self.model
-        yield last + Counter(gradients=self.embedding, activations=stream)
+        yield last + bytes_of(gradients=self.embedding, activations=stream)
         if not done.both_losses:
             last += block
         yield last + temporaries
 
-    def gathered(self) -> Counter[Kind]:
+    def gathered(self) -> Bytes:
         """Weights that the engine has gathered while the head runs."""
         if self.fsdp:  # embeddings and final norm in float32; blocks too where they are not given up after the forward
             blocks = 0 if self.fsdp.reshard_after_forward else self.shape.n_layer * self.weight_bytes * self.block
-            return Counter(engine=FLOAT32 * self.root + blocks)
+            return bytes_of(engine=FLOAT32 * self.root + blocks)
         if self.zero:
             stage = self.zero.zero_stage
             weights = self.weight_bytes * min(self.parameters, LIVE_WEIGHTS) if stage == 3 else 0
-            return Counter(engine=weights + (reduction_bucket_bytes(self.config) if stage != 2 else 0))
-        return Counter()
+            return bytes_of(engine=weights + (reduction_bucket_bytes(self.config) if stage != 2 else 0))
+        return bytes_of()
 
-    def gathered_in_backward(self) -> Counter[Kind]:
+    def gathered_in_backward(self) -> Bytes:
         """The same in a block's backward pass, with the block's gradients on their way."""
         memory = self.gathered()
         if self.fsdp:  # this block's weights and the next one's, gradients as computed and in float32 to be reduced
@@ -275,13 +280,13 @@ class _Step:
 
     # Phases
 
-    def training(self) -> Iterator[Counter[Kind]]:
+    def training(self) -> Iterator[Bytes]:
         rows = self.config.train.global_batch_size // self.world_size
         width = BFLOAT16 if self.config.train.precision == "bf16" else FLOAT32
         tokens = self.micro_batch_size * self.config.train.sequence_length
-        yield from self.moments(_Pass(tokens, width, rows > self.micro_batch_size, Counter()))
+        yield from self.moments(_Pass(tokens, width, rows > self.micro_batch_size, bytes_of()))
 
-    def update(self) -> Counter[Kind]:
+    def update(self) -> Bytes:
         memory = self.standing()
         if self.zero:  # the engine flattens the gradients' partition
             memory["gradients"] += self.shard
@@ -297,7 +302,7 @@ class _Step:
             return 0
         return numbers * self.shard
 
-    def curvature(self) -> Iterator[Counter[Kind]]:
+    def curvature(self) -> Iterator[Bytes]:
         curvature = self.pass_of_curvature
         if curvature is None:
             return
@@ -306,39 +311,39 @@ class _Step:
         rows = min(-(-curvature.sequences // self.world_size), of_rank)  # the largest share of a rank
         micro_batches = -(-rows // self.micro_batch_size)
         width = BFLOAT16 if self.config.train.precision == "bf16" else FLOAT32
-        fold = Counter[Kind](workspace=self.workspace(FOREACH_FOLD))
+        fold = bytes_of(workspace=self.workspace(FOREACH_FOLD))
         if curvature.within_training(USUAL_STEP):
-            done = _Pass(min(rows, self.micro_batch_size) * length, width, False, Counter(), both_losses=True)
+            done = _Pass(min(rows, self.micro_batch_size) * length, width, False, bytes_of(), both_losses=True)
             if micro_batches > 1:  # the gradients of both losses
-                done = replace(done, accumulated=True, held=Counter(gradients=self.model))
+                done = replace(done, accumulated=True, held=bytes_of(gradients=self.model))
             yield from self.moments(done)
             stream = FLOAT32 * done.tokens * self.shape.n_embd
-            kept = Counter[Kind](
+            kept = bytes_of(
                 activations=self.shape.n_layer * self.kept_of_block(done.tokens, width) + stream,
                 engine=self.shape.n_layer * self.copies_of_block(width),
                 head=self.head_kept(done),
             )
-            yield self.standing() + kept + done.held + fold + Counter(gradients=self.model * (self.world_size == 1))
+            yield self.standing() + kept + done.held + fold + bytes_of(gradients=self.model * (self.world_size == 1))
             if rows < of_rank:  # the rest of the batch, in whose gradients the slice's are
                 rest = min(of_rank - rows, self.micro_batch_size) * length
-                yield from self.moments(_Pass(rest, width, True, Counter()))
+                yield from self.moments(_Pass(rest, width, True, bytes_of()))
             return
         tokens = -(-rows // micro_batches) * length
         if curvature.estimator == "hutchinson":
             yield self.exact_product(tokens, width)
-            yield self.standing() + fold + Counter(activations=self.model)
+            yield self.standing() + fold + bytes_of(activations=self.model)
             return
-        held = Counter[Kind]()
+        held = bytes_of()
         if curvature.estimator == "hutchinson_differences":  # noise, the weights as they were, the first gradient
             held["workspace"] = 3 * self.shard
             width = FLOAT32
         elif curvature.estimates(USUAL_STEP) > 1:  # the squares so far
             held["workspace"] = self.shard
         yield from self.moments(_Pass(tokens, width, micro_batches > 1, held))
-        taken = Counter[Kind](gradients=self.shard * (2 if held else 1))
+        taken = bytes_of(gradients=self.shard * (2 if held else 1))
         yield self.standing() + held + fold + taken
 
-    def exact_product(self, tokens: int, width: int) -> Counter[Kind]:
+    def exact_product(self, tokens: int, width: int) -> Bytes:
         """A Hessian-vector product by double backward, uncompiled, with the maps of attention and whole logits.
 
         The factors are those of tensors that were counted in real passes (bytes for each entry): of maps, of the other
@@ -350,5 +355,5 @@ class _Step:
         layer = tokens * (of_map * shape.n_head * length + of_activation * shape.n_embd)
         logits = of_logit * tokens * shape.padded_vocab_size
         copies = BFLOAT16 * self.parameters if narrow else 0
-        passed = Counter[Kind](activations=shape.n_layer * layer + logits + 3 * self.model, engine=copies)
+        passed = bytes_of(activations=shape.n_layer * layer + logits + 3 * self.model, engine=copies)
         return self.standing() + passed

@@ -157,7 +157,7 @@ class ElementwiseOptimizer(Optimizer):
 class CurvatureOptimizer(ElementwiseOptimizer):
     """With a diagonal curvature estimate, which comes in by `update_hessian` every `hessian_interval` steps."""
 
-    _state_names = ("step", "exp_avg", "hessian")
+    _state_names: tuple[str, ...] = ("step", "exp_avg", "hessian")
 
     def _set_transient_attributes(self) -> None:
         self._round: dict[int, int] = {}  # id(parameter) -> coordinates, since the training step began
