@@ -29,6 +29,7 @@ import training.loop as loop
 import training.optimizers as optimizers
 from data.batches import Batch
 from models import GPT2, GPT2Config
+from tests.faults.sittings import free_port
 from tests.training.runs import signal_self
 from tests.training.toys import Counting
 from training.compose import compose
@@ -242,10 +243,10 @@ def main(directory: Path) -> None:
 
     prepare_environment("cpu")
     gc.freeze()  # DeepSpeed collects garbage again and again; what is imported is none
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     second = os.fork()
-    rank = 0 if second else 1
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if second else "1"
+    dist.init_process_group("gloo")
     work(directory)
     if second and (status := os.waitpid(second, 0)[1]):
         sys.exit(f"rank 1 ended with status {status}")
@@ -253,11 +254,11 @@ def main(directory: Path) -> None:
 
 def work(directory: Path) -> None:
     """A rank's part of <directory>/work.json."""
-    work = json.loads((directory / "work.json").read_text())
+    listed = json.loads((directory / "work.json").read_text())
     seen: dict[str, Any] = {"runs": {}, "looks": {}}
-    for name, job in work["runs"].items():
+    for name, job in listed["runs"].items():
         seen["runs"][name] = attempt(run, job)
-    for look, kind in work["looks"]:
+    for look, kind in listed["looks"]:
         seen["looks"][f"{look} {kind}"] = attempt(LOOKS[look], kind)
     if dist.get_rank() == 0:
         (directory / "seen.json").write_text(json.dumps(seen))
