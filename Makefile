@@ -12,10 +12,11 @@ help:
 
 setup: $(STAMP) ## create .venv and install the locked dependencies
 
+# pip compiles no bytecode: Python compiles what it imports, which is a small part.
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"this is Python {v[0]}.{v[1]}, but 3.11 to 3.13 is needed: make setup PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@rm -f $(VENV)/installed-*
 	@touch $@

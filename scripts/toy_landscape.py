@@ -46,7 +46,7 @@ class Method(NamedTuple):
 
     make: Callable[[Tensor, float], torch.optim.Optimizer]
     learning_rates: tuple[float, ...]
-    prepare: Callable[[torch.optim.Optimizer, Tensor, Tensor], None]  # optimizer, gradient (2,), Hessian (2, 2)
+    prepare: Callable[[torch.optim.Optimizer, Tensor, Tensor], None]  # optimizer, gradient (2,), point (2,)
     color: str
 
 
@@ -63,21 +63,26 @@ def _sophia(theta: Tensor, lr: float) -> torch.optim.Optimizer:
     return Sophia([theta], lr=lr, betas=(0.0, 0.0), gamma=1.0, weight_decay=0.0, hessian_interval=1)
 
 
-def _as_it_is(optimizer: torch.optim.Optimizer, gradient: Tensor, hessian: Tensor) -> None:
+def _hessian(theta: Tensor) -> Tensor:
+    """(2,) -> (2, 2)"""
+    return torch.func.hessian(loss)(theta)
+
+
+def _as_it_is(optimizer: torch.optim.Optimizer, gradient: Tensor, theta: Tensor) -> None:
     pass
 
 
-def _sign(optimizer: torch.optim.Optimizer, gradient: Tensor, hessian: Tensor) -> None:
+def _sign(optimizer: torch.optim.Optimizer, gradient: Tensor, theta: Tensor) -> None:
     gradient.sign_()
 
 
-def _newton(optimizer: torch.optim.Optimizer, gradient: Tensor, hessian: Tensor) -> None:
-    gradient.copy_(torch.linalg.solve(hessian, gradient))
+def _newton(optimizer: torch.optim.Optimizer, gradient: Tensor, theta: Tensor) -> None:
+    gradient.copy_(torch.linalg.solve(_hessian(theta), gradient))
 
 
-def _refresh(optimizer: torch.optim.Optimizer, gradient: Tensor, hessian: Tensor) -> None:
+def _refresh(optimizer: torch.optim.Optimizer, gradient: Tensor, theta: Tensor) -> None:
     assert isinstance(optimizer, Sophia)
-    optimizer.update_hessian(estimates=[hessian.diagonal()])
+    optimizer.update_hessian(estimates=[_hessian(theta).diagonal()])
 
 
 METHODS = {
@@ -102,7 +107,7 @@ def descend(method: Method, learning_rate: float, steps: int = STEPS) -> Traject
     path = [theta.detach().clone()]
     for _ in range(steps):
         (theta.grad,) = torch.autograd.grad(loss(theta), theta)
-        method.prepare(optimizer, theta.grad, torch.func.hessian(loss)(theta.detach()))
+        method.prepare(optimizer, theta.grad, theta.detach())
         optimizer.step()
         path.append(theta.detach().clone())
     thetas = torch.stack(path)

@@ -46,8 +46,8 @@ SLOW |= {
     )
 }
 SLOW |= {"tests/training/recording/test_trackers.py"}
-#: Fixtures of a whole session that take a minute. Their tests come first, while the other worker has other tests.
-FIRST = {"two_ranks", "fast"}
+#: Fixtures of what takes most of a minute. Their tests come first, while the other workers have other tests.
+FIRST = {"two_ranks", "fast", "clone"}
 
 
 @pytest.hookimpl(tryfirst=True)

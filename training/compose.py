@@ -77,6 +77,8 @@ READABLE_VARIABLES = frozenset(
 )
 # Hydra's syntax in a value: lists, quotes, sweeps, interpolations. A value without it can safely be quoted.
 _SYNTAX = re.compile(r"""[\\'"()\[\]{}$,]""")
+# An override that Hydra can read without quotes. Calling its parser is slow.
+_PLAIN = re.compile(r"\+{0,2}[a-zA-Z]\w*(\.\w+)*=[\w./+-]+", re.ASCII)
 # An element of a list, as in optimizer.betas[0]=0.9.
 _ELEMENT = re.compile(r"^(\+{0,2}[\w.]+)\[(\d+)\]=")
 
@@ -315,7 +317,7 @@ def quoted(override: str) -> str:
         raise ConfigurationError(not_an_override(override, [override]))
     override = _ELEMENT.sub(r"\1.\2=", override, count=1)
     key, equals, value = override.partition("=")
-    if not equals or not value or _SYNTAX.search(value):
+    if not equals or not value or _SYNTAX.search(value) or _PLAIN.fullmatch(override):
         return override
     try:
         OverridesParser.create().parse_override(override)

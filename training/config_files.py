@@ -4,6 +4,8 @@ Values are parsed by OmegaConf's loader, for which 1e-3 is a number. Files hold 
 types, and at most `MAX_VALUES` values after aliases are expanded.
 """
 
+import copy
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -42,12 +44,7 @@ def read_yaml(path: Path) -> Any:
     """
     text = read_text(path)
     try:
-        loader = _LOADER(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _refuse_more_than_values(node)
-        return loader.construct_document(node)
+        return copy.deepcopy(_values_of(text))
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position)
         column = error.position - text.rfind("\n", 0, error.position) - 1
@@ -60,6 +57,17 @@ def read_yaml(path: Path) -> Any:
         raise ConfigurationError(f"{path}: nested too deeply; a configuration has a few levels") from None
     except ValueError as error:  # from !!int and !!float, and from numbers with thousands of digits
         raise ConfigurationError(f"{path}: {str(error).partition(';')[0]}; put text in quotes") from error
+
+
+@functools.lru_cache(maxsize=128)
+def _values_of(text: str) -> Any:
+    """The values of a text, parsed once: a sweep and a study compose from the same files again and again."""
+    loader = _LOADER(text)
+    node = loader.get_single_node()
+    if node is None:
+        return None
+    _refuse_more_than_values(node)
+    return loader.construct_document(node)
 
 
 def parse_value(override: str) -> Any:

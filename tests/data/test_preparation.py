@@ -91,7 +91,7 @@ def test_openwebtext_is_split_as_nanogpt_splits_it(tmp_path: Path) -> None:
 
     documents = [*texts(700), ""]
     source = parquet_corpus(tmp_path / "repository", documents)
-    data.prepare(source, GPT2, tmp_path / "t", workers=2)
+    data.prepare(source, GPT2, tmp_path / "t", workers=1)
     files = sorted(map(str, (tmp_path / "repository").rglob("*.parquet")))
     # As in nanoGPT's data/openwebtext/prepare.py, but for the size.
     loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
@@ -159,7 +159,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 
 def test_a_preparation_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, corpus: FileSource) -> None:
-    data.prepare(corpus, GPT2, tmp_path / "undisturbed", workers=2)
+    data.prepare(corpus, GPT2, tmp_path / "undisturbed", workers=1)
     directory = tmp_path / "killed"
     generator = random.Random(0)
     kills = 0
@@ -209,7 +209,7 @@ def test_finished_work_is_kept_after_an_error(tmp_path: Path, corpus: FileSource
     data.prepare(corpus, GPT2, tmp_path / "t", workers=1)
     kept = [path for path, time_ns in made.items() if path.stat().st_mtime_ns == time_ns]
     assert len(kept) >= len(made) - 2
-    data.prepare(corpus, GPT2, tmp_path / "anew", workers=2)
+    data.prepare(corpus, GPT2, tmp_path / "anew", workers=1)
     assert contents(tmp_path / "t") == contents(tmp_path / "anew")
 
 
@@ -222,8 +222,8 @@ def test_shards_of_changed_text_are_remade_after_an_interruption(tmp_path: Path,
     bad.unlink()
     write_json_lines(root / "1.jsonl", texts(250, seed=77))  # as many documents, of another length
     (root / "2.jsonl").unlink()
-    data.prepare(corpus, GPT2, tmp_path / "t", workers=2)
-    data.prepare(corpus, GPT2, tmp_path / "anew", workers=2)
+    data.prepare(corpus, GPT2, tmp_path / "t", workers=1)
+    data.prepare(corpus, GPT2, tmp_path / "anew", workers=1)
     assert contents(tmp_path / "t") == contents(tmp_path / "anew")
 
 
@@ -249,12 +249,12 @@ def test_a_full_disk_is_one_clear_error_and_what_was_done_is_kept(tmp_path: Path
     assert process.returncode == 1
     assert "cannot be written: File too large; raise ulimit -f and rerun the same command" in errors
     data.prepare(corpus, GPT2, tmp_path / "t", workers=2)
-    data.prepare(corpus, GPT2, tmp_path / "anew", workers=2)
+    data.prepare(corpus, GPT2, tmp_path / "anew", workers=1)
     assert contents(tmp_path / "t") == contents(tmp_path / "anew")
 
 
 def test_concurrent_preparations_do_not_disturb_each_other(tmp_path: Path, corpus: FileSource) -> None:
-    data.prepare(corpus, GPT2, tmp_path / "alone", workers=2)
+    data.prepare(corpus, GPT2, tmp_path / "alone", workers=1)
     others = [start(corpus, tmp_path / "t") for _ in range(3)]
     assert [process.wait() for process in others] == [0, 0, 0]
     assert contents(tmp_path / "t") == contents(tmp_path / "alone")
@@ -263,7 +263,7 @@ def test_concurrent_preparations_do_not_disturb_each_other(tmp_path: Path, corpu
 def test_a_finished_directory_is_left_as_it_is_and_needs_neither_corpus_nor_permission_to_write(
     tmp_path: Path, corpus: FileSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = data.prepare(corpus, GPT2, tmp_path / "t", workers=2)
+    manifest = data.prepare(corpus, GPT2, tmp_path / "t", workers=1)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "t").iterdir()}
     for path in Path(corpus.paths[0]).parent.iterdir():
         path.unlink()
@@ -273,7 +273,7 @@ def test_a_finished_directory_is_left_as_it_is_and_needs_neither_corpus_nor_perm
 
 
 def test_tokens_of_another_request_are_refused_with_the_difference(tmp_path: Path, corpus: FileSource) -> None:
-    data.prepare(corpus, GPT2, tmp_path / "t", workers=2)
+    data.prepare(corpus, GPT2, tmp_path / "t", workers=1)
     for other, difference in (
         (
             FileSource(paths=["elsewhere/*"]),
@@ -290,7 +290,7 @@ def test_tokens_of_another_request_are_refused_with_the_difference(tmp_path: Pat
 def test_the_manifest_says_where_tokens_come_from_and_nothing_of_the_machine(
     tmp_path: Path, corpus: FileSource
 ) -> None:
-    manifest = data.prepare(corpus, GPT2, tmp_path / "t", workers=2)
+    manifest = data.prepare(corpus, GPT2, tmp_path / "t", workers=1)
     text = (tmp_path / "t" / "manifest.json").read_text()
     assert str(tmp_path) not in text
     assert manifest.source["listing"]["files"] == 5
@@ -391,12 +391,12 @@ def test_a_tokenizer_trained_before_an_interruption_is_used_again(
         with pytest.raises(KeyboardInterrupt):
             data.prepare(corpus, spec, tmp_path / "t")
     trained = (tmp_path / "t" / "tokenizer.json").stat().st_mtime_ns
-    data.prepare(corpus, spec, tmp_path / "t", workers=2)
+    data.prepare(corpus, spec, tmp_path / "t", workers=1)
     assert (tmp_path / "t" / "tokenizer.json").stat().st_mtime_ns == trained
 
 
 def test_a_changed_tokenizer_file_is_refused(tmp_path: Path, corpus: FileSource) -> None:
-    data.prepare(corpus, TokenizerSpec("bpe", 400), tmp_path / "t", workers=2)
+    data.prepare(corpus, TokenizerSpec("bpe", 400), tmp_path / "t", workers=1)
     path = tmp_path / "t" / "tokenizer.json"
     content = json.loads(path.read_text())
     vocabulary = content["model"]["vocab"]

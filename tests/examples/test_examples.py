@@ -2,7 +2,7 @@
 
 import pytest
 
-from examples import classifier, huggingface_trainer, plain_loop
+from examples import classifier, plain_loop
 
 
 def test_the_plain_loop_learns_its_text() -> None:
@@ -16,11 +16,15 @@ def test_the_classifier_separates_the_spirals(estimator: str) -> None:
 
 
 def test_the_trainer_learns_with_the_callback() -> None:
+    from examples import huggingface_trainer
+
     losses = huggingface_trainer.main(["--steps", "30"])
     assert losses[-1] < losses[0] - 0.5
 
 
 def test_the_callback_counts_only_tokens_that_are_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from examples import huggingface_trainer
+
     counted: list[int] = []
     update = huggingface_trainer.SophiaG.update_hessian
 

@@ -109,15 +109,15 @@ class Composer:
     def __init__(self, corpus: Sequence[str], output_dir: Path) -> None:
         self._corpus = list(corpus)
         self._output_dir = output_dir
-        self._made: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._made: dict[str | None, dict[str, Any]] = {}
 
     def values(self, chosen: dict[str, Any]) -> dict[str, Any]:
         """The plain values of a configuration, before validation."""
-        groups = tuple(f"{key}{value}" for key, value in chosen.items() if key.endswith("="))
-        if groups not in self._made:
-            fixed = ["model=gpt2_nano", "train.compile=false", "train.device=cpu", f"output_dir={self._output_dir}"]
-            self._made[groups] = compose_dictionary([*self._corpus, *fixed, "name=run", *groups])
-        values = copy.deepcopy(self._made[groups])
+        values = copy.deepcopy(self._composed(None))
+        for key, value in chosen.items():
+            if key.endswith("="):
+                group = key.removesuffix("=")
+                values[group] = copy.deepcopy(self._composed(f"{key}{value}")[group])
         for key, value in chosen.items():
             if not key.endswith("="):
                 *path, leaf = key.split(".")
@@ -127,6 +127,12 @@ class Composer:
                 section[leaf] = value
         values["seeds"] = dict.fromkeys(("model", "data", "curvature"), values["seed"])
         return values
+
+    def _composed(self, choice: str | None) -> dict[str, Any]:
+        if choice not in self._made:
+            fixed = ["model=gpt2_nano", "train.compile=false", "train.device=cpu", f"output_dir={self._output_dir}"]
+            self._made[choice] = compose_dictionary([*self._corpus, *fixed, "name=run", *filter(None, [choice])])
+        return self._made[choice]
 
 
 def step_configurations(corpus: Sequence[str], scratch: Path, examples: int, number: int) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _refuse_all(scratch: Path, names: tuple[str, ...]) -> dict[str, Any]:
     for name in names:
         root = scratch / name.replace(".", "-")
         root.mkdir()
-        write_text(root / "a-good.txt", texts(3000, words=120))
+        write_text(root / "a-good.txt", texts(1200, words=120))
         damage, _ = BAD[name]
         damage(root / name)
         directory = root / "tokens"

@@ -22,7 +22,7 @@ import psutil
 
 from data.manifest import load_manifest
 from tests.faults.kills import compare, last_step, overrides_of
-from tests.faults.sittings import LIMIT_SECONDS, Sitting, _free_port, completed
+from tests.faults.sittings import LIMIT_SECONDS, Sitting, completed, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 #: How long a rank may outlive its launcher.
@@ -96,7 +96,7 @@ def kill_launchers(corpus: Sequence[str], scratch: Path, times: int, seed: int) 
     restarted immediately, on the same port, while the old ranks may still exist.
     """
     generator = np.random.default_rng(seed)
-    port = _free_port()
+    port = free_port()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--node-rank=0", "--nproc-per-node=2"]
     torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}", str(ROOT / "train.py")]
     plain = [sys.executable, str(ROOT / "train.py")]

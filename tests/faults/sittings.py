@@ -54,7 +54,7 @@ class Sitting:
         self.began = time.time()
         log.write_bytes(b"")
         given = dict(environment or {})
-        port = _free_port() if ranks > 1 else 0
+        port = free_port() if ranks > 1 else 0
         self.processes = []
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
@@ -131,7 +131,7 @@ def _run(overrides: list[str], log: str, variables: dict[str, str], prepare: Cal
     raise SystemExit(command.main(overrides))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

@@ -24,10 +24,10 @@ def test_random_mutations_are_valid_or_refused_in_a_line(corpus: list[str], tmp_
 
 
 def test_random_command_lines_are_refused_in_a_line(tmp_path: Path) -> None:
-    found = spoil_command_lines(tmp_path, 30, 0)
+    found = spoil_command_lines(tmp_path, 15, 0)
     assert found["faults"] == []
 
 
 def test_random_damage_to_a_file_is_refused_in_a_line(tmp_path: Path) -> None:
-    found = spoil_files(tmp_path, 30, 0)
+    found = spoil_files(tmp_path, 15, 0)
     assert found["faults"] == []

@@ -82,4 +82,4 @@ def worker(rank: int, rendezvous: str) -> None:
 
 
 def test_replicas_and_shards_have_the_gradients_of_a_single_process(tmp_path: Path) -> None:
-    mp.spawn(worker, (str(tmp_path / "rendezvous"),), nprocs=WORLD_SIZE)
+    mp.start_processes(worker, (str(tmp_path / "rendezvous"),), nprocs=WORLD_SIZE, start_method="forkserver")

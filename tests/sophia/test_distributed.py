@@ -144,7 +144,7 @@ def worker(rank: int, directory: str) -> None:
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("gloo")
-    mp.spawn(worker, (str(directory),), nprocs=WORLD)
+    mp.start_processes(worker, (str(directory),), nprocs=WORLD, start_method="forkserver")
     found: dict[str, Any] = torch.load(Path(directory) / "results", weights_only=True)
     return found
 

@@ -1,14 +1,18 @@
-"""A rank that dies, for tests of what the others do: `train.py` whose rank 1 kills itself."""
+"""Ranks that act, for tests of what the others and their parent do; to be called in the process that starts the ranks."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
+import time
 from typing import Any
+
+from torch.distributed.launcher import api
 
 import training.launching.ranks as launch
 import training.loop as loop
+from tests.training.runs import signals_of_this_run
+from training.reliability.signals import STOP_SIGNALS
 
 run_rank = launch.run_rank
 
@@ -26,9 +30,33 @@ def dying_rank(values: dict[str, Any], codes: Any) -> int:
     return run_rank(values, codes)
 
 
-if __name__ == "__main__":
-    from tests.training.dying import dying_rank as importable
-    from training.launching.command import main
+def rank_under_a_terminal_that_closes(values: dict[str, Any], codes: Any) -> int:
+    """`run_rank`, but after step 5 rank 0 sends its parent SIGHUP twice, and goes on once it is told to stop."""
+    reported = loop.Reporter.step
 
-    launch.run_rank = importable
-    sys.exit(main(sys.argv[1:]))
+    def report(self: Any, number: int, *arguments: Any) -> None:
+        reported(self, number, *arguments)
+        if number == 5 and os.environ["RANK"] == "0":
+            for _ in range(2):
+                os.kill(os.getppid(), signal.SIGHUP)
+                time.sleep(0.1)
+            asked_to_stop = signals_of_this_run()
+            while not asked_to_stop():
+                time.sleep(0.01)
+
+    loop.Reporter.step = report  # type: ignore[method-assign]
+    return run_rank(values, codes)
+
+
+def begin_as(rank: Any, forked: bool = False) -> None:
+    """Have ranks be started as this, by a process of its own session that blocks stop signals, as a worker of a sweep.
+
+    Args:
+        forked: ranks come from the tests' fork server, and not from interpreters of their own, which import torch again.
+    """
+    os.setsid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    launch.run_rank = rank
+    if forked:
+        config = api.LaunchConfig
+        api.LaunchConfig = lambda **given: config(**given | {"start_method": "forkserver"})

@@ -116,11 +116,17 @@ def curve(run_directory: Path) -> list[dict[str, Any]]:
     ]
 
 
+def signals_of_this_run() -> StopSignals:
+    """What tells the run in this process that it is asked to stop."""
+    (listener,) = (thread for thread in threading.enumerate() if thread.name == "signals")
+    asked_to_stop: StopSignals = listener._args[-1].__self__  # type: ignore[attr-defined]
+    return asked_to_stop
+
+
 def signal_self(number: int) -> None:
     """Send this process, which is in a run, a signal; returns once the run knows that it is asked to stop."""
     os.kill(os.getpid(), number)
-    (listener,) = (thread for thread in threading.enumerate() if thread.name == "signals")
-    asked_to_stop: StopSignals = listener._args[-1].__self__  # type: ignore[attr-defined]
+    asked_to_stop = signals_of_this_run()
     while not asked_to_stop():
         time.sleep(0.001)
 

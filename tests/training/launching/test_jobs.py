@@ -9,14 +9,14 @@ from training.launching.command import main
 from training.launching.jobs import launch, side_by_side
 
 NANO = [
-    *("model=gpt2_nano", "tokenizer=bpe", "tokenizer.vocab_size=300", "train.steps=2", "train.global_batch_size=2"),
+    *("model=gpt2_nano", "train.steps=2", "train.global_batch_size=2"),
     *("train.sequence_length=16", "train.precision=fp32", "train.compile=false", "eval.tokens=64", "eval.interval=2"),
 ]
 
 
 @pytest.mark.slow
-def test_jobs_run_sequentially_each_with_its_own_overrides(tmp_path: Path) -> None:
-    common = [*NANO, f"output_dir={tmp_path}", f"data.directory={tmp_path / 'tokens'}"]
+def test_jobs_run_sequentially_each_with_its_own_overrides(corpus: list[str], tmp_path: Path) -> None:
+    common = [*corpus, *NANO, f"output_dir={tmp_path}"]
     codes = launch([[*common, "name=a", "optimizer=adamw"], [*common, "name=b", "optimizer=lion", "train.steps=1"]])
     assert codes == [0, 0]
     assert (tmp_path / "a" / "summary.json").is_file()
@@ -29,7 +29,7 @@ def test_a_job_that_is_refused_or_fails_does_not_end_the_others(tmp_path: Path) 
     codes = launch(
         [
             ["name=refused", f"output_dir={tmp_path}", "train.steps=5", "schedule.warmup_steps=9"],
-            [*NANO, "name=broken", f"output_dir={tmp_path}", f"data.directory={broken}"],
+            [*NANO, "tokenizer=bpe", "name=broken", f"output_dir={tmp_path}", f"data.directory={broken}"],
         ]
     )
     assert codes[0] == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
 import signal
 import subprocess
@@ -15,41 +14,15 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from tests.training.runs import curve, lines, run, summary
+from tests.training.dying import begin_as, dying_rank, rank_under_a_terminal_that_closes
+from tests.training.runs import curve, lines, run, run_in_child, summary
 from training.compose import compose
 from training.exits import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_PREEMPTED, EXIT_RANK_LOST
 from training.launching.ranks import NOT_STARTED, code_of_stopped_ranks, describe_failure, start_ranks
 from training.reliability import heartbeat
 from training.reliability.heartbeat import Heartbeat
-from training.reliability.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def start(script: str, overrides: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *overrides],
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=block_stop_signals,
-    )
-
-
-def block_stop_signals() -> None:
-    """As in a worker of a sweep."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
-
-def wait_for(path: Path, text: str, seconds: float = 90) -> None:
-    until = time.monotonic() + seconds
-    while not path.exists() or text not in path.read_text():
-        assert time.monotonic() < until, f"{path} has no {text!r}"
-        time.sleep(0.1)
 
 
 def losses(directory: Path) -> list[float]:
@@ -64,9 +37,8 @@ def test_dead_ranks_are_restarted_and_finally_named(tiny: list[str], tmp_path: P
     overrides = [*tiny, f"output_dir={tmp_path}", "name=run", "checkpoint.interval=4"]
     assert run([*overrides, "train.steps=2"]) == 0
     launched = ["launcher.nproc_per_node=2", "launcher.max_restarts=1", "overwrite=true"]
-    process = start("tests/training/dying.py", [*overrides, *launched])
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 1
+    assert run_in_child([*overrides, *launched], begin_as, dying_rank, True, errors=tmp_path / "errors") == EXIT_FAILED
+    said = (tmp_path / "errors").read_text()
     assert "error: rank 1 failed (killed by SIGKILL)" in said
     assert run(overrides) == 0
     directory = tmp_path / "run"
@@ -80,29 +52,19 @@ def test_dead_ranks_are_restarted_and_finally_named(tiny: list[str], tmp_path: P
 
 def test_signals_to_the_parent_let_all_ranks_save_and_one_process_resumes(tiny: list[str], tmp_path: Path) -> None:
     """SIGHUP twice, as from a terminal that closes."""
-    long = [
-        *tiny,
-        f"output_dir={tmp_path}",
-        "name=run",
-        "train.steps=400",
-        "eval.interval=400",
-        "checkpoint.interval=null",
-    ]
-    process = start("train.py", [*long, "launcher.nproc_per_node=2"])
-    wait_for(tmp_path / "run" / "metrics.jsonl", '"step":5,')
-    for _ in range(2):
-        process.send_signal(signal.SIGHUP)
-        time.sleep(0.1)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 75, said[-3000:]
+    overrides = [*tiny, f"output_dir={tmp_path}", "checkpoint.interval=null"]
+    launched = [*overrides, "name=run", "launcher.nproc_per_node=2"]
+    errors = tmp_path / "errors"
+    code = run_in_child(launched, begin_as, rank_under_a_terminal_that_closes, errors=errors)
+    assert code == EXIT_PREEMPTED, errors.read_text()[-3000:]
     saved = summary(tmp_path / "run")["steps"]
+    assert 5 <= saved < 12
     assert (tmp_path / "run" / "checkpoints" / f"step-{saved:08d}").is_dir()
     assert summary(tmp_path / "run")["status"] == "preempted"
-    assert run(long) == 0
-    assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(1, 401))
-    assert run([*long, "name=single"]) == 0
-    # Rounding differences grow over hundreds of steps; the first ones after the interruption show whether it had an effect.
-    assert losses(tmp_path / "run")[:40] == pytest.approx(losses(tmp_path / "single")[:40], abs=1e-4)
+    assert run([*overrides, "name=run"]) == 0
+    assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(1, 13))
+    assert run([*overrides, "name=single"]) == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "single"), abs=1e-5)
     assert len(curve(tmp_path / "run")) == len(curve(tmp_path / "single"))
 
 

@@ -65,8 +65,18 @@ KILLS: dict[
 
 
 @pytest.fixture(scope="module")
-def undisturbed(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """The curve of an undisturbed run of each optimizer, computed on first use."""
+def finished(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of Sophia-G, to be read."""
+    directory = tmp_path_factory.mktemp("finished")
+    assert run(tiny(corpus, directory)) == 0
+    return directory / "run"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    corpus: list[str], tmp_path_factory: pytest.TempPathFactory, finished: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """The curve of an uninterrupted run of each optimizer, made when it is first asked for."""
 
     class Curves(dict):
         def __missing__(self, optimizer: str) -> list[dict[str, Any]]:
@@ -75,7 +85,21 @@ def undisturbed(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
             self[optimizer] = curve(directory / "run")
             return self[optimizer]
 
-    return Curves()
+    return Curves(sophiag=curve(finished))
+
+
+@pytest.fixture
+def killed(corpus: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[str]]:
+    """Makes tmp_path/run a run that was killed before it recorded this step, and returns its command line."""
+
+    def of(step: int) -> list[str]:
+        once = tmp_path_factory.getbasetemp() / f"killed-at-{step}"
+        if not once.exists():
+            assert run_in_child(tiny(corpus, once), kill_before_recording, step) == -signal.SIGKILL
+        shutil.copytree(once / "run", tmp_path / "run")
+        return tiny(corpus, tmp_path)
+
+    return of
 
 
 @pytest.mark.parametrize("kill", KILLS)
@@ -161,12 +185,11 @@ def test_a_run_with_dropout_resumes_with_the_same_masks(corpus: list[str], tmp_p
     assert curve(tmp_path / "run") == curve(tmp_path / "undisturbed")
 
 
-def test_totals_continue_after_an_interruption(corpus: list[str], tmp_path: Path) -> None:
-    overrides = tiny(corpus, tmp_path)
-    assert run(tiny(corpus, tmp_path, name="undisturbed")) == 0
-    assert run_in_child(overrides, kill_before_recording, 16) == -signal.SIGKILL
-    assert run(overrides) == 0
-    got, expected = summary(tmp_path / "run"), summary(tmp_path / "undisturbed")
+def test_totals_continue_after_an_interruption(
+    killed: Callable[[int], list[str]], tmp_path: Path, finished: Path
+) -> None:
+    assert run(killed(16)) == 0
+    got, expected = summary(tmp_path / "run"), summary(finished)
     for key in (
         "steps",
         "tokens",
@@ -187,27 +210,27 @@ def test_totals_continue_after_an_interruption(corpus: list[str], tmp_path: Path
     assert seconds == sorted(seconds)
 
 
-def test_lines_after_the_checkpoint_are_moved_to_another_file(corpus: list[str], tmp_path: Path) -> None:
-    overrides = tiny(corpus, tmp_path)
-    assert run_in_child(overrides, kill_before_recording, 19) == -signal.SIGKILL
+def test_lines_after_the_checkpoint_are_moved_to_another_file(
+    killed: Callable[[int], list[str]], tmp_path: Path
+) -> None:
+    overrides = killed(16)
     before_resume = lines(tmp_path / "run")
     assert run(overrides) == 0
     aside = [json.loads(line) for line in (tmp_path / "run" / "metrics.cut-1.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in aside if line["kind"] == "train"] == list(range(11, 19))
+    assert [line["step"] for line in aside if line["kind"] == "train"] == list(range(11, 16))
     assert before_resume == lines(tmp_path / "run")[: len(before_resume) - len(aside)] + aside
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "unreadable"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     damage: str,
-    corpus: list[str],
+    killed: Callable[[int], list[str]],
     tmp_path: Path,
     undisturbed: dict[str, Any],
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    overrides = tiny(corpus, tmp_path)
-    assert run_in_child(overrides, kill_before_recording, 23) == -signal.SIGKILL
+    overrides = killed(23)
     victim = tmp_path / "run" / "checkpoints" / "step-00000020" / "rank-00000.safetensors"
     content = victim.read_bytes()
     match damage:
@@ -226,10 +249,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_silently_start_over(
-    corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    killed: Callable[[int], list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = tiny(corpus, tmp_path)
-    assert run_in_child(overrides, kill_before_recording, 15) == -signal.SIGKILL
+    overrides = killed(16)
     manifest = tmp_path / "run" / "checkpoints" / "step-00000010" / "manifest.json"
     manifest.write_text("{}")
     record = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -241,10 +263,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_silently_start_over(
 
 
 def test_a_record_that_lost_lines_falls_back_to_a_checkpoint_that_it_still_covers(
-    corpus: list[str], tmp_path: Path, undisturbed: dict[str, Any]
+    killed: Callable[[int], list[str]], tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
-    overrides = tiny(corpus, tmp_path)
-    assert run_in_child(overrides, kill_before_recording, 23) == -signal.SIGKILL
+    overrides = killed(23)
     metrics = tmp_path / "run" / "metrics.jsonl"
     kept = [line for line in metrics.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= 12]
     metrics.write_text("".join(kept))
@@ -253,11 +274,11 @@ def test_a_record_that_lost_lines_falls_back_to_a_checkpoint_that_it_still_cover
 
 
 def test_a_run_resumes_with_another_micro_batch_tracker_and_checkpoint_interval(
-    corpus: list[str], tmp_path: Path, undisturbed: dict[str, Any]
+    killed: Callable[[int], list[str]], tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
-    assert run_in_child(tiny(corpus, tmp_path), kill_before_recording, 16) == -signal.SIGKILL
     others = ["train.micro_batch_size=2", "tracker=tensorboard", "checkpoint.interval=7", "strategy=single"]
-    assert run(tiny(corpus, tmp_path, *others)) == 0
+    given = {other.partition("=")[0] for other in others}
+    assert run([*(one for one in killed(16) if one.partition("=")[0] not in given), *others]) == 0
     got = [line["loss"] for line in curve(tmp_path / "run") if line["kind"] == "train"]
     expected = [line["loss"] for line in undisturbed["sophiag"] if line["kind"] == "train"]
     assert got[:10] == expected[:10]
@@ -265,10 +286,9 @@ def test_a_run_resumes_with_another_micro_batch_tracker_and_checkpoint_interval(
 
 
 def test_other_tokens_under_the_same_configuration_are_refused_on_resume(
-    corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    killed: Callable[[int], list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = tiny(corpus, tmp_path)
-    assert run_in_child(overrides, kill_before_recording, 15) == -signal.SIGKILL
+    overrides = killed(16)
     environment = tmp_path / "run" / "environment.json"
     values = json.loads(environment.read_text())
     values["data_manifest_sha256"] = "0" * 64
@@ -278,10 +298,9 @@ def test_other_tokens_under_the_same_configuration_are_refused_on_resume(
 
 
 def test_resume_from_another_run_starts_a_new_record(
-    corpus: list[str], tmp_path: Path, undisturbed: dict[str, Any]
+    corpus: list[str], tmp_path: Path, undisturbed: dict[str, Any], finished: Path
 ) -> None:
-    assert run(tiny(corpus, tmp_path, "train.steps=24", name="first")) == 0
-    source = tmp_path / "first" / "checkpoints" / "step-00000020"
+    source = finished / "checkpoints" / "step-00000020"
     overrides = tiny(corpus, tmp_path, f"resume={source}", "checkpoint.interval=2", name="second")
     assert run_in_child(overrides, kill_before_recording, 24) == -signal.SIGKILL
     assert run(overrides) == 0  # rerunning the command resumes from the run's own checkpoints
@@ -289,12 +308,11 @@ def test_resume_from_another_run_starts_a_new_record(
     assert events == [("resumed", 20), ("resumed", 22)]
     later = [line for line in undisturbed["sophiag"] if line["step"] > 20]
     assert curve(tmp_path / "second") == later
-    assert curve(tmp_path / "first") == undisturbed["sophiag"]
+    assert curve(finished) == undisturbed["sophiag"]
 
 
-def test_resume_names_a_run_directory_or_a_checkpoint(corpus: list[str], tmp_path: Path) -> None:
-    assert run(tiny(corpus, tmp_path, name="first")) == 0
-    assert run(tiny(corpus, tmp_path, f"resume={tmp_path / 'first'}", "train.steps=26", name="second")) == 0
+def test_resume_names_a_run_directory_or_a_checkpoint(corpus: list[str], tmp_path: Path, finished: Path) -> None:
+    assert run(tiny(corpus, tmp_path, f"resume={finished}", "train.steps=26", name="second")) == 0
     assert [line["step"] for line in lines(tmp_path / "second", "train")] == [25, 26]
 
 
@@ -307,11 +325,15 @@ def test_resume_names_a_run_directory_or_a_checkpoint(corpus: list[str], tmp_pat
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(
-    overrides: list[str], expected: str, corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    overrides: list[str],
+    expected: str,
+    corpus: list[str],
+    tmp_path: Path,
+    finished: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(tiny(corpus, tmp_path, name="first")) == 0
     capfd.readouterr()
-    source = tmp_path / "first" / "checkpoints" / "step-00000024"
+    source = finished / "checkpoints" / "step-00000024"
     assert run(tiny(corpus, tmp_path, f"resume={source}", *overrides, name="second")) == 2
     message = capfd.readouterr().err.strip()
     assert message.startswith("error: ")

@@ -170,10 +170,9 @@ def test_a_damaged_configuration_is_refused_and_kept(
 
 @pytest.mark.parametrize("content", ["", "{", "[]"])
 def test_a_damaged_summary_is_named(
-    content: str, corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    content: str, finished: Path, corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(tiny(corpus, tmp_path, "train.steps=3")) == 0
-    capfd.readouterr()
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     (tmp_path / "run" / "summary.json").write_text(content)
     assert run(tiny(corpus, tmp_path, "train.steps=3")) == 2
     assert "summary.json" in message(capfd)
@@ -199,11 +198,16 @@ def test_anything_but_a_file_in_place_of_a_record_is_named_without_hanging(
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
 @pytest.mark.parametrize("name", ["environment.json", "summary.json"])
 def test_a_record_that_cannot_be_read_is_named(
-    name: str, number: int, corpus: list[str], tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture[str]
+    name: str,
+    number: int,
+    finished: Path,
+    corpus: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     overrides = tiny(corpus, tmp_path, "train.steps=3")
-    assert run(overrides) == 0
-    capfd.readouterr()
     unreadable(monkeypatch, tmp_path / "run" / name, number)
     assert run(overrides) == 2
     assert f"{tmp_path / 'run' / name} cannot be read: {os.strerror(number)}" in message(capfd)
@@ -264,10 +268,14 @@ def kill_when_the_metrics_are_created() -> None:
 
 
 def test_a_run_whose_replacement_was_killed_is_restored(
-    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    finished: Path,
+    corpus: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     before, after = tiny(corpus, tmp_path, "train.steps=3"), tiny(corpus, tmp_path, "train.steps=4", "overwrite=true")
-    assert run(before) == 0
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     record = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert run_in_child(after, kill_when_the_metrics_are_created) == -signal.SIGKILL
     capfd.readouterr()

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from training.compose import compose
-from training.config import ConfigurationError
+from training.config import ConfigurationError, RunConfig
 from training.records import RunRecord, write_atomically
 from training.reliability.checkpoints import newest_valid
 
@@ -129,16 +129,15 @@ def plan(
     optimizers: Iterable[str],
     steps: int,
     accumulations: Sequence[int] = (1, 2),
-) -> tuple[list[Cell], dict[int, list[list[str]]]]:
-    """Return the cells, empty except for refusals, and the command lines of their runs by world size."""
+) -> tuple[list[Cell], dict[int, list[dict[str, Any]]]]:
+    """The cells, not yet filled but for refusals, and the configurations of their runs by world size."""
     cells: list[Cell] = []
-    jobs: dict[int, list[list[str]]] = {}
+    jobs: dict[int, list[dict[str, Any]]] = {}
     for strategy, optimizer, accumulation in itertools.product(strategies, optimizers, accumulations):
         cell = Cell(strategy, optimizer, accumulation)
-        line = overrides(cell, directory, corpus, steps)
         try:
-            compose(line)
-            jobs.setdefault(STRATEGIES[strategy][0], []).append(line)
+            config = compose(overrides(cell, directory, corpus, steps)).model_dump(mode="json")
+            jobs.setdefault(STRATEGIES[strategy][0], []).append(config)
         except ConfigurationError as error:
             cell = replace(cell, refused=str(error))
         cells.append(cell)
@@ -179,8 +178,8 @@ def run_name(cell: Cell) -> str:
     return words.replace(" ", "-")
 
 
-def run_jobs(jobs: list[list[str]], world_size: int, directory: Path, timeout: float = 3600) -> None:
-    """Run command lines one after another in one launch of `world_size` ranks.
+def run_jobs(jobs: list[dict[str, Any]], world_size: int, directory: Path, timeout: float = 3600) -> None:
+    """Run configurations one after another in one launch of `world_size` ranks.
 
     Raises:
         RuntimeError: a job or a rank failed; the message ends with the ranks' output.
@@ -214,9 +213,9 @@ def work(listing: Path) -> int:
         dist.init_process_group("gloo")
     try:
         for job in json.loads(listing.read_text()):
-            outcome = execute(compose(job))
+            outcome = execute(RunConfig.model_validate(job))
             if outcome.status != "completed":
-                print(f"{' '.join(job)}: {outcome.status}", file=sys.stderr)
+                print(f"{job['name']}: {outcome.status}", file=sys.stderr)
                 return outcome.exit_code
     finally:
         destroy_process_groups()

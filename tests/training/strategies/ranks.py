@@ -1,15 +1,18 @@
 """The two-rank part of the strategies' tests, in one launch: whole runs, and measurements inside a strategy.
 
-    python -m torch.distributed.run --standalone --nproc-per-node=2 tests/training/strategies/ranks.py <directory>
+    python tests/training/strategies/ranks.py <directory>
 
-reads <directory>/work.json, writes run records there, and the measurements to <directory>/seen.json.
+reads <directory>/work.json and leaves run records there, and what was seen in <directory>/seen.json. The second rank is a
+fork of the first, which has imported DeepSpeed for both.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
+import os
 import signal
 import sys
 import traceback
@@ -26,6 +29,7 @@ import training.loop as loop
 import training.optimizers as optimizers
 from data.batches import Batch
 from models import GPT2, GPT2Config
+from tests.faults.sittings import free_port
 from tests.training.runs import signal_self
 from tests.training.toys import Counting
 from training.compose import compose
@@ -97,15 +101,17 @@ def poisoned(calls: list[int], rank: int) -> Iterator[None]:
 
 def run(job: dict[str, Any]) -> str:
     with stopped_after(job.get("stop")), poisoned(job.get("poison", []), rank=1):
-        return execute(compose(job["overrides"])).status
+        return execute(RunConfig.model_validate(job["config"])).status
+
+
+composed = functools.cache(lambda *overrides: compose(overrides))
+SOPHIAG = ("optimizer=sophiag", "optimizer.hessian_interval=1", "train.global_batch_size=8")
 
 
 def build(kind: str, *overrides: str) -> tuple[Strategy, RunConfig]:
-    """Build a strategy with a tiny model of random weights, and Sophia-G unless another optimizer is given."""
-    given = [*KINDS[kind], "train.precision=fp32", "train.compile=false", "train.device=cpu"]
-    if not any(override.startswith("optimizer=") for override in overrides):
-        given.append("optimizer=sophiag")
-    config = compose([*given, *overrides])
+    """A strategy of a tiny model of random weights, Sophia-G as its optimizer unless another is given."""
+    config = composed("train.precision=fp32", "train.compile=false", "train.device=cpu", *(overrides or SOPHIAG))
+    config = config.model_copy(update={"strategy": composed(*KINDS[kind]).strategy})
     distributed = Distributed.start("cpu")
     strategy = build_strategy(config, distributed)
     with torch.device("meta"):
@@ -142,8 +148,8 @@ def accumulate(strategy: Strategy, micro_batches: int, sequences: int = 8) -> No
 
 
 def curvature_pass(kind: str) -> dict[str, Any]:
-    """Record what a curvature pass changes: only h, of all that the strategy and its engine hold."""
-    strategy, config = build(kind, "train.global_batch_size=8", "optimizer.hessian_interval=1")
+    """What a pass changes: h, and nothing else that the strategy or its engine holds."""
+    strategy, config = build(kind)
     assert config.optimizer.name == "sophiag"
     engine = getattr(strategy, "_engine", None)
     counters = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -190,10 +196,10 @@ def collectives(kind: str) -> dict[str, dict[str, int]]:
 
 
 def gradient_of_the_mean(kind: str) -> dict[str, float]:
-    """Measure the gradient norm of one batch under several splits into micro-batches."""
+    """The gradient's norm of one batch, however it is split; the rate leaves the weights where they are."""
     norms = {}
+    strategy, _ = build(kind, *SOPHIAG, "optimizer.lr=1e-30")
     for micro_batches in (1, 2, 4):
-        strategy, _ = build(kind)
         accumulate(strategy, micro_batches)
         norms[str(micro_batches)] = float(strategy.step(None).grad_norm)
     return norms
@@ -222,20 +228,37 @@ def numbers_in_state(kind: str) -> dict[str, Any]:
 
 
 LOOKS = {look.__name__: look for look in (curvature_pass, collectives, gradient_of_the_mean, numbers_in_state)}
+#: Where they are taken. Stages 1 and 2 are one code but for when gradients are reduced.
+LOOKED_AT = {
+    "curvature_pass": list(KINDS),
+    "collectives": ["ddp", "fsdp", "zero1"],
+    "gradient_of_the_mean": list(KINDS),
+    "numbers_in_state": ["ddp", "fsdp", "zero1", "zero3"],
+}
 
 
 def main(directory: Path) -> None:
-    dist.init_process_group("gloo")
     torch.set_num_threads(1)
     from training.strategies.deepspeed import prepare_environment
 
     prepare_environment("cpu")
     gc.freeze()  # DeepSpeed collects garbage again and again; what is imported is none
-    work = json.loads((directory / "work.json").read_text())
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    second = os.fork()
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if second else "1"
+    dist.init_process_group("gloo")
+    work(directory)
+    if second and (status := os.waitpid(second, 0)[1]):
+        sys.exit(f"rank 1 ended with status {status}")
+
+
+def work(directory: Path) -> None:
+    """A rank's part of <directory>/work.json."""
+    listed = json.loads((directory / "work.json").read_text())
     seen: dict[str, Any] = {"runs": {}, "looks": {}}
-    for name, job in work["runs"].items():
+    for name, job in listed["runs"].items():
         seen["runs"][name] = attempt(run, job)
-    for look, kind in work["looks"]:
+    for look, kind in listed["looks"]:
         seen["looks"][f"{look} {kind}"] = attempt(LOOKS[look], kind)
     if dist.get_rank() == 0:
         (directory / "seen.json").write_text(json.dumps(seen))

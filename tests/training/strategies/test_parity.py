@@ -11,10 +11,17 @@ import torch
 
 from tests.training.runs import lines, summary
 from tests.training.strategies import parity, ranks
-from tests.training.strategies.conftest import MOVED_STEPS, SHARES, STEPS, STRATEGIES, VARIANTS, Launch
+from tests.training.strategies.conftest import (
+    MOVED_STEPS,
+    PAIRS,
+    POISONED,
+    SHARES,
+    STEPS,
+    VARIANTS,
+    Launch,
+)
 from training.reliability.checkpoints import newest_valid
 
-PAIRS = [(strategy, optimizer) for strategy in STRATEGIES for optimizer in parity.OPTIMIZERS]
 REFUSED = [("fsdp×2", "sophiah"), ("zero3×2", "sophiah")]
 
 
@@ -22,7 +29,7 @@ def trained(directory: Path) -> list[dict]:
     return lines(directory, "train")
 
 
-@pytest.mark.parametrize(("strategy", "optimizer"), [pair for pair in PAIRS if pair not in REFUSED])
+@pytest.mark.parametrize(("strategy", "optimizer"), [(s, o) for s, optimizers in PAIRS.items() for o in optimizers])
 def test_two_ranks_with_accumulation_have_the_single_process_curve_and_curvature(
     two_ranks: Launch, strategy: str, optimizer: str
 ) -> None:
@@ -33,13 +40,13 @@ def test_two_ranks_with_accumulation_have_the_single_process_curve_and_curvature
 
 
 def test_impossible_pairs_are_refused_with_the_alternative(tmp_path: Path) -> None:
-    cells, _ = parity.plan(tmp_path, [], STRATEGIES, ["sophiah"], STEPS, accumulations=(1,))
+    cells, _ = parity.plan(tmp_path, [], PAIRS, ["sophiah"], STEPS, accumulations=(1,))
     refused = {(cell.strategy, cell.optimizer): cell.refused for cell in cells if cell.refused}
     assert sorted(refused) == sorted(REFUSED)
     assert all("choose optimizer.estimator=hutchinson_differences or gnb" in reason for reason in refused.values())
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", PAIRS)
 def test_norms_fractions_and_histograms_are_those_of_all_ranks(two_ranks: Launch, strategy: str) -> None:
     here = two_ranks.directory / parity.run_name(parity.Cell(strategy, "sophiag", 2))
     reference = two_ranks.directory / parity.run_name(parity.Cell("single", "sophiag", 1))
@@ -82,7 +89,7 @@ def test_a_checkpoint_moves_between_strategies_and_world_sizes_without_changing_
         assert difference < 1e-4
 
 
-@pytest.mark.parametrize("kind", list(ranks.KINDS))
+@pytest.mark.parametrize("kind", POISONED)
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(two_ranks: Launch, kind: str) -> None:
     """NaN on rank 1: in the training gradient of step 3, and in the curvature estimate before step 6."""
     assert two_ranks.status(f"poisoned {kind}") == "completed"
@@ -200,7 +207,7 @@ def test_the_gradient_is_the_mean_over_all_tokens_however_the_batch_is_split(two
     assert list(norms.values()) == pytest.approx([expected] * 3, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero1"])
+@pytest.mark.parametrize("kind", ranks.LOOKED_AT["collectives"])
 def test_gradients_are_reduced_once_in_an_accumulation(two_ranks: Launch, kind: str) -> None:
     """Four micro-batches need as many collectives of gradients as one."""
     seen = two_ranks.look("collectives", kind)

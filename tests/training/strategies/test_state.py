@@ -158,7 +158,7 @@ def test_a_run_whose_optimizer_later_keeps_unsavable_state_ends_with_one_line(
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("kind", list(ranks.KINDS))
+@pytest.mark.parametrize("kind", ranks.LOOKED_AT["numbers_in_state"])
 def test_numbers_in_the_state_survive_a_checkpoint_under_every_strategy(two_ranks: Launch, kind: str) -> None:
     seen = two_ranks.look("numbers_in_state", kind)
     assert seen["same_weights"]
