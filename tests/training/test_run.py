@@ -76,7 +76,8 @@ def test_the_record_is_what_the_contract_says(train: Train) -> None:
         assert values == sorted(values)
     assert record.summary is not None
     ledger = record.summary["ledger"]
-    assert ledger["forward_backward"]["tokens"] == 12 * 8 * 32
+    assert record.summary["steps"] == 12
+    assert record.summary["tokens"] == ledger["forward_backward"]["tokens"] == 12 * 8 * 32
     assert ledger["curvature"] == ledger["curvature"] | {"tokens": 3 * 4 * 32, "count": 3}
     assert record.summary["shared_forwards"] == 3
     assert record.summary["flops"] == ledger["forward_backward"]["flops"] + ledger["curvature"]["flops"]
