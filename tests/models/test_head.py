@@ -129,16 +129,20 @@ class TestChunkedLosses:
                 exact, _ = head(hidden, weight, targets, None)
         assert loss_sum.item() == pytest.approx(exact.item(), rel=1e-6)
 
-    def test_gradients_have_the_dtypes_of_their_tensors_under_autocast(self) -> None:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_losses_are_fp32_and_gradients_have_the_dtypes_of_their_tensors_under_autocast(
+        self, dtype: torch.dtype
+    ) -> None:
         hidden, weight, targets, uniforms = inputs(30)
+        hidden = hidden.detach().to(dtype).requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             losses = LossHead(VOCAB_SIZE)(hidden, weight, targets, uniforms)
-        expected = plain_losses(hidden, weight, targets, None, VOCAB_SIZE)[0]
+        expected = plain_losses(hidden.float(), weight, targets, None, VOCAB_SIZE)[0]
         assert [loss.dtype for loss in losses] == [torch.float32] * 2
-        for gradient, wanted in zip(
-            gradients(losses[0], hidden, weight), gradients(expected, hidden, weight), strict=True
+        for gradient, wanted, tensor in zip(
+            gradients(losses[0], hidden, weight), gradients(expected, hidden, weight), (hidden, weight), strict=True
         ):
-            assert gradient.dtype == torch.float32
+            assert gradient.dtype == tensor.dtype
             assert ((gradient - wanted).norm() / wanted.norm()).item() < 0.02
 
     def test_at_bf16_the_gradient_of_the_weight_is_added_up_in_fp32(self, monkeypatch: pytest.MonkeyPatch) -> None:

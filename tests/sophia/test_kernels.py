@@ -244,6 +244,17 @@ def test_the_unclipped_count_is_that_of_all_rows_and_all_pieces(
         assert int(optimizer.unclipped_count) == expected
 
 
+@pytest.mark.parametrize("form", [{"compile": False, "foreach": False}, {"foreach": True}])
+def test_a_coordinate_whose_ratio_is_exactly_1_counts_as_clipped(form: dict[str, bool]) -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SophiaG([p], gamma=0.5, betas=(0.0, 0.99), weight_decay=0.0, **form)
+    p.grad = torch.ones(3)
+    hessian = torch.tensor([1.99, 2.0, 2.01])  # γh around |m| = 1
+    optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros(3), "hessian": hessian}
+    optimizer.step()
+    assert int(optimizer.unclipped_count) == 1
+
+
 @pytest.mark.parametrize("form", [kernels.Form(False, False), kernels.Form(False, True)])
 def test_counts_add_up_beyond_the_range_of_int32(form: kernels.Form, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row's count is an int32, and no row is longer than that holds."""
