@@ -3,6 +3,7 @@
     python -m tests.mutants                    the planted bugs, and one in ten of all one-token changes (make test-mutants)
     python -m tests.mutants --one-in 1         every change: hours
     python -m tests.mutants sophia/lion.py     of single files
+    python -m tests.mutants --again FILE       those that survived in a run with --output FILE
 
 `planted.json` has bugs that people make, each with the tests that have to notice it. `survivors.json` has changes that
 no test can notice, each with the reason. Exit code 1: another change survives.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -70,10 +72,11 @@ TESTS += [
         *("records", "resume", "resumption", "run", "schedule", "trackers"),
     )
 ]
-ENOUGH = 60.0  # seconds of tests for one change
-LIMIT = 240.0  # after which a change is one that hangs, which a person would notice
+ENOUGH = 60.0  # CPU seconds of tests for one change
+LIMIT = 180  # CPU seconds, after which a change is one that hangs, which a person would notice
+WAIT = 1800.0  # seconds, after which a change waits for what never comes
 # pytest's exit codes, of tests that pass without the change. Any other: a test fails, or nothing can be imported any more.
-OUTCOMES = {0: "survived", 3: "pytest failed", 5: "no test"}
+OUTCOMES = {0: "survived", 3: "pytest failed", 5: "no test", -signal.SIGXCPU: "hung"}
 FIRST_TIME = (
     1_600_000_000  # of a mutated file's modification; each later one is a second on, so that no stale bytecode is read
 )
@@ -93,7 +96,7 @@ class Result(NamedTuple):
 
 
 class CoverageMap:
-    """Which tests execute a line, and how long each takes."""
+    """Which tests execute a line, and how many CPU seconds each takes."""
 
     def __init__(self, directory: Path) -> None:
         self.lines: dict[str, dict[int, set[str]]] = {}
@@ -107,8 +110,9 @@ class CoverageMap:
                     known.setdefault(int(line), set()).update(tests)
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """The quickest tests of each file that execute the lines, up to `ENOUGH` seconds of them; of lines that only an import,
-        a compiler or another process executes, the tests that execute any line of the file."""
+        """The tests that execute the lines: all in the test file of the same name, then the quickest of each other file, up to
+        `ENOUGH` seconds of them. Of lines that only an import, a compiler or another process executes, the tests that execute
+        any line of the file."""
         lines = self.lines.get(mutant.file, {})
         contexts = set().union(*(lines.get(n, set()) for n in range(mutant.line, mutant.last_line + 1)))
         if contexts <= {""}:
@@ -119,10 +123,11 @@ class CoverageMap:
         chosen: list[str] = []
         total, turns = 0.0, dict[str, int]()
         quickest: Counter[str] = Counter()  # of each file first, so that files of slow tests have their turn
+        namesake = f"test_{Path(mutant.file).stem}.py"
         for test in sorted(tests & self.seconds.keys(), key=lambda test: (self.seconds[test], test)):
             file = test.partition("::")[0]
             turns[test] = quickest[file]
-            quickest[file] += 1
+            quickest[file] += Path(file).name != namesake
         for test in sorted(turns, key=lambda test: (turns[test], self.seconds[test], test)):
             total += self.seconds[test]
             if chosen and total > ENOUGH:
@@ -209,6 +214,7 @@ class Slot:
     def _test(self, tests: list[str]) -> None:
         """In the fork: the tests, whose outcome is the exit code."""
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 10))
         with (self.directory / ".output").open("wb") as output:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
@@ -230,7 +236,7 @@ class Slot:
         assert self.planned is not None
         seconds = time.monotonic() - self.started
         process, status = os.waitpid(self.child, os.WNOHANG)
-        if process == 0 and seconds < LIMIT:
+        if process == 0 and seconds < WAIT:
             return None
         os.killpg(self.child, signal.SIGKILL) if _group_lives(self.child) else None
         if process == 0:
@@ -280,23 +286,36 @@ def main() -> int:
         "--one-in", type=int, default=10, metavar="N", help="test one in N of the changes (default: 10)"
     )
     parser.add_argument("--map", type=Path, help="a directory for the map of coverage, made if it is not there")
+    parser.add_argument("--again", type=Path, metavar="JSON", help="test the survivors of this --output alone")
     parser.add_argument("--output", type=Path, help="a JSON file for the scores and the survivors")
     asked = parser.parse_args()
     files = asked.files or FILES
     if foreign := sorted({*files} - {*FILES}):
         parser.error(f"{foreign[0]}: choose from {', '.join(FILES)}")
 
-    accepted = {(one["file"], one["old"], one["new"]) for one in json.loads((HERE / "survivors.json").read_text())}
+    accepted = changes(json.loads((HERE / "survivors.json").read_text()))
+    again = None if asked.again is None else changes(json.loads(asked.again.read_text())["survivors"])
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
         directory = asked.map or Path(scratch) / "map"
         coverage = CoverageMap(directory) if directory.is_dir() else map_coverage(directory)
         planned = planned_changes(files, asked.one_in, coverage)
-        slots = [Slot(Path(scratch) / f"slot{number}") for number in range(os.cpu_count() or 1)]
+        planned = [one for one in planned if again is None or key(one.mutant) in again]
+        slots = [
+            Slot(Path(scratch) / f"slot{number}") for number in range((os.cpu_count() or 1) + 1)
+        ]  # tests wait, too
         results = []
         for result in run(planned, slots):
             results.append(result)
             tell(result, len(results), len(planned))
     return report(results, accepted, asked.output)
+
+
+def key(mutant: Mutant) -> tuple[str, str, str]:
+    return mutant.file, mutant.old, mutant.new
+
+
+def changes(listed: list[dict[str, str]]) -> set[tuple[str, str, str]]:
+    return {(one["file"], one["old"], one["new"]) for one in listed}
 
 
 def tell(result: Result, number: int, total: int) -> None:
@@ -317,7 +336,7 @@ def report(results: list[Result], accepted: set[tuple[str, str, str]], output: P
         made[kind] += 1
         if result.outcome in ("killed", "hung"):
             noticed[kind] += 1
-        elif (mutant.file, mutant.old, mutant.new) not in accepted or result.planned.planted:
+        elif key(mutant) not in accepted or result.planned.planted:
             unexplained.append(result)
     print("\nnoticed  of     file")
     for kind in made:
@@ -331,15 +350,8 @@ def report(results: list[Result], accepted: set[tuple[str, str, str]], output: P
             f"{mutant.file}:{mutant.line}: {result.planned.planted} ({result.outcome})\n  - {mutant.old}\n  + {mutant.new}"
         )
     if output is not None:
-        survivors = [
-            {
-                "file": r.planned.mutant.file,
-                "old": r.planned.mutant.old,
-                "new": r.planned.mutant.new,
-                "reason": r.outcome,
-            }
-            for r in unexplained
-        ]
+        names = ("file", "old", "new", "reason")
+        survivors = [dict(zip(names, (*key(r.planned.mutant), r.outcome), strict=True)) for r in unexplained]
         scores = {kind: [noticed[kind], made[kind]] for kind in made}
         output.write_text(json.dumps({"scores": scores, "survivors": survivors}, indent=1, ensure_ascii=False) + "\n")
     return 1 if unexplained else 0
