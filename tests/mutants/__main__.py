@@ -6,7 +6,7 @@
     python -m tests.mutants --again FILE       those that survived in a run with --output FILE
 
 `planted.json` has bugs that people make, each with the tests that have to notice it. `survivors.json` has changes that
-no test can notice, each with the reason. Exit code 1: another change survives.
+no test can notice, each with the reason; they are not made. Exit code 1: a change survives.
 
 Each change is written to a copy of the tree. Its tests run in a fork of this process, which has imported the libraries.
 """
@@ -148,6 +148,13 @@ def map_coverage(directory: Path) -> CoverageMap:
 
 
 def planned_changes(files: Sequence[str], one_in: int, coverage: CoverageMap) -> list[Planned]:
+    explained = changes(json.loads((HERE / "survivors.json").read_text()))
+    planned = []
+    for file in files:
+        source = (ROOT / file).read_bytes()
+        for mutant in mutants_of(ROOT, file):
+            if int(mutant.identity, 16) % one_in == 0 and key(mutant) not in explained:
+                planned.append(Planned(mutant, source, coverage.tests_of(mutant)))
     planted = []
     for bug in json.loads((HERE / "planted.json").read_text()):
         if bug["file"] not in files and files != FILES:
@@ -162,11 +169,7 @@ def planned_changes(files: Sequence[str], one_in: int, coverage: CoverageMap) ->
         mutant = Mutant(bug["file"], line, last, start, start + len(old), bug["new"], bug["old"], bug["new"])
         planted.append(Planned(mutant, source, bug["tests"], bug["what"]))
     refuse_absent_tests({test for one in planted for test in one.tests})
-    for file in files:
-        source = (ROOT / file).read_bytes()
-        chosen = (mutant for mutant in mutants_of(ROOT, file) if int(mutant.identity, 16) % one_in == 0)
-        planted += [Planned(mutant, source, coverage.tests_of(mutant)) for mutant in chosen]
-    return planted
+    return planned + planted
 
 
 def refuse_absent_tests(tests: set[str]) -> None:
@@ -293,7 +296,6 @@ def main() -> int:
     if foreign := sorted({*files} - {*FILES}):
         parser.error(f"{foreign[0]}: choose from {', '.join(FILES)}")
 
-    accepted = changes(json.loads((HERE / "survivors.json").read_text()))
     again = None if asked.again is None else changes(json.loads(asked.again.read_text())["survivors"])
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
         directory = asked.map or Path(scratch) / "map"
@@ -307,7 +309,7 @@ def main() -> int:
         for result in run(planned, slots):
             results.append(result)
             tell(result, len(results), len(planned))
-    return report(results, accepted, asked.output)
+    return report(results, asked.output)
 
 
 def key(mutant: Mutant) -> tuple[str, str, str]:
@@ -325,36 +327,36 @@ def tell(result: Result, number: int, total: int) -> None:
     print(f"[{number:4d}/{total}] {result.outcome:9} {result.seconds:5.1f} s  {place:32} {what[:200]}", flush=True)
 
 
-def report(results: list[Result], accepted: set[tuple[str, str, str]], output: Path | None) -> int:
+def report(results: list[Result], output: Path | None) -> int:
     """Print the scores by file, and what survived; returns the exit code."""
     noticed: Counter[str] = Counter()
     made: Counter[str] = Counter()
-    unexplained = []
+    survivors = []
     for result in results:
         mutant = result.planned.mutant
         kind = "planted" if result.planned.planted else mutant.file
         made[kind] += 1
         if result.outcome in ("killed", "hung"):
             noticed[kind] += 1
-        elif key(mutant) not in accepted or result.planned.planted:
-            unexplained.append(result)
+        else:
+            survivors.append(result)
     print("\nnoticed  of     file")
     for kind in made:
         print(f"{noticed[kind]:7d}  {made[kind]:4d}   {kind}")
     print(f"{noticed.total():7d}  {made.total():4d}   all ({noticed.total() / max(1, made.total()):.1%})")
-    if unexplained:
-        print(f"\n{len(unexplained)} changes that no test notices and tests/mutants/survivors.json does not explain:")
-    for result in unexplained:
+    if survivors:
+        print(f"\n{len(survivors)} changes that no test notices and tests/mutants/survivors.json does not explain:")
+    for result in survivors:
         mutant = result.planned.mutant
         print(
             f"{mutant.file}:{mutant.line}: {result.planned.planted} ({result.outcome})\n  - {mutant.old}\n  + {mutant.new}"
         )
     if output is not None:
         names = ("file", "old", "new", "reason")
-        survivors = [dict(zip(names, (*key(r.planned.mutant), r.outcome), strict=True)) for r in unexplained]
+        listed = [dict(zip(names, (*key(r.planned.mutant), r.outcome), strict=True)) for r in survivors]
         scores = {kind: [noticed[kind], made[kind]] for kind in made}
-        output.write_text(json.dumps({"scores": scores, "survivors": survivors}, indent=1, ensure_ascii=False) + "\n")
-    return 1 if unexplained else 0
+        output.write_text(json.dumps({"scores": scores, "survivors": listed}, indent=1, ensure_ascii=False) + "\n")
+    return 1 if survivors else 0
 
 
 if __name__ == "__main__":

@@ -223,6 +223,20 @@ def test_the_controller_holds_the_unclipped_fraction_at_its_target() -> None:
     assert GammaController(restored).gamma == controller.gamma
 
 
+@pytest.mark.parametrize(("curvature", "fraction"), [(1e6, 1.0), (-1.0, 0.0)])
+def test_the_controller_multiplies_gamma_by_the_exponential_of_what_is_missing(
+    curvature: float, fraction: float
+) -> None:
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimizer = SophiaH([p], gamma=0.01)
+    controller = GammaController(optimizer, target=0.3, rate=0.5)
+    optimizer.update_hessian(estimates=[torch.full((1,), curvature)])
+    p.grad = torch.ones(1)
+    optimizer.step()
+    controller.update()
+    assert float(controller.gamma) == pytest.approx(0.01 * math.exp(0.5 * (0.3 - fraction)))
+
+
 def test_the_controller_stays_within_its_span() -> None:
     p = torch.nn.Parameter(torch.zeros(10))
     optimizer = SophiaH([p], gamma=0.01)

@@ -6,10 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from training.config import RunConfig
 from training.records import RunRecord
+from training.run import _collective_timeout
+from training.watchdog import Watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 Train = Callable[..., RunRecord]
@@ -37,6 +41,7 @@ RATES = {
 @pytest.mark.parametrize("arm", RATES)
 def test_every_optimizer_trains(train: Train, arm: str) -> None:
     record = train(arm, f"optimizer={arm}", f"optimizer.lr={RATES[arm]}")
+    assert {"unclipped_fraction" in line for line in record.metrics("train")} == {arm.startswith("sophia")}
     assert record.summary is not None
     assert record.summary["status"] == "completed"
     assert validation(record)[-1] < validation(record)[0] - 0.1
@@ -154,6 +159,24 @@ def test_a_run_that_blows_up_ends_as_diverged(train: Train) -> None:
     assert record.summary["status"] == "diverged"
     assert record.summary["steps"] < 12
     assert [line["event"] for line in record.metrics("event")][-1] == "diverged"
+
+
+@pytest.mark.parametrize("minutes", [None, 0.5, 30.0])
+def test_a_hang_is_told_after_the_minutes_of_its_key_and_before_a_collective_gives_up(
+    train: Train, monkeypatch: pytest.MonkeyPatch, minutes: float | None
+) -> None:
+    waited: list[float | None] = []
+
+    def watchdog(seconds: float | None, *arguments: Any) -> Watchdog:
+        waited.append(seconds)
+        return Watchdog(seconds, *arguments)
+
+    monkeypatch.setattr("training.run.Watchdog", watchdog)
+    key = f"guards.hang_minutes={'null' if minutes is None else minutes}"
+    record = train("run", "optimizer=adamw", "train.steps=1", key)
+    collective = _collective_timeout(RunConfig.model_validate(record.config))
+    assert waited == [None if minutes is None else 60 * minutes]
+    assert collective.total_seconds() > (60 * minutes if minutes is not None else 3600)
 
 
 def test_two_processes_have_the_curve_of_one(train: Train, tiny: list[str], tmp_path: Path) -> None:
