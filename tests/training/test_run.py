@@ -173,7 +173,7 @@ def test_a_hang_is_told_after_the_minutes_of_its_key_and_before_a_collective_giv
 
     monkeypatch.setattr("training.run.Watchdog", watchdog)
     key = f"guards.hang_minutes={'null' if minutes is None else minutes}"
-    record = train("run", "optimizer=adamw", "train.steps=1", key)
+    record = train("run", "optimizer=adamw", "train.steps=2", key)
     collective = _collective_timeout(RunConfig.model_validate(record.config))
     assert waited == [None if minutes is None else 60 * minutes]
     assert collective.total_seconds() > (60 * minutes if minutes is not None else 3600)
