@@ -128,7 +128,7 @@ class CoverageMap:
             file = test.partition("::")[0]
             turns[test] = quickest[file]
             quickest[file] += Path(file).name != namesake
-        for test in sorted(turns, key=lambda test: (turns[test], self.seconds[test], test)):
+        for test in sorted(turns, key=lambda test: (namesake not in test, turns[test], self.seconds[test], test)):
             total += self.seconds[test]
             if chosen and total > ENOUGH:
                 break
@@ -227,9 +227,14 @@ class Slot:
         sys.path = [str(self.directory), *(p for p in sys.path if p and Path(p).resolve() != ROOT)]
         os.environ["PYTHONPATH"] = str(self.directory)
         options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", f"--basetemp={self.directory}/.tmp"]
+        options += [f"--rootdir={self.directory}", "-c", "pyproject.toml"]
+        first = tests[0].partition("::")[0]  # most changes are noticed before other files need to be imported
+        stages = [[test for test in tests if (test.partition("::")[0] == first) == now] for now in (True, False)]
         code: int = 1
         try:
-            code = pytest.main([*options, f"--rootdir={self.directory}", "-c", "pyproject.toml", *tests])
+            for stage in filter(None, stages):
+                if code := pytest.main([*options, *stage]):
+                    break
         finally:
             sys.stdout.flush()
             os._exit(code)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -235,6 +236,24 @@ def test_the_controller_multiplies_gamma_by_the_exponential_of_what_is_missing(
     optimizer.step()
     controller.update()
     assert float(controller.gamma) == pytest.approx(0.01 * math.exp(0.5 * (0.3 - fraction)))
+
+
+def test_the_controller_counts_over_the_ranks_of_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks: Any = object()
+
+    def all_reduce(counts: torch.Tensor, group: Any = None) -> None:
+        assert group is ranks
+        counts += torch.tensor([0.0, 3.0])  # three coordinates elsewhere, all clipped
+
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimizer = SophiaH([p], gamma=0.01)
+    controller = GammaController(optimizer, target=0.3, rate=0.5, process_group=ranks)
+    optimizer.update_hessian(estimates=[torch.full((1,), 1e6)])
+    p.grad = torch.ones(1)
+    optimizer.step()
+    controller.update()
+    assert float(controller.gamma) == pytest.approx(0.01 * math.exp(0.5 * (0.3 - 0.25)))
 
 
 def test_the_controller_stays_within_its_span() -> None:

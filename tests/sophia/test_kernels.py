@@ -213,6 +213,7 @@ def test_small_tensors_are_joined_into_one_call_and_large_ones_stay_alone(monkey
     assert all(bool((t == size).all()) for t, size in zip(tensors, sizes, strict=True))
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # a compiler that fails would fall back to the eager form
 @pytest.mark.parametrize("form", [{"compile": False, "foreach": False}, {"foreach": True}, {"compile": True}])
 @pytest.mark.parametrize(
     "cls",
@@ -255,6 +256,7 @@ def test_a_coordinate_whose_ratio_is_exactly_1_counts_as_clipped(form: dict[str,
     assert int(optimizer.unclipped_count) == 1
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("form", [kernels.Form(False, False), kernels.Form(False, True)])
 def test_counts_add_up_beyond_the_range_of_int32(form: kernels.Form, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row's count is an int32, and no row is longer than that holds."""

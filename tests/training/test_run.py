@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.training.runs import signal_self
+from training import loop
+from training.compose import compose
 from training.config import RunConfig
+from training.distributed import Distributed
 from training.records import RunRecord
-from training.run import _collective_timeout
+from training.run import Outcome, _collective_timeout, execute
+from training.signals import StopSignals
 from training.watchdog import Watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,6 +184,49 @@ def test_a_hang_is_told_after_the_minutes_of_its_key_and_before_a_collective_giv
     collective = _collective_timeout(RunConfig.model_validate(record.config))
     assert waited == [None if minutes is None else 60 * minutes]
     assert collective.total_seconds() > (60 * minutes if minutes is not None else 3600)
+
+
+def test_a_signal_is_told_and_the_step_is_finished_and_saved(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    original = loop.forward_backward
+
+    def struck(run: loop.Run, *rest: Any) -> Any:
+        if run.state.step == 2:
+            signal_self(signal.SIGTERM)
+        return original(run, *rest)
+
+    monkeypatch.setattr(loop, "forward_backward", struck)
+    record = train("run", "optimizer=adamw", expect=75)
+    assert record.summary is not None
+    assert (record.summary["status"], record.summary["steps"]) == ("preempted", 3)
+    assert [path.name for path in (record.directory / "checkpoints").iterdir()] == ["step-00000003"]
+    assert "SIGTERM: finishing the step and saving" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_rank_with_others_ends_in_the_loop_alone(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process that is asked to stop before there is something to save ends at once."""
+    begun: list[bool] = []
+
+    def executed(config: RunConfig, distributed: Distributed, stop: StopSignals, held: Any) -> Outcome:
+        begun.append(stop._begun)
+        return Outcome("preempted", Path(), None)
+
+    alone = Distributed(0, 0, world_size, torch.device("cpu"))
+    monkeypatch.setattr(Distributed, "start", lambda *arguments: alone)
+    monkeypatch.setattr("training.run._execute", executed)
+    execute(compose(["train.device=cpu"]))
+    assert begun == [world_size > 1]
+
+
+def test_ranks_agree_on_code_configuration_and_tokens(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    agreed: dict[str, Any] = {}
+    monkeypatch.setattr(Distributed, "agree", lambda self, values, remedy: agreed.update(values))
+    record = train("run", "optimizer=adamw", "train.steps=2", "optimizer.lr=3e-3")
+    assert agreed["tokens"] == record.environment["data_manifest_sha256"][:12]
+    assert agreed["optimizer.lr"] == 3e-3
+    assert agreed["code"]
 
 
 def test_two_processes_have_the_curve_of_one(train: Train, tiny: list[str], tmp_path: Path) -> None:
