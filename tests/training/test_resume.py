@@ -15,6 +15,7 @@ import pytest
 
 from tests.training.runs import before, curve, kill_self, lines, run, run_in_child, summary, tiny
 from tests.unreadable import unreadable
+from training.checkpoints import Checkpoint, available
 
 OPTIMIZERS = ["sophiag", "sophiah", "adamw", "lion", "muon", "signum", "adahessian"]
 
@@ -190,6 +191,12 @@ def test_totals_go_on_over_an_interruption(corpus: list[str], tmp_path: Path) ->
         "parameters",
     ):
         assert got[key] == expected[key], key
+    of_run, of_undisturbed = (
+        Checkpoint(available(tmp_path / name / "checkpoints")[0]).state["training"] for name in ("run", "undisturbed")
+    )
+    assert of_run == of_undisturbed
+    assert of_run["spikes"] is not None
+    assert of_run["alarm"] is not None
     for kind, entry in expected["ledger"].items():
         for key in ("tokens", "flops", "count"):
             # Saves are counted when they are done: a checkpoint does not know of itself.
