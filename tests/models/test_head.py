@@ -37,6 +37,7 @@ def gradients(loss: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
 
 
 class TestChunkedLosses:
+    @pytest.mark.filterwarnings("error::UserWarning")  # of torch, where the buffer of the logits does not fit a chunk
     @settings(max_examples=40, deadline=None)
     @given(
         rows=st.integers(1, 40),
@@ -129,16 +130,20 @@ class TestChunkedLosses:
                 exact, _ = head(hidden, weight, targets, None)
         assert loss_sum.item() == pytest.approx(exact.item(), rel=1e-6)
 
-    def test_gradients_have_the_dtypes_of_their_tensors_under_autocast(self) -> None:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_losses_are_fp32_and_gradients_have_the_dtypes_of_their_tensors_under_autocast(
+        self, dtype: torch.dtype
+    ) -> None:
         hidden, weight, targets, uniforms = inputs(30)
+        hidden = hidden.detach().to(dtype).requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             losses = LossHead(VOCAB_SIZE)(hidden, weight, targets, uniforms)
-        expected = plain_losses(hidden, weight, targets, None, VOCAB_SIZE)[0]
+        expected = plain_losses(hidden.float(), weight, targets, None, VOCAB_SIZE)[0]
         assert [loss.dtype for loss in losses] == [torch.float32] * 2
-        for gradient, wanted in zip(
-            gradients(losses[0], hidden, weight), gradients(expected, hidden, weight), strict=True
+        for gradient, wanted, tensor in zip(
+            gradients(losses[0], hidden, weight), gradients(expected, hidden, weight), (hidden, weight), strict=True
         ):
-            assert gradient.dtype == torch.float32
+            assert gradient.dtype == tensor.dtype
             assert ((gradient - wanted).norm() / wanted.norm()).item() < 0.02
 
     def test_at_bf16_the_gradient_of_the_weight_is_added_up_in_fp32(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +164,7 @@ class TestChunkedLosses:
     ) -> None:
         size, meant = rows_per_chunk(rows, device), CHUNK_ROWS[device]
         assert 2048 <= meant <= 8192
-        assert size <= 1.5 * meant
+        assert min(rows, 0.75 * meant) <= size <= 1.5 * meant
         chunks = -(-rows // size)
         assert rows - (chunks - 1) * size > size - chunks
 

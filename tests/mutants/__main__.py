@@ -3,9 +3,10 @@
     python -m tests.mutants                    the planted bugs, and one in ten of all one-token changes (make test-mutants)
     python -m tests.mutants --one-in 1         every change: hours
     python -m tests.mutants sophia/lion.py     of single files
+    python -m tests.mutants --again FILE       those that survived in a run with --output FILE
 
 `planted.json` has bugs that people make, each with the tests that have to notice it. `survivors.json` has changes that
-no test can notice, each with the reason. Exit code 1: another change survives.
+no test can notice, each with the reason; they are not made. Exit code 1: a change survives.
 
 Each change is written to a copy of the tree. Its tests run in a fork of this process, which has imported the libraries.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -60,12 +62,13 @@ TESTS += [
         *("curvature", "evaluation", "loop", "memory", "optimizer_keys", "optimizers", "records", "run", "schedule"),
     )
 ]
-TESTS += [f"tests/training/recording/test_{name}.py" for name in ("diagnostics", "ledger", "trackers")]
+TESTS += [f"tests/training/recording/test_{name}.py" for name in ("diagnostics", "ledger", "trackers", "profiling")]
 TESTS += [f"tests/training/reliability/test_{name}.py" for name in ("guards", "resume", "resumption")]
-ENOUGH = 60.0  # seconds of tests for one change
-LIMIT = 240.0  # after which a change is one that hangs, which a person would notice
+ENOUGH = 60.0  # CPU seconds of tests for one change
+LIMIT = 180  # CPU seconds, after which a change counts as a hang, which a person would notice
+WAIT = 1800.0  # seconds, after which a change is taken to wait forever
 # pytest's exit codes, of tests that pass without the change. Any other: a test fails, or nothing can be imported any more.
-OUTCOMES = {0: "survived", 3: "pytest failed", 5: "no test"}
+OUTCOMES = {0: "survived", 3: "pytest failed", 5: "no test", -signal.SIGXCPU: "hung"}
 FIRST_TIME = (
     1_600_000_000  # of a mutated file's modification; each later one is a second on, so that no stale bytecode is read
 )
@@ -85,7 +88,7 @@ class Result(NamedTuple):
 
 
 class CoverageMap:
-    """Which tests execute a line, and how long each takes."""
+    """Which tests execute a line, and how many CPU seconds each takes."""
 
     def __init__(self, directory: Path) -> None:
         self.lines: dict[str, dict[int, set[str]]] = {}
@@ -99,8 +102,9 @@ class CoverageMap:
                     known.setdefault(int(line), set()).update(tests)
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """The quickest tests of each file that execute the lines, up to `ENOUGH` seconds of them; of lines that only an import,
-        a compiler or another process executes, the tests that execute any line of the file."""
+        """The tests that execute the lines: all in the test file of the same name, then the quickest of each other file, up to
+        `ENOUGH` seconds of them. Of lines that only an import, a compiler or another process executes, the tests that execute
+        any line of the file."""
         lines = self.lines.get(mutant.file, {})
         contexts = set().union(*(lines.get(n, set()) for n in range(mutant.line, mutant.last_line + 1)))
         if contexts <= {""}:
@@ -111,11 +115,12 @@ class CoverageMap:
         chosen: list[str] = []
         total, turns = 0.0, dict[str, int]()
         quickest: Counter[str] = Counter()  # of each file first, so that files of slow tests have their turn
+        namesake = f"test_{Path(mutant.file).stem}.py"
         for test in sorted(tests & self.seconds.keys(), key=lambda test: (self.seconds[test], test)):
             file = test.partition("::")[0]
             turns[test] = quickest[file]
-            quickest[file] += 1
-        for test in sorted(turns, key=lambda test: (turns[test], self.seconds[test], test)):
+            quickest[file] += Path(file).name != namesake
+        for test in sorted(turns, key=lambda test: (namesake not in test, turns[test], self.seconds[test], test)):
             total += self.seconds[test]
             if chosen and total > ENOUGH:
                 break
@@ -135,6 +140,13 @@ def map_coverage(directory: Path) -> CoverageMap:
 
 
 def planned_changes(files: Sequence[str], one_in: int, coverage: CoverageMap) -> list[Planned]:
+    explained = changes(json.loads((HERE / "survivors.json").read_text()))
+    planned = []
+    for file in files:
+        source = (ROOT / file).read_bytes()
+        for mutant in mutants_of(ROOT, file):
+            if int(mutant.identity, 16) % one_in == 0 and key(mutant) not in explained:
+                planned.append(Planned(mutant, source, coverage.tests_of(mutant)))
     planted = []
     for bug in json.loads((HERE / "planted.json").read_text()):
         if bug["file"] not in files and files != FILES:
@@ -149,11 +161,7 @@ def planned_changes(files: Sequence[str], one_in: int, coverage: CoverageMap) ->
         mutant = Mutant(bug["file"], line, last, start, start + len(old), bug["new"], bug["old"], bug["new"])
         planted.append(Planned(mutant, source, bug["tests"], bug["what"]))
     refuse_absent_tests({test for one in planted for test in one.tests})
-    for file in files:
-        source = (ROOT / file).read_bytes()
-        chosen = (mutant for mutant in mutants_of(ROOT, file) if int(mutant.identity, 16) % one_in == 0)
-        planted += [Planned(mutant, source, coverage.tests_of(mutant)) for mutant in chosen]
-    return planted
+    return planned + planted
 
 
 def refuse_absent_tests(tests: set[str]) -> None:
@@ -201,6 +209,7 @@ class Slot:
     def _test(self, tests: list[str]) -> None:
         """In the fork: the tests, whose outcome is the exit code."""
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 10))
         with (self.directory / ".output").open("wb") as output:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
@@ -210,9 +219,14 @@ class Slot:
         sys.path = [str(self.directory), *(p for p in sys.path if p and Path(p).resolve() != ROOT)]
         os.environ["PYTHONPATH"] = str(self.directory)
         options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", f"--basetemp={self.directory}/.tmp"]
+        options += [f"--rootdir={self.directory}", "-c", "pyproject.toml"]
+        first = tests[0].partition("::")[0]  # most changes are noticed before other files need to be imported
+        stages = [[test for test in tests if (test.partition("::")[0] == first) == now] for now in (True, False)]
         code: int = 1
         try:
-            code = pytest.main([*options, f"--rootdir={self.directory}", "-c", "pyproject.toml", *tests])
+            for stage in filter(None, stages):
+                if code := pytest.main([*options, *stage]):
+                    break
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -222,7 +236,7 @@ class Slot:
         assert self.planned is not None
         seconds = time.monotonic() - self.started
         process, status = os.waitpid(self.child, os.WNOHANG)
-        if process == 0 and seconds < LIMIT:
+        if process == 0 and seconds < WAIT:
             return None
         os.killpg(self.child, signal.SIGKILL) if _group_lives(self.child) else None
         if process == 0:
@@ -272,23 +286,35 @@ def main() -> int:
         "--one-in", type=int, default=10, metavar="N", help="test one in N of the changes (default: 10)"
     )
     parser.add_argument("--map", type=Path, help="a directory for the map of coverage, made if it is not there")
+    parser.add_argument("--again", type=Path, metavar="JSON", help="test the survivors of this --output alone")
     parser.add_argument("--output", type=Path, help="a JSON file for the scores and the survivors")
     asked = parser.parse_args()
     files = asked.files or FILES
     if foreign := sorted({*files} - {*FILES}):
         parser.error(f"{foreign[0]}: choose from {', '.join(FILES)}")
 
-    accepted = {(one["file"], one["old"], one["new"]) for one in json.loads((HERE / "survivors.json").read_text())}
+    again = None if asked.again is None else changes(json.loads(asked.again.read_text())["survivors"])
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
         directory = asked.map or Path(scratch) / "map"
         coverage = CoverageMap(directory) if directory.is_dir() else map_coverage(directory)
         planned = planned_changes(files, asked.one_in, coverage)
-        slots = [Slot(Path(scratch) / f"slot{number}") for number in range(os.cpu_count() or 1)]
+        planned = [one for one in planned if again is None or key(one.mutant) in again]
+        slots = [
+            Slot(Path(scratch) / f"slot{number}") for number in range((os.cpu_count() or 1) + 1)
+        ]  # tests wait, too
         results = []
         for result in run(planned, slots):
             results.append(result)
             tell(result, len(results), len(planned))
-    return report(results, accepted, asked.output)
+    return report(results, asked.output)
+
+
+def key(mutant: Mutant) -> tuple[str, str, str]:
+    return mutant.file, mutant.old, mutant.new
+
+
+def changes(listed: list[dict[str, str]]) -> set[tuple[str, str, str]]:
+    return {(one["file"], one["old"], one["new"]) for one in listed}
 
 
 def tell(result: Result, number: int, total: int) -> None:
@@ -298,43 +324,36 @@ def tell(result: Result, number: int, total: int) -> None:
     print(f"[{number:4d}/{total}] {result.outcome:9} {result.seconds:5.1f} s  {place:32} {what[:200]}", flush=True)
 
 
-def report(results: list[Result], accepted: set[tuple[str, str, str]], output: Path | None) -> int:
+def report(results: list[Result], output: Path | None) -> int:
     """Print the scores by file, and what survived; returns the exit code."""
     noticed: Counter[str] = Counter()
     made: Counter[str] = Counter()
-    unexplained = []
+    survivors = []
     for result in results:
         mutant = result.planned.mutant
         kind = "planted" if result.planned.planted else mutant.file
         made[kind] += 1
         if result.outcome in ("killed", "hung"):
             noticed[kind] += 1
-        elif (mutant.file, mutant.old, mutant.new) not in accepted or result.planned.planted:
-            unexplained.append(result)
+        else:
+            survivors.append(result)
     print("\nnoticed  of     file")
     for kind in made:
         print(f"{noticed[kind]:7d}  {made[kind]:4d}   {kind}")
     print(f"{noticed.total():7d}  {made.total():4d}   all ({noticed.total() / max(1, made.total()):.1%})")
-    if unexplained:
-        print(f"\n{len(unexplained)} changes that no test notices and tests/mutants/survivors.json does not explain:")
-    for result in unexplained:
+    if survivors:
+        print(f"\n{len(survivors)} changes that no test notices and tests/mutants/survivors.json does not explain:")
+    for result in survivors:
         mutant = result.planned.mutant
         print(
             f"{mutant.file}:{mutant.line}: {result.planned.planted} ({result.outcome})\n  - {mutant.old}\n  + {mutant.new}"
         )
     if output is not None:
-        survivors = [
-            {
-                "file": r.planned.mutant.file,
-                "old": r.planned.mutant.old,
-                "new": r.planned.mutant.new,
-                "reason": r.outcome,
-            }
-            for r in unexplained
-        ]
+        names = ("file", "old", "new", "reason")
+        listed = [dict(zip(names, (*key(r.planned.mutant), r.outcome), strict=True)) for r in survivors]
         scores = {kind: [noticed[kind], made[kind]] for kind in made}
-        output.write_text(json.dumps({"scores": scores, "survivors": survivors}, indent=1, ensure_ascii=False) + "\n")
-    return 1 if unexplained else 0
+        output.write_text(json.dumps({"scores": scores, "survivors": listed}, indent=1, ensure_ascii=False) + "\n")
+    return 1 if survivors else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A pytest plugin that notes which test executes which line (`pytest -p tests.mutants.coverage_map`).
 
-Each worker writes a file to the directory MUTANTS_MAP: {"lines": {file: {line: [tests]}}, "seconds": {test: seconds}}. A
+Each worker writes a file to the directory MUTANTS_MAP: {"lines": {file: {line: [tests]}}, "seconds": {test: CPU seconds}}. A
 line that a fixture executes belongs to every test of the test's file, a line that an import executes to "".
 """
 
@@ -27,21 +27,23 @@ class CoverageMap:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
-        self.coverage.switch_context(item.nodeid.partition("::")[0])
-        return (yield)
+        return (yield from self._noted(item, item.nodeid.partition("::")[0]))
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
-        self.coverage.switch_context(item.nodeid)
-        return (yield)
+        return (yield from self._noted(item, item.nodeid))
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Iterator[None]:
-        self.coverage.switch_context(item.nodeid.partition("::")[0])
-        return (yield)
+        return (yield from self._noted(item, item.nodeid.partition("::")[0]))
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+    def _noted(self, item: pytest.Item, context: str) -> Iterator[None]:
+        self.coverage.switch_context(context)
+        begun = sum(os.times()[:4])
+        try:
+            return (yield)
+        finally:
+            self.seconds[item.nodeid] = self.seconds.get(item.nodeid, 0.0) + sum(os.times()[:4]) - begun
 
     def pytest_sessionfinish(self) -> None:
         self.coverage.stop()

@@ -23,6 +23,13 @@ def test_each_planted_bug_has_one_place_and_tests_that_exist() -> None:
             assert f"def {name}(" in (ROOT / file).read_text(), test
 
 
+def test_each_change_that_no_test_can_notice_is_one_that_is_made() -> None:
+    explained = json.loads(Path(__file__).with_name("survivors.json").read_text())
+    made = {(m.file, m.old, m.new) for file in {one["file"] for one in explained} for m in mutants_of(ROOT, file)}
+    assert {(one["file"], one["old"], one["new"]) for one in explained} <= made
+    assert all(one["reason"] for one in explained)
+
+
 def test_no_bug_is_planted_twice() -> None:
     assert max(Counter((bug["file"], bug["old"], bug["new"]) for bug in PLANTED).values()) == 1
 

@@ -213,6 +213,7 @@ def test_small_tensors_are_joined_into_one_call_and_large_ones_stay_alone(monkey
     assert all(bool((t == size).all()) for t, size in zip(tensors, sizes, strict=True))
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # a compiler that fails would fall back to the eager form
 @pytest.mark.parametrize("form", [{"compile": False, "foreach": False}, {"foreach": True}, {"compile": True}])
 @pytest.mark.parametrize(
     "cls",
@@ -244,6 +245,18 @@ def test_the_unclipped_count_is_that_of_all_rows_and_all_pieces(
         assert int(optimizer.unclipped_count) == expected
 
 
+@pytest.mark.parametrize("form", [{"compile": False, "foreach": False}, {"foreach": True}])
+def test_a_coordinate_whose_ratio_is_exactly_1_counts_as_clipped(form: dict[str, bool]) -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SophiaG([p], gamma=0.5, betas=(0.0, 0.99), weight_decay=0.0, **form)
+    p.grad = torch.ones(3)
+    hessian = torch.tensor([1.99, 2.0, 2.01])  # γh around |m| = 1
+    optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros(3), "hessian": hessian}
+    optimizer.step()
+    assert int(optimizer.unclipped_count) == 1
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("form", [kernels.Form(False, False), kernels.Form(False, True)])
 def test_counts_add_up_beyond_the_range_of_int32(form: kernels.Form, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row's count is an int32, and no row is longer than that holds."""

@@ -76,6 +76,19 @@ def test_training_goes_on_after_a_round_trip_as_if_nothing_had_happened(
     torch.testing.assert_close(states_of(a, first), states_of(b, second), rtol=0, atol=0)
 
 
+def test_a_state_that_was_saved_in_half_precision_is_float32_again_once_it_is_loaded() -> None:
+    a = model(torch.bfloat16)
+    optimizer = SophiaG(a.parameters())
+    train(a, optimizer, 1, 3)
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        state["exp_avg"], state["hessian"] = state["exp_avg"].bfloat16(), state["hessian"].bfloat16()
+    optimizer.load_state_dict(saved)
+    for index, state in enumerate(states_of(a, optimizer)):
+        assert {value.dtype for value in state.values()} == {torch.float32}
+        assert torch.equal(state["hessian"], saved["state"][index]["hessian"].float())
+
+
 def test_an_optimizer_whose_state_was_loaded_elsewhere_counts_its_own_steps() -> None:
     a, b = model(), model()
     first, second = SophiaG(a.parameters()), SophiaG(b.parameters())

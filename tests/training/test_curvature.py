@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from models import GPT2, GPT2Config, GPT2Output
 from training.config import SophiaConfig
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
+from training.loop import forward_backward_refresh
 from training.optimizers import build_optimizers
 from training.recording.ledger import Ledger
 from training.strategies.ddp import DDP
@@ -77,10 +79,13 @@ def test_gnb_equals_the_librarys_estimator_on_the_same_seeds() -> None:
     assert_close(run(), expected)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("micro_batch_size", "fraction"), [(1, 0.5), (2, 0.5), (3, 0.5), (4, 0.5), (3, 1.0)])
 @pytest.mark.parametrize("estimator", ["gnb", "empirical_fisher", "hutchinson"])
-def test_the_estimate_does_not_depend_on_the_micro_batch(estimator: str, micro_batch_size: int) -> None:
-    config = CONFIG.model_copy(update={"estimator": estimator})
+def test_the_estimate_does_not_depend_on_the_micro_batch(
+    estimator: str, micro_batch_size: int, fraction: float
+) -> None:
+    """Of all eight sequences the last of three micro-batches has one of padding, which weighs nothing."""
+    config = CONFIG.model_copy(update={"estimator": estimator, "batch_fraction": fraction})
     assert_close(run(config, micro_batch_size), run(config))
 
 
@@ -306,21 +311,24 @@ def test_an_estimate_that_only_its_square_makes_infinite_never_enters_h(num_pred
     assert max(float(h.max()) for h in hessians(made)) == (0.0 if held_back else pytest.approx(1e38, rel=1e-5))
 
 
-def one_forward(micro_batch_size: int, config: SophiaConfig) -> tuple[list[Tensor], list[Tensor], float]:
+def one_forward(
+    micro_batch_size: int, config: SophiaConfig, rank: int = 0, world_size: int = 1
+) -> tuple[list[Tensor], list[Tensor], float]:
     """h, the training gradient and the training loss of a step whose refresh has no forward of its own."""
-    made = strategy(config=config)
+    made = strategy(rank, world_size, config)
     curvature = CurvaturePass(config, SEED, BATCH, micro_batch_size, shared_forward=True)
     assert curvature.shares_forward(made)
-    ledger = Ledger(torch.device("cpu"))
-    share, done, held_back = curvature.run_within_training(made, batch(), STEP, BATCH * LENGTH, ledger)
-    assert done == curvature.sequences
+    train = SimpleNamespace(global_batch_size=BATCH, sequence_length=LENGTH)
+    run: Any = SimpleNamespace(
+        strategy=made,
+        config=SimpleNamespace(train=train),
+        micro_batch_size=micro_batch_size,
+        ledger=Ledger(torch.device("cpu")),
+        state=SimpleNamespace(step=STEP - 1),
+        progress=lambda doing: None,
+    )
+    share, held_back = forward_backward_refresh(run, curvature, made, batch(rank, world_size), STEP)
     assert not held_back
-    rest = batch()
-    targets = torch.from_numpy(rest.targets[done:])
-    if len(targets):
-        loss_sum = made.forward(torch.from_numpy(rest.tokens[done:]), targets).loss_sum
-        made.backward(loss_sum / (BATCH * LENGTH))
-        share += loss_sum.detach() / (BATCH * LENGTH)
     return hessians(made), [p.grad for p in made.model.parameters() if p.grad is not None], float(share)
 
 
@@ -334,6 +342,21 @@ def test_labels_drawn_in_the_training_forward_give_the_same_curvature_and_traini
     assert_close(h, run(config))
     model = strategy().model
     expected = model.loss(torch.from_numpy(batch().tokens), torch.from_numpy(batch().targets))
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    assert_close(gradients, [p.grad for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_a_rank_with_less_to_estimate_from_than_others_trains_on_all_of_its_batch(
+    micro_batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 of 2 has three of its four sequences in the slice of seven; rank 0 has all of its own in it."""
+    monkeypatch.setattr(Distributed, "all_reduce", lambda self, tensor, *operation: tensor)
+    config = CONFIG.model_copy(update={"batch_fraction": 0.875})
+    _, gradients, loss = one_forward(micro_batch_size, config, rank=1, world_size=2)
+    model, mine = strategy().model, batch(1, 2)
+    expected = model.loss(torch.from_numpy(mine.tokens), torch.from_numpy(mine.targets)) / 2
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     assert_close(gradients, [p.grad for p in model.parameters() if p.grad is not None])

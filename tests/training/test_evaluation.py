@@ -78,6 +78,7 @@ def test_evaluation_leaves_the_training_with_dropout_as_it_was(train: Train) -> 
 def test_dropout_is_off_in_an_evaluation_and_on_after_it_however_it_ends(*, interrupted: bool) -> None:
     model = torch.nn.Linear(1, 1)
     modes = []
+    said: list[str] = []
 
     def forward(tokens: torch.Tensor, targets: torch.Tensor) -> SimpleNamespace:
         modes.append(model.training)
@@ -88,9 +89,10 @@ def test_dropout_is_off_in_an_evaluation_and_on_after_it_however_it_ends(*, inte
         model=model, device=torch.device("cpu"), forward=forward, distributed=Distributed(0, 0, 1, torch.device("cpu"))
     )
     windows = SimpleNamespace(batches=lambda size: iter([Batch(row, row, row[0])]), forwards=lambda size: 1)
-    found = validation_loss(cast(Any, strategy), cast(Any, windows), 1, interrupted=lambda problem: interrupted)
+    found = validation_loss(cast(Any, strategy), cast(Any, windows), 1, said.append, lambda problem: interrupted)
     assert found == (None if interrupted else (3.0, 2))
     assert modes == ([] if interrupted else [False])
+    assert said == ([] if interrupted else ["evaluating, forward 0"])
     assert model.training
 
 

@@ -6,6 +6,7 @@ import torch
 
 from models import GPT2, GPT2Config
 from sophia import Lion
+from sophia.elementwise import ElementwiseOptimizer
 from training.compose import compose
 from training.optimizers import build_optimizers, parameter_groups
 from training.strategies.gradients import clip_and_step
@@ -67,6 +68,15 @@ def test_every_parameter_is_stepped_exactly_once(arm: str) -> None:
     optimizers = build_optimizers(compose([f"optimizer={arm}"]).optimizer, compile_step=False)(parameters)
     owned = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(id(p) for p in parameters.values())
+
+
+@pytest.mark.parametrize("arm", ["lion", "sophiag", "signum", "adahessian"])
+def test_a_step_is_never_compiled_where_compiling_is_off(arm: str) -> None:
+    parameters = dict(GPT2(SHAPE).named_parameters())
+    for compile_step, form in ((True, None), (False, False)):  # None: where it is worth it
+        (optimizer,) = build_optimizers(compose([f"optimizer={arm}"]).optimizer, compile_step=compile_step)(parameters)
+        assert isinstance(optimizer, ElementwiseOptimizer)
+        assert optimizer._form.compile is form
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -1,10 +1,22 @@
 """Whole runs on a tiny corpus: what they record, what they refuse, and what must not change their curve."""
 
+import signal
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from tests.training.runs import signal_self
+from training import loop
+from training.compose import compose
+from training.config import RunConfig
+from training.distributed import Distributed
 from training.records import RunRecord
+from training.reliability.signals import StopSignals
+from training.reliability.watchdog import Watchdog
+from training.run import Outcome, _collective_timeout, execute
 
 Train = Callable[..., RunRecord]
 
@@ -31,6 +43,7 @@ RATES = {
 @pytest.mark.parametrize("arm", RATES)
 def test_every_optimizer_trains(train: Train, arm: str) -> None:
     record = train(arm, f"optimizer={arm}", f"optimizer.lr={RATES[arm]}")
+    assert {"unclipped_fraction" in line for line in record.metrics("train")} == {arm.startswith("sophia")}
     assert record.summary is not None
     assert record.summary["status"] == "completed"
     assert validation(record)[-1] < validation(record)[0] - 0.1
@@ -70,7 +83,8 @@ def test_the_record_is_what_the_contract_says(train: Train) -> None:
         assert values == sorted(values)
     assert record.summary is not None
     ledger = record.summary["ledger"]
-    assert ledger["forward_backward"]["tokens"] == 12 * 8 * 32
+    assert record.summary["steps"] == 12
+    assert record.summary["tokens"] == ledger["forward_backward"]["tokens"] == 12 * 8 * 32
     assert ledger["curvature"] == ledger["curvature"] | {"tokens": 3 * 4 * 32, "count": 3}
     assert record.summary["shared_forwards"] == 3
     assert record.summary["flops"] == ledger["forward_backward"]["flops"] + ledger["curvature"]["flops"]
@@ -146,3 +160,64 @@ def test_a_run_that_blows_up_ends_as_diverged(train: Train) -> None:
     assert record.summary["status"] == "diverged"
     assert record.summary["steps"] < 12
     assert [line["event"] for line in record.metrics("event")][-1] == "diverged"
+
+
+@pytest.mark.parametrize("minutes", [None, 0.5, 30.0])
+def test_a_hang_is_told_after_the_minutes_of_its_key_and_before_a_collective_gives_up(
+    train: Train, monkeypatch: pytest.MonkeyPatch, minutes: float | None
+) -> None:
+    waited: list[float | None] = []
+
+    def watchdog(seconds: float | None, *arguments: Any) -> Watchdog:
+        waited.append(seconds)
+        return Watchdog(seconds, *arguments)
+
+    monkeypatch.setattr("training.run.Watchdog", watchdog)
+    key = f"guards.hang_minutes={'null' if minutes is None else minutes}"
+    record = train("run", "optimizer=adamw", "train.steps=2", key)
+    collective = _collective_timeout(RunConfig.model_validate(record.config))
+    assert waited == [None if minutes is None else 60 * minutes]
+    assert collective.total_seconds() > (60 * minutes if minutes is not None else 3600)
+
+
+def test_a_signal_is_told_and_the_step_is_finished_and_saved(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    original = loop.forward_backward
+
+    def struck(run: loop.Run, *rest: Any) -> Any:
+        if run.state.step == 2:
+            signal_self(signal.SIGTERM)
+        return original(run, *rest)
+
+    monkeypatch.setattr(loop, "forward_backward", struck)
+    record = train("run", "optimizer=adamw", expect=75)
+    assert record.summary is not None
+    assert (record.summary["status"], record.summary["steps"]) == ("preempted", 3)
+    assert [path.name for path in (record.directory / "checkpoints").iterdir()] == ["step-00000003"]
+    assert "SIGTERM: finishing the step and saving" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_rank_with_others_ends_in_the_loop_alone(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process that is asked to stop before there is something to save ends at once."""
+    begun: list[bool] = []
+
+    def executed(config: RunConfig, distributed: Distributed, stop: StopSignals, held: Any) -> Outcome:
+        begun.append(stop._begun)
+        return Outcome("preempted", Path(), None)
+
+    alone = Distributed(0, 0, world_size, torch.device("cpu"))
+    monkeypatch.setattr(Distributed, "start", lambda *arguments: alone)
+    monkeypatch.setattr("training.run._execute", executed)
+    execute(compose(["train.device=cpu"]))
+    assert begun == [world_size > 1]
+
+
+def test_ranks_agree_on_code_configuration_and_tokens(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    agreed: dict[str, Any] = {}
+    monkeypatch.setattr(Distributed, "agree", lambda self, values, remedy: agreed.update(values))
+    record = train("run", "optimizer=adamw", "train.steps=2", "optimizer.lr=3e-3")
+    assert agreed["tokens"] == record.environment["data_manifest_sha256"][:12]
+    assert agreed["optimizer.lr"] == 3e-3
+    assert agreed["code"]

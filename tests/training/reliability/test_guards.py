@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training.runs import curve, lines, run, run_in_child, summary, tiny
+from training import loop
 from training.distributed import Distributed
+from training.loop import Reporter
 from training.reliability import checkpoints, guards
 from training.reliability.checkpoints import Checkpoint
 from training.reliability.guards import HORIZON, LossSpikes, RanksDiffer, compare_ranks
+from training.reliability.watchdog import Watchdog
+from training.strategies.ddp import DDP
 
 
 def noisy(steps: int, seed: int = 0) -> list[float]:
@@ -80,8 +85,6 @@ def test_spike_detection_continues_after_an_interruption(losses: list[float], cu
 
 def spoil_gradients(steps: tuple[int, ...]) -> None:
     """Make one gradient infinite before these updates."""
-    from training.strategies.ddp import DDP
-
     count = [0]
     original = DDP.step
 
@@ -96,8 +99,6 @@ def spoil_gradients(steps: tuple[int, ...]) -> None:
 
 def spoil_losses(steps: tuple[int, ...]) -> None:
     """Make the losses of these updates infinite, but not their gradients."""
-    from training import loop
-
     original = loop.forward_backward
 
     def spoiled(run: Any, *rest: Any) -> torch.Tensor:
@@ -108,8 +109,6 @@ def spoil_losses(steps: tuple[int, ...]) -> None:
 
 def spoil_estimate(number: int) -> None:
     """Make the gradients of this refresh NaN."""
-    from training.strategies.ddp import DDP
-
     count = [0]
     original = DDP.update_hessian
 
@@ -123,34 +122,40 @@ def spoil_estimate(number: int) -> None:
     DDP.update_hessian = spoiled  # type: ignore[method-assign]
 
 
-def said(directory: Path) -> str:
-    return (directory / "errors").read_text()
+def run_spoiled(overrides: Sequence[str], spoil: Callable[..., None], *arguments: Any) -> int:
+    """The command line after `spoil(*arguments)`, whose replacements are undone; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        replaced = [(DDP, "step"), (DDP, "update_hessian"), (Reporter, "__init__")]
+        for owner, name in [*replaced, (loop, "forward_backward"), (loop, "validation_loss")]:
+            patch.setattr(owner, name, getattr(owner, name))
+        spoil(*arguments)
+        return run(overrides)
 
 
 @pytest.mark.parametrize("optimizer", ["sophiag", "adamw", "lion", "muon"])
 def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(
-    optimizer: str, corpus: list[str], tmp_path: Path
+    optimizer: str, corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     overrides = tiny(corpus, tmp_path, f"optimizer={optimizer}")
-    assert run_in_child(overrides, spoil_gradients, (5, 6, 13), errors=tmp_path / "errors") == 0
+    assert run_spoiled(overrides, spoil_gradients, (5, 6, 13)) == 0
     trained = lines(tmp_path / "run", "train")
     assert [line["step"] for line in trained if line.get("skipped")] == [5, 6, 13]
     assert [line["step"] for line in trained if line["grad_norm"] is None] == [5, 6, 13]
     assert summary(tmp_path / "run")["skipped_steps"] == 3
     assert all(math.isfinite(line["loss"]) for line in trained)
-    assert "step 6: gradient is not finite, the step is skipped (2 in a row, 10 are allowed)" in said(tmp_path)
+    assert "step 6: gradient is not finite, the step is skipped (2 in a row, 10 are allowed)" in capfd.readouterr().err
 
 
 def test_a_step_whose_loss_alone_is_not_finite_is_skipped_like_one_of_bad_gradients(
-    corpus: list[str], tmp_path: Path
+    corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     by_gradient, by_loss = (tiny(corpus, tmp_path, name=name) for name in ("gradient", "loss"))
-    assert run_in_child(by_gradient, spoil_gradients, (5, 13)) == 0
-    assert run_in_child(by_loss, spoil_losses, (5, 13), errors=tmp_path / "errors") == 0
+    assert run_spoiled(by_gradient, spoil_gradients, (5, 13)) == 0
+    assert run_spoiled(by_loss, spoil_losses, (5, 13)) == 0
     trained = lines(tmp_path / "loss", "train")
     assert [line["step"] for line in trained if line.get("skipped")] == [5, 13]
     assert [line["step"] for line in trained if line["loss"] is None] == [5, 13]
-    assert "step 5: loss is not finite, the step is skipped (1 in a row, 10 are allowed)" in said(tmp_path)
+    assert "step 5: loss is not finite, the step is skipped (1 in a row, 10 are allowed)" in capfd.readouterr().err
     one, other = (checkpoints.available(tmp_path / name / "checkpoints")[0] for name in ("gradient", "loss"))
     assert checkpoints.step_of(one) == checkpoints.step_of(other) == 24
     for name in Checkpoint(one).names():
@@ -161,7 +166,7 @@ def test_more_than_n_skipped_steps_in_a_row_end_as_diverged_and_the_last_good_ch
     corpus: list[str], tmp_path: Path
 ) -> None:
     overrides = tiny(corpus, tmp_path, "train.max_skipped_steps=3", "checkpoint.interval=2", "checkpoint.keep=1")
-    assert run_in_child(overrides, spoil_gradients, tuple(range(9, 25))) == 3
+    assert run_spoiled(overrides, spoil_gradients, tuple(range(9, 25))) == 3
     ended = summary(tmp_path / "run")
     assert (ended["status"], ended["steps"], ended["skipped_steps"]) == ("diverged", 12, 4)
     assert ended["reason"] == "4 steps in a row, up to step 12, were not finite"
@@ -172,8 +177,6 @@ def test_more_than_n_skipped_steps_in_a_row_end_as_diverged_and_the_last_good_ch
 
 def report_a_step_late(steps: tuple[int, ...]) -> None:
     """As on CUDA, where a step's numbers are read after the next one has been queued."""
-    from training.loop import Reporter
-
     spoil_gradients(steps)
     original = Reporter.__init__
 
@@ -191,7 +194,7 @@ def test_a_run_diverges_alike_whether_its_numbers_arrive_immediately_or_a_step_l
     ended = {}
     for name, prepare in {"at once": spoil_gradients, "late": report_a_step_late}.items():
         overrides = tiny(corpus, tmp_path, "train.max_skipped_steps=0", name=name.replace(" ", "-"))
-        assert run_in_child(overrides, prepare, (step,)) == 3, name
+        assert run_spoiled(overrides, prepare, (step,)) == 3, name
         directory = tmp_path / name.replace(" ", "-")
         ended[name] = summary(directory)
         assert lines(directory, "train")[-1]["step"] >= step
@@ -204,7 +207,7 @@ def test_skipped_steps_are_counted_across_an_interruption(corpus: list[str], tmp
     overrides = tiny(corpus, tmp_path, "train.max_skipped_steps=3")
     assert run_in_child([*overrides, "train.steps=24"], spoil_gradients_then_stop, 8) == 75
     assert summary(tmp_path / "run")["skipped_steps"] == 2
-    assert run_in_child(overrides, spoil_gradients, (1, 2)) == 3  # the first two of this sitting: steps 9 and 10
+    assert run_spoiled(overrides, spoil_gradients, (1, 2)) == 3  # the first two of this sitting: steps 9 and 10
     assert summary(tmp_path / "run")["steps"] == 10
 
 
@@ -215,15 +218,17 @@ def spoil_gradients_then_stop(step: int) -> None:
     stop_in_step(step, 15)
 
 
-def test_a_bad_estimate_never_enters_h_and_is_reported(corpus: list[str], tmp_path: Path) -> None:
+def test_a_bad_estimate_never_enters_h_and_is_reported(
+    corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     overrides = tiny(corpus, tmp_path)
-    assert run_in_child(overrides, spoil_estimate, 3, errors=tmp_path / "errors") == 0
+    assert run_spoiled(overrides, spoil_estimate, 3) == 0
     refreshes = lines(tmp_path / "run", "hessian")
     assert [line["step"] for line in refreshes if line["held_back"]] == [11]
     assert all(line["hessian_norm"] is not None for line in refreshes)
     assert refreshes[2]["hessian_norm"] == refreshes[1]["hessian_norm"]
     assert summary(tmp_path / "run")["estimates_held_back"] == 1
-    assert "step 11: the curvature estimate is not finite" in said(tmp_path)
+    assert "step 11: the curvature estimate is not finite" in capfd.readouterr().err
 
 
 def test_an_infinite_loss_ends_as_diverged(corpus: list[str], tmp_path: Path) -> None:
@@ -234,30 +239,26 @@ def test_an_infinite_loss_ends_as_diverged(corpus: list[str], tmp_path: Path) ->
 
 
 def lose_validation() -> None:
-    from training import loop
-
     loop.validation_loss = lambda *_: (math.nan, 256)
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_also_right_after_a_resume(
     corpus: list[str], tmp_path: Path
 ) -> None:
-    assert run_in_child(tiny(corpus, tmp_path), lose_validation) == 3
+    assert run_spoiled(tiny(corpus, tmp_path), lose_validation) == 3
     ended = summary(tmp_path / "run")
     assert (ended["status"], ended["steps"]) == ("diverged", 0)
 
 
 def strike(step: int) -> None:
     """Make the loss of one batch ten times too large."""
-    from training import loop
-
     original = loop.forward_backward
     loop.forward_backward = lambda run, batch: original(run, batch) * (10 if run.state.step == step - 1 else 1)
 
 
 def test_a_loss_spike_is_an_event_and_the_run_continues(corpus: list[str], tmp_path: Path) -> None:
     overrides = tiny(corpus, tmp_path, "train.steps=70", "eval.interval=70", "optimizer=adamw")
-    assert run_in_child(overrides, strike, 60) == 0
+    assert run_spoiled(overrides, strike, 60) == 0
     (event,) = lines(tmp_path / "run", "event")
     assert (event["event"], event["step"]) == ("loss_spike", 60)
     assert event["loss"] > 30 > event["expected"]
@@ -328,6 +329,18 @@ def test_any_single_bit_that_differs_is_found_and_its_tensor_named(place: int, b
     compare_ranks(Holder(broken, struck))  # type: ignore[arg-type]
     with pytest.raises(RanksDiffer, match=r"model\.b\.weight on rank 1$"):
         compare_ranks(Holder(Ranks(broken.mine), weight))  # type: ignore[arg-type]
+
+
+def test_ranks_are_compared_at_each_interval_and_before_each_save(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+    monkeypatch.setattr(loop, "compare_ranks", lambda strategy: compared.append("compared"))
+    monkeypatch.setattr(Watchdog, "progress", lambda self, doing: compared.append(doing))
+    overrides = ["train.steps=8", "checkpoint.interval=6", "guards.weights_interval=3", "optimizer=adamw"]
+    assert run(tiny(corpus, tmp_path, *overrides)) == 0
+    doing = [compared[place - 1] for place, what in enumerate(compared) if what == "compared"]
+    assert doing == ["at step 3, sequence 0 of 8", "saving after step 6", "saving after step 8"]
 
 
 def test_a_single_process_compares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

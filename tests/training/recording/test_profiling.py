@@ -1,0 +1,17 @@
+"""A trace of the steps that were asked for."""
+
+import json
+from collections.abc import Callable
+
+from training.records import RunRecord
+
+
+def test_a_trace_has_the_steps_after_those_that_are_left_out(train: Callable[..., RunRecord]) -> None:
+    record = train(
+        "run", "optimizer=adamw", "train.steps=4", "profile.enabled=true", "profile.after=1", "profile.steps=2"
+    )
+    events = json.loads((record.directory / "profile" / "trace.json").read_text())["traceEvents"]
+    names = {event.get("name", "") for event in events}
+    # Counted from 0, as the profiler does.
+    assert {name for name in names if name.startswith("ProfilerStep")} == {"ProfilerStep#1", "ProfilerStep#2"}
+    assert "aten::" in (record.directory / "profile" / "table.txt").read_text()
