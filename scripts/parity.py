@@ -29,10 +29,11 @@ if __name__ == "__main__":
 
 import torch
 
+from data.files import write_atomically
 from training.checkpoints import newest_valid
 from training.compose import compose
 from training.config import ConfigurationError
-from training.records import RunRecord, write_atomically
+from training.records import RunRecord
 
 #: The worlds: name, ranks, overrides.
 STRATEGIES: dict[str, tuple[int, list[str]]] = {

@@ -22,10 +22,10 @@ if __name__ == "__main__":
 
     require_environment()
 
+from data.files import write_atomically
 from training.cluster import OPTIMIZERS, compose_for, split_cluster
 from training.command import refuse
 from training.config import ConfigurationError
-from training.records import write_atomically
 from training.terminal import SafeConsole
 
 RESULTS = Path("results/planner")

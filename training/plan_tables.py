@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from data.files import write_atomically
 from models import GPT2Config
 from training import hardware
 from training.cluster import ClusterConfig
@@ -280,9 +281,7 @@ def write_check(directory: Path, tell: Callable[[str], None]) -> dict[str, Any]:
     }
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in (("memory.json", json.dumps(record, indent=1) + "\n"), ("memory.md", check_markdown(record))):
-        partial = directory / f"{name}.partial"
-        partial.write_text(text)
-        partial.replace(directory / name)
+        write_atomically(directory / name, text)
     return record
 
 
