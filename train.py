@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py optimizer=sophiag             eight ranks, started by torchrun
     python train.py -m optimizer=adamw,lion,sophiag seed=0,1,2         a sweep
     python train.py experiment=paper/125m_sophiag                      a complete recipe
-    python train.py --config-path results/cpu_scale/runs/<trial> output_dir=runs/again     a recorded run, repeated
+    python train.py --config-path runs/<name> output_dir=runs/again    a recorded run, repeated
     python train.py --help                                             every group and key
 
 Exit codes: 0 finished, 1 failed, 2 the configuration cannot be run (one line says why), 3 diverged, 75 preempted (rerun the

@@ -19,7 +19,7 @@ from analysis import escaping
 from analysis.colours import colours, label
 from analysis.figures import save, seed_curves
 from analysis.guards import INCIDENTAL, OPTIMIZER, SEED, TIMING, Difference, differences, is_under
-from analysis.records import CURRENCIES, Currency, Curve, Run, flatten, load_runs
+from analysis.runs import CURRENCIES, Currency, Curve, RecordedRun, flatten, load_runs
 from analysis.statistics import Interval, paired_interval
 from analysis.target import TimeToTarget, times_to_target
 from analysis.trials import short
@@ -33,7 +33,7 @@ class Setting:
     """The runs of one optimizer that differ in their seed alone."""
 
     optimizer: str
-    runs: tuple[Run, ...]  # ascending in seed; each completed or diverged
+    runs: tuple[RecordedRun, ...]  # ascending in seed; each completed or diverged
     values: str  # the learning rate, and what else tells the optimizer's settings apart: "lr=0.003, gamma=0.05"
 
     @property
@@ -236,13 +236,13 @@ def compare_runs(directories: Sequence[str | Path], baseline: str = "adamw") -> 
     Raises:
         ValueError: no run of the baseline among them has ended, or its best setting diverged.
     """
-    ended: list[Run] = []
+    ended: list[RecordedRun] = []
     left_out: list[str] = []
     for run in load_runs(directories):
         if run.status in ("completed", "diverged") and len(run.evaluations):
             ended.append(run)
         else:
-            left_out.append(f"{run.directory}: {run.optimizer}, {run.status}")
+            left_out.append(f"{run.origin.path}: {run.optimizer}, {run.status}")
     if not any(run.optimizer == baseline for run in ended):
         optimizers = ", ".join(dict.fromkeys(run.optimizer for run in ended)) or "none"
         waiting = f"; not ended: {'; '.join(left_out)}; the same command again resumes a run" if left_out else ""
@@ -278,11 +278,11 @@ def compare_runs(directories: Sequence[str | Path], baseline: str = "adamw") -> 
     )
 
 
-def _settings(runs: Sequence[Run]) -> list[Setting]:
+def _settings(runs: Sequence[RecordedRun]) -> list[Setting]:
     """Runs grouped by all that determines them but the seed."""
     ignored = (*INCIDENTAL, *TIMING, "seed", "seeds")
     values = [{k: v for k, v in flatten(run.config).items() if not is_under(k, ignored)} for run in runs]
-    groups: dict[str, dict[int, Run]] = {}
+    groups: dict[str, dict[int, RecordedRun]] = {}
     of: dict[str, dict[str, object]] = {}
     for run, own in zip(runs, values, strict=True):
         key = repr(sorted(own.items()))
@@ -309,7 +309,7 @@ def _rank(setting: Setting) -> tuple[bool, int, float]:
     return not np.isfinite(setting.loss), -len(setting.runs), setting.loss
 
 
-def _mean_curve(runs: Sequence[Run]) -> Curve:
+def _mean_curve(runs: Sequence[RecordedRun]) -> Curve:
     """The evaluations of runs that differ in their seed, means at the steps that all of them have."""
     curves = [run.evaluations for run in runs]
     spent = {currency: seed_curves(curves, currency)[0] for currency in CURRENCIES}

@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 from analysis import escaping
 from analysis.colours import colours, label
 from analysis.guards import INCIDENTAL, TIMING, is_under
-from analysis.records import Currency, Curve, Run, flatten, last_line
 from analysis.reference import load_reference
 from analysis.results import CLAIM_NAMES, CURRENCY_NAMES, ArmCost, Results, model_sizes
+from analysis.runs import Currency, Curve, RecordedRun, flatten
 from analysis.scaling import ScalingLaw
 from analysis.sensitivity import REFRESH, comparable_runs
 from analysis.speedup import Endpoints
 from analysis.trials import Study
 from analysis.wallclock import TRAINING_KINDS
-from training.records import RecordError, write_atomically
+from data.files import write_atomically
+from training.records import RecordError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -235,7 +236,7 @@ def sensitivity_grid(results: Results) -> Figure:
 def hessian_interval(results: Results) -> Figure:
     """Final loss and seconds per step against k, the steps between curvature passes."""
     group = comparable_runs(results.study, REFRESH)
-    by_k: dict[int, list[Run]] = {}
+    by_k: dict[int, list[RecordedRun]] = {}
     for run in group:
         by_k.setdefault(int(run.config["optimizer"]["hessian_interval"]), []).append(run)
     if len(by_k) < 2:
@@ -348,7 +349,7 @@ def hessian_histogram(results: Results) -> Figure:
         run for arm in study.arm_names() for run in study.runs(arm=arm) if "hessian_interval" in run.config["optimizer"]
     ]
     for run in sorted(runs, key=lambda run: -run.horizon):
-        last = last_line(run.record.metrics_path, "hessian")
+        last = run.last_refresh
         if last is not None and "histogram" in last:
             break
     else:
@@ -612,7 +613,7 @@ def _losses_by_rate(study: Study) -> dict[tuple[str, str, bool], dict[float, flo
     return best
 
 
-def _group_title(group: Sequence[Run]) -> str:
+def _group_title(group: Sequence[RecordedRun]) -> str:
     first = group[0]
     seeds = len({run.seed for run in group})
     return escaping.figure(

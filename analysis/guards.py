@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from scipy import special
 
 from analysis.colours import label
-from analysis.records import Run, flatten
+from analysis.runs import Origin, RecordedRun, flatten
 from analysis.speedup import Endpoints
 from analysis.target import time_to_target
-from analysis.trials import Study, Trial
+from analysis.trials import RecordedTrial, Study
 from analysis.tuning import Tuning, predicted_gain, tunings
 
 # Keys (and all below them) that change nothing that is measured.
@@ -90,22 +89,10 @@ class Finding:
     severity: Severity
     title: str
     detail: str
-    runs: tuple[Path, ...] = ()
+    runs: tuple[Origin, ...] = ()
 
 
-class UnfairComparisonError(ValueError):
-    """The runs differ in more than the optimizer; `differences` says in what."""
-
-    def __init__(self, differences: Sequence[Difference]) -> None:
-        self.differences = list(differences)
-        listing = "\n".join(f"  {difference}" for difference in differences)
-        super().__init__(
-            f"these runs differ in more than the optimizer, so no difference between them can be put down to it:\n"
-            f"{listing}\nrun the arms with the same values, or ask for a labelled comparison"
-        )
-
-
-def differences(runs: Sequence[Run], *, by_design: Iterable[str] = OPTIMIZER) -> list[Difference]:
+def differences(runs: Sequence[RecordedRun], *, by_design: Iterable[str] = OPTIMIZER) -> list[Difference]:
     """Keys of configuration and environment in which the runs differ, apart from those that may.
 
     Args:
@@ -127,13 +114,6 @@ def _affects(key: str) -> Affects:
     if key == FORWARD:
         return "FLOPs and seconds"
     return "seconds" if is_under(key, TIMING) else "loss"
-
-
-def require_fair(runs: Sequence[Run], *, by_design: Iterable[str] = OPTIMIZER) -> None:
-    """Raise UnfairComparisonError where `differences` finds any that affect the loss."""
-    found = [difference for difference in differences(runs, by_design=by_design) if difference.affects == "loss"]
-    if found:
-        raise UnfairComparisonError(found)
 
 
 def inspect(study: Study) -> list[Finding]:
@@ -198,7 +178,7 @@ def mid_run_crossings(study: Study) -> list[Crossing]:
 def _fairness(study: Study) -> list[Finding]:
     """Differences beside the optimizer within each cell, and beside the horizon between the cells of a model."""
     declared = tuple(sorted({key.split("[")[0] for arm in study.arms.values() for key in arm.search}))
-    cells: dict[tuple[Any, ...], list[Trial]] = {}
+    cells: dict[tuple[Any, ...], list[RecordedTrial]] = {}
     for trial in study.reporting:
         if trial.run is None:
             continue
@@ -206,7 +186,7 @@ def _fairness(study: Study) -> list[Finding]:
         if arm.role == "arm":
             cells.setdefault((trial.model, trial.horizon, trial.seed), []).append(trial)
             cells.setdefault((trial.model,), []).append(trial)
-    groups: list[tuple[list[Run], tuple[str, ...]]] = []
+    groups: list[tuple[list[RecordedRun], tuple[str, ...]]] = []
     for cell, members in cells.items():
         allowed = (*OPTIMIZER, *declared) if len(cell) == 3 else (*OPTIMIZER, *declared, *HORIZON, *SEED)
         groups.append(([trial.run for trial in members if trial.run is not None], allowed))
@@ -220,7 +200,7 @@ def _fairness(study: Study) -> list[Finding]:
             known = by_key.get(difference.key)
             values = {**(known.values if known else {}), **difference.values}
             by_key[difference.key] = Difference(difference.key, values, difference.affects)
-    directories = {trial.run.name: trial.directory for trial in study.reporting if trial.run is not None}
+    origins = {trial.run.name: trial.origin for trial in study.reporting if trial.run is not None}
     findings = []
     for difference in by_key.values():
         title, consequence = _UNFAIR[difference.affects]
@@ -230,7 +210,7 @@ def _fairness(study: Study) -> list[Finding]:
                 severity="serious" if difference.affects == "loss" else "note",
                 title=f"Runs differ in {title}: {difference.key}",
                 detail=f"{difference}. {consequence}",
-                runs=tuple(directories[name] for name in difference.values if name in directories),
+                runs=tuple(origins[name] for name in difference.values if name in origins),
             )
         )
     tuned = [key for key in declared if not is_under(key, OPTIMIZER)]
@@ -254,7 +234,7 @@ def _decayed(study: Study) -> list[Finding]:
             "serious",
             "Runs whose learning rate does not decay",
             "The comparison is of the ends of fully decayed runs; these end at more than half of the peak rate.",
-            tuple(trial.directory for trial in constant),
+            tuple(trial.origin for trial in constant),
         )
     ]
 
@@ -271,7 +251,7 @@ def _seeds(study: Study) -> list[Finding]:
                 "Hyper-parameters chosen on a seed fit its noise; report on seeds that the search has not seen.",
             )
         )
-    cells: dict[tuple[str, str, int], list[Trial]] = {}
+    cells: dict[tuple[str, str, int], list[RecordedTrial]] = {}
     for trial in study.reporting:
         cells.setdefault((trial.arm, trial.model, trial.horizon), []).append(trial)
     for (arm, model, horizon), members in sorted(cells.items()):
@@ -287,7 +267,7 @@ def _seeds(study: Study) -> list[Finding]:
                     f"{label(arm)}, {model}, {horizon:,} steps: {len(ended)} of {len(members)} seeds have ended",
                     "The number of seeds was fixed beforehand; a verdict on fewer is provisional: "
                     + ", ".join(f"seed {trial.seed} {trial.status}" for trial in missing),
-                    tuple(trial.directory for trial in missing),
+                    tuple(trial.origin for trial in missing),
                 )
             )
     sizes = {len(members) for members in cells.values()}
@@ -312,7 +292,7 @@ def _diverged(study: Study) -> list[Finding]:
                         "A diverged reported run leaves its cell undecided; it is not dropped."
                         if phase == "reporting"
                         else "Diverged trials count against the arm's budget.",
-                        tuple(trial.directory for trial in lost),
+                        tuple(trial.origin for trial in lost),
                     )
                 )
     return findings
@@ -331,7 +311,7 @@ def _edges(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
                     f"{edge.side} that was tried, {edge.value:g}",
                     "The optimum may lie outside: widen the search"
                     + (". An under-tuned baseline makes every other arm look good." if baseline else "."),
-                    tuple(trial.directory for trial in search.best.trials),
+                    tuple(trial.origin for trial in search.best.trials),
                 )
             )
     return findings
@@ -402,7 +382,7 @@ def _under_tuned(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
                         f"{where}: a tuning trial ended lower than the reported runs",
                         f"{best:.4f} against a reported mean of {reported:.4f} nats: the reported runs do not use the "
                         "best hyper-parameters that were found, or the seed of the trial was lucky.",
-                        tuple(trial.directory for trial in better),
+                        tuple(trial.origin for trial in better),
                     )
                 )
             for search in searches:
@@ -417,7 +397,7 @@ def _under_tuned(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
                             f"{where}: the learning rate looks under-tuned",
                             f"A parabola through the best rate and its neighbours promises {gain:.4f} nats more, "
                             f"beyond the noise of a seed ({spread:.4f}): try rates in between.",
-                            tuple(trial.directory for trial in search.best.trials),
+                            tuple(trial.origin for trial in search.best.trials),
                         )
                     )
     return findings
@@ -459,20 +439,20 @@ def _degenerate(study: Study) -> list[Finding]:
             "serious",
             f"{len(lost)} Sophia runs had no unclipped coordinate for longer than a refresh interval",
             "There Sophia is momentum-sign descent: γ is too small, or the curvature estimate is broken.",
-            tuple(trial.directory for trial in lost),
+            tuple(trial.origin for trial in lost),
         )
     ]
 
 
 def _code(study: Study) -> list[Finding]:
-    commits: dict[str, list[Path]] = {}
+    commits: dict[str, list[Origin]] = {}
     dirty = []
     for trial in study.reporting:
-        git = {} if trial.run is None else trial.run.record.environment.get("git") or {}
+        git = {} if trial.run is None else trial.run.environment.get("git") or {}
         if git.get("commit"):
-            commits.setdefault(str(git["commit"])[:10], []).append(trial.directory)
+            commits.setdefault(str(git["commit"])[:10], []).append(trial.origin)
         if git.get("dirty"):
-            dirty.append(trial.directory)
+            dirty.append(trial.origin)
     findings = []
     if len(commits) > 1:
         shown = "; ".join(f"{commit}: {len(runs)} runs" for commit, runs in commits.items())
@@ -483,9 +463,9 @@ def _code(study: Study) -> list[Finding]:
     return findings
 
 
-def _comparable_values(run: Run) -> dict[str, Any]:
+def _comparable_values(run: RecordedRun) -> dict[str, Any]:
     values = flatten(run.config)
-    environment = run.record.environment
+    environment = run.environment
     for key in ("data_manifest_sha256", "initial_weights_sha256", "hardware", "world_size"):
         if key in environment:
             entry = environment[key]
@@ -495,9 +475,9 @@ def _comparable_values(run: Run) -> dict[str, Any]:
     return values
 
 
-def _curvature_forward(run: Run) -> str | None:
+def _curvature_forward(run: RecordedRun) -> str | None:
     """Whose forward the curvature passes used; None where the estimator leaves no choice."""
-    optimizer, summary = run.config["optimizer"], run.record.summary or {}
+    optimizer, summary = run.config["optimizer"], run.summary or {}
     if optimizer.get("estimator") != "gnb" or optimizer.get("label_draws", 1) > 1:
         return None
     if "shared_forwards" not in summary:  # a run under way, or recorded before this was counted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from training.records import write_atomically
+from data.files import write_atomically
 
 
 def read_part(page: Path, name: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -49,7 +50,12 @@ class PowerLaw:
 
     def weights(self, log_tokens: ArrayLike) -> Array:
         # Implicit function theorem at the least-squares optimum, Gauss-Newton form: g (JᵀJ)⁻¹ Jᵀ = g J⁺.
-        return self._gradient(log_tokens) @ np.linalg.pinv(self._gradient(self.log_tokens))
+        return self._gradient(log_tokens) @ self._pseudo_inverse
+
+    @cached_property
+    def _pseudo_inverse(self) -> Array:
+        """(P, K) J⁺ of the runs."""
+        return np.asarray(np.linalg.pinv(self._gradient(self.log_tokens)))
 
     def _decay(self, log_tokens: ArrayLike) -> Array:
         distance = np.asarray(log_tokens, dtype=np.float64) - self.log_tokens.mean()

@@ -26,11 +26,12 @@ from analysis import escaping, tables
 from analysis.colours import colours, label
 from analysis.figures import FIGURES, NothingToShow, save, seed_curves
 from analysis.guards import Finding
-from analysis.records import CURRENCIES, Currency
 from analysis.results import CLAIM_NAMES, CURRENCY_NAMES, Headline, Results, in_short, significant, write_json
+from analysis.runs import CURRENCIES, Currency
 from analysis.speedup import CLAIM_CURRENCIES, THRESHOLDS, SpeedUp
 from analysis.tables import Cell, CellKey, Table
-from training.records import RecordError, write_atomically
+from data.files import write_atomically
+from training.records import RecordError
 
 _AXES: dict[Currency, str] = {
     "steps": "training steps",
@@ -108,7 +109,7 @@ def render_html(results: Results, location: Path, pictures: dict[str, bytes] | N
     """The page, self-contained: plotly, data, styles and pictures are inside.
 
     Args:
-        location: the directory that the page will lie in; links to run directories are relative to it.
+        location: the directory that the page will lie in; links to run records are relative to it.
         pictures: PNG files by figure name.
     """
     from plotly.offline import get_plotlyjs
@@ -140,7 +141,7 @@ def render_html(results: Results, location: Path, pictures: dict[str, bytes] | N
         # Closing tags inside a script element would end it: plotly has none, the data must not.
         plotly=Markup(get_plotlyjs()),
         data=Markup(json.dumps(chart_data(results), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")),
-        link=lambda run: escaping.href(Path(run), location),
+        link=lambda origin: origin.href(location),
         anchor=_slug,
         anchored=lambda key: key in anchors,
         row_anchor=lambda row: next((anchors[key] for key, first in first_rows.items() if first is row), ""),
@@ -168,9 +169,9 @@ def render_markdown(results: Results, location: Path, pictures: Sequence[Path] =
     for name, make in tables.TABLES.items():
         table = make(results)
         if table and name not in ("verdict", "runs"):
-            parts.append(tables.markdown(_relinked(table, location)))
+            parts.append(tables.markdown(table, location))
     parts += ["## How it was measured", *map(plain, method(results))]
-    parts += [tables.markdown(_relinked(tables.runs(results), location)).replace("###", "##", 1)]
+    parts += [tables.markdown(tables.runs(results), location).replace("###", "##", 1)]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
@@ -405,19 +406,6 @@ def _first_rows(runs: Table) -> dict[CellKey, tuple[Cell, ...]]:
 
 def _slug(key: CellKey) -> str:
     return "runs-" + re.sub(r"[^A-Za-z0-9]+", "-", "-".join(map(str, key))).strip("-").lower()
-
-
-def _relinked(table: Table, location: Path) -> Table:
-    rows = tuple(
-        tuple(
-            Cell(cell.text, cell.sort, cell.source, cell.tone, escaping.href(Path(cell.href), location))
-            if cell.href
-            else cell
-            for cell in row
-        )
-        for row in table.rows
-    )
-    return Table(table.name, table.title, table.columns, rows, table.note, table.numeric)
 
 
 def _rounded(values: Any, digits: int) -> list[float | None]:

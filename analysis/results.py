@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from analysis.colours import label
 from analysis.guards import Crossing, Finding, inspect, mid_run_crossings
-from analysis.records import CURRENCIES, Currency, Run
+from analysis.runs import CURRENCIES, Currency, Origin, RecordedRun
 from analysis.scaling import ScalingLaw, Trend, scaling_law, trend
 from analysis.sensitivity import Ablation, Grid, ablations, sensitivity_grid
 from analysis.speedup import (
@@ -39,7 +38,7 @@ from analysis.target import time_to_target
 from analysis.trials import Study
 from analysis.tuning import Tuning, tunings
 from analysis.wallclock import TRAINING_KINDS
-from training.records import write_atomically
+from data.files import write_atomically
 
 CURRENCY_NAMES: Mapping[str, str] = {"steps": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
 CLAIM_NAMES: Mapping[str, str] = {
@@ -159,7 +158,7 @@ class Results:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values for machines; run directories relative to the study's where they lie inside."""
+        """Plain values for machines; runs by their trial, bare ones by their directory."""
         return {
             "study": self.study.name,
             "baseline": self.study.baseline,
@@ -200,7 +199,7 @@ class Results:
                     "standard_deviation": _number(one.standard_deviation),
                     "difference": self._plain(one.difference),
                     "p": _number(one.p),
-                    "runs": [self.link(run) for run in one.endpoints.runs],
+                    "runs": [_named(run) for run in one.endpoints.runs],
                 }
                 for one in self.finals
             ],
@@ -217,20 +216,15 @@ class Results:
                 "gamma": [_number(gamma) for gamma in self.grid.gammas],
                 "beta2": [_number(beta) for beta in self.grid.betas],
                 "loss": [[_number(loss) for loss in row] for row in self.grid.losses],
-                "runs": [self.link(run.directory) for run in self.grid.runs],
+                "runs": [_named(run.origin) for run in self.grid.runs],
             },
         }
 
-    def link(self, run: Path) -> str:
-        """A run's directory as the report names it: relative to the study, or as given for bare runs."""
-        root = self.study.directory
-        return run.as_posix() if root is None else Path(os.path.relpath(run, root)).as_posix()
-
     def _plain(self, value: Any) -> Any:
+        if isinstance(value, Origin):
+            return _named(value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return {field.name: self._plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        if isinstance(value, Path):
-            return self.link(value)
         if isinstance(value, Mapping):
             return {str(key): self._plain(member) for key, member in value.items()}
         if isinstance(value, (list, tuple)):
@@ -327,11 +321,15 @@ def write_json(results: Results, path: Path) -> None:
     write_atomically(path, json.dumps(results.as_json(), indent=1, allow_nan=False) + "\n")
 
 
+def _named(origin: Origin) -> str:
+    return origin.trial or origin.path.as_posix()
+
+
 def model_sizes(study: Study) -> dict[str, float]:
     """Parameters of each model, from the records."""
     sizes: dict[str, float] = {}
     for trial in study.reporting:
-        summary = {} if trial.run is None else trial.run.record.summary or {}
+        summary = {} if trial.run is None else trial.run.summary or {}
         if summary.get("parameters"):
             sizes[trial.model] = float(summary["parameters"])
     return sizes
@@ -435,7 +433,7 @@ def _target_times(study: Study) -> list[TargetTime]:
         ends = [end for end in study.endpoints(study.baseline, model) if not end.diverged]
         for target in (float(end.losses.mean()) for end in ends):
             for arm in study.arm_names():
-                by_horizon: dict[int, list[Run]] = {}
+                by_horizon: dict[int, list[RecordedRun]] = {}
                 for run in study.runs(arm=arm, model=model):
                     if len(run.evaluations):
                         by_horizon.setdefault(run.horizon, []).append(run)
@@ -444,7 +442,7 @@ def _target_times(study: Study) -> list[TargetTime]:
     return rows
 
 
-def _target_time(arm: str, model: str, horizon: int, target: float, runs: Sequence[Run]) -> TargetTime:
+def _target_time(arm: str, model: str, horizon: int, target: float, runs: Sequence[RecordedRun]) -> TargetTime:
     spent: dict[Currency, float] = {}
     reached, bound = 0, False
     for currency in CURRENCIES:
@@ -459,7 +457,7 @@ def _costs(study: Study) -> list[ArmCost]:
     costs = []
     for model in study.models:
         for arm in [*study.arm_names(), *study.arm_names("ablation")]:
-            runs = [run for run in study.runs(arm=arm, model=model) if run.record.summary]
+            runs = [run for run in study.runs(arm=arm, model=model) if run.summary]
             if not runs:
                 continue
             tuning = [trial for trial in study.tuning if trial.arm == arm and trial.model == model and trial.run]
@@ -481,9 +479,7 @@ def _costs(study: Study) -> list[ArmCost]:
                     if flops
                     else math.nan,
                     clipped_norm_share=float(np.mean(shares)) if shares else math.nan,
-                    peak_memory_bytes=max(
-                        float((run.record.summary or {}).get("peak_memory_bytes") or 0) for run in runs
-                    ),
+                    peak_memory_bytes=max(float((run.summary or {}).get("peak_memory_bytes") or 0) for run in runs),
                     tuning_trials=len(tuning),
                     tuning_diverged=sum(trial.status == "diverged" for trial in tuning),
                     tuning_device_seconds=sum(trial.device_seconds for trial in tuning),
@@ -492,8 +488,8 @@ def _costs(study: Study) -> list[ArmCost]:
     return costs
 
 
-def _entry(run: Run, kind: str, what: str) -> float:
-    ledger = (run.record.summary or {}).get("ledger") or {}
+def _entry(run: RecordedRun, kind: str, what: str) -> float:
+    ledger = (run.summary or {}).get("ledger") or {}
     return float((ledger.get(kind) or {}).get(what, 0.0))
 
 

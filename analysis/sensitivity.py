@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from analysis.guards import INCIDENTAL, TIMING, is_under
-from analysis.records import Run, flatten
+from analysis.runs import Origin, RecordedRun, flatten
 from analysis.statistics import Interval, holm, paired_interval, paired_p
 from analysis.trials import Study, short
 from analysis.wallclock import training_seconds
@@ -37,7 +36,7 @@ class Ablation:
     time_ratio: float  # seconds a step over the arm's
     diverged: int
     runs: int
-    directories: tuple[Path, ...]
+    origins: tuple[Origin, ...]
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Grid:
     gammas: tuple[float, ...]
     betas: tuple[float, ...]
     losses: np.ndarray[Any, np.dtype[np.float64]]
-    runs: tuple[Run, ...]
+    runs: tuple[RecordedRun, ...]
 
 
 def ablations(study: Study) -> list[Ablation]:
@@ -82,7 +81,7 @@ def ablations(study: Study) -> list[Ablation]:
                         time_ratio=_per_step(varied.values()) / _per_step(plain.values()) if plain else math.nan,
                         diverged=len(end.diverged),
                         runs=len(end.seeds),
-                        directories=end.runs,
+                        origins=end.runs,
                     )
                 )
     tested = [index for index, one in enumerate(found) if math.isfinite(one.p)]
@@ -105,13 +104,13 @@ def sensitivity_grid(study: Study) -> Grid | None:
     return Grid(tuple(gammas), tuple(betas), losses, tuple(group))
 
 
-def comparable_runs(study: Study, keys: Sequence[str], *, prefix: str = "sophia") -> list[Run]:
+def comparable_runs(study: Study, keys: Sequence[str], *, prefix: str = "sophia") -> list[RecordedRun]:
     """Finished runs of one phase that agree in all but `keys`, with the same seeds at every setting of these.
 
     Of several such groups the one with the most settings. Of `optimizer.betas` only the second counts as a key. Where
     no seed has all settings: the seeds with the most of them, and the settings that all of these seeds have.
     """
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[RecordedRun]] = {}
     for trial in sorted(study.trials, key=lambda trial: trial.phase != "reporting"):
         run = trial.run
         if run is None or not run.completed or not run.optimizer.startswith(prefix):
@@ -131,7 +130,7 @@ def comparable_runs(study: Study, keys: Sequence[str], *, prefix: str = "sophia"
     return max(paired, key=lambda runs: len({_values(run, keys) for run in runs}), default=[])
 
 
-def _at_common_seeds(runs: Sequence[Run], keys: Sequence[str]) -> list[Run]:
+def _at_common_seeds(runs: Sequence[RecordedRun], keys: Sequence[str]) -> list[RecordedRun]:
     settings: dict[int, set[str]] = {}
     for run in runs:
         settings.setdefault(run.seed, set()).add(_values(run, keys))
@@ -141,12 +140,12 @@ def _at_common_seeds(runs: Sequence[Run], keys: Sequence[str]) -> list[Run]:
     return [run for run in runs if run.seed in seeds and _values(run, keys) in common]
 
 
-def _values(run: Run, keys: Sequence[str]) -> str:
+def _values(run: RecordedRun, keys: Sequence[str]) -> str:
     values = flatten(run.config)
     return repr([values.get(key) for key in keys])
 
 
-def _per_step(runs: Iterable[Run]) -> float:
+def _per_step(runs: Iterable[RecordedRun]) -> float:
     steps = seconds = 0.0
     for run in runs:
         steps += run.total("steps")
@@ -154,7 +153,7 @@ def _per_step(runs: Iterable[Run]) -> float:
     return seconds / steps if steps else math.nan
 
 
-def _setting(run: Run, keys: Sequence[str]) -> str:
+def _setting(run: RecordedRun, keys: Sequence[str]) -> str:
     values = flatten(run.config)
     shown = []
     for key in keys:

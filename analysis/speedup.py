@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -32,7 +31,7 @@ from scipy import special
 
 from analysis import statistics
 from analysis.powerlaw import LossCurve, PowerLaw, fit_loss_curve
-from analysis.records import Currency
+from analysis.runs import Currency, Origin
 from analysis.statistics import Interval, Variance
 
 Array = NDArray[np.float64]
@@ -59,7 +58,7 @@ class Endpoints:
     tokens: Array
     flops: Array
     seconds: Array
-    runs: tuple[Path, ...] = ()
+    runs: tuple[Origin, ...] = ()
 
     @property
     def diverged(self) -> tuple[int, ...]:
@@ -138,7 +137,7 @@ class SpeedUp:
     smallest_detectable_ratio: float  # the same as a speed-up (1.03 = 3 % faster)
     claims: tuple[Claim, ...]
     reason: str = ""
-    runs: tuple[Path, ...] = ()
+    runs: tuple[Origin, ...] = ()
 
     def claim(self, threshold: float) -> Claim:
         return next(claim for claim in self.claims if claim.threshold == threshold)
@@ -169,7 +168,7 @@ class EndOfRuns:
     smallest_detectable: float  # nats
     seeds: tuple[int, ...]
     verdict: Verdict
-    runs: tuple[Path, ...] = ()
+    runs: tuple[Origin, ...] = ()
 
     @property
     def ratio(self) -> float:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from analysis import escaping
 from analysis.colours import label
-from analysis.records import CURRENCIES, Currency
 from analysis.reference import load_reference
 from analysis.results import CLAIM_NAMES, CURRENCY_NAMES, Headline, Results, in_short
+from analysis.runs import CURRENCIES, Currency, Origin
 from analysis.speedup import CLAIM_CURRENCIES, THRESHOLDS, SpeedUp
 from analysis.statistics import Interval
 
@@ -29,7 +30,7 @@ class Cell:
     sort: float | str = ""
     source: CellKey | None = None
     tone: str = ""  # "supported", "not supported", "undecided", "serious": how a renderer may colour it
-    href: str = ""  # of a run directory, relative to the study
+    origin: Origin | None = None  # of one run
 
 
 @dataclass(frozen=True)
@@ -445,7 +446,7 @@ def tuning(results: Results) -> Table:
                 Cell(f"{spent:,.0f}", spent),
                 Cell(
                     _values(best.values),
-                    href=best.trials[0].directory.as_posix() if best.trials else "",
+                    origin=best.trials[0].origin if best.trials else None,
                 ),
                 Cell(f"{best.loss:.4f}" if math.isfinite(best.loss) else "–", _sortable(best.loss)),
                 Cell(f"{lead:+.4f}" if math.isfinite(lead) else "–", _sortable(lead)),
@@ -576,7 +577,7 @@ def runs(results: Results) -> Table:
     ):
         rows.append(
             (
-                Cell(trial.directory.name, href=trial.directory.as_posix()),
+                Cell(trial.origin.name, origin=trial.origin),
                 Cell(trial.phase),
                 Cell(trial.model),
                 Cell(label(trial.arm), source=(trial.arm, trial.model, trial.horizon)),
@@ -593,7 +594,7 @@ def runs(results: Results) -> Table:
         title="Run records",
         columns=("run", "phase", "model", "arm", "steps", "seed", "status", "final loss", "seconds", "searched values"),
         rows=tuple(rows),
-        note="Each directory holds the run's configuration, environment, every metric line and summary.",
+        note="Each record holds the run's configuration, environment, summary and metric lines.",
         numeric=(4, 5, 7, 8),
     )
 
@@ -617,23 +618,23 @@ TABLES: Mapping[str, Callable[[Results], Table]] = {
 }
 
 
-def markdown(table: Table) -> str:
-    """GitHub's table, title and note included."""
+def markdown(table: Table, location: Path = Path()) -> str:
+    """GitHub's table, title and note included; links are relative to the directory `location`."""
     lines = [f"### {escaping.markdown(table.title)}", ""]
     lines.append("| " + " | ".join(map(_in_row, table.columns)) + " |")
     lines.append("| " + " | ".join("---:" if i in table.numeric else "---" for i in range(len(table.columns))) + " |")
     for row in table.rows:
-        lines.append("| " + " | ".join(_markdown_cell(cell) for cell in row) + " |")
+        lines.append("| " + " | ".join(_markdown_cell(cell, location) for cell in row) + " |")
     if table.note:
         lines += ["", escaping.markdown(table.note)]
     return "\n".join(lines) + "\n"
 
 
-def _markdown_cell(cell: Cell) -> str:
+def _markdown_cell(cell: Cell, location: Path) -> str:
     text = _in_row(cell.text)
     if cell.tone in ("supported", "not supported"):
         text = f"**{text}**"
-    return f"[{text}]({cell.href})" if cell.href else text
+    return f"[{text}]({cell.origin.href(location)})" if cell.origin else text
 
 
 def _in_row(text: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.records import CURRENCIES, Currency, Curve
+from analysis.runs import CURRENCIES, Currency, Curve
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,11 @@
-"""Which run is what: arms, horizons, seeds and phases, from a study's index or read off the records themselves.
+"""Which run is what: arms, horizons, seeds and phases, from a study's tables or read off the records themselves.
 
-A study directory holds `study.json`, written by `studies`, and the run records that it names. Bare run directories do
-as
-well: the arms are then the optimizers, and everything counts as reported.
+A study directory holds study.yaml, trials.csv and curves.parquet, written by `studies`. Bare run directories do as well:
+the arms are then the optimizers, and everything counts as reported.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,15 +14,16 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from analysis.records import Run, flatten, load_each
+from analysis.runs import Origin, RecordedRun, flatten, load_each, runs_of_rows
 from analysis.speedup import Endpoints
+from analysis.trial_tables import MISSING, TRIALS_FILE, Phase, TrialRow, read_curves, read_trials
 from analysis.wallclock import ReferenceTimes, training_seconds
-from training.records import CONFIG_FILE, Form, RecordError, find_runs, read_object
+from training.records import Form, RecordError, find_runs, read_mapping, require
 
-INDEX_FILE = "study.json"
+STUDY_FILE = "study.yaml"
+PLAN = "plan"  # its section of what followed from the rest
 REFERENCE_TIMES_FILE = "reference_times.json"
 
-Phase = Literal["tuning", "reporting"]
 Role = Literal["arm", "ablation"]
 
 
@@ -52,8 +51,8 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One run of a study. `run` is None as long as the record does not exist."""
+class RecordedTrial:
+    """One run of a study. `run` is None as long as it has not ended."""
 
     arm: str
     phase: Phase
@@ -61,12 +60,12 @@ class Trial:
     horizon: int  # steps
     seed: int
     values: Mapping[str, Any]  # hyper-parameters that the search set, by configuration key
-    directory: Path
-    run: Run | None
+    origin: Origin
+    run: RecordedRun | None
 
     @property
     def status(self) -> str:
-        return "missing" if self.run is None else self.run.status
+        return MISSING if self.run is None else self.run.status
 
     @property
     def loss(self) -> float:
@@ -81,7 +80,7 @@ class Trial:
     @property
     def device_seconds(self) -> float:
         """Training seconds times the devices (ranks) that they were spent on."""
-        ranks = 1 if self.run is None else int(self.run.record.environment.get("world_size") or 1)
+        ranks = 1 if self.run is None else int(self.run.environment.get("world_size") or 1)
         return self.seconds * ranks
 
 
@@ -92,7 +91,7 @@ class Study:
     name: str
     baseline: str
     arms: Mapping[str, Arm]
-    trials: Sequence[Trial]
+    trials: Sequence[RecordedTrial]
     seeds: tuple[int, ...]  # planned for reporting, fixed before any of them was run
     level: float = 0.95
     description: str = ""
@@ -101,7 +100,7 @@ class Study:
     planned: bool = True  # False: read off bare records, so that nothing is known about plans and budgets
     finished: bool = True
     trials_at_most: int | None = None  # in all, if every search uses its budget
-    damaged: tuple[str, ...] = ()  # a line about each record that is left out because it cannot be read
+    damaged: tuple[str, ...] = ()  # a line about each bare record that is left out because it cannot be read
 
     @property
     def left_out(self) -> str:
@@ -112,11 +111,11 @@ class Study:
         return f"{'; '.join(self.damaged[:3])}{more}. Restore these files, or run again."
 
     @property
-    def reporting(self) -> list[Trial]:
+    def reporting(self) -> list[RecordedTrial]:
         return [trial for trial in self.trials if trial.phase == "reporting"]
 
     @property
-    def tuning(self) -> list[Trial]:
+    def tuning(self) -> list[RecordedTrial]:
         return [trial for trial in self.trials if trial.phase == "tuning"]
 
     @property
@@ -142,7 +141,7 @@ class Study:
         sizes: dict[str, float] = {}
         for trial in self.reporting:
             if trial.run is not None:
-                size = (trial.run.record.summary or {}).get("parameters") or _shape_size(trial.run)
+                size = (trial.run.summary or {}).get("parameters") or _shape_size(trial.run)
                 sizes[trial.model] = max(sizes.get(trial.model, 0.0), float(size))
         return sorted(sizes, key=lambda model: (sizes[model], model))
 
@@ -152,7 +151,9 @@ class Study:
         names = [name for name in dict.fromkeys(present) if self.arms[name].role == role]
         return sorted(names, key=lambda name: name != self.baseline)
 
-    def runs(self, *, arm: str | None = None, model: str | None = None, phase: Phase = "reporting") -> list[Run]:
+    def runs(
+        self, *, arm: str | None = None, model: str | None = None, phase: Phase = "reporting"
+    ) -> list[RecordedRun]:
         return [
             trial.run
             for trial in self.trials
@@ -168,7 +169,7 @@ class Study:
         Args:
             times: count seconds by the reference-time model instead of the runs' own clocks.
         """
-        cells: dict[int, dict[int, Run]] = {}
+        cells: dict[int, dict[int, RecordedRun]] = {}
         for trial in self.reporting:
             if trial.arm != arm or trial.model != model or trial.run is None:
                 continue
@@ -182,11 +183,11 @@ def load_study(paths: Sequence[str | Path], *, baseline: str = "adamw", train_po
 
     Raises:
         FileNotFoundError: a path does not exist, or holds neither a study nor a run.
-        RecordError: the study's own files are damaged, or the record of every run is.
+        RecordError: a file of the study is damaged, or the record of every bare run is.
     """
     roots = [Path(path) for path in paths]
-    if len(roots) == 1 and (roots[0] / INDEX_FILE).is_file():
-        return _from_index(roots[0], train_points)
+    if len(roots) == 1 and is_study(roots[0]):
+        return _from_tables(roots[0], train_points)
     directories = find_runs(roots)
     if not directories:
         raise FileNotFoundError(
@@ -199,44 +200,49 @@ def load_study(paths: Sequence[str | Path], *, baseline: str = "adamw", train_po
     return study
 
 
-def _sound(loaded: Iterable[Run | RecordError]) -> tuple[list[Run], tuple[str, ...]]:
+def is_study(directory: Path) -> bool:
+    """Whether the directory holds a study's tables."""
+    return (directory / TRIALS_FILE).is_file()
+
+
+def _sound(loaded: Iterable[RecordedRun | RecordError]) -> tuple[list[RecordedRun], tuple[str, ...]]:
     """The runs, and a line about each that is damaged."""
     listed = list(loaded)
     damaged = tuple(" ".join(str(error).split()) for error in listed if isinstance(error, RecordError))
-    return [run for run in listed if isinstance(run, Run)], damaged
+    return [run for run in listed if isinstance(run, RecordedRun)], damaged
 
 
-def study_of_runs(runs: Sequence[Run], *, baseline: str = "adamw", name: str = "runs") -> Study:
+def study_of_runs(runs: Sequence[RecordedRun], *, baseline: str = "adamw", name: str = "runs") -> Study:
     """A study made of bare records: every run is reported, and the arms are the optimizers.
 
     Where one optimizer has several runs of the same model, horizon and seed, the hyper-parameters that tell them apart
     become part of the arm's name.
     """
-    arms = dict(zip((run.directory for run in runs), arm_names(runs), strict=True))
+    arms = arm_names(runs)
     trials = [
-        Trial(
-            arm=arms[run.directory],
+        RecordedTrial(
+            arm=arm,
             phase="reporting",
             model=run.model,
             horizon=run.horizon,
             seed=run.seed,
             values={},
-            directory=run.directory,
+            origin=run.origin,
             run=run,
         )
-        for run in runs
+        for arm, run in zip(arms, runs, strict=True)
     ]
     return Study(
         name=name,
         baseline=baseline,
-        arms={arm: Arm(arm) for arm in dict.fromkeys(arms.values())},
+        arms={arm: Arm(arm) for arm in dict.fromkeys(arms)},
         trials=trials,
         seeds=tuple(sorted({run.seed for run in runs})),
         planned=False,
     )
 
 
-def arm_names(runs: Sequence[Run]) -> list[str]:
+def arm_names(runs: Sequence[RecordedRun]) -> list[str]:
     """A name for the arm of each run: its optimizer, with the values in which runs of one cell differ."""
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     own = [flatten(run.config["optimizer"]) for run in runs]
@@ -254,112 +260,133 @@ def arm_names(runs: Sequence[Run]) -> list[str]:
     return names
 
 
-def _from_index(directory: Path, train_points: int) -> Study:
-    index = read_object(directory / INDEX_FILE, _ReadIndex)
-    if index is None:
-        raise RecordError(f"{directory} is no study: {INDEX_FILE} is missing")
-    entries = index["trials"]
-    directories = [directory / entry["run"] for entry in entries]
-    existing = [path for path in directories if os.path.lexists(path / CONFIG_FILE)]
-    sound, damaged = _sound(load_each(existing, train_points=train_points))
-    runs = {run.directory: run for run in sound}
-    arms = {
-        name: Arm(
-            name=name,
-            role=arm.get("role", "arm"),
-            search=arm.get("search") or {},
-            budget=arm.get("budget"),
-            method=arm.get("method", ""),
-            of=arm.get("of"),
-            varies=tuple(arm.get("varies") or ()),
-            budgets={
-                (model, int(horizon)): trials
-                for model, by_horizon in (arm.get("budgets") or {}).items()
-                for horizon, trials in by_horizon.items()
-            },
-        )
-        for name, arm in index["arms"].items()
-    }
+def _from_tables(directory: Path, train_points: int) -> Study:
+    path = directory / STUDY_FILE
+    spec = read_mapping(path)
+    if spec is None:
+        raise RecordError(f"{path} is missing; restore it beside {TRIALS_FILE}")
+    require(_Spec, spec, path)
+    rows = [row for row in read_trials(directory) if row.phase != "set aside"]
+    arms = _arms(spec)
+    if unknown := [row for row in rows if row.arm not in arms]:
+        raise RecordError(f"{directory / TRIALS_FILE}:{unknown[0].line}: {path} has no arm {unknown[0].arm!r}")
+    runs = runs_of_rows(rows, read_curves(directory), directory, train_points=train_points)
     times = directory / REFERENCE_TIMES_FILE
     return Study(
-        name=index["name"],
-        baseline=index["baseline"],
+        name=spec["name"],
+        baseline=spec["baseline"],
         arms=arms,
         trials=[
-            Trial(
-                arm=entry["arm"],
-                phase=entry["phase"],
-                model=entry["model"],
-                horizon=int(entry["horizon"]),
-                seed=int(entry["seed"]),
-                values=entry.get("values") or {},
-                directory=path,
-                run=runs.get(path),
+            RecordedTrial(
+                arm=row.arm,
+                phase=row.phase,
+                model=row.model,
+                horizon=row.horizon,
+                seed=row.seed,
+                values=_searched(row, spec),
+                origin=Origin(directory / TRIALS_FILE, row.trial, row.line),
+                run=runs.get(row.trial),
             )
-            for entry, path in zip(entries, directories, strict=True)
+            for row in rows
         ],
-        seeds=tuple(index["seeds"]["reporting"]),
-        level=float(index.get("level", 0.95)),
-        description=index.get("description", ""),
-        finished=bool(index.get("finished", True)),
-        trials_at_most=index.get("trials_at_most"),
-        damaged=damaged,
+        seeds=tuple(sorted({seed for model in spec["models"].values() for seed in model["seeds"]})),
+        level=float(spec.get("level", 0.95)),
+        description=spec.get("description", ""),
+        finished=len(runs) == len(rows),
+        trials_at_most=spec.get(PLAN, {}).get("trials_at_most"),
         directory=directory,
         reference_times=ReferenceTimes.load(times) if times.is_file() else None,
     )
 
 
+def _arms(spec: Mapping[str, Any]) -> dict[str, Arm]:
+    tuning, granted = spec["tuning"], spec.get(PLAN, {}).get("budgets", {})
+    arms = {
+        name: Arm(
+            name=name,
+            # What study.yaml leaves out is a range's default scale.
+            search={
+                key: {"scale": "log", **space} if "low" in space else space
+                for key, space in arm.get("search", {}).items()
+            },
+            budget=tuning["trials"] if arm.get("search") else None,
+            method=tuning["method"],
+            budgets={
+                (model, int(horizon)): trials
+                for model, by_horizon in granted.get(name, {}).items()
+                for horizon, trials in by_horizon.items()
+            },
+        )
+        for name, arm in spec["arms"].items()
+    }
+    for name, ablation in spec.get("ablations", {}).items():
+        keys = [override.lstrip("+").split("=")[0] for override in ablation.get("overrides", [])]
+        keys += [key.split("[")[0] for key in ablation.get("values", {})]
+        arms[name] = Arm(name, role="ablation", of=ablation["of"], varies=tuple(dict.fromkeys(keys)))
+    return arms
+
+
+def _searched(row: TrialRow, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of what the search of the trial's arm, or of the arm that it varies, sets."""
+    ablation = spec.get("ablations", {}).get(row.arm, {})
+    keys = (*spec["arms"][ablation.get("of", row.arm)].get("search", {}), *ablation.get("values", {}))
+    leaves = row.leaves
+    return {key: leaves[key] for key in keys if key in leaves}
+
+
 class _ReadArm(Form):
-    role: Role = "arm"
-    search: dict[str, Any] | None = None
-    budget: int | None = None
-    method: str = ""
-    of: str | None = None
-    varies: list[str] | None = None
-    budgets: dict[str, dict[str, int]] | None = None
+    search: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
-class _ReadTrial(Form):
-    arm: str
-    phase: Phase
-    model: str
-    horizon: int
-    seed: int
-    values: dict[str, Any] | None = None
-    run: str
+class _ReadAblation(Form):
+    of: str
+    overrides: list[str] = Field(default_factory=list)
+    values: dict[str, Any] = Field(default_factory=dict)
 
 
-class _ReadSeeds(Form):
-    reporting: list[int]
+class _ReadModel(Form):
+    seeds: list[int]
 
 
-class _ReadIndex(Form):
-    """What a study.json must hold to be read."""
+class _ReadTuning(Form):
+    method: str
+    trials: int
+
+
+class _ReadPlan(Form):
+    trials_at_most: int | None = None
+    budgets: dict[str, dict[str, dict[str, int]]] = Field(default_factory=dict)
+
+
+class _Spec(Form):
+    """What the analysis needs of a study.yaml."""
 
     name: str
     baseline: str
-    arms: dict[str, _ReadArm]
-    trials: list[_ReadTrial]
-    seeds: _ReadSeeds
-    level: Annotated[float, Field(gt=0, lt=1)] = 0.95
     description: str = ""
-    finished: bool = True
-    trials_at_most: int | None = None
+    level: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    models: dict[str, _ReadModel]
+    tuning: _ReadTuning
+    arms: dict[str, _ReadArm]
+    ablations: dict[str, _ReadAblation] = Field(default_factory=dict)
+    plan: _ReadPlan = _ReadPlan()
 
     @model_validator(mode="after")
     def _arms_are_known(self) -> Self:
         if unknown := [
-            name for name in (self.baseline, *(trial.arm for trial in self.trials)) if name not in self.arms
+            name for name in (self.baseline, *(one.of for one in self.ablations.values())) if name not in self.arms
         ]:
             raise ValueError(f"there is no arm {unknown[0]!r} in it")
         return self
 
 
-def _endpoints(arm: str, model: str, horizon: int, by_seed: dict[int, Run], times: ReferenceTimes | None) -> Endpoints:
+def _endpoints(
+    arm: str, model: str, horizon: int, by_seed: dict[int, RecordedRun], times: ReferenceTimes | None
+) -> Endpoints:
     seeds = tuple(sorted(by_seed))
     runs = [by_seed[seed] for seed in seeds]
 
-    def seconds(run: Run) -> float:
+    def seconds(run: RecordedRun) -> float:
         if times is None:
             return training_seconds(run)
         modelled = times.training_seconds(run, arm)
@@ -377,11 +404,11 @@ def _endpoints(arm: str, model: str, horizon: int, by_seed: dict[int, Run], time
         tokens=column(run.total("tokens") for run in runs),
         flops=column(run.total("flops") for run in runs),
         seconds=column(seconds(run) for run in runs),
-        runs=tuple(run.directory for run in runs),
+        runs=tuple(run.origin for run in runs),
     )
 
 
-def _shape_size(run: Run) -> float:
+def _shape_size(run: RecordedRun) -> float:
     model = run.config["model"]
     return 12.0 * model.get("n_layer", 0) * model.get("n_embd", 0) ** 2
 

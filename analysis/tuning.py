@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.trials import Arm, Study, Trial
+from analysis.trials import Arm, RecordedTrial, Study
 
 # A random or Halton point this near to the end of its range (in units of the range) counts as at the edge.
 _NEAR = 0.05
@@ -21,7 +21,7 @@ class Candidate:
 
     values: Mapping[str, Any]
     loss: float  # mean final validation loss, nats; infinite if any of its runs did not end well
-    trials: tuple[Trial, ...]
+    trials: tuple[RecordedTrial, ...]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Tuning:
 
 def tunings(study: Study) -> list[Tuning]:
     """The searches of a study, one for each arm, model and horizon that has finished tuning trials."""
-    cells: dict[tuple[str, str, int], list[Trial]] = {}
+    cells: dict[tuple[str, str, int], list[RecordedTrial]] = {}
     for trial in study.tuning:
         if trial.run is not None and trial.status in ("completed", "diverged"):
             cells.setdefault((trial.arm, trial.model, trial.horizon), []).append(trial)
@@ -62,9 +62,9 @@ def tunings(study: Study) -> list[Tuning]:
     ]
 
 
-def candidates(trials: Sequence[Trial]) -> list[Candidate]:
+def candidates(trials: Sequence[RecordedTrial]) -> list[Candidate]:
     """Trials with the same values taken together, best first."""
-    groups: dict[str, list[Trial]] = {}
+    groups: dict[str, list[RecordedTrial]] = {}
     for trial in trials:
         groups.setdefault(repr(sorted(trial.values.items())), []).append(trial)
     found = []
@@ -101,7 +101,9 @@ def predicted_gain(search: Tuning, key: str) -> float | None:
     return 0.0 if a <= 0 else max(0.0, best.loss - float(c - b * b / (4 * a)))
 
 
-def _tuning(arm: Arm, model: str, horizon: int, trials: Sequence[Trial], chosen: Mapping[str, Any] | None) -> Tuning:
+def _tuning(
+    arm: Arm, model: str, horizon: int, trials: Sequence[RecordedTrial], chosen: Mapping[str, Any] | None
+) -> Tuning:
     found = candidates(trials)
     best = next((one for one in found if chosen is not None and dict(one.values) == dict(chosen)), found[0])
     keys = sorted({key for candidate in found for key in candidate.values})

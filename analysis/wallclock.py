@@ -14,15 +14,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from analysis.records import Run
-from training.records import Form, RecordError, read_object, write_atomically
+from analysis.runs import RecordedRun
+from data.files import write_atomically
+from training.records import Form, RecordError, read_object
 
 TRAINING_KINDS = ("forward_backward", "curvature", "optimizer", "data")
 # The same computation under every optimizer, so that one measurement per model serves all arms.
 SHARED_KINDS = ("forward_backward", "data")
 
 
-def training_seconds(run: Run) -> float:
+def training_seconds(run: RecordedRun) -> float:
     """Measured seconds of training: the ledger's training kinds, or the record's total where it has no ledger."""
     ledger = _ledger(run)
     if not ledger:
@@ -45,7 +46,7 @@ class ReferenceTimes:
     seconds: Mapping[str, Mapping[str, Mapping[str, float]]]
     source: str
 
-    def training_seconds(self, run: Run, arm: str) -> float | None:
+    def training_seconds(self, run: RecordedRun, arm: str) -> float | None:
         """What the run's counts cost at the reference times; None where the model, arm or a kind was not measured."""
         costs = self.seconds.get(run.model, {}).get(arm)
         ledger = _ledger(run)
@@ -75,7 +76,7 @@ class ReferenceTimes:
         return cls(seconds=content["seconds"], source=content["source"])
 
 
-def reference_times(runs: Iterable[tuple[str, Run]], source: str) -> ReferenceTimes:
+def reference_times(runs: Iterable[tuple[str, RecordedRun]], source: str) -> ReferenceTimes:
     """Reference times from (arm, run) pairs that had the machine to themselves.
 
     Within a run the ledger gives the mean cost of a kind; over the runs of a cell the median is taken. Kinds that do
@@ -101,7 +102,7 @@ def reference_times(runs: Iterable[tuple[str, Run]], source: str) -> ReferenceTi
     return ReferenceTimes(result, source)
 
 
-def _ledger(run: Run) -> dict[str, dict[str, Any]]:
-    summary = run.record.summary or {}
+def _ledger(run: RecordedRun) -> dict[str, dict[str, Any]]:
+    summary = run.summary or {}
     ledger: dict[str, dict[str, Any]] = summary.get("ledger") or {}
     return ledger

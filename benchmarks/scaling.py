@@ -33,8 +33,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from analysis.records import load_runs
 from analysis.results import analyse
+from analysis.runs import load_runs
 from analysis.trials import study_of_runs
 from benchmarks.data_pipeline import prepare_here, repeated_sample
 from benchmarks.record import provenance, write_results

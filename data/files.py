@@ -27,11 +27,11 @@ _DEEPEST = 100
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[BufferedRandom]:
-    """Open `<path>.<process id>.partial` for writing and reading; on a clean exit, sync it and rename it to `path`.
+    """Open `.<name>.<process id>.partial` for writing and reading; on a clean exit, sync it and rename it to `path`.
 
     On an exception, remove the partial file and leave `path` untouched.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.unlink(missing_ok=True)  # left by a killed process with the same id
         with BufferedRandom(partial.open("xb+", buffering=0), 1 << 20) as file:
@@ -44,6 +44,12 @@ def written_beside(path: Path) -> Iterator[BufferedRandom]:
             partial.unlink()
         raise
     sync_directory(path.parent)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file that a reader sees whole or not at all, also after a crash of the machine."""
+    with written_beside(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync_directory(directory: Path) -> None:
@@ -181,5 +187,4 @@ def canonical_json(content: Any) -> bytes:
 
 
 def write_json(path: Path, content: Any) -> None:
-    with written_beside(path) as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -42,10 +42,10 @@ _RECEIPT_BYTES = 64 << 20
 _SHARD, _PARTIAL = r"(train|validation)-\d{5,}\.npy", r"\.\d+\.partial"
 _FILE = rf"{_SHARD}|(manifest|preparation|tokenizer)\.json"
 _OWN_NAMES = {
-    rf"({_FILE})({_PARTIAL})?|\.lock|\.nfs.+": None,
-    RECEIPTS: rf"(\d{{5,}}|tokenizer)\.json({_PARTIAL})?",
+    rf"{_FILE}|\.?({_FILE}){_PARTIAL}|\.lock|\.nfs.+": None,
+    RECEIPTS: rf"(\d{{5,}}|tokenizer)\.json|\.?(\d{{5,}}|tokenizer)\.json{_PARTIAL}",
 }
-_STALE = re.compile(rf"({_FILE}){_PARTIAL}|{_SHARD}")
+_STALE = re.compile(rf"\.?({_FILE}){_PARTIAL}|{_SHARD}")
 
 
 def token_directory(root: str | Path, source: Source, tokenizer: TokenizerSpec) -> Path:

@@ -65,7 +65,7 @@ class LineProgress(Progress):
         self.message(
             f"{share:.1%}  {self._documents:,} documents  {self._tokens:,} tokens  "
             f"{self._tokens / seconds / 1e6:.2f} M tokens/s  {self._bytes / seconds / 1e6:.1f} MB/s  "
-            + (f"{_duration(left)} left" if rest else f"{_duration(seconds)} in total")
+            + (f"{duration(left)} left" if rest else f"{duration(seconds)} in total")
         )
 
 
@@ -113,7 +113,8 @@ def progress_display(stream: TextIO | None = None) -> Progress:
     return BarProgress(stream) if stream.isatty() else LineProgress(stream)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """1:02:03, or 2:03 for less than an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

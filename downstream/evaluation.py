@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from data.files import problem, read_json
+from data.files import problem, read_json, write_atomically
 from downstream.export import TRAINING_FILE
 from training.config import ConfigurationError
-from training.records import RecordError, json_line, write_atomically
+from training.records import RecordError, json_line
 
 RESULTS_FILE = "downstream.json"
 FORMAT = "sophia-downstream-1"

@@ -51,7 +51,6 @@ FOREACH_UPDATE, FOREACH_FOLD = 5, 4
 REDUCTION_BUCKET = 500_000_000
 LIVE_WEIGHTS = 1_000_000_000
 #: A step whose refresh is like all others (the first may make several estimates).
-USUAL_STEP = 2
 
 
 def planned_memory(config: RunConfig, shape: GPT2Config, world_size: int, device: DeviceType) -> dict[Phase, Memory]:
@@ -312,7 +311,7 @@ class _Step:
         micro_batches = -(-rows // self.micro_batch_size)
         width = BFLOAT16 if self.config.train.precision == "bf16" else FLOAT32
         fold = bytes_of(workspace=self.workspace(FOREACH_FOLD))
-        if curvature.within_training(USUAL_STEP):
+        if curvature.within_training:
             done = _Pass(min(rows, self.micro_batch_size) * length, width, False, bytes_of(), both_losses=True)
             if micro_batches > 1:  # the gradients of both losses
                 done = replace(done, accumulated=True, held=bytes_of(gradients=self.model))
@@ -337,8 +336,6 @@ class _Step:
         if curvature.estimator == "hutchinson_differences":  # noise, the weights as they were, the first gradient
             held["workspace"] = 3 * self.shard
             width = FLOAT32
-        elif curvature.estimates(USUAL_STEP) > 1:  # the squares so far
-            held["workspace"] = self.shard
         yield from self.moments(_Pass(tokens, width, micro_batches > 1, held))
         taken = bytes_of(gradients=self.shard * (2 if held else 1))
         yield self.standing() + held + fold + taken

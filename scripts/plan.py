@@ -20,11 +20,11 @@ if __name__ == "__main__":
 
     require_environment()
 
+from data.files import write_atomically
 from planning.cluster import OPTIMIZERS, compose_for, split_cluster
 from training.config import ConfigurationError
 from training.exits import refuse
 from training.recording.terminal import SafeConsole
-from training.records import write_atomically
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,6 @@
 """Report a study or any runs: `python scripts/report.py results/cpu_scale` or `... runs --output report`."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -29,9 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         from analysis.report import print_summary, write_report
         from analysis.results import analyse
-        from analysis.trials import INDEX_FILE, load_study
+        from analysis.trials import is_study, load_study
 
-        study_directory = options.paths[0] if os.path.isfile(options.paths[0] / INDEX_FILE) else None
+        study_directory = options.paths[0] if is_study(options.paths[0]) else None
         results = analyse(load_study(options.paths, baseline=options.baseline))
         written = write_report(results, options.output or study_directory or Path("report"))
     except (OSError, RecordError, ValueError) as error:

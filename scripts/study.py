@@ -1,6 +1,6 @@
 """Run and read a study.
 
-    python scripts/study.py run study=cpu_scale                 run it, or go on with it
+    python scripts/study.py run study=cpu_scale                 run it, or resume it
     python scripts/study.py run study=cpu_scale --hours 2       one sitting
     python scripts/study.py run study=cpu_scale hydra/launcher=joblib hydra.launcher.n_jobs=4
     python scripts/study.py run study=cpu_scale tracker=wandb   mirror the runs to W&B
@@ -8,17 +8,19 @@
     python scripts/study.py plan study=cpu_scale --speed gpt2_micro=26000 gpt2_mini=10500     and hours
     python scripts/study.py status study=cpu_scale              what is done
     python scripts/study.py times study=cpu_scale               reference times, on an idle machine
-    python scripts/study.py verify study=cpu_scale              a run of each arm again: is its record true?
+    python scripts/study.py compact study=cpu_scale             take ended runs into the tables while a sitting runs
+    python scripts/study.py verify study=cpu_scale              run a trial of each arm again and compare the curves
+    python scripts/study.py verify study=cpu_scale --trials <trial> ...      run these trials again
     python scripts/study.py report study=cpu_scale              HTML, Markdown, JSON
     python scripts/study.py sweep study=cpu_scale               W&B sweep files
 
-`study=` is a file of configs/study, or a path. Work goes to runs/<study>, records, index and report to results/<study>.
+`study=` is a file of configs/study, or a path. Work goes to runs/<study>, tables and report to results/<study>.
 """
 
 import argparse
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -27,17 +29,13 @@ if __name__ == "__main__":
 
     require_environment()
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from data.files import cannot_use
-from studies.costs import costs
-from studies.plan import expected_trials, plan
-from studies.records import Places, outcomes
+from studies.overview import plan_table, speeds_of, status_table
 from studies.runner import Launch, run_study
 from studies.spec import StudySpec, load_spec
+from studies.store import Places, compact
 from studies.sweeps import write_sweeps
 from training.config import ConfigurationError
 from training.exits import EXIT_PREEMPTED
@@ -53,13 +51,14 @@ RUN_TIME = ("tracker", "launcher", "strategy", "checkpoint", "train.micro_batch_
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "plan", "status", "times", "verify", "report", "sweep"))
+    parser.add_argument("command", choices=("run", "plan", "status", "compact", "times", "verify", "report", "sweep"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="study=…, hydra/launcher=…, tracker=…")
     parser.add_argument("--hours", type=float, help="begin no trial after so long")
     parser.add_argument("--work", type=Path, default=Path("runs"), help="where runs are at work (default: runs)")
     parser.add_argument(
         "--records", type=Path, default=Path("results"), help="where records are kept (default: results)"
     )
+    parser.add_argument("--trials", nargs="+", default=[], metavar="TRIAL", help="verify: these, from trials.csv")
     parser.add_argument("--sweeps", type=Path, help="sweep: where the files go (default: results/<study>/sweeps)")
     parser.add_argument(
         "--speed",
@@ -79,13 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "run":
             return run(spec, places, launching, side_by_side(launcher), options.hours, console)
         if options.command == "verify":
-            return verify_records(places, console)
+            return verify_records(places, options.trials, console)
         if options.command == "report":
             return report(places, console)
         if options.command == "plan":
             console.print(plan_table(spec, speeds_of(spec, options.speed), options.start))
         elif options.command == "status":
             console.print(status_table(spec, places))
+        elif options.command == "compact":
+            console.print(f"{len(compact(spec, places))} trials were taken into {places.records}", highlight=False)
         elif options.command == "times":
             from studies.times import measure
 
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 console.print(f"wandb sweep {path}", highlight=False)
     except (ConfigurationError, FileNotFoundError, RecordError, RuntimeError, ValueError) as error:
         print(printable(redacted(f"error: {' '.join(str(error).split())}")), file=sys.stderr)
-        return 2 if isinstance(error, ConfigurationError) else 1
+        return 2 if isinstance(error, (ConfigurationError, RecordError)) else 1
     except OSError as error:
         return refuse(cannot_use(error, options.records))
     return 0
@@ -136,16 +137,16 @@ def launch_with(jobs: Sequence[Sequence[str]], *, launcher: Sequence[str], extra
 def run(
     spec: StudySpec, places: Places, launching: Launch, together: int | None, hours: float | None, console: Console
 ) -> int:
-    """Run or go on; the exit code says whether it came to its end."""
+    """Run or resume; the exit code says whether the study is finished."""
     sitting = run_study(spec, places, launching, at_once=together, hours=hours, tell=tell_to(console))
-    console.print(f"{sitting.ran} trials ended in this sitting; records and index in {places.records}", highlight=False)
+    console.print(f"{sitting.ran} trials ended in this sitting; tables in {places.records}", highlight=False)
     if sitting.finished:
         return report(places, SafeConsole())
     return EXIT_PREEMPTED if sitting.interrupted else 1
 
 
 def report(places: Places, console: Console) -> int:
-    """The report beside the study's index, and a summary here."""
+    """The report beside the study's tables, and a summary here."""
     from analysis.report import print_summary, write_report
     from analysis.results import analyse
     from analysis.trials import load_study
@@ -157,12 +158,13 @@ def report(places: Places, console: Console) -> int:
     return 0
 
 
-def verify_records(places: Places, console: Console) -> int:
-    """Runs of each arm made again; exit code 1 if one is not what its record says."""
+def verify_records(places: Places, names: Sequence[str], console: Console) -> int:
+    """Trials run again; exit code 1 if one is not what its record says."""
     from analysis.trials import load_study
-    from studies.verify import unequal, verify
+    from studies.verify import chosen, unequal, verify
 
-    results = verify(load_study([places.records]), places.work / "verify", places.records, tell=tell_to(console))
+    trials = chosen(load_study([places.records]), names)
+    results = verify(trials, places.work / "verify", places.records, tell=tell_to(console))
     apart = unequal(results)
     for line in apart:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -170,81 +172,6 @@ def verify_records(places: Places, console: Console) -> int:
         most = max(one.difference for one in results)
         console.print(f"{len(results)} runs are what their records say, to {most:.2g} nats", highlight=False)
     return 1 if apart else 0
-
-
-def speeds_of(spec: StudySpec, given: Sequence[str]) -> dict[str, float]:
-    """`--speed` by model.
-
-    Raises:
-        ConfigurationError: no model of the study, or no number.
-    """
-    speeds: dict[str, float] = {}
-    for one in given:
-        model, _, number = one.partition("=")
-        if model not in spec.models or not number.replace(".", "", 1).isdigit() or not float(number):
-            raise ConfigurationError(
-                f"--speed {one}: expected <model>=<tokens a second> with one of {', '.join(spec.models)}"
-            )
-        speeds[model] = float(number)
-    return speeds
-
-
-def plan_table(spec: StudySpec, speeds: Mapping[str, float], start_seconds: float) -> Table:
-    """Trials, steps and tokens of each arm and model, at most; hours where a speed is given."""
-    table = _table(f"{spec.name}: at most", "model", "arm")
-    columns = ["tuning trials", "reported runs", "steps", "M tokens", *(["hours"] if speeds else [])]
-    for column in columns:
-        table.add_column(column, justify="right")
-    planned = costs(spec, speeds, start_seconds)
-    for (model, arm), cost in planned.items():
-        hours = [] if not speeds else ["" if cost.seconds is None else f"{cost.seconds / 3600:,.2f}"]
-        numbers = str(cost.tuning), str(cost.reporting), f"{cost.steps:,}", f"{cost.tokens / 1e6:,.1f}"
-        table.add_row(Text(model), Text(arm), *numbers, *hours)
-    trials = sum(cost.tuning + cost.reporting for cost in planned.values())
-    table.caption = f"{trials:,} trials, {sum(cost.tokens for cost in planned.values()):.3g} tokens"
-    known = [cost.seconds for cost in planned.values() if cost.seconds is not None]
-    if known:
-        table.caption += f", {sum(known) / 3600:.1f} hours" + (
-            "" if len(known) == len(planned) else " where speeds are given"
-        )
-    return table
-
-
-def status_table(spec: StudySpec, places: Places) -> Table:
-    """How far each cell has got."""
-    known = outcomes(places)
-    table = _table(f"{spec.name} in {places.records}", "model", "arm")
-    table.add_column("steps", justify="right")
-    table.add_column("phase", no_wrap=True)
-    for column in ("done", "of at most", "diverged"):
-        table.add_column(column, justify="right")
-    done: dict[tuple[str, str, int, str], list[str]] = {}
-    for trial in plan(spec, known).trials:
-        if trial.name in known:
-            key = (trial.arm, trial.model, trial.horizon, trial.phase)
-            done.setdefault(key, []).append(known[trial.name].status)
-    for (arm, model, horizon, phase), count in expected_trials(spec).items():
-        ended = done.get((arm, model, horizon, phase), [])
-        lost = ended.count("diverged")
-        table.add_row(
-            Text(model),
-            Text(arm),
-            f"{horizon:,}",
-            phase,
-            str(len(ended)),
-            str(count),
-            str(lost) if lost else "",
-            style="green" if len(ended) == count else None,
-        )
-    return table
-
-
-def _table(title: str, *names: str) -> Table:
-    """Columns of names first; where the terminal is narrow, it is not these that are cut."""
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in names:
-        table.add_column(name, no_wrap=True)
-    return table
 
 
 def tell_to(console: Console) -> functools.partial[None]:

@@ -8,8 +8,6 @@ method except Newton's uses the learning rate of a grid with the lowest loss aft
 """
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
+from data.files import write_json, written_beside
 from sophia import Sophia
 
 START = (0.17, 0.0)
@@ -152,10 +151,8 @@ def main() -> None:
     arguments = parser.parse_args()
     trajectories = {name: best(method, arguments.steps) for name, method in METHODS.items()}
     arguments.output.mkdir(parents=True, exist_ok=True)
-    partial = arguments.output / "toy_landscape.partial.png"
-    figure = draw(trajectories)
-    figure.savefig(partial, dpi=160, metadata={"Software": None})
-    os.replace(partial, arguments.output / "toy_landscape.png")
+    with written_beside(arguments.output / "toy_landscape.png") as file:
+        draw(trajectories).savefig(file, format="png", dpi=160, metadata={"Software": None})
     table = {
         name: {
             "learning_rate": trajectory.learning_rate,
@@ -164,9 +161,7 @@ def main() -> None:
         }
         for name, trajectory in trajectories.items()
     }
-    partial = arguments.output / "toy_landscape.partial.json"
-    partial.write_text(json.dumps(table, indent=2) + "\n")
-    os.replace(partial, arguments.output / "toy_landscape.json")
+    write_json(arguments.output / "toy_landscape.json", table)
     for name, row in table.items():
         print(f"{name:8} lr {row['learning_rate']:<6g} ends at {row['end']}, loss {row['loss']:.2e}")
 

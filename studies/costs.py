@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from studies.plan import arm_overrides, expected_trials
+from studies.expansion import arm_overrides, expected_trials
 from studies.spec import StudySpec
 from training.compose import compose
 from training.config import AdaHessianConfig, RunConfig, SophiaConfig

@@ -1,13 +1,14 @@
-"""Running a study: plan, run what is ready, keep the records, plan again."""
+"""Running a study: expand it, run what is ready, expand again; at the end take what has ended into the tables."""
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from studies.plan import Outcomes, Plan, Trial, expected_trials, plan
-from studies.records import Places, keep, outcomes, read_outcome, write_index, write_spec
+from data.progress import duration
+from studies.expansion import Expansion, Outcomes, Trial, expand, expected_trials
 from studies.spec import StudySpec
+from studies.store import Places, compact, free, outcomes, read_outcome
 from training.config import ConfigurationError
 from training.exits import EXIT_CONFIGURATION, EXIT_HELD, EXIT_PREEMPTED
 
@@ -16,7 +17,7 @@ Launch = Callable[[Sequence[Sequence[str]]], list[int]]
 
 
 @dataclass(frozen=True)
-class Progress:
+class StudyProgress:
     """Where a study stands, for whoever watches."""
 
     done: int
@@ -25,12 +26,12 @@ class Progress:
 
     @property
     def text(self) -> str:
-        left = "" if self.seconds_left is None else f", about {_duration(self.seconds_left)} left"
+        left = "" if self.seconds_left is None else f", about {duration(self.seconds_left)} left"
         return f"{self.done} of at most {self.expected} trials{left}"
 
 
 @dataclass(frozen=True)
-class Report:
+class Sitting:
     """What a sitting did."""
 
     finished: bool  # nothing is left to run
@@ -47,11 +48,12 @@ def run_study(
     at_once: int | None = 1,
     hours: float | None = None,
     tell: Callable[[str], None] = print,
-) -> Report:
-    """Run a study to its end, or as far as a sitting goes; calling it again goes on.
+) -> Sitting:
+    """Run a study to its end, or as far as a sitting goes; calling it again resumes it.
 
-    Trials that are on record are skipped, a half-done run goes on from its checkpoint. No arm can exceed its budget:
-    the plan never has more trials than were granted.
+    Trials that are on record are skipped, a half-done run resumes from its checkpoint. No arm can exceed its budget: the
+    expansion never has more trials than were granted. What has ended is taken into the study's tables when the sitting
+    begins and when it ends, also by an error; a sitting that is killed leaves it to the next one.
 
     Args:
         launch: runs jobs and waits for them.
@@ -62,23 +64,30 @@ def run_study(
     Raises:
         ConfigurationError: a trial's configuration is refused; or seeds were changed after looking.
     """
-    deadline = math.inf if hours is None else time.monotonic() + 3600 * hours
+    compact(spec, places)
+    try:
+        return _sit(spec, places, launch, at_once, math.inf if hours is None else 3600 * hours, tell)
+    finally:
+        compact(spec, places)
+
+
+def _sit(
+    spec: StudySpec, places: Places, launch: Launch, at_once: int | None, seconds: float, tell: Callable[[str], None]
+) -> Sitting:
+    deadline = time.monotonic() + seconds
     pace = Pace()
     failed: list[str] = []
     ran = 0
-    write_spec(spec, outcomes(places), places)
     while True:
         known = outcomes(places)
-        current = plan(spec, known)
-        _keep_ended(current, known, places)
-        write_index(spec, current, places)
+        current = expand(spec, known)
         ready = [trial for trial in current.missing(known) if trial.name not in failed]
         if current.finished or not ready:
             tell("the study is finished" if current.finished else f"nothing more can run: {_blocked(failed)}")
-            return Report(current.finished, ran, tuple(failed), interrupted=False)
+            return Sitting(current.finished, ran, tuple(failed), interrupted=False)
         if time.monotonic() > deadline:
-            tell(f"time is up: {progress(spec, current, known, pace).text}; the same command goes on")
-            return Report(False, ran, tuple(failed), interrupted=True)
+            tell(f"time is up: {progress(spec, current, known, pace).text}; the same command resumes")
+            return Sitting(False, ran, tuple(failed), interrupted=True)
         batch = ready[: at_once or len(ready)]
         for trial in batch:
             tell(f"{_describe(trial)}: begins ({progress(spec, current, known, pace).text})")
@@ -94,20 +103,20 @@ def run_study(
                     "correct the study file"
                 )
             if outcome is not None:
-                keep(trial, places)
+                free(trial, places)
                 ran += 1
                 tell(f"{_describe(trial)}: {_said(outcome.status, outcome.loss)}")
             elif code == EXIT_HELD:
                 interrupted = True
-                tell(f"{_describe(trial)}: another process has it; the same command goes on when that has ended")
+                tell(f"{_describe(trial)}: another process has it; run the same command again when that has ended")
             elif code == EXIT_PREEMPTED:
                 interrupted = True
-                tell(f"{_describe(trial)}: interrupted; the same command goes on from its checkpoint")
+                tell(f"{_describe(trial)}: interrupted; the same command resumes it from its checkpoint")
             else:
                 failed.append(trial.name)
                 tell(f"{_describe(trial)}: failed with exit code {code}, see {places.run(trial)}.log")
         if interrupted:
-            return Report(False, ran, tuple(failed), interrupted=True)
+            return Sitting(False, ran, tuple(failed), interrupted=True)
 
 
 def job(spec: StudySpec, trial: Trial, places: Places) -> list[str]:
@@ -144,7 +153,7 @@ class Pace:
         return sum(chosen) / len(chosen) if chosen else None
 
 
-def progress(spec: StudySpec, current: Plan, known: Outcomes, pace: Pace) -> Progress:
+def progress(spec: StudySpec, current: Expansion, known: Outcomes, pace: Pace) -> StudyProgress:
     """How much is done and how long the rest takes at the pace so far, if every search uses its whole budget."""
     expected = expected_trials(spec)
     done: dict[tuple[str, str, int, str], int] = {}
@@ -157,14 +166,7 @@ def progress(spec: StudySpec, current: Plan, known: Outcomes, pace: Pace) -> Pro
         missing = count - done.get((arm, model, horizon, phase), 0)
         seconds = pace.per_step(arm, model)
         left = None if left is None or seconds is None else left + missing * horizon * seconds
-    return Progress(sum(done.values()), sum(expected.values()), left)
-
-
-def _keep_ended(current: Plan, known: Outcomes, places: Places) -> None:
-    """Runs that ended just before an earlier sitting was killed are at work only."""
-    for trial in current.trials:
-        if trial.name in known and read_outcome(places.record(trial)) is None:
-            keep(trial, places)
+    return StudyProgress(sum(done.values()), sum(expected.values()), left)
 
 
 def _describe(trial: Trial) -> str:
@@ -179,8 +181,3 @@ def _said(status: str, loss: float) -> str:
 
 def _blocked(failed: Sequence[str]) -> str:
     return f"{len(failed)} trials failed in this sitting ({', '.join(failed[:3])})" if failed else "a search waits"
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"

@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from analysis.trials import PLAN
 from training.compose import CONFIG_DIRECTORY
 from training.config import ConfigurationError, NonNegativeInt, PositiveInt, whole
 from training.config_files import read_yaml
@@ -134,12 +135,6 @@ class AblationSpec(Section):
     model: Name
     horizons: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     seeds: PositiveInt | None = None  # how many of the model's reporting seeds, all by default
-
-    @property
-    def varies(self) -> tuple[str, ...]:
-        """The keys that it sets; a group choice (optimizer=…) counts as the group, an element as its list."""
-        set_keys = [override.lstrip("+").split("=")[0] for override in self.overrides]
-        return tuple(dict.fromkeys([*set_keys, *(key.split("[")[0] for key in self.values)]))
 
     @model_validator(mode="after")
     def _changes_something(self) -> Self:
@@ -319,7 +314,10 @@ def load_spec(study: str | Path, directory: Path = STUDY_DIRECTORY) -> StudySpec
         raise ConfigurationError(
             f"study={study}: there is no {path}; {choose_from(path.stem, known, 'study')}, or give a file"
         )
-    return validate_spec(read_yaml(path), str(path))
+    values = read_yaml(path)
+    if isinstance(values, Mapping):  # a study on record says also what followed from it
+        values = {key: value for key, value in values.items() if key != PLAN}
+    return validate_spec(values, str(path))
 
 
 def validate_spec(values: Any, origin: str) -> StudySpec:

@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from studies.plan import common_overrides, value_overrides
+from data.files import write_atomically
+from studies.expansion import common_overrides, value_overrides
 from studies.spec import Choices, Range, Space, StudySpec
 from training.compose import compose_dictionary
-from training.records import write_atomically
 
 _ELEMENT = re.compile(r"^(?P<key>.+)\[\d+\]$")
 _METHODS = {"grid": "grid", "random": "random", "halton": "random", "coordinate": "bayes"}

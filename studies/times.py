@@ -4,13 +4,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from analysis.records import load_run
+from analysis.runs import load_run
 from analysis.trials import REFERENCE_TIMES_FILE
 from analysis.wallclock import ReferenceTimes, reference_times
-from studies.plan import Trial, plan
-from studies.records import Places, outcomes
+from studies.expansion import Trial, expand
 from studies.runner import Launch
 from studies.spec import StudySpec
+from studies.store import Places, outcomes
 
 
 def measure(
@@ -25,7 +25,7 @@ def measure(
     """Time a short run of every arm on every model, in turns so that a drift of the machine touches all alike.
 
     Ablations, which no verdict is about, are not timed. Each arm runs with the hyper-parameters that it is reported
-    with. The result is written beside the study's index, where the report finds it.
+    with. The result is written beside the study's tables, where the report finds it.
 
     Raises:
         ValueError: no reported trial is planned yet.
@@ -35,7 +35,7 @@ def measure(
     if load > 0.3 * (os.cpu_count() or 1):
         raise RuntimeError(f"the machine is busy (load {load:.1f}): times measured now would be its noise; wait")
     chosen: dict[tuple[str, str], Trial] = {}
-    for trial in plan(spec, outcomes(places)).trials:
+    for trial in expand(spec, outcomes(places)).trials:
         if trial.phase == "reporting" and trial.arm in spec.arms:
             chosen.setdefault((trial.arm, trial.model), trial)
     if not chosen:
@@ -51,7 +51,7 @@ def measure(
             if code != 0:
                 raise RuntimeError(f"{name} failed with exit code {code}, see {places.work / name}.log")
             measured.append((arm, load_run(places.work / name)))
-    hardware = measured[0][1].record.environment.get("hardware", {})
+    hardware = measured[0][1].environment.get("hardware", {})
     machine = hardware.get("gpu") or hardware.get("cpu") or "this machine"
     times = reference_times(measured, f"{rounds} rounds of {steps} steps of each arm in turn on {machine}, median")
     path = Path(places.records) / REFERENCE_TIMES_FILE

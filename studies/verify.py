@@ -1,19 +1,22 @@
-"""Checks records: runs every arm once more from its committed configuration and compares the curves."""
+"""Check a study's records: rerun trials from their rows and compare each curve with the one on record."""
 
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.trials import Study, Trial
+from analysis.runs import RecordedRun
+from analysis.trial_tables import TrialRow, read_trials
+from analysis.trials import RecordedTrial, Study
+from data.files import write_atomically
 from training.compose import without_removed
 from training.config import ConfigurationError
-from training.records import SUMMARY_FILE, RecordError, RunRecord, json_line, write_atomically
+from training.records import SUMMARY_FILE, RecordError, RunRecord, json_line, write_config
 
 VERIFICATION_FILE = "verification.json"
 TOLERANCE = 1e-3  # nats, on a machine of the same type
@@ -25,7 +28,7 @@ _TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 class Verification:
     """How far a run made again is from its record."""
 
-    run: str  # the record's directory, relative to the study
+    trial: str
     arm: str
     model: str
     steps: int
@@ -42,58 +45,52 @@ class Verification:
         return self.difference <= TOLERANCE
 
 
-def chosen(study: Study) -> list[Trial]:
-    """One reported run of each arm on each model: of the shortest horizon, the first seed, completed if any is."""
-    reported = [
-        trial
-        for trial in study.reporting
-        if trial.run is not None and study.arms[trial.arm].role == "arm" and refusal(trial) is None
-    ]
-    first: dict[tuple[str, str], Trial] = {}
+def chosen(study: Study, names: Sequence[str] = ()) -> list[RecordedTrial]:
+    """The trials of these names; by default one reported run of each arm on each model: of the shortest horizon, the first
+    seed, completed if any is.
+
+    Raises:
+        ValueError: no trial on record has such a name; or nothing has been reported yet.
+    """
+    known = {trial.origin.name: trial for trial in study.trials if trial.run is not None}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{unknown[0]}: no such trial is on record; give names from the column trial of trials.csv")
+    if names:
+        return [known[name] for name in names]
+    reported = [trial for trial in study.reporting if trial.run is not None and study.arms[trial.arm].role == "arm"]
+    if not reported:
+        raise ValueError(f"{study.name}: no reported run is on record; run the study first")
+    first: dict[tuple[str, str], RecordedTrial] = {}
     for trial in sorted(reported, key=lambda one: (one.status != "completed", one.horizon, one.seed)):
         first.setdefault((trial.arm, trial.model), trial)
     return [first[key] for key in dict.fromkeys((trial.arm, trial.model) for trial in reported)]
 
 
-def refusal(trial: Trial) -> str | None:
-    """Why this version cannot run a recorded trial again; None where it can."""
-    assert trial.run is not None
-    try:
-        without_removed(trial.run.record.config)
-    except ConfigurationError as error:
-        return str(error)
-    return None
+def verify(
+    trials: Sequence[RecordedTrial], work: Path, records: Path, *, tell: Callable[[str], None] = print
+) -> list[Verification]:
+    """Run trials again from their rows, as many side by side as the cores allow at the recorded number of threads, and
+    compare.
 
-
-def verify(study: Study, work: Path, records: Path, *, tell: Callable[[str], None] = print) -> list[Verification]:
-    """Run `chosen` again, as many side by side as the cores allow at the recorded number of threads, and compare.
-
-    The result is also written to `verification.json` beside the study's index.
+    The result is also written to `verification.json` beside the study's tables.
 
     Args:
-        study: with its records.
+        trials: those that `chosen` gives.
         work: where the runs are made.
         records: the study's directory of records.
 
     Raises:
         RuntimeError: runs failed; their logs are named, and what the others have shown is written.
-        ValueError: nothing has been reported yet.
     """
-    trials = chosen(study)
-    refused = {trial.arm: refusal(trial) for trial in study.reporting if trial.run is not None}
-    for arm, reason in refused.items():
-        if reason is not None:
-            tell(f"{arm}: cannot be run again: {reason}")
-    if not trials:
-        raise ValueError(f"{study.name}: no reported run is on record; run the study first")
+    rows = {row.trial: row for row in read_trials(records)}
     failures: list[str] = []
 
-    def once_more(trial: Trial) -> Verification | None:
+    def once_more(trial: RecordedTrial) -> Verification | None:
         tell(f"{trial.arm} on {trial.model}, {trial.horizon:,} steps, seed {trial.seed}: begins")
         try:
-            found = compare(trial, _run_again(trial, work), records)
-        except (RecordError, RuntimeError) as error:
-            failures.append(str(error))
+            found = compare(trial, _run_again(rows[trial.origin.name], work))
+        except (ConfigurationError, RecordError, RuntimeError) as error:
+            failures.append(f"{trial.origin.name}: {error}" if isinstance(error, ConfigurationError) else str(error))
             return None
         tell(f"{trial.arm} on {trial.model}: {found.difference:.2g} nats at most between {found.lines} lines")
         return found
@@ -108,82 +105,86 @@ def verify(study: Study, work: Path, records: Path, *, tell: Callable[[str], Non
     return results
 
 
-def compare(trial: Trial, again: Path, records: Path) -> Verification:
+def compare(trial: RecordedTrial, again: Path) -> Verification:
     """A recorded trial against a run made again. The record may have been thinned, the run made again has every line.
 
     Raises:
         RecordError: they have no line in common.
     """
     assert trial.run is not None
-    before, after = trial.run.record, RunRecord.open(again)
-    recorded, repeated = _losses(before), _losses(after)
+    before, after = trial.run, RunRecord.open(again)
+    recorded, repeated = _recorded_losses(before), _losses(after)
     common = sorted(recorded.keys() & repeated.keys())
     if not common:
-        raise RecordError(f"{again} and {before.directory} have no step in common; compare runs of one configuration")
-    same_end = len(common) == len(recorded) and _status(before) == _status(after)
+        raise RecordError(f"{again} and {trial.origin.name} have no step in common; compare runs of one configuration")
+    same_end = len(common) == len(recorded) and before.status == (after.summary or {}).get("status")
     return Verification(
-        run=os.path.relpath(before.directory, records),
+        trial=trial.origin.name,
         arm=trial.arm,
         model=trial.model,
         steps=trial.horizon,
         seed=trial.seed,
         lines=len(common),
         difference=max(_distance(recorded[key], repeated[key]) for key in common) if same_end else math.inf,
-        recorded_on=_machine(before),
-        made_again_on=_machine(after),
+        recorded_on=_machine(before.environment),
+        made_again_on=_machine(after.environment),
     )
 
 
 def unequal(results: Sequence[Verification]) -> list[str]:
     """A sentence for each run that differs by more than the tolerance."""
     return [
-        f"{one.run}: {one.difference:.2g} nats from its record, more than {TOLERANCE:g}"
+        f"{one.trial}: {one.difference:.2g} nats from its record, more than {TOLERANCE:g}"
         + ("" if one.recorded_on == one.made_again_on else f" (recorded on {one.recorded_on}, now {one.made_again_on})")
         for one in results
         if not one.holds
     ]
 
 
-def _run_again(trial: Trial, work: Path) -> Path:
-    target, log = work / trial.directory.name, work / f"{trial.directory.name}.log"
-    work.mkdir(parents=True, exist_ok=True)
+def _run_again(row: TrialRow, work: Path) -> Path:
+    without_removed(row.config)  # refuses what this version cannot run, with the commit to use
+    target, log = work / row.trial, work / f"{row.trial}.log"
+    given = work / "configurations" / row.trial
+    given.mkdir(parents=True, exist_ok=True)
+    write_config(given, row.config)
     (target / SUMMARY_FILE).unlink(missing_ok=True)  # an earlier call's would vouch for a run that never began
-    command = [sys.executable, str(_TRAIN), "--config-path", str(trial.directory.absolute())]
+    command = [sys.executable, str(_TRAIN), "--config-path", str(given.absolute())]
     command += [f"output_dir={work.absolute()}", "overwrite=true", "tracker.name=none"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(_threads(trial))}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(_threads(row.environment))}
     with log.open("w") as file:
         code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     if not (target / SUMMARY_FILE).is_file():
-        raise RuntimeError(f"{trial.directory.name} failed with exit code {code}, see {log}")
+        raise RuntimeError(f"{row.trial} failed with exit code {code}, see {log}")
     return target
 
 
-def _together(trials: Sequence[Trial]) -> int:
+def _together(trials: Sequence[RecordedTrial]) -> int:
     """How many of the runs fit side by side: by cores, and one at a time where there is an accelerator."""
-    if any(_environment(trial).get("hardware", {}).get("gpu") for trial in trials):
+    environments = [trial.run.environment for trial in trials if trial.run is not None]
+    if any(environment.get("hardware", {}).get("gpu") for environment in environments):
         return 1
-    cores = max(_threads(trial) * int(_environment(trial).get("world_size") or 1) for trial in trials)
+    cores = max(_threads(environment) * int(environment.get("world_size") or 1) for environment in environments)
     return max(1, (os.cpu_count() or 1) // cores)
 
 
-def _environment(trial: Trial) -> dict[str, Any]:
-    assert trial.run is not None
-    return trial.run.record.environment
+def _threads(environment: Mapping[str, Any]) -> int:
+    return int(environment.get("hardware", {}).get("threads") or 1)
 
 
-def _threads(trial: Trial) -> int:
-    return int(_environment(trial).get("hardware", {}).get("threads") or 1)
-
-
-def _status(record: RunRecord) -> str:
-    return str((record.summary or {}).get("status", "unfinished"))
-
-
-def _machine(record: RunRecord) -> str:
-    hardware = record.environment.get("hardware", {})
+def _machine(environment: Mapping[str, Any]) -> str:
+    hardware = environment.get("hardware", {})
     return (
         f"{hardware.get('gpu') or hardware.get('cpu') or 'an unknown machine'}, threads {hardware.get('threads', '?')}"
     )
+
+
+def _recorded_losses(run: RecordedRun) -> dict[tuple[str, int], float]:
+    curves = {"eval": (run.evaluations, "val_loss"), "train": (run.training, "loss")}
+    return {
+        (kind, int(step)): float(loss)
+        for kind, (curve, column) in curves.items()
+        for step, loss in zip(curve.steps, curve[column], strict=True)
+    }
 
 
 def _losses(record: RunRecord) -> dict[tuple[str, int], float]:

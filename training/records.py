@@ -24,7 +24,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data.files import check_nesting, open_regular, problem, read_json, read_regular, sync_directory
+from data.files import check_nesting, open_regular, problem, read_json, read_regular, write_atomically
 
 Status = Literal["completed", "diverged", "preempted", "failed"]
 
@@ -44,23 +44,6 @@ _YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 class RecordError(RuntimeError):
     """A run record that is missing, damaged or another run's. The message names the file."""
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write beside, flush to the disk, rename: a reader sees the old file or the new one, never a part, also after a
-    crash of the machine."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        partial.unlink(missing_ok=True)  # of a killed process with this number
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_directory(path.parent)
 
 
 def json_line(values: Mapping[str, Any]) -> str:
@@ -87,7 +70,7 @@ class Form(BaseModel):
 
 
 # Files of earlier versions lack some of what a run writes.
-class _Environment(Form):
+class Environment(Form):
     versions: dict[str, Any] = {}
     git: dict[str, Any] = {}
     hardware: dict[str, Any] = {}
@@ -103,7 +86,7 @@ class _Entry(Form):
     count: int
 
 
-class _Summary(Form):
+class Summary(Form):
     status: Status
     final_val_loss: float | None = None
     best_val_loss: float | None = None
@@ -133,7 +116,7 @@ class RunRecord:
             RecordError: the directory has no config.yaml, or a file cannot be read or is damaged (named).
         """
         root = Path(directory)
-        environment = read_object(root / ENVIRONMENT_FILE, _Environment)
+        environment = read_object(root / ENVIRONMENT_FILE, Environment)
         return cls(root, read_config(root), environment or {}, read_summary(root))
 
     @property
@@ -216,15 +199,24 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         RecordError: there is none, it cannot be read, or it is no mapping.
     """
-    path = directory / CONFIG_FILE
+    values = read_mapping(directory / CONFIG_FILE)
+    if values is None:
+        raise RecordError(f"{directory} is no run record: {CONFIG_FILE} is missing; give a run directory, runs/<name>")
+    return values
+
+
+def read_mapping(path: Path) -> dict[str, Any] | None:
+    """The mapping in a YAML file; None where there is no file.
+
+    Raises:
+        RecordError: it cannot be read, or is no mapping.
+    """
     try:
         content = read_regular(path, CONFIG_BYTES)
         values = yaml.load(content, Loader=_YAML_LOADER)
         check_nesting(values, len(content))
     except (FileNotFoundError, NotADirectoryError):
-        raise RecordError(
-            f"{directory} is not a run record: {CONFIG_FILE} is missing; give a run directory, runs/<name>"
-        ) from None
+        return None
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
     # PyYAML constructs numbers and dates from any text that is tagged as one, and lets errors of all kinds through.
@@ -241,7 +233,7 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
     Raises:
         RecordError: it cannot be read, or is damaged.
     """
-    return read_object(directory / SUMMARY_FILE, _Summary)
+    return read_object(directory / SUMMARY_FILE, Summary)
 
 
 def read_object(path: Path, form: type[Form]) -> dict[str, Any] | None:
@@ -262,7 +254,7 @@ def read_object(path: Path, form: type[Form]) -> dict[str, Any] | None:
     return values
 
 
-def require(form: type[Form], values: Any, path: Path) -> None:
+def require(form: type[Form], values: Any, path: Path | str) -> None:
     """Raise RecordError where the values of a file lack something of its form."""
     try:
         form.model_validate(values)

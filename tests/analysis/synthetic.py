@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+
+from analysis.trial_tables import TrialRow, checked, curves_of, write_curves, write_trials
+from training.records import RunRecord
 
 BATCH, LENGTH = 16, 64
 TOKENS_PER_STEP = BATCH * LENGTH
@@ -132,6 +136,25 @@ def write_run(
     return directory
 
 
+def write_tables(
+    directory: Path, study: Mapping[str, Any], trials: Sequence[tuple[Mapping[str, Any], Path | None]]
+) -> Path:
+    """A study's directory: study.yaml, and tables of trials, each what a row says of it and the run directory, if any."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "study.yaml").write_text(yaml.safe_dump(dict(study), sort_keys=False))
+    rows, curves = [], []
+    for number, (trial, run) in enumerate(trials):
+        row = TrialRow(run.name if run else f"missing-{number}", **trial)
+        if run is not None:
+            record = RunRecord.open(run)
+            row = replace(row, config=record.config, environment=record.environment, summary=record.summary)
+            curves.append(curves_of(row.trial, record.metrics()))
+        rows.append(checked(row))
+    write_trials(directory, rows)
+    write_curves(directory, curves)
+    return directory
+
+
 def write_study(directory: Path, *, speedup: float = 1.2, models: Mapping[str, float] | None = None) -> Path:
     """A small complete study of AdamW, Lion (0.9 times as fast) and Sophia-G, with tuning, ablations and a (β2, γ)
     grid.
@@ -141,17 +164,17 @@ def write_study(directory: Path, *, speedup: float = 1.2, models: Mapping[str, f
     models = {"tiny": 1e6, "small": 4e6} if models is None else models
     speeds = {"adamw": 1.0, "lion": 0.9, "sophiag": speedup}
     search = {"optimizer.lr": {"values": [5e-4, 1e-3, 2e-3]}, "optimizer.betas[0]": {"values": [0.8, 0.9, 0.95]}}
-    arms: dict[str, Any] = {arm: {"search": search, "budget": 9, "method": "grid"} for arm in speeds}
-    trials: list[dict[str, Any]] = []
+    ablations: dict[str, Any] = {}
+    trials: list[tuple[dict[str, Any], Path]] = []
+    scratch = directory.with_name(f"{directory.name}.runs")
 
     def add(arm: str, phase: str, model: str, horizon: int, seed: int, loss: float, **more: Any) -> None:
         name = f"{model}-{arm}-{horizon}-{phase}-{len(trials)}"
-        values = more.pop("values", {})
         optimizer = arm.split("_")[0]
         config = {"model.name": model, **more.pop("config", {})}
         options = {"evaluations": 8, "curvature_share": 0.05 if optimizer == "sophiag" else 0.0, **more}
         run = write_run(
-            directory / "runs" / name,
+            scratch / name,
             optimizer=optimizer,
             seed=seed,
             steps=horizon,
@@ -162,8 +185,7 @@ def write_study(directory: Path, *, speedup: float = 1.2, models: Mapping[str, f
         )
         summary = json.loads((run / "summary.json").read_text())
         (run / "summary.json").write_text(json.dumps(summary | {"parameters": models[model]}))
-        entry = {"arm": arm, "phase": phase, "model": model, "horizon": horizon, "seed": seed, "values": values}
-        trials.append({**entry, "run": f"runs/{name}"})
+        trials.append(({"arm": arm, "phase": phase, "model": model, "horizon": horizon, "seed": seed}, run))
 
     for model in models:
         for arm, speed in speeds.items():
@@ -174,34 +196,32 @@ def write_study(directory: Path, *, speedup: float = 1.2, models: Mapping[str, f
                     add(arm, "reporting", model, horizon, seed, loss)
                 for rate, excess in zip((5e-4, 1e-3, 2e-3), (0.05, 0.0, 0.05), strict=True):
                     for momentum, lag in zip((0.8, 0.9, 0.95), (0.02, 0.0, 0.02), strict=True):
-                        values = {"optimizer.lr": rate, "optimizer.betas[0]": momentum}
                         config = {"optimizer.lr": rate, "optimizer.betas": [momentum, 0.95]}
-                        add(arm, "tuning", model, horizon, 100, best + excess + lag, values=values, config=config)
+                        add(arm, "tuning", model, horizon, 100, best + excess + lag, config=config)
     model = next(iter(models))
     best = power_law(200 * TOKENS_PER_STEP, speedup=speedup)
     for interval in (1, 100):
         arm = f"sophiag_k{interval}"
-        arms[arm] = {"role": "ablation", "of": "sophiag", "varies": ["optimizer.hessian_interval"]}
+        ablations[arm] = {"of": "sophiag", "overrides": [f"optimizer.hessian_interval={interval}"]}
         for seed in (1, 2, 3):
             config = {"optimizer.hessian_interval": interval}
             add(arm, "reporting", model, 200, seed, best + 0.001 * interval + noise(seed, scale=0.002), config=config)
     for gamma in (0.02, 0.1):
         for beta in (0.9, 0.999):
             arm = f"sophiag_g{gamma:g}_b{beta:g}"
-            arms[arm] = {"role": "ablation", "of": "sophiag", "varies": ["optimizer.gamma", "optimizer.betas"]}
+            ablations[arm] = {"of": "sophiag", "values": {"optimizer.gamma": gamma, "optimizer.betas[1]": beta}}
             config = {"optimizer.gamma": gamma, "optimizer.betas": [0.96, beta]}
             add(arm, "reporting", model, 200, 1, best + gamma, config=config)
-    index = {
+    study = {
         "name": "synthetic",
         "description": "Records made with a known truth.",
         "baseline": "adamw",
-        "level": 0.95,
-        "seeds": {"tuning": [100], "reporting": [1, 2, 3]},
-        "arms": arms,
-        "trials": trials,
+        "models": {model: {"seeds": [1, 2, 3]} for model in models},
+        "tuning": {"method": "grid", "trials": 9},
+        "arms": {arm: {"search": search} for arm in speeds},
+        "ablations": ablations,
     }
-    (directory / "study.json").write_text(json.dumps(index))
-    return directory
+    return write_tables(directory, study, trials)
 
 
 def noise(*key: int, scale: float) -> float:

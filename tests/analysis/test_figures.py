@@ -1,6 +1,6 @@
 """Every figure of the paper comes from records by one command, and says what it misses where it cannot."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from analysis.figures import FIGURES, NothingToShow, save
 from analysis.reference import load_reference
 from analysis.report import draw_figures
 from analysis.results import Results, analyse
+from analysis.trial_tables import read_trials, write_trials
 from analysis.trials import load_study
 from scripts.plot import main as plot
 from tests.analysis.synthetic import write_run, write_study
@@ -114,10 +115,11 @@ def test_at_each_learning_rate_stability_shows_a_mean_over_seeds_and_not_the_luc
 
 def test_an_optimizer_without_betas_costs_the_momentum_figure_alone_its_points(tmp_path: Path) -> None:
     study = write_study(tmp_path / "synthetic", models={"tiny": 1e6})
-    for path in study.glob("runs/*-lion-*/config.yaml"):
-        content = yaml.safe_load(path.read_text())
-        del content["optimizer"]["betas"]
-        path.write_text(yaml.safe_dump(content))
+    rows = read_trials(study)
+    for row in rows:
+        if row.arm == "lion":
+            del row.config["optimizer"]["betas"]
+    write_trials(study, rows)
     figure = FIGURES["momentum"](analyse(load_study([study])))
     assert [line.get_label() for line in figure.axes[0].lines] == ["AdamW, tiny", "Sophia-G, tiny"]
 
@@ -134,11 +136,15 @@ def test_sophias_relatives_without_gamma_or_k_are_left_out_of_its_grids(tmp_path
 @pytest.mark.slow
 def test_names_with_dollar_signs_are_drawn_as_they_are_written(tmp_path: Path) -> None:
     study = write_study(tmp_path / "synthetic", models={"tiny": 1e6})
-    odd = "$\\frac$"
-    index = (study / "study.json").read_text().replace('"tiny"', json.dumps(f"t{odd}"))
-    (study / "study.json").write_text(index.replace('"lion"', json.dumps(f"l{odd}")))
-    for path in study.glob("runs/*/config.yaml"):
-        path.write_text(path.read_text().replace("name: tiny", f"name: t{odd}").replace("name: lion", f"name: l{odd}"))
+    odd = {"tiny": "t$\\frac$", "lion": "l$\\frac$"}
+    spec = yaml.safe_load((study / "study.yaml").read_text())
+    spec["arms"] = {odd.get(arm, arm): search for arm, search in spec["arms"].items()}
+    (study / "study.yaml").write_text(yaml.safe_dump(spec))
+    rows = read_trials(study)
+    for row in rows:
+        for section in ("model", "optimizer"):
+            row.config[section]["name"] = odd.get(row.config[section]["name"], row.config[section]["name"])
+    write_trials(study, [replace(row, arm=odd.get(row.arm, row.arm), model=odd[row.model]) for row in rows])
     pictures, failed = draw_figures(analyse(load_study([study])), tmp_path / "figures")
     assert not failed
     assert len(pictures) > 8

@@ -1,15 +1,14 @@
 """The report: complete in every format, and a page that works in a real browser with nothing loaded from elsewhere."""
 
-import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import yaml
 from rich.console import Console
 
 from analysis.figures import FIGURES
@@ -59,13 +58,16 @@ def parsed(written: Written) -> Collector:
 
 
 def test_every_link_leads_somewhere(written: Written, parsed: Collector) -> None:
-    """To an anchor of the page, or to a run directory that exists relative to it."""
+    """To an anchor of the page, or to the row of a trial."""
+    rows = (written.html.parent / "trials.csv").read_text().splitlines()
     assert len(parsed.links) > 100
     for link in set(parsed.links):
         if link.startswith("#"):
             assert link[1:] in parsed.ids, link
         else:
-            assert (written.html.parent / link / "config.yaml").is_file(), link
+            file, _, line = link.partition("#L")
+            assert file == "trials.csv"
+            assert rows[int(line) - 1].startswith(("tiny-", "small-")), link
 
 
 def test_numbers_are_linked_to_the_runs_that_they_come_from(written: Written) -> None:
@@ -173,21 +175,18 @@ def test_a_directory_named_like_a_script_is_a_plain_link_and_markup_in_names_is_
     assert "](javascript:" not in text
 
 
-@pytest.mark.parametrize("bare", [False, True])
 def test_a_damaged_record_is_left_out_of_the_report_which_says_so(
-    tmp_path: Path, bare: bool, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study = tmp_path / "study"
-    write_study(study, models={"tiny": 1e6})
-    if bare:
-        (study / "study.json").unlink()
-        for run in (study / "runs").iterdir():
-            if "-tuning-" in run.name or "sophiag_" in run.name:
-                shutil.rmtree(run)
-    damaged = next(path for path in sorted((study / "runs").iterdir()) if "lion-400-reporting" in path.name)
+    for seed in (1, 2):
+        for steps in (20, 40):
+            for optimizer in ("adamw", "lion"):
+                directory = tmp_path / "runs" / f"{optimizer}-{steps}-{seed}"
+                write_run(directory, optimizer=optimizer, seed=seed, steps=steps, train_lines=False)
+    damaged = tmp_path / "runs" / "lion-40-2"
     (damaged / "summary.json").write_text('{"status": 5}')
     os.mkfifo(damaged.with_name("fifo"))  # no run
-    assert report([str(study), "--output", str(tmp_path / "report")]) == 0
+    assert report([str(tmp_path / "runs"), "--output", str(tmp_path / "report")]) == 0
     for name in ("report.html", "report.md", "report.json"):
         text = (tmp_path / "report" / name).read_text()
         assert "1 damaged record is left out" in text
@@ -195,30 +194,22 @@ def test_a_damaged_record_is_left_out_of_the_report_which_says_so(
     assert "1 damaged record is left out" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "[]",
-        "{}",
-        '{"name": "s", "baseline": "a", "arms": {}, "trials": [], "seeds": {"reporting": []}}',
-        "[" * 9999,
-    ],
-)
-def test_a_damaged_index_is_an_error_of_one_line(
+@pytest.mark.parametrize("content", ["", "[]", "{}", "name: s\nbaseline: a\narms: {}\n", "[" * 9999])
+def test_a_damaged_study_file_is_an_error_of_one_line(
     tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "study.json").write_text(content)
+    (tmp_path / "study.yaml").write_text(content)
+    (tmp_path / "trials.csv").write_text("trial,arm,phase,model,horizon,seed,status\n")
     assert report([str(tmp_path)]) != 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{tmp_path}/study.json is damaged" in line
+    assert f"{tmp_path}/study.yaml" in line
 
 
 def test_a_text_that_looks_like_markup_stays_text(tmp_path: Path) -> None:
     study = write_study(tmp_path / "synthetic", models={"tiny": 1e6})
-    index = json.loads((study / "study.json").read_text())
-    index["description"] = "</script><script>alert(1)</script>"
-    (study / "study.json").write_text(json.dumps(index))
+    spec = yaml.safe_load((study / "study.yaml").read_text())
+    spec["description"] = "</script><script>alert(1)</script>"
+    (study / "study.yaml").write_text(yaml.safe_dump(spec))
     page = render_html(analyse(load_study([study])), study)
     assert "<script>alert(1)" not in page
     assert "&lt;script&gt;alert(1)" in page

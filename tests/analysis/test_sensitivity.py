@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.records import load_run
+from analysis.runs import load_run
 from analysis.sensitivity import Ablation, ablations, comparable_runs, sensitivity_grid
-from analysis.trials import Arm, Study, Trial
+from analysis.trials import Arm, RecordedTrial, Study
 from tests.analysis.synthetic import write_run
 
 
@@ -21,7 +21,7 @@ class Writer:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.trials: list[Trial] = []
+        self.trials: list[RecordedTrial] = []
         self.arms = {"sophiag": Arm("sophiag")}
 
     def add(self, seed: int, loss: float, *, arm: str = "sophiag", phase: Any = "reporting", **more: Any) -> None:
@@ -30,7 +30,7 @@ class Writer:
         options = {"steps": 20, "train_lines": False, "config": config, **more}
         path = write_run(self.directory / str(len(self.trials)), optimizer="sophiag", seed=seed, final=loss, **options)
         run = load_run(path)
-        self.trials.append(Trial(arm, phase, run.model, run.horizon, seed, {}, path, run))
+        self.trials.append(RecordedTrial(arm, phase, run.model, run.horizon, seed, {}, run.origin, run))
 
     def vary(self, name: str, *keys: str) -> str:
         self.arms[name] = Arm(name, role="ablation", of="sophiag", varies=keys)

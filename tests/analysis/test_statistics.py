@@ -11,7 +11,6 @@ from scipy import stats
 
 from analysis import statistics
 from analysis.statistics import (
-    bootstrap_interval,
     holm,
     own_variance,
     paired_interval,
@@ -38,7 +37,8 @@ def test_interval_and_p_are_those_of_scipys_t_test(values: np.ndarray) -> None:
 def test_an_interval_excludes_a_value_just_where_the_test_rejects_it(values: np.ndarray, null: float) -> None:
     p = paired_p(values, null=null)
     if abs(p - 0.05) > 1e-6:
-        assert paired_interval(values).excludes(null) == (p < 0.05)
+        interval = paired_interval(values)
+        assert (not interval.low <= null <= interval.high) == (p < 0.05)
 
 
 def test_one_seed_decides_nothing() -> None:
@@ -67,18 +67,6 @@ def test_groups_without_any_spread_are_alike() -> None:
     pooled = pooled_variance([[1.0, 1.0], [2.0, 2.0]])
     assert pooled is not None
     assert pooled.value == 0.0
-
-
-def test_a_bootstrap_below_twenty_seeds_is_refused() -> None:
-    with pytest.raises(ValueError, match="19 seeds are too few"):
-        bootstrap_interval(np.arange(19.0))
-
-
-def test_a_bootstrap_of_many_seeds_agrees_with_the_t_interval() -> None:
-    values = np.random.default_rng(3).normal(0.1, 1.0, 200)
-    boot, student = bootstrap_interval(values), paired_interval(values)
-    assert boot.low == pytest.approx(student.low, abs=0.03)
-    assert boot.high == pytest.approx(student.high, abs=0.03)
 
 
 def test_holm_gives_the_textbook_values_in_the_order_given() -> None:

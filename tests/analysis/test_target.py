@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.records import Curve
+from analysis.runs import Curve
 from analysis.target import first_crossing, time_to_target, times_to_target
 
 

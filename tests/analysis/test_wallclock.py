@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.records import load_run
+from analysis.runs import load_run
 from analysis.trials import study_of_runs
 from analysis.wallclock import ReferenceTimes, reference_times, training_seconds
 from tests.analysis.synthetic import write_run
@@ -14,7 +14,7 @@ from tests.analysis.synthetic import write_run
 def test_compilation_evaluation_and_checkpoints_do_not_count(tmp_path: Path) -> None:
     run = load_run(write_run(tmp_path / "r", optimizer="sophiag", steps=100, curvature_share=0.05, train_lines=False))
     assert training_seconds(run) == pytest.approx(100 * 0.05 * 1.05)
-    ledger = run.record.summary["ledger"]  # type: ignore[index]
+    ledger = run.summary["ledger"]  # type: ignore[index]
     assert ledger["compilation"]["seconds"] == 30.0
 
 

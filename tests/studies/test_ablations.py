@@ -10,13 +10,13 @@ import pytest
 import yaml
 
 from analysis.figures import FIGURES, NothingToShow, save
-from analysis.records import flatten
 from analysis.results import Results, analyse
+from analysis.runs import flatten
 from analysis.tables import TABLES, markdown
 from analysis.trials import load_study
-from studies.records import Places
 from studies.runner import run_study
 from studies.spec import STUDY_DIRECTORY, StudySpec, validate_spec
+from studies.store import Places
 from tests.analysis.synthetic import noise, power_law, write_run
 from training.compose import compose
 

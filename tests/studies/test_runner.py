@@ -3,25 +3,30 @@
 import itertools
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pytest
 
 from analysis.guards import inspect
 from analysis.report import write_report
 from analysis.results import analyse
+from analysis.trial_tables import by_trial, curves_of, read_curves, read_trials, write_curves, write_trials
 from analysis.trials import load_study
-from studies.plan import plan
-from studies.records import Places, outcomes, thin_metrics
+from studies.expansion import expand
 from studies.runner import Pace, job, progress, run_study
 from studies.spec import StudySpec, validate_spec
+from studies.store import Places, compact, outcomes, thinned
 from studies.times import measure
 from tests.analysis.synthetic import noise, power_law, write_run
 from tests.studies.small import small
 from training.config import ConfigurationError
+from training.records import RecordError, RunRecord
 
 
 class FakeMachine:
@@ -50,6 +55,9 @@ class FakeMachine:
             + noise(seed, steps, len(optimizer), scale=0.002)
         )
         directory = Path(values["output_dir"]) / name
+        config = {"model.name": values["model"], "optimizer.lr": rate}
+        if "optimizer.betas" in values:
+            config["optimizer.betas"] = json.loads(values["optimizer.betas"])
         write_run(
             directory,
             optimizer=optimizer,
@@ -57,7 +65,7 @@ class FakeMachine:
             steps=steps,
             final=loss,
             evaluations=5,
-            config={"model.name": values["model"], "optimizer.lr": rate},
+            config=config,
         )
         (directory / "checkpoints").mkdir()
         return 0
@@ -111,12 +119,12 @@ def test_records_alone_let_a_study_go_on_from_a_fresh_clone(spec: StudySpec, pla
 
 
 def test_a_run_that_ended_just_before_a_kill_is_kept_without_being_run_again(spec: StudySpec, places: Places) -> None:
-    trial = plan(spec, {}).trials[0]
+    trial = expand(spec, {}).trials[0]
     FakeMachine()(jobs=[job(spec, trial, places)])
     machine = FakeMachine()
     run_study(spec, places, machine, tell=silent)
     assert trial.name not in machine.ran
-    assert (places.record(trial) / "summary.json").is_file()
+    assert trial.name in {row.trial for row in read_trials(places.records) if row.summary}
 
 
 def test_no_trial_begins_after_the_time_given(spec: StudySpec, places: Places) -> None:
@@ -128,7 +136,7 @@ def test_no_trial_begins_after_the_time_given(spec: StudySpec, places: Places) -
 
 def test_a_failed_trial_stops_neither_the_others_nor_the_next_sitting(spec: StudySpec, places: Places) -> None:
     machine = FakeMachine()
-    first = plan(spec, {}).trials[0]
+    first = expand(spec, {}).trials[0]
     machine.codes[first.name] = 1
     said: list[str] = []
     report = run_study(spec, places, machine, tell=said.append)
@@ -141,7 +149,7 @@ def test_a_failed_trial_stops_neither_the_others_nor_the_next_sitting(spec: Stud
 
 def test_a_refused_configuration_ends_the_study_with_the_log(spec: StudySpec, places: Places) -> None:
     machine = FakeMachine()
-    machine.codes[plan(spec, {}).trials[0].name] = 2
+    machine.codes[expand(spec, {}).trials[0].name] = 2
     with pytest.raises(ConfigurationError, match=r"is refused, see .*\.log; correct the study file"):
         run_study(spec, places, machine, tell=silent)
 
@@ -172,7 +180,7 @@ def test_seeds_can_change_before_any_reported_run(spec: StudySpec, places: Place
     assert run_study(validate_spec(values, "small.yaml"), places, FakeMachine(), tell=silent).finished
 
 
-def test_the_index_is_what_the_analysis_reads(spec: StudySpec, places: Places) -> None:
+def test_the_tables_are_what_the_analysis_reads(spec: StudySpec, places: Places) -> None:
     run_study(spec, places, FakeMachine(), tell=silent)
     study = load_study([places.records])
     assert study.seeds == (1, 2, 3)
@@ -189,9 +197,11 @@ def test_the_index_is_what_the_analysis_reads(spec: StudySpec, places: Places) -
 def test_a_study_that_is_broken_off_says_so_with_what_is_missing(spec: StudySpec, places: Places) -> None:
     run_study(spec, places, FakeMachine(), tell=silent)
     assert load_study([places.records]).under_way == ""
-    for directory in (places.records / "runs").iterdir():
-        if "gpt2_micro" in directory.name or directory.name.startswith("sophiag_"):
-            shutil.rmtree(directory)
+    rows = read_trials(places.records)
+    write_trials(
+        places.records,
+        [row for row in rows if row.model != "gpt2_micro" and not row.arm.startswith("sophiag_")],
+    )
     shutil.rmtree(places.work)
     run_study(spec, places, FakeMachine(stop_after=0), tell=silent)
     study = load_study([places.records])
@@ -205,44 +215,132 @@ def test_a_study_that_is_broken_off_says_so_with_what_is_missing(spec: StudySpec
 def test_more_trials_than_a_retuning_was_granted_are_found_in_the_records(spec: StudySpec, places: Places) -> None:
     """Fewer than the full search's budget, so that only the budget of the horizon itself gives them away."""
     run_study(spec, places, FakeMachine(), tell=silent)
-    index = json.loads((places.records / "study.json").read_text())
-    tuned = [one for one in index["trials"] if one["phase"] == "tuning" and one["horizon"] == 100]
-    index["trials"].append(next(one for one in tuned if one["arm"] == "sophiag"))
-    (places.records / "study.json").write_text(json.dumps(index))
+    rows = read_trials(places.records)
+    tuned = next(row for row in rows if (row.phase, row.horizon, row.arm) == ("tuning", 100, "sophiag"))
+    write_trials(places.records, [*rows, replace(tuned, trial="another")])
+    curves = read_curves(places.records)
+    own = curves.filter(pc.equal(curves["trial"], tuned.trial)).to_pylist()
+    write_curves(places.records, [curves, curves_of("another", own)])
     found = [finding.title for finding in inspect(load_study([places.records])) if finding.guard == "budget"]
     assert "gpt2_nano, 100 steps: more tuning trials than granted for Sophia-G" in found
 
 
-def test_kept_records_are_small_and_hold_every_evaluation(spec: StudySpec, places: Places) -> None:
+def test_tables_are_small_and_hold_every_evaluation(spec: StudySpec, places: Places) -> None:
     run_study(spec, places, FakeMachine(), tell=silent)
-    trial = next(t for t in plan(spec, outcomes(places)).trials if t.phase == "reporting" and t.horizon == 100)
-    kept = [json.loads(line) for line in (places.record(trial) / "metrics.jsonl").read_text().splitlines()]
+    trials = expand(spec, outcomes(places)).trials
+    lines = by_trial(read_curves(places.records))
+    trial = next(t for t in trials if t.phase == "reporting" and t.horizon == 100)
     full = [json.loads(line) for line in (places.run(trial) / "metrics.jsonl").read_text().splitlines()]
-    assert [line for line in kept if line["kind"] == "eval"] == [line for line in full if line["kind"] == "eval"]
+    kept = lines[trial.name].to_pylist()
+    for column in ("step", "tokens", "flops", "seconds", "val_loss"):
+        written = [line[column] for line in full if line["kind"] == "eval"]
+        assert [row[column] for row in kept if row["kind"] == "eval"] == written, "to the last digit"
     assert not (places.run(trial) / "checkpoints").exists()
-    tuned = next(t for t in plan(spec, outcomes(places)).trials if t.phase == "tuning" and t.horizon == 100)
-    lines = (places.record(tuned) / "metrics.jsonl").read_text().splitlines()
-    assert sum('"train"' in line for line in lines) <= 30
+    tuned = next(t for t in trials if t.phase == "tuning" and t.horizon == 100)
+    assert sum(row["kind"] == "train" for row in lines[tuned.name].to_pylist()) <= 30
 
 
 def test_thinned_lines_are_taken_at_equal_distances_and_the_last_is_among_them(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "r", optimizer="sophiag", steps=999) / "metrics.jsonl"
-    kept = [json.loads(line) for line in thin_metrics(path, "reporting").splitlines()]
-    steps = [line["step"] for line in kept if line["kind"] == "train"]
+    record = RunRecord.open(write_run(tmp_path / "r", optimizer="sophiag", steps=999))
+    steps = [line["step"] for line in thinned(record.metrics(), "reporting") if line["kind"] == "train"]
     assert len(steps) <= 100
     assert steps[-1] == 999
     assert len({b - a for a, b in itertools.pairwise(steps)}) == 1
 
 
+def test_a_sitting_that_is_killed_between_two_trials_loses_nothing(spec: StudySpec, places: Places) -> None:
+    """Nothing of it is in the tables; the runs that ended are, after the next compaction."""
+
+    machine = FakeMachine()
+
+    def launch(jobs: Sequence[Sequence[str]]) -> list[int]:
+        if len(machine.ran) == 3:
+            os._exit(9)
+        return machine(jobs)
+
+    child = os.fork()
+    if child == 0:
+        run_study(spec, places, launch, tell=silent)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert all(row.summary is None for row in read_trials(places.records))
+    assert len(outcomes(places)) == 3
+    assert len(compact(spec, places)) == 3
+    assert sum(row.summary is not None for row in read_trials(places.records)) == 3
+    assert set(by_trial(read_curves(places.records))) == set(outcomes(places))
+    assert compact(spec, places) == [], "what is in the tables is not taken in again"
+
+
+def test_a_compaction_that_is_killed_after_the_curves_leaves_no_line_twice(
+    spec: StudySpec, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = expand(spec, {}).trials[0]
+    FakeMachine()(jobs=[job(spec, trial, places)])
+    with monkeypatch.context() as patch:
+        patch.setattr("studies.store.write_trials", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compact(spec, places)
+    assert compact(spec, places) == [trial.name]
+    steps = [row["step"] for row in read_curves(places.records).to_pylist() if row["kind"] == "eval"]
+    assert steps == sorted({*steps})
+
+
+def test_sittings_side_by_side_do_not_overwrite_each_other(spec: StudySpec, places: Places) -> None:
+    """Each at work in a place of its own, both compacting into one pair of tables, over and over."""
+    trials = expand(spec, {}).trials[:1] + expand(spec, {}).trials[-1:]
+    assert len({trial.name for trial in trials}) == 2
+    children = []
+    for number, trial in enumerate(trials):
+        own = Places(places.work / str(number), places.records)
+        FakeMachine()(jobs=[job(spec, trial, own)])
+        child = os.fork()
+        if child == 0:
+            try:
+                compact(spec, own)
+            finally:
+                os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    assert {row.trial for row in read_trials(places.records) if row.summary} == {trial.name for trial in trials}
+    assert set(by_trial(read_curves(places.records))) == {trial.name for trial in trials}
+
+
+def test_a_damaged_run_at_work_is_named_and_the_others_are_taken_in(spec: StudySpec, places: Places) -> None:
+    first, second = expand(spec, {}).trials[:1] + expand(spec, {}).trials[-1:]
+    FakeMachine()(jobs=[job(spec, trial, places) for trial in (first, second)])
+    (places.run(first) / "metrics.jsonl").write_text("garbage\n")
+    with pytest.raises(RecordError, match=rf"{first.name}/metrics.jsonl:1 is no JSON"):
+        compact(spec, places)
+    assert {row.trial for row in read_trials(places.records) if row.summary} == {second.name}
+
+
+def test_a_trial_that_the_study_no_longer_has_is_set_aside_and_counts_again_when_it_returns(
+    spec: StudySpec, places: Places
+) -> None:
+    run_study(spec, places, FakeMachine(stop_after=4), tell=silent)
+    values = small()
+    values["arms"]["adamw"]["search"]["optimizer.lr"]["values"] = [1e-4, 2e-4, 4e-4]
+    compact(validate_spec(values, "small.yaml"), places)
+    aside = {row.trial for row in read_trials(places.records) if row.phase == "set aside"}
+    assert aside
+    assert not aside & {trial.origin.name for trial in load_study([places.records]).trials}
+    compact(spec, places)
+    assert not [row for row in read_trials(places.records) if row.phase == "set aside"]
+    machine = FakeMachine()
+    run_study(spec, places, machine, tell=silent)
+    assert not aside & set(machine.ran)
+
+
 def test_trackers_are_told_study_phase_and_arm(spec: StudySpec, places: Places) -> None:
-    trial = plan(spec, {}).trials[0]
+    trial = expand(spec, {}).trials[0]
     overrides = job(spec, trial, places)
     assert "tracker.group=small-gpt2_nano" in overrides
     assert any(override.startswith("tracker.tags=") and '"tuning"' in override for override in overrides)
 
 
 def test_the_time_left_is_told_from_what_trials_took(spec: StudySpec) -> None:
-    current = plan(spec, {})
+    current = expand(spec, {})
     pace = Pace()
     assert progress(spec, current, {}, pace).seconds_left is None
     pace.note([current.trials[0]], 50.0, side_by_side=1)  # fifty steps: a second each

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
-from studies.plan import expected_trials
+from studies.expansion import expected_trials
 from studies.spec import load_spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,22 +39,24 @@ def test_a_study_killed_in_the_middle_goes_on_to_its_report(tmp_path: Path) -> N
     command = [sys.executable, "scripts/study.py", "run", f"study={study}"]
     command += ["--work", str(tmp_path / "runs"), "--records", str(tmp_path / "results")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    records = tmp_path / "results" / "tiny" / "runs"
+    ended = "runs/tiny/*/summary.json"
 
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 240
-    while len(list(records.glob("*/summary.json"))) < 4:
+    while len(list(tmp_path.glob(ended))) < 4:
         assert process.poll() is None, process.communicate()[0].decode()
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = {path: path.stat().st_mtime_ns for path in records.glob("*/summary.json")}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob(ended)}
     assert len(before) < sum(expected_trials(load_spec(study)).values())
 
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was done is not done again"
+    trials = pd.read_csv(tmp_path / "results" / "tiny" / "trials.csv")
+    assert {path.parent.name for path in before} <= {*trials[trials.status == "completed"].trial}
     results = json.loads((tmp_path / "results" / "tiny" / "report.json").read_text())
     assert {one["currency"] for one in results["verdict"]} == {"steps", "flops", "seconds"}
     assert {(one["arm"], one["horizon"]) for one in results["final_losses"]} == {

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from studies.plan import expected_trials, plan
+from studies.expansion import expand, expected_trials
 from studies.spec import STUDY_DIRECTORY, load_spec, validate_spec
 from tests.studies.small import small
 from training.compose import compose
@@ -73,7 +73,7 @@ def test_an_unknown_study_names_those_there_are(tmp_path: Path) -> None:
 def test_every_study_in_the_repository_is_valid_and_so_is_each_first_trial(study: str) -> None:
     spec = load_spec(study)
     assert spec.name == study
-    first = {(trial.arm, trial.model): trial for trial in plan(spec, {}).trials}
+    first = {(trial.arm, trial.model): trial for trial in expand(spec, {}).trials}
     assert first
     for trial in first.values():
         config = compose([*trial.overrides, f"name={trial.name}"])
@@ -111,7 +111,7 @@ def test_whole_floats_are_integers_where_the_key_is_an_integers() -> None:
         change(values, "ablations/sophiag_k1/values", {"optimizer.hessian_interval": interval})
     same = validate_spec(floats, "floats.yaml")
     assert repr(same) == repr(validate_spec(whole, "whole.yaml"))
-    assert [t.name for t in plan(same, {}).trials] == [t.name for t in plan(validate_spec(whole, ""), {}).trials]
+    assert [t.name for t in expand(same, {}).trials] == [t.name for t in expand(validate_spec(whole, ""), {}).trials]
 
 
 def test_a_study_survives_being_written_out(tmp_path: Path) -> None:

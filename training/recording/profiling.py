@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from data.files import write_atomically
 from training.config import ProfileConfig
-from training.records import write_atomically
 
 
 @contextlib.contextmanager

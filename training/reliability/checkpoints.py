@@ -27,12 +27,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.files import check_nesting, open_regular, problem, read_regular, sync_directory
+from data.files import check_nesting, open_regular, problem, read_regular, sync_directory, write_atomically
 from training.config import ConfigurationError
 from training.distributed import Distributed
 from training.loop import TrainingState
 from training.recording.ledger import Entry, Kind
-from training.records import Form, write_atomically
+from training.records import Form
 from training.strategies.base import SAVED_DTYPES, Number, NumberPiece, Piece
 
 MANIFEST_FILE = "manifest.json"

@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
+from data.files import write_atomically
 from training.compose import compose
 from training.config import ConfigurationError, RunConfig
-from training.records import RunRecord, write_atomically
+from training.records import RunRecord
 from training.reliability.checkpoints import newest_valid
 
 #: The worlds: name, ranks, overrides.

@@ -1,0 +1,447 @@
+"""Runs as the analysis sees them, from run directories or from a study's tables.
+
+Of run directories a thousand of ten thousand lines load in seconds, in bounded memory: pyarrow parses metrics.jsonl
+column by column; of the train lines a sample is read and its bin means are kept, of the eval lines all. A torn last line
+(a run killed while writing) and lines written twice (a run resumed from before its end) are expected: the first is
+dropped, of the second the later one counts.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import operator
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
+from numpy.typing import NDArray
+from pydantic import Field
+
+from analysis import escaping
+from analysis.trial_tables import CURVES_FILE, TRIALS_FILE, TrialRow, by_trial
+from training.records import (
+    CONFIG_FILE,
+    Form,
+    RecordError,
+    RunRecord,
+    metrics_content,
+    parse_line,
+    require,
+)
+
+Currency = Literal["steps", "tokens", "flops", "seconds"]
+CURRENCIES: tuple[Currency, ...] = ("steps", "tokens", "flops", "seconds")
+
+_COUNTERS = ("step", "tokens", "flops", "seconds")
+_TRAIN_COLUMNS = ("loss", "lr", "grad_norm", "clipped_norm", "tokens_per_second", "unclipped_fraction")
+_EVAL_COLUMNS = ("val_loss",)
+# Train lines that are read of one run, some for each of the bins that they are averaged into.
+_TRAIN_LINES = 2000
+_TRAIN_PREFIXES = (b'{"kind":"train"', b'{"kind": "train"')
+_SKIPPED_PREFIXES = (b'{"kind":"hessian"', b'{"kind": "hessian"', b'{"kind":"event"', b'{"kind": "event"')
+_SCHEMA = pa.schema(
+    [("kind", pa.string()), ("step", pa.int64())]
+    + [(name, pa.float64()) for name in ("tokens", "flops", "seconds", "val_loss", *_TRAIN_COLUMNS)]
+).set(2 + 4 + _TRAIN_COLUMNS.index("clipped_norm"), pa.field("clipped_norm", pa.bool_()))
+
+
+# What the analysis needs of a configuration, which may be of an earlier version.
+class _Optimizer(Form):
+    name: str
+    lr: float | None = None
+    betas: list[float] | None = None
+    gamma: float | None = None
+    hessian_interval: int | None = None
+
+
+class _Model(Form):
+    name: str = ""
+    n_layer: int = 0
+    n_embd: int = 0
+
+
+class _Train(Form):
+    steps: Annotated[int, Field(gt=0)]
+
+
+class _Schedule(Form):
+    final_ratio: float = 0.0
+
+
+class _Config(Form):
+    name: str | None = None
+    seed: int
+    optimizer: _Optimizer
+    model: _Model
+    train: _Train
+    schedule: _Schedule = _Schedule()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One kind of line of one run, in order of step. All arrays have shape (n,).
+
+    `columns` holds what the kind of line adds: `val_loss` (nats) for evaluations, the fields of a train line for
+    training. A value that was not recorded, or not finite, is NaN.
+    """
+
+    steps: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    flops: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    columns: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    def axis(self, currency: Currency) -> NDArray[np.float64]:
+        """(n,) what had been spent, in the given currency, when each line was written."""
+        if currency not in CURRENCIES:
+            raise ValueError(f"currency {currency!r} is unknown: choose one of {', '.join(CURRENCIES)}")
+        values: NDArray[np.float64] = getattr(self, currency)
+        return values
+
+    def __getitem__(self, column: str) -> NDArray[np.float64]:
+        return self.columns[column]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run is on record: its directory, or its row of a study's trials.csv."""
+
+    path: Path
+    trial: str = ""  # of the row
+    line: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.trial or self.path.name
+
+    def href(self, location: Path) -> str:
+        """The link to it from a page in the directory `location`."""
+        return escaping.href(self.path, location) + (f"#L{self.line}" if self.line else "")
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """One run: its record, its evaluations, its training curve thinned to bin means."""
+
+    origin: Origin
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    summary: dict[str, Any] | None
+    evaluations: Curve
+    training: Curve
+    clipped_norm_share: float  # of the train lines that were read; NaN where there is none
+    last_refresh: dict[str, Any] | None  # the last hessian line
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name") or self.origin.name)
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer group's name: "adamw", "lion", "sophiag", …"""
+        return str(self.config["optimizer"]["name"])
+
+    @property
+    def model(self) -> str:
+        return str(self.config["model"].get("name", "model"))
+
+    @property
+    def horizon(self) -> int:
+        """Steps of the schedule, which is fully decayed at its end."""
+        return int(self.config["train"]["steps"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.config["seed"])
+
+    @property
+    def status(self) -> str:
+        """ "completed", "diverged", "preempted", "failed" or, without a summary, "unfinished"."""
+        return "unfinished" if self.summary is None else str(self.summary["status"])
+
+    @property
+    def completed(self) -> bool:
+        return self.status == "completed"
+
+    @cached_property
+    def final_val_loss(self) -> float:
+        """Validation loss at the end of the schedule, in nats; NaN for a run that did not complete."""
+        if not self.completed or len(self.evaluations) == 0:
+            return float("nan")
+        value = (self.summary or {}).get("final_val_loss")
+        return float(value) if value is not None else float(self.evaluations["val_loss"][-1])
+
+    def total(self, currency: Currency) -> float:
+        """What the whole run spent: steps, training tokens, model FLOPs (curvature included), training seconds."""
+        if self.summary is not None and self.summary.get(currency) is not None:
+            return float(self.summary[currency])
+        lines = self.training if len(self.training) else self.evaluations
+        return float(lines.axis(currency)[-1]) if len(lines) else 0.0
+
+
+def load_runs(directories: Sequence[str | Path], *, train_points: int = 400, workers: int = 2) -> list[RecordedRun]:
+    """Load runs in the order given, as `load_each`.
+
+    Raises:
+        RecordError: of the first record that is damaged.
+    """
+    loaded = load_each(directories, train_points=train_points, workers=workers)
+    if damaged := [error for error in loaded if isinstance(error, RecordError)]:
+        raise damaged[0]
+    return [run for run in loaded if isinstance(run, RecordedRun)]
+
+
+def load_each(
+    directories: Sequence[str | Path], *, train_points: int = 400, workers: int = 2
+) -> list[RecordedRun | RecordError]:
+    """Load runs in the order given, in the place of a damaged one what is wrong with it.
+
+    At most `workers` metrics files are in memory at a time.
+
+    Args:
+        directories: run directories.
+        train_points: bins that the train lines of a run are averaged into; 0 keeps none.
+        workers: threads (the parser releases the interpreter lock).
+    """
+
+    def load(directory: str | Path) -> RecordedRun | RecordError:
+        try:
+            return load_run(directory, train_points=train_points)
+        except RecordError as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        return list(pool.map(load, directories))
+
+
+def load_run(directory: str | Path, *, train_points: int = 400) -> RecordedRun:
+    """Load one run; see `load_runs`.
+
+    Raises:
+        RecordError: the directory is no run record, or one of its files is damaged.
+    """
+    record = RunRecord.open(directory)
+    content = metrics_content(record.metrics_path)
+    return _run(
+        Origin(record.directory),
+        (record.config, record.environment, record.summary),
+        read_metrics(content, record.metrics_path),
+        last_line(content, record.metrics_path, "hessian"),
+        record.directory / CONFIG_FILE,
+        record.metrics_path,
+        train_points,
+    )
+
+
+def runs_of_rows(
+    rows: Sequence[TrialRow], curves: pa.Table, directory: Path, *, train_points: int = 400
+) -> dict[str, RecordedRun]:
+    """The runs of a study's tables by trial; a row without a summary has none.
+
+    Raises:
+        RecordError: a configuration lacks what the analysis needs, or the curves of a trial are missing.
+    """
+    trials, path = directory / TRIALS_FILE, directory / CURVES_FILE
+    lines = by_trial(curves)
+    runs = {}
+    for row in rows:
+        if row.summary is None:
+            continue
+        if row.trial not in lines:
+            raise RecordError(f"{path} has no line of {row.trial}, and {trials} has its row; restore both files")
+        own = lines[row.trial]
+        runs[row.trial] = _run(
+            Origin(trials, row.trial, row.line),
+            (row.config, row.environment, row.summary),
+            own,
+            _last_refresh(own),
+            f"{trials}:{row.line}",
+            path,
+            train_points,
+        )
+    return runs
+
+
+def _run(
+    origin: Origin,
+    record: tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None],
+    lines: pa.Table,
+    last_refresh: dict[str, Any] | None,
+    config_place: Path | str,
+    lines_place: Path,
+    train_points: int,
+) -> RecordedRun:
+    config, environment, summary = record
+    require(_Config, config, config_place)
+    if config["optimizer"].get("decay_embeddings") is True:  # as in records from before there was the key
+        del config["optimizer"]["decay_embeddings"]
+    training = _curve(lines, "train", _TRAIN_COLUMNS, lines_place)
+    clipped = training["clipped_norm"]
+    return RecordedRun(
+        origin=origin,
+        config=config,
+        environment=environment,
+        summary=summary,
+        evaluations=_curve(lines, "eval", _EVAL_COLUMNS, lines_place),
+        training=_bin_means(training, train_points),
+        clipped_norm_share=float(np.nanmean(clipped)) if np.isfinite(clipped).any() else float("nan"),
+        last_refresh=last_refresh,
+    )
+
+
+def _last_refresh(lines: pa.Table) -> dict[str, Any] | None:
+    """The last hessian line of a trial, its rows put together again."""
+    rows = lines.filter(pc.equal(lines["kind"], "hessian")).to_pylist()
+    whole = [row for row in rows if row["parameters"] == "all"]
+    if not whole:
+        return None
+    parts = {row["parameters"]: row for row in rows if row["step"] == whole[-1]["step"] and row["parameters"] != "all"}
+    return whole[-1] | {"by_kind": parts}
+
+
+def read_metrics(content: bytes, path: Path, *, train_lines: int = _TRAIN_LINES) -> pa.Table:
+    """The train and eval lines in the content of a metrics.jsonl, with the columns that the contract names; absent values
+    are null.
+
+    Every eval line is read. Of many train lines every n-th is, about `train_lines` in all, which is what makes a
+    thousand long runs a matter of seconds; n has no factor in common with ten, so that a sample does not fall into
+    step with the curvature passes.
+
+    Raises:
+        RecordError: a line other than the last is damaged.
+    """
+    lines = content.split(b"\n")
+    # A run that was killed while it wrote leaves a torn line without a newline at the end.
+    lines.pop()
+    is_train = [line.startswith(_TRAIN_PREFIXES) for line in lines]
+    train = list(itertools.compress(lines, is_train))
+    # Whatever does not begin as expected is parsed and sorted out by its kind.
+    rest = itertools.compress(lines, map(operator.not_, is_train))
+    others = [line for line in rest if line and not line.startswith(_SKIPPED_PREFIXES)]
+    chosen = b"\n".join((*others, *train[:: _stride(len(train), train_lines)], b""))
+    if not chosen.strip():
+        return _SCHEMA.empty_table()
+    try:
+        return pa.json.read_json(
+            pa.BufferReader(chosen),
+            read_options=pa.json.ReadOptions(use_threads=False, block_size=1 << 22),
+            parse_options=pa.json.ParseOptions(explicit_schema=_SCHEMA, unexpected_field_behavior="ignore"),
+        )
+    except pa.ArrowInvalid:
+        # NaN and Infinity, which Python writes and JSON does not know, and numbers where a flag is expected.
+        return _read_leniently(content[: content.rfind(b"\n") + 1], path)
+
+
+def last_line(content: bytes, path: Path, kind: str) -> dict[str, Any] | None:
+    """The last whole line of a kind in a metrics.jsonl, found without parsing the others; None if there is none.
+
+    Raises:
+        RecordError: the line is damaged.
+    """
+    content = content[: content.rfind(b"\n") + 1]
+    at = max(content.rfind(f'{{"kind":{space}"{kind}"'.encode()) for space in ("", " "))
+    if at < 0:
+        return None
+    return parse_line(content[at : content.index(b"\n", at)], path, content.count(b"\n", 0, at) + 1)
+
+
+def _stride(count: int, wanted: int) -> int:
+    """The smallest step that takes no more than about `wanted` of `count` and shares no factor with ten."""
+    step = max(1, -(-count // max(wanted, 1)))
+    while step % 2 == 0 or step % 5 == 0:
+        step += 1
+    return step
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists count as values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{path}."))
+        else:
+            flat[path] = value
+    return flat
+
+
+def _read_leniently(content: bytes, path: Path) -> pa.Table:
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(io.BytesIO(content), start=1):
+        if not line.strip():
+            continue
+        row = parse_line(line, path, number)
+        for name in _SCHEMA.names:
+            if name != "kind" and not isinstance(row.get(name), (int, float, type(None))):
+                raise RecordError(f"{path}:{number}: {name} is {row[name]!r:.40} and a number is expected")
+        clipped = row.get("clipped_norm")
+        rows.append(
+            {name: row.get(name) for name in _SCHEMA.names}
+            | {"clipped_norm": None if clipped is None else bool(clipped)}
+        )
+    try:
+        return pa.Table.from_pylist(rows, schema=_SCHEMA)
+    except (pa.ArrowException, OverflowError) as error:
+        raise RecordError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+
+
+def _curve(table: pa.Table, kind: str, columns: Sequence[str], path: Path) -> Curve:
+    lines = table.filter(pc.equal(table["kind"], kind)).select([*_COUNTERS, *columns])
+    if missing := [name for name in _COUNTERS if lines[name].null_count]:
+        raise RecordError(f"{path} is damaged: a line of kind {kind!r} has no {missing[0]}")
+    values = {name: _float(lines[name]) for name in lines.column_names}
+    steps = values["step"]
+    if np.any(np.diff(steps) <= 0):
+        # A resumed run may write a step again; the later line counts, and the order is that of the steps.
+        _, last_from_behind = np.unique(steps[::-1], return_index=True)
+        keep = len(steps) - 1 - last_from_behind
+        values = {name: column[keep] for name, column in values.items()}
+    return Curve(
+        steps=values["step"],
+        tokens=values["tokens"],
+        flops=values["flops"],
+        seconds=values["seconds"],
+        columns={name: values[name] for name in columns},
+    )
+
+
+def _float(column: pa.ChunkedArray) -> NDArray[np.float64]:
+    values = pc.cast(column, pa.float64()).to_numpy()
+    finite: NDArray[np.float64] = np.where(np.isinf(values), np.nan, values)
+    return finite
+
+
+def _bin_means(curve: Curve, points: int) -> Curve:
+    """Means over `points` bins of equal numbers of lines; the counters take the bin's last value."""
+    n = len(curve)
+    if n <= points:
+        return curve
+    edges = np.linspace(0, n, points + 1).astype(np.int64)
+    starts, lasts = edges[:-1], edges[1:] - 1
+
+    def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        if points == 0:
+            return values[:0]
+        known = ~np.isnan(values)
+        count = np.add.reduceat(known, starts, dtype=np.int64)
+        total = np.add.reduceat(np.where(known, values, 0.0), starts)
+        return np.divide(total, count, out=np.full(points, np.nan), where=count > 0)
+
+    return Curve(
+        steps=curve.steps[lasts],
+        tokens=curve.tokens[lasts],
+        flops=curve.flops[lasts],
+        seconds=curve.seconds[lasts],
+        columns={name: mean(values) for name, values in curve.columns.items()},
+    )

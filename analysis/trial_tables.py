@@ -1,0 +1,358 @@
+"""A study's trials as two tables, which pandas reads in a line each.
+
+    results/<study>/trials.csv        a row a trial: what it is, how it ended, its configuration and environment
+    results/<study>/curves.parquet    a row for each line of its metrics that is kept
+
+A row of trials.csv holds the whole record of a run but for its curves. The columns are, in this order:
+
+    trial, arm, phase, model, horizon, seed   what the study says of it
+    status, final_val_loss, seconds, …        summary.json
+    seconds.<kind>, flops.<kind>, …           its ledger
+    optimizer.lr, optimizer.betas[0], …       config.yaml, by the keys of the command line
+    environment.git.commit, …                 environment.json
+
+An empty cell says that the record has no such key, `null` that it has no value. Floats are written so that they read back
+exactly. A text that would read as something else stands in quotation marks of its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from data.files import problem, read_regular, write_atomically
+from training.records import Environment, Form, RecordError, Summary
+
+TRIALS_FILE = "trials.csv"
+CURVES_FILE = "curves.parquet"
+
+Phase = Literal["tuning", "reporting", "set aside"]  # set aside: on record, and no longer in the study file
+
+MISSING = "missing"  # the status of a trial that is planned and has not ended
+
+_STUDY = ("trial", "arm", "phase", "model", "horizon")
+_LEDGER = ("seconds", "flops", "tokens", "count")
+# The keys of a configuration without a dot. `name` has a column only where it is not the trial's.
+_PLAIN_KEYS = ("name", "seed", "output_dir", "resume", "overwrite")
+_ENVIRONMENT = "environment."
+_PARTS = re.compile(r"[^.\[\]]+|\[\d+\]")
+_WORDS: Mapping[str, Any] = {"null": None, "True": True, "False": False}
+_LIMIT = 1 << 30  # bytes of a table: a hundred times those of a thousand trials
+
+CURVES_SCHEMA = pa.schema(
+    [
+        pa.field("trial", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),  # train, eval, hessian, event
+        pa.field("step", pa.int64(), nullable=False),
+        ("tokens", pa.int64()),
+        *((name, pa.float64()) for name in ("flops", "seconds", "loss", "lr", "grad_norm")),
+        ("clipped_norm", pa.bool_()),
+        ("tokens_per_second", pa.float64()),
+        ("unclipped_fraction", pa.float64()),
+        ("skipped", pa.bool_()),
+        ("val_loss", pa.float64()),
+        ("val_tokens", pa.int64()),
+        ("parameters", pa.string()),  # of a hessian row: all, or those of one kind
+        *((name, pa.float64()) for name in ("hessian_norm", "momentum_norm", "positive_fraction", "gamma")),
+        ("held_back", pa.bool_()),
+        ("histogram", pa.list_(pa.int64())),
+        ("decades", pa.list_(pa.int64())),
+        ("event", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """A row of trials.csv. A trial that has not ended has neither configuration nor environment nor summary."""
+
+    trial: str
+    arm: str
+    phase: Phase
+    model: str
+    horizon: int  # steps
+    seed: int
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] | None = None
+    line: int = field(default=0, compare=False)  # of the file
+
+    @property
+    def leaves(self) -> dict[str, Any]:
+        """The configuration by columns: {"optimizer.betas[0]": 0.9, …}."""
+        return _leaves(self.config)
+
+
+class _Study(Form):
+    trial: str
+    arm: str
+    phase: Phase
+    model: str
+    horizon: Annotated[int, Field(gt=0)]
+    seed: int
+
+
+def checked(row: TrialRow) -> TrialRow:
+    """The row.
+
+    Raises:
+        RecordError: its record has something that trials.csv would not give back.
+    """
+    if _row({key: _value(_text(value)) for key, value in _cells(row).items()}) != row:
+        raise RecordError(f"{row.trial}: its record holds what {TRIALS_FILE} cannot, such as a key with a dot")
+    return row
+
+
+def write_trials(directory: Path, rows: Sequence[TrialRow]) -> None:
+    """Write trials.csv, of rows that are `checked`."""
+    cells = [_cells(row) for row in rows]
+    columns = _in_order({name: None for written in cells for name in written})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for written in cells:
+        writer.writerow([_text(written[name]) if name in written else "" for name in columns])
+    write_atomically(directory / TRIALS_FILE, text.getvalue())
+
+
+def read_trials(directory: Path) -> list[TrialRow]:
+    """The rows of trials.csv; none where there is no file.
+
+    Raises:
+        RecordError: it cannot be read, or is damaged; the line is named.
+    """
+    path = directory / TRIALS_FILE
+    content = _read(path)
+    if content is None:
+        return []
+    rows: list[TrialRow] = []
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path} is damaged: {error}; restore the file") from error
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = next(lines, [])
+        if lacking := [name for name in (*_STUDY, "seed", "status") if name not in columns]:
+            raise ValueError(f"it has no column {lacking[0]}")
+        if len({*columns}) < len(columns):
+            raise ValueError("two of its columns have one name")
+        for line in lines:
+            if len(line) != len(columns):
+                raise ValueError(f"{len(line)} cells where {len(columns)} are expected")
+            cells = {name: _value(text) for name, text in zip(columns, line, strict=True) if text}
+            row = _row({"status": "", **cells}, lines.line_num)
+            if row.summary is not None:
+                Summary.model_validate(row.summary)
+                Environment.model_validate(row.environment)
+            rows.append(row)
+    except csv.Error as error:
+        raise RecordError(f"{path}:{lines.line_num} is damaged: {error}; restore the file") from error
+    except ValueError as error:
+        raise RecordError(f"{path}:{lines.line_num} is damaged: {problem(error)}; restore the file") from error
+    if len({row.trial for row in rows}) < len(rows):
+        raise RecordError(f"{path} is damaged: a trial has two rows; restore the file")
+    return rows
+
+
+def curves_of(trial: str, lines: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Lines of metrics.jsonl as rows of curves.parquet; a hessian line has one for each kind of parameters.
+
+    Raises:
+        RecordError: a value is of another type than its column.
+    """
+    rows: list[Mapping[str, Any]] = []
+    for line in lines:
+        parts = {"all": line, **line.get("by_kind", {})} if line["kind"] == "hessian" else {None: line}
+        rows += [{**line, **part, "parameters": name, "trial": trial} for name, part in parts.items()]
+    try:
+        return pa.Table.from_pylist(rows, schema=CURVES_SCHEMA)
+    except (pa.ArrowException, OverflowError) as error:
+        told = " ".join(str(error).split())
+        raise RecordError(f"{trial}: its metrics hold what {CURVES_FILE} cannot: {told}") from error
+
+
+def write_curves(directory: Path, tables: Sequence[pa.Table]) -> None:
+    """Write curves.parquet."""
+    content = io.BytesIO()
+    pq.write_table(pa.concat_tables(tables), content, compression="zstd", write_page_checksum=True)
+    write_atomically(directory / CURVES_FILE, content.getvalue())
+
+
+def read_curves(directory: Path) -> pa.Table:
+    """curves.parquet; an empty table where there is no file.
+
+    Raises:
+        RecordError: it cannot be read, or is damaged.
+    """
+    path = directory / CURVES_FILE
+    content = _read(path)
+    if content is None:
+        return CURVES_SCHEMA.empty_table()
+    try:
+        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+        return table.select(CURVES_SCHEMA.names).cast(CURVES_SCHEMA)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise RecordError(f"{path} is damaged: {' '.join(str(error).split())}; restore the file") from error
+
+
+def by_trial(curves: pa.Table) -> dict[str, pa.Table]:
+    """The rows of each trial, in their order."""
+    found: dict[str, list[pa.Table]] = {}
+    stretches = pc.run_end_encode(curves["trial"].combine_chunks())
+    start = 0
+    for trial, end in zip(stretches.values.to_pylist(), stretches.run_ends.to_pylist(), strict=True):
+        found.setdefault(trial, []).append(curves.slice(start, end - start))
+        start = end
+    return {trial: pa.concat_tables(parts) for trial, parts in found.items()}
+
+
+def _cells(row: TrialRow) -> dict[str, Any]:
+    """The values of a row by column."""
+    cells: dict[str, Any] = {name: getattr(row, name) for name in _STUDY}
+    summary: dict[str, Any] = {"status": MISSING} if row.summary is None else dict(row.summary)
+    ledger: dict[str, Any] = summary.pop("ledger", {}) or {}
+    cells |= _leaves(summary)
+    for kind, entry in ledger.items():
+        cells |= {f"{what}.{kind}": value for what, value in entry.items()}
+    config = {key: value for key, value in row.config.items() if (key, value) != ("name", row.trial)}
+    cells |= {"seed": row.seed} | _leaves(config)
+    return cells | {f"{_ENVIRONMENT}{key}": value for key, value in _leaves(row.environment).items()}
+
+
+def _row(cells: Mapping[str, Any], line: int = 0) -> TrialRow:
+    """The row of such values.
+
+    Raises:
+        ValueError: a value is missing, or of the wrong kind.
+    """
+    study = _Study.model_validate({name: cells[name] for name in (*_STUDY, "seed") if name in cells})
+    config: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    ledger: dict[str, dict[str, Any]] = {}
+    for name, value in cells.items():
+        head, _, rest = name.partition(".")
+        if name.startswith(_ENVIRONMENT):
+            environment[rest] = value
+        elif head in _LEDGER and rest:
+            ledger.setdefault(rest, {})[head] = value
+        elif rest or name in _PLAIN_KEYS:
+            config[name] = value
+        elif name not in _STUDY:
+            summary[name] = value
+    if cells["status"] == MISSING:
+        return TrialRow(**study.model_dump(), line=line)
+    return TrialRow(
+        **study.model_dump(),
+        config={"name": study.trial, **_tree(config)},
+        environment=_tree(environment),
+        summary=_tree(summary) | ({"ledger": ledger} if ledger else {}),
+        line=line,
+    )
+
+
+def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """{"a": {"b": [1, 2]}} -> {"a.b[0]": 1, "a.b[1]": 2}; what is empty is a leaf."""
+    if isinstance(tree, Mapping) and (tree or not path):
+        members = {f"{path}.{key}" if path else str(key): value for key, value in tree.items()}
+    elif isinstance(tree, (list, tuple)) and tree:
+        members = {f"{path}[{index}]": value for index, value in enumerate(tree)}
+    else:
+        return {path: tree}
+    return {name: leaf for key, value in members.items() for name, leaf in _leaves(value, key).items()}
+
+
+def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_leaves` has taken apart."""
+    root: dict[str | int, Any] = {}
+    for path, value in leaves.items():
+        *parents, last = (int(part[1:-1]) if part[0] == "[" else part for part in _PARTS.findall(path))
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return {str(key): _listed(value) for key, value in root.items()}
+
+
+def _listed(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    members = {key: _listed(value) for key, value in node.items()}
+    return (
+        [members[index] for index in sorted(members)]
+        if members and all(isinstance(key, int) for key in members)
+        else members
+    )
+
+
+def _text(value: Any) -> str:
+    """A value as the text of a cell."""
+    if value is None:
+        return "null"
+    if isinstance(value, float):
+        return repr(value)
+    text = str(value)
+    if isinstance(value, str) and (not text.isprintable() or not text or text[0] == '"' or _value(text) != text):
+        return json.dumps(text)
+    return text
+
+
+def _value(text: str) -> Any:
+    """What a cell's text says.
+
+    Raises:
+        ValueError: a quotation mark that does not close.
+    """
+    if text in _WORDS:
+        return _WORDS[text]
+    if text[0] == '"' or text in ("[]", "{}"):
+        return json.loads(text)
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Columns in the order that the module's docstring gives, sections of the configuration together."""
+    groups: list[list[str]] = [[*_STUDY, "seed"], [], [], [], []]
+    for name in names:
+        head, _, rest = name.partition(".")
+        if name.startswith(_ENVIRONMENT):
+            groups[4].append(name)
+        elif head in _LEDGER and rest:
+            groups[2].append(name)
+        elif rest or name in _PLAIN_KEYS:
+            groups[3] += [name] * (name != "seed")
+        elif name not in _STUDY:
+            groups[1].append(name)
+    sections = list(dict.fromkeys(name.partition(".")[0] for name in groups[3]))
+    groups[2].sort(key=lambda name: _LEDGER.index(name.partition(".")[0]))
+    groups[3].sort(key=lambda name: sections.index(name.partition(".")[0]))
+    return [name for group in groups for name in group]
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return read_regular(path, _LIMIT)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RecordError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,222 @@
+"""Where a study's trials are: at work under runs/, and, when they have ended, in the study's tables.
+
+runs/<study>/<trial>/           a run: checkpoints, every metric line (not committed)
+results/<study>/study.yaml      the study as it is run, and under `plan` what followed from it
+results/<study>/trials.csv      a row a trial (analysis/trial_tables.py)
+results/<study>/curves.parquet  its metric lines, thinned
+
+A run that has ended stays at work until `compact` takes it into the tables, at the end of a sitting. Both count as on
+record, so that a sitting that is killed loses nothing.
+"""
+
+import fcntl
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+
+from analysis.trial_tables import (
+    TrialRow,
+    checked,
+    curves_of,
+    read_curves,
+    read_trials,
+    write_curves,
+    write_trials,
+)
+from analysis.trials import PLAN, STUDY_FILE
+from data.files import write_atomically
+from studies.expansion import Expansion, Outcome, Trial, expand, expected_trials
+from studies.spec import StudySpec, load_spec
+from training.config import ConfigurationError
+from training.records import SUMMARY_FILE, RecordError, RunRecord, read_summary
+
+LOCK_FILE = ".lock"
+# Lines kept of a run: enough for every figure, a few kilobytes.
+_TRAIN_LINES = {"tuning": 30, "reporting": 100}
+_HESSIAN_LINES = {"tuning": 0, "reporting": 8}
+
+
+@dataclass(frozen=True)
+class Places:
+    """The two directories of a study."""
+
+    work: Path  # runs/<study>
+    records: Path  # results/<study>
+
+    @classmethod
+    def of(cls, study: str, work: Path = Path("runs"), records: Path = Path("results")) -> "Places":
+        return cls(work / study, records / study)
+
+    def run(self, trial: Trial) -> Path:
+        return self.work / trial.name
+
+
+def outcomes(places: Places) -> dict[str, Outcome]:
+    """The trials that have ended, by name: those in the tables, and those at work that are not in them yet."""
+    return _at_work(places) | _in_tables(read_trials(places.records))
+
+
+def read_outcome(directory: Path) -> Outcome | None:
+    """How the run in a directory ended; None where it has not, or was preempted or failed and can be run again.
+
+    Raises:
+        RecordError: its summary cannot be read, or is damaged.
+    """
+    return _outcome(read_summary(directory), directory / SUMMARY_FILE)
+
+
+def compact(spec: StudySpec, places: Places) -> list[str]:
+    """Take the runs that have ended at work into the tables, and write study.yaml and trials.csv as the study now is.
+
+    Of processes that do so at once each waits for the other. A trial that the study no longer has keeps its row, set
+    aside.
+
+    Returns:
+        The trials that were taken in.
+
+    Raises:
+        ConfigurationError: reported runs are on record, and the seeds or the level were changed since, or some of these
+            runs left out.
+        RecordError: a table is damaged, or a run at work; the other runs are taken in before.
+    """
+    with _locked(places.records):
+        rows = {row.trial: row for row in read_trials(places.records)}
+        ended = _in_tables(rows.values())
+        known = _at_work(places) | ended
+        _refuse_changes_after_looking(spec, known, places.records / STUDY_FILE)
+        current = expand(spec, known)
+        taken: dict[str, TrialRow] = {}
+        curves: list[pa.Table] = []
+        damaged: list[RecordError] = []
+        for trial in current.trials:
+            if trial.name in known and trial.name not in ended:
+                try:
+                    record = RunRecord.open(places.run(trial))
+                    lines = curves_of(trial.name, thinned(record.metrics(), trial.phase))
+                    taken[trial.name] = checked(_planned(trial, record))
+                    curves.append(lines)
+                except RecordError as error:
+                    damaged.append(error)
+        planned = [
+            replace(taken.get(trial.name) or rows.get(trial.name) or _planned(trial), phase=trial.phase)
+            for trial in current.trials
+        ]
+        names = {trial.name for trial in current.trials}
+        aside = [replace(row, phase="set aside") for row in rows.values() if row.trial not in names and row.summary]
+        if taken:
+            # A trial is on record when it has its row. So its lines are written first, and lines without a row, of a
+            # process that was killed in between, do not count.
+            before = read_curves(places.records)
+            before = before.filter(pc.is_in(before["trial"], pa.array(list(ended), pa.string())))
+            write_curves(places.records, [before, *curves])
+        _write_spec(spec, current, places.records / STUDY_FILE)
+        write_trials(places.records, [*planned, *aside])
+    for trial in current.trials:
+        if trial.name in taken:
+            free(trial, places)
+    if damaged:
+        raise damaged[0]
+    return list(taken)
+
+
+def free(trial: Trial, places: Places) -> None:
+    """Give back the space of an ended run's checkpoints."""
+    shutil.rmtree(places.run(trial) / "checkpoints", ignore_errors=True)
+
+
+def thinned(lines: Iterable[dict[str, Any]], phase: str) -> list[dict[str, Any]]:
+    """All eval and event lines; of train and hessian lines a few at equal distances, the last one always."""
+    listed = list(lines)
+    kept = {index for index, line in enumerate(listed) if line["kind"] in ("eval", "event")}
+    for kind, limit in (("train", _TRAIN_LINES[phase]), ("hessian", _HESSIAN_LINES[phase])):
+        of_kind = [index for index, line in enumerate(listed) if line["kind"] == kind]
+        if limit and of_kind:
+            step = max(1, -(-len(of_kind) // limit))
+            kept.update(of_kind[::-1][::step])
+    return [listed[index] for index in sorted(kept)]
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK_FILE).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _in_tables(rows: Iterable[TrialRow]) -> dict[str, Outcome]:
+    found = {row.trial: _outcome(row.summary, row.trial) for row in rows}
+    return {trial: outcome for trial, outcome in found.items() if outcome is not None}
+
+
+def _at_work(places: Places) -> dict[str, Outcome]:
+    if not places.work.is_dir():
+        return {}
+    found = {directory.name: read_outcome(directory) for directory in places.work.iterdir()}
+    return {trial: outcome for trial, outcome in found.items() if outcome is not None}
+
+
+def _outcome(summary: Mapping[str, Any] | None, where: Path | str) -> Outcome | None:
+    if summary is not None and summary["status"] == "diverged":
+        return Outcome("diverged", math.inf)
+    if summary is None or summary["status"] != "completed":
+        return None
+    loss = summary.get("final_val_loss")
+    if loss is None:
+        raise RecordError(f"{where} is damaged: a completed run has a final_val_loss")
+    return Outcome("completed", float(loss))
+
+
+def _planned(trial: Trial, record: RunRecord | None = None) -> TrialRow:
+    row = TrialRow(trial.name, trial.arm, trial.phase, trial.model, trial.horizon, trial.seed)
+    if record is None:
+        return row
+    return replace(row, config=record.config, environment=record.environment, summary=record.summary)
+
+
+def _refuse_changes_after_looking(spec: StudySpec, known: Mapping[str, Outcome], path: Path) -> None:
+    if not path.is_file():
+        return
+    before = load_spec(path)
+    trials = expand(before, known).trials
+    reported = [(t.arm, t.model, t.horizon) for t in trials if t.phase == "reporting" and t.name in known]
+    changed = _changed(before, spec) or _left_out(reported, spec)
+    if reported and changed:
+        raise ConfigurationError(
+            f"{spec.name}: {changed} after reported runs were seen; what is reported is fixed beforehand. "
+            f"Restore it as in {path}, or begin a study of another name"
+        )
+
+
+def _changed(before: StudySpec, after: StudySpec) -> str:
+    """What must not change and did, in words; empty if nothing did. New models, arms and ablations may come."""
+    for model, spec in before.models.items():
+        if model in after.models and after.models[model].seeds != spec.seeds:
+            return f"models.{model}.seeds went from {list(spec.seeds)} to {list(after.models[model].seeds)}"
+    if after.level != before.level:
+        return f"level went from {before.level:g} to {after.level:g}"
+    return "" if after.baseline == before.baseline else f"baseline went from {before.baseline} to {after.baseline}"
+
+
+def _left_out(reported: Iterable[tuple[str, str, int]], after: StudySpec) -> str:
+    """The first cell with runs on record that a study no longer reports, in words."""
+    kept = {(arm, model, horizon) for arm, model, horizon, phase in expected_trials(after) if phase == "reporting"}
+    gone = next((cell for cell in reported if cell not in kept), None)
+    return "" if gone is None else f"{gone[0]} on {gone[1]} at {gone[2]:,} steps was left out"
+
+
+def _write_spec(spec: StudySpec, current: Expansion, path: Path) -> None:
+    budgets: dict[str, dict[str, dict[str, int]]] = {}
+    for (arm, model, horizon), trials in current.budgets.items():
+        budgets.setdefault(arm, {}).setdefault(model, {})[str(horizon)] = trials
+    values = spec.model_dump(mode="json", exclude_defaults=True)
+    values[PLAN] = {"trials_at_most": sum(expected_trials(spec).values()), "budgets": budgets}
+    write_atomically(path, yaml.safe_dump(values, sort_keys=False, width=110))
