@@ -50,7 +50,6 @@ FOREACH_UPDATE, FOREACH_FOLD = 5, 4
 #: so soon (stage3_max_reuse_distance, stage3_max_live_parameters).
 REDUCTION_BUCKET = 500_000_000
 LIVE_WEIGHTS = 1_000_000_000
-#: A step whose refresh is like all others (the first may make several estimates).
 
 
 def planned_memory(config: RunConfig, shape: GPT2Config, world_size: int, device: DeviceType) -> dict[Phase, Memory]:
