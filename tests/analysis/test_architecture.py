@@ -32,6 +32,12 @@ def test_a_package_imports_only_what_stands_below_it(package: str) -> None:
             assert any(name == one or name.startswith(f"{one}.") for one in ALLOWED[package]), f"{path.name}: {name}"
 
 
+@pytest.mark.parametrize("package", sorted(FIRST_PARTY - {"planning", "scripts", "tests"}))
+def test_nothing_imports_planning_but_scripts_and_benchmarks(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        assert not any(name.split(".")[0] == "planning" for name in imports(path)), path.name
+
+
 def test_the_analysis_needs_neither_torch_nor_hydra_nor_wandb() -> None:
     code = "import sys, analysis.report, analysis.compare; print({'torch', 'hydra', 'wandb'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
