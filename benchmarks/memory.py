@@ -280,7 +280,7 @@ def main() -> int:
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_json(arguments.output / "memory.json", record)
-    (arguments.output / "memory.md").write_text(markdown(record))
+    (arguments.output / "memory.md").write_text(markdown(record), encoding="utf-8")
     if len(cases) == len(CASES):
         write_part(PAGE, "memory", page_table(record))
     outside = [case for case in cases if abs(case["planned_over_measured"] - 1) > TOLERANCE]

@@ -243,18 +243,18 @@ class _Step:
         yield backward + kept + bytes_of(head=self.embedding)
 
         # The embedding has a gradient as the head's weight, which waits, and one as the look-up's.
-        last = base + gathered + (kept if done.both_losses else bytes_of())
+        end = base + gathered + (kept if done.both_losses else bytes_of())
         if self.fsdp:
             if not done.accumulated:
-                last["gradients"] += self.shard
-            yield last + bytes_of(engine=2 * FLOAT32 * self.root, activations=stream)
+                end["gradients"] += self.shard
+            yield end + bytes_of(engine=2 * FLOAT32 * self.root, activations=stream)
             return
         standing = self.zero or self.world_size > 1 or done.accumulated  # the other gradients have their place
-        last["gradients"] += self.embedding if standing else self.model
-        yield last + bytes_of(gradients=self.embedding, activations=stream)
+        end["gradients"] += self.embedding if standing else self.model
+        yield end + bytes_of(gradients=self.embedding, activations=stream)
         if not done.both_losses:
-            last += block
-        yield last + temporaries
+            end += block
+        yield end + temporaries
 
     def gathered(self) -> Bytes:
         """Weights that the engine has gathered while the head runs."""

@@ -16,7 +16,7 @@ from training.config import ConfigurationError
 from training.launching.command import main
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("sophia", "models", "data", "training", "studies", "analysis", "scripts")
+PACKAGES = ("sophia", "models", "data", "training", "planning", "studies", "analysis", "scripts")
 SOURCES = [ROOT / "train.py", *sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))]
 # Calls that turn text or bytes into code or into a shell's command.
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "yaml.unsafe_load"}
