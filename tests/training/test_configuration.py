@@ -152,7 +152,7 @@ def test_the_command_line_may_set_one_shell_command_of_a_job_and_a_file_no_other
     assert isinstance(config.launcher, SlurmLauncherConfig)
     assert config.launcher.setup == ("module load x",)
     (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\nlauncher: {setup: [one, two]}\n")
-    with pytest.raises(ConfigurationError, match=r"launcher\.setup=\[two\]: a file sets the shell commands"):
+    with pytest.raises(ConfigurationError, match=r"launcher\.setup=\[two\]: a file may not set a job's shell commands"):
         compose(given, Primary("mine", tmp_path))
 
 
@@ -454,7 +454,7 @@ def test_configurations_that_may_not_be_read_are_one_line(
 
 def test_a_path_without_the_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config-path", str(tmp_path)]) == 2
-    assert f"--config-path {tmp_path}: there is no config.yaml" in capsys.readouterr().err
+    assert f"--config-path {tmp_path}: no readable config.yaml" in capsys.readouterr().err
 
 
 def test_a_conversion_is_of_a_name_that_other_projects_have() -> None:
