@@ -56,7 +56,7 @@ def test_a_token_outside_of_the_vocabulary_is_refused_by_shard_and_position(
     ids = np.arange(150)
     ids[place] = 200
     write_token_directory(tmp_path, [ids[:100], ids[100:]], vocab_size=200)
-    with pytest.raises(DataError, match=rf"train-0000{shard}.npy is damaged: token {position} is 200 but .* has 200"):
+    with pytest.raises(DataError, match=rf"train-0000{shard}.npy is damaged: token {position} is 200, but .* has 200"):
         read_all(TokenDataset(tmp_path, "train"))
 
 

@@ -147,7 +147,7 @@ BAD = {
         "has no key 'text': it is an object with 'content', 'id'; set ",
     ),
     "number.jsonl": (write(b'{"text": 5}\n'), "'text' of the line at byte 0 is of type int, not text"),
-    "cut.jsonl.gz": (truncated(lambda p: write_json_lines(p, texts(500)), 0.5), "truncated or damaged .*fetch"),
+    "cut.jsonl.gz": (truncated(lambda p: write_json_lines(p, texts(500)), 0.5), "truncated or damaged .*download"),
     "not.jsonl.gz": (write(b'{"text": "a"}\n'), "truncated or damaged .*Not a gzipped file"),
     "flipped.jsonl.gz": (
         write(gzip.compress(b'{"text": "a"}\n')[:-6] + b"\0\0\0\0\0\0"),

@@ -123,7 +123,7 @@ def test_a_hub_out_of_reach_is_one_clear_error(error: Exception, message: str, m
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(DataError, match=rf"Skylion007/openwebtext cannot be fetched.*{message}"):
+    with pytest.raises(DataError, match=rf"Skylion007/openwebtext cannot be downloaded.*{message}"):
         fetch(openwebtext())
 
 
