@@ -118,23 +118,24 @@ def undisturbed(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_ends_the_run_after_a_saved_step_and_it_resumes_bit_for_bit(
-    number: signal.Signals, corpus: list[str], tmp_path: Path, undisturbed: list[dict[str, Any]]
+def test_every_stop_signal_ends_the_run_after_a_saved_step(
+    number: signal.Signals, corpus: list[str], tmp_path: Path
 ) -> None:
-    overrides = tiny(corpus, tmp_path)
-    assert run_in_child(overrides, stop_in_step, 13, number) == EXIT_PREEMPTED
+    assert run_in_child(tiny(corpus, tmp_path), stop_in_step, 13, number) == EXIT_PREEMPTED
     assert summary(tmp_path / "run")["status"] == "preempted"
     assert summary(tmp_path / "run")["steps"] == 13
     assert (tmp_path / "run" / "checkpoints" / "step-00000013").is_dir()
-    assert run(overrides) == 0
-    assert curve(tmp_path / "run") == undisturbed
-    assert [line["step"] for line in lines(tmp_path / "run", "event")] == [13]
+
+
+def sigterm_in_step(step: int) -> None:
+    stop_in_step(step, signal.SIGTERM)
 
 
 @pytest.mark.parametrize(
-    ("act", "step", "saved"), [(stop_in_refresh, 16, 16), (stop_in_save, 10, 10), (stop_in_save, 20, 20)]
+    ("act", "step", "saved"),
+    [(sigterm_in_step, 13, 13), (stop_in_refresh, 16, 16), (stop_in_save, 10, 10), (stop_in_save, 20, 20)],
 )
-def test_a_signal_in_a_refresh_or_a_save_loses_nothing(
+def test_a_signal_in_a_step_a_refresh_or_a_save_loses_nothing_and_the_run_goes_on_bit_for_bit(
     act: Any, step: int, saved: int, corpus: list[str], tmp_path: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
     overrides = tiny(corpus, tmp_path)
@@ -142,6 +143,7 @@ def test_a_signal_in_a_refresh_or_a_save_loses_nothing(
     assert summary(tmp_path / "run")["steps"] == saved
     assert run(overrides) == 0
     assert curve(tmp_path / "run") == undisturbed
+    assert [line["step"] for line in lines(tmp_path / "run", "event")] == [saved]
 
 
 def test_an_evaluation_that_is_due_is_left_to_the_next_sitting(
