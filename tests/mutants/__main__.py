@@ -299,9 +299,8 @@ def main() -> int:
         coverage = CoverageMap(directory) if directory.is_dir() else map_coverage(directory)
         planned = planned_changes(files, asked.one_in, coverage)
         planned = [one for one in planned if again is None or key(one.mutant) in again]
-        slots = [
-            Slot(Path(scratch) / f"slot{number}") for number in range((os.cpu_count() or 1) + 1)
-        ]  # tests wait, too
+        count = (os.cpu_count() or 1) + 1  # tests wait, too
+        slots = [Slot(Path(scratch) / f"slot{number}") for number in range(count)]
         results = []
         for result in run(planned, slots):
             results.append(result)
