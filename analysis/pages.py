@@ -7,29 +7,20 @@ from pathlib import Path
 from data.files import write_atomically
 
 
-def read_part(page: Path, name: str) -> str:
-    """What the part `name` of a page holds.
-
-    Raises:
-        ValueError: the page has no such part.
-    """
-    return _split(page, name)[1].strip()
-
-
 def write_part(page: Path, name: str, content: str) -> None:
     """Replace the part `name` of a page.
 
     Raises:
         ValueError: the page has no such part.
     """
-    before, _, after = _split(page, name)
+    before, after = _around(page, name)
     write_atomically(page, f"{before}\n{content.strip()}\n{after}")
 
 
-def _split(page: Path, name: str) -> tuple[str, str, str]:
+def _around(page: Path, name: str) -> tuple[str, str]:
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, found, rest = page.read_text(encoding="utf-8").partition(begin)
-    content, closed, after = rest.partition(end)
+    _, closed, after = rest.partition(end)
     if not found or not closed:
         raise ValueError(f"{page} has no part between {begin} and {end}: put the two lines where it belongs")
-    return before + begin, content, end + after
+    return before + begin, end + after

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from analysis.pages import read_part
 from analysis.results import analyse
 from analysis.trials import load_study
 from scripts.results import main as rebuild
@@ -74,7 +73,8 @@ def test_a_brief_part_has_the_verdict_alone(study: Path, tmp_path: Path) -> None
     page.write_text(f"{PAGE}<!-- more:begin -->\n<!-- more:end -->\n")
     assert rebuild([str(study), "--page", str(page), "--part", "more", "--brief"]) == 0
     assert page.read_text().startswith(PAGE)
-    told = read_part(page, "more").splitlines()
+    _, _, part = page.read_text().partition("<!-- more:begin -->\n")
+    told = part.removesuffix("\n<!-- more:end -->\n").splitlines()
     assert told[0].startswith("**Sophia-G against a tuned AdamW** ([report](results/synthetic/report.md)")
     assert told[2:] == [f"- {one}" for one in analyse(load_study([study])).sentences("sophiag", "tiny")]
 
