@@ -170,7 +170,10 @@ def test_a_missing_harness_is_one_line(
         (["tiny", "--tasks", ","], "no tasks"),
         (["tiny", "--tasks", "choice", "--num-fewshot", "-1"], "--num-fewshot -1"),
         (["tiny", "--tasks", "choice", "--limit", "0"], "--limit 0"),
-        (["tiny", "--tasks", "choice", "--include-path", "nowhere"], "no such directory of task files"),
+        (
+            ["tiny", "--tasks", "choice", "--include-path", "nowhere"],
+            "no such directory; give a directory of task files",
+        ),
         (["tiny", "--tasks", "choice", "--output", "tiny/summary.json"], "holds no downstream results"),
     ],
 )

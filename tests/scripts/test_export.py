@@ -172,7 +172,7 @@ def test_an_export_that_differs_from_the_model_is_refused_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
     monkeypatch.setattr(huggingface, "to_huggingface", right)
-    with pytest.raises(ExportError, match="transformers reads"):
+    with pytest.raises(ExportError, match="transformers encodes"):
         export(replace(trained, tokenizer=_without_last_merge(trained)), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_nothing(
 
     monkeypatch.setattr(exporting, "_model_card", full)
     with pytest.raises(
-        exporting.ConfigurationError, match=r"cannot be written: .*No space left on device.*; make room"
+        exporting.ConfigurationError, match=r"cannot be written: .*No space left on device.*; free space"
     ):
         export(trained, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
@@ -215,7 +215,7 @@ def test_what_is_in_the_way_is_kept_unless_it_is_an_export_to_be_overwritten(
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    assert "is no export" in refused(main([str(tiny_run), str(mine), "--overwrite"]))
+    assert "is not an export" in refused(main([str(tiny_run), str(mine), "--overwrite"]))
     assert (mine / "thesis.txt").read_text() == "years of work"
 
     made = tmp_path / "made"

@@ -225,7 +225,7 @@ def test_tokens_that_have_been_moved_can_be_named_and_others_are_refused(
     moved = shutil.copytree(tokens, tmp_path / "moved")
     assert open_trained(tiny_run, tokens=moved).tokenizer.sha256 == trained.tokenizer.sha256
 
-    assert "--token" in refused(main([str(tiny_run), "--token-directory", str(tmp_path / "nowhere")]))
+    assert "with --token-directory" in refused(main([str(tiny_run), "--token-directory", str(tmp_path / "nowhere")]))
 
     corpus = tmp_path / "other.jsonl"
     corpus.write_text(
@@ -290,5 +290,5 @@ def test_an_empty_prompt_begins_a_text(
     drawn = generate(trained.model, [trained.tokenizer.end_of_text], 8, Sampling(0.8), 0, trained.tokenizer.end_of_text)
     expected = "".join(as_text(trained.tokenizer, drawn))
     assert sampled(capsys, tiny_run, "--tokens", "8") == expected + "\n"
-    with pytest.raises(ValueError, match="empty prompt"):
+    with pytest.raises(ValueError, match="prompt is empty"):
         next(generate(trained.model, [], 1, Sampling(), 0, NO_END))
