@@ -7,8 +7,6 @@ import signal
 import time
 from typing import Any
 
-from torch.distributed.launcher import api
-
 import training.launching.ranks as launch
 import training.loop as loop
 from tests.training.runs import signals_of_this_run
@@ -48,15 +46,8 @@ def rank_under_a_terminal_that_closes(values: dict[str, Any], codes: Any) -> int
     return run_rank(values, codes)
 
 
-def begin_as(rank: Any, forked: bool = False) -> None:
-    """Have ranks be started as this, by a process of its own session that blocks stop signals, as a worker of a sweep.
-
-    Args:
-        forked: ranks come from the tests' fork server, and not from interpreters of their own, which import torch again.
-    """
+def begin_as(rank: Any) -> None:
+    """Have ranks be started as this, by a process of its own session that blocks stop signals, as a worker of a sweep."""
     os.setsid()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     launch.run_rank = rank
-    if forked:
-        config = api.LaunchConfig
-        api.LaunchConfig = lambda **given: config(**given | {"start_method": "forkserver"})

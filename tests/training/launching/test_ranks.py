@@ -37,7 +37,7 @@ def test_dead_ranks_are_restarted_and_finally_named(tiny: list[str], tmp_path: P
     overrides = [*tiny, f"output_dir={tmp_path}", "name=run", "checkpoint.interval=4"]
     assert run([*overrides, "train.steps=2"]) == 0
     launched = ["launcher.nproc_per_node=2", "launcher.max_restarts=1", "overwrite=true"]
-    assert run_in_child([*overrides, *launched], begin_as, dying_rank, True, errors=tmp_path / "errors") == EXIT_FAILED
+    assert run_in_child([*overrides, *launched], begin_as, dying_rank, errors=tmp_path / "errors") == EXIT_FAILED
     said = (tmp_path / "errors").read_text()
     assert "error: rank 1 failed (killed by SIGKILL)" in said
     assert run(overrides) == 0
