@@ -93,7 +93,7 @@ def split_cluster(overrides: Sequence[str]) -> tuple[ClusterConfig, list[str]]:
     kind = str(given.pop("gpu", DEFAULT_GPU))
     if kind not in gpu_kinds():
         raise ConfigurationError(
-            f"cluster.gpu={kind}: there is no such kind; {choose_from(kind, gpu_kinds(), 'cluster')}, or describe your own "
+            f"cluster.gpu={kind}: unknown kind; {choose_from(kind, gpu_kinds(), 'cluster')}, or describe your own "
             f"in {Path('configs/cluster') / (kind + '.yaml')}"
         )
     values = yaml.safe_load((GPU_DIRECTORY / f"{kind}.yaml").read_text())

@@ -58,7 +58,8 @@ def imports_between(graph: grimp.ImportGraph, node: Callable[[str], str | None])
     """Which node imports which, where `node` gives the node that a module belongs to."""
     found: dict[str, set[str]] = {}
     for module in sorted(graph.modules):
-        if (name := node(module)) is not None:
+        name = node(module)
+        if name is not None:
             imported = {node(one) for one in graph.find_modules_directly_imported_by(module)}
             found.setdefault(name, set()).update(one for one in imported if one not in (None, name))
     return found

@@ -204,7 +204,7 @@ def test_a_rank_with_others_ends_in_the_loop_alone(world_size: int, monkeypatch:
     begun: list[bool] = []
 
     def executed(config: RunConfig, distributed: Distributed, stop: StopSignals, held: Any) -> Outcome:
-        begun.append(stop._begun)
+        begun.append(stop._started)
         return Outcome("preempted", Path(), None)
 
     alone = Distributed(0, 0, world_size, torch.device("cpu"))
