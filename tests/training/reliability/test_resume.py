@@ -193,7 +193,7 @@ def test_totals_continue_after_an_interruption(
     ):
         assert got[key] == expected[key], key
     of_run, of_undisturbed = (
-        Checkpoint(available(tmp_path / name / "checkpoints")[0]).state["training"] for name in ("run", "undisturbed")
+        Checkpoint(available(one / "checkpoints")[0]).state["training"] for one in (tmp_path / "run", finished)
     )
     assert of_run == of_undisturbed
     assert of_run["spikes"] is not None
