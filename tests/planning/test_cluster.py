@@ -56,7 +56,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_planned_with_the_nearest_and_sai
     )
     config, notes = compose_for(overrides, cluster)
     assert config.train.global_batch_size == 15
-    assert any("does not divide over 5 ranks" in note for note in notes)
+    assert any("is not divisible by 5 ranks" in note for note in notes)
 
 
 @pytest.mark.parametrize("removed", ["train.precision", "train.compile"])

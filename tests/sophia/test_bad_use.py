@@ -148,7 +148,7 @@ def test_estimates_must_match_the_parameters() -> None:
 def test_curvature_for_an_optimizer_without_curvature_is_told() -> None:
     with pytest.raises(RuntimeError, match="hessian_interval=None"):
         Sophia([parameter(2)], hessian_interval=None).update_hessian(num_predictions=1)
-    with pytest.raises(ValueError, match="AdaHessian has no step without curvature"):
+    with pytest.raises(ValueError, match="AdaHessian cannot step without curvature"):
         AdaHessian([parameter(2)], hessian_interval=None)  # type: ignore[arg-type]
 
 
@@ -188,7 +188,7 @@ def test_estimators_name_what_does_not_fit() -> None:
     logits, w = torch.zeros(4, 3, requires_grad=True), torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match=r"positions have shape \(3,\), expected \(4,\)"):
         gauss_newton_bartlett(lambda: logits, seed=0, step=1, positions=torch.arange(3))
-    with pytest.raises(ValueError, match="no prediction"):
+    with pytest.raises(ValueError, match="nothing to predict"):
         gauss_newton_bartlett(lambda: logits, seed=0, step=1, positions=torch.full((4,), -1))
     with pytest.raises(ValueError, match="every target is ignore_index = -100"):
         empirical_fisher(lambda: logits, torch.full((4,), -100))
@@ -210,15 +210,15 @@ SCALAR, LOGITS = torch.zeros((), requires_grad=True), torch.zeros(2, 3, requires
 @pytest.mark.parametrize(
     ("returned", "said"),
     [
-        ((LOGITS, None), "a tuple, expected a tensor: take logits out, as in lambda: model(x)[0]"),
-        ([SCALAR, LOGITS], "a list, expected a tensor: take logits out, as in lambda: model(x)[1]"),
+        ((LOGITS, None), "a tuple, expected a tensor: return its logits, as in lambda: model(x)[0]"),
+        ([SCALAR, LOGITS], "a list, expected a tensor: return its logits, as in lambda: model(x)[1]"),
         (
             SimpleNamespace(logits=LOGITS),
-            "a SimpleNamespace, expected a tensor: take logits out, as in lambda: model(x).logits",
+            "a SimpleNamespace, expected a tensor: return its logits, as in lambda: model(x).logits",
         ),
         (
             {"h": LOGITS, "logits": LOGITS},
-            "a dict, expected a tensor: take logits out, as in lambda: model(x)['logits']",
+            "a dict, expected a tensor: return its logits, as in lambda: model(x)['logits']",
         ),
         (None, "a NoneType, expected a tensor: return logits as a tensor"),
     ],
@@ -237,14 +237,14 @@ def test_a_model_that_returns_more_than_its_logits_is_told_how_to_take_them_out(
 @pytest.mark.parametrize(
     ("loss_fn", "said"),
     [
-        (lambda: (LOGITS, LOGITS.sum()), "a tuple, expected a tensor: take loss out, as in lambda: model(x)[1]"),
+        (lambda: (LOGITS, LOGITS.sum()), "a tuple, expected a tensor: return its loss, as in lambda: model(x)[1]"),
         (
             lambda: SimpleNamespace(loss=SCALAR),
-            "a SimpleNamespace, expected a tensor: take loss out, as in lambda: model(x).loss",
+            "a SimpleNamespace, expected a tensor: return its loss, as in lambda: model(x).loss",
         ),
         (lambda: 0.5, "a float, expected a tensor: return loss as a tensor"),
-        (lambda: LOGITS * 2, "returned a tensor of shape (2, 3), expected one number: return its .mean()"),
-        (SCALAR, "is a Tensor, expected a function: write lambda: ... before it"),
+        (lambda: LOGITS * 2, "returned a tensor of shape (2, 3), expected a scalar: return its .mean()"),
+        (SCALAR, "is a Tensor, expected a function: wrap it in lambda: ..."),
     ],
 )
 def test_a_loss_function_that_returns_no_loss_is_told(estimate: Any, loss_fn: Any, said: str) -> None:
