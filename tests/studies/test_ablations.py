@@ -65,7 +65,7 @@ def record(jobs: Sequence[Sequence[str]]) -> list[int]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     places = Places.of("cpu_scale", *(tmp_path_factory.mktemp(name) for name in ("runs", "results")))
-    assert run_study(cut_down(), places, record, at_once=None, tell=lambda _: None).finished
+    assert run_study(cut_down(), places, record, at_once=None, log=lambda _: None).finished
     return analyse(load_study([places.records]))
 
 

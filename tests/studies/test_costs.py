@@ -59,5 +59,5 @@ def test_the_share_of_curvature_is_that_of_its_flops(overrides: list[str], share
 
 @pytest.mark.parametrize("given", ["gpt2_xl=3", "gpt2_nano", "gpt2_nano=fast", "gpt2_nano=0", "gpt2_nano=-1"])
 def test_a_speed_that_cannot_be_used_is_refused(given: str) -> None:
-    with pytest.raises(ConfigurationError, match="expected <model>=<tokens a second> with one of gpt2_nano"):
+    with pytest.raises(ConfigurationError, match="expected <model>=<tokens per second> with one of gpt2_nano"):
         speeds_of(spec(), [given])
