@@ -36,7 +36,7 @@ class Sitting:
 
     finished: bool  # nothing is left to run
     ran: int
-    failed: tuple[str, ...]  # trials that failed; the next sitting retries them
+    failed: tuple[str, ...]  # trials that failed; the next call retries them
     interrupted: bool  # by a signal or the time limit
 
 
