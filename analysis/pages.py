@@ -1,4 +1,4 @@
-"""Parts of a written page that are made from records: what stands between `<!-- name:begin -->` and `<!-- name:end -->`."""
+"""Generated parts of a page: the text between `<!-- name:begin -->` and `<!-- name:end -->`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from data.files import write_atomically
 
 
 def read_part(page: Path, name: str) -> str:
-    """What the part `name` of a page holds.
+    """Return the part `name` of a page.
 
     Raises:
         ValueError: the page has no such part.
@@ -31,5 +31,5 @@ def _split(page: Path, name: str) -> tuple[str, str, str]:
     before, found, rest = page.read_text(encoding="utf-8").partition(begin)
     content, closed, after = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"{page} has no part between {begin} and {end}: put the two lines where it belongs")
+        raise ValueError(f"{page} has no part between {begin} and {end}: add these two lines")
     return before + begin, content, end + after

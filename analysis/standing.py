@@ -1,5 +1,4 @@
-"""A study's answer as a section of a page: the verdict in three sentences, one figure, what it does not say, and where it
-stands beside what others published."""
+"""A study's result as a section of a page: verdict, figure, limits, and comparison with published results."""
 
 from __future__ import annotations
 
@@ -17,12 +16,12 @@ FIGURE = "speedups"
 
 
 def section(results: Results, directory: Path, page: Path, arm: str) -> str:
-    """Markdown of the section.
+    """Return the section as Markdown.
 
     Args:
-        directory: the study's, with its report in it.
-        page: where the section will stand; links are relative to it.
-        arm: whose verdict is told, in the models on which it was reported.
+        directory: the study's directory, with its report.
+        page: the page of the section; links are relative to it.
+        arm: the arm of the verdict, on all models with reported runs of it.
     """
     parts = [
         verdict(results, directory, page, arm),
@@ -34,7 +33,7 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
 
 
 def verdict(results: Results, directory: Path, page: Path, arm: str) -> str:
-    """The section's first part alone: the arm's verdict, three sentences a model. Arguments as of `section`."""
+    """Return the section's first part: the arm's verdict, three sentences per model. Arguments as in `section`."""
     study, place = results.study, escaping.href(directory, page.parent)
     parts = [
         f"**{label(arm)} against a tuned {label(study.baseline)}** ([report]({place}/report.md), {_runs(results)}):"
@@ -47,7 +46,7 @@ def verdict(results: Results, directory: Path, page: Path, arm: str) -> str:
 
 
 def limits(results: Results, models: Sequence[str]) -> str:
-    """What the study does not say, in numbers."""
+    """Return the limits of the study, in numbers."""
     study, sizes = results.study, model_sizes(results.study)
     said = []
     for model in models:
@@ -66,7 +65,7 @@ def limits(results: Results, models: Sequence[str]) -> str:
 
 
 def side_by_side(results: Results, arm: str) -> Table:
-    """The paper's claim, independent findings and this study, one row for each comparison at equal length."""
+    """Return the paper's claim, independent results and this study, one row per comparison at equal length."""
     study, reference = results.study, load_reference()
     rows = []
     for published in reference.losses:
@@ -120,7 +119,7 @@ def side_by_side(results: Results, arm: str) -> Table:
 
 
 def _opponents(published: PublishedLoss, losses: Sequence[PublishedLoss]) -> list[PublishedLoss]:
-    """Sophia's losses of the same source, size and, where it is counted so, horizon."""
+    """Return Sophia's losses from the same source at the same size and, if given, the same horizon."""
     return [
         one
         for one in losses
@@ -148,7 +147,7 @@ def _loss(value: float) -> str:
 
 
 def _models(results: Results, arm: str) -> list[str]:
-    """Those on which the arm was reported."""
+    """Return the models with reported runs of the arm."""
     told = {one.model for one in results.headlines if one.arm == arm}
     return [model for model in results.study.models if model in told]
 

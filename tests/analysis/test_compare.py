@@ -124,7 +124,7 @@ def test_the_command_compares_all_that_a_sweep_leaves_and_draws_it(
     (runs / "multirun.yaml").write_text("hydra: {}\n")
     assert main(list(map(str, runs.iterdir()))) == 0
     out, err = capsys.readouterr()
-    assert "Every setting that was tried" in out
+    assert "All settings" in out
     assert str(runs / "comparison.png") in out
     assert err == f"skipped, not a run: {runs / 'multirun.yaml'}\n"
     with Image.open(runs / "comparison.png") as image:

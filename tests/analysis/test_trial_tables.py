@@ -121,7 +121,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "an arm of another study": (TRIALS_FILE, replaced(",lion,reporting,", ",tiger,reporting,"), "has no arm 'tiger'"),
     "curves cut": (CURVES_FILE, cut, "curves.parquet is damaged"),
     "a bit of the curves": (CURVES_FILE, flip, "curves.parquet is damaged"),
-    "no curves": (CURVES_FILE, Path.unlink, "curves.parquet has no line of tiny-adamw"),
+    "no curves": (CURVES_FILE, Path.unlink, "curves.parquet has no lines of tiny-adamw"),
     "another table": (
         CURVES_FILE,
         lambda path: pd.DataFrame({"trial": ["a"]}).to_parquet(path),
