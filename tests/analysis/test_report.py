@@ -153,7 +153,7 @@ def test_a_sweep_is_one_line_that_says_what_to_use(tmp_path: Path, capsys: pytes
     for rate in (1e-3, 3e-3):
         write_run(tmp_path / f"a{rate}", steps=4, config={"optimizer.lr": rate}, train_lines=False)
     assert report([str(tmp_path)]) == 2
-    assert "scripts/compare.py, or name one of them, --baseline 'adamw (lr=0.001)'" in capsys.readouterr().err
+    assert "scripts/compare.py, or choose one, --baseline 'adamw (lr=0.001)'" in capsys.readouterr().err
 
 
 def test_a_directory_named_like_a_script_is_a_plain_link_and_markup_in_names_is_text(tmp_path: Path) -> None:
