@@ -1,4 +1,4 @@
-"""The report: complete in every format, and a page that works in a real browser with nothing loaded from elsewhere."""
+"""The report is complete in every format, and its page works in a real browser without network requests."""
 
 import os
 import re
@@ -305,7 +305,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(page: Page) -> None:
     assert page.errors == []
 
 
-def test_it_prints(page: Page, tmp_path: Path) -> None:
+def test_the_page_prints(page: Page, tmp_path: Path) -> None:
     page.print_to_pdf(tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").stat().st_size > 50_000
     assert page.errors == []

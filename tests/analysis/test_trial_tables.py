@@ -1,4 +1,4 @@
-"""A study's tables: they give back every record exactly, pandas reads them in a line each, damage is named."""
+"""A study's tables reproduce every record exactly, pandas reads each in one line, and damage is reported."""
 
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The sums tell what is in the state; the alarm rings when Sophia runs as sign momentum, and only then."""
+"""The sums describe the state; the alarm rings if and only if Sophia runs as sign momentum."""
 
 import json
 import math

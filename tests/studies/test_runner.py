@@ -1,4 +1,4 @@
-"""Running a study: what is done is skipped, what was cut off goes on, budgets and seeds are kept."""
+"""Running a study: finished trials are skipped, unfinished ones resume, budgets and seeds are kept."""
 
 import itertools
 import json
@@ -95,7 +95,7 @@ def test_a_study_runs_to_its_end_and_a_second_call_runs_nothing(spec: StudySpec,
     assert again.ran == []
 
 
-def test_a_study_that_was_interrupted_goes_on_and_runs_nothing_twice(spec: StudySpec, places: Places) -> None:
+def test_an_interrupted_study_resumes_and_runs_nothing_twice(spec: StudySpec, places: Places) -> None:
     first = FakeMachine(stop_after=7)
     report = run_study(spec, places, first, log=silent)
     assert report.interrupted
@@ -110,7 +110,7 @@ def test_a_study_that_was_interrupted_goes_on_and_runs_nothing_twice(spec: Study
     assert whole.ran == first.ran[:7] + second.ran
 
 
-def test_records_alone_let_a_study_go_on_from_a_fresh_clone(spec: StudySpec, places: Places) -> None:
+def test_a_study_resumes_from_its_records_in_a_fresh_clone(spec: StudySpec, places: Places) -> None:
     run_study(spec, places, FakeMachine(), log=silent)
     clone = Places(places.work.parent / "empty", places.records)
     machine = FakeMachine()
@@ -127,14 +127,14 @@ def test_a_run_that_ended_just_before_a_kill_is_kept_without_being_run_again(spe
     assert trial.name in {row.trial for row in read_trials(places.records) if row.summary}
 
 
-def test_no_trial_begins_after_the_time_given(spec: StudySpec, places: Places) -> None:
+def test_no_trial_starts_after_the_time_limit(spec: StudySpec, places: Places) -> None:
     machine = FakeMachine()
     report = run_study(spec, places, machine, hours=0.0, log=silent)
     assert report.interrupted
     assert machine.ran == []
 
 
-def test_a_failed_trial_stops_neither_the_others_nor_the_next_sitting(spec: StudySpec, places: Places) -> None:
+def test_a_failed_trial_stops_neither_the_others_nor_the_next_call(spec: StudySpec, places: Places) -> None:
     machine = FakeMachine()
     first = expand(spec, {}).trials[0]
     machine.codes[first.name] = 1
@@ -194,7 +194,7 @@ def test_the_tables_are_what_the_analysis_reads(spec: StudySpec, places: Places)
     assert analyse(study).headline("sophiag", "gpt2_nano", "steps", 1.0).claim.verdict == "undecided"
 
 
-def test_a_study_that_is_broken_off_says_so_with_what_is_missing(spec: StudySpec, places: Places) -> None:
+def test_an_interrupted_study_lists_what_is_missing(spec: StudySpec, places: Places) -> None:
     run_study(spec, places, FakeMachine(), log=silent)
     assert load_study([places.records]).under_way == ""
     rows = read_trials(places.records)
@@ -248,7 +248,7 @@ def test_thinned_lines_are_taken_at_equal_distances_and_the_last_is_among_them(t
     assert len({b - a for a, b in itertools.pairwise(steps)}) == 1
 
 
-def test_a_sitting_that_is_killed_between_two_trials_loses_nothing(spec: StudySpec, places: Places) -> None:
+def test_a_study_killed_between_two_trials_loses_nothing(spec: StudySpec, places: Places) -> None:
     """Nothing of it is in the tables; the runs that ended are, after the next compaction."""
 
     machine = FakeMachine()
@@ -285,7 +285,7 @@ def test_a_compaction_that_is_killed_after_the_curves_leaves_no_line_twice(
     assert steps == sorted({*steps})
 
 
-def test_sittings_side_by_side_do_not_overwrite_each_other(spec: StudySpec, places: Places) -> None:
+def test_concurrent_calls_do_not_overwrite_each_other(spec: StudySpec, places: Places) -> None:
     """Each at work in a place of its own, both compacting into one pair of tables, over and over."""
     trials = expand(spec, {}).trials[:1] + expand(spec, {}).trials[-1:]
     assert len({trial.name for trial in trials}) == 2
@@ -306,7 +306,7 @@ def test_sittings_side_by_side_do_not_overwrite_each_other(spec: StudySpec, plac
     assert set(by_trial(read_curves(places.records))) == {trial.name for trial in trials}
 
 
-def test_a_damaged_run_at_work_is_named_and_the_others_are_taken_in(spec: StudySpec, places: Places) -> None:
+def test_a_damaged_run_is_named_and_the_others_are_added(spec: StudySpec, places: Places) -> None:
     first, second = expand(spec, {}).trials[:1] + expand(spec, {}).trials[-1:]
     FakeMachine()(jobs=[job(spec, trial, places) for trial in (first, second)])
     (places.run(first) / "metrics.jsonl").write_text("garbage\n")

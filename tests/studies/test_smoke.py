@@ -1,4 +1,4 @@
-"""A real study, small, from one command to the report: killed once without warning, and gone on with."""
+"""A small real study from one command to the report, killed once and resumed."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def tiny(directory: Path) -> Path:
 
 
 @pytest.mark.timeout(600)
-def test_a_study_killed_in_the_middle_goes_on_to_its_report(tmp_path: Path) -> None:
+def test_a_killed_study_resumes_and_writes_its_report(tmp_path: Path) -> None:
     study = tiny(tmp_path)
     command = [sys.executable, "scripts/study.py", "run", f"study={study}"]
     command += ["--work", str(tmp_path / "runs"), "--records", str(tmp_path / "results")]

@@ -88,7 +88,7 @@ def test_the_baseline_runs_at_all_horizons_and_the_others_where_the_study_says()
     assert spec.arms_on("gpt2_micro")[0] == "adamw"
 
 
-def test_an_arm_may_keep_to_some_of_the_horizons() -> None:
+def test_an_arm_may_run_at_only_some_of_the_horizons() -> None:
     values = small()
     values["arms"]["sophiag"]["horizons"] = [50]
     spec = validate_spec(values, "small.yaml")

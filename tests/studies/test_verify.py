@@ -1,4 +1,4 @@
-"""A record against a run made again: what counts as the same, and what is named."""
+"""Comparing a record with its rerun: what counts as equal, and what is reported."""
 
 import json
 import math
@@ -74,9 +74,7 @@ def test_a_run_that_ended_early_does_not_vouch_for_the_rest(tmp_path: Path, end:
     assert compare(kept, whole).holds == (end == "completed")
 
 
-def test_what_an_earlier_call_left_does_not_vouch_for_a_run_that_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_summary_does_not_hide_a_failed_rerun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trials = [trial(record(tmp_path / "runs" / name, {8: 1.0})) for name in ("one", "two")]
     rows = []
     for name in ("one", "two"):
