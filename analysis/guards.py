@@ -49,7 +49,7 @@ Severity = Literal["serious", "note"]
 
 # What runs differ in, and the consequence for a comparison.
 _UNFAIR: dict[Affects, tuple[str, str]] = {
-    "loss": ("more than the optimizer", "No difference of loss between them can be put down to the optimizer."),
+    "loss": ("more than the optimizer", "A difference of loss between them may not be due to the optimizer."),
     "seconds": (
         "what affects timing",
         "Losses are not affected; compare seconds by the reference-time model.",
@@ -212,7 +212,7 @@ def _fairness(study: Study) -> list[Finding]:
         )
     tuned = [key for key in declared if not is_under(key, OPTIMIZER)]
     if tuned:
-        title = f"Tuned for each arm beside the optimizer's own hyper-parameters: {', '.join(tuned)}"
+        title = f"Tuned for each arm in addition to the optimizer's hyper-parameters: {', '.join(tuned)}"
         findings.append(Finding("fairness", "note", title, "Declared in the study's search spaces."))
     return findings
 

@@ -205,26 +205,25 @@ def method(results: Results) -> list[str]:
     seeds = sorted({len(end.seeds) for end in cells})
     fitted = sorted({base.curve.method for base in results.baselines.values()})
     paragraphs = [
-        "All arms ran through one training loop with the same model, data, batches, gradient clip and schedule shape; "
-        "they differ in the optimizer and its hyper-parameters, or a warning above says in what else. Runs of one "
-        "seed start from the same weights and see the same data in the same order under every optimizer, so that "
-        "differences are paired. The validation set is fixed and the same for all.",
-        f"What is compared are ends of runs whose learning rate has decayed to its end, at {_counts(seeds)} seeds"
-        + (f" ({', '.join(map(str, study.seeds))}), fixed before any of them was run" if study.planned else "")
-        + ". Where two curves of one length cross says nothing: the schedule decays the loss.",
-        f"The speed-up of an arm is what {baseline} would spend to end at the same loss, divided by what the arm "
-        f"spent. {baseline}'s loss as a function of the budget comes from the ends of its runs over the horizons "
-        f"({' and '.join(fitted) or 'none'}: from four horizons on a power law with a floor, else a straight line on "
-        "the logarithmic axis). Its interval holds the ratios that a paired t test does not reject, the variance over "
-        "seeds pooled over horizons where Bartlett's test finds it alike. Losses outside the range of the "
-        "baseline's are censored, not extrapolated. With few seeds a bootstrap interval covers too little; "
-        "none is used.",
-        "Compute counts model FLOPs without recomputation, curvature passes included. Wall-clock counts the seconds of "
-        "forward and backward passes, curvature passes, optimizer steps and waiting for data on the runs' own clocks; "
-        "compilation, evaluation and checkpoints are booked apart.",
+        "All arms use the same training loop, model, data, batches, gradient clip and schedule shape. They differ in the "
+        "optimizer and its hyper-parameters; a warning above lists any other difference. Runs of one seed start from the "
+        "same weights and see the same data in the same order under every optimizer, so differences are paired. The "
+        "validation set is fixed and the same for all.",
+        f"The comparison is between final losses of fully decayed runs, at {_counts(seeds)} seeds"
+        + (f" ({', '.join(map(str, study.seeds))}), fixed before the first run" if study.planned else "")
+        + ". Crossings of curves of the same length are not evidence, because the schedule decays the loss.",
+        f"The speed-up of an arm is the cost at which {baseline} would reach the arm's final loss, divided by the arm's "
+        f"cost. {baseline}'s loss as a function of the cost comes from its final losses over the horizons "
+        f"({' and '.join(fitted) or 'none'}: a power law with a floor from four horizons on, else a straight line on "
+        "the logarithmic axis). The interval holds the ratios that a paired t test does not reject, with the variance "
+        "over seeds pooled over horizons unless Bartlett's test rejects it. Losses outside the baseline's range are "
+        "censored, not extrapolated. There are no bootstrap intervals: with few seeds they cover too little.",
+        "Compute counts model FLOPs with curvature passes and without recomputation. Wall-clock counts the measured "
+        "seconds of forward and backward passes, curvature passes, optimizer steps and waiting for data, without "
+        "compilation, evaluation and checkpoints.",
         "A claim is supported if the test puts the ratio above the threshold at the "
-        f"{1 - study.level:.0%} level after Holm's correction over all claims on a model, not supported if below, else "
-        "undecided, with the number of seeds that would decide (power 80 %, were the effect what was seen).",
+        f"{1 - study.level:.0%} level after Holm's correction over all claims on a model, not supported if below, and "
+        "otherwise undecided, with the number of seeds that would decide (80 % power for the observed effect).",
     ]
     if study.reference_times is not None:
         paragraphs.append(

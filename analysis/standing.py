@@ -54,13 +54,13 @@ def limits(results: Results, models: Sequence[str]) -> str:
         tokens = float(longest.tokens.mean())
         said.append(
             f"{sizes[model] / 1e6:.1f}M parameters, {longest.horizon:,} steps, {tokens / 1e6:.1f}M tokens, "
-            f"{tokens / sizes[model]:.1f} tokens a parameter"
+            f"{tokens / sizes[model]:.1f} tokens per parameter"
         )
     return (
-        f"**What it does not say**: anything about the paper's scale. The longest runs here are {'; '.join(said)}; the "
-        "paper's smallest are 125M parameters, 100,000 steps, 49B tokens, 390 tokens a parameter. A run of a few hundred "
-        "steps wants short memories (β1, β2) and leaves the curvature little time to be learned; what holds here need "
-        "not hold there. `study=paper_125m` asks the same question at the paper's scale, for whoever has the GPUs."
+        f"**Limits**: the study says nothing about the paper's scale. The longest runs here have {'; '.join(said)}; the "
+        "paper's smallest have 125M parameters, 100,000 steps, 49B tokens, 390 tokens per parameter. Runs of a few hundred "
+        "steps favour short averages (β1, β2) and leave little time to estimate the curvature, so the result may not "
+        "transfer. `study=paper_125m` makes the same comparison at the paper's scale; it needs GPUs."
     )
 
 
@@ -156,4 +156,4 @@ def _runs(results: Results) -> str:
     study = results.study
     reported = sum(trial.run is not None for trial in study.reporting)
     tuning = sum(trial.run is not None for trial in study.tuning)
-    return f"{reported:,} reported runs and {tuning:,} of tuning, records beside it"
+    return f"{reported:,} reported runs and {tuning:,} tuning runs, with records"
