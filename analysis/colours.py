@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-# Told apart by people with any of the usual colour deficiencies, and legible as thin lines on white.
+# Distinguishable with the common colour vision deficiencies, and legible as thin lines on white.
 _COLOURS = {
     "adamw": "#1f4e9c",
     "lion": "#c98a00",
@@ -28,12 +28,12 @@ _LABELS = {
 
 
 def label(arm: str) -> str:
-    """How the arm is written for a reader: "sophiag" -> "Sophia-G"; an unknown arm keeps its own name."""
+    """Return the display name of an arm: "sophiag" -> "Sophia-G"; an unknown arm keeps its name."""
     return _LABELS.get(arm, arm)
 
 
 def colours(arms: Iterable[str]) -> dict[str, str]:
-    """A colour ("#rrggbb") for each arm: optimizers have their own, other arms take the next free one."""
+    """Return a colour ("#rrggbb") for each arm: known optimizers have fixed colours, other arms take the next free one."""
     arms = list(dict.fromkeys(arms))
     others = [arm for arm in arms if arm not in _COLOURS]
     return {arm: _COLOURS.get(arm) or _OTHERS[others.index(arm) % len(_OTHERS)] for arm in arms}

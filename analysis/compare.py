@@ -1,6 +1,6 @@
-"""Runs of one horizon side by side: single runs, or a sweep, of which each optimizer's best setting is shown.
+"""Compare runs of one horizon: single runs, or a sweep, with each optimizer's best setting.
 
-A demonstration, which a study then puts to the test.
+This is a demonstration. A study tests the result.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setting:
-    """The runs of one optimizer that differ in their seed alone."""
+    """Runs of one optimizer that differ only in their seed."""
 
     optimizer: str
     runs: tuple[RecordedRun, ...]  # ascending in seed; each completed or diverged
-    values: str  # the learning rate, and what else tells the optimizer's settings apart: "lr=0.003, gamma=0.05"
+    values: str  # the learning rate and the other values that distinguish the settings: "lr=0.003, gamma=0.05"
 
     @property
     def loss(self) -> float:
-        """Mean final validation loss over the seeds, nats; infinite where a run diverged."""
+        """Mean final validation loss over the seeds, nats; infinite if a run diverged."""
         losses = [run.final_val_loss for run in self.runs]
         return float(np.mean(losses)) if np.all(np.isfinite(losses)) else float("inf")
 
     @property
     def outcome(self) -> str:
-        """The loss in words: "4.1234", or how many runs diverged."""
+        """The loss as text: "4.1234", or the number of diverged runs."""
         if np.isfinite(self.loss):
             return f"{self.loss:.4f}"
         lost = sum(not np.isfinite(run.final_val_loss) for run in self.runs)
@@ -53,13 +53,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class ComparedArm:
-    """An optimizer's best setting, and what its mean curve had spent when it first reached the baseline's final loss."""
+    """An optimizer's best setting, and its cost when its mean curve first reached the baseline's final loss."""
 
     setting: Setting
-    curve: Curve  # evaluations, means over the seeds
-    difference: (
-        Interval | None
-    )  # of the final loss from the baseline's, paired by seed; None where nothing can be paired
+    curve: Curve  # evaluations, averaged over the seeds
+    difference: Interval | None  # final loss minus the baseline's, paired by seed; None without common seeds
     to_target: dict[Currency, TimeToTarget]
 
     @property
@@ -73,10 +71,10 @@ class Comparison:
 
     baseline: ComparedArm
     others: list[ComparedArm]
-    settings: list[Setting]  # all that were tried
+    settings: list[Setting]  # all settings
     target: float  # the baseline's final validation loss, mean over its seeds, nats
     warnings: list[Difference]
-    left_out: list[str]  # each run that has not ended, and its status
+    left_out: list[str]  # unfinished runs with their status
 
     @property
     def arms(self) -> list[ComparedArm]:
@@ -85,17 +83,17 @@ class Comparison:
     @property
     def caveat(self) -> str:
         if self.is_sweep:
-            return "one horizon, each optimizer at its best setting, chosen on the seeds shown: a look, not a test"
+            return "one horizon, best setting of each optimizer, chosen on the seeds shown: exploratory, not a test"
         seeds = max(len(one.setting.runs) for one in self.arms)
         return f"one horizon, {'one seed' if seeds == 1 else f'{seeds} seeds'}: a demonstration, not a test"
 
     @property
     def is_sweep(self) -> bool:
-        """Whether an optimizer was tried with more than one setting."""
+        """Whether an optimizer has more than one setting."""
         return len(self.settings) > len(self.arms)
 
     def table(self) -> Table:
-        """A rich table: final loss, and the steps, FLOPs and seconds to the baseline's final loss."""
+        """Return a rich table: final loss, and the steps, FLOPs and seconds to the baseline's final loss."""
         baseline = label(self.baseline.arm)
         title = f"Final validation loss, and the steps, FLOPs and seconds to {baseline}'s final loss\n({self.caveat})"
         table = _table(title, caption=Text(self._caption()), caption_justify="left")
@@ -104,7 +102,7 @@ class Comparison:
         table.add_column("seeds", justify="right", no_wrap=True)
         table.add_column("final loss", justify="right")
         table.add_column(Text(f"− {baseline}"), justify="right")
-        for currency in ("steps", "FLOPs", "seconds"):  # where the terminal is narrow, "not reached" takes two lines
+        for currency in ("steps", "FLOPs", "seconds"):  # "not reached" wraps on a narrow terminal
             table.add_column(currency, justify="right")
         for one in self.arms:
             cells = (
@@ -119,8 +117,8 @@ class Comparison:
         return table
 
     def tried(self) -> Table:
-        """A rich table of every setting with its final loss, each optimizer's best first."""
-        table = _table("Every setting that was tried")
+        """Return a rich table of every setting with its final loss, each optimizer's best first."""
+        table = _table("All settings")
         for column in ("optimizer", "setting", "seeds", "final loss"):
             table.add_column(column, justify="right" if column in ("seeds", "final loss") else "left")
         order = [one.arm for one in self.arms]
@@ -129,12 +127,12 @@ class Comparison:
         return table
 
     def plot(self, path: str | Path) -> Path:
-        """Write a PNG (or what the suffix says): validation loss over steps and over seconds, side by side.
+        """Write a figure in the format of the suffix: validation loss over steps and over seconds, side by side.
 
         Raises:
             RecordError: the file cannot be written.
         """
-        # The object interface, with no pyplot: no display, no global state, nothing to close.
+        # The object interface instead of pyplot: no display, no global state, nothing to close.
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(11, 4.6), dpi=160, layout="constrained")
@@ -187,14 +185,14 @@ class Comparison:
             axis.spines[side].set_visible(False)
 
     def _loss_limits(self) -> tuple[float, float]:
-        """The loss falls fastest in the first steps, where nothing is compared: show what comes after a twelfth."""
+        """Return limits for the loss after the first twelfth: the initial fall would hide the differences."""
         lowest, highest = self.target, self.target
         for compared in self.arms:
             curve = compared.curve
             late = curve["val_loss"][curve.steps >= compared.setting.runs[0].horizon / 12]
             if len(late) and np.isfinite(late).any():
                 lowest = min(lowest, float(np.nanmin(late)))
-                # The first of the late losses: a divergence later on may leave the picture.
+                # From the first late loss: a later divergence may leave the plot.
                 highest = max(highest, float(late[np.isfinite(late)][0]))
         margin = 0.06 * max(highest - lowest, 1e-3)
         return lowest - 2 * margin, highest + margin
@@ -212,29 +210,29 @@ class Comparison:
 
     def _caption(self) -> str:
         lines = [
-            f"In brackets: the share of what {label(self.baseline.arm)} spent. A crossing in the middle of a schedule "
-            "is no speed-up: the fair test compares runs that are each decayed to the end, over seeds and horizons."
+            f"In brackets: the share of {label(self.baseline.arm)}'s cost. A crossing in the middle of a schedule is not a "
+            "speed-up: a fair test compares fully decayed runs over seeds and horizons."
         ]
         if max(len(one.setting.runs) for one in self.arms) > 1:
             lines.append(
-                "Losses and curves are means over seeds; differences are paired by seed, ± makes their 95% interval."
+                "Losses and curves are means over seeds; differences are paired by seed, ± gives their 95% interval."
             )
         lines += [f"NOT COMPARABLE ({warning.affects}): {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
 
 def compare_runs(directories: Sequence[str | Path], baseline: str = "adamw") -> Comparison:
-    """Compare each optimizer's best setting with the baseline's, all of one horizon.
+    """Compare each optimizer's best setting with the baseline's, at one horizon.
 
-    Runs that differ in nothing but the seed are one setting. An optimizer's best has the lowest mean final loss of those
-    with the most seeds. Differences beside the optimizer are labelled in the table, not hidden.
+    Runs that differ only in the seed are one setting. An optimizer's best setting has the lowest mean final loss among
+    those with the most seeds. Differences other than the optimizer are shown below the table.
 
     Args:
-        directories: run directories, some of the baseline among them.
-        baseline: the optimizer that the others are held against.
+        directories: run directories, including some of the baseline.
+        baseline: the optimizer to compare with.
 
     Raises:
-        ValueError: no run of the baseline among them has ended, or its best setting diverged.
+        ValueError: no run of the baseline is finished, or its best setting diverged.
     """
     ended: list[RecordedRun] = []
     left_out: list[str] = []
@@ -245,10 +243,10 @@ def compare_runs(directories: Sequence[str | Path], baseline: str = "adamw") -> 
             left_out.append(f"{run.origin.path}: {run.optimizer}, {run.status}")
     if not any(run.optimizer == baseline for run in ended):
         optimizers = ", ".join(dict.fromkeys(run.optimizer for run in ended)) or "none"
-        waiting = f"; not ended: {'; '.join(left_out)}; the same command again resumes a run" if left_out else ""
+        waiting = f"; unfinished: {'; '.join(left_out)}; rerun a run's command to resume it" if left_out else ""
         raise ValueError(
-            f"none of the {len(ended)} runs that have ended is of the baseline {baseline!r} (the optimizers are "
-            f"{optimizers}): name another with --baseline, or add its runs{waiting}"
+            f"none of the {len(ended)} finished runs is of the baseline {baseline!r} (optimizers: {optimizers}): name "
+            f"another with --baseline, or add its runs{waiting}"
         )
     settings = _settings(ended)
     best: dict[str, Setting] = {}
@@ -258,7 +256,7 @@ def compare_runs(directories: Sequence[str | Path], baseline: str = "adamw") -> 
     target = float(_mean_curve(reference.runs)["val_loss"][-1])
     if not np.isfinite(reference.loss):
         raise ValueError(
-            f"every setting of the baseline {baseline!r} has a run that diverged: run it with a lower optimizer.lr"
+            f"every setting of the baseline {baseline!r} has a diverged run: run it with a lower optimizer.lr"
         )
     chosen = [reference, *best.values()]
     compared = [
@@ -279,7 +277,7 @@ def compare_runs(directories: Sequence[str | Path], baseline: str = "adamw") -> 
 
 
 def _settings(runs: Sequence[RecordedRun]) -> list[Setting]:
-    """Runs grouped by all that determines them but the seed."""
+    """Group runs by everything that determines them except the seed."""
     ignored = (*INCIDENTAL, *TIMING, "seed", "seeds")
     values = [{k: v for k, v in flatten(run.config).items() if not is_under(k, ignored)} for run in runs]
     groups: dict[str, dict[int, RecordedRun]] = {}
@@ -305,12 +303,12 @@ def _settings(runs: Sequence[RecordedRun]) -> list[Setting]:
 
 
 def _rank(setting: Setting) -> tuple[bool, int, float]:
-    """Best first: settings without a diverged run, then with more seeds, then with a lower loss."""
+    """Return the sort key, best first: without a diverged run, with more seeds, with a lower loss."""
     return not np.isfinite(setting.loss), -len(setting.runs), setting.loss
 
 
 def _mean_curve(runs: Sequence[RecordedRun]) -> Curve:
-    """The evaluations of runs that differ in their seed, means at the steps that all of them have."""
+    """Return the evaluations averaged over seeds, at the steps that all runs have."""
     curves = [run.evaluations for run in runs]
     spent = {currency: seed_curves(curves, currency)[0] for currency in CURRENCIES}
     return Curve(**spent, columns={"val_loss": seed_curves(curves, "steps")[1].mean(axis=0)})

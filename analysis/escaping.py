@@ -1,6 +1,6 @@
-"""Text from records for the pages and pictures that show it: a name there is a name, whatever its characters mean elsewhere.
+"""Escape text from records for Markdown, links and figures.
 
-HTML is escaped by Jinja, and what a terminal would obey by `training.recording.terminal`.
+Jinja escapes HTML, and `training.recording.terminal` escapes terminal control sequences.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from urllib.parse import quote
 
 
 def href(path: Path, location: Path) -> str:
-    """The link from a page in the directory `location` to a path: relative, and percent-encoded, so without a scheme."""
+    """Return the link from a page in the directory `location` to a path: relative and percent-encoded."""
     return quote(Path(os.path.relpath(path, location)).as_posix())
 
 
 def markdown(text: str) -> str:
-    """Text in Markdown, on one line: it begins neither a tag nor the target of a link, and holds no control characters.
+    """Escape text as one line of Markdown, without tags, link targets and control characters.
 
-    Only what would be markup is changed: "< 0.001" and "[0.76, 0.82]" stay as they are.
+    Only markup is changed: "< 0.001" and "[0.76, 0.82]" stay as they are.
     """
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", _shown(" ".join(text.split()))).replace("](", r"]\(")
 
 
 def figure(text: str) -> str:
-    """Text in a figure: dollar signs are no mathematics."""
+    """Escape text for a figure: dollar signs do not start mathematics."""
     return _shown(text).replace("$", r"\$")
 
 
 def _shown(text: str) -> str:
-    """Control characters as one that can be seen."""
+    """Replace control characters by a visible one."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", text)

@@ -1,6 +1,6 @@
-"""The paper's figures, each from records alone. A figure is a function of the results; `FIGURES` names them all.
+"""The paper's figures, each a function of a study's results; `FIGURES` lists them.
 
-A function raises NothingToShow where the records do not hold what its figure needs, and says what that would be.
+A function raises NothingToShow, with the reason, if the records lack what its figure needs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Array = NDArray[np.float64]
 
 
 class NothingToShow(ValueError):
-    """The records do not hold what a figure needs."""
+    """The records lack what a figure needs."""
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -53,7 +53,7 @@ def save(figure: Figure, path: Path) -> Path:
         write_atomically(path, content.getvalue())
     except OSError as error:
         raise RecordError(
-            f"{path} cannot be written: {error.strerror or error}; make room, or name another file"
+            f"{path} cannot be written: {error.strerror or error}; free space, or name another file"
         ) from error
     return path
 
@@ -85,7 +85,7 @@ def validation_curves(results: Results) -> Figure:
 
 
 def draw_curves(axis: Axes, study: Study, model: str, currency: Currency) -> None:
-    """Each arm's curves at the longest horizon of the baseline on one model."""
+    """Draw each arm's curves at the baseline's longest horizon on one model."""
     horizon = study.endpoints(study.baseline, model)[-1].horizon
     arms = [arm for arm in study.arm_names() if any(r.horizon == horizon for r in study.runs(arm=arm, model=model))]
     palette = colours(study.arm_names())
@@ -105,7 +105,7 @@ def draw_curves(axis: Axes, study: Study, model: str, currency: Currency) -> Non
 
 
 def seed_curves(curves: Sequence[Curve], currency: Currency) -> tuple[Array, Array]:
-    """Curves over seeds on one axis: (m,) what was spent (mean over seeds) and (n, m) losses at common steps."""
+    """Return (m,) the cost, averaged over seeds, and (n, m) the losses at common steps."""
     steps = sorted(set.intersection(*(set(curve.steps.tolist()) for curve in curves)))
     index = [np.searchsorted(curve.steps, steps) for curve in curves]
     spent = np.mean([curve.axis(currency)[i] for curve, i in zip(curves, index, strict=True)], axis=0)
@@ -114,7 +114,7 @@ def seed_curves(curves: Sequence[Curve], currency: Currency) -> tuple[Array, Arr
 
 
 def loss_against_size(results: Results) -> Figure:
-    """Final loss against parameters, per arm, at the longest horizon of each model; the paper's points beside."""
+    """Final loss against parameters, per arm, at the longest horizon of each model, with the paper's points."""
     study, sizes = results.study, model_sizes(results.study)
     if len([model for model in study.models if model in sizes]) < 2:
         raise NothingToShow("loss against size needs reported runs of at least two models")
@@ -139,14 +139,14 @@ def loss_against_size(results: Results) -> Figure:
 
 
 def loss_against_tokens(results: Results) -> Figure:
-    """Ends of fully decayed runs against training tokens, per arm and model, with the baseline's curve and its band."""
+    """Final loss of fully decayed runs against training tokens, per arm and model, with the baseline's curve and band."""
     study = results.study
     models = list(results.baselines)
     if not models or all(len(results.baselines[model].endpoints) < 2 for model in models):
         raise NothingToShow("loss against tokens needs at least two horizons of the baseline")
     figure, panels = _panels(len(models), height=4.2, share_y=True)
     palette = colours(study.arm_names())
-    # An arm that blew up would flatten all the others: the baseline's losses set the scale.
+    # The baseline's losses set the scale: a diverging arm would flatten all others.
     ends_of_baseline = [end for model in models for end in study.endpoints(study.baseline, model) if not end.diverged]
     scale = 1.05 * max(float(end.losses.max()) for end in ends_of_baseline)
     for axis, model in zip(panels, models, strict=True):
@@ -176,7 +176,7 @@ def loss_against_tokens(results: Results) -> Figure:
 
 
 def speed_up_intervals(results: Results) -> Figure:
-    """The verdict as a picture: each arm's speed-up with its interval, per currency, against 1 and 2."""
+    """Each arm's speed-up with its interval, per currency, against 1 and 2."""
     chosen: dict[tuple[str, str, Currency], Any] = {}
     for one in results.headlines:
         chosen[one.model, one.arm, one.currency] = one.speed_up
@@ -212,7 +212,7 @@ def speed_up_intervals(results: Results) -> Figure:
 
 
 def sensitivity_grid(results: Results) -> Figure:
-    """Final loss over (β2, γ), Sophia's grid in the paper."""
+    """Final loss over (β2, γ), as in the paper's grid."""
     grid = results.grid
     if grid is None:
         raise NothingToShow("the sensitivity grid needs Sophia runs over at least two β2 and two γ, all else equal")
@@ -261,7 +261,7 @@ def hessian_interval(results: Results) -> Figure:
 
 
 def ablations(results: Results) -> Figure:
-    """Each ablation's final loss minus that of the arm that it varies, paired by seed: seeds, mean and interval."""
+    """Each ablation's final loss minus its arm's, paired by seed: seeds, mean and interval."""
     rows = [one for one in results.ablations if one.differences]
     lost = [one for one in results.ablations if one.diverged]
     if not rows and not lost:
@@ -343,7 +343,7 @@ def clipped_gradient_norms(results: Results) -> Figure:
 
 
 def hessian_histogram(results: Results) -> Figure:
-    """Positive entries of the diagonal Hessian by decade, at the last refresh of a Sophia run: in all and by kind."""
+    """Positive entries of the diagonal Hessian by decade, at the last refresh of a Sophia run: in total and by kind."""
     study = results.study
     runs = [
         run for arm in study.arm_names() for run in study.runs(arm=arm) if "hessian_interval" in run.config["optimizer"]
@@ -375,7 +375,7 @@ def hessian_histogram(results: Results) -> Figure:
 
 
 def step_times(results: Results) -> Figure:
-    """Seconds per step by kind of work, per arm: what the curvature passes cost on the clock."""
+    """Seconds per step by kind of work, per arm, including curvature passes."""
     costs = [cost for cost in results.costs if math.isfinite(cost.seconds_per_step)]
     if not costs:
         raise NothingToShow("no run with a ledger in the records")
@@ -396,7 +396,7 @@ def step_times(results: Results) -> Figure:
 
 
 def learning_rate_stability(results: Results) -> Figure:
-    """Final loss against the learning rate, with and without the attention trick; what diverged stands on top."""
+    """Final loss against the learning rate, with and without the attention trick; diverged runs are at the top."""
     series = {
         key: points for key, points in _losses_by_rate(results.study).items() if len(points) >= 3
     }  # (optimizer, cell, trick) -> rate -> best loss
@@ -419,7 +419,7 @@ def learning_rate_stability(results: Results) -> Figure:
         ticks: list[float] = []
         tried = sorted({rate for (_, where, _), points in series.items() if where == cell for rate in points})
         for rate in tried:
-            if not ticks or rate > ticks[-1] * (tried[-1] / tried[0]) ** (1 / 12):  # room for a label
+            if not ticks or rate > ticks[-1] * (tried[-1] / tried[0]) ** (1 / 12):  # leave room for a label
                 ticks.append(rate)
         axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], fontsize=7)
         axis.minorticks_off()
@@ -432,14 +432,14 @@ def learning_rate_stability(results: Results) -> Figure:
 
 
 def momentum_against_horizon(results: Results) -> Figure:
-    """The best β1 that the search found, against the horizon: how long a memory a run of given length wants."""
+    """The best β1 found by the search, against the horizon."""
     found: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for search in results.tunings:
         run = search.best.trials[0].run
         if run is None:
             continue
         optimizer = run.config["optimizer"]
-        # Muon's momentum of its hidden matrices; its betas are those of its AdamW.
+        # For Muon, the momentum of the hidden matrices; its betas are AdamW's.
         if "momentum" in optimizer:
             key, best = "momentum", optimizer["momentum"]
         elif "betas" in optimizer:
@@ -455,7 +455,7 @@ def momentum_against_horizon(results: Results) -> Figure:
     styles = dict(zip(dict.fromkeys(model for _, model in found), ("-", "--", ":", "-."), strict=False))
     for place, ((arm, model), points) in enumerate(found.items()):
         horizons, best = zip(*sorted(points), strict=True)
-        beside = 1.01 ** (place - (len(found) - 1) / 2)  # arms with the same optimum stand side by side
+        beside = 1.01 ** (place - (len(found) - 1) / 2)  # offset arms with the same optimum
         axis.plot(
             [horizon * beside for horizon in horizons],
             best,
@@ -505,7 +505,7 @@ def _panels(
 
 
 def _bar_panels(costs: Sequence[ArmCost]) -> tuple[Figure, list[tuple[Axes, list[ArmCost]]]]:
-    """A panel a model, with room for a bar of each of its arms; bars are of one height in all panels."""
+    """Create a panel per model with room for a bar per arm; all bars have the same height."""
     models: dict[str, list[ArmCost]] = {}
     for cost in costs:
         models.setdefault(cost.model, []).append(cost)
@@ -529,7 +529,7 @@ def _dress(axis: Axes) -> None:
 def _draw_points(
     axis: Axes, x: Sequence[float], ends: Sequence[Endpoints], colour: str, name: str, *, line: bool = True
 ) -> None:
-    """Means over seeds with their range."""
+    """Draw means over seeds with their range."""
     if not ends:
         return
     means = [float(end.losses.mean()) for end in ends]
@@ -559,7 +559,7 @@ def _axis_title(currency: Currency) -> str:
 
 
 def _ticks_at(axis: Axes, values: Sequence[float], text: Callable[[float], str]) -> None:
-    """The ticks of a logarithmic axis at the values that were measured."""
+    """Put the ticks of a logarithmic axis at the measured values."""
     axis.set_xticks(values, [text(value) for value in values], fontsize=8)
     axis.minorticks_off()
 
@@ -569,7 +569,7 @@ def _millions(count: float) -> str:
 
 
 def _plain_ratios(axis: Axes, spans: Sequence[tuple[float, float]]) -> None:
-    """A logarithmic axis of ratios with round ticks that include 1 and 2."""
+    """Give a logarithmic axis of ratios round ticks that include 1 and 2."""
     low, high = min(0.8, *(low for low, _ in spans)), max(2.2, *(high for _, high in spans))
     ticks = [
         t for t in (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 3, 4, 6, 8, 16) if low * 0.98 <= t <= high * 1.02
@@ -579,10 +579,10 @@ def _plain_ratios(axis: Axes, spans: Sequence[tuple[float, float]]) -> None:
 
 
 def _losses_by_rate(study: Study) -> dict[tuple[str, str, bool], dict[float, float]]:
-    """Final loss by learning rate, ascending, for each (optimizer, model and horizon, attention trick).
+    """Return final loss by ascending learning rate, for each (optimizer, model and horizon, attention trick).
 
-    At each rate the best setting's mean over seeds; NaN where all diverged. Tuning runs where an arm has some, since
-    the seeds that are reported know one rate alone; of ablations only those of the rate and the trick themselves.
+    Each loss is the best setting's mean over seeds, NaN if all diverged. Tuning runs are preferred, because reported runs
+    have a single rate. Ablations count only if they vary the rate or the trick.
     """
     trick = "model.attention_layer_scaling"
     losses: dict[tuple[str, str, bool, str], dict[float, dict[str, list[float]]]] = {}
@@ -622,5 +622,5 @@ def _group_title(group: Sequence[RecordedRun]) -> str:
 
 
 def _reproducible(path: Path) -> dict[str, Any]:
-    """Metadata without the date, so that the same records give the same bytes."""
+    """Return metadata without the date, so that the same records give the same bytes."""
     return {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix, {})

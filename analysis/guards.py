@@ -1,7 +1,7 @@
-"""What makes a comparison unfair or a number doubtful, found in the records: what the reader of a report sees first.
+"""Checks that find unfair comparisons and doubtful numbers in the records; a report shows them first.
 
-A comparison of optimizers is fair when the runs differ in the optimizer and its own hyper-parameters alone, when both
-arms were tuned with the same effort, and when no reading is taken in the middle of a schedule.
+A comparison of optimizers is fair if the runs differ only in the optimizer and its hyper-parameters, if both arms were
+tuned with the same effort, and if no loss is read in the middle of a schedule.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from analysis.target import time_to_target
 from analysis.trials import RecordedTrial, Study
 from analysis.tuning import Tuning, predicted_gain, tunings
 
-# Keys (and all below them) that change nothing that is measured.
+# Keys (and all below them) that do not affect what is measured.
 INCIDENTAL = (
     *("name", "output_dir", "resume", "overwrite", "tracker", "launcher", "checkpoint", "profile"),
     *("data.directory", "data.local_directory"),
-    "train.shared_forward",  # what it led to is compared
+    "train.shared_forward",  # its effect is compared instead
 )
-# Keys that leave the loss curve alone (contract of determinism) but not the clock.
+# Keys that do not change the loss curve (determinism contract) but change the timing.
 TIMING = (
     *("strategy", "train.micro_batch_size", "train.compile", "train.deterministic", "train.device"),
     *("eval.micro_batch_size", "environment.hardware", "environment.world_size"),
 )
-# Whether the curvature passes made a forward of their own: in the losses no difference, in FLOPs and seconds one.
+# Whether curvature passes had their own forward, which changes FLOPs and seconds but not losses.
 FORWARD = "curvature.forward"
-# What the arms of a comparison are.
+# What distinguishes the arms of a comparison.
 OPTIMIZER = ("optimizer",)
 
 # What may differ between the horizons of an arm.
 HORIZON = ("train.steps", "eval.interval", "schedule.warmup_steps", "schedule.warmup_share")
 SEED = ("seed", "seeds", "environment.initial_weights_sha256")
 
-# A loss difference (nats) that nobody would tune for, however small the noise of a seed.
+# A loss difference (nats) too small to tune for, even with little seed noise.
 _MATTERS = 0.002
 
 Affects = Literal["loss", "seconds", "FLOPs and seconds"]
 Severity = Literal["serious", "note"]
 
 
-# What runs differ in, and what that means for a comparison.
+# What runs differ in, and the consequence for a comparison.
 _UNFAIR: dict[Affects, tuple[str, str]] = {
-    "loss": ("more than the optimizer", "No difference of loss between them can be put down to the optimizer."),
+    "loss": ("more than the optimizer", "A difference of loss between them may not be due to the optimizer."),
     "seconds": (
-        "what the clock depends on",
+        "what affects timing",
         "Losses are not affected; compare seconds by the reference-time model.",
     ),
     "FLOPs and seconds": (
@@ -64,7 +64,7 @@ _UNFAIR: dict[Affects, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Difference:
-    """A key in which runs differ that should not: its value in each run, by run name."""
+    """A key in which runs should not differ, with its value by run name."""
 
     key: str
     values: dict[str, Any]
@@ -80,12 +80,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that the reader must know before believing a number.
+    """A warning to the reader. A serious finding puts the verdict in doubt; a note qualifies it."""
 
-    A serious finding puts the verdict itself in doubt; a note qualifies it.
-    """
-
-    guard: str  # which check spoke: "fairness", "edge", "budget", "tuning", "diverged", "seeds", …
+    guard: str  # which check found it: "fairness", "edge", "budget", "tuning", "diverged", "seeds", …
     severity: Severity
     title: str
     detail: str
@@ -93,11 +90,11 @@ class Finding:
 
 
 def differences(runs: Sequence[RecordedRun], *, by_design: Iterable[str] = OPTIMIZER) -> list[Difference]:
-    """Keys of configuration and environment in which the runs differ, apart from those that may.
+    """Return keys of configuration and environment in which the runs differ and should not.
 
     Args:
-        runs: the runs that a comparison sets side by side.
-        by_design: keys (with all below them) that the comparison is about, "optimizer" or "train.steps".
+        runs: the compared runs.
+        by_design: keys (with all below them) that may differ, such as "optimizer" or "train.steps".
     """
     ignored = (*INCIDENTAL, *by_design)
     flattened = {run.name: _comparable_values(run) for run in runs}
@@ -117,7 +114,7 @@ def _affects(key: str) -> Affects:
 
 
 def inspect(study: Study) -> list[Finding]:
-    """Every guard over a study; serious findings first."""
+    """Run every check on a study; serious findings come first."""
     searches = tunings(study)
     found = [
         *_damaged(study),
@@ -135,7 +132,7 @@ def inspect(study: Study) -> list[Finding]:
 
 
 def _damaged(study: Study) -> list[Finding]:
-    """Records that cannot be read, and that nothing here counts."""
+    """Records that cannot be read and are left out."""
     if not study.damaged:
         return []
     count = len(study.damaged)
@@ -145,20 +142,20 @@ def _damaged(study: Study) -> list[Finding]:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where an arm's curve passes the baseline's final loss of the *same* horizon: never a speed-up.
+    """Where an arm's curve crosses the baseline's final loss of the *same* horizon.
 
-    The schedule decays the loss, and curves of one horizon cross; what counts is where runs end.
+    This is not a speed-up: the decaying schedule makes curves of one horizon cross. Only final losses count.
     """
 
     arm: str
     model: str
     horizon: int
     seed: int
-    share: float | None  # of the baseline's steps; None where it is not reached
+    share: float | None  # of the baseline's steps; None if not reached
 
 
 def mid_run_crossings(study: Study) -> list[Crossing]:
-    """The crossings of all arms at all horizons, paired by seed, labelled for what they are."""
+    """Return the crossings of all arms at all horizons, paired by seed."""
     baseline = {
         (trial.model, trial.horizon, trial.seed): trial.run
         for trial in study.reporting
@@ -176,7 +173,7 @@ def mid_run_crossings(study: Study) -> list[Crossing]:
 
 
 def _fairness(study: Study) -> list[Finding]:
-    """Differences beside the optimizer within each cell, and beside the horizon between the cells of a model."""
+    """Differences other than the optimizer within a cell, and other than the horizon between cells of a model."""
     declared = tuple(sorted({key.split("[")[0] for arm in study.arms.values() for key in arm.search}))
     cells: dict[tuple[Any, ...], list[RecordedTrial]] = {}
     for trial in study.reporting:
@@ -215,7 +212,7 @@ def _fairness(study: Study) -> list[Finding]:
         )
     tuned = [key for key in declared if not is_under(key, OPTIMIZER)]
     if tuned:
-        title = f"Tuned for each arm beside the optimizer's own hyper-parameters: {', '.join(tuned)}"
+        title = f"Tuned for each arm in addition to the optimizer's hyper-parameters: {', '.join(tuned)}"
         findings.append(Finding("fairness", "note", title, "Declared in the study's search spaces."))
     return findings
 
@@ -256,7 +253,7 @@ def _seeds(study: Study) -> list[Finding]:
         cells.setdefault((trial.arm, trial.model, trial.horizon), []).append(trial)
     for (arm, model, horizon), members in sorted(cells.items()):
         ended = [trial for trial in members if trial.status in ("completed", "diverged")]
-        if not ended and not study.finished:  # `under_way` says what has not begun
+        if not ended and not study.finished:  # `under_way` lists what has not started
             continue
         if study.planned and len(ended) < len(members):
             missing = [trial for trial in members if trial not in ended]
@@ -318,7 +315,7 @@ def _edges(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
 
 
 def _budgets(study: Study) -> list[Finding]:
-    """Tuning trials of each arm on each model and horizon: equal, and within what was granted."""
+    """Tuning trials must be equal for all arms on each model and horizon, and within the budget."""
     counts: dict[tuple[str, int], dict[str, int]] = {}
     for trial in study.tuning:
         if trial.run is not None and study.arms[trial.arm].role == "arm":
@@ -357,7 +354,7 @@ def _budgets(study: Study) -> list[Finding]:
 
 
 def _under_tuned(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
-    """Cheap signs that the baseline could do better: a parabola in the learning rate, and any better run on record."""
+    """Signs that the baseline is under-tuned: a parabola in the learning rate, and any better recorded run."""
     findings = []
     for model in study.models:
         ends = [end for end in study.endpoints(study.baseline, model) if not end.diverged]
@@ -369,7 +366,7 @@ def _under_tuned(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
                 for trial in study.tuning
                 if (trial.arm, trial.model, trial.horizon) == (study.baseline, model, end.horizon)
             ]
-            # One more run would lie this far below the mean once in a hundred times, were it the luckiest of all tried.
+            # The luckiest of all tuning runs would be this far below the mean with a probability of one percent.
             luck = _quantile(0.01 / max(len(tried), 1), freedom) * spread * math.sqrt(1 + 1 / len(end.seeds))
             better = [trial for trial in tried if trial.loss < reported - max(luck, _MATTERS)]
             where = f"{label(study.baseline)}, {model}, {end.horizon:,} steps"
@@ -404,7 +401,7 @@ def _under_tuned(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
 
 
 def _seed_noise(ends: Sequence[Endpoints]) -> tuple[float, float]:
-    """Standard deviation of the final loss over seeds, pooled over horizons, and its degrees of freedom."""
+    """Return the standard deviation of the final loss over seeds, pooled over horizons, and its degrees of freedom."""
     freedom = float(sum(len(end.seeds) - 1 for end in ends))
     if freedom <= 0:
         return 0.0, 0.0
@@ -413,12 +410,12 @@ def _seed_noise(ends: Sequence[Endpoints]) -> tuple[float, float]:
 
 
 def _quantile(tail: float, freedom: float) -> float:
-    """What Student's t exceeds with probability `tail`; 0 without degrees of freedom."""
+    """Return the value that Student's t exceeds with probability `tail`; 0 without degrees of freedom."""
     return -float(special.stdtrit(freedom, tail)) if freedom > 0 else 0.0
 
 
 def _degenerate(study: Study) -> list[Finding]:
-    """Sophia whose every coordinate is clipped for longer than a refresh interval is momentum-sign descent."""
+    """Sophia is momentum-sign descent if every coordinate is clipped for longer than a refresh interval."""
     lost = []
     for trial in study.reporting:
         if trial.run is None or not trial.run.optimizer.startswith("sophia") or len(trial.run.training) < 2:
@@ -476,21 +473,21 @@ def _comparable_values(run: RecordedRun) -> dict[str, Any]:
 
 
 def _curvature_forward(run: RecordedRun) -> str | None:
-    """Whose forward the curvature passes used; None where the estimator leaves no choice."""
+    """Return which forward the curvature passes used; None if the estimator allows only one."""
     optimizer, summary = run.config["optimizer"], run.summary or {}
     if optimizer.get("estimator") != "gnb" or optimizer.get("label_draws", 1) > 1:
         return None
-    if "shared_forwards" not in summary:  # a run under way, or recorded before this was counted
+    if "shared_forwards" not in summary:  # unfinished, or recorded before this was counted
         keeps_graphs = run.config.get("strategy", {}).get("name") in ("ddp", "single")
         return "training's" if keeps_graphs and run.config["train"].get("shared_forward", True) else "their own"
-    # The first pass of a warm start always has its own.
+    # The first pass of a warm start always has its own forward.
     passes = summary.get("ledger", {}).get("curvature", {}).get("count", 0)
     own = passes - summary["shared_forwards"] - bool(optimizer.get("warm_start"))
     return "training's" if own <= 0 else "both" if summary["shared_forwards"] else "their own"
 
 
 def is_under(key: str, prefixes: Iterable[str]) -> bool:
-    """Whether a dotted key is one of the prefixes or lies below one."""
+    """Return whether a dotted key is one of the prefixes or below one."""
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 

@@ -1,4 +1,4 @@
-"""Parts of a written page that are made from records: what stands between `<!-- name:begin -->` and `<!-- name:end -->`."""
+"""Generated parts of a page: the text between `<!-- name:begin -->` and `<!-- name:end -->`."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def write_part(page: Path, name: str, content: str) -> None:
     before, found, rest = page.read_text(encoding="utf-8").partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"{page} has no part between {begin} and {end}: put the two lines where it belongs")
+        raise ValueError(f"{page} has no part between {begin} and {end}: add these two lines")
     write_atomically(page, f"{before}{begin}\n{content.strip()}\n{end}{after}")

@@ -1,7 +1,7 @@
-"""The loss at the ends of fully decayed runs as a function of their length: a fitted power law, or interpolation.
+"""The final loss of fully decayed runs as a function of their length: a fitted power law, or interpolation.
 
-Both are linear in the observed losses as far as first order goes, so each offers the weights with which the observed
-losses enter its value at a point: that is what carries seed noise into an interval (`analysis.speedup`).
+To first order both are linear in the observed losses. Their weights in the value at a point propagate seed noise into an
+interval (`analysis.speedup`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scipy import optimize
 
 Array = NDArray[np.float64]
 
-FIT_MINIMUM = 4  # horizons; three parameters fit anything through three
+FIT_MINIMUM = 4  # horizons; three parameters fit any three points exactly
 _EXPONENTS = (1e-2, 5.0)
 
 
@@ -24,8 +24,7 @@ _EXPONENTS = (1e-2, 5.0)
 class PowerLaw:
     """L(D) = floor + scale · (D / D0)^(-exponent), least squares on the losses; D0 is the geometric mean of D.
 
-    The floor is not negative and the exponent lies between 0.01 and 5; `at_bound` names a parameter that the data
-    pushed against such a bound.
+    The floor is not negative and the exponent is between 0.01 and 5; `at_bound` names a parameter at such a bound.
     """
 
     log_tokens: Array  # (K,)
@@ -62,7 +61,7 @@ class PowerLaw:
         return np.asarray(np.exp(-self.exponent * distance))
 
     def _gradient(self, log_tokens: ArrayLike) -> Array:
-        """(…, P) derivative of the value by the parameters that are not at a bound."""
+        """Return (…, P) the derivative of the value by the parameters that are not at a bound."""
         decay = self._decay(log_tokens)
         distance = np.asarray(log_tokens, dtype=np.float64) - self.log_tokens.mean()
         columns = [decay]
@@ -77,8 +76,8 @@ class PowerLaw:
 class Interpolation:
     """Straight lines between the runs on the logarithmic axis.
 
-    The true curve is convex, so the line lies above it and flatters, between two horizons, whoever is compared with it;
-    at the horizons themselves it is exact.
+    The true curve is convex, so the line is above it and favours the other arms between two horizons. At the horizons
+    it is exact.
     """
 
     log_tokens: Array  # (K,)
@@ -110,12 +109,12 @@ class Interpolation:
 
 
 # Both have, at (…) logarithms of training tokens: value (…) in nats, slope (…) in nats per e-fold, and weights (…,
-# K), the derivative of the value by the K losses that it was made from.
+# K), the derivative of the value by the K observed losses.
 LossCurve = PowerLaw | Interpolation
 
 
 def fit_loss_curve(tokens: ArrayLike, losses: ArrayLike) -> LossCurve:
-    """The power law from at least four lengths, interpolation from fewer (Wen et al. 2025).
+    """Fit a power law to at least four lengths, or interpolate between fewer (Wen et al. 2025).
 
     Args:
         tokens: (K,) training tokens of each horizon, ascending, distinct.
@@ -123,21 +122,21 @@ def fit_loss_curve(tokens: ArrayLike, losses: ArrayLike) -> LossCurve:
     """
     x, y = np.log(np.asarray(tokens, dtype=np.float64)), np.asarray(losses, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape or len(x) == 0 or np.any(np.diff(x) <= 0):
-        raise ValueError(f"expected one loss for each of some ascending token counts, got {tokens!r} and {losses!r}")
+        raise ValueError(f"expected ascending token counts with one loss each, got {tokens!r} and {losses!r}")
     if len(x) < FIT_MINIMUM:
         return Interpolation(x, y)
     return fit_power_law(x, y)
 
 
 def fit_power_law(log_tokens: Array, losses: Array) -> PowerLaw:
-    """Least squares with three parameters; floor and scale are solved for exactly at each exponent.
+    """Fit three parameters by least squares; floor and scale have an exact solution at each exponent.
 
     Args:
         log_tokens: (K,) at least three.
         losses: (K,) nats.
     """
     if len(log_tokens) < 3:
-        raise ValueError(f"{len(log_tokens)} points do not determine three parameters: have at least three")
+        raise ValueError(f"{len(log_tokens)} points do not determine three parameters: give at least three")
     distance = log_tokens - log_tokens.mean()
 
     def solve(log_exponent: float) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""The published numbers that a study is held against, from results/reference.json."""
+"""Published numbers to compare a study with, from results/reference.json."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ REFERENCE_FILE = Path(__file__).resolve().parent.parent / "results" / "reference
 
 @dataclass(frozen=True)
 class PublishedLoss:
-    """A final validation loss (nats) somebody published."""
+    """A published final validation loss (nats)."""
 
     source: str  # key of `Reference.sources`
-    model: str | None  # our name of the same model, where there is one
+    model: str | None  # our name of the same model, if any
     size: str
     arm: str
     loss: float
     steps: int | None
-    chinchilla: float | None  # tokens in multiples of 20 a parameter, where the source counts so
+    chinchilla: float | None  # tokens in multiples of 20 per parameter, if the source uses this unit
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Reference:
     claims: dict[str, Any]
 
     def of(self, model: str, *, source: str = "paper") -> list[PublishedLoss]:
-        """What the source gives for one of our models, best first."""
+        """Return the source's losses for one of our models, best first."""
         found = [one for one in self.losses if one.model == model and one.source == source]
         return sorted(found, key=lambda one: one.loss)
 

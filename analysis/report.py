@@ -1,4 +1,4 @@
-"""The report of a study: one HTML page that needs no network, Markdown, JSON, and a summary on the terminal."""
+"""The report of a study: a self-contained HTML page, Markdown, JSON, and a summary for the terminal."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ _AXES: dict[Currency, str] = {
     "flops": "model FLOPs, curvature passes included",
     "seconds": "training seconds",
 }
-# Points of a curve that the page carries; a screen has no more.
+# Points per curve in the page; a screen cannot show more.
 _CURVE_POINTS = 150
-# Shown interactively at the top of the page, so not once more as pictures.
+# Shown as interactive charts at the top of the page, so not repeated as pictures.
 _INTERACTIVE = ("curves", "tokens")
 _TONES = {"supported": "green", "not supported": "red", "undecided": "yellow", "serious": "red"}
 
@@ -68,7 +68,7 @@ def write_report(results: Results, directory: Path) -> Written:
         return _write(results, directory)
     except OSError as error:
         raise RecordError(
-            f"{directory}: the report cannot be written: {error.strerror or error}; make room, or name another directory"
+            f"{directory}: the report cannot be written: {error.strerror or error}; free space, or name another directory"
         ) from error
 
 
@@ -90,7 +90,7 @@ def _write(results: Results, directory: Path) -> Written:
 
 
 def draw_figures(results: Results, directory: Path) -> tuple[list[Path], list[Finding]]:
-    """Write every figure that the records hold enough for; a figure that fails is a warning, never the report's end."""
+    """Write every figure for which there is data. A figure that fails gives a warning and does not stop the report."""
     pictures, failed = [], []
     for name, draw in FIGURES.items():
         try:
@@ -106,10 +106,10 @@ def draw_figures(results: Results, directory: Path) -> tuple[list[Path], list[Fi
 
 
 def render_html(results: Results, location: Path, pictures: dict[str, bytes] | None = None) -> str:
-    """The page, self-contained: plotly, data, styles and pictures are inside.
+    """Return the page, including plotly, data, styles and pictures.
 
     Args:
-        location: the directory that the page will lie in; links to run records are relative to it.
+        location: the directory of the page; links to run records are relative to it.
         pictures: PNG files by figure name.
     """
     from plotly.offline import get_plotlyjs
@@ -138,7 +138,7 @@ def render_html(results: Results, location: Path, pictures: dict[str, bytes] | N
             for name, png in (pictures or {}).items()
         ],
         method=method(results),
-        # Closing tags inside a script element would end it: plotly has none, the data must not.
+        # A closing tag would end the script element: plotly contains none, and the data must not.
         plotly=Markup(get_plotlyjs()),
         data=Markup(json.dumps(chart_data(results), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")),
         link=lambda origin: origin.href(location),
@@ -149,7 +149,7 @@ def render_html(results: Results, location: Path, pictures: dict[str, bytes] | N
 
 
 def render_markdown(results: Results, location: Path, pictures: Sequence[Path] = ()) -> str:
-    """The report as Markdown; pictures are linked where they lie."""
+    """Return the report as Markdown, with links to the pictures."""
     plain = escaping.markdown
     top = (results.study.description, _facts(results), results.study.under_way)
     parts = [f"# {plain(_title(results))}", *map(plain, top)]
@@ -160,7 +160,7 @@ def render_markdown(results: Results, location: Path, pictures: Sequence[Path] =
             f"- **{'Serious' if finding.severity == 'serious' else 'Note'}: {plain(finding.title)}.** {plain(finding.detail)}"
             for finding in results.findings
         )
-        or "No guard had anything to say."
+        or "No warnings."
     ]
     parts += ["## The verdict in sentences", "\n".join(f"- {plain(sentence)}" for sentence in _sentences(results))]
     parts += ["## Figures"] if pictures else []
@@ -176,7 +176,7 @@ def render_markdown(results: Results, location: Path, pictures: Sequence[Path] =
 
 
 def print_summary(results: Results, console: Console) -> None:
-    """The verdict, the warnings and the final losses, for a terminal."""
+    """Print the verdict, the warnings and the final losses."""
     console.print(Text(_title(results), style="bold"))
     console.print(Text(_facts(results), style="dim"))
     if results.study.under_way:
@@ -193,38 +193,37 @@ def print_summary(results: Results, console: Console) -> None:
             )
         )
     if not results.findings:
-        console.print("[green]No guard had anything to say.[/]")
+        console.print("[green]No warnings.[/]")
     console.print(_rich(tables.final_losses(results), (0, 1, 2, 3, 4, 5, 7)))
 
 
 def method(results: Results) -> list[str]:
-    """How the numbers came about, in prose."""
+    """Describe the method in prose."""
     study = results.study
     baseline = label(study.baseline)
     cells = [end for model in study.models for end in study.endpoints(study.baseline, model)]
     seeds = sorted({len(end.seeds) for end in cells})
     fitted = sorted({base.curve.method for base in results.baselines.values()})
     paragraphs = [
-        "All arms ran through one training loop with the same model, data, batches, gradient clip and schedule shape; "
-        "they differ in the optimizer and its hyper-parameters, or a warning above says in what else. Runs of one "
-        "seed start from the same weights and see the same data in the same order under every optimizer, so that "
-        "differences are paired. The validation set is fixed and the same for all.",
-        f"What is compared are ends of runs whose learning rate has decayed to its end, at {_counts(seeds)} seeds"
-        + (f" ({', '.join(map(str, study.seeds))}), fixed before any of them was run" if study.planned else "")
-        + ". Where two curves of one length cross says nothing: the schedule decays the loss.",
-        f"The speed-up of an arm is what {baseline} would spend to end at the same loss, divided by what the arm "
-        f"spent. {baseline}'s loss as a function of the budget comes from the ends of its runs over the horizons "
-        f"({' and '.join(fitted) or 'none'}: from four horizons on a power law with a floor, else a straight line on "
-        "the logarithmic axis). Its interval holds the ratios that a paired t test does not reject, the variance over "
-        "seeds pooled over horizons where Bartlett's test finds it alike. Losses outside the range of the "
-        "baseline's are censored, not extrapolated. With few seeds a bootstrap interval covers too little; "
-        "none is used.",
-        "Compute counts model FLOPs without recomputation, curvature passes included. Wall-clock counts the seconds of "
-        "forward and backward passes, curvature passes, optimizer steps and waiting for data on the runs' own clocks; "
-        "compilation, evaluation and checkpoints are booked apart.",
+        "All arms use the same training loop, model, data, batches, gradient clip and schedule shape. They differ in the "
+        "optimizer and its hyper-parameters; a warning above lists any other difference. Runs of one seed start from the "
+        "same weights and see the same data in the same order under every optimizer, so differences are paired. The "
+        "validation set is fixed and the same for all.",
+        f"The comparison is between final losses of fully decayed runs, at {_counts(seeds)} seeds"
+        + (f" ({', '.join(map(str, study.seeds))}), fixed before the first run" if study.planned else "")
+        + ". Crossings of curves of the same length are not evidence, because the schedule decays the loss.",
+        f"The speed-up of an arm is the cost at which {baseline} would reach the arm's final loss, divided by the arm's "
+        f"cost. {baseline}'s loss as a function of the cost comes from its final losses over the horizons "
+        f"({' and '.join(fitted) or 'none'}: a power law with a floor from four horizons on, else a straight line on "
+        "the logarithmic axis). The interval holds the ratios that a paired t test does not reject, with the variance "
+        "over seeds pooled over horizons unless Bartlett's test rejects it. Losses outside the baseline's range are "
+        "censored, not extrapolated. There are no bootstrap intervals: with few seeds they cover too little.",
+        "Compute counts model FLOPs with curvature passes and without recomputation. Wall-clock counts the measured "
+        "seconds of forward and backward passes, curvature passes, optimizer steps and waiting for data, without "
+        "compilation, evaluation and checkpoints.",
         "A claim is supported if the test puts the ratio above the threshold at the "
-        f"{1 - study.level:.0%} level after Holm's correction over all claims on a model, not supported if below, else "
-        "undecided, with the number of seeds that would decide (power 80 %, were the effect what was seen).",
+        f"{1 - study.level:.0%} level after Holm's correction over all claims on a model, not supported if below, and "
+        "otherwise undecided, with the number of seeds that would decide (80 % power for the observed effect).",
     ]
     if study.reference_times is not None:
         paragraphs.append(
@@ -235,7 +234,7 @@ def method(results: Results) -> list[str]:
 
 
 def chart_data(results: Results) -> dict[str, Any]:
-    """What the page's charts draw: plain lists, numbers rounded to what a screen can show."""
+    """Return the data of the page's charts: plain lists, numbers rounded to screen precision."""
     study = results.study
     palette = colours(study.arm_names())
     curves, ranges = [], {}
@@ -319,7 +318,7 @@ def _baseline_line(results: Results, model: str) -> dict[str, Any]:
 
 
 def _verdict_rows(results: Results) -> list[dict[str, Any]]:
-    """The verdict as a matrix per model: a row per arm, a column per currency."""
+    """Return the verdict as a matrix per model: a row per arm, a column per currency."""
     palette = colours(results.study.arm_names())
     found: dict[tuple[str, str], dict[Currency, list[Headline]]] = {}
     for one in results.headlines:
@@ -327,7 +326,7 @@ def _verdict_rows(results: Results) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for (model, arm), by_currency in found.items():
         cells = [_verdict_cell(by_currency[c]) if c in by_currency else None for c in CLAIM_CURRENCIES]
-        # The same horizon in every currency is said once, beside the arm.
+        # If the horizon is the same in every currency, it is shown once, with the arm.
         said = {cell["at"] for cell in cells if cell}
         at = said.pop() if len(said) == 1 else ""
         groups.setdefault(model, []).append({"label": label(arm), "colour": palette[arm], "cells": cells, "at": at})
@@ -389,13 +388,13 @@ def _caption(name: str) -> str:
 
 
 def _is_wide(png: bytes) -> bool:
-    """Whether a picture has panels side by side, which half a page would make illegible."""
+    """Return whether a picture has several panels, which are illegible at half a page's width."""
     width, height = struct.unpack(">II", png[16:24])
     return bool(width > 1.9 * height and width > 1200)
 
 
 def _first_rows(runs: Table) -> dict[CellKey, tuple[Cell, ...]]:
-    """The first reported run of each cell, where links to the cell lead."""
+    """Return the first reported run of each cell, the target of links to the cell."""
     first: dict[CellKey, tuple[Cell, ...]] = {}
     for row in runs.rows:
         source = row[3].source
@@ -409,12 +408,12 @@ def _slug(key: CellKey) -> str:
 
 
 def _rounded(values: Any, digits: int) -> list[float | None]:
-    """Lists for JSON: so many significant digits, null for what is not finite."""
+    """Return lists for JSON with `digits` significant digits, null for non-finite values."""
     return [significant(value, digits) if math.isfinite(value) else None for value in np.asarray(values, float)]
 
 
 def _rich(table: Table, columns: Sequence[int]) -> RichTable:
-    """A table for the terminal, with the columns that fit."""
+    """Return a table for the terminal with the given columns."""
     shown = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
     for column in columns:
         shown.add_column(Text(table.columns[column]), justify="right" if column in table.numeric else "left")

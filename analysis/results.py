@@ -1,5 +1,4 @@
-"""From a study's records to everything that its report says, as data: verdicts, speed-ups, differences, costs,
-findings."""
+"""The content of a study's report as data: verdicts, speed-ups, differences, costs, findings."""
 
 from __future__ import annotations
 
@@ -51,33 +50,32 @@ CLAIM_NAMES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Headline:
-    """One claim about one arm on one model, at the horizon that the design gives it; corrected for the family."""
+    """One claim about one arm on one model, at the horizon chosen by the design, corrected for the family."""
 
     arm: str
     model: str
     currency: Currency
     speed_up: SpeedUp
     claim: Claim
-    family: int  # claims on this model that were corrected together
+    family: int  # number of claims on this model that are corrected together
 
 
 @dataclass(frozen=True)
 class FinalLoss:
-    """The ends of an arm's runs at one horizon, and their paired difference from the baseline's at the same horizon."""
+    """An arm's final losses at one horizon, and their paired difference from the baseline's at the same horizon."""
 
     endpoints: Endpoints
-    mean: float  # nats; NaN where a run diverged
+    mean: float  # nats; NaN if a run diverged
     standard_deviation: float  # over seeds
-    difference: Interval | None  # None for the baseline itself and where nothing can be paired
+    difference: Interval | None  # None for the baseline and without common seeds
     p: float
 
 
 @dataclass(frozen=True)
 class TargetTime:
-    """When the runs of one cell first reached a target loss: the median over all of them.
+    """The median cost at which the runs of one cell first reached a target loss.
 
-    A run that did not reach it counts as beyond all that it spent. Where that leaves the median open, it is a lower
-    bound.
+    A run that did not reach it counts with more than its total cost, so the median may be a lower bound.
     """
 
     arm: str
@@ -87,12 +85,12 @@ class TargetTime:
     reached: int
     runs: int
     spent: Mapping[Currency, float]
-    bound: bool  # the median run did not reach it: `spent` is a lower bound
+    bound: bool  # the median run did not reach the target: `spent` is a lower bound
 
 
 @dataclass(frozen=True)
 class ArmCost:
-    """What one arm's reported runs cost on one model, means over runs."""
+    """The cost of one arm's reported runs on one model, as means over runs."""
 
     arm: str
     model: str
@@ -102,7 +100,7 @@ class ArmCost:
     flops_per_token: float
     curvature_seconds_share: float
     curvature_flops_share: float
-    clipped_norm_share: float  # steps whose gradient was norm-clipped
+    clipped_norm_share: float  # share of steps with a clipped gradient norm
     peak_memory_bytes: float
     tuning_trials: int
     tuning_diverged: int
@@ -111,13 +109,13 @@ class ArmCost:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that a report says about a study."""
+    """The content of a study's report."""
 
     study: Study
     findings: Sequence[Finding]
     headlines: Sequence[Headline]
     speed_ups: Sequence[SpeedUp]
-    reference_speed_ups: Sequence[SpeedUp]  # seconds by the reference-time model; empty where there is none
+    reference_speed_ups: Sequence[SpeedUp]  # seconds by the reference-time model; empty without reference times
     finals: Sequence[FinalLoss]
     ends: Sequence[EndOfRuns]  # the paper's rule, at half the baseline's steps
     crossings: Sequence[Crossing]
@@ -125,7 +123,7 @@ class Results:
     tunings: Sequence[Tuning]
     costs: Sequence[ArmCost]
     ablations: Sequence[Ablation]
-    grid: Grid | None  # over (β2, γ), where there are runs for one
+    grid: Grid | None  # over (β2, γ), if there are runs for it
     baselines: Mapping[str, Baseline]  # by model
     token_laws: Sequence[ScalingLaw]
     size_laws: Sequence[ScalingLaw]
@@ -139,7 +137,7 @@ class Results:
         )
 
     def sentences(self, arm: str, model: str) -> list[str]:
-        """The verdict on one arm in words, a sentence for each currency."""
+        """Return the verdict on one arm in words, one sentence per currency."""
         return [self._sentence(arm, model, currency) for currency in CLAIM_CURRENCIES]
 
     def _sentence(self, arm: str, model: str, currency: Currency) -> str:
@@ -158,7 +156,7 @@ class Results:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values for machines; runs by their trial, bare ones by their directory."""
+        """Return JSON values; runs are named by their trial or, without a study, by their directory."""
         return {
             "study": self.study.name,
             "baseline": self.study.baseline,
@@ -233,10 +231,10 @@ class Results:
 
 
 def analyse(study: Study, *, against_baseline: bool = True) -> Results:
-    """All of the analysis of a study.
+    """Analyse a study.
 
     Args:
-        against_baseline: False: go without verdicts where the baseline has no run, for figures that need none.
+        against_baseline: if False, omit verdicts when the baseline has no run, for figures that need none.
 
     Raises:
         ValueError: the baseline has no finished reported run.
@@ -245,8 +243,8 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
         settings = [arm for arm in study.arms if arm.startswith(f"{study.baseline} (")]
         if settings:
             raise ValueError(
-                f"these runs are a sweep, {len(settings)} settings of the baseline {study.baseline!r}: compare them with "
-                f"scripts/compare.py, or name one of them, --baseline {settings[0]!r}"
+                f"these runs are a sweep with {len(settings)} settings of the baseline {study.baseline!r}: compare them "
+                f"with scripts/compare.py, or choose one, --baseline {settings[0]!r}"
             )
         raise ValueError(
             f"no finished reported run of the baseline {study.baseline!r} in {study.name}: run it first, or name "
@@ -314,9 +312,9 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
 
 
 def write_json(results: Results, path: Path) -> None:
-    """The results for machines. Strict JSON: what is not finite is null.
+    """Write the results as strict JSON; non-finite numbers are null.
 
-    Numbers have six significant digits: further ones differ from one processor to the next.
+    Numbers have six significant digits; more would differ between processors.
     """
     write_atomically(path, json.dumps(results.as_json(), indent=1, allow_nan=False) + "\n")
 
@@ -326,7 +324,7 @@ def _named(origin: Origin) -> str:
 
 
 def model_sizes(study: Study) -> dict[str, float]:
-    """Parameters of each model, from the records."""
+    """Return the number of parameters of each model, from the records."""
     sizes: dict[str, float] = {}
     for trial in study.reporting:
         summary = {} if trial.run is None else trial.run.summary or {}
@@ -353,7 +351,7 @@ def _why_undecided(one: Headline) -> str:
 
 
 def in_short(claim: Claim) -> str:
-    """A claim's verdict, an undecided one's with the number of seeds that would decide it."""
+    """Return a claim's verdict; if undecided, with the number of seeds that would decide it."""
     if claim.verdict != "undecided" or claim.difference is None or claim.difference.degrees_of_freedom <= 0:
         return claim.verdict
     if not claim.testable:
@@ -427,7 +425,7 @@ def _finals(study: Study) -> list[FinalLoss]:
 
 
 def _target_times(study: Study) -> list[TargetTime]:
-    """Targets are the baseline's mean final losses; every cell's runs are read along their curves."""
+    """Return times to the baseline's mean final losses, along the curves of every cell's runs."""
     rows = []
     for model in study.models:
         ends = [end for end in study.endpoints(study.baseline, model) if not end.diverged]
@@ -505,7 +503,7 @@ def _token_laws(study: Study) -> list[ScalingLaw]:
 
 
 def _size_laws(study: Study) -> list[ScalingLaw]:
-    """At the longest horizon of each model, for arms with three models or more."""
+    """Fit laws at the longest horizon of each model, for arms with at least three models."""
     sizes = model_sizes(study)
     laws = []
     for arm in study.arm_names():
@@ -539,7 +537,7 @@ def _trends(study: Study, results: Sequence[SpeedUp]) -> list[Trend]:
 
 
 def significant(value: float, digits: int = 6) -> float:
-    """The value to so many significant digits; a whole number stays as it is."""
+    """Round to `digits` significant digits; whole numbers do not change."""
     return float(value) if float(value).is_integer() else float(f"{value:.{digits}g}")
 
 

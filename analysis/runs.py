@@ -1,9 +1,8 @@
-"""Runs as the analysis sees them, from run directories or from a study's tables.
+"""Load runs for the analysis, from run directories or from a study's tables.
 
-Of run directories a thousand of ten thousand lines load in seconds, in bounded memory: pyarrow parses metrics.jsonl
-column by column; of the train lines a sample is read and its bin means are kept, of the eval lines all. A torn last line
-(a run killed while writing) and lines written twice (a run resumed from before its end) are expected: the first is
-dropped, of the second the later one counts.
+A thousand run directories of ten thousand lines load in seconds, in bounded memory: pyarrow parses metrics.jsonl column by
+column, all eval lines are kept, and train lines are sampled and averaged in bins. A torn last line (the run was killed
+while writing) is dropped. Of lines with the same step (the run resumed from an earlier step) the later one counts.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ CURRENCIES: tuple[Currency, ...] = ("steps", "tokens", "flops", "seconds")
 _COUNTERS = ("step", "tokens", "flops", "seconds")
 _TRAIN_COLUMNS = ("loss", "lr", "grad_norm", "clipped_norm", "tokens_per_second", "unclipped_fraction")
 _EVAL_COLUMNS = ("val_loss",)
-# Train lines that are read of one run, some for each of the bins that they are averaged into.
+# Train lines to read per run, several for each bin.
 _TRAIN_LINES = 2000
 _TRAIN_PREFIXES = (b'{"kind":"train"', b'{"kind": "train"')
 _SKIPPED_PREFIXES = (b'{"kind":"hessian"', b'{"kind": "hessian"', b'{"kind":"event"', b'{"kind": "event"')
@@ -53,7 +52,7 @@ _SCHEMA = pa.schema(
 ).set(2 + 4 + _TRAIN_COLUMNS.index("clipped_norm"), pa.field("clipped_norm", pa.bool_()))
 
 
-# What the analysis needs of a configuration, which may be of an earlier version.
+# The parts of a configuration that the analysis needs; it may be from an earlier version.
 class _Optimizer(Form):
     name: str
     lr: float | None = None
@@ -87,10 +86,10 @@ class _Config(Form):
 
 @dataclass(frozen=True)
 class Curve:
-    """One kind of line of one run, in order of step. All arrays have shape (n,).
+    """The lines of one kind of one run, in order of step. All arrays have shape (n,).
 
-    `columns` holds what the kind of line adds: `val_loss` (nats) for evaluations, the fields of a train line for
-    training. A value that was not recorded, or not finite, is NaN.
+    `columns` holds `val_loss` (nats) for evaluations, or the fields of a train line for training. A value that was not
+    recorded, or not finite, is NaN.
     """
 
     steps: NDArray[np.float64]
@@ -100,9 +99,9 @@ class Curve:
     columns: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def axis(self, currency: Currency) -> NDArray[np.float64]:
-        """(n,) what had been spent, in the given currency, when each line was written."""
+        """Return (n,) the cumulative cost at each line, in the given currency."""
         if currency not in CURRENCIES:
-            raise ValueError(f"currency {currency!r} is unknown: choose one of {', '.join(CURRENCIES)}")
+            raise ValueError(f"unknown currency {currency!r}: choose one of {', '.join(CURRENCIES)}")
         values: NDArray[np.float64] = getattr(self, currency)
         return values
 
@@ -115,7 +114,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run is on record: its directory, or its row of a study's trials.csv."""
+    """The source of a run: its directory, or its row in a study's trials.csv."""
 
     path: Path
     trial: str = ""  # of the row
@@ -126,13 +125,13 @@ class Origin:
         return self.trial or self.path.name
 
     def href(self, location: Path) -> str:
-        """The link to it from a page in the directory `location`."""
+        """Return the link from a page in the directory `location`."""
         return escaping.href(self.path, location) + (f"#L{self.line}" if self.line else "")
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """One run: its record, its evaluations, its training curve thinned to bin means."""
+    """One run: its record, its evaluations, and its training curve as bin means."""
 
     origin: Origin
     config: dict[str, Any]
@@ -140,7 +139,7 @@ class RecordedRun:
     summary: dict[str, Any] | None
     evaluations: Curve
     training: Curve
-    clipped_norm_share: float  # of the train lines that were read; NaN where there is none
+    clipped_norm_share: float  # of the train lines that were read; NaN without any
     last_refresh: dict[str, Any] | None  # the last hessian line
 
     @property
@@ -158,7 +157,7 @@ class RecordedRun:
 
     @property
     def horizon(self) -> int:
-        """Steps of the schedule, which is fully decayed at its end."""
+        """Steps of the schedule, which decays fully."""
         return int(self.config["train"]["steps"])
 
     @property
@@ -183,7 +182,7 @@ class RecordedRun:
         return float(value) if value is not None else float(self.evaluations["val_loss"][-1])
 
     def total(self, currency: Currency) -> float:
-        """What the whole run spent: steps, training tokens, model FLOPs (curvature included), training seconds."""
+        """Return the run's total cost: steps, training tokens, model FLOPs (with curvature) or training seconds."""
         if self.summary is not None and self.summary.get(currency) is not None:
             return float(self.summary[currency])
         lines = self.training if len(self.training) else self.evaluations
@@ -191,10 +190,10 @@ class RecordedRun:
 
 
 def load_runs(directories: Sequence[str | Path], *, train_points: int = 400, workers: int = 2) -> list[RecordedRun]:
-    """Load runs in the order given, as `load_each`.
+    """Load runs in the given order, as `load_each` does.
 
     Raises:
-        RecordError: of the first record that is damaged.
+        RecordError: a record is damaged; the first such error.
     """
     loaded = load_each(directories, train_points=train_points, workers=workers)
     if damaged := [error for error in loaded if isinstance(error, RecordError)]:
@@ -205,14 +204,14 @@ def load_runs(directories: Sequence[str | Path], *, train_points: int = 400, wor
 def load_each(
     directories: Sequence[str | Path], *, train_points: int = 400, workers: int = 2
 ) -> list[RecordedRun | RecordError]:
-    """Load runs in the order given, in the place of a damaged one what is wrong with it.
+    """Load runs in the given order; a damaged one yields its RecordError.
 
     At most `workers` metrics files are in memory at a time.
 
     Args:
         directories: run directories.
-        train_points: bins that the train lines of a run are averaged into; 0 keeps none.
-        workers: threads (the parser releases the interpreter lock).
+        train_points: number of bins for a run's train lines; 0 keeps none.
+        workers: threads (the parser releases the GIL).
     """
 
     def load(directory: str | Path) -> RecordedRun | RecordError:
@@ -229,7 +228,7 @@ def load_run(directory: str | Path, *, train_points: int = 400) -> RecordedRun:
     """Load one run; see `load_runs`.
 
     Raises:
-        RecordError: the directory is no run record, or one of its files is damaged.
+        RecordError: the directory has no run record, or one of its files is damaged.
     """
     record = RunRecord.open(directory)
     content = metrics_content(record.metrics_path)
@@ -247,7 +246,7 @@ def load_run(directory: str | Path, *, train_points: int = 400) -> RecordedRun:
 def runs_of_rows(
     rows: Sequence[TrialRow], curves: pa.Table, directory: Path, *, train_points: int = 400
 ) -> dict[str, RecordedRun]:
-    """The runs of a study's tables by trial; a row without a summary has none.
+    """Return the runs in a study's tables by trial, without rows that have no summary.
 
     Raises:
         RecordError: a configuration lacks what the analysis needs, or the curves of a trial are missing.
@@ -259,7 +258,7 @@ def runs_of_rows(
         if row.summary is None:
             continue
         if row.trial not in lines:
-            raise RecordError(f"{path} has no line of {row.trial}, and {trials} has its row; restore both files")
+            raise RecordError(f"{path} has no lines of {row.trial}, but {trials} has its row; restore both files")
         own = lines[row.trial]
         runs[row.trial] = _run(
             Origin(trials, row.trial, row.line),
@@ -284,7 +283,7 @@ def _run(
 ) -> RecordedRun:
     config, environment, summary = record
     require(_Config, config, config_place)
-    if config["optimizer"].get("decay_embeddings") is True:  # as in records from before there was the key
+    if config["optimizer"].get("decay_embeddings") is True:  # as in records from before this key existed
         del config["optimizer"]["decay_embeddings"]
     training = _curve(lines, "train", _TRAIN_COLUMNS, lines_place)
     clipped = training["clipped_norm"]
@@ -301,7 +300,7 @@ def _run(
 
 
 def _last_refresh(lines: pa.Table) -> dict[str, Any] | None:
-    """The last hessian line of a trial, its rows put together again."""
+    """Return the last hessian line of a trial, assembled from its rows."""
     rows = lines.filter(pc.equal(lines["kind"], "hessian")).to_pylist()
     whole = [row for row in rows if row["parameters"] == "all"]
     if not whole:
@@ -311,22 +310,20 @@ def _last_refresh(lines: pa.Table) -> dict[str, Any] | None:
 
 
 def read_metrics(content: bytes, path: Path, *, train_lines: int = _TRAIN_LINES) -> pa.Table:
-    """The train and eval lines in the content of a metrics.jsonl, with the columns that the contract names; absent values
-    are null.
+    """Parse the train and eval lines of a metrics.jsonl into the columns of the record format; absent values are null.
 
-    Every eval line is read. Of many train lines every n-th is, about `train_lines` in all, which is what makes a
-    thousand long runs a matter of seconds; n has no factor in common with ten, so that a sample does not fall into
-    step with the curvature passes.
+    Every eval line is read, and every n-th train line, about `train_lines` in all, so that a thousand long runs load in
+    seconds. n has no common factor with ten, so that the sample does not align with the curvature passes.
 
     Raises:
         RecordError: a line other than the last is damaged.
     """
     lines = content.split(b"\n")
-    # A run that was killed while it wrote leaves a torn line without a newline at the end.
+    # A run killed while writing leaves a torn last line without a newline.
     lines.pop()
     is_train = [line.startswith(_TRAIN_PREFIXES) for line in lines]
     train = list(itertools.compress(lines, is_train))
-    # Whatever does not begin as expected is parsed and sorted out by its kind.
+    # Lines with another beginning are parsed and filtered by kind.
     rest = itertools.compress(lines, map(operator.not_, is_train))
     others = [line for line in rest if line and not line.startswith(_SKIPPED_PREFIXES)]
     chosen = b"\n".join((*others, *train[:: _stride(len(train), train_lines)], b""))
@@ -339,12 +336,12 @@ def read_metrics(content: bytes, path: Path, *, train_lines: int = _TRAIN_LINES)
             parse_options=pa.json.ParseOptions(explicit_schema=_SCHEMA, unexpected_field_behavior="ignore"),
         )
     except pa.ArrowInvalid:
-        # NaN and Infinity, which Python writes and JSON does not know, and numbers where a flag is expected.
+        # NaN and Infinity, which Python writes but JSON lacks, and numbers instead of flags.
         return _read_leniently(content[: content.rfind(b"\n") + 1], path)
 
 
 def last_line(content: bytes, path: Path, kind: str) -> dict[str, Any] | None:
-    """The last whole line of a kind in a metrics.jsonl, found without parsing the others; None if there is none.
+    """Return the last complete line of a kind in a metrics.jsonl, without parsing the others; None if there is none.
 
     Raises:
         RecordError: the line is damaged.
@@ -357,7 +354,7 @@ def last_line(content: bytes, path: Path, kind: str) -> dict[str, Any] | None:
 
 
 def _stride(count: int, wanted: int) -> int:
-    """The smallest step that takes no more than about `wanted` of `count` and shares no factor with ten."""
+    """Return the smallest stride that takes at most about `wanted` of `count` and has no common factor with ten."""
     step = max(1, -(-count // max(wanted, 1)))
     while step % 2 == 0 or step % 5 == 0:
         step += 1
@@ -384,7 +381,7 @@ def _read_leniently(content: bytes, path: Path) -> pa.Table:
         row = parse_line(line, path, number)
         for name in _SCHEMA.names:
             if name != "kind" and not isinstance(row.get(name), (int, float, type(None))):
-                raise RecordError(f"{path}:{number}: {name} is {row[name]!r:.40} and a number is expected")
+                raise RecordError(f"{path}:{number}: {name} is {row[name]!r:.40}, expected a number")
         clipped = row.get("clipped_norm")
         rows.append(
             {name: row.get(name) for name in _SCHEMA.names}
@@ -403,7 +400,7 @@ def _curve(table: pa.Table, kind: str, columns: Sequence[str], path: Path) -> Cu
     values = {name: _float(lines[name]) for name in lines.column_names}
     steps = values["step"]
     if np.any(np.diff(steps) <= 0):
-        # A resumed run may write a step again; the later line counts, and the order is that of the steps.
+        # A resumed run may write a step again; the later line counts. Sort by step.
         _, last_from_behind = np.unique(steps[::-1], return_index=True)
         keep = len(steps) - 1 - last_from_behind
         values = {name: column[keep] for name, column in values.items()}
@@ -423,7 +420,7 @@ def _float(column: pa.ChunkedArray) -> NDArray[np.float64]:
 
 
 def _bin_means(curve: Curve, points: int) -> Curve:
-    """Means over `points` bins of equal numbers of lines; the counters take the bin's last value."""
+    """Average over `points` bins with equal numbers of lines; counters take the last value of a bin."""
     n = len(curve)
     if n <= points:
         return curve

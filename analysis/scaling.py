@@ -1,5 +1,4 @@
-"""Loss against size and against tokens, and how the speed-up changes with both: fits with their bands, and their
-worth."""
+"""Fits, with bands, of the loss against size and tokens, and of the speed-up against both."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """A power law of the loss in tokens or in parameters, with what the seeds say about its precision."""
+    """A power law of the loss in tokens or parameters, with the uncertainty from seeds."""
 
     arm: str
     axis: str  # "tokens" or "parameters"
@@ -30,10 +29,9 @@ class ScalingLaw:
     level: float
 
     def band(self, at: ArrayLike) -> tuple[Array, Array, Array]:
-        """(…) loss, lower and upper end of its pointwise confidence band at (…) tokens or parameters.
+        """Return (…) loss, lower and upper end of its pointwise confidence band at (…) tokens or parameters.
 
-        The band carries the noise of the seeds through the fit. That the loss is a power law at all is assumed, and
-        beyond the data nothing checks it.
+        The band propagates seed noise through the fit. It assumes a power law, which nothing checks beyond the data.
         """
         x = np.log(np.asarray(at, dtype=np.float64))
         value = self.law.value(x)
@@ -49,7 +47,7 @@ class ScalingLaw:
 def scaling_law(
     arm: str, axis: str, values: Sequence[float], ends: Sequence[Endpoints], level: float = 0.95
 ) -> ScalingLaw | None:
-    """The law through the ends of runs at ascending values of the axis; None for fewer than three points."""
+    """Fit the law to final losses at ascending values of the axis; None for fewer than three points."""
     common = sorted(set.intersection(*(set(end.seeds) - set(end.diverged) for end in ends))) if ends else []
     if len(ends) < 3 or not common:
         return None
@@ -64,29 +62,29 @@ class Trend:
 
     arm: str
     currency: str
-    names: tuple[str, ...]  # "constant", then "tokens" and "parameters" where they vary
+    names: tuple[str, ...]  # "constant", then "tokens" and "parameters" if they vary
     coefficients: Array  # (P,)
     covariance: Array  # (P, P)
-    centre: Array  # (P,) means that the logarithms are taken from
+    centre: Array  # (P,) means, subtracted from the logarithms
     reach: Mapping[str, tuple[float, float]]  # range of the data
     points: int
     level: float
-    freedom: float  # of Student's t where the points' own scatter set the covariance, else infinite
+    freedom: float  # of Student's t if the covariance comes from the points' scatter, else infinite
 
     def slope(self, name: str) -> Interval | None:
-        """Change of log speed-up per e-fold of "tokens" or "parameters"; None if it did not vary."""
+        """Return the change of log speed-up per e-fold of "tokens" or "parameters"; None if these do not vary."""
         if name not in self.names:
             return None
         index = self.names.index(name)
         return self._interval(np.eye(len(self.names))[index])
 
     def at(self, *, tokens: float, parameters: float) -> Interval:
-        """The speed-up's logarithm that the trend predicts, with its band."""
+        """Return the predicted log speed-up with its band."""
         values = {"constant": 1.0, "tokens": math.log(tokens), "parameters": math.log(parameters)}
         return self._interval(np.array([values[name] for name in self.names]) - self.centre)
 
     def worth(self, *, tokens: float, parameters: float) -> str:
-        """In plain words, what a prediction there is worth."""
+        """Describe how reliable a prediction is."""
         factors = []
         for name, value in (("tokens", tokens), ("parameters", parameters)):
             low, high = self.reach[name]
@@ -111,10 +109,10 @@ class Trend:
 
 
 def trend(results: Sequence[SpeedUp], tokens: Sequence[float], parameters: Sequence[float]) -> Trend | None:
-    """Weighted least squares of log speed-up on log tokens and log parameters.
+    """Fit log speed-up to log tokens and log parameters by weighted least squares.
 
-    Weights are the inverse variances of the estimates; where the points scatter more than these allow, the covariance
-    is widened to match. Censored estimates are bounds, not points, and are left out.
+    Weights are the inverse variances of the estimates; if the points scatter more than these allow, the covariance is
+    widened to match. Censored estimates are left out.
 
     Args:
         results: speed-ups of one arm in one currency.

@@ -1,4 +1,4 @@
-"""What a single hyper-parameter does, all else equal: ablations paired with their arm, and runs over a few settings."""
+"""The effect of single hyper-parameters: ablations paired with their arm, and runs over a few settings."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ REFRESH = ("optimizer.hessian_interval",)
 
 @dataclass(frozen=True)
 class Ablation:
-    """An ablation at one horizon beside the arm that it varies, at the seeds that both have."""
+    """An ablation at one horizon compared with its arm, at their common seeds."""
 
     arm: str
     of: str
     model: str
     horizon: int
     setting: str  # what it varies: "estimator=hutchinson"
-    mean: float  # final validation loss, nats; NaN where a run diverged
-    differences: tuple[float, ...]  # from the arm's, per seed, nats; empty where a run diverged or no seed is common
+    mean: float  # final validation loss, nats; NaN if a run diverged
+    differences: tuple[float, ...]  # from the arm's, per seed, nats; empty if a run diverged or no seed is common
     interval: Interval | None  # of the mean difference; None for a single seed
     p: float  # two-sided; NaN for a single seed
     adjusted_p: float  # Holm, over all ablations of the study
-    time_ratio: float  # seconds a step over the arm's
+    time_ratio: float  # seconds per step divided by the arm's
     diverged: int
     runs: int
     origins: tuple[Origin, ...]
@@ -41,7 +41,7 @@ class Ablation:
 
 @dataclass(frozen=True)
 class Grid:
-    """Mean final loss (nats) of Sophia over γ (rows) and β2 (columns), all else equal; NaN where there is no run."""
+    """Mean final loss (nats) of Sophia over γ (rows) and β2 (columns), all else equal; NaN without a run."""
 
     gammas: tuple[float, ...]
     betas: tuple[float, ...]
@@ -50,7 +50,7 @@ class Grid:
 
 
 def ablations(study: Study) -> list[Ablation]:
-    """Every ablation with finished runs, in the study's order."""
+    """Return every ablation with finished runs, in the study's order."""
     found = []
     for name in study.arm_names("ablation"):
         arm = study.arms[name]
@@ -91,7 +91,7 @@ def ablations(study: Study) -> list[Ablation]:
 
 
 def sensitivity_grid(study: Study) -> Grid | None:
-    """The grid of the runs that `comparable_runs` finds; None for fewer than two γ or two β2."""
+    """Return the grid of the runs found by `comparable_runs`; None for fewer than two γ or two β2."""
     group = comparable_runs(study, GRID)
     cells: dict[tuple[float, float], list[float]] = {}
     for run in group:
@@ -105,10 +105,10 @@ def sensitivity_grid(study: Study) -> Grid | None:
 
 
 def comparable_runs(study: Study, keys: Sequence[str], *, prefix: str = "sophia") -> list[RecordedRun]:
-    """Finished runs of one phase that agree in all but `keys`, with the same seeds at every setting of these.
+    """Return finished runs of one phase that agree in all but `keys`, with the same seeds at every setting.
 
-    Of several such groups the one with the most settings. Of `optimizer.betas` only the second counts as a key. Where
-    no seed has all settings: the seeds with the most of them, and the settings that all of these seeds have.
+    Among several such groups, the one with the most settings. Of `optimizer.betas` only β2 counts as a key. If no seed
+    has all settings, take the seeds with the most settings, and the settings that all of these seeds have.
     """
     groups: dict[str, list[RecordedRun]] = {}
     for trial in sorted(study.trials, key=lambda trial: trial.phase != "reporting"):

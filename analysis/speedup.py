@@ -1,21 +1,20 @@
-"""How much faster an arm trains than the baseline, with an interval and a verdict, in every currency.
+"""Speed-up of an arm over the baseline, with an interval and a verdict, in every currency.
 
-**End of runs**, the paper's rule: the arm decayed to the end of T/2 steps against the baseline decayed to the end of
-T, as the paired loss difference that it is.
+**End of runs**, the paper's rule: the paired loss difference between the arm decayed over T/2 steps and the baseline
+decayed over T.
 
-**D-equivalent speed-up** (Wen et al. 2025): the baseline's final losses over its horizons make a curve L(D); an arm
-that ends at the loss L with D tokens has the speed-up D_baseline(L) / D. In FLOPs or seconds the ratio of the two
-arms' costs per token comes on top, curvature passes included.
+**D-equivalent speed-up** (Wen et al. 2025): the baseline's final losses over its horizons give a curve L(D); an arm that
+ends at loss L after D tokens has the speed-up D_baseline(L) / D. In FLOPs or seconds it is multiplied by the ratio of the
+two arms' costs per token, including curvature passes.
 
 **Interval.** The speed-up of an arm is ρ if its loss equals the baseline's at ρ times the cost. For each ρ this is a
 paired t test of one linear contrast per seed,
 
     e_s(ρ) = L_arm,s − Σ_k w_k(ρ) · L_baseline,s(T_k),
 
-where w are the weights with which the observed losses enter the baseline's curve there. The interval is the set of ρ
-that the test does not reject. At ρ = 1 and ρ = 2 it asks exactly what the end-of-runs rule asks, smoothed by the
-curve. A ρ outside the baseline's range of horizons cannot be tested: that end of the interval is censored, never
-extrapolated.
+where w are the weights of the observed losses in the baseline's curve at that point. The interval is the set of ρ that the
+test does not reject. At ρ = 1 and ρ = 2 this is the end-of-runs rule, smoothed by the curve. A ρ outside the baseline's
+range of horizons cannot be tested: that end of the interval is censored, not extrapolated.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ THRESHOLDS = (1.0, 2.0)  # faster at all; the paper's claim
 CLAIM_CURRENCIES: tuple[Currency, ...] = ("steps", "flops", "seconds")
 _GRID = 121
 _HOMOGENEITY = 0.05  # p of Bartlett's test below which variances are not pooled
-_ROUNDING = 1e-9  # relative noise below this is no noise
-_TOLERANCE = 1e-9  # relative; a threshold that lies on a horizon is inside the range
+_ROUNDING = 1e-9  # relative noise below this is rounding
+_TOLERANCE = 1e-9  # relative; a threshold on a horizon is inside the range
 
 
 @dataclass(frozen=True)
 class Endpoints:
-    """Ends of the fully decayed runs of one arm at one horizon, one run per seed. Arrays have shape (n,)."""
+    """Final losses and costs of the runs of one arm at one horizon, one run per seed. Arrays have shape (n,)."""
 
     arm: str
     model: str
@@ -66,14 +65,14 @@ class Endpoints:
         return tuple(seed for seed, loss in zip(self.seeds, self.losses, strict=True) if not np.isfinite(loss))
 
     def cost(self, currency: Currency) -> Array:
-        """(n,) what each run spent in all."""
+        """Return (n,) the total cost of each run."""
         if currency == "steps":
             return np.full(len(self.seeds), float(self.horizon))
         values: Array = getattr(self, currency)
         return values
 
     def at(self, seeds: Sequence[int]) -> Endpoints:
-        """The same, at these seeds in this order."""
+        """Return the endpoints at these seeds, in this order."""
         index = [self.seeds.index(seed) for seed in seeds]
         return replace(
             self,
@@ -92,19 +91,21 @@ class Claim:
 
     threshold: float
     verdict: Verdict
-    p: float  # two-sided, of the test at the threshold (or, where that cannot be tested, at the end of the range)
-    adjusted_p: float  # Holm, over the family of claims that are reported together
-    direction: Literal["above", "below", "none"]  # where the test puts the speed-up, relative to the threshold
-    # Of an undecided claim: with so many seeds the effect seen would be found 4 times in 5, after the same correction as
-    # the p-value's; None: over 1000, or nothing to go by.
+    p: float  # two-sided, of the test at the threshold, or at the end of the range if the threshold is outside
+    adjusted_p: float  # Holm, over the family of claims reported together
+    direction: Literal["above", "below", "none"]  # of the estimated speed-up relative to the threshold
+    # For an undecided claim: seeds with which the observed effect would be found with 80 % power after the same
+    # correction. None: more than 1000, or unknown.
     seeds_to_decide: int | None
-    testable: bool  # False where the baseline's range ends before the threshold
-    difference: Interval | None = None  # arm minus baseline at threshold times the cost (or at the range's end), nats
+    testable: bool  # False if the threshold is outside the baseline's range
+    difference: Interval | None = (
+        None  # arm minus baseline at threshold times the cost (or at the end of the range), nats
+    )
     standard_deviation: float = math.nan  # of one seed's difference, nats
 
     @property
     def text(self) -> str:
-        """The claim in words."""
+        """Return the claim in words."""
         return (
             "faster at all (ratio > 1)" if self.threshold == 1 else f"{self.threshold:g}× (ratio ≥ {self.threshold:g})"
         )
@@ -114,8 +115,8 @@ class Claim:
 class SpeedUp:
     """D-equivalent speed-up of one arm at one horizon in one currency.
 
-    `estimate` is NaN where there is none (`reason` says why). An end of the interval or an estimate that is censored
-    stands at the end of what could be tested: the truth lies beyond it.
+    Without an estimate, `estimate` is NaN and `reason` tells why. A censored estimate or end of the interval has the value
+    at the end of the testable range; the true value is beyond it.
     """
 
     arm: str
@@ -130,11 +131,11 @@ class SpeedUp:
     high: float
     high_censored: bool
     level: float
-    log_standard_error: float  # of the logarithm of the estimate; NaN where there is none
-    range: tuple[float, float]  # speed-ups that this horizon could be tested for
+    log_standard_error: float  # of the logarithm of the estimate; NaN without an estimate
+    range: tuple[float, float]  # testable speed-ups at this horizon
     method: str
-    smallest_detectable: float  # loss difference, nats, that this many seeds find 4 times in 5
-    smallest_detectable_ratio: float  # the same as a speed-up (1.03 = 3 % faster)
+    smallest_detectable: float  # loss difference in nats that this many seeds find with 80 % power
+    smallest_detectable_ratio: float  # the same as a speed-up (1.03: 3 % faster)
     claims: tuple[Claim, ...]
     reason: str = ""
     runs: tuple[Origin, ...] = ()
@@ -144,7 +145,7 @@ class SpeedUp:
 
     @property
     def text(self) -> str:
-        """ "1.21 [1.08, 1.37]", with > and < where censored."""
+        """ "1.21 [1.08, 1.37]", with > and < if censored."""
         if math.isnan(self.estimate):
             return self.reason or "undecided"
         mark = {"above": ">", "below": "<", None: ""}[self.estimate_censored]
@@ -161,7 +162,7 @@ class EndOfRuns:
     model: str
     baseline_horizon: int
     arm_horizon: int
-    difference: Interval  # arm minus baseline, nats; not above zero: the arm got there with T/ratio steps
+    difference: Interval  # arm minus baseline, nats; <= 0 if T/ratio steps suffice
     variance: Variance
     p: float
     adjusted_p: float
@@ -177,7 +178,7 @@ class EndOfRuns:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The baseline's ends of runs over its horizons, and the curve through their means."""
+    """The baseline's final losses over its horizons, and the curve through their means."""
 
     endpoints: tuple[Endpoints, ...]  # ascending in horizon, all at the same seeds
     curve: LossCurve
@@ -189,16 +190,16 @@ class Baseline:
 
     @property
     def range(self) -> tuple[float, float]:
-        """Logarithm of training tokens of the shortest and the longest horizon."""
+        """Log of the training tokens of the shortest and the longest horizon."""
         return float(self.curve.log_tokens[0]), float(self.curve.log_tokens[-1])
 
     def cost_per_token(self, currency: Currency) -> Array:
-        """(n,) per seed, the mean over horizons: the same work at every horizon, so the mean has the least noise."""
+        """Return (n,) the cost per token of each seed, averaged over horizons, where it is the same, to reduce noise."""
         return np.mean([end.cost(currency) / end.tokens for end in self.endpoints], axis=0)
 
     @property
     def lack_of_fit_p(self) -> float:
-        """F test of the power law's misfit against seed noise; NaN for interpolation, which has no misfit."""
+        """p of an F test of the power law's misfit against seed noise; NaN for interpolation, which has no misfit."""
         seeds, horizons = self.losses.shape
         if not isinstance(self.curve, PowerLaw) or seeds < 2:
             return float("nan")
@@ -211,18 +212,18 @@ class Baseline:
 
 
 def fit_baseline(endpoints: Sequence[Endpoints]) -> Baseline:
-    """The baseline's curve from its horizons, at the seeds that all of these have.
+    """Fit the baseline's curve to its horizons, at their common seeds.
 
-    A horizon with a diverged run is left out as a whole: leaving out the seed alone would keep the lucky ones.
+    A horizon with a diverged run is left out entirely: leaving out only the seed would bias the curve to lucky seeds.
 
     Raises:
-        ValueError: no horizon, or no seed common to all of them.
+        ValueError: no horizon, or no seed common to all horizons.
     """
     if not endpoints:
-        raise ValueError("the baseline has no finished run: run it before comparing anything with it")
+        raise ValueError("the baseline has no finished run: run it first")
     ordered = sorted((end for end in endpoints if not end.diverged), key=lambda end: end.horizon)
     if not ordered:
-        raise ValueError("the baseline diverged at every horizon: find hyper-parameters with which it does not")
+        raise ValueError("the baseline diverged at every horizon: find hyper-parameters that train")
     common = _common_seeds(ordered)
     if not common:
         listing = "; ".join(f"{end.horizon} steps: {list(end.seeds)}" for end in ordered)
@@ -241,9 +242,9 @@ def speed_ups(
     level: float = 0.95,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> list[SpeedUp]:
-    """D-equivalent speed-up of one arm on one model, one result per horizon of the arm.
+    """Return the D-equivalent speed-up of one arm on one model, one result per horizon of the arm.
 
-    The horizons are taken together because their seed variance is pooled where it is homogeneous.
+    All horizons are needed together because their seed variance is pooled if it is homogeneous.
     """
     ordered = sorted(arm, key=lambda end: end.horizon)
     paired = [_Paired.make(end, baseline, currency) for end in ordered]
@@ -260,10 +261,10 @@ def speed_ups(
 def end_of_runs(
     arm: Sequence[Endpoints], baseline: Sequence[Endpoints], *, ratio: float = 2.0, level: float = 0.95
 ) -> list[EndOfRuns]:
-    """The paper's rule for each baseline horizon T at which the arm has runs of T/ratio steps.
+    """Apply the paper's rule at each baseline horizon T for which the arm has runs of T/ratio steps.
 
-    "supported" says that the arm ends significantly lower, "not supported" significantly higher. The p-values are
-    corrected (Holm) over the horizons returned.
+    "supported" means that the arm ends significantly lower, "not supported" significantly higher. The p-values are
+    corrected (Holm) over the returned horizons.
     """
     arms = {end.horizon: end for end in arm}
     pairs: list[tuple[Endpoints, Endpoints]] = []
@@ -302,7 +303,7 @@ def end_of_runs(
 
 
 def correct_ends(ends: Sequence[EndOfRuns], level: float = 0.95) -> list[EndOfRuns]:
-    """The same comparisons with p-values corrected over all of them (Holm) and verdicts to match."""
+    """Return the comparisons with p-values corrected over all of them (Holm), and verdicts to match."""
     adjusted = statistics.holm([end.p for end in ends])
     return [
         replace(
@@ -315,13 +316,13 @@ def correct_ends(ends: Sequence[EndOfRuns], level: float = 0.95) -> list[EndOfRu
 
 
 def headline(results: Sequence[SpeedUp]) -> SpeedUp:
-    """The horizon that speaks for one arm on one model in one currency.
+    """Choose the horizon to report for one arm on one model in one currency.
 
-    The longest at which all thresholds can be tested; where they can at none, the one whose range misses them by least
-    (it can still refute a claim). The choice depends on the design alone, not on the losses.
+    It is the longest one at which all thresholds are testable, or else the one whose range is closest to them (it can
+    still refute a claim). The choice depends only on the design, not on the losses.
     """
     if not results:
-        raise ValueError("no speed-up to choose from: the arm has no finished horizon")
+        raise ValueError("no speed-up: the arm has no finished horizon")
 
     def missed(one: SpeedUp) -> float:
         low, high = one.range
@@ -334,10 +335,10 @@ def headline(results: Sequence[SpeedUp]) -> SpeedUp:
 
 
 def correct(claims: Sequence[Claim], level: float = 0.95) -> list[Claim]:
-    """The same claims with p-values corrected over all of them (Holm), and verdicts and seeds to match."""
+    """Return the claims with p-values corrected over all of them (Holm), and verdicts and seeds to match."""
     p_values = np.array([claim.p for claim in claims])
     adjusted = statistics.holm(p_values)
-    # Holm asks the claim of rank r (from 0) for a p of (1 - level) / (m - r).
+    # Holm requires p <= (1 - level) / (m - r) of the claim of rank r (from 0).
     ranks = np.argsort(np.argsort(p_values, kind="stable"), kind="stable")
     corrected = []
     for claim, p, rank in zip(claims, adjusted, ranks, strict=True):
@@ -352,17 +353,17 @@ def correct(claims: Sequence[Claim], level: float = 0.95) -> list[Claim]:
 
 @dataclass(frozen=True)
 class _Paired:
-    """One arm's horizon and the baseline at the same seeds, on the axis of tokens."""
+    """One horizon of an arm and the baseline at the same seeds."""
 
     endpoints: Endpoints
     baseline_losses: Array  # (n, K)
     log_tokens: Array  # (n,) of the arm's runs
-    log_cost_ratio: Array  # (n,) log of baseline cost per token over the arm's; its noise is that of the clock
-    range: tuple[float, float]  # log speed-ups that stay inside the baseline's range
+    log_cost_ratio: Array  # (n,) log of baseline cost per token over the arm's; its noise is timing noise
+    range: tuple[float, float]  # log speed-ups inside the baseline's range
 
     @classmethod
     def make(cls, end: Endpoints, baseline: Baseline, currency: Currency) -> _Paired | str:
-        """The pairing, or the reason why there is none."""
+        """Return the pairing, or the reason why there is none."""
         if end.diverged:
             return f"{len(end.diverged)} of {len(end.seeds)} runs diverged"
         common = [seed for seed in baseline.seeds if seed in end.seeds]
@@ -379,7 +380,7 @@ class _Paired:
         return cls(chosen, baseline.losses[index], log_tokens, log_ratio, (shortest + offset, longest + offset))
 
     def baseline_log_tokens(self, log_ratio: Array) -> Array:
-        """(m,) log of the tokens that the baseline trains on for `exp(log_ratio)` times the arm's cost."""
+        """Return (m,) log of the tokens that the baseline trains on for `exp(log_ratio)` times the arm's cost."""
         at: Array = log_ratio + float(np.mean(self.log_tokens - self.log_cost_ratio))
         return at
 
@@ -388,7 +389,7 @@ class _Paired:
         return (log_ratio >= low - _TOLERANCE) & (log_ratio <= high + _TOLERANCE)
 
     def contrasts(self, log_ratio: Array, baseline: Baseline) -> tuple[Array, Array]:
-        """Arm minus baseline at `exp(log_ratio)` times the cost.
+        """Return arm minus baseline at `exp(log_ratio)` times the cost.
 
         Args:
             log_ratio: (m,) speed-ups to test.
@@ -428,10 +429,9 @@ class _Test:
 
 
 def _test(one: _Paired, together: Sequence[_Paired], baseline: Baseline, log_ratio: Array) -> _Test:
-    """Test the horizon `one` at (m,) log speed-ups, its variance pooled with the arm's other horizons.
+    """Test the horizon `one` at (m,) log speed-ups, with its variance pooled over the arm's horizons.
 
-    A horizon takes part in the pooling at those speed-ups at which it could itself be tested, and where Bartlett's test
-    finds the variances alike.
+    A horizon is pooled at the speed-ups at which it is itself testable, if Bartlett's test does not reject it.
     """
     contrasts, weights = one.contrasts(log_ratio, baseline)
     n, points = contrasts.shape
@@ -447,9 +447,8 @@ def _test(one: _Paired, together: Sequence[_Paired], baseline: Baseline, log_rat
         weights=np.stack([w for _, w in members]),
         present=np.stack([np.ones(points, dtype=bool), *(other.contains(log_ratio) for other in others)]),
     )
-    # The clock: a relative error of the cost ratio moves the point on the baseline's curve, hence the loss by the
-    # slope. It is the same relative noise at every horizon, in nats it is not, so the two variances are pooled each
-    # for itself.
+    # Timing noise: a relative error of the cost ratio moves the point on the baseline's curve, and the loss by the slope.
+    # The relative noise is equal at all horizons, but not in nats, so the two variances are pooled separately.
     horizons = baseline.losses.shape[1]
     clock_variance, clock_freedom = _pooled(
         variance=np.array([[float(m.log_cost_ratio.var(ddof=1))] for m in (one, *others)]),
@@ -457,7 +456,7 @@ def _test(one: _Paired, together: Sequence[_Paired], baseline: Baseline, log_rat
         weights=np.full((len(members), 1, horizons), 1 / horizons),
         present=np.ones((len(members), 1), dtype=bool),
     )
-    # A single horizon has no slope: what is tested there is the loss after the whole run, whatever the clock said.
+    # A single horizon has no slope: the test there compares the final losses, without timing noise.
     slope = np.nan_to_num(baseline.curve.slope(one.baseline_log_tokens(log_ratio)), nan=0.0)
     clock = np.where(clock_variance > _ROUNDING**2, clock_variance, 0.0) * slope**2
     both = variance + clock
@@ -468,16 +467,16 @@ def _test(one: _Paired, together: Sequence[_Paired], baseline: Baseline, log_rat
 
 
 def _pooled(
-    variance: Array,  # (J, m) of each horizon's values; the first horizon is the one tested
+    variance: Array,  # (J, m) of each horizon's values; the first horizon is the tested one
     freedom: Array,  # (J,)
-    weights: Array,  # (J, m, K) of the baseline's runs in the values, beside the arm's own run with weight 1
-    present: NDArray[np.bool_],  # (J, m) whether the horizon takes part
+    weights: Array,  # (J, m, K) of the baseline's runs in the values; the arm's own run has weight 1
+    present: NDArray[np.bool_],  # (J, m) whether the horizon is pooled
 ) -> tuple[Array, Array]:  # (m,) variance of the first horizon's values, and its degrees of freedom
-    """The first horizon's variance, pooled over the arm's horizons where Bartlett's test finds them alike.
+    """Return the first horizon's variance, pooled over the arm's horizons if Bartlett's test does not reject it.
 
-    Horizons weigh the baseline's runs differently, so that a variance is compared over its scale 1 + Σw². They share
-    some of these runs, so that the pooled variance has fewer degrees of freedom than their sum (Satterthwaite's
-    approximation, with the correlation that the weights imply).
+    Horizons weigh the baseline's runs differently, so variances are divided by their scale 1 + Σw² for the comparison.
+    They share some of these runs, so the pooled variance has fewer degrees of freedom than their sum (Satterthwaite's
+    approximation, with the correlation implied by the weights).
     """
     scale = 1 + np.sum(weights**2, axis=2)
     variance = variance / scale
@@ -515,7 +514,7 @@ def _speed_up(
     found = _invert(grid, test, level)
     cell = (high_end - low_end) / (_GRID - 1)
     if 0 < found.high - found.low < 30 * cell:
-        # A narrow interval: once more between its neighbours, on a grid as fine as it needs.
+        # A narrow interval: repeat between its neighbours on a finer grid.
         fine = np.linspace(max(found.low - cell, low_end), min(found.high + cell, high_end), _GRID)
         refined = _invert(fine, _test(one, together, baseline, fine), level)
         if (refined.low_censored, refined.high_censored) == (found.low_censored, found.high_censored):
@@ -566,7 +565,7 @@ class _Inverted:
 
 
 def _invert(grid: Array, test: _Test, level: float) -> _Inverted:
-    """The speed-ups that the test does not reject, and where its mean contrast vanishes."""
+    """Return the interval of speed-ups that the test does not reject, and the zero of its mean contrast."""
     estimate, censored = _estimate(grid, test.mean)
     nearest = int(np.argmin(np.abs(grid - estimate)))
     low, low_censored = _walk(grid, test, level, nearest, -1)
@@ -575,7 +574,7 @@ def _invert(grid: Array, test: _Test, level: float) -> _Inverted:
 
 
 def _estimate(grid: Array, mean: Array) -> tuple[float, Censored | None]:
-    """Where the mean contrast changes sign; it rises with the ratio, as the baseline's loss falls with its cost."""
+    """Return the zero of the mean contrast, which rises with the ratio because the baseline's loss falls with its cost."""
     if mean[-1] < 0:
         return float(grid[-1]), "above"
     if mean[0] > 0:
@@ -590,14 +589,14 @@ def _estimate(grid: Array, mean: Array) -> tuple[float, Censored | None]:
 
 
 def _walk(grid: Array, test: _Test, level: float, start: int, direction: Literal[-1, 1]) -> tuple[float, bool]:
-    """The outermost speed-up on one side of the estimate that the test does not reject, and whether it is censored.
+    """Return the outermost speed-up on one side of the estimate that the test does not reject, and whether it is censored.
 
-    From the far end inward: where horizons differ in their noise, a test can reject nearby and not farther out, and
-    such an interval must hold both. The statistic is all but linear in the logarithm of the ratio, which places the
-    end between two points of the grid.
+    The search goes inward from the far end: if horizons differ in noise, a test can reject close to the estimate but not
+    farther out, and the interval must include both. The statistic is nearly linear in the log ratio, so the end is
+    interpolated between two grid points.
     """
-    excess = direction * test.statistic - test.critical(level)  # above zero where rejected on this side
-    # The walk ends on the other side of the estimate, which may lie between two points.
+    excess = direction * test.statistic - test.critical(level)  # above zero if rejected on this side
+    # Stop on the other side of the estimate, which may be between two grid points.
     last = min(max(start - direction, 0), len(grid) - 1)
     farthest = len(grid) - 1 if direction > 0 else 0
     index = farthest
@@ -613,12 +612,12 @@ def _walk(grid: Array, test: _Test, level: float, start: int, direction: Literal
 
 
 def _claim(one: _Paired, threshold: float, test: _Test, index: int, level: float) -> Claim:
-    """The claim from the test at its threshold, or at the end of the range that is nearest to it."""
+    """Return the claim from the test at its threshold, or at the nearest end of the range."""
     target = math.log(threshold)
     testable = bool(one.contains(np.array([target]))[0])
     mean, p = float(test.mean[index]), float(test.p[index])
     direction: Literal["above", "below", "none"] = "above" if mean < 0 else "below" if mean > 0 else "none"
-    # At the end of the range only the answer that points away from the threshold says anything about it.
+    # At the end of the range, only a result that points away from the threshold is informative.
     if not testable and direction == ("above" if target > one.range[1] else "below"):
         direction, p = "none", 1.0
     verdict = _verdict(p, level, direction)
@@ -640,7 +639,7 @@ def _without_estimate(
     end: Endpoints, currency: Currency, level: float, thresholds: Sequence[float], baseline: Baseline, reason: str
 ) -> SpeedUp:
     nan = float("nan")
-    # What could have been tested, had the runs ended well: the design chooses the horizon that speaks, not the outcome.
+    # The range that would be testable with finished runs: the design chooses the horizon, not the outcome.
     ratio = float(np.mean(baseline.cost_per_token(currency)) / np.mean(end.cost(currency) / end.tokens))
     reach = np.exp(baseline.range) * ratio / end.tokens.mean() if math.isfinite(ratio) and ratio > 0 else (nan, nan)
     low, high = float(reach[0]), float(reach[1])
@@ -681,6 +680,6 @@ def _without_estimate(
 
 
 def _common_seeds(endpoints: Sequence[Endpoints]) -> list[int]:
-    """Seeds with a final loss in all of the cells, ascending."""
+    """Return the seeds with a final loss in all cells, ascending."""
     sets = [set(end.seeds) - set(end.diverged) for end in endpoints]
     return sorted(set.intersection(*sets))

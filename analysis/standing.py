@@ -1,5 +1,4 @@
-"""A study's answer as a section of a page: the verdict in three sentences, one figure, what it does not say, and where it
-stands beside what others published."""
+"""A study's result as a section of a page: verdict, figure, limits, and comparison with published results."""
 
 from __future__ import annotations
 
@@ -17,12 +16,12 @@ FIGURE = "speedups"
 
 
 def section(results: Results, directory: Path, page: Path, arm: str) -> str:
-    """Markdown of the section.
+    """Return the section as Markdown.
 
     Args:
-        directory: the study's, with its report in it.
-        page: where the section will stand; links are relative to it.
-        arm: whose verdict is told, in the models on which it was reported.
+        directory: the study's directory, with its report.
+        page: the page of the section; links are relative to it.
+        arm: the arm of the verdict, on all models with reported runs of it.
     """
     parts = [
         verdict(results, directory, page, arm),
@@ -34,7 +33,7 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
 
 
 def verdict(results: Results, directory: Path, page: Path, arm: str) -> str:
-    """The section's first part alone: the arm's verdict, three sentences a model. Arguments as of `section`."""
+    """Return the section's first part: the arm's verdict, three sentences per model. Arguments as in `section`."""
     study, place = results.study, escaping.href(directory, page.parent)
     parts = [
         f"**{label(arm)} against a tuned {label(study.baseline)}** ([report]({place}/report.md), {_runs(results)}):"
@@ -47,7 +46,7 @@ def verdict(results: Results, directory: Path, page: Path, arm: str) -> str:
 
 
 def limits(results: Results, models: Sequence[str]) -> str:
-    """What the study does not say, in numbers."""
+    """Return the limits of the study, in numbers."""
     study, sizes = results.study, model_sizes(results.study)
     said = []
     for model in models:
@@ -55,18 +54,18 @@ def limits(results: Results, models: Sequence[str]) -> str:
         tokens = float(longest.tokens.mean())
         said.append(
             f"{sizes[model] / 1e6:.1f}M parameters, {longest.horizon:,} steps, {tokens / 1e6:.1f}M tokens, "
-            f"{tokens / sizes[model]:.1f} tokens a parameter"
+            f"{tokens / sizes[model]:.1f} tokens per parameter"
         )
     return (
-        f"**What it does not say**: anything about the paper's scale. The longest runs here are {'; '.join(said)}; the "
-        "paper's smallest are 125M parameters, 100,000 steps, 49B tokens, 390 tokens a parameter. A run of a few hundred "
-        "steps wants short memories (β1, β2) and leaves the curvature little time to be learned; what holds here need "
-        "not hold there. `study=paper_125m` asks the same question at the paper's scale, for whoever has the GPUs."
+        f"**Limits**: the study says nothing about the paper's scale. The longest runs here have {'; '.join(said)}; the "
+        "paper's smallest have 125M parameters, 100,000 steps, 49B tokens, 390 tokens per parameter. Runs of a few hundred "
+        "steps favour short averages (β1, β2) and leave little time to estimate the curvature, so the result may not "
+        "transfer. `study=paper_125m` makes the same comparison at the paper's scale; it needs GPUs."
     )
 
 
 def side_by_side(results: Results, arm: str) -> Table:
-    """The paper's claim, independent findings and this study, one row for each comparison at equal length."""
+    """Return the paper's claim, independent results and this study, one row per comparison at equal length."""
     study, reference = results.study, load_reference()
     rows = []
     for published in reference.losses:
@@ -120,7 +119,7 @@ def side_by_side(results: Results, arm: str) -> Table:
 
 
 def _opponents(published: PublishedLoss, losses: Sequence[PublishedLoss]) -> list[PublishedLoss]:
-    """Sophia's losses of the same source, size and, where it is counted so, horizon."""
+    """Return Sophia's losses from the same source at the same size and, if given, the same horizon."""
     return [
         one
         for one in losses
@@ -148,7 +147,7 @@ def _loss(value: float) -> str:
 
 
 def _models(results: Results, arm: str) -> list[str]:
-    """Those on which the arm was reported."""
+    """Return the models with reported runs of the arm."""
     told = {one.model for one in results.headlines if one.arm == arm}
     return [model for model in results.study.models if model in told]
 
@@ -157,4 +156,4 @@ def _runs(results: Results) -> str:
     study = results.study
     reported = sum(trial.run is not None for trial in study.reporting)
     tuning = sum(trial.run is not None for trial in study.tuning)
-    return f"{reported:,} reported runs and {tuning:,} of tuning, records beside it"
+    return f"{reported:,} reported runs and {tuning:,} tuning runs, with records"

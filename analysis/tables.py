@@ -1,4 +1,4 @@
-"""The tables of a report, as data that HTML, Markdown and the terminal render alike. Every number knows its runs."""
+"""The tables of a report, as data for HTML, Markdown and the terminal. Every number links to its runs."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from analysis.runs import CURRENCIES, Currency, Origin
 from analysis.speedup import CLAIM_CURRENCIES, THRESHOLDS, SpeedUp
 from analysis.statistics import Interval
 
-# (arm, model, horizon): where the runs behind a number are listed.
+# (arm, model, horizon): identifies the runs behind a number.
 CellKey = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry: what is shown, what it sorts by, and whose runs it comes from."""
+    """One entry: its text, its sort key, and its source runs."""
 
     text: str
     sort: float | str = ""
     source: CellKey | None = None
-    tone: str = ""  # "supported", "not supported", "undecided", "serious": how a renderer may colour it
+    tone: str = ""  # "supported", "not supported", "undecided", "serious": for colouring
     origin: Origin | None = None  # of one run
 
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table; `note` is what must be read with it. Numeric columns are aligned to the right."""
+    """A titled table with a note. Numeric columns are right-aligned."""
 
     name: str
     title: str
@@ -49,7 +49,7 @@ class Table:
 
 
 def verdict(results: Results) -> Table:
-    """Per arm, model and currency: the speed-up and the verdict on both claims."""
+    """Return the speed-up and the verdict on both claims, per arm, model and currency."""
     chosen: dict[tuple[str, str, Currency], list[Headline]] = {}
     for one in results.headlines:
         chosen.setdefault((one.model, one.arm, one.currency), []).append(one)
@@ -534,7 +534,7 @@ def trends(results: Results) -> Table:
 
 
 def published(results: Results) -> Table:
-    """What others published, ours beside where the model is the same."""
+    """Return published losses, with ours if the model is the same."""
     reference = load_reference()
     ours = {
         (one.endpoints.model, one.endpoints.arm): one
@@ -619,7 +619,7 @@ TABLES: Mapping[str, Callable[[Results], Table]] = {
 
 
 def markdown(table: Table, location: Path = Path()) -> str:
-    """GitHub's table, title and note included; links are relative to the directory `location`."""
+    """Return a GitHub table with title and note; links are relative to the directory `location`."""
     lines = [f"### {escaping.markdown(table.title)}", ""]
     lines.append("| " + " | ".join(map(_in_row, table.columns)) + " |")
     lines.append("| " + " | ".join("---:" if i in table.numeric else "---" for i in range(len(table.columns))) + " |")

@@ -1,4 +1,4 @@
-"""Time to target: what a run had spent when its validation loss first reached a given value."""
+"""Time to target: a run's cost when its validation loss first reached a given value."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from analysis.runs import CURRENCIES, Currency, Curve
 
 @dataclass(frozen=True)
 class TimeToTarget:
-    """What one run had spent, in one currency, when it first reached the target loss.
+    """The cost of one run, in one currency, when it first reached the target loss.
 
-    A run that does not reach the target is censored: `reached` is False and `spent` is all that it spent, a lower
-    bound. It is never dropped.
+    A run that does not reach the target is censored, never dropped: `reached` is False and `spent` is its total cost, a
+    lower bound.
     """
 
     currency: Currency
@@ -28,16 +28,16 @@ class TimeToTarget:
 
 
 def time_to_target(evaluations: Curve, target: float, currency: Currency) -> TimeToTarget:
-    """First crossing of `target` (nats) by the validation loss.
+    """Return the first crossing of `target` (nats) by the validation loss.
 
-    Between the evaluations on either side the loss is taken as linear in the logarithm of what was spent (linear in
-    what was spent where the earlier one is the evaluation before the first step, at zero).
+    Between two evaluations, the loss is interpolated linearly in the logarithm of the cost (linearly in the cost after
+    the evaluation before the first step, whose cost is zero).
 
     Raises:
         ValueError: no evaluations, or an unknown currency.
     """
     if len(evaluations) == 0:
-        raise ValueError("the run has no evaluation, so no time to target: set eval.interval")
+        raise ValueError("the run has no evaluation and thus no time to target: set eval.interval")
     spent = evaluations.axis(currency)
     crossing = first_crossing(spent, evaluations["val_loss"], target)
     if crossing is None:
@@ -46,12 +46,12 @@ def time_to_target(evaluations: Curve, target: float, currency: Currency) -> Tim
 
 
 def times_to_target(evaluations: Curve, target: float) -> dict[Currency, TimeToTarget]:
-    """`time_to_target` in every currency."""
+    """Return `time_to_target` in every currency."""
     return {currency: time_to_target(evaluations, target, currency) for currency in CURRENCIES}
 
 
 def first_crossing(spent: NDArray[np.float64], loss: NDArray[np.float64], target: float) -> float | None:
-    """Where a falling curve first is at or below `target`, or None.
+    """Return where a falling curve first is at or below `target`, or None.
 
     Args:
         spent: (n,) not negative, ascending.

@@ -1,18 +1,18 @@
-"""A study's trials as two tables, which pandas reads in a line each.
+"""A study's trials as two tables; pandas reads each in one line.
 
-    results/<study>/trials.csv        a row a trial: what it is, how it ended, its configuration and environment
-    results/<study>/curves.parquet    a row for each line of its metrics that is kept
+    results/<study>/trials.csv        a row per trial: its place in the study, result, configuration and environment
+    results/<study>/curves.parquet    a row for each kept line of its metrics
 
-A row of trials.csv holds the whole record of a run but for its curves. The columns are, in this order:
+A row of trials.csv is the whole record of a run except its curves. The columns, in order:
 
-    trial, arm, phase, model, horizon, seed   what the study says of it
+    trial, arm, phase, model, horizon, seed   the trial's place in the study
     status, final_val_loss, seconds, …        summary.json
     seconds.<kind>, flops.<kind>, …           its ledger
     optimizer.lr, optimizer.betas[0], …       config.yaml, by the keys of the command line
     environment.git.commit, …                 environment.json
 
-An empty cell says that the record has no such key, `null` that it has no value. Floats are written so that they read back
-exactly. A text that would read as something else stands in quotation marks of its own.
+An empty cell means that the record lacks the key, `null` that the key has no value. Floats read back exactly. Text that
+would read as another type is in quotation marks.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from training.records import Environment, Form, RecordError, Summary
 TRIALS_FILE = "trials.csv"
 CURVES_FILE = "curves.parquet"
 
-Phase = Literal["tuning", "reporting", "set aside"]  # set aside: on record, and no longer in the study file
+Phase = Literal["tuning", "reporting", "set aside"]  # set aside: recorded, but no longer in the study file
 
-MISSING = "missing"  # the status of a trial that is planned and has not ended
+MISSING = "missing"  # the status of a planned trial that has not finished
 
 _STUDY = ("trial", "arm", "phase", "model", "horizon")
 _LEDGER = ("seconds", "flops", "tokens", "count")
-# The keys of a configuration without a dot. `name` has a column only where it is not the trial's.
+# The keys of a configuration without a dot. `name` has a column only if it is not the trial's.
 _PLAIN_KEYS = ("name", "seed", "output_dir", "resume", "overwrite")
 _ENVIRONMENT = "environment."
 _PARTS = re.compile(r"[^.\[\]]+|\[\d+\]")
 _WORDS: Mapping[str, Any] = {"null": None, "True": True, "False": False}
-_LIMIT = 1 << 30  # bytes of a table: a hundred times those of a thousand trials
+_LIMIT = 1 << 30  # maximum bytes of a table, a hundred times the size of a thousand trials
 
 CURVES_SCHEMA = pa.schema(
     [
@@ -76,7 +76,7 @@ CURVES_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class TrialRow:
-    """A row of trials.csv. A trial that has not ended has neither configuration nor environment nor summary."""
+    """A row of trials.csv. An unfinished trial has no configuration, environment or summary."""
 
     trial: str
     arm: str
@@ -87,11 +87,11 @@ class TrialRow:
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] | None = None
-    line: int = field(default=0, compare=False)  # of the file
+    line: int = field(default=0, compare=False)  # line number in the file
 
     @property
     def leaves(self) -> dict[str, Any]:
-        """The configuration by columns: {"optimizer.betas[0]": 0.9, …}."""
+        """Return the configuration by column: {"optimizer.betas[0]": 0.9, …}."""
         return _leaves(self.config)
 
 
@@ -105,18 +105,18 @@ class _Study(Form):
 
 
 def checked(row: TrialRow) -> TrialRow:
-    """The row.
+    """Return the row if it survives a round trip through trials.csv.
 
     Raises:
-        RecordError: its record has something that trials.csv would not give back.
+        RecordError: its record has something that trials.csv cannot represent.
     """
     if _row({key: _value(_text(value)) for key, value in _cells(row).items()}) != row:
-        raise RecordError(f"{row.trial}: its record holds what {TRIALS_FILE} cannot, such as a key with a dot")
+        raise RecordError(f"{row.trial}: {TRIALS_FILE} cannot represent its record, for example a key with a dot")
     return row
 
 
 def write_trials(directory: Path, rows: Sequence[TrialRow]) -> None:
-    """Write trials.csv, of rows that are `checked`."""
+    """Write trials.csv from `checked` rows."""
     cells = [_cells(row) for row in rows]
     columns = _in_order({name: None for written in cells for name in written})
     text = io.StringIO()
@@ -128,10 +128,10 @@ def write_trials(directory: Path, rows: Sequence[TrialRow]) -> None:
 
 
 def read_trials(directory: Path) -> list[TrialRow]:
-    """The rows of trials.csv; none where there is no file.
+    """Read the rows of trials.csv; an empty list without a file.
 
     Raises:
-        RecordError: it cannot be read, or is damaged; the line is named.
+        RecordError: it cannot be read or is damaged; the message names the line.
     """
     path = directory / TRIALS_FILE
     content = _read(path)
@@ -148,10 +148,10 @@ def read_trials(directory: Path) -> list[TrialRow]:
         if lacking := [name for name in (*_STUDY, "seed", "status") if name not in columns]:
             raise ValueError(f"it has no column {lacking[0]}")
         if len({*columns}) < len(columns):
-            raise ValueError("two of its columns have one name")
+            raise ValueError("two columns have the same name")
         for line in lines:
             if len(line) != len(columns):
-                raise ValueError(f"{len(line)} cells where {len(columns)} are expected")
+                raise ValueError(f"{len(line)} cells, expected {len(columns)}")
             cells = {name: _value(text) for name, text in zip(columns, line, strict=True) if text}
             row = _row({"status": "", **cells}, lines.line_num)
             if row.summary is not None:
@@ -168,10 +168,10 @@ def read_trials(directory: Path) -> list[TrialRow]:
 
 
 def curves_of(trial: str, lines: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """Lines of metrics.jsonl as rows of curves.parquet; a hessian line has one for each kind of parameters.
+    """Convert lines of metrics.jsonl to rows of curves.parquet; a hessian line gives one row per kind of parameters.
 
     Raises:
-        RecordError: a value is of another type than its column.
+        RecordError: a value does not have its column's type.
     """
     rows: list[Mapping[str, Any]] = []
     for line in lines:
@@ -181,7 +181,7 @@ def curves_of(trial: str, lines: Iterable[Mapping[str, Any]]) -> pa.Table:
         return pa.Table.from_pylist(rows, schema=CURVES_SCHEMA)
     except (pa.ArrowException, OverflowError) as error:
         told = " ".join(str(error).split())
-        raise RecordError(f"{trial}: its metrics hold what {CURVES_FILE} cannot: {told}") from error
+        raise RecordError(f"{trial}: {CURVES_FILE} cannot represent its metrics: {told}") from error
 
 
 def write_curves(directory: Path, tables: Sequence[pa.Table]) -> None:
@@ -192,10 +192,10 @@ def write_curves(directory: Path, tables: Sequence[pa.Table]) -> None:
 
 
 def read_curves(directory: Path) -> pa.Table:
-    """curves.parquet; an empty table where there is no file.
+    """Read curves.parquet; an empty table without a file.
 
     Raises:
-        RecordError: it cannot be read, or is damaged.
+        RecordError: it cannot be read or is damaged.
     """
     path = directory / CURVES_FILE
     content = _read(path)
@@ -209,7 +209,7 @@ def read_curves(directory: Path) -> pa.Table:
 
 
 def by_trial(curves: pa.Table) -> dict[str, pa.Table]:
-    """The rows of each trial, in their order."""
+    """Return the rows of each trial, in order."""
     found: dict[str, list[pa.Table]] = {}
     stretches = pc.run_end_encode(curves["trial"].combine_chunks())
     start = 0
@@ -220,7 +220,7 @@ def by_trial(curves: pa.Table) -> dict[str, pa.Table]:
 
 
 def _cells(row: TrialRow) -> dict[str, Any]:
-    """The values of a row by column."""
+    """Return the values of a row by column."""
     cells: dict[str, Any] = {name: getattr(row, name) for name in _STUDY}
     summary: dict[str, Any] = {"status": MISSING} if row.summary is None else dict(row.summary)
     ledger: dict[str, Any] = summary.pop("ledger", {}) or {}
@@ -233,10 +233,10 @@ def _cells(row: TrialRow) -> dict[str, Any]:
 
 
 def _row(cells: Mapping[str, Any], line: int = 0) -> TrialRow:
-    """The row of such values.
+    """Build a row from values by column.
 
     Raises:
-        ValueError: a value is missing, or of the wrong kind.
+        ValueError: a value is missing or has the wrong type.
     """
     study = _Study.model_validate({name: cells[name] for name in (*_STUDY, "seed") if name in cells})
     config: dict[str, Any] = {}
@@ -265,7 +265,7 @@ def _row(cells: Mapping[str, Any], line: int = 0) -> TrialRow:
 
 
 def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    """{"a": {"b": [1, 2]}} -> {"a.b[0]": 1, "a.b[1]": 2}; what is empty is a leaf."""
+    """{"a": {"b": [1, 2]}} -> {"a.b[0]": 1, "a.b[1]": 2}; an empty dict or list is a leaf."""
     if isinstance(tree, Mapping) and (tree or not path):
         members = {f"{path}.{key}" if path else str(key): value for key, value in tree.items()}
     elif isinstance(tree, (list, tuple)) and tree:
@@ -276,7 +276,7 @@ def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """What `_leaves` has taken apart."""
+    """Invert `_leaves`."""
     root: dict[str | int, Any] = {}
     for path, value in leaves.items():
         *parents, last = (int(part[1:-1]) if part[0] == "[" else part for part in _PARTS.findall(path))
@@ -299,7 +299,7 @@ def _listed(node: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    """A value as the text of a cell."""
+    """Format a value as the text of a cell."""
     if value is None:
         return "null"
     if isinstance(value, float):
@@ -311,10 +311,10 @@ def _text(value: Any) -> str:
 
 
 def _value(text: str) -> Any:
-    """What a cell's text says.
+    """Parse the text of a cell.
 
     Raises:
-        ValueError: a quotation mark that does not close.
+        ValueError: a quotation mark is not closed.
     """
     if text in _WORDS:
         return _WORDS[text]
@@ -329,7 +329,7 @@ def _value(text: str) -> Any:
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-    """Columns in the order that the module's docstring gives, sections of the configuration together."""
+    """Sort columns in the order of the module's docstring, with sections of the configuration together."""
     groups: list[list[str]] = [[*_STUDY, "seed"], [], [], [], []]
     for name in names:
         head, _, rest = name.partition(".")

@@ -1,7 +1,7 @@
-"""Which run is what: arms, horizons, seeds and phases, from a study's tables or read off the records themselves.
+"""Assign runs to arms, horizons, seeds and phases, from a study's tables or from bare run directories.
 
-A study directory holds study.yaml, trials.csv and curves.parquet, written by `studies`. Bare run directories do as well:
-the arms are then the optimizers, and everything counts as reported.
+A study directory holds study.yaml, trials.csv and curves.parquet, written by `studies`. For bare run directories, the arms
+are the optimizers and every run counts as reported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from analysis.wallclock import ReferenceTimes, training_seconds
 from training.records import Form, RecordError, find_runs, read_mapping, require
 
 STUDY_FILE = "study.yaml"
-PLAN = "plan"  # its section of what followed from the rest
+PLAN = "plan"  # its section with what was derived from the rest
 REFERENCE_TIMES_FILE = "reference_times.json"
 
 Role = Literal["arm", "ablation"]
@@ -31,9 +31,9 @@ Role = Literal["arm", "ablation"]
 class Arm:
     """One arm of a study.
 
-    An ablation is reported like an arm but takes no part in the verdict: it inherits its hyper-parameters from the arm
-    that it varies. `search` maps a configuration key ("optimizer.lr", "optimizer.betas[0]") to its search space;
-    `budget` is the number of tuning trials granted where the search runs in full, `budgets` for each (model, horizon).
+    An ablation is reported like an arm but is not part of the verdict: it inherits its hyper-parameters from the arm that
+    it varies. `search` maps a configuration key ("optimizer.lr", "optimizer.betas[0]") to its search space; `budget` is
+    the number of trials of the full search, `budgets` that of each (model, horizon).
     """
 
     name: str
@@ -41,25 +41,25 @@ class Arm:
     search: Mapping[str, Any] = field(default_factory=dict)
     budget: int | None = None
     method: str = ""
-    of: str | None = None  # the arm that an ablation varies,
-    varies: tuple[str, ...] = ()  # and the keys in which it does
+    of: str | None = None  # the arm that an ablation varies
+    varies: tuple[str, ...] = ()  # the keys that an ablation varies
     budgets: Mapping[tuple[str, int], int] = field(default_factory=dict)
 
     def granted(self, model: str, horizon: int) -> int | None:
-        """Tuning trials on a model at a horizon; None where there is no search or nothing is known."""
+        """Return the tuning budget on a model at a horizon; None if there is no search or it is unknown."""
         return self.budgets.get((model, horizon), self.budget)
 
 
 @dataclass(frozen=True)
 class RecordedTrial:
-    """One run of a study. `run` is None as long as it has not ended."""
+    """One run of a study. `run` is None until it has finished."""
 
     arm: str
     phase: Phase
     model: str
     horizon: int  # steps
     seed: int
-    values: Mapping[str, Any]  # hyper-parameters that the search set, by configuration key
+    values: Mapping[str, Any]  # hyper-parameters set by the search, by configuration key
     origin: Origin
     run: RecordedRun | None
 
@@ -69,17 +69,17 @@ class RecordedTrial:
 
     @property
     def loss(self) -> float:
-        """Final validation loss in nats, NaN where there is none."""
+        """Final validation loss in nats, NaN if there is none."""
         return float("nan") if self.run is None else self.run.final_val_loss
 
     @property
     def seconds(self) -> float:
-        """Training seconds spent, whatever became of the run."""
+        """Training seconds, whatever the run's status."""
         return 0.0 if self.run is None else training_seconds(self.run)
 
     @property
     def device_seconds(self) -> float:
-        """Training seconds times the devices (ranks) that they were spent on."""
+        """Training seconds times the number of devices (ranks)."""
         ranks = 1 if self.run is None else int(self.run.environment.get("world_size") or 1)
         return self.seconds * ranks
 
@@ -92,19 +92,19 @@ class Study:
     baseline: str
     arms: Mapping[str, Arm]
     trials: Sequence[RecordedTrial]
-    seeds: tuple[int, ...]  # planned for reporting, fixed before any of them was run
+    seeds: tuple[int, ...]  # reporting seeds, fixed before any run
     level: float = 0.95
     description: str = ""
     directory: Path | None = None
     reference_times: ReferenceTimes | None = None
-    planned: bool = True  # False: read off bare records, so that nothing is known about plans and budgets
+    planned: bool = True  # False: from bare records, without plans and budgets
     finished: bool = True
     trials_at_most: int | None = None  # in all, if every search uses its budget
-    damaged: tuple[str, ...] = ()  # a line about each bare record that is left out because it cannot be read
+    damaged: tuple[str, ...] = ()  # a line about each bare record that cannot be read
 
     @property
     def left_out(self) -> str:
-        """Which records are damaged, and how: a sentence of a few, empty where none is."""
+        """Describe up to three damaged records; empty if there are none."""
         if not self.damaged:
             return ""
         more = f"; and {len(self.damaged) - 3} more" if len(self.damaged) > 3 else ""
@@ -120,7 +120,7 @@ class Study:
 
     @property
     def under_way(self) -> str:
-        """How far a study is that has not ended, in a sentence; empty for one that has."""
+        """Describe the progress of an unfinished study; empty for a finished one."""
         if self.finished:
             return ""
         done = sum(trial.run is not None for trial in self.trials)
@@ -146,7 +146,7 @@ class Study:
         return sorted(sizes, key=lambda model: (sizes[model], model))
 
     def arm_names(self, role: Role = "arm") -> list[str]:
-        """The baseline first, then in order of appearance; arms of the role that have reported runs."""
+        """Return the arms of the role with reported runs, the baseline first, then in order of appearance."""
         present = [trial.arm for trial in self.reporting if trial.run is not None]
         names = [name for name in dict.fromkeys(present) if self.arms[name].role == role]
         return sorted(names, key=lambda name: name != self.baseline)
@@ -164,10 +164,10 @@ class Study:
         ]
 
     def endpoints(self, arm: str, model: str, *, times: ReferenceTimes | None = None) -> list[Endpoints]:
-        """The ends of an arm's reported runs, one per horizon, ascending; runs that have not ended are left out.
+        """Return the endpoints of an arm's finished reported runs, one per horizon, ascending.
 
         Args:
-            times: count seconds by the reference-time model instead of the runs' own clocks.
+            times: compute seconds with the reference-time model instead of measured times.
         """
         cells: dict[int, dict[int, RecordedRun]] = {}
         for trial in self.reporting:
@@ -179,11 +179,11 @@ class Study:
 
 
 def load_study(paths: Sequence[str | Path], *, baseline: str = "adamw", train_points: int = 400) -> Study:
-    """A study directory, or any run directories (or directories that hold some).
+    """Load a study directory, or run directories (or directories that contain some).
 
     Raises:
-        FileNotFoundError: a path does not exist, or holds neither a study nor a run.
-        RecordError: a file of the study is damaged, or the record of every bare run is.
+        FileNotFoundError: a path does not exist, or has neither a study nor a run.
+        RecordError: a file of the study is damaged, or the records of all bare runs are.
     """
     roots = [Path(path) for path in paths]
     if len(roots) == 1 and is_study(roots[0]):
@@ -201,21 +201,21 @@ def load_study(paths: Sequence[str | Path], *, baseline: str = "adamw", train_po
 
 
 def is_study(directory: Path) -> bool:
-    """Whether the directory holds a study's tables."""
+    """Return whether the directory has a study's tables."""
     return (directory / TRIALS_FILE).is_file()
 
 
 def _sound(loaded: Iterable[RecordedRun | RecordError]) -> tuple[list[RecordedRun], tuple[str, ...]]:
-    """The runs, and a line about each that is damaged."""
+    """Split into runs, and a line about each damaged one."""
     listed = list(loaded)
     damaged = tuple(" ".join(str(error).split()) for error in listed if isinstance(error, RecordError))
     return [run for run in listed if isinstance(run, RecordedRun)], damaged
 
 
 def study_of_runs(runs: Sequence[RecordedRun], *, baseline: str = "adamw", name: str = "runs") -> Study:
-    """A study made of bare records: every run is reported, and the arms are the optimizers.
+    """Make a study of bare records: every run is reported, and the arms are the optimizers.
 
-    Where one optimizer has several runs of the same model, horizon and seed, the hyper-parameters that tell them apart
+    If an optimizer has several runs of the same model, horizon and seed, the hyper-parameters that distinguish them
     become part of the arm's name.
     """
     arms = arm_names(runs)
@@ -243,7 +243,7 @@ def study_of_runs(runs: Sequence[RecordedRun], *, baseline: str = "adamw", name:
 
 
 def arm_names(runs: Sequence[RecordedRun]) -> list[str]:
-    """A name for the arm of each run: its optimizer, with the values in which runs of one cell differ."""
+    """Name the arm of each run: its optimizer, with the values in which runs of one cell differ."""
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     own = [flatten(run.config["optimizer"]) for run in runs]
     for run, values in zip(runs, own, strict=True):
@@ -264,7 +264,7 @@ def _from_tables(directory: Path, train_points: int) -> Study:
     path = directory / STUDY_FILE
     spec = read_mapping(path)
     if spec is None:
-        raise RecordError(f"{path} is missing; restore it beside {TRIALS_FILE}")
+        raise RecordError(f"{path} is missing; restore it next to {TRIALS_FILE}")
     require(_Spec, spec, path)
     rows = [row for row in read_trials(directory) if row.phase != "set aside"]
     arms = _arms(spec)
@@ -304,7 +304,7 @@ def _arms(spec: Mapping[str, Any]) -> dict[str, Arm]:
     arms = {
         name: Arm(
             name=name,
-            # What study.yaml leaves out is a range's default scale.
+            # study.yaml omits the default scale of a range.
             search={
                 key: {"scale": "log", **space} if "low" in space else space
                 for key, space in arm.get("search", {}).items()
@@ -327,7 +327,7 @@ def _arms(spec: Mapping[str, Any]) -> dict[str, Arm]:
 
 
 def _searched(row: TrialRow, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of what the search of the trial's arm, or of the arm that it varies, sets."""
+    """Return the values set by the search of the trial's arm, or of the arm that it varies."""
     ablation = spec.get("ablations", {}).get(row.arm, {})
     keys = (*spec["arms"][ablation.get("of", row.arm)].get("search", {}), *ablation.get("values", {}))
     leaves = row.leaves
@@ -359,7 +359,7 @@ class _ReadPlan(Form):
 
 
 class _Spec(Form):
-    """What the analysis needs of a study.yaml."""
+    """The parts of a study.yaml that the analysis needs."""
 
     name: str
     baseline: str
@@ -376,7 +376,7 @@ class _Spec(Form):
         if unknown := [
             name for name in (self.baseline, *(one.of for one in self.ablations.values())) if name not in self.arms
         ]:
-            raise ValueError(f"there is no arm {unknown[0]!r} in it")
+            raise ValueError(f"no such arm: {unknown[0]!r}")
         return self
 
 
@@ -414,7 +414,7 @@ def _shape_size(run: RecordedRun) -> float:
 
 
 def short(value: Any) -> str:
-    """A configuration value as a reader writes it: 0.001, false, 0.9/0.95."""
+    """Format a configuration value for display: 0.001, false, 0.9/0.95."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""What the search for hyper-parameters tried, what it found, and whether it stopped at an edge."""
+"""Results of the hyper-parameter searches: settings tried, best settings, and whether these are at an edge."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 
 from analysis.trials import Arm, RecordedTrial, Study
 
-# A random or Halton point this near to the end of its range (in units of the range) counts as at the edge.
+# A random or Halton point this close to the end of its range (in units of the range) counts as at the edge.
 _NEAR = 0.05
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting of the searched hyper-parameters, over the seeds that it was tried with."""
+    """One setting of the searched hyper-parameters, over its seeds."""
 
     values: Mapping[str, Any]
-    loss: float  # mean final validation loss, nats; infinite if any of its runs did not end well
+    loss: float  # mean final validation loss, nats; infinite unless all of its runs completed
     trials: tuple[RecordedTrial, ...]
 
 
 @dataclass(frozen=True)
 class Edge:
-    """The best setting lies at the end of what was searched."""
+    """The best setting is at an end of the search space."""
 
     key: str
     value: float
@@ -41,7 +41,7 @@ class Tuning:
     model: str
     horizon: int
     candidates: tuple[Candidate, ...]
-    best: Candidate  # the one that is reported; the lowest where no reported run says which it is
+    best: Candidate  # the reported setting; the lowest if there is no reported run
     edges: tuple[Edge, ...]
 
     @property
@@ -50,7 +50,7 @@ class Tuning:
 
 
 def tunings(study: Study) -> list[Tuning]:
-    """The searches of a study, one for each arm, model and horizon that has finished tuning trials."""
+    """Return the searches of a study, one for each arm, model and horizon with finished tuning trials."""
     cells: dict[tuple[str, str, int], list[RecordedTrial]] = {}
     for trial in study.tuning:
         if trial.run is not None and trial.status in ("completed", "diverged"):
@@ -63,7 +63,7 @@ def tunings(study: Study) -> list[Tuning]:
 
 
 def candidates(trials: Sequence[RecordedTrial]) -> list[Candidate]:
-    """Trials with the same values taken together, best first."""
+    """Group trials with the same values, best first."""
     groups: dict[str, list[RecordedTrial]] = {}
     for trial in trials:
         groups.setdefault(repr(sorted(trial.values.items())), []).append(trial)
@@ -76,15 +76,15 @@ def candidates(trials: Sequence[RecordedTrial]) -> list[Candidate]:
 
 
 def explored(found: Sequence[Candidate], key: str) -> list[float]:
-    """The distinct numeric values that were tried for a key, ascending."""
+    """Return the distinct numeric values tried for a key, ascending."""
     values = {candidate.values.get(key) for candidate in found}
     return sorted(float(value) for value in values if isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def predicted_gain(search: Tuning, key: str) -> float | None:
-    """What a parabola through the best candidate and its two neighbours in the logarithm of `key` promises, in nats.
+    """Return the gain, in nats, at the minimum of a parabola through the best candidate and its two neighbours.
 
-    The neighbours agree with the best in all other values. None where the best has no neighbour on one of its sides.
+    The parabola is in the logarithm of `key`; neighbours agree in all other values. None without a neighbour on each side.
     """
     best, found = search.best, search.candidates
     others = {name: value for name, value in best.values.items() if name != key}
@@ -124,7 +124,7 @@ def _edge(arm: Arm, found: Sequence[Candidate], best: Candidate, key: str) -> Ed
         if place <= _NEAR or place >= 1 - _NEAR:
             return Edge(key, value, "lowest" if place < 0.5 else "highest")
         return None
-    # Zero (no weight decay, no warm-up) is an end of the world, not of the search.
+    # Zero (no weight decay, no warm-up) is a natural limit, not an edge of the search.
     if value == values[0] and value != 0:
         return Edge(key, value, "lowest")
     return Edge(key, value, "highest") if value == values[-1] else None

@@ -1,8 +1,7 @@
-"""Wall-clock time of training, from the ledger, and the reference-time model that a shared machine's noise cannot
-touch.
+"""Wall-clock time of training from the ledger, and a reference-time model without the noise of a shared machine.
 
-Training time is what forward and backward passes, curvature passes, optimizer steps and waiting for data take.
-Evaluation, checkpoints and compilation are booked apart: a run that evaluates more often did not train slower.
+Training time is the time of forward and backward passes, curvature passes, optimizer steps and waiting for data.
+Evaluation, checkpoints and compilation are separate: a run that evaluates more often did not train more slowly.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from data.files import write_atomically
 from training.records import Form, RecordError, read_object
 
 TRAINING_KINDS = ("forward_backward", "curvature", "optimizer", "data")
-# The same computation under every optimizer, so that one measurement per model serves all arms.
+# The same computation under every optimizer: one measurement per model serves all arms.
 SHARED_KINDS = ("forward_backward", "data")
 
 
 def training_seconds(run: RecordedRun) -> float:
-    """Measured seconds of training: the ledger's training kinds, or the record's total where it has no ledger."""
+    """Return the measured seconds of training: the ledger's training kinds, or the record's total without a ledger."""
     ledger = _ledger(run)
     if not ledger:
         return run.total("seconds")
@@ -38,16 +37,16 @@ class _File(Form):
 
 @dataclass(frozen=True)
 class ReferenceTimes:
-    """Seconds for one occurrence of each kind of work, by model and arm, measured where nothing else ran.
+    """Seconds for one occurrence of each kind of work, by model and arm, measured on an idle machine.
 
-    `seconds[model][arm][kind]`; kinds that do not depend on the optimizer hold the same number in every arm.
+    `seconds[model][arm][kind]`; kinds that do not depend on the optimizer have the same number in every arm.
     """
 
     seconds: Mapping[str, Mapping[str, Mapping[str, float]]]
     source: str
 
     def training_seconds(self, run: RecordedRun, arm: str) -> float | None:
-        """What the run's counts cost at the reference times; None where the model, arm or a kind was not measured."""
+        """Return the run's counts times the reference times; None if the model, arm or a kind was not measured."""
         costs = self.seconds.get(run.model, {}).get(arm)
         ledger = _ledger(run)
         if costs is None or not ledger:
@@ -65,10 +64,10 @@ class ReferenceTimes:
 
     @classmethod
     def load(cls, path: Path) -> ReferenceTimes:
-        """Read what `save` has written.
+        """Read a file written by `save`.
 
         Raises:
-            RecordError: it cannot be read, or is damaged.
+            RecordError: it cannot be read or is damaged.
         """
         content = read_object(path, _File)
         if content is None:
@@ -77,10 +76,10 @@ class ReferenceTimes:
 
 
 def reference_times(runs: Iterable[tuple[str, RecordedRun]], source: str) -> ReferenceTimes:
-    """Reference times from (arm, run) pairs that had the machine to themselves.
+    """Return reference times from (arm, run) pairs measured on an idle machine.
 
-    Within a run the ledger gives the mean cost of a kind; over the runs of a cell the median is taken. Kinds that do
-    not depend on the optimizer are taken over the runs of all arms of a model.
+    A run's ledger gives the mean cost of each kind; the result is the median over the runs of a cell, or over all arms
+    of a model for kinds that do not depend on the optimizer.
     """
     costs: dict[str, dict[str, dict[str, list[float]]]] = {}
     for arm, run in runs:

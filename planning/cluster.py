@@ -1,8 +1,7 @@
-"""What a plan is asked for: the machines, a GPU kind of configs/cluster, how many and how well they are used, and the run
-as it would be on them.
+"""The planner's input: the cluster (a GPU kind from configs/cluster, number, utilisation) and the run's configuration on it.
 
-`cluster.` keys belong to the planner alone; no run's configuration, and so no run's name, knows of them. Nothing here
-imports torch: a mistake is refused before the planner, which does, is imported.
+Only the planner has `cluster.` keys; they are not part of a run's configuration or name. This module does not import
+torch, so that mistakes are refused before the planner, which does, is imported.
 """
 
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from training.mistakes import choose_from, either, expectation, key_of, likely, 
 GPU_DIRECTORY = CONFIG_DIRECTORY / "cluster"
 PREFIX = "cluster."
 DEFAULT_GPU = "h100"
-#: Planned side by side where nothing else is asked for.
+#: Optimizers to plan by default.
 OPTIMIZERS = ("adamw", "lion", "sophiag", "sophiah", "muon")
 
 
@@ -47,21 +46,21 @@ class ClusterConfig(Section):
     node_bandwidth: PositiveFloat
     network_bandwidth: PositiveFloat
     price_per_hour: NonNegativeFloat
-    #: Share of the peak that forward and backward passes reach: the model's FLOPs, not those of recomputation.
+    #: Share of the peak that forward and backward passes reach, in model FLOPs without recomputation.
     utilisation: Fraction = 0.4
-    #: Share of its bandwidths that a GPU reaches, of memory and of links.
+    #: Share of the memory and link bandwidths that a GPU reaches.
     bandwidth_utilisation: Fraction = 0.8
-    #: What tensors cannot have: CUDA's context, NCCL's channels, gaps between blocks.
+    #: Memory not available for tensors: CUDA context, NCCL channels, fragmentation.
     reserved_gib: Annotated[float, Field(ge=0)] = 3.0
 
     @property
     def usable_bytes(self) -> int:
-        """Memory of a GPU that tensors can have."""
+        """A GPU's memory available for tensors."""
         return round((self.memory_gib - self.reserved_gib) * 2**30)
 
     @property
     def link_bandwidth(self) -> float:
-        """Bytes a second that each GPU sends in a ring over all: rings cross between nodes by all of a node's adapters."""
+        """Bytes per second that each GPU sends in a ring over all GPUs; between nodes, rings use all of a node's adapters."""
         slowest = self.node_bandwidth
         if self.gpus > self.gpus_per_node:
             slowest = min(slowest, self.gpus_per_node * self.network_bandwidth)
@@ -73,10 +72,10 @@ def gpu_kinds() -> list[str]:
 
 
 def split_cluster(overrides: Sequence[str]) -> tuple[ClusterConfig, list[str]]:
-    """The cluster of the `cluster.` overrides, and the other overrides.
+    """Split into the cluster of the `cluster.` overrides and the other overrides.
 
     Raises:
-        ConfigurationError: an unknown GPU kind or key, or a value out of range; one line with the remedy.
+        ConfigurationError: an unknown GPU kind or key, or a value out of range.
     """
     given: dict[str, Any] = {}
     others = []
@@ -113,17 +112,17 @@ def split_cluster(overrides: Sequence[str]) -> tuple[ClusterConfig, list[str]]:
 
 
 def compose_for(overrides: Sequence[str], cluster: ClusterConfig) -> tuple[RunConfig, list[str]]:
-    """The run's configuration as on the cluster, and what had to be assumed for it.
+    """Return the run's configuration on the cluster, and notes on what was assumed.
 
-    `auto` is what a GPU gives it. A model without a recipe gets the paper's batch, length and number of steps, since the
-    defaults are a laptop's; a batch that the ranks cannot share becomes the nearest that they can.
+    `auto` is resolved as on a GPU. A model without a recipe gets the paper's batch, length and number of steps, because
+    the defaults are for a laptop. A batch that is not divisible by the ranks becomes the nearest one that is.
     """
     notes: list[str] = []
     given = {key_of(override) for override in overrides}
     values = compose_dictionary(overrides)
     model, train = values.get("model"), values.get("train")
     if not isinstance(model, dict) or not isinstance(train, dict):
-        return validate(values), notes  # which refuses it
+        return validate(values), notes  # raises
     assumed: list[str] = []
     if "experiment" not in given:
         length = min(model["block_size"], 1024) if isinstance(model.get("block_size"), int) else 1024
@@ -132,14 +131,14 @@ def compose_for(overrides: Sequence[str], cluster: ClusterConfig) -> tuple[RunCo
                 train[key] = value
                 assumed.append(f"train.{key}={value}")
         if assumed:
-            notes.append(f"assumed, as in the paper: {' '.join(assumed)} (defaults are a laptop's; say otherwise)")
+            notes.append(f"assumed, as in the paper: {' '.join(assumed)} (the defaults are for a laptop)")
     if not assumed and "train.global_batch_size" not in given and "train.micro_batch_size" not in given:
         train["micro_batch_size"] = fitting_micro_batch(train, cluster.gpus, notes)
     if isinstance(train.get("global_batch_size"), int) and train["global_batch_size"] % cluster.gpus:
         batch, gpus = train["global_batch_size"], cluster.gpus
         nearest = max(1, round(batch / gpus)) * gpus
         notes.append(
-            f"train.global_batch_size={batch} does not divide over {gpus} ranks, and train.py would refuse it: planned "
+            f"train.global_batch_size={batch} is not divisible by {gpus} ranks, and train.py would refuse it: planned "
             f"with train.global_batch_size={nearest}"
         )
         train["global_batch_size"] = nearest
@@ -150,14 +149,12 @@ def compose_for(overrides: Sequence[str], cluster: ClusterConfig) -> tuple[RunCo
         train["compile"] = True
     config = validate(values)
     if config.strategy.name == "single" and cluster.gpus > 1:
-        raise ConfigurationError(
-            f"strategy=single runs in one process and cluster.gpus={cluster.gpus}; choose strategy=ddp"
-        )
+        raise ConfigurationError(f"strategy=single does not work with cluster.gpus={cluster.gpus}; choose strategy=ddp")
     return config, notes
 
 
 def fitting_micro_batch(train: dict[str, Any], gpus: int, notes: list[str]) -> int | None:
-    """The micro-batch itself where the ranks' share is a multiple of it, else the nearest below that is one."""
+    """Return the micro-batch if it divides a rank's share of the batch, else the nearest smaller one that does."""
     micro, batch = train.get("micro_batch_size"), train["global_batch_size"]
     if micro is None or batch % gpus or batch // gpus % micro == 0:
         return micro  # type: ignore[no-any-return]

@@ -1,15 +1,15 @@
-"""What a step takes of each device's memory, by arithmetic that a person can check; benchmarks/memory.py holds it against
-real steps (results/planner/memory.md).
+"""The memory of a step on each device, by arithmetic that can be checked by hand.
 
-A step's memory rises and falls in steps of one layer, so its peak is in one of few moments of a forward and backward pass:
+benchmarks/memory.py compares it with real steps (results/planner/memory.md). A step's memory rises and falls layer by layer,
+so its peak is at one of a few moments of a forward and backward pass:
 
     head    the forward is done: all layers' activations are kept, and the loss head has a chunk of logits
     last    the backward of the last block: all activations, the temporaries of a block, the head's gradient
-    first   the backward of the first block and the embeddings: hardly any activations, all gradients
+    first   the backward of the first block and the embeddings: few activations, all gradients
 
-or in the update, or where an estimate is folded into h. In the formulas N is the tokens of a micro-batch, d the width, L the
-layers, T the sequence length, V the padded vocabulary, P all parameters, W the ranks and e the bytes of an activation in
-the products' precision: 2 under bf16, else 4. The residual stream, the norms, gradients and state are float32.
+or in the update, or when an estimate is folded into h. N is the tokens of a micro-batch, d the width, L the layers, T the
+sequence length, V the padded vocabulary, P all parameters, W the ranks and e the bytes of an activation in matrix products:
+2 under bf16, else 4. The residual stream, norms, gradients and state are float32.
 """
 
 from collections import Counter
@@ -38,29 +38,29 @@ Phase = Literal["curvature", "training", "update"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 DeviceType = Literal["cpu", "cuda"]
 Memory = dict[Kind, int]  # bytes by kind
-Bytes = Counter[Kind]  # the same, to be added up
+Bytes = Counter[Kind]  # the same, with addition
 
-#: Float32 numbers that an optimizer keeps for each parameter, and of h. Muon keeps one of the blocks' matrices; any other
-#: optimizer is taken to keep what AdamW does.
+#: Float32 numbers of optimizer state per parameter, and of h among them. Muon keeps one per element of the blocks' matrices;
+#: unlisted optimizers are assumed to keep as many as AdamW.
 STATE = {"adamw": (2, 0), "lion": (1, 0), "signum": (1, 1), "sophiag": (1, 1), "sophiah": (1, 1), "adahessian": (1, 1)}
-#: Float32 numbers for each parameter that the project's own optimizers hold on a GPU where they are not compiled: every
-#: operation runs over all tensors at once (sophia/kernels.py). Of an update, and of folding an estimate into h.
+#: Temporary float32 numbers per parameter of uncompiled `sophia` optimizers on a GPU, in an update and when folding an
+#: estimate into h: each foreach operation runs over all tensors at once (sophia/kernels.py).
 FOREACH_UPDATE, FOREACH_FOLD = 5, 4
-#: DeepSpeed's defaults, in elements: reduce_bucket_size, and how many gathered weights stay because they are needed again
-#: so soon (stage3_max_reuse_distance, stage3_max_live_parameters).
+#: DeepSpeed's defaults, in elements: reduce_bucket_size, and the gathered weights that it keeps for reuse
+#: (stage3_max_reuse_distance, stage3_max_live_parameters).
 REDUCTION_BUCKET = 500_000_000
 LIVE_WEIGHTS = 1_000_000_000
 
 
 def planned_memory(config: RunConfig, shape: GPT2Config, world_size: int, device: DeviceType) -> dict[Phase, Memory]:
-    """The largest memory of each phase of a step on each device, in bytes by kind.
+    """Return the peak memory of each phase of a step on each device, in bytes by kind.
 
     Args:
-        config: of the run; `auto` resolved.
-        world_size: ranks of the run, one on each device.
+        config: the run's configuration, with `auto` resolved.
+        world_size: number of ranks, one per device.
 
     Raises:
-        ConfigurationError: the batch does not divide over the ranks.
+        ConfigurationError: the batch is not divisible by the ranks.
     """
     step = _Step(config, shape, world_size, device)
     moments: dict[Phase, list[Bytes]] = {
@@ -81,14 +81,14 @@ def bytes_of(**by_kind: int) -> Bytes:
 
 
 def curvature_of(config: RunConfig, world_size: int) -> CurvaturePass | None:
-    """The run's curvature pass; its labels come from the training forward where the run's own would."""
+    """Return the run's curvature pass, which shares the training forward if the run would."""
     micro, shared = micro_batch_size(config, world_size), isinstance(config.strategy, DDPConfig)
     batch, shared = config.train.global_batch_size, shared and config.train.shared_forward
     return CurvaturePass.of(config.optimizer, 0, batch, micro, shared_forward=shared)
 
 
 def reduction_bucket_bytes(config: RunConfig) -> int:
-    """DeepSpeed's buffer for gradients on their way, whatever the model's size; 0 under the other strategies."""
+    """Return the size of DeepSpeed's gradient-reduction buffers, independent of the model; 0 for other strategies."""
     if not isinstance(config.strategy, DeepSpeedConfig):
         return 0
     narrow = config.strategy.zero_stage == 2 and engine_has_bf16_weights(config)
@@ -96,14 +96,14 @@ def reduction_bucket_bytes(config: RunConfig) -> int:
 
 
 def engine_has_bf16_weights(config: RunConfig) -> bool:
-    """Whether FSDP2 gathers the blocks, or ZeRO keeps the forward's weights, in bf16 (training/strategies)."""
+    """Return whether FSDP2 gathers the blocks, or ZeRO keeps the forward's weights, in bf16 (training/strategies)."""
     exact = getattr(config.optimizer, "estimator", None) == "hutchinson_differences"
     stage = getattr(config.strategy, "zero_stage", 0)
     return config.train.precision == "bf16" and not exact and (stage > 1 or isinstance(config.strategy, FSDPConfig))
 
 
 def _state_sizes(optimizer: OptimizerConfig, shape: GPT2Config) -> tuple[int, int]:
-    """Float32 numbers of the whole model's optimizer state, and of h."""
+    """Return the float32 numbers of the whole model's optimizer state, and those of h."""
     size = parameter_count(shape)
     numbers, of_curvature = STATE.get(optimizer.name, STATE["adamw"])
     matrices = shape.n_layer * 12 * shape.n_embd**2 if isinstance(optimizer, MuonConfig) else 0
@@ -112,17 +112,17 @@ def _state_sizes(optimizer: OptimizerConfig, shape: GPT2Config) -> tuple[int, in
 
 @dataclass(frozen=True)
 class _Pass:
-    """One forward and backward over `tokens`, and what is held meanwhile."""
+    """One forward and backward over `tokens`, and what else is in memory."""
 
     tokens: int
     width: int  # e
-    accumulated: bool  # earlier micro-batches have left gradients
-    held: Bytes  # besides weights and state
-    both_losses: bool = False  # labels are drawn too: the first of two backwards keeps what it used
+    accumulated: bool  # gradients of earlier micro-batches exist
+    held: Bytes  # in addition to weights and state
+    both_losses: bool = False  # labels are sampled too: the first of two backwards keeps its graph
 
 
 class _Step:
-    """The sizes of a run, in bytes, and the moments of its step."""
+    """The sizes of a run's tensors in bytes, and the moments of its step."""
 
     def __init__(self, config: RunConfig, shape: GPT2Config, world_size: int, device: DeviceType) -> None:
         self.config, self.shape, self.world_size, self.device = config, shape, world_size, device
@@ -133,18 +133,18 @@ class _Step:
         self.fsdp = strategy if isinstance(strategy, FSDPConfig) else None
         self.zero = strategy if isinstance(strategy, DeepSpeedConfig) else None
         self.bf16_weights = engine_has_bf16_weights(config)
-        self.weight_bytes = BFLOAT16 if self.bf16_weights else FLOAT32  # as the forward sees a block's
+        self.weight_bytes = BFLOAT16 if self.bf16_weights else FLOAT32  # of a block in the forward
         self.parameters = parameter_count(shape)
-        self.embedding = FLOAT32 * shape.padded_vocab_size * shape.n_embd  # its gradient is whole, and so large
+        self.embedding = FLOAT32 * shape.padded_vocab_size * shape.n_embd  # its gradient is not sharded
         self.block = (parameter_count(shape, embeddings=False) - shape.n_embd * (1 + shape.bias)) // shape.n_layer
         self.root = self.parameters - shape.n_layer * self.block  # embeddings and final norm
         self.model = FLOAT32 * self.parameters
         self.shard = self.model // (world_size if self.fsdp or self.zero else 1)
 
-    # What is there all the time
+    # Permanent memory
 
     def standing(self) -> Bytes:
-        """Weights and state, and the buffers that outlive a step."""
+        """Return weights, state, and buffers that outlive a step."""
         optimizer, curvature = _state_sizes(self.config.optimizer, self.shape)
         share = self.shard / self.model
         on_device = not (self.zero and self.zero.offload_optimizer)
@@ -153,7 +153,7 @@ class _Step:
             optimizer=round(FLOAT32 * optimizer * share) * on_device,
             curvature=round(FLOAT32 * curvature * share) * on_device,
         )
-        if self.zero:  # float32 partitions, and beside them what the forward uses
+        if self.zero:  # float32 partitions, and the forward's weights
             forward = self.weight_bytes * self.parameters
             memory["weights"] = self.shard * on_device + (
                 forward // self.world_size if self.zero.zero_stage == 3 else forward
@@ -166,11 +166,11 @@ class _Step:
     # Activations
 
     def kept_of_block(self, tokens: int, width: int) -> int:
-        """What a block keeps for its backward pass, of all tokens.
+        """Return the bytes that a block keeps for its backward pass.
 
-        Both norms' inputs, 8d; in the products' precision q, k, v (3d), attention's output (d) and the MLP's inner layer
-        (4d). An uncompiled block keeps both norms' outputs (2d) and GELU's (4d) too, which a compiled one computes anew,
-        but for one norm's output that it keeps rounded to bf16.
+        Per token: both norms' inputs, 8d; in the products' precision q, k, v (3d), attention's output (d) and the MLP's
+        hidden layer (4d). An uncompiled block also keeps the outputs of both norms (2d) and of GELU (4d). A compiled block
+        recomputes them, except for one norm's output, kept in bf16.
         """
         d, e = self.shape.n_embd, width
         each = 8 * d + 8 * e * d + 4 * self.shape.n_head  # and attention's normalizer
@@ -183,21 +183,21 @@ class _Step:
         return tokens * each
 
     def temporaries_of_block(self, tokens: int, width: int) -> int:
-        """At the peak of a block's backward pass: the gradient that comes in, and those around GELU.
+        """Return the temporaries at the peak of a block's backward pass: the incoming gradient and those around GELU.
 
-        A compiled block computes GELU anew and frees nothing before its end.
+        A compiled block recomputes GELU and frees nothing before its end.
         """
         d = self.shape.n_embd
         return tokens * d * (FLOAT32 + (width if width == BFLOAT16 else 0) + (8 if self.compiled else 4) * width)
 
     def copies_of_block(self, width: int) -> int:
-        """The block's matrices in bf16, which autocast makes of float32 weights and keeps for the backward pass."""
+        """Return the bytes of the block's matrices in bf16, which autocast keeps for the backward pass."""
         return BFLOAT16 * self.block if width == BFLOAT16 and not self.bf16_weights else 0
 
     # The loss head (models/head.py)
 
     def head(self, done: _Pass) -> int:
-        """At its peak, with the hidden states' and the weight's gradient, which it computes in the forward pass."""
+        """Return the head's peak, including the gradients of hidden states and weight, computed in the forward pass."""
         tokens, width = done.tokens, done.width
         d, padded = self.shape.n_embd, self.shape.padded_vocab_size
         rows = rows_per_chunk(tokens, self.device)
@@ -205,16 +205,16 @@ class _Step:
         inputs = narrow * (BFLOAT16 * tokens * d + (0 if self.zero and self.bf16_weights else BFLOAT16 * padded * d))
         gradients = width * tokens * d + self.embedding
         logits = width * rows * padded
-        # A chunk's part of the weight's gradient before it is added. Uncompiled, passes over the logits widen slices.
+        # A chunk's part of the weight's gradient before it is added. Uncompiled code widens slices of the logits.
         part = narrow * BFLOAT16 * padded * d
         slices = 0 if self.compiled else (3 if narrow else 2) * FLOAT32 * min(EAGER_ROWS, rows) * padded
-        if rows >= tokens:  # a single chunk: there is no gradient yet where slices are widened
+        if rows >= tokens:  # a single chunk: no gradient exists yet when slices are widened
             slices -= min(slices, self.embedding)
         of_rows = 2 * FLOAT32 * rows * d
         return inputs + gradients + logits + max(part + of_rows, slices)
 
     def head_kept(self, done: _Pass) -> int:
-        """What the head keeps for two backward passes: both gradients, hidden states, weight and labels."""
+        """Return what the head keeps for two backward passes: both gradients, hidden states, weight and labels."""
         d, padded = self.shape.n_embd, self.shape.padded_vocab_size
         weight = BFLOAT16 * padded * d if done.width == BFLOAT16 else 0
         return self.embedding + weight + done.tokens * (2 * done.width * d + 16)
@@ -228,7 +228,7 @@ class _Step:
         block = bytes_of(activations=self.kept_of_block(tokens, width), engine=self.copies_of_block(width))
         kept = bytes_of(activations=layers * block["activations"], engine=layers * block["engine"])
         recomputed = bytes_of()
-        if self.fsdp and self.fsdp.activation_checkpointing:  # the block's input alone is kept
+        if self.fsdp and self.fsdp.activation_checkpointing:  # only the block's input is kept
             kept, recomputed = bytes_of(activations=layers * stream), block
         temporaries = bytes_of(activations=self.temporaries_of_block(tokens, width))
 
@@ -242,14 +242,14 @@ class _Step:
             kept += bytes_of(activations=stream, head=self.head_kept(done))
         yield backward + kept + bytes_of(head=self.embedding)
 
-        # The embedding has a gradient as the head's weight, which waits, and one as the look-up's.
+        # The embedding has two gradients: one as the head's weight, already computed, and one from the lookup.
         end = base + gathered + (kept if done.both_losses else bytes_of())
         if self.fsdp:
             if not done.accumulated:
                 end["gradients"] += self.shard
             yield end + bytes_of(engine=2 * FLOAT32 * self.root, activations=stream)
             return
-        standing = self.zero or self.world_size > 1 or done.accumulated  # the other gradients have their place
+        standing = self.zero or self.world_size > 1 or done.accumulated  # the other gradients are already allocated
         end["gradients"] += self.embedding if standing else self.model
         yield end + bytes_of(gradients=self.embedding, activations=stream)
         if not done.both_losses:
@@ -257,8 +257,8 @@ class _Step:
         yield end + temporaries
 
     def gathered(self) -> Bytes:
-        """Weights that the engine has gathered while the head runs."""
-        if self.fsdp:  # embeddings and final norm in float32; blocks too where they are not given up after the forward
+        """Return the gathered weights while the head runs."""
+        if self.fsdp:  # embeddings and final norm in float32, and blocks unless they are freed after their forward
             blocks = 0 if self.fsdp.reshard_after_forward else self.shape.n_layer * self.weight_bytes * self.block
             return bytes_of(engine=FLOAT32 * self.root + blocks)
         if self.zero:
@@ -268,9 +268,9 @@ class _Step:
         return bytes_of()
 
     def gathered_in_backward(self) -> Bytes:
-        """The same in a block's backward pass, with the block's gradients on their way."""
+        """Return the gathered weights in a block's backward pass, and the block's gradients being reduced."""
         memory = self.gathered()
-        if self.fsdp:  # this block's weights and the next one's, gradients as computed and in float32 to be reduced
+        if self.fsdp:  # weights of this block and the next, gradients as computed and in float32 for the reduction
             memory["engine"] += (3 * self.weight_bytes + FLOAT32) * self.block
         elif self.zero and self.zero.zero_stage == 2:
             memory["engine"] += reduction_bucket_bytes(self.config)
@@ -295,7 +295,7 @@ class _Step:
         return memory
 
     def workspace(self, numbers: int) -> int:
-        """torch's fused AdamW and compiled updates are one pass over memory; on CPUs an uncompiled one is cut small."""
+        """Return the update's temporaries: 0 for fused AdamW, compiled updates, and CPUs, which update in small pieces."""
         if self.compiled or self.device == "cpu" or self.config.optimizer.name in ("adamw", "muon"):
             return 0
         return numbers * self.shard
@@ -322,7 +322,7 @@ class _Step:
                 head=self.head_kept(done),
             )
             yield self.standing() + kept + done.held + fold + bytes_of(gradients=self.model * (self.world_size == 1))
-            if rows < of_rank:  # the rest of the batch, in whose gradients the slice's are
+            if rows < of_rank:  # the rest of the batch adds to the slice's gradients
                 rest = min(of_rank - rows, self.micro_batch_size) * length
                 yield from self.moments(_Pass(rest, width, True, bytes_of()))
             return
@@ -332,7 +332,7 @@ class _Step:
             yield self.standing() + fold + bytes_of(activations=self.model)
             return
         held = bytes_of()
-        if curvature.estimator == "hutchinson_differences":  # noise, the weights as they were, the first gradient
+        if curvature.estimator == "hutchinson_differences":  # noise, the saved weights, the first gradient
             held["workspace"] = 3 * self.shard
             width = FLOAT32
         yield from self.moments(_Pass(tokens, width, micro_batches > 1, held))
@@ -340,10 +340,10 @@ class _Step:
         yield self.standing() + held + fold + taken
 
     def exact_product(self, tokens: int, width: int) -> Bytes:
-        """A Hessian-vector product by double backward, uncompiled, with the maps of attention and whole logits.
+        """Return the memory of a Hessian-vector product by double backward, uncompiled, with attention maps and full logits.
 
-        The factors are those of tensors that were counted in real passes (bytes for each entry): of maps, of the other
-        activations, of logits. Besides, the first gradient, the noise and the products.
+        The factors (bytes per entry of maps, other activations and logits) were counted in real passes. The first gradient,
+        the noise and the products come on top.
         """
         narrow = width == BFLOAT16
         of_map, of_activation, of_logit = (14, 90, 17) if narrow else (12, 160, 22)

@@ -1,12 +1,11 @@
-"""What a run would need on a cluster, before it is run: memory, hours, cost, traffic, and what to change where it does
-not fit.
+"""Plan a run on a cluster: memory, hours, cost, traffic, and settings that fit if the run does not.
 
-    memory         planning/memory.py
-    FLOPs          models/flops.py, as the ledger of a run counts them
-    communication  training/strategies/communication.py, as the ledger counts it
-    time           a step is forward and backward at the utilisation given, or their communication where that takes
-                   longer (it is hidden as far as it fits), then the update at the memory's bandwidth; every k-th step
-                   the curvature pass besides, at the size that a rank's share of it has
+memory         planning/memory.py
+FLOPs          models/flops.py, as in a run's ledger
+communication  training/strategies/communication.py, as in a run's ledger
+time           a step is forward and backward at the given utilisation or their communication, whichever takes longer
+               (one hides the other), plus the update at memory bandwidth; every k-th step adds the curvature pass, at
+               the size of a rank's share
 """
 
 import dataclasses
@@ -41,8 +40,8 @@ from training.strategies.communication import (
 
 GPT2_VOCABULARY = 50257
 MOST_GPUS = 4096
-#: float32 numbers that an update reads and writes for each parameter, with the gradient and the weight. An optimizer that
-#: is not listed is taken to keep two numbers for each parameter, as AdamW does.
+#: float32 numbers that an update reads and writes per parameter, including gradient and weight. Unlisted optimizers are
+#: assumed to keep two numbers per parameter, like AdamW.
 UPDATE_ACCESSES = {"adamw": 7, "lion": 5, "signum": 5, "sophiag": 6, "sophiah": 6, "adahessian": 6, "muon": 5}
 #: Reads and writes of folding an estimate into h.
 REFRESH_ACCESSES = 3
@@ -59,16 +58,16 @@ class PlannedTraffic:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Of a step on average; the curvature pass with its k-th part."""
+    """The average time of a step, including 1/k of a curvature pass."""
 
-    compute: float  # forward and backward, recomputation included
-    communication: float  # all of it, if nothing hid it
+    compute: float  # forward and backward, including recomputation
+    communication: float  # all of it, hidden or not
     update: float
     curvature: float
 
     @property
     def exposed(self) -> float:
-        """Communication that forward and backward are too short to hide."""
+        """Communication that forward and backward do not hide."""
         return max(0.0, self.communication - self.compute)
 
     @property
@@ -87,7 +86,7 @@ class OptimizerPlan:
     peak_bytes: int
     peak_phase: Phase
     fits: bool
-    flops_per_step: int  # over all ranks, curvature passes included, on average
+    flops_per_step: int  # average over all ranks, including curvature passes
     seconds: StepSeconds
     hours: float
     cost: float
@@ -96,7 +95,7 @@ class OptimizerPlan:
 
 @dataclass(frozen=True)
 class Remedy:
-    """A setting that fits, with what it changes."""
+    """Overrides with which the run fits."""
 
     overrides: tuple[str, ...]
     peak_bytes: int
@@ -104,7 +103,7 @@ class Remedy:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run on a cluster with each of several optimizers in its place."""
+    """A run on a cluster, planned with several optimizers."""
 
     config: RunConfig
     cluster: ClusterConfig
@@ -115,12 +114,12 @@ class RunPlan:
     tokens: int
     training_flops_per_step: int
     optimizers: tuple[OptimizerPlan, ...]
-    refused: dict[str, str]  # optimizer -> why the strategy cannot
+    refused: dict[str, str]  # optimizer -> why the strategy does not support it
     remedies: tuple[Remedy, ...]
     notes: tuple[str, ...]
 
     def as_dictionary(self) -> dict[str, Any]:
-        """JSON values only."""
+        """Return the plan as JSON values."""
         values = dataclasses.asdict(dataclasses.replace(self, optimizers=(), remedies=()))
         del values["shape"]
         return values | {
@@ -139,11 +138,10 @@ def plan_run(
     optimizers: Sequence[str] = OPTIMIZERS,
     notes: Sequence[str] = (),
 ) -> RunPlan:
-    """Plan a run as `compose_for` gives it, with each of the optimizers in its place, and look for settings that fit where
-    its own do not.
+    """Plan a run, composed by `compose_for`, with each of the optimizers; if it does not fit, find settings that do.
 
     Raises:
-        ConfigurationError: an optimizer does not exist, or the batch does not divide over the ranks.
+        ConfigurationError: an optimizer does not exist, or the batch is not divisible by the ranks.
     """
     shape, chosen, said = planned_shape(config), config.optimizer.name, list(notes)
     micro = micro_batch_size(config, cluster.gpus)
@@ -179,7 +177,7 @@ def plan_run(
 
 
 def with_optimizer(config: RunConfig, section: dict[str, Any], notes: list[str]) -> RunConfig:
-    """The same run with another optimizer's section; Hutchinson by differences where it must be."""
+    """Return the run with another optimizer section, with hutchinson_differences if the strategy requires it."""
     values = config.model_dump(mode="json") | {"optimizer": section}
     try:
         return validate(values)
@@ -194,13 +192,13 @@ def with_optimizer(config: RunConfig, section: dict[str, Any], notes: list[str])
 
 
 def planned_shape(config: RunConfig) -> GPT2Config:
-    """The model's shape; the vocabulary is the tokenizer's."""
+    """Return the model's shape with the tokenizer's vocabulary."""
     model = config.model.model_dump(exclude={"name", "init_from"})
     return GPT2Config(vocab_size=config.tokenizer.vocab_size or GPT2_VOCABULARY, **model)
 
 
 def plan_optimizer(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig) -> OptimizerPlan:
-    """Memory, time and cost of one run."""
+    """Plan memory, time and cost of one run."""
     memory = planned_memory(config, shape, cluster.gpus, "cuda")
     totals = {phase: sum(by_kind.values()) for phase, by_kind in memory.items()}
     phase = max(totals, key=lambda one: totals[one])
@@ -237,11 +235,11 @@ def _curvature_flops(curvature: CurvaturePass, shape: GPT2Config, length: int) -
 
 
 def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, traffic: PlannedTraffic) -> StepSeconds:
-    """How long a step takes on average. Evaluation and checkpoints are not counted, as in a run's `seconds`."""
+    """Return the average time of a step. Like a run's `seconds`, it excludes evaluation and checkpoints."""
     length, world_size = config.train.sequence_length, cluster.gpus
     peak = cluster.bf16_tflops if config.train.precision == "bf16" else cluster.fp32_tflops
     rate = peak * 1e12 * cluster.utilisation
-    tokens = step_tokens(config) // world_size  # of a rank
+    tokens = step_tokens(config) // world_size  # per rank
     recomputed = 0
     if getattr(config.strategy, "activation_checkpointing", False):
         recomputed = block_flops_per_token(shape) + attention_flops_per_token(shape, length)
@@ -252,7 +250,7 @@ def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, t
     mine = parameter_count(shape) // (world_size if sharded else 1)
     memory_rate = cluster.memory_bandwidth * 1e9 * cluster.bandwidth_utilisation
     if curvature is not None:
-        rows = -(-curvature.sequences // world_size)  # the largest share; a rank with less waits
+        rows = -(-curvature.sequences // world_size)  # the largest share; ranks with less wait
         share = rows * world_size / curvature.sequences
         exact = curvature.estimator == "hutchinson_differences"
         rate_of_pass = cluster.fp32_tflops * 1e12 * cluster.utilisation if exact else rate
@@ -263,14 +261,14 @@ def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, t
         curvature_seconds = (one + REFRESH_ACCESSES * FLOAT32 * mine / memory_rate) / curvature.interval
     accesses = UPDATE_ACCESSES.get(config.optimizer.name, UPDATE_ACCESSES["adamw"])
     update = accesses * FLOAT32 * mine / memory_rate
-    if isinstance(config.optimizer, MuonConfig):  # every rank does all of it
+    if isinstance(config.optimizer, MuonConfig):  # not distributed: every rank does the full update
         update += newton_schulz_flops(shape) / (cluster.bf16_tflops * 1e12 * cluster.utilisation)
     communication = sum(traffic.step.values()) / cluster.link_bandwidth
     return StepSeconds(compute, communication, update, curvature_seconds)
 
 
 def newton_schulz_flops(shape: GPT2Config) -> int:
-    """Of torch.optim.Muon's update of every block's matrices: a gram matrix and two products, five times."""
+    """Return the FLOPs of torch.optim.Muon's update of all blocks: a Gram matrix and two products, five times."""
     width = shape.n_embd
     matrices = ((width, 3 * width), (width, width), (width, 4 * width), (width, 4 * width))
     block = sum(NEWTON_SCHULZ_STEPS * (4 * rows * rows * columns + 2 * rows**3) for rows, columns in matrices)
@@ -278,7 +276,7 @@ def newton_schulz_flops(shape: GPT2Config) -> int:
 
 
 def planned_traffic(config: RunConfig, shape: GPT2Config, world_size: int) -> PlannedTraffic:
-    """Bytes that each rank sends in a step, and in a curvature pass."""
+    """Return the bytes that each rank sends in a step and in a curvature pass."""
     micro_batches = config.train.global_batch_size // (world_size * micro_batch_size(config, world_size))
     step = _traffic(config, shape, world_size, micro_batches)
     curvature = curvature_of(config, world_size)
@@ -319,18 +317,18 @@ def _traffic(config: RunConfig, shape: GPT2Config, world_size: int, micro_batche
 
 
 def remedies(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig) -> Iterator[Remedy]:
-    """The nearest settings that fit, of each kind: micro-batch, strategy and checkpointing, number of GPUs."""
+    """Yield the nearest settings that fit, of each kind: micro-batch, strategy and checkpointing, number of GPUs."""
     now = micro_batch_size(config, cluster.gpus)
 
     def largest(overrides: tuple[str, ...], strategy: dict[str, Any] | None, gpus: int) -> Remedy | None:
-        """With the largest micro-batch up to the configuration's own that fits on so many GPUs."""
+        """Find the largest micro-batch, up to the configured one, that fits on `gpus` GPUs."""
         for micro in reversed([d for d in divisors(config.train.global_batch_size // gpus) if d <= now]):
             values = config.model_dump(mode="json")
             values["train"]["micro_batch_size"] = micro
             values["strategy"] = strategy or values["strategy"]
             try:
                 memory = planned_memory(validate(values), shape, gpus, "cuda")
-            except ConfigurationError:  # the optimizer cannot have the strategy
+            except ConfigurationError:  # the strategy does not support the optimizer
                 return None
             peak = max(sum(by_kind.values()) for by_kind in memory.values())
             if peak <= cluster.usable_bytes:
@@ -354,7 +352,7 @@ def remedies(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig) -> It
     for overrides, strategy in strategies:
         if remedy := largest(overrides, strategy, cluster.gpus):
             yield remedy
-            if strategy == fsdp and remedy.overrides == overrides:  # nothing to recompute for
+            if strategy == fsdp and remedy.overrides == overrides:  # fits without recomputation
                 break
     more: list[tuple[tuple[str, ...], dict[str, Any] | None]] = [(checkpointing, checkpointed)]
     if isinstance(config.strategy, DeepSpeedConfig):

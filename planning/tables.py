@@ -1,4 +1,4 @@
-"""The planner's numbers for people: a plan in the terminal, and the table of models in Markdown."""
+"""The planner's output: a plan on the terminal, and the table of models in Markdown."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -26,7 +26,7 @@ KIND_NAMES: dict[Kind, str] = {
 
 
 def print_plan(plan: RunPlan, console: Console) -> None:
-    """What the run is, memory by kind, time and cost, traffic, and what fits."""
+    """Print the run, memory by kind, time and cost, traffic, and what fits."""
     cluster, train = plan.cluster, plan.config.train
     accumulated = f"{plan.micro_batches} x {plan.micro_batch_size} sequences on each"
     console.print(
@@ -47,7 +47,7 @@ def print_plan(plan: RunPlan, console: Console) -> None:
 
 
 def verdict(plan: RunPlan) -> Iterator[str]:
-    """What fits, and where the configuration's own optimizer does not, the nearest settings that do."""
+    """Yield what fits, and the nearest settings that fit if the configured optimizer does not."""
     usable = plan.cluster.usable_bytes
     chosen = plan.config.optimizer.name
     fitting = [one.optimizer for one in plan.optimizers if one.fits]
@@ -59,10 +59,10 @@ def verdict(plan: RunPlan) -> Iterator[str]:
         yield f"[red]does not fit[/] ({room}): {', '.join(missing)}"
     if chosen in missing:
         yield (
-            f"nearest settings with which {chosen} fits:"
+            f"nearest settings that fit {chosen}:"
             if plan.remedies
-            else f"no setting of micro-batch, checkpointing, strategy or number of GPUs was found with which {chosen} "
-            "fits; choose a smaller model= or a larger cluster.gpu="
+            else f"found no micro-batch, checkpointing, strategy or number of GPUs that fits {chosen}; "
+            "choose a smaller model= or a larger cluster.gpu="
         )
     for remedy in plan.remedies:
         yield f"  {_remedy(remedy)}"
@@ -87,8 +87,8 @@ def memory_table(plan: RunPlan) -> Table:
 def time_table(plan: RunPlan) -> Table:
     cluster = plan.cluster
     table = Table(
-        title=f"Time at {cluster.utilisation:.0%} of the peak, cost at {cluster.price_per_hour:g} for a GPU's hour",
-        caption="communication hides behind forward and backward as far as it fits; evaluation and checkpoints come on top",
+        title=f"Time at {cluster.utilisation:.0%} of the peak, cost at {cluster.price_per_hour:g} per GPU hour",
+        caption="forward and backward hide communication where possible; evaluation and checkpoints not included",
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
@@ -98,11 +98,11 @@ def time_table(plan: RunPlan) -> Table:
         table.add_column(one.optimizer, justify="right")
     rows: list[tuple[str, Callable[[OptimizerPlan], str]]] = [
         ("curvature estimator", lambda one: (one.estimator or "-").replace("_", " ")),
-        ("FLOPs a step, curvature's part included", lambda one: f"{one.flops_per_step:.3e}"),
+        ("FLOPs per step, including curvature", lambda one: f"{one.flops_per_step:.3e}"),
         ("seconds: forward and backward", lambda one: _seconds(one.seconds.compute)),
         ("         communication, not hidden", lambda one: _seconds(one.seconds.exposed)),
         ("         update", lambda one: _seconds(one.seconds.update)),
-        ("         curvature pass, each step's part", lambda one: _seconds(one.seconds.curvature)),
+        ("         curvature pass, average per step", lambda one: _seconds(one.seconds.curvature)),
         ("         [bold]step[/]", lambda one: f"[bold]{_seconds(one.seconds.total)}[/]"),
         ("hours", lambda one: f"{one.hours:,.1f}"),
         ("cost", lambda one: f"{one.cost:,.0f}"),
@@ -164,7 +164,7 @@ def _remedy(remedy: Remedy) -> str:
 # The table of docs/scaling.md
 
 MODELS = ("gpt2_small", "gpt2_medium", "gpt2_large", "gpt2_1500m", "gpt2_2700m", "gpt2_6600m")
-#: How each is run: one GPU first, then a node, then several.
+#: The settings of each row: one GPU, then a node, then several.
 SETTINGS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (1, ("strategy=ddp",)),
     (8, ("strategy=ddp",)),
@@ -174,7 +174,7 @@ SETTINGS: tuple[tuple[int, tuple[str, ...]], ...] = (
 
 
 def model_table(overrides: Sequence[str], cluster: ClusterConfig) -> str:
-    """Markdown: each model under each setting with AdamW, Sophia-G and Lion, on the paper's batch of 512 sequences."""
+    """Return Markdown: each model and setting with AdamW, Sophia-G and Lion, at the paper's batch of 512 sequences."""
     lines = [
         f"| model | GPUs ({cluster.gpu}) | strategy | GiB: AdamW, Lion, Sophia-G | fits | hours: AdamW, Lion, Sophia-G | "
         "GB sent a step | in a curvature pass |",

@@ -33,21 +33,21 @@ PACKAGES = (
     "scripts",
     "benchmarks",
 )
-#: Imported by nearly every module of training: their arrows would hide the others.
+#: Imported by nearly every module of training; their arrows would hide the others.
 EVERYWHERE = {f"training.{name}" for name in ("config", "exits", "records", "secrets")}
 
 Imports = Mapping[str, set[str]]
 
 
 def drawings() -> dict[str, str]:
-    """The parts of the page by name."""
+    """Return the drawings by the name of their part in the page."""
     graph = grimp.build_graph(*PACKAGES, cache_dir=None)
     packages = imports_between(graph, lambda module: module.split(".")[0])
     return {"packages": drawing(packages), "training": drawing(without_shortcuts(imports_between(graph, _node)))}
 
 
 def _node(module: str) -> str | None:
-    """The node of a module in the picture of training: itself, one for all strategies, none for its folders."""
+    """Return a module's node in the picture of training: itself, one node for all strategies, or None for folders."""
     if module.startswith("training.strategies"):
         return "training.strategies"
     folders = ("training", "training.launching", "training.recording", "training.reliability")
@@ -55,7 +55,7 @@ def _node(module: str) -> str | None:
 
 
 def imports_between(graph: grimp.ImportGraph, node: Callable[[str], str | None]) -> Imports:
-    """Which node imports which, where `node` gives the node that a module belongs to."""
+    """Return the imports between nodes; `node` maps a module to its node."""
     found: dict[str, set[str]] = {}
     for module in sorted(graph.modules):
         name = node(module)
@@ -66,10 +66,10 @@ def imports_between(graph: grimp.ImportGraph, node: Callable[[str], str | None])
 
 
 def without_shortcuts(imports: Imports) -> Imports:
-    """The transitive reduction: no arrow that follows from others.
+    """Return the transitive reduction: no arrow that follows from others.
 
     Raises:
-        graphlib.CycleError: modules import each other in a circle.
+        graphlib.CycleError: the imports have a cycle.
     """
     reached: dict[str, set[str]] = {}
     kept: dict[str, set[str]] = {}
@@ -81,7 +81,7 @@ def without_shortcuts(imports: Imports) -> Imports:
 
 
 def drawing(imports: Imports) -> str:
-    """The graph in Mermaid's language; the modules of a folder stand in a box."""
+    """Return the graph in Mermaid syntax, with a box for each folder."""
     folders: dict[str, list[str]] = {}
     for name in sorted(imports):
         folder, _, leaf = name.removeprefix("training.").rpartition(".")

@@ -1,11 +1,11 @@
-"""What a run would need on a cluster: memory, hours, cost, traffic, and what to change where it does not fit.
+"""Plan a run on a cluster: memory, hours, cost, traffic, and what to change if it does not fit.
 
     python scripts/plan.py model=gpt2_xl strategy=fsdp cluster.gpus=64 cluster.gpu=h100
     python scripts/plan.py experiment=paper/770m_sophiag cluster.gpus=8 cluster.price_per_hour=2 --json plan.json
     python scripts/plan.py --models        the table of docs/scaling.md: 125M to 6.6B
 
-Overrides are those of train.py; besides, cluster.gpu=h100|h200|a100_80gb|… and cluster.gpus=, cluster.utilisation=,
-cluster.price_per_hour= and the other keys of configs/cluster. Needs no GPU.
+Takes the overrides of train.py, and cluster.gpu=h100|h200|a100_80gb|…, cluster.gpus=, cluster.utilisation=,
+cluster.price_per_hour= and the other keys of configs/cluster. Runs without a GPU.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from training.recording.terminal import SafeConsole
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="those of train.py, and cluster.…")
-    parser.add_argument("--json", type=Path, help="write the plan there too, for machines")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of train.py, and cluster.…")
+    parser.add_argument("--json", type=Path, help="also write the plan to this file")
     parser.add_argument(
-        "--optimizers", default=",".join(OPTIMIZERS), help=f"side by side (default: {','.join(OPTIMIZERS)})"
+        "--optimizers", default=",".join(OPTIMIZERS), help=f"to compare (default: {','.join(OPTIMIZERS)})"
     )
-    parser.add_argument("--models", action="store_true", help="plan the models from 125M to 6.6B, a table in Markdown")
+    parser.add_argument("--models", action="store_true", help="print a Markdown table of the models from 125M to 6.6B")
     options = parser.parse_args(arguments)
     console = SafeConsole(width=None if sys.stdout.isatty() else 120)
     try:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(model_table(overrides, cluster))
             return 0
-        config, notes = compose_for(overrides, cluster)  # a mistake is refused before torch is imported
+        config, notes = compose_for(overrides, cluster)  # refuse mistakes before importing torch
 
         from planning.plan import plan_run
         from planning.tables import print_plan

@@ -1,8 +1,8 @@
-"""Rebuild what is said of a study from its committed records: report, figures, and the README's section (make results).
+"""Rebuild a study's report, figures and README section from its committed records (make results).
 
 python scripts/results.py                         results/cpu_scale and README.md
 python scripts/results.py results/smoke --page some/page.md --arm lion
-python scripts/results.py results/cpu_embeddings --part embeddings --brief   the verdict alone, into another part of README.md
+python scripts/results.py results/cpu_embeddings --part embeddings --brief   only the verdict, in another part of README.md
 """
 
 import argparse
@@ -29,11 +29,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", type=Path, default=ROOT / "results" / "cpu_scale", help="its directory")
-    parser.add_argument("--page", type=Path, default=ROOT / "README.md", help="the page that tells the verdict")
-    parser.add_argument("--part", default="results", help="where: between <!-- PART:begin --> and <!-- PART:end -->")
-    parser.add_argument("--brief", action="store_true", help="the verdict alone, without figure, limits and table")
-    parser.add_argument("--arm", default="sophiag", help="whose verdict the page tells")
+    parser.add_argument("study", nargs="?", type=Path, default=ROOT / "results" / "cpu_scale", help="study directory")
+    parser.add_argument("--page", type=Path, default=ROOT / "README.md", help="the page to update")
+    parser.add_argument(
+        "--part", default="results", help="replace what is between <!-- PART:begin --> and <!-- PART:end -->"
+    )
+    parser.add_argument("--brief", action="store_true", help="only the verdict, without figure, limits and table")
+    parser.add_argument("--arm", default="sophiag", help="the arm whose verdict is shown")
     options = parser.parse_args(arguments)
     try:
         results = analyse(load_study([options.study]))

@@ -1,20 +1,20 @@
 """Run and read a study.
 
     python scripts/study.py run study=cpu_scale                 run it, or resume it
-    python scripts/study.py run study=cpu_scale --hours 2       one sitting
+    python scripts/study.py run study=cpu_scale --hours 2       start no trial after two hours
     python scripts/study.py run study=cpu_scale hydra/launcher=joblib hydra.launcher.n_jobs=4
     python scripts/study.py run study=cpu_scale tracker=wandb   mirror the runs to W&B
-    python scripts/study.py plan study=cpu_scale                how many trials, steps and tokens
+    python scripts/study.py plan study=cpu_scale                trials, steps and tokens
     python scripts/study.py plan study=cpu_scale --speed gpt2_micro=26000 gpt2_mini=10500     and hours
-    python scripts/study.py status study=cpu_scale              what is done
+    python scripts/study.py status study=cpu_scale              progress
     python scripts/study.py times study=cpu_scale               reference times, on an idle machine
-    python scripts/study.py compact study=cpu_scale             take ended runs into the tables while a sitting runs
-    python scripts/study.py verify study=cpu_scale              run a trial of each arm again and compare the curves
-    python scripts/study.py verify study=cpu_scale --trials <trial> ...      run these trials again
+    python scripts/study.py compact study=cpu_scale             add finished runs to the tables while the study runs
+    python scripts/study.py verify study=cpu_scale              rerun one trial of each arm and compare the curves
+    python scripts/study.py verify study=cpu_scale --trials <trial> ...      rerun these trials
     python scripts/study.py report study=cpu_scale              HTML, Markdown, JSON
     python scripts/study.py sweep study=cpu_scale               W&B sweep files
 
-`study=` is a file of configs/study, or a path. Work goes to runs/<study>, tables and report to results/<study>.
+`study=` is a file in configs/study, or a path. Runs go to runs/<study>, tables and report to results/<study>.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from training.recording.terminal import SafeConsole, printable
 from training.records import RecordError
 from training.secrets import redacted
 
-# What may be said on the command line: how the runs are run. What determines their curves belongs in the study file.
+# Overrides allowed on the command line: they do not change the curves, which the study file determines.
 RUN_TIME = ("tracker", "launcher", "strategy", "checkpoint", "train.micro_batch_size", "train.compile", "train.device")
 
 
@@ -53,21 +53,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "plan", "status", "compact", "times", "verify", "report", "sweep"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="study=…, hydra/launcher=…, tracker=…")
-    parser.add_argument("--hours", type=float, help="begin no trial after so long")
-    parser.add_argument("--work", type=Path, default=Path("runs"), help="where runs are at work (default: runs)")
+    parser.add_argument("--hours", type=float, help="start no trial after this many hours")
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="parent directory of the runs (default: runs)")
     parser.add_argument(
-        "--records", type=Path, default=Path("results"), help="where records are kept (default: results)"
+        "--records", type=Path, default=Path("results"), help="parent directory of the records (default: results)"
     )
-    parser.add_argument("--trials", nargs="+", default=[], metavar="TRIAL", help="verify: these, from trials.csv")
-    parser.add_argument("--sweeps", type=Path, help="sweep: where the files go (default: results/<study>/sweeps)")
+    parser.add_argument("--trials", nargs="+", default=[], metavar="TRIAL", help="verify: names from trials.csv")
+    parser.add_argument("--sweeps", type=Path, help="sweep: output directory (default: results/<study>/sweeps)")
     parser.add_argument(
         "--speed",
         nargs="+",
         default=[],
         metavar="MODEL=TOKENS",
-        help="plan: training tokens a second of AdamW, by model",
+        help="plan: AdamW's training tokens per second, by model",
     )
-    parser.add_argument("--start", type=float, default=10.0, help="plan: seconds that a run takes to start and compile")
+    parser.add_argument("--start", type=float, default=10.0, help="plan: seconds to start and compile a run")
     options = parser.parse_args(arguments)
     console = SafeConsole(stderr=options.command in ("run", "times", "verify"))
     try:
@@ -86,11 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "status":
             console.print(status_table(spec, places))
         elif options.command == "compact":
-            console.print(f"{len(compact(spec, places))} trials were taken into {places.records}", highlight=False)
+            console.print(f"{len(compact(spec, places))} trials added to {places.records}", highlight=False)
         elif options.command == "times":
             from studies.times import measure
 
-            times = measure(spec, places, launching, tell=tell_to(console))
+            times = measure(spec, places, launching, log=log_to(console))
             console.print(f"reference times ({times.source}) in {places.records}", highlight=False)
         else:
             for path in write_sweeps(spec, options.sweeps or places.records / "sweeps"):
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def split(overrides: Sequence[str]) -> tuple[str, list[str], list[str]]:
-    """The study's name, the launcher's overrides, and those that every run gets.
+    """Split into the study's name, the launcher's overrides and the overrides of every run.
 
     Raises:
         ConfigurationError: no study=, or an override that belongs in the study file.
@@ -115,7 +115,7 @@ def split(overrides: Sequence[str]) -> tuple[str, list[str], list[str]]:
         if "=" not in override and not override.startswith("~"):
             raise ConfigurationError(f"{override}: not an override; write study={override}")
         if key == "launcher":
-            raise ConfigurationError(f"{override}: a study's trials are launched by Hydra; give hydra/launcher={value}")
+            raise ConfigurationError(f"{override}: Hydra launches a study's trials; give hydra/launcher={value}")
         if key == "study":
             study = value
         elif key.startswith("hydra"):
@@ -123,9 +123,9 @@ def split(overrides: Sequence[str]) -> tuple[str, list[str], list[str]]:
         elif any(key == one or key.startswith(f"{one}.") for one in RUN_TIME):
             extras.append(override)
         else:
-            raise ConfigurationError(f"{override}: what determines a run belongs in the study file; put it there")
+            raise ConfigurationError(f"{override}: this override changes the runs; put it in the study file")
     if not study:
-        raise ConfigurationError("study: missing; say which, study=<a file of configs/study, or a path>")
+        raise ConfigurationError("study: missing; give study=<a name in configs/study, or a path>")
     return study, launcher, extras
 
 
@@ -137,16 +137,16 @@ def launch_with(jobs: Sequence[Sequence[str]], *, launcher: Sequence[str], extra
 def run(
     spec: StudySpec, places: Places, launching: Launch, together: int | None, hours: float | None, console: Console
 ) -> int:
-    """Run or resume; the exit code says whether the study is finished."""
-    sitting = run_study(spec, places, launching, at_once=together, hours=hours, tell=tell_to(console))
-    console.print(f"{sitting.ran} trials ended in this sitting; tables in {places.records}", highlight=False)
+    """Run or resume a study; the exit code tells whether it is finished."""
+    sitting = run_study(spec, places, launching, at_once=together, hours=hours, log=log_to(console))
+    console.print(f"{sitting.ran} trials finished; tables in {places.records}", highlight=False)
     if sitting.finished:
         return report(places, SafeConsole())
     return EXIT_PREEMPTED if sitting.interrupted else 1
 
 
 def report(places: Places, console: Console) -> int:
-    """The report beside the study's tables, and a summary here."""
+    """Write the report next to the study's tables and print a summary."""
     from analysis.report import print_summary, write_report
     from analysis.results import analyse
     from analysis.trials import load_study
@@ -159,22 +159,22 @@ def report(places: Places, console: Console) -> int:
 
 
 def verify_records(places: Places, names: Sequence[str], console: Console) -> int:
-    """Trials run again; exit code 1 if one is not what its record says."""
+    """Rerun trials; exit code 1 if one does not match its record."""
     from analysis.trials import load_study
     from studies.verify import chosen, unequal, verify
 
     trials = chosen(load_study([places.records]), names)
-    results = verify(trials, places.work / "verify", places.records, tell=tell_to(console))
+    results = verify(trials, places.work / "verify", places.records, log=log_to(console))
     apart = unequal(results)
     for line in apart:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if not apart:
         most = max(one.difference for one in results)
-        console.print(f"{len(results)} runs are what their records say, to {most:.2g} nats", highlight=False)
+        console.print(f"{len(results)} runs match their records within {most:.2g} nats", highlight=False)
     return 1 if apart else 0
 
 
-def tell_to(console: Console) -> functools.partial[None]:
+def log_to(console: Console) -> functools.partial[None]:
     return functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
 
 

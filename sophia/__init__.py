@@ -1,4 +1,4 @@
-"""Sophia, the scalable stochastic second-order optimizer; its curvature estimators; the baselines Lion and AdaHessian.
+"""Sophia, a scalable stochastic second-order optimizer, with its curvature estimators and the baselines Lion and AdaHessian.
 
 optimizer = SophiaG(model.parameters(), lr=6e-4)
 for step, (x, y) in enumerate(batches, start=1):

@@ -1,7 +1,7 @@
-"""AdaHessian: Adam with the average of squared Hutchinson estimates in place of the squared gradient.
+"""AdaHessian: Adam with squared Hutchinson estimates instead of squared gradients in its second moment.
 
 Yao, Gholami, Shen, Mustafa, Keutzer and Mahoney, "AdaHessian: An Adaptive Second Order Optimizer for Machine Learning",
-AAAI 2021. Without its spatial averaging, which depends on the kind of the layer and would tie coordinates together.
+AAAI 2021. This implementation omits spatial averaging, which depends on the layer type and mixes coordinates.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,24 +59,28 @@ def squared_hessian_update(
 
 
 class AdaHessian(CurvatureOptimizer):
-    """m ← β1 m + (1-β1) g;  v ← β2 v + (1-β2) ĥ ⊙ ĥ;  θ ← θ - ηλθ - η · m̂ / (√v̂ + ε), bias-corrected.
+    """AdaHessian with Hessian power 1 and bias correction.
 
-    State per parameter: `exp_avg` (m) and `hessian` (v), in the shape of the parameter; `step` (t) and
-    `hessian_step`, the number n of estimates in v, 0-D float32 tensors: m̂ = m / (1 - β1^t), v̂ = v / (1 - β2^n).
-    Estimates come in as in `Sophia`, by `update_hessian(estimates=hutchinson(…))` every `hessian_interval` steps.
+        m ← β1 m + (1-β1) g;  v ← β2 v + (1-β2) ĥ ⊙ ĥ;  θ ← θ - ηλθ - η · m̂ / (√v̂ + ε)
+
+    with m̂ = m / (1 - β1^t) and v̂ = v / (1 - β2^n) after n estimates. As with `Sophia`, call
+    `update_hessian(estimates=hutchinson(…))` every `hessian_interval` steps.
+
+    State per parameter: `exp_avg` (m) and `hessian` (v), in the parameter's shape; `step` (t) and `hessian_step` (n),
+    0-D float32 tensors.
 
     Args:
         params: tensors, named tensors or parameter groups.
         lr: η, a float or a 0-D tensor.
-        betas: (β1, β2), the decays of the momentum and of the squared curvature.
+        betas: (β1, β2), the decay rates of the momentum and of the squared curvature.
         eps: ε, added to √v̂.
-        weight_decay: λ, decoupled from the gradient and multiplied by η.
-        hessian_interval: k, the steps from one estimate to the next.
-        foreach, compile: the form of the step, as in `Sophia`.
+        weight_decay: λ, decoupled weight decay, multiplied by η.
+        hessian_interval: k, the number of steps between curvature estimates.
+        foreach, compile: the implementation of the step, as in `Sophia`.
 
     Raises:
-        ValueError: a hyper-parameter out of its range, by name.
-        TypeError: a complex or integer parameter.
+        ValueError: a hyper-parameter is out of range.
+        TypeError: a parameter is complex or integer.
     """
 
     _state_names = ("step", "exp_avg", "hessian", "hessian_step")
@@ -109,7 +113,7 @@ class AdaHessian(CurvatureOptimizer):
         check_number(group, "weight_decay", "0 switches it off")
         if group["hessian_interval"] is None:
             raise ValueError(
-                "hessian_interval = None, expected an integer >= 1: AdaHessian has no step without curvature"
+                "hessian_interval = None, expected an integer >= 1: AdaHessian cannot step without curvature"
             )
         check_interval(group, self.param_groups)
 
@@ -126,11 +130,11 @@ class AdaHessian(CurvatureOptimizer):
         estimates: Sequence[Tensor | None] | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        """Take in ĥ for each parameter, as in `Sophia`. Raises TypeError for `num_predictions` besides."""
+        """Fold ĥ of each parameter into v. Arguments as in `Sophia`, but `num_predictions` raises TypeError."""
         if num_predictions is not None:
             raise TypeError(
-                f"update_hessian(num_predictions={num_predictions}) of AdaHessian, expected estimates=[…]: it "
-                "averages the square of the Hessian's diagonal, which hutchinson() estimates"
+                f"AdaHessian.update_hessian() got num_predictions={num_predictions}, expected estimates=[…]: it "
+                "averages the squared Hessian diagonal, which hutchinson() estimates"
             )
         for group, _, values, states, amp in self._curvature(None, estimates, grad_scaler):
             advance(states, "hessian_step", amp.found_inf)
@@ -139,14 +143,14 @@ class AdaHessian(CurvatureOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient, as in `Sophia`."""
+        """Update every parameter that has a gradient, as in `Sophia`."""
         loss = evaluated(closure)
         for group, params, grads, states, amp in self._with_gradients():
             self._begins_step(params)
             advance(states, "step", amp.found_inf)
             (beta1, beta2), eps = group["betas"], group["eps"]
             for p, grad, state in zip(params, grads, states, strict=True):
-                # Where a count is still 0, m or v is zero whatever divides it: 1 avoids 0/0.
+                # At count 0, m or v is zero, and dividing by the correction of count 1 avoids 0/0.
                 correction1 = 1 - beta1 ** state["step"].double().clamp_min(1)
                 correction2 = 1 - beta2 ** state["hessian_step"].double().clamp_min(1)
                 apply(

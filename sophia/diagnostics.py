@@ -1,9 +1,9 @@
-"""Whether the state of Sophia is healthy: sums over h and m, and an alarm for sign momentum.
+"""Health checks for Sophia's state: statistics of h and m, and an alarm when the optimizer degenerates to sign momentum.
 
     sums = sum(curvature_sums(state["hessian"], state["exp_avg"]) for state in optimizer.state.values())
     curvature_summary(sums)["positive_fraction"]
 
-Shards add up: reduce the sums over the ranks that hold them.
+The sums are additive over shards: reduce them over the ranks that hold the shards.
 """
 
 from collections.abc import Mapping
@@ -14,23 +14,23 @@ from torch import Tensor
 
 from sophia.kernels import local
 
-# Decades of h: below 1e-12 and above 1e4 fall into the outermost bins; zero and negative entries into none.
+# Decades of h. Entries below 1e-12 or above 1e4 go to the outermost bins; zero and negative entries are not counted.
 DECADES = tuple(range(-12, 5))
 
 
 @torch.no_grad()
 def curvature_sums(
-    hessian: Tensor,  # (*) h; of a DTensor this rank's part is taken
-    exp_avg: Tensor,  # (*) m, in the same form
+    hessian: Tensor,  # (*) h; for a DTensor, this rank's shard is used
+    exp_avg: Tensor,  # (*) m, likewise
 ) -> Tensor:  # (4 + bins,) float64 on the device of h
-    """The number of entries, of positive entries of h, Σh², Σm², and the number of positive entries in each decade."""
+    """Return the number of entries, the number of positive entries of h, Σh², Σm², and positive entries per decade."""
     hessian, exp_avg = local(hessian), local(exp_avg)
     positive = hessian > 0
     exponents = torch.log10(hessian.where(positive, 1.0)).floor().clamp(DECADES[0] - 1, DECADES[-1]) - (DECADES[0] - 1)
     histogram = torch.zeros(len(DECADES) + 1, dtype=torch.float64, device=hessian.device)
     histogram.scatter_add_(0, exponents.long().flatten(), positive.double().flatten())
     count = torch.tensor(float(hessian.numel()), dtype=torch.float64, device=hessian.device)
-    # Not in float32, where the square of 1e-23 is zero.
+    # Squared in float64: in float32 the square of 1e-23 underflows to zero.
     totals = torch.stack(
         (count, positive.sum().double(), hessian.double().square().sum(), exp_avg.double().square().sum())
     )
@@ -38,9 +38,9 @@ def curvature_sums(
 
 
 def curvature_summary(sums: Tensor) -> dict[str, Any]:
-    """Norms of h and m, the share of positive entries, and the decade histogram of h; waits for the device.
+    """Return the norms of h and m, the share of positive entries and the decade histogram of h. Synchronizes the device.
 
-    Bin 0 of the histogram is what is below 10^DECADES[0], bin i + 1 begins at 10^DECADES[i].
+    Bin 0 of the histogram counts entries below 10^DECADES[0]; bin i + 1 starts at 10^DECADES[i].
     """
     count, positive, hessian_square, momentum_square, *histogram = sums.tolist()
     return {
@@ -52,7 +52,7 @@ def curvature_summary(sums: Tensor) -> dict[str, Any]:
 
 
 class UnclippedAlarm:
-    """Tells when Sophia has degenerated to sign momentum: no coordinate unclipped for longer than k steps.
+    """Detects that Sophia has degenerated to sign momentum: no coordinate was unclipped for more than k steps.
 
     Args:
         hessian_interval: k.
@@ -66,17 +66,17 @@ class UnclippedAlarm:
         self._told = False
 
     def state_dict(self) -> dict[str, int | bool | None]:
-        """JSON values, for a run that is interrupted."""
+        """Return the state as JSON values, to be saved with a checkpoint."""
         return {"zero_since": self._zero_since, "told": self._told}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._zero_since, self._told = state["zero_since"], state["told"]
 
     def observe(self, step: int, unclipped_fraction: float) -> str | None:
-        """The alarm, once for each time that the fraction falls to zero and stays there; otherwise None.
+        """Return the alarm once per period in which the fraction stays at zero, otherwise None.
 
         Args:
-            step: the training step that the fraction is of. Steps may be missing.
+            step: the training step of this fraction. Steps may be skipped.
             unclipped_fraction: the share of coordinates with |m| < γh, over all ranks.
         """
         if unclipped_fraction > 0:
@@ -89,7 +89,7 @@ class UnclippedAlarm:
             return None
         self._told = True
         return (
-            f"step {step}: no coordinate has been unclipped for {steps} steps (hessian_interval "
+            f"step {step}: every coordinate has been clipped for {steps} steps (hessian_interval "
             f"{self.hessian_interval}), so Sophia is running as sign momentum. Likely causes: update_hessian() is "
             "not called or every refresh is skipped; num_predictions counts sequences instead of tokens, or a mean "
             "is divided by the accumulation count twice; the estimator's gradient is zeroed or clipped before "

@@ -1,6 +1,6 @@
-"""What the optimizers of this package share: checks, state in float32, the tensors of a step, torch's loss scaling.
+"""Base classes of the optimizers: argument checks, float32 state, gathering of tensors, torch's loss scaling.
 
-The methods stand in files of their own: `sophia.sophia`, `sophia.lion`, `sophia.adahessian`.
+The methods are in `sophia.sophia`, `sophia.lion` and `sophia.adahessian`.
 """
 
 import math
@@ -20,22 +20,22 @@ ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tens
 
 HALF = (torch.bfloat16, torch.float16)
 
-# The smallest ε: float32 rounds less to nothing, and 0 / 0 is a step of NaN.
+# The smallest ε: anything less rounds to zero in float32, and 0 / 0 gives NaN weights.
 SMALLEST = torch.finfo(torch.float32).tiny
 
-# The 0-D float32 entries of a state: how many steps, and how many curvature estimates, it has taken in.
+# The 0-D float32 entries of a state: the number of steps and of curvature estimates.
 COUNTS = ("step", "hessian_step")
 
 
 class Amp(NamedTuple):
-    """Torch's protocol for loss scaling, on the device of the parameters."""
+    """The tensors of torch's loss-scaling protocol, on the device of the parameters."""
 
-    grad_scale: Tensor | None  # () by which gradients are divided
-    found_inf: Tensor | None  # () 1.0 where neither weights nor state may change, else 0.0
+    grad_scale: Tensor | None  # () divides the gradients
+    found_inf: Tensor | None  # () 1.0 if weights and state must not change, else 0.0
 
 
 class Work(NamedTuple):
-    """What a group brings to a step or a refresh: the parameters for which there is a value."""
+    """The parameters of one group that take part in a step or a refresh, with their values."""
 
     group: dict[str, Any]
     params: list[Tensor]
@@ -45,20 +45,20 @@ class Work(NamedTuple):
 
 
 class ElementwiseOptimizer(Optimizer):
-    """An optimizer whose update of a coordinate depends on that coordinate alone, so that shards of any shape work.
+    """Base of optimizers that update each coordinate independently, so that shards of any shape work.
 
-    State is kept per tensor and created at first use: float32 for parameters of half precision, otherwise the
-    parameter's dtype. `step` may be called several times per training step on different groups, on empty groups,
-    and with zero gradients; parameters without a gradient are left out.
+    State is per tensor and created at first use, in float32 for half-precision parameters and otherwise in the
+    parameter's dtype. `step` may be called several times per training step on different groups, on empty groups
+    and with zero gradients; it ignores parameters without a gradient.
 
-    If the attributes `grad_scale` and `found_inf` (0-D float32 tensors or None) are set, as `torch.amp.GradScaler`
-    does for torch's fused optimizers, the gradient is divided by the first, and where the second is 1 neither
-    weights nor state change; no value is read back to the host.
+    `torch.amp.GradScaler` sets the attributes `grad_scale` and `found_inf` (0-D float32 tensors or None), as it does
+    for torch's fused optimizers. Gradients are divided by `grad_scale`. If `found_inf` is 1, neither weights nor state
+    change. Neither is read back to the host.
     """
 
     _step_supports_amp_scaling = True
 
-    # What `state[p]` holds: zeros like p, and of COUNTS 0-D zeros on the CPU.
+    # The keys of `state[p]`. COUNTS start as 0-D zeros on the CPU, the others as zeros like p.
     _state_names: tuple[str, ...] = ("exp_avg",)
 
     def __init__(
@@ -70,7 +70,7 @@ class ElementwiseOptimizer(Optimizer):
         compile: bool | None = None,
     ) -> None:
         if foreach and compile:
-            raise ValueError("foreach = True and compile = True, expected at most one: they are two forms of one step")
+            raise ValueError("foreach = True and compile = True, expected at most one: each implements the same step")
         self._form = Form(foreach, compile)
         super().__init__(params, defaults)
         self._set_transient_attributes()
@@ -79,7 +79,7 @@ class ElementwiseOptimizer(Optimizer):
         return {**super().__getstate__(), "_form": self._form}
 
     def _set_transient_attributes(self) -> None:
-        """Host-side counters that are no part of the state, set anew at construction and whenever a state is loaded."""
+        """Reset the host-side counters, which are not part of the state, at construction and when a state is loaded."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -94,19 +94,18 @@ class ElementwiseOptimizer(Optimizer):
                 if not p.is_floating_point():
                     raise TypeError(
                         f"parameter {index} of shape {tuple(p.shape)} has dtype {p.dtype}, expected a real floating "
-                        "dtype: pass torch.view_as_real(p) of a complex parameter"
+                        "dtype: for a complex parameter, pass torch.view_as_real(p)"
                     )
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Raises ValueError for a hyper-parameter out of its range, by name."""
+        """Raise ValueError if a hyper-parameter is out of range."""
         raise NotImplementedError
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim, but what torch casts to the parameter's dtype stays as it was: float32 for half precision,
-        and the counts on their device."""
+        """As in torch.optim, but the state keeps its dtype (float32 for half precision) and the counts their device."""
         super().load_state_dict(state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -118,15 +117,15 @@ class ElementwiseOptimizer(Optimizer):
                     self.state[p][key] = value.to(device=p.device, dtype=torch.float32)
 
     def _with_gradients(self) -> Iterator[Work]:
-        """The work of a step. Raises RuntimeError for a sparse gradient."""
+        """Yield the work of a step. Raises RuntimeError for a sparse gradient."""
         params = [p for group in self.param_groups for p in group["params"]]
         return self._work({p: checked_grad(p) for p in params if p.grad is not None})
 
     def _work(self, values: Mapping[Tensor, Tensor], grad_scale: Tensor | None = None) -> Iterator[Work]:
-        """Group by group, without those that have no value.
+        """Yield the work of each group, without parameters that have no value.
 
         Args:
-            grad_scale: in place of the attributes `grad_scale` and `found_inf`.
+            grad_scale: replaces the attributes `grad_scale` and `found_inf`.
         """
         for group in self.param_groups:
             params = [p for p in group["params"] if p in values]
@@ -143,41 +142,43 @@ class ElementwiseOptimizer(Optimizer):
         return state
 
     def _amp(self, device: torch.device) -> Amp:
-        """The attributes on a device; the host does not wait for them."""
+        """Return the attributes on a device, without synchronizing."""
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if grad_scale is not None:
             grad_scale = local(grad_scale).to(device, non_blocking=True)
-        if found_inf is not None:  # a GradScaler adds up the flags of several devices
+        if found_inf is not None:  # GradScaler sums the flags of several devices
             found_inf = (local(found_inf) > 0).to(device, non_blocking=True)
             found_inf = found_inf.to(torch.float32 if device.type == "mps" else torch.float64)
         return Amp(grad_scale, found_inf)
 
 
 class CurvatureOptimizer(ElementwiseOptimizer):
-    """With a diagonal curvature estimate, which comes in by `update_hessian` every `hessian_interval` steps."""
+    """Base of optimizers that get a diagonal curvature estimate from `update_hessian` every `hessian_interval` steps."""
 
     _state_names: tuple[str, ...] = ("step", "exp_avg", "hessian")
 
     def _set_transient_attributes(self) -> None:
-        self._round: dict[int, int] = {}  # id(parameter) -> coordinates, since the training step began
-        self._counts: list[Tensor] = []  # what the rules of the training step returned
+        self._round: dict[int, int] = {}  # id(parameter) -> coordinates, since the start of the training step
+        self._counts: list[Tensor] = []  # results of the rules in this training step
         self._steps_since_refresh = 0
         self._warned = False
 
     @property
     def numel(self) -> int:
-        """Coordinates on this rank that the last training step has updated, over all its calls of `step`."""
+        """The number of coordinates that the last training step updated on this rank, over all its `step` calls."""
         return sum(self._round.values())
 
     def _steps_made(self) -> int:
-        """The largest step count of a parameter."""
+        """Return the largest step count of any parameter."""
         steps = [state["step"] for state in self.state.values() if "step" in state]
         return int(torch.stack([step.to(steps[0].device) for step in steps]).max()) if steps else 0
 
     def _begins_step(self, params: list[Tensor]) -> bool:
-        """Whether a training step begins with these parameters. It may be several calls of `step`, as DeepSpeed makes
-        them, one for each group or shard: a parameter met again begins the next."""
+        """Return whether these parameters start a new training step.
+
+        DeepSpeed calls `step` once per group or shard; a parameter that appears again starts the next training step.
+        """
         begins = not self._round or not self._round.keys().isdisjoint(id(p) for p in params)
         if begins:
             self._round = {}
@@ -188,7 +189,7 @@ class CurvatureOptimizer(ElementwiseOptimizer):
             self._warned = True
             warnings.warn(
                 f"{self._steps_since_refresh} steps without update_hessian(), expected one every hessian_interval = "
-                f"{interval} steps: the curvature is stale or, if none ever came, zero, which makes Sophia momentum-sign "
+                f"{interval} steps: the curvature is stale, or zero if it was never set, which makes Sophia momentum-sign "
                 "descent. Call update_hessian() when hessian_due is true; hessian_interval=None is for a run without "
                 "curvature.",
                 RuntimeWarning,
@@ -202,12 +203,14 @@ class CurvatureOptimizer(ElementwiseOptimizer):
         estimates: Sequence[Tensor | None] | None,
         grad_scaler: torch.amp.GradScaler | None,
     ) -> Iterator[Work]:
-        """The work of a refresh, its arguments checked: gradients if num_predictions is given, else estimates; nothing,
-        with a warning, after an overflow."""
+        """Check the arguments and yield the work of a refresh: gradients if num_predictions is given, else estimates.
+
+        After an overflow, warn and yield nothing.
+        """
         if self.param_groups[0]["hessian_interval"] is None:
             raise RuntimeError(
-                "update_hessian() of an optimizer with hessian_interval=None, which means a run without curvature: "
-                "give the constructor hessian_interval=10"
+                "update_hessian() was called with hessian_interval=None, which means a run without curvature: "
+                "pass hessian_interval=10 to the constructor"
             )
         if (num_predictions is None) == (estimates is None):
             raise TypeError(
@@ -226,8 +229,8 @@ class CurvatureOptimizer(ElementwiseOptimizer):
             if not _all_finite(values.values()):
                 warnings.warn(
                     "the curvature estimate overflowed under loss scaling: this refresh is skipped and h keeps its "
-                    "last value. The scaler lowers its scale when a training step overflows; if this recurs, start "
-                    "from a smaller init_scale.",
+                    "last value. The scaler lowers its scale when a training step overflows; if this recurs, use a "
+                    "smaller init_scale.",
                     RuntimeWarning,
                     stacklevel=4,
                 )
@@ -238,7 +241,7 @@ class CurvatureOptimizer(ElementwiseOptimizer):
 
 
 def evaluated(closure: Callable[[], Any] | None) -> Any:
-    """A step's closure's loss, with gradients; None without a closure."""
+    """Return the closure's loss, computed with gradients enabled, or None without a closure."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -246,15 +249,15 @@ def evaluated(closure: Callable[[], Any] | None) -> Any:
 
 
 def advance(states: list[dict[str, Tensor]], key: str, found_inf: Tensor | None) -> None:
-    """Add 1 to the 0-D count state[key], but nothing where found_inf is 1.
+    """Add 1 to the 0-D count state[key], or 0 if found_inf is 1.
 
-    The counts live on the CPU, and move for good to the device of found_inf so that the host need not wait for it.
+    The counts start on the CPU and move permanently to the device of found_inf, so that the host does not wait for it.
     """
     if found_inf is not None:
         for state in states:
             state[key] = state[key].to(found_inf.device, non_blocking=True)
     counts = [state[key] for state in states]
-    if counts[0].device.type == "cpu":  # as torch.optim: a Python number would be wrapped into a tensor once per count
+    if counts[0].device.type == "cpu":  # as torch.optim: a Python number would become a new tensor for each count
         torch._foreach_add_(counts, torch.ones(()))
     else:
         torch._foreach_add_(counts, 1)
@@ -263,19 +266,19 @@ def advance(states: list[dict[str, Tensor]], key: str, found_inf: Tensor | None)
 
 
 def _zeros_like(p: Tensor) -> Tensor:
-    """Zeros in the shape, layout and placement of p, in the dtype of the arithmetic."""
+    """Return zeros with the shape, layout and placement of p, in the dtype of the arithmetic."""
     dtype = torch.float32 if p.dtype in HALF else p.dtype
     return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
 
 def checked_grad(p: Tensor) -> Tensor:
-    """p.grad, dense and in the placement of p. Raises RuntimeError for a sparse gradient."""
+    """Return p.grad in the placement of p. Raises RuntimeError for a sparse gradient."""
     grad = p.grad
     assert grad is not None
     if grad.is_sparse or grad.layout is not torch.strided:
         raise RuntimeError(
             f"the gradient of a parameter of shape {tuple(p.shape)} has layout {grad.layout}, expected a dense one: "
-            "build the embedding with sparse=False, or give its parameters to torch.optim.SparseAdam"
+            "build the embedding with sparse=False, or optimize it with torch.optim.SparseAdam"
         )
     return _placed_like(p, grad)
 
@@ -319,8 +322,8 @@ def _checked_estimates(params: Sequence[Tensor], estimates: Sequence[Tensor | No
             )
         if isinstance(p, DTensor) != isinstance(estimate, DTensor):
             raise TypeError(
-                f"the estimate for parameter {index} is a {type(estimate).__name__} and the parameter a "
-                f"{type(p).__name__}, expected the same: use torch.distributed.tensor.distribute_tensor, or "
+                f"the estimate for parameter {index} is a {type(estimate).__name__}, expected a {type(p).__name__} "
+                "like the parameter: use torch.distributed.tensor.distribute_tensor, or "
                 "build the estimate from p.grad and sophia.random.normals_like(p, …)"
             )
         checked[p] = _placed_like(p, estimate)
@@ -328,7 +331,7 @@ def _checked_estimates(params: Sequence[Tensor], estimates: Sequence[Tensor | No
 
 
 def _all_finite(values: Iterable[Tensor]) -> bool:
-    """Whether every value is finite, on all ranks that share a DTensor; waits for the device."""
+    """Return whether every value is finite, on all ranks that share a DTensor. Synchronizes the device."""
     bad = [value.isfinite().logical_not().sum() for value in values]
     return not any(int(count.full_tensor() if isinstance(count, DTensor) else count) for count in bad)
 
@@ -350,8 +353,10 @@ def _check_num_predictions(num_predictions: object) -> None:
 def check_number(
     group: Mapping[str, Any], name: str, remedy: str, *, positive: bool = False, least: float = 0.0
 ) -> None:
-    """Raises ValueError that names the value, what was expected and the remedy, unless group[name] is a finite number
-    >= least, or > 0. A 0-D tensor is taken on trust: reading it would stall the device."""
+    """Raise ValueError unless group[name] is a finite number >= least, or > 0 if `positive`.
+
+    A 0-D tensor is not checked: reading it would stall the device.
+    """
     value = group[name]
     if isinstance(value, Tensor):
         if value.dim() != 0:
@@ -362,17 +367,17 @@ def check_number(
 
 
 def check_betas(group: Mapping[str, Any]) -> None:
-    """Raises ValueError unless group["betas"] is a pair of numbers in [0, 1)."""
+    """Raise ValueError unless group["betas"] is a pair of numbers in [0, 1)."""
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas = {betas!r}, expected a pair such as (0.96, 0.99)")
     for index, beta in enumerate(betas):
         if not _is_number(beta) or not 0 <= beta < 1:
-            raise ValueError(f"betas[{index}] = {beta!r}, expected a number in [0, 1): with 1 nothing new comes in")
+            raise ValueError(f"betas[{index}] = {beta!r}, expected a number in [0, 1): 1 would ignore all new values")
 
 
 def check_interval(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError unless group["hessian_interval"] is an integer >= 1 or None, and that of the first group."""
+    """Raise ValueError unless group["hessian_interval"] is an integer >= 1 or None, and equals the first group's."""
     interval, first = group["hessian_interval"], groups[0]["hessian_interval"]
     if interval is not None and (isinstance(interval, bool) or not isinstance(interval, int) or interval < 1):
         raise ValueError(
@@ -382,7 +387,7 @@ def check_interval(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
     if interval != first:
         raise ValueError(
             f"hessian_interval = {interval!r} in one group and {first!r} in another, expected one value: "
-            "set it in the constructor, not by group"
+            "set it in the constructor, not per group"
         )
 
 

@@ -1,8 +1,7 @@
-"""Estimators of the diagonal curvature for plain loops: a line before `update_hessian`.
+"""Estimators of the diagonal curvature for plain training loops, each called right before `update_hessian`.
 
-Random numbers come from `sophia.random`: labels are a function of (seed, step, global position), Hutchinson's noise
-one of (seed, step, parameter name, index), so that they depend neither on the split into micro-batches nor on the
-ranks.
+Labels are a function of (seed, step, global position), Hutchinson's noise of (seed, step, parameter name, index), so
+neither depends on micro-batches or ranks (`sophia.random`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,33 +26,33 @@ def gauss_newton_bartlett(
     likelihood: Likelihood = Categorical(),  # noqa: B008 frozen
     grad_scaler: torch.amp.GradScaler | None = None,
 ) -> int:
-    """Samples labels from the model, adds the gradient of the mean loss against them to .grad, and returns N.
+    """Sample labels from the model, add the gradient of their mean loss to .grad and return N.
 
         n = gauss_newton_bartlett(lambda: model(x), seed=0, step=step)
         optimizer.update_hessian(num_predictions=n)
 
-    (Liu et al. 2024, Algorithm 2.) Do not clip the gradient in between, and zero it before and after. With several
-    micro-batches, each call adds its share of one mean: give the calls different `positions` and the same
-    `total_predictions` N, and `update_hessian` the sum of what they return. Under DistributedDataParallel, which
-    *averages* gradients, total_predictions is N / world size on each rank, while `update_hessian` gets the N of all
-    ranks.
+    Liu et al. 2024, Algorithm 2. Zero the gradient before and after, and do not clip it in between.
+
+    With several micro-batches, call it once for each with different `positions` and the same `total_predictions` N, and
+    pass the sum of the returned values to `update_hessian`. DistributedDataParallel *averages* gradients: set
+    total_predictions to N / world size on each rank, and pass the N of all ranks to `update_hessian`.
 
     Args:
         outputs_fn: returns the model's outputs: logits (…, V) for the default likelihood.
-        seed: of the labels.
+        seed: seed of the labels.
         step: the training step.
-        positions: int64, one for each prediction (logits without their last dimension): its global index in this step's
-            estimate, which decides its label. Negative ones are left out. By default 0, 1, 2, …
-        total_predictions: N by which the sum is divided; by default the predictions of this call.
-        likelihood: the distribution behind the training loss (`sophia.likelihoods`).
-        grad_scaler: scales the loss, for float16; give the same one to `update_hessian`.
+        positions: int64, in the shape of the logits without their last dimension: the global index of each prediction
+            in this step's estimate, which determines its label. Negative positions are ignored. Default: 0, 1, 2, …
+        total_predictions: N, the divisor of the summed loss. Default: the number of predictions in this call.
+        likelihood: the distribution that the training loss is the likelihood of (`sophia.likelihoods`).
+        grad_scaler: scales the loss, for float16; pass the same one to `update_hessian`.
 
     Returns:
         The number of predictions in this call.
 
     Raises:
-        TypeError: `outputs_fn` returns no tensor.
-        ValueError: positions of the wrong shape, or no prediction.
+        TypeError: `outputs_fn` does not return a tensor.
+        ValueError: positions have the wrong shape, or there is nothing to predict.
     """
     outputs, positions = _predictions(_outputs(outputs_fn), positions, likelihood)
     labels = likelihood.sample(outputs.detach(), positions, seed, step)
@@ -70,14 +69,14 @@ def empirical_fisher(
     total_predictions: int | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
 ) -> int:
-    """Adds the gradient of the mean *training* loss to .grad and returns N, for ĥ = N · g ⊙ g: an ablation.
+    """Add the gradient of the mean *training* loss to .grad and return N, for ĥ = N · g ⊙ g: an ablation.
 
-    No estimate of the Gauss-Newton matrix: N times the square of a mean that is not zero grows with N, and where
-    the loss has been fitted it vanishes.
+    This does not estimate the Gauss-Newton matrix: the mean gradient is not zero, so ĥ grows with N, and it vanishes
+    once the loss is fitted.
 
     Raises:
-        TypeError: `outputs_fn` returns no tensor.
-        ValueError: targets of the wrong shape, or none to predict.
+        TypeError: `outputs_fn` does not return a tensor.
+        ValueError: targets have the wrong shape, or there is nothing to predict.
     """
     logits = _outputs(outputs_fn)
     if targets.shape != logits.shape[:-1]:
@@ -87,7 +86,7 @@ def empirical_fisher(
     kept = targets != ignore_index
     n = int(kept.sum())
     if n == 0:
-        raise ValueError(f"no prediction: every target is ignore_index = {ignore_index} or the batch is empty")
+        raise ValueError(f"nothing to predict: every target is ignore_index = {ignore_index} or the batch is empty")
     loss = F.cross_entropy(_in_full_precision(logits[kept]), targets[kept], reduction="sum") / (total_predictions or n)
     _backward(loss, grad_scaler)
     return n
@@ -102,26 +101,26 @@ def hutchinson(
     names: Sequence[str] | None = None,
     buffers: Iterable[Tensor] = (),
 ) -> list[Tensor]:
-    """ĥ = u ⊙ (∇²L u) with u ~ N(0, I), by double backward (Liu et al. 2024, Algorithm 1). Entries may be negative.
+    """Return ĥ = u ⊙ (∇²L u) with u ~ N(0, I), by double backward (Liu et al. 2024, Algorithm 1).
 
         estimates = hutchinson(lambda: F.cross_entropy(model(x), y), model.parameters(), seed=0, step=step)
         optimizer.update_hessian(estimates=estimates)
 
-    The model must be eager (torch.compile has no double backward) and whole on this rank (FSDP2 hides the graph);
-    attention by `F.scaled_dot_product_attention` takes its mathematical form meanwhile. ĥ is linear in the loss:
-    over micro-batches or ranks of one size take the mean of the estimates, all with the same u, that is, the same
-    seed, step and names.
+    Entries may be negative. The model must be eager (torch.compile does not support double backward) and unsharded
+    (FSDP2 hides the graph); `F.scaled_dot_product_attention` runs its math kernel during the estimate. ĥ is linear in
+    the loss: over equal micro-batches or ranks, average estimates made with the same u, that is, the same seed, step
+    and names.
 
     Args:
         loss_fn: returns the mean loss (), computed from the parameters.
-        params: in the order of the optimizer's.
-        seed: of the noise u.
+        params: the parameters, in the optimizer's order.
+        seed: seed of the noise u.
         step: the training step.
-        names: of the parameters, which key the noise; by default "0", "1", ….
-        buffers: put back afterwards; `model.buffers()` where BatchNorm would take the estimate into its running mean.
+        names: names of the parameters, which key the noise. Default: "0", "1", ….
+        buffers: tensors to restore afterwards; pass `model.buffers()` to keep BatchNorm's running statistics unchanged.
 
     Returns:
-        ĥ for each parameter, in its shape and dtype; zeros for one on which the loss does not depend.
+        ĥ for each parameter, in its shape and dtype; zeros if the loss does not depend on it.
     """
     params = list(params)
     noise = _noise(params, seed, step, names)
@@ -145,30 +144,32 @@ def hutchinson_differences(
     relative_step: float = 1e-3,
     buffers: Iterable[Tensor] = (),
 ) -> list[Tensor]:
-    """ĥ = u ⊙ (∇L(θ+δu) - ∇L(θ-δu)) / 2δ with δ = relative_step · ‖θ‖ / ‖u‖: first-order gradients suffice.
+    """Return ĥ = u ⊙ (∇L(θ+δu) - ∇L(θ-δu)) / 2δ with δ = relative_step · ‖θ‖ / ‖u‖, from first-order gradients.
 
-    So it works with fused attention, torch.compile and sharded models. About 1e-3 from the exact product in relative
-    norm on a GPT-2 in float32: the truncation error falls as δ², the rounding error grows as 1/δ. Where all weights
-    are zero, δ = relative_step. `loss_fn` must not use autocast. It is called twice and has to be the same function of
-    the weights both times: torch's generators, from which dropout draws, stand alike at both calls; other randomness
-    must not change between them. .grad is left alone and the weights come back bit for bit, also where `loss_fn`
-    raises. Arguments and result as of `hutchinson`.
+    It works with fused attention, torch.compile and sharded models. On a GPT-2 in float32 it differs from the exact
+    product by about 1e-3 in relative norm: the truncation error falls as δ², the rounding error grows as 1/δ. If all
+    weights are zero, δ = relative_step.
+
+    `loss_fn` is called twice and must be the same function of the weights both times, without autocast. Both calls see
+    the same state of torch's generators, so dropout masks agree; other randomness is the caller's responsibility.
+    .grad does not change, and the weights are restored bit for bit, even if `loss_fn` raises. Arguments and result are
+    those of `hutchinson`.
 
     Raises:
-        TypeError: `loss_fn` returns no loss.
-        TypeError: weights in half precision, or autocast: the difference of two gradients would drown in rounding.
+        TypeError: `loss_fn` does not return a loss.
+        TypeError: half-precision weights or autocast: rounding would swamp the difference of two gradients.
     """
     params = list(params)
     for index, p in enumerate(params):
         if p.dtype not in (torch.float32, torch.float64):
             raise TypeError(
-                f"parameter {index} has dtype {p.dtype}, expected torch.float32: the difference of two gradients "
-                "would drown in rounding; keep the weights in float32, or take the exact product, hutchinson()"
+                f"parameter {index} has dtype {p.dtype}, expected torch.float32: rounding would swamp the difference "
+                "of two gradients; keep the weights in float32, or use the exact product, hutchinson()"
             )
         if torch.is_autocast_enabled(p.device.type):
             raise TypeError(
-                f"autocast is on for {p.device.type}, expected float32 throughout: the difference of two gradients "
-                "would drown in rounding; leave the autocast region, or take the exact product, hutchinson()"
+                f"autocast is on for {p.device.type}, expected float32 throughout: rounding would swamp the difference "
+                "of two gradients; leave the autocast region, or use the exact product, hutchinson()"
             )
     noise = _noise(params, seed, step, names)
     size = _norm(params)
@@ -181,12 +182,12 @@ def hutchinson_differences(
             p.grad = None
         with torch.enable_grad():
             _loss(loss_fn).backward()  # type: ignore[no-untyped-call] # not autograd.grad, which DDP and FSDP do not hook
-        # Copies: DistributedDataParallel may hand out views of buckets that it uses again.
+        # Copies: DistributedDataParallel may return views of buckets that it reuses.
         return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
 
     try:
         with _put_back(buffers):
-            # Other dropout masks would be another function, and the difference of the two would be divided by 2δ.
+            # Different dropout masks make a different function, and 1/2δ would amplify the difference.
             with generators_kept(p.device for p in params):
                 plus = gradient_at(delta)
             minus = gradient_at(-delta)
@@ -199,7 +200,7 @@ def hutchinson_differences(
 
 @contextmanager
 def _put_back(buffers: Iterable[Tensor]) -> Iterator[None]:
-    """What these tensors held before, they hold afterwards."""
+    """Restore the values of these tensors on exit."""
     saved = [(buffer, buffer.clone()) for buffer in buffers]
     try:
         yield
@@ -216,24 +217,24 @@ def _loss(loss_fn: Callable[[], Tensor]) -> Tensor:
     loss = _returned(loss_fn, "loss_fn", "loss", lambda found: found.numel() == 1)
     if loss.numel() != 1:
         raise TypeError(
-            f"loss_fn returned a tensor of shape {tuple(loss.shape)}, expected one number: return its .mean()"
+            f"loss_fn returned a tensor of shape {tuple(loss.shape)}, expected a scalar: return its .mean()"
         )
     return loss
 
 
 def _returned(function: Callable[[], object], name: str, wanted: str, fits: Callable[[Tensor], bool]) -> Tensor:
-    """The tensor that a closure returns.
+    """Call a closure and return its tensor.
 
     Raises:
-        TypeError: it is no function, or returns no tensor; with the expression for the tensor in it where there is one.
+        TypeError: not a function, or it does not return a tensor; the message shows how to get one from its output.
     """
     if not callable(function):
-        raise TypeError(f"{name} is a {type(function).__name__}, expected a function: write lambda: ... before it")
+        raise TypeError(f"{name} is a {type(function).__name__}, expected a function: wrap it in lambda: ...")
     returned = function()
     if isinstance(returned, Tensor):
         return returned
     members: Sequence[tuple[str, object]] = []
-    if isinstance(getattr(returned, wanted, None), Tensor):  # an output of Hugging Face's, which is a dictionary too
+    if isinstance(getattr(returned, wanted, None), Tensor):  # a Hugging Face output, which is also a dictionary
         members = [(f".{wanted}", getattr(returned, wanted))]
     elif isinstance(returned, Mapping):
         members = sorted(
@@ -242,12 +243,12 @@ def _returned(function: Callable[[], object], name: str, wanted: str, fits: Call
     elif isinstance(returned, Sequence):
         members = [(f"[{index}]", member) for index, member in enumerate(returned)]
     place = next((place for place, member in members if isinstance(member, Tensor) and fits(member)), None)
-    remedy = f"take {wanted} out, as in lambda: model(x){place}" if place else f"return {wanted} as a tensor"
+    remedy = f"return its {wanted}, as in lambda: model(x){place}" if place else f"return {wanted} as a tensor"
     raise TypeError(f"{name} returned a {type(returned).__name__}, expected a tensor: {remedy}")
 
 
 def _predictions(outputs: Tensor, positions: Tensor | None, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
-    """(n, *event) the outputs of the predictions that count, and (n,) their positions."""
+    """Return (n, *event) outputs of the predictions with a position >= 0, and (n,) their positions."""
     batch = outputs.shape[: outputs.dim() - likelihood.event_dims]
     if positions is None:
         positions = torch.arange(batch.numel(), device=outputs.device).view(batch)
@@ -259,7 +260,7 @@ def _predictions(outputs: Tensor, positions: Tensor | None, likelihood: Likeliho
         outputs, positions, batch = outputs[positions >= 0], positions[positions >= 0], torch.Size([-1])
     outputs = _in_full_precision(outputs.reshape(-1, *outputs.shape[len(batch) :]))
     if len(outputs) == 0:
-        raise ValueError("no prediction: the outputs are empty or every position is negative")
+        raise ValueError("nothing to predict: the outputs are empty or every position is negative")
     return outputs, positions.reshape(-1)
 
 

@@ -1,20 +1,20 @@
-"""What an update rule is written with, and how it is carried out over many tensors.
+"""Building blocks of update rules, and `apply`, which applies a rule to many tensors.
 
-A rule is an elementwise function: the only place where a method's arithmetic is written. It takes tensors of one shape,
-then hyper-parameters, floats or 0-D float64 tensors (the compiled form takes only these, so that a schedule compiles
-nothing anew), then `grad_scale` and `found_inf`, which may be None. The arithmetic has the precision of the state (m, h):
+A rule is an elementwise function and the only place with a method's arithmetic. It takes tensors of one shape, then
+hyper-parameters as floats or 0-D float64 tensors (the compiled form takes only tensors, so that a schedule does not
+recompile), then `grad_scale` and `found_inf`, which may be None. The arithmetic has the precision of the state (m, h):
 float32, also for bfloat16 and float16 parameters.
 
-A rule is carried out in one of three forms, which agree to the last bit where the hardware rounds each operation (a GPU
-compiler may fuse a multiplication into an addition):
+`apply` has three forms. They agree to the last bit if the hardware rounds each operation (a GPU compiler may fuse a
+multiplication into an addition):
 
-- compiled: `torch.compile` makes a kernel of it, one pass over memory. Its sizes are symbolic, so that one compilation
-  serves every model and every process, and it takes ROWS parameters at a call, since a call costs as much as a hundred
+- compiled: `torch.compile` turns the rule into a kernel with one pass over memory. Sizes are symbolic, so one
+  compilation serves every model and process. Each call takes ROWS parameters, because a call costs as much as a hundred
   thousand coordinates;
 - foreach: each operation over all tensors at once, for accelerators without a compiler;
-- eager: each operation over one tensor, in pieces that stay in the cache, for small models and CPUs without a compiler.
+- eager: each operation over one tensor, in pieces that fit in the cache, for small models and CPUs without a compiler.
 
-In the compiled and the eager form small tensors are joined, so that a hundred norms cost one call.
+The compiled and the eager form join small tensors, so that a hundred norms cost one call.
 """
 
 import warnings
@@ -33,7 +33,7 @@ Row = Sequence[Tensor]  # the tensor arguments of a rule, for one parameter
 
 
 class Form(NamedTuple):
-    """Which form carries a rule out, named as in torch.optim. None chooses by device and size; both False is eager."""
+    """The form to use, with the names of torch.optim. None chooses by device and size; both False is eager."""
 
     foreach: bool | None = None
     compile: bool | None = None
@@ -41,13 +41,13 @@ class Form(NamedTuple):
 
 AUTOMATIC = Form()
 
-# Parameters of fewer coordinates are joined: below this size a call costs more than copying there and back.
+# Smaller parameters are joined: below this size a call costs more than copying there and back.
 JOINED_BELOW = 1 << 13
-# From this many coordinates on a step is worth the seconds that compiling takes.
+# From this many coordinates on, a step is worth the seconds of compiling.
 COMPILED_FROM = 1 << 20
-# Rows that a compiled call takes, and the most coordinates in a row, whose count of unclipped ones is an int32.
+# Rows per compiled call, and the largest row: its count of unclipped coordinates is an int32.
 ROWS, LONGEST_ROW = 8, 1 << 30
-# Coordinates of a piece in the eager form: its temporaries stay in the second-level cache.
+# Coordinates per piece in the eager form: its temporaries fit in the L2 cache.
 EAGER_PIECE = 1 << 17
 
 _compiled: dict[tuple[object, ...], Callable[..., Tensor | None]] = {}
@@ -55,7 +55,7 @@ _compiler_failed = False
 
 
 def updates(*indices: int) -> Callable[[F], F]:
-    """Marks which tensor arguments a rule changes, in the attribute `updated`."""
+    """Record in the attribute `updated` which tensor arguments a rule changes."""
 
     def mark(rule: F) -> F:
         rule.updated = indices  # type: ignore[attr-defined]
@@ -66,12 +66,12 @@ def updates(*indices: int) -> Callable[[F], F]:
 
 def unscaled(
     grad: Tensor,  # (*) any floating dtype
-    state: Tensor,  # (*) whose dtype the arithmetic has
+    state: Tensor,  # (*) gives the dtype of the arithmetic
     grad_scale: Tensor | None,  # ()
 ) -> Tensor:  # (*)
-    """The gradient in the dtype of the state, divided by `grad_scale`."""
+    """Return the gradient in the dtype of the state, divided by `grad_scale`."""
     grad = grad.to(state.dtype)
-    # A division per coordinate would not hide behind memory beside Sophia's own; powers of 2 and 1 stay exact.
+    # A second division per coordinate would make the step compute-bound; the reciprocal of a power of 2 is exact.
     return grad if grad_scale is None else grad * (1 / grad_scale)
 
 
@@ -81,8 +81,7 @@ def fold(
     decay: Scalar,  # () β
     found_inf: Tensor | None,  # ()
 ) -> None:
-    """average ← β average + (1-β) value, but nothing where found_inf is 1. Not lerp_, which rounds otherwise where it is
-    compiled."""
+    """average ← β average + (1-β) value, unless found_inf is 1. Not lerp_, which rounds differently when compiled."""
     new = average * decay + value * (1 - decay)
     average.copy_(new if found_inf is None else torch.where(found_inf > 0, average, new))
 
@@ -94,14 +93,14 @@ def descend(
     weight_decay: Scalar,  # () λ
     found_inf: Tensor | None,  # ()
 ) -> None:
-    """θ ← θ - ηλθ - ηu, rounded once to the parameter's dtype; bit for bit θ where found_inf is 1."""
+    """θ ← θ - ηλθ - ηu, rounded once to the parameter's dtype; bit for bit θ if found_inf is 1."""
     if found_inf is not None:
         lr = lr * (1 - found_inf)
     param.copy_(param.to(update.dtype) * (1 - lr * weight_decay) - update * lr)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that lives on this rank; any other tensor itself, detached. Only under no_grad."""
+    """Return this rank's shard of a DTensor, or any other tensor detached. Call it under no_grad."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
@@ -111,8 +110,8 @@ def apply(
     hyper: Sequence[Scalar],  # the rule's hyper-parameters
     form: Form = AUTOMATIC,
     amp: Sequence[Tensor | None] = (),  # grad_scale and found_inf, on the device of the parameters
-) -> list[Tensor]:  # what the rule returned, for each call of it
-    """Carry out `rule` on each parameter's tensors, in place: of DTensors on the part of this rank. Under no_grad."""
+) -> list[Tensor]:  # the results of the calls of the rule
+    """Apply `rule` to each parameter's tensors in place (for DTensors, to this rank's shard). Call it under no_grad."""
     results: list[Tensor | None] = []
     for rows in _by_signature(zip(*([local(t) for t in column] for column in tensors), strict=True)):
         scalars = [*(_widened(value, rows[0][0].device) for value in hyper), *amp]
@@ -139,9 +138,10 @@ def apply(
 
 
 def _widened(value: Scalar, device: torch.device) -> Scalar:
-    """A hyper-parameter with the precision of a Python float where it is a tensor, so that all forms of a rule compute
-    with the same numbers (MPS, which lacks float64, keeps what it is given), from where kernels take it: the CPU or
-    their own device, not another accelerator."""
+    """Return a tensor hyper-parameter in float64, on the CPU or the kernels' own device; a float as it is.
+
+    With the precision of a Python float, all forms compute with the same numbers. MPS lacks float64 and keeps the dtype.
+    """
     if not isinstance(value, Tensor):
         return value
     if value.is_floating_point() and value.device.type != "mps":
@@ -150,7 +150,7 @@ def _widened(value: Scalar, device: torch.device) -> Scalar:
 
 
 def _by_signature(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows that are not empty, by what their tensors have in common: device and dtypes."""
+    """Group the non-empty rows by device and dtypes."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         if row[0].numel() > 0:
@@ -171,7 +171,7 @@ def _choose(form: Form, rows: Sequence[Row]) -> Form:
 
 
 def _flatten(rows: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
-    """Large and small rows as one-dimensional views, and those whose tensors have no common layout as they are."""
+    """Split into large and small rows, as one-dimensional views, and rows without a common layout, unchanged."""
     large: list[Row] = []
     small: list[Row] = []
     odd: list[Row] = []
@@ -189,7 +189,7 @@ def _flatten(rows: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
 
 
 def _join(rows: Sequence[Row]) -> Row:
-    """Many rows in one, a copy; a single one as it is; none as an empty one."""
+    """Concatenate rows into one. A single row is not copied; no rows give an empty row."""
     return rows[0] if len(rows) == 1 else [torch.cat(column) for column in zip(*rows, strict=True)]
 
 
@@ -205,14 +205,14 @@ def _call_in_pieces(rule: Rule, row: Row, scalars: Sequence[Any]) -> list[Tensor
 
 
 def _cut_as_it_lies(row: Row) -> Iterable[Row]:
-    """A row without a common layout in pieces of at most LONGEST_ROW coordinates, along its longest dimension."""
+    """Cut a row without a common layout along its longest dimension, into pieces of at most LONGEST_ROW coordinates."""
     parts = -(-row[0].numel() // LONGEST_ROW)
     dimension = max(range(row[0].dim()), key=row[0].size)
     return zip(*(t.tensor_split(parts, dimension) for t in row), strict=True)
 
 
 def _call_compiled(rule: Rule, rows: Sequence[Row], scalars: Sequence[float | Tensor | None]) -> list[Tensor | None]:
-    """Falls back to the eager form, for good and with one warning, if the compiler does not work."""
+    """Call the compiled rule. If compiling fails, warn once and use the eager form from then on."""
     values = [torch.tensor(s, dtype=torch.float64) if isinstance(s, float | int) else s for s in scalars]
     signature = (
         rule,
@@ -232,8 +232,10 @@ def _call_compiled(rule: Rule, rows: Sequence[Row], scalars: Sequence[float | Te
 
 
 def _compile(rule: Rule, like: Row, scalars: list[Tensor | None]) -> Callable[..., Tensor | None]:
-    """A function that applies the rule to the tensors of ROWS rows, one row after the other in a list, whatever the sizes
-    of the rows, with the dtypes and the device of `like`."""
+    """Compile a function that applies the rule to ROWS rows of any sizes, with the dtypes and the device of `like`.
+
+    It takes the tensors of all rows in one flat list.
+    """
     width = len(like)
 
     def apply_to_rows(tensors: list[Tensor], scalars: list[Tensor | None]) -> Tensor | None:
@@ -241,23 +243,23 @@ def _compile(rule: Rule, like: Row, scalars: list[Tensor | None]) -> Callable[..
         counts = [result for result in results if result is not None]
         return torch.stack(counts).sum() if counts else None
 
-    # Dynamo counts recompilations per code object: a copy for each combination of dtypes keeps its limit out of reach.
+    # Dynamo limits recompilations per code object: a copy per combination of dtypes stays below the limit.
     copy = FunctionType(
         apply_to_rows.__code__.replace(), globals(), apply_to_rows.__name__, None, apply_to_rows.__closure__
     )
-    # m is written before it is counted, and η, β and their like are computed before the loop: with the default of 30 the
-    # count is a second pass over memory, and the hyper-parameters are converted once per vector.
+    # Write m before counting, and compute hyper-parameters before the loop: with the default of 30, the count is a second
+    # pass over memory, and the hyper-parameters are converted once per vector.
     options: dict[str, Any] = {"realize_opcount_threshold": 1}
     compiled = torch.compile(copy, dynamic=True, fullgraph=True, options=options)
-    # Sizes that are large, so that the loops are laid out for threads, and all different, so that no two rows are taken to
-    # be of one size. They are the same everywhere, and so is the key of the compiler's cache on the disk.
+    # Large sizes, so that loops are parallel, and all different, so that no two rows are assumed equal. Fixed sizes keep
+    # the key of the compiler's disk cache the same everywhere.
     sizes = [(1 << 16) + 1001 * index for index in range(ROWS)]
     compiled([torch.zeros(size, dtype=t.dtype, device=t.device) for size in sizes for t in like], scalars)
     return compiled
 
 
 def _cut(rows: Sequence[Row]) -> list[Row]:
-    """The same coordinates in a multiple of ROWS rows, none too long: the longest one gives the missing ones."""
+    """Return the same coordinates in a multiple of ROWS rows, none too long, by splitting the longest one."""
     cut: list[Row] = []
     for row in rows:
         parts = -(-row[0].numel() // LONGEST_ROW)
@@ -275,17 +277,16 @@ def _warn_that_compiling_failed(error: Exception) -> None:
     _compiler_failed = True
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     warnings.warn(
-        f"the optimizer step runs uncompiled, several times slower: torch.compile failed ({reason}). Remove the library "
-        "that is damaged, if one is named, or install a C++ compiler (on a GPU Triton), or pass compile=False to say "
-        "that this is meant.",
+        f"the optimizer step runs uncompiled, several times slower: torch.compile failed ({reason}). Remove the damaged "
+        "library if the reason names one, or install a C++ compiler (Triton on a GPU), or pass compile=False to silence "
+        "this warning.",
         RuntimeWarning,
         stacklevel=4,
     )
 
 
 class TensorList:
-    """Tensors on which a rule's operations act at once, through torch._foreach_*: only the operations that the
-    rules use."""
+    """A list of tensors that supports the operations used by the rules, through torch._foreach_*."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)

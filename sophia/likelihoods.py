@@ -1,6 +1,6 @@
-"""What a model's outputs mean as a distribution: how Gauss-Newton-Bartlett samples labels and scores them.
+"""Output distributions: how Gauss-Newton-Bartlett samples labels from a model's outputs and scores them.
 
-The estimate is of the Gauss-Newton matrix of the mean loss only if the likelihood is the one behind that loss:
+The estimate is that of the Gauss-Newton matrix only if the likelihood matches the training loss:
 
 | training loss | likelihood | one prediction is |
 |---|---|---|
@@ -11,7 +11,7 @@ The estimate is of the Gauss-Newton matrix of the mean loss only if the likeliho
 | `F.binary_cross_entropy_with_logits(logits, y)` | `Bernoulli()` | an element |
 | the same, summed over the labels of an example, then the mean | `Bernoulli(event_dims=1)` | an example |
 
-Labels, softmax and loss are in float32 (float64 for float64 outputs), whatever autocast did to the outputs.
+Sampling and loss use float32 (float64 for float64 outputs), even under autocast.
 """
 
 import math
@@ -24,16 +24,16 @@ from torch.nn import functional as F
 
 from sophia.random import normals_at, uniforms
 
-# Rows of logits whose cumulative distribution is held in float64 at once.
+# Rows of logits whose cumulative distribution is in memory in float64 at the same time.
 _ROWS = 1024
 
 
 class Likelihood(Protocol):
-    """A family of distributions over labels, one for each prediction."""
+    """A family of label distributions, one distribution for each prediction."""
 
     @property
     def event_dims(self) -> int:
-        """How many trailing dimensions of the outputs belong to one prediction."""
+        """The number of trailing dimensions of the outputs that belong to one prediction."""
         ...
 
     def sample(
@@ -43,11 +43,11 @@ class Likelihood(Protocol):
         seed: int,
         step: int,
     ) -> Tensor:
-        """Labels drawn from the distributions, a function of the outputs and (seed, step, position)."""
+        """Draw labels as a function of the outputs and (seed, step, position)."""
         ...
 
     def loss_sum(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """() -log p(labels), up to a constant, summed over the predictions."""
+        """Return () the sum of -log p(label) over the predictions, up to a constant."""
         ...
 
 
@@ -56,10 +56,10 @@ def sample_labels(
     logits: Tensor,  # (n, V) any floating dtype
     uniform: Tensor,  # (n,) float32 in [0, 1)
 ) -> Tensor:  # (n,) int64
-    """Labels drawn from softmax(logits) by inverting its distribution function: the smallest y with F(y) > u.
+    """Draw labels from softmax(logits) by inverting its distribution function: the smallest y with F(y) > u.
 
-    The softmax is summed in float64, so that the probabilities hold to 2^-24, the resolution of u, and a class of
-    probability zero is never drawn. A row that is not finite gets the last class; its loss is not finite either.
+    The softmax is summed in float64: probabilities are exact to 2^-24, the resolution of u, and a class of probability
+    zero is never drawn. A non-finite row gets the last class; its loss is not finite either.
     """
     labels = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     for rows, u, out in zip(logits.split(_ROWS), uniform.split(_ROWS), labels.split(_ROWS), strict=True):
@@ -71,7 +71,7 @@ def sample_labels(
 
 @dataclass(frozen=True)
 class Categorical:
-    """One of V classes, with logits in the last dimension."""
+    """One of V classes. The last dimension holds the logits."""
 
     event_dims: int = 1
 
@@ -90,14 +90,14 @@ class Categorical:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Independent normal labels around the outputs, -log p = (f - y)² / 2σ², with a given variance σ²."""
+    """Independent normal labels with the outputs as mean and a fixed variance σ²: -log p = (f - y)² / 2σ²."""
 
     variance: float
     event_dims: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.variance < math.inf:
-            raise ValueError(f"variance = {self.variance}, expected a number > 0: 0.5 is that of F.mse_loss")
+            raise ValueError(f"variance = {self.variance}, expected a number > 0: F.mse_loss has variance 0.5")
 
     @torch.no_grad()
     def sample(self, outputs: Tensor, positions: Tensor, seed: int, step: int) -> Tensor:
@@ -110,7 +110,7 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """Independent yes or no for each logit: multi-label classification."""
+    """An independent binary label for each logit: multi-label classification."""
 
     event_dims: int = 0
 
@@ -127,7 +127,7 @@ def _element_positions(
     outputs: Tensor,  # (n, *event)
     positions: Tensor,  # (n,)
 ) -> Tensor:  # (n, *event)
-    """A number of its own for each element of each prediction."""
+    """Return a distinct position for each element of each prediction."""
     event = outputs.shape[1:]
     size = math.prod(event)
     within = torch.arange(size, device=outputs.device).view(event)

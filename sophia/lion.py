@@ -1,5 +1,7 @@
-"""Lion: the sign of an interpolated momentum. Chen et al., "Symbolic Discovery of Optimization Algorithms", NeurIPS
-2023."""
+"""Lion: the sign of an interpolated momentum.
+
+Chen et al., "Symbolic Discovery of Optimization Algorithms", NeurIPS 2023.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,26 +28,28 @@ def lion_update(
     """θ ← θ - η (sign(β1 m + (1-β1) g) + λθ);  m ← β2 m + (1-β2) g   (Chen et al. 2023, Algorithm 2)."""
     grad = unscaled(grad, exp_avg, grad_scale)
     if found_inf is not None:
-        grad = torch.where(found_inf > 0, exp_avg, grad)  # 0 · nan would reach the weights
+        grad = torch.where(found_inf > 0, exp_avg, grad)  # lr 0 times nan would still reach the weights
     descend(param, (exp_avg * beta1 + grad * (1 - beta1)).sign(), lr, weight_decay, found_inf)
     fold(exp_avg, grad, beta2, found_inf)
 
 
 class Lion(ElementwiseOptimizer):
-    """u = sign(β1 m + (1-β1) g);  θ ← θ - η(u + λθ);  m ← β2 m + (1-β2) g.
+    """Lion, with the defaults of the Sophia paper's baseline.
 
-    State per parameter: `exp_avg` (m), in the shape of the parameter. Defaults as in the Sophia paper's baseline.
+        u = sign(β1 m + (1-β1) g);  θ ← θ - η(u + λθ);  m ← β2 m + (1-β2) g
+
+    State per parameter: `exp_avg` (m), in the parameter's shape.
 
     Args:
         params: tensors, named tensors or parameter groups.
         lr: η, a float or a 0-D tensor; a third to a tenth of AdamW's.
-        betas: (β1, β2), the decay in the update and that of the momentum.
-        weight_decay: λ, decoupled from the gradient and multiplied by η.
-        foreach, compile: the form of the step, as in `Sophia`.
+        betas: (β1, β2), the interpolation in the update and the decay rate of the momentum.
+        weight_decay: λ, decoupled weight decay, multiplied by η.
+        foreach, compile: the implementation of the step, as in `Sophia`.
 
     Raises:
-        ValueError: a hyper-parameter out of its range, by name.
-        TypeError: a complex or integer parameter.
+        ValueError: a hyper-parameter is out of range.
+        TypeError: a parameter is complex or integer.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class Lion(ElementwiseOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient. Raises RuntimeError for a sparse one."""
+        """Update every parameter that has a gradient. Raises RuntimeError for a sparse gradient."""
         loss = evaluated(closure)
         for group, params, grads, states, amp in self._with_gradients():
             tensors = [params, grads, [state["exp_avg"] for state in states]]

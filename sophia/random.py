@@ -1,9 +1,9 @@
-"""Counter-based random numbers: each number is a pure function of what it is for, so no generator has a state.
+"""Counter-based random numbers: each number is a pure function of (seed, step, stream, index), without generator state.
 
 The bits are those of Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011), computed with int64 tensor operations, so that every device draws the same ones. The 64-bit key is a hash
-of the seed and of the stream's name; the 128-bit counter holds an index and the step. Rank, world size,
-micro-batches and shards do not enter.
+SC 2011), computed with int64 tensor operations, so every device draws the same numbers. The 64-bit key is a hash of the
+seed and the stream's name; the 128-bit counter holds an index and the step. Rank, world size, micro-batches and shards
+do not matter.
 """
 
 import hashlib
@@ -22,13 +22,12 @@ _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
-# Blocks of four numbers drawn at once. On a CPU the temporaries of a chunk stay in the cache, and each operation
-# below torch's grain size of 32768 elements runs on the calling thread: a hundred short parallel regions a chunk
-# cost more than they save.
+# Blocks of four numbers per chunk. On a CPU the temporaries of a chunk fit in the cache, and operations below torch's
+# grain size of 32768 elements run on the calling thread: a hundred short parallel regions per chunk do not pay off.
 _CHUNK = {"cpu": 1 << 14}
 _CHUNK_ELSEWHERE = 1 << 22
 _CHUNK_COMPILED = {"cpu": 1 << 18}
-# Normal numbers from which on the ten rounds are compiled, seconds once a process: twenty times faster, to the same bits.
+# From this many normal numbers on, the ten rounds are compiled (seconds, once per process): 20x faster, same bits.
 _COMPILED_FROM = 1 << 18
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -39,7 +38,7 @@ def philox4x32(
     counter: Words,  # four (*) int64 tensors that hold 32-bit words
     key: tuple[int | Tensor, int | Tensor],  # two 32-bit words, as tensors () int64
 ) -> Words:  # four (*) int64 tensors that hold 32-bit words
-    """Ten rounds of Philox4x32. Products of two 32-bit words wrap in int64 to the same 64 bits that uint64 has."""
+    """Ten rounds of Philox4x32. Products of two 32-bit words wrap in int64 to the same 64 bits as in uint64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -72,7 +71,7 @@ def _words_of(index: Tensor, low: Tensor, high: Tensor, k0: int | Tensor, k1: in
 
 @cache
 def _compiled_words(device: torch.device) -> Callable[[Tensor, int, int, str], Words] | None:
-    """`_words` compiled, for any number of indices; None where no compiler works."""
+    """Return `_words` compiled, for any number of indices, or None if no compiler works."""
     compiled = torch.compile(_words_of, dynamic=True, fullgraph=True)
 
     def words(index: Tensor, seed: int, step: int, stream: str) -> Words:
@@ -81,16 +80,16 @@ def _compiled_words(device: torch.device) -> Callable[[Tensor, int, int, str], W
         return result
 
     try:
-        with torch.compiler.set_stance("default"):  # it may be called where compiled code is told to run eagerly
+        with torch.compiler.set_stance("default"):  # the caller may have set force_eager
             words(torch.arange(1 << 10, device=device), 0, 0, "")
     except Exception as error:
-        log.debug("random numbers are drawn uncompiled: %s", error)
+        log.debug("random numbers are not compiled: %s", error)
         return None
     return words
 
 
 def _box_muller(radius_bits: Tensor, angle_bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent N(0, 1) float32 tensors from two words; |z| is at most 6.7."""
+    """Return two independent N(0, 1) float32 tensors from two words; |z| is at most 6.7."""
     radius = torch.sqrt(-2 * torch.log(radius_bits.float() * 2.0**-32 + 2.0**-33))
     angle = angle_bits.float() * (2 * math.pi * 2.0**-32)
     return radius * torch.cos(angle), radius * torch.sin(angle)
@@ -102,7 +101,7 @@ def uniforms(
     positions: Tensor,  # (*) int64, global sample positions, not negative
     stream: str = "label",
 ) -> Tensor:  # (*) float32 in [0, 1), 24 random bits each
-    """One uniform number per position, a pure function of (seed, step, position, stream)."""
+    """Return one uniform number per position, a pure function of (seed, step, position, stream)."""
     word, *_ = _words(positions, seed, step, stream)
     return (word >> 8).float() * 2.0**-24
 
@@ -113,7 +112,7 @@ def normals_at(
     name: str,
     indices: Tensor,  # (*) int64, not negative
 ) -> Tensor:  # (*) float32
-    """The elements `indices` of the infinite vector u ~ N(0, I) that belongs to (seed, step, name)."""
+    """Return the elements `indices` of the infinite vector u ~ N(0, I) of (seed, step, name)."""
     w0, w1, w2, w3 = _words(indices >> 2, seed, step, f"normal/{name}")
     z0, z1 = _box_muller(w0, w1)
     z2, z3 = _box_muller(w2, w3)
@@ -131,14 +130,14 @@ def normals(
     *,
     compile: bool | None = None,
 ) -> Tensor:  # (stop - start,) float32
-    """Elements start … stop - 1 of the vector u ~ N(0, I) that belongs to (seed, step, name).
+    """Return elements start … stop - 1 of the infinite vector u ~ N(0, I) of (seed, step, name).
 
-    compile: whether torch.compile may be used, which changes no bit; None where it is worth the compiling.
+    compile: whether to use torch.compile, which changes no bit; None: if the range is long enough to pay off.
 
-    Raises ValueError for a range that is none.
+    Raises ValueError for an invalid range.
     """
     if not 0 <= start <= stop:
-        raise ValueError(f"start = {start} and stop = {stop}: expected 0 <= start <= stop")
+        raise ValueError(f"start = {start} and stop = {stop}, expected 0 <= start <= stop")
     out = torch.empty(stop - start, dtype=torch.float32, device=device)
     stream = f"normal/{name}"
     if compile is None:
@@ -163,10 +162,9 @@ def normals_like(
     *,
     compile: bool | None = None,
 ) -> Tensor:  # like param, float32
-    """u ~ N(0, I) in the shape of `param`; element i of the flattened *full* tensor is the i-th of `normals(seed,
-    step, name, …)`.
+    """Return u ~ N(0, I) in the shape of `param`; element i of the flattened *full* tensor is element i of `normals`.
 
-    A DTensor's shard gets its slice of the full tensor's noise, whatever the mesh, without communication. `compile` as for
+    A shard of a DTensor gets its slice of the full tensor's noise on any mesh, without communication. `compile` as in
     `normals`.
     """
     if not isinstance(param, DTensor):
@@ -188,9 +186,9 @@ def normals_like(
 
 
 def generators_kept(devices: Iterable[torch.device]) -> AbstractContextManager[None]:
-    """Puts torch's own generators, which dropout draws from, back afterwards: the CPU's and those of the devices.
+    """Restore torch's generators, which dropout uses, on exit: those of the CPU and of the devices.
 
-    Two computations draw the same dropout masks if the first is made within.
+    If a first computation runs inside, a second one after it draws the same dropout masks.
     """
     accelerators = {device for device in devices if device.type not in ("cpu", "meta")}
     return torch.random.fork_rng(accelerators, device_type=next((d.type for d in accelerators), "cuda"))

@@ -1,11 +1,11 @@
 """The numerics of the authors' published code (github.com/Liuhong99/Sophia, sophia.py and train_sophiag.py).
 
-For repeating old runs. It differs from the paper, and from `SophiaG`, in these points:
+Use it to reproduce old runs. It differs from the paper, and from `SophiaG`:
 
-- the denominator is ρ·bs·h + 1e-15 instead of max(γh, ε), so γ = ρ·bs/N: a *constant* bs, whatever N the estimate had;
-- h is the average of ĝ ⊙ ĝ without N, so that a change of batch size makes old history wrong;
-- h is refreshed *after* the steps t with t mod k == 0, at the weights after the update: the first k steps have h = 0;
-- the gradient of the estimator is clipped to norm 1, which makes h depend on the whole gradient's size;
+- the denominator is ρ·bs·h + 1e-15 instead of max(γh, ε), so γ = ρ·bs/N with a *constant* bs, whatever the estimate's N;
+- h averages ĝ ⊙ ĝ without N, so its history becomes wrong when the batch size changes;
+- h is refreshed *after* the steps t with t mod k == 0, at the updated weights: the first k steps have h = 0;
+- the estimator's gradient is clipped to norm 1, so h depends on the norm of the full gradient;
 - β1 = 0.965.
 """
 
@@ -33,8 +33,7 @@ def sophia_reference_update(
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
 ) -> Tensor:  # () int32, the number of coordinates with |m| < ρ·bs·h + 1e-15
-    """θ ← θ - ηλθ - η · sign(m) · min(|m| / (ρ·bs·h + 1e-15), 1), the authors' code (sophia.py,
-    _single_tensor_sophiag)."""
+    """θ ← θ - ηλθ - η · sign(m) · min(|m| / (ρ·bs·h + 1e-15), 1)   (sophia.py, _single_tensor_sophiag)."""
     fold(exp_avg, unscaled(grad, exp_avg, grad_scale), beta1, found_inf)
     curvature = hessian * gamma + eps
     descend(param, exp_avg.sign() * (exp_avg.abs() / curvature).clamp_max(1), lr, weight_decay, found_inf)
@@ -42,7 +41,7 @@ def sophia_reference_update(
 
 
 class ReferenceSophiaG(Sophia):
-    """Sophia-G as the authors' code computes it.
+    """Sophia-G as in the authors' code.
 
         for step in range(1, steps + 1):
             loss(model(x), y).backward()
@@ -58,10 +57,10 @@ class ReferenceSophiaG(Sophia):
         lr: η.
         betas: (β1, β2).
         rho: ρ.
-        bs: the constant in ρ·bs, in their training script total batch size × block size, in tokens.
+        bs: the constant in ρ·bs; the authors' training script uses total batch size × block size, in tokens.
         weight_decay: λ.
         hessian_interval: k.
-        estimator_clip: the norm to which .grad is clipped before it is squared.
+        estimator_clip: the maximum norm of .grad, clipped before squaring.
     """
 
     _rules: ClassVar[dict[bool, Rule]] = {True: sophia_reference_update}
@@ -97,13 +96,13 @@ class ReferenceSophiaG(Sophia):
         return any(self.state.values()) and super().hessian_due
 
     def update_hessian(self, num_predictions: Any = None, *, estimates: Any = None, grad_scaler: Any = None) -> None:
-        """h ← β2 h + (1-β2) ĝ ⊙ ĝ with ĝ from .grad, clipped in place. No argument: bs stands for N and is fixed.
+        """h ← β2 h + (1-β2) ĝ ⊙ ĝ with ĝ from .grad, clipped in place. Takes no argument: bs replaces N.
 
         Raises TypeError for any argument, RuntimeError for a parameter without a gradient.
         """
         if num_predictions is not None or estimates is not None or grad_scaler is not None:
             raise TypeError(
-                "update_hessian() of ReferenceSophiaG takes no argument: the constant bs stands for N, as there"
+                "ReferenceSophiaG.update_hessian() takes no argument: as in the authors' code, bs replaces N"
             )
         torch.nn.utils.clip_grad_norm_(
             [p for group in self.param_groups for p in group["params"]], self._estimator_clip

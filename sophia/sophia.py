@@ -1,8 +1,8 @@
-"""Sophia: descent along the momentum over an average of diagonal curvature estimates, clipped.
+"""Sophia: momentum divided by an average of diagonal curvature estimates, clipped per coordinate.
 
 Liu, Li, Hall, Liang and Ma, "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model Pre-training",
-ICLR 2024, arXiv 2305.14342. The rules come first, then the optimizer around them. `sophia.kernels` carries a rule out
-over many tensors; `sophia.elementwise` checks and keeps what all optimizers of this package share.
+ICLR 2024, arXiv 2305.14342. Update rules first, then the optimizer. `sophia.kernels` applies a rule to many tensors;
+`sophia.elementwise` has what the package's optimizers share.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,13 +67,12 @@ def hessian_update(
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
 ) -> None:
-    """h ← β2 h + (1-β2) ĥ   (Liu et al. 2024, Algorithm 3). ĥ is linear in the loss, so `grad_scale` divides it
-    once."""
+    """h ← β2 h + (1-β2) ĥ   (Liu et al. 2024, Algorithm 3). ĥ is linear in the loss: `grad_scale` divides it once."""
     fold(hessian, unscaled(estimate, hessian, grad_scale), beta2, found_inf)
 
 
 def refresh_due(step: int, hessian_interval: int) -> bool:
-    """Whether an estimate comes in before step t = 1, 2, …: (t-1) mod k == 0   (Algorithm 3: t mod k = 1)."""
+    """Return whether step t = 1, 2, … starts with a new estimate: (t-1) mod k == 0   (Algorithm 3: t mod k = 1)."""
     return (step - 1) % hessian_interval == 0
 
 
@@ -91,7 +90,7 @@ def sophia_unclipped_update(
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
 ) -> Tensor:  # () int32, the number of coordinates with |m| < γh
-    """`sophia_update` without its clip, the paper's ablation: θ ← θ - ηλθ - η · m / max(γh, ε)."""
+    """`sophia_update` without the clip, an ablation of the paper: θ ← θ - ηλθ - η · m / max(γh, ε)."""
     fold(exp_avg, unscaled(grad, exp_avg, grad_scale), beta1, found_inf)
     curvature = hessian * gamma
     descend(param, exp_avg / curvature.clamp_min(eps), lr, weight_decay, found_inf)
@@ -101,13 +100,13 @@ def sophia_unclipped_update(
 class Sophia(CurvatureOptimizer):
     r"""Sophia with any estimator of the diagonal Hessian.
 
-    At step t = 1, 2, …, with m and h zero at the start and without bias correction:
+    At step t = 1, 2, …, starting from m = h = 0, without bias correction:
 
         m ← β1 m + (1-β1) g
-        h ← β2 h + (1-β2) ĥ              before the steps with (t-1) mod k == 0, by `update_hessian`
+        h ← β2 h + (1-β2) ĥ              in `update_hessian`, before the steps with (t-1) mod k == 0
         θ ← θ - ηλθ - η · clip(m / max(γh, ε), 1)
 
-    Where h is negative or tiny the step is η·sign(m), so Sophia without curvature is momentum-sign descent.
+    If h is negative or tiny, the step is η·sign(m), so Sophia without curvature is momentum-sign descent.
 
         optimizer = SophiaG(model.parameters(), lr=6e-4)
         for step, (x, y) in enumerate(batches, start=1):
@@ -119,30 +118,29 @@ class Sophia(CurvatureOptimizer):
             optimizer.step()
             optimizer.zero_grad()
 
-    State per parameter, `optimizer.state[p]`: `exp_avg` (m) and `hessian` (h), in the shape of p; `step` (t), a 0-D
+    State per parameter, `optimizer.state[p]`: `exp_avg` (m) and `hessian` (h), in the shape of p, and `step` (t), a 0-D
     float32 tensor.
 
     Args:
         params: tensors, named tensors or parameter groups.
-        lr: η, a float or a 0-D tensor; may be changed in place by any scheduler.
-        betas: (β1, β2), the decays of the momentum and of the curvature.
+        lr: η, a float or a 0-D tensor; any scheduler may change it in place.
+        betas: (β1, β2), the decay rates of the momentum and of the curvature.
         gamma: γ, the scale of the curvature; choose it so that `unclipped_count / numel` is between 0.1 and 0.5.
-        eps: ε, the floor of γh. A live hyper-parameter: 1e-7 may beat 1e-12.
-        weight_decay: λ, decoupled from the gradient and multiplied by η.
-        hessian_interval: k, the steps from one estimate to the next, one value for all groups. None is for a run
-            without curvature (h stays zero: the paper's "clip only" ablation): `hessian_due` is then always False.
-        clip: False leaves out the clip, the paper's ablation; it diverges easily.
-        foreach: carry the step out by torch._foreach_*, an operation on all tensors at once.
-        compile: carry it out by compiled kernels; what is too small to be worth a call stays eager. By default from a
-            million parameters on, if there is a compiler. False leaves the eager form, on accelerators the foreach form.
-            All forms give the same numbers.
+        eps: ε, the floor of γh. Worth tuning: 1e-7 may beat 1e-12.
+        weight_decay: λ, decoupled weight decay, multiplied by η.
+        hessian_interval: k, the number of steps between curvature estimates, the same for all groups. None runs without
+            curvature (h stays zero, the paper's "clip only" ablation), and `hessian_due` is always False.
+        clip: False omits the clip, an ablation of the paper; it diverges easily.
+        foreach: use torch._foreach_* operations on all tensors at once.
+        compile: use compiled kernels, except for tensors too small to pay off. Default: from a million parameters on, if
+            there is a compiler. False: eager, on accelerators foreach. All implementations give the same numbers.
 
     Raises:
-        ValueError: a hyper-parameter out of its range, by name.
-        TypeError: a complex or integer parameter.
+        ValueError: a hyper-parameter is out of range.
+        TypeError: a parameter is complex or integer.
     """
 
-    # The rule of a group by its `clip`.
+    # The rule for each value of a group's `clip`.
     _rules: ClassVar[dict[bool, Rule]] = {True: sophia_update, False: sophia_unclipped_update}
 
     def __init__(
@@ -184,11 +182,11 @@ class Sophia(CurvatureOptimizer):
 
     @property
     def hessian_due(self) -> bool:
-        """True before the steps t = 1, 2, … with (t-1) mod k == 0; t-1 is the largest step count of a parameter.
+        """True before the steps t = 1, 2, … with (t-1) mod k == 0; t-1 is the largest step count of any parameter.
 
-        For plain loops. A step that an overflow held back does not advance t, so the same step stays due; a loop that
-        counts such steps asks `refresh_due` with its own counter. The step counts live on the CPU, unless loss scaling
-        has moved them to the device: then reading this property waits for the device.
+        A step skipped because of an overflow does not advance t, so it stays due; a loop that counts such steps calls
+        `refresh_due` with its own counter. The step counts are on the CPU unless loss scaling has moved them to the
+        device; then reading this property synchronizes.
         """
         interval = self.param_groups[0]["hessian_interval"]
         return interval is not None and refresh_due(self._steps_made() + 1, interval)
@@ -201,23 +199,25 @@ class Sophia(CurvatureOptimizer):
         estimates: Sequence[Tensor | None] | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        """Take in a curvature estimate ĥ, made at the weights before the step. Give exactly one of the first two.
+        """Fold a curvature estimate ĥ, made at the weights before the step, into h.
+
+        Pass exactly one of `num_predictions` and `estimates`.
 
         Args:
             num_predictions: N, for ĥ = N · g ⊙ g, where .grad holds g, the gradient of the *mean* loss over N
                 predictions with labels sampled from the model (Gauss-Newton-Bartlett). N counts tokens, not sequences,
-                over all micro-batches and ranks; g must not be clipped. An integer, or a 0-D tensor that is not read
-                back.
-            estimates: ĥ for each parameter, in the order of the parameters and in their shapes (a DTensor for a
-                DTensor parameter); None only for a parameter that does not require a gradient.
-            grad_scaler: the scaler of the loss behind g or ĥ: its scale is divided out before squaring, and on an
-                overflow h stays as it is, with a warning. This reads one number back to the host. Without it the
-                attributes `grad_scale` and `found_inf` hold, if they are set.
+                over all micro-batches and ranks; g must not be clipped. An integer, or a 0-D tensor, which is not read
+                back to the host.
+            estimates: ĥ for each parameter, in the order and the shapes of the parameters (a DTensor for a DTensor
+                parameter); None only for a parameter that does not require a gradient.
+            grad_scaler: the scaler of the loss behind g or ĥ. Its scale is divided out before squaring; on an overflow,
+                h does not change and a warning is raised. This synchronizes. Default: the attributes `grad_scale` and
+                `found_inf`, if set.
 
         Raises:
-            TypeError: none or both of num_predictions and estimates; a plain estimate for a DTensor parameter.
-            ValueError: N < 1, a wrong number of estimates, or one of the wrong shape.
-            RuntimeError: a parameter without a gradient, or hessian_interval is None.
+            TypeError: neither or both of num_predictions and estimates; a plain estimate for a DTensor parameter.
+            ValueError: N < 1, or a wrong number or shape of estimates.
+            RuntimeError: a parameter has no gradient, or hessian_interval is None.
         """
         for group, _, values, states, amp in self._curvature(num_predictions, estimates, grad_scaler):
             tensors, beta2 = [[state["hessian"] for state in states], values], group["betas"][1]
@@ -228,9 +228,9 @@ class Sophia(CurvatureOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient. Returns the closure's loss, if there is a closure.
+        """Update every parameter that has a gradient. Returns the closure's loss, if there is a closure.
 
-        Raises RuntimeError for a sparse gradient. Warns once when k steps have passed without `update_hessian`.
+        Raises RuntimeError for a sparse gradient. Warns once after more than k steps without `update_hessian`.
         """
         loss = evaluated(closure)
         for group, params, grads, states, amp in self._with_gradients():
@@ -245,20 +245,21 @@ class Sophia(CurvatureOptimizer):
 
     @property
     def unclipped_count(self) -> Tensor:
-        """() int64 on the device: how many of the `numel` coordinates of the last training step had |m| < γh, so that
-        the clip did not act."""
+        """() int64 on the device: the number of coordinates in the last training step with |m| < γh, of `numel`.
+
+        These are the coordinates that the clip left alone.
+        """
         if not self._counts:
             return torch.zeros((), dtype=torch.int64)
         return torch.stack([count.to(self._counts[0].device, torch.int64) for count in self._counts]).sum()
 
 
 class SophiaG(Sophia):
-    """Sophia with the paper's defaults for the Gauss-Newton-Bartlett estimator: `gauss_newton_bartlett`, then
-    `update_hessian(num_predictions=N)`."""
+    """Sophia with the paper's defaults for Gauss-Newton-Bartlett: call `update_hessian(num_predictions=N)`."""
 
 
 class SophiaH(Sophia):
-    """Sophia with the paper's defaults for Hutchinson's estimator (γ = 0.01): `update_hessian(estimates=…)`."""
+    """Sophia with the paper's defaults for Hutchinson's estimator (γ = 0.01): call `update_hessian(estimates=…)`."""
 
     def __init__(
         self,

@@ -1,1 +1,1 @@
-"""Many runs, made: a study's arms and budgets expanded into trials, searched, run, resumed."""
+"""Studies: expand arms and budgets into trials, search hyper-parameters, run and resume."""

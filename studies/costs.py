@@ -1,4 +1,4 @@
-"""What a study costs before anything runs: trials, steps, tokens, and hours at a given speed."""
+"""The planned cost of a study: trials, steps, tokens, and hours at a given speed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,28 +8,28 @@ from studies.spec import StudySpec
 from training.compose import compose
 from training.config import AdaHessianConfig, RunConfig, SophiaConfig
 
-# An estimate in forward-backward passes over its tokens, by FLOPs (models/flops.py).
+# FLOPs of an estimate, in forward-backward passes over its tokens (models/flops.py).
 _PASSES = {"gnb": 1, "empirical_fisher": 1, "hutchinson_differences": 2, "hutchinson": 3}
 
 
 @dataclass
 class Cost:
-    """Of an arm on a model, at most."""
+    """The maximum cost of an arm on a model."""
 
     tuning: int = 0  # runs
     reporting: int = 0
     steps: int = 0
     tokens: int = 0
-    seconds: float | None = 0.0  # None where no speed is known
+    seconds: float | None = 0.0  # None if the model's speed is not given
 
 
 def costs(spec: StudySpec, speeds: Mapping[str, float], start_seconds: float) -> dict[tuple[str, str], Cost]:
-    """By model and arm.
+    """Return the cost by model and arm.
 
     Args:
         speeds: training tokens per second of AdamW, by model. Curvature passes and evaluations are added in proportion
-            to their FLOPs; an optimizer whose own step is slow is not known here.
-        start_seconds: what a run takes besides: starting, compiling, its checkpoint.
+            to their FLOPs; a slow optimizer step is not taken into account.
+        start_seconds: overhead of a run in seconds: start, compilation, checkpoint.
     """
     found: dict[tuple[str, str], Cost] = {}
     configs: dict[tuple[str, str], RunConfig] = {}
@@ -56,7 +56,7 @@ def costs(spec: StudySpec, speeds: Mapping[str, float], start_seconds: float) ->
 
 
 def curvature_share(config: RunConfig) -> float:
-    """FLOPs of the curvature passes over those of training."""
+    """Return the FLOPs of the curvature passes divided by those of training."""
     optimizer = config.optimizer
     if not isinstance(optimizer, (SophiaConfig, AdaHessianConfig)):
         return 0.0

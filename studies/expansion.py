@@ -1,7 +1,7 @@
-"""From a study and what is on record to its trials: which there are, which can run now, which wait for a search.
+"""Expand a study and its recorded outcomes into trials: which exist, which can run now, which wait for a search.
 
-Expanding is a pure function of the study and of the outcomes so far. Running a study is then nothing but: expand, run
-what is ready, expand again, until nothing is left; and resuming it is the same.
+Expansion is a pure function of the study and the outcomes so far. To run or resume a study, expand it, run the trials
+that are ready, and repeat until none is left.
 """
 
 import functools
@@ -25,31 +25,31 @@ _ELEMENT = re.compile(r"^(?P<key>.+)\[(?P<index>\d+)\]$")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended: the final validation loss in nats, infinite if it diverged."""
+    """The result of a trial: the final validation loss in nats, infinite if it diverged."""
 
     status: Status
     loss: float
 
 
-# What is on record, by trial name.
+# Recorded outcomes by trial name.
 Outcomes = Mapping[str, Outcome]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a study, known by what it overrides."""
+    """One run of a study, identified by its overrides."""
 
     arm: str
     phase: Phase
     model: str
     horizon: int  # steps
     seed: int
-    values: Point  # that the search chose
-    overrides: tuple[str, ...]  # of the configuration, complete but for name and place
+    values: Point  # chosen by the search
+    overrides: tuple[str, ...]  # all configuration overrides except name and directories
 
     @property
     def name(self) -> str:
-        """`<arm>-<model>-<horizon>-<hash>-s<seed>`: from the overrides alone, so that new defaults rename nothing."""
+        """`<arm>-<model>-<horizon>-<hash>-s<seed>`, from the overrides alone, so that new defaults do not rename it."""
         canonical = json.dumps(sorted(self.overrides), separators=(",", ":"))
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
         return f"{self.arm}-{self.model}-{self.horizon}-{digest}-s{self.seed}"
@@ -57,26 +57,26 @@ class Trial:
 
 @dataclass(frozen=True)
 class Expansion:
-    """The trials that the outcomes so far call for, in the order in which they should run."""
+    """The trials that follow from the outcomes so far, in running order."""
 
     trials: tuple[Trial, ...]
-    finished: bool  # no trial is missing and no search waits
+    finished: bool  # no trial is missing and no search is waiting
     budgets: Mapping[tuple[str, str, int], int] = field(default_factory=dict)  # tuning trials by arm, model, horizon
 
     def missing(self, outcomes: Outcomes) -> list[Trial]:
-        """Trials without an outcome."""
+        """Return the trials without an outcome."""
         return [trial for trial in self.trials if trial.name not in outcomes]
 
 
 def expand(spec: StudySpec, outcomes: Outcomes) -> Expansion:
-    """The study's trials, as far as its searches have got.
+    """Return the study's trials, as far as its searches have progressed.
 
-    One model after the other; on each the searches at `tune_at`, then horizon by horizon, the shortest first, and on each
-    arm by arm, so that a study that is broken off has whole horizons and whole arms to show; after all models the ablations.
+    The order is by model; for each model the searches at `tune_at`, then by horizon from the shortest, then by arm, so
+    that an interrupted study has complete horizons and arms. Ablations come after all models.
 
     Args:
         spec: the study.
-        outcomes: of the trials that have ended, by name; others may be among them.
+        outcomes: outcomes of finished trials by name; other names are ignored.
     """
     trials: list[Trial] = []
     waiting = False
@@ -117,7 +117,7 @@ def expand(spec: StudySpec, outcomes: Outcomes) -> Expansion:
 
 
 def expected_trials(spec: StudySpec) -> dict[tuple[str, str, int, Phase], int]:
-    """How many trials a study has at most, by arm, model, horizon and phase; known before anything runs."""
+    """Return the maximum number of trials by arm, model, horizon and phase."""
     counts: dict[tuple[str, str, int, Phase], int] = {}
     for model, model_spec in spec.models.items():
         for arm in spec.arms_on(model):
@@ -135,12 +135,12 @@ def expected_trials(spec: StudySpec) -> dict[tuple[str, str, int, Phase], int]:
 
 
 def common_overrides(spec: StudySpec, arm: ArmSpec, model: str) -> list[str]:
-    """What every run of an arm on a model overrides, before horizon, seed and hyper-parameters."""
+    """Return the overrides of every run of an arm on a model, without horizon, seed and hyper-parameters."""
     return [f"model={model}", *spec.base, *spec.models[model].overrides, *arm.overrides]
 
 
 def arm_overrides(spec: StudySpec, name: str, model: str) -> list[str]:
-    """The same for an arm or an ablation by name."""
+    """Return `common_overrides` of an arm or an ablation by name."""
     ablation = spec.ablations.get(name)
     if ablation is None:
         return common_overrides(spec, spec.arms[name], model)
@@ -149,11 +149,11 @@ def arm_overrides(spec: StudySpec, name: str, model: str) -> list[str]:
 
 
 def value_overrides(values: Mapping[str, Value], defaults: Callable[[], Mapping[str, Any]]) -> list[str]:
-    """Hydra overrides for chosen values; elements of a list (optimizer.betas[0]) are put into the default list.
+    """Return Hydra overrides for chosen values. List elements (optimizer.betas[0]) replace those of the default list.
 
     Args:
         values: by configuration key.
-        defaults: the composed configuration that elements are put into, asked for only if there are any.
+        defaults: returns the composed configuration; called only if there are list elements.
     """
     overrides = []
     lists: dict[str, list[Any]] = {}
@@ -175,8 +175,10 @@ def value_overrides(values: Mapping[str, Value], defaults: Callable[[], Mapping[
 def _search_for(
     spec: StudySpec, arm: str, model: str, horizon: int, best: Mapping[tuple[str, str, int], Point]
 ) -> tuple[Search, int] | None:
-    """The search of an arm on a model at a horizon, and its budget in trials; None while what it builds on is
-    unknown."""
+    """Return the search of an arm on a model at a horizon and its budget in trials.
+
+    None while the search that it starts from is unfinished.
+    """
     model_spec, tuning, space = spec.models[model], spec.tuning, spec.arms[arm].search
     budget = _budget(spec, arm, model, horizon)
     candidates = budget // len(tuning.seeds)
@@ -202,7 +204,7 @@ def _search_for(
 
 
 def _budget(spec: StudySpec, arm: str, model: str, horizon: int) -> int:
-    """Tuning trials granted to an arm on a model at a horizon: the same for all arms that have anything to search."""
+    """Return the tuning budget of an arm on a model at a horizon: the same for all arms with something to search."""
     model_spec, tuning, space = spec.models[model], spec.tuning, spec.arms[arm].search
     if not space:
         return 0
@@ -231,7 +233,7 @@ def _converse(
 def _within_budget(spec: StudySpec, arm: str, model: str, horizon: int, tried: Sequence[Trial], budget: int) -> None:
     if len(tried) > budget:
         raise AssertionError(
-            f"{spec.name}: {arm} on {model} at {horizon} steps: {len(tried)} tuning trials, {budget} are granted"
+            f"{spec.name}: {arm} on {model} at {horizon} steps: {len(tried)} tuning trials exceed the budget of {budget}"
         )
 
 
@@ -252,7 +254,7 @@ def _ablation_trial(
 
 
 def _place(spec: StudySpec, trial: Trial) -> tuple[bool, int, int, int, bool]:
-    """What runs first has a lower one."""
+    """Return the sort key of the running order."""
     model = list(spec.models).index(trial.model)
     if trial.arm in spec.ablations:
         return True, model, 0, 0, True
@@ -262,7 +264,7 @@ def _place(spec: StudySpec, trial: Trial) -> tuple[bool, int, int, int, bool]:
 
 
 def _merged(overrides: Sequence[str], later: Sequence[str]) -> list[str]:
-    """The overrides that later ones do not replace: Hydra takes a group twice for an error."""
+    """Merge overrides; later ones replace earlier ones, because Hydra refuses a group that is given twice."""
     replaced = {override.split("=")[0] for override in later}
     return [override for override in overrides if override.split("=")[0] not in replaced]
 
@@ -273,7 +275,7 @@ def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _written(value: Any) -> str:
-    """A value in Hydra's syntax."""
+    """Format a value in Hydra's syntax."""
     if value is None:
         return "null"
     if isinstance(value, bool):

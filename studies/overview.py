@@ -1,4 +1,4 @@
-"""A study at a glance: what it costs before it runs, and how far each of its cells has got."""
+"""Tables of a study: its planned cost, and the progress of each of its cells."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,24 +14,24 @@ from training.config import ConfigurationError
 
 
 def speeds_of(spec: StudySpec, given: Sequence[str]) -> dict[str, float]:
-    """`--speed` by model.
+    """Parse `--speed` into tokens per second by model.
 
     Raises:
-        ConfigurationError: no model of the study, or no number.
+        ConfigurationError: not a model of the study, or not a number.
     """
     speeds: dict[str, float] = {}
     for one in given:
         model, _, number = one.partition("=")
         if model not in spec.models or not number.replace(".", "", 1).isdigit() or not float(number):
             raise ConfigurationError(
-                f"--speed {one}: expected <model>=<tokens a second> with one of {', '.join(spec.models)}"
+                f"--speed {one}: expected <model>=<tokens per second> with one of {', '.join(spec.models)}"
             )
         speeds[model] = float(number)
     return speeds
 
 
 def plan_table(spec: StudySpec, speeds: Mapping[str, float], start_seconds: float) -> Table:
-    """Trials, steps and tokens of each arm and model, at most; hours where a speed is given."""
+    """Return the maximum trials, steps and tokens of each arm and model, with hours if a speed is given."""
     table = _table(f"{spec.name}: at most", "model", "arm")
     columns = ["tuning trials", "reported runs", "steps", "M tokens", *(["hours"] if speeds else [])]
     for column in columns:
@@ -52,7 +52,7 @@ def plan_table(spec: StudySpec, speeds: Mapping[str, float], start_seconds: floa
 
 
 def status_table(spec: StudySpec, places: Places) -> Table:
-    """How far each cell has got."""
+    """Return the progress of each cell."""
     known = outcomes(places)
     table = _table(f"{spec.name} in {places.records}", "model", "arm")
     table.add_column("steps", justify="right")
@@ -81,7 +81,7 @@ def status_table(spec: StudySpec, places: Places) -> Table:
 
 
 def _table(title: str, *names: str) -> Table:
-    """Columns of names first; where the terminal is narrow, it is not these that are cut."""
+    """Start a table with columns of names, which are not truncated on a narrow terminal."""
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in names:
         table.add_column(name, no_wrap=True)

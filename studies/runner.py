@@ -1,4 +1,4 @@
-"""Running a study: expand it, run what is ready, expand again; at the end take what has ended into the tables."""
+"""Run a study: expand it, run the trials that are ready, and repeat; then add finished trials to the tables."""
 
 import math
 import time
@@ -12,17 +12,17 @@ from studies.store import Places, compact, free, outcomes, read_outcome
 from training.config import ConfigurationError
 from training.exits import EXIT_CONFIGURATION, EXIT_HELD, EXIT_PREEMPTED
 
-# Runs jobs (lists of overrides) and returns their exit codes: training.launching.jobs.launch with a launcher chosen.
+# Runs jobs (lists of overrides) and returns their exit codes: training.launching.jobs.launch with a launcher.
 Launch = Callable[[Sequence[Sequence[str]]], list[int]]
 
 
 @dataclass(frozen=True)
 class StudyProgress:
-    """Where a study stands, for whoever watches."""
+    """The progress of a study."""
 
     done: int
     expected: int  # at most
-    seconds_left: float | None  # None as long as no trial has been timed
+    seconds_left: float | None  # None until a trial has been timed
 
     @property
     def text(self) -> str:
@@ -32,12 +32,12 @@ class StudyProgress:
 
 @dataclass(frozen=True)
 class Sitting:
-    """What a sitting did."""
+    """The result of one call of `run_study`."""
 
     finished: bool  # nothing is left to run
     ran: int
-    failed: tuple[str, ...]  # trials that ended with an error; the next sitting tries them again
-    interrupted: bool  # a signal, or the time that was given
+    failed: tuple[str, ...]  # trials that failed; the next call retries them
+    interrupted: bool  # by a signal or the time limit
 
 
 def run_study(
@@ -47,32 +47,32 @@ def run_study(
     *,
     at_once: int | None = 1,
     hours: float | None = None,
-    tell: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Sitting:
-    """Run a study to its end, or as far as a sitting goes; calling it again resumes it.
+    """Run a study until it is finished, interrupted or blocked. Call it again to resume.
 
-    Trials that are on record are skipped, a half-done run resumes from its checkpoint. No arm can exceed its budget: the
-    expansion never has more trials than were granted. What has ended is taken into the study's tables when the sitting
-    begins and when it ends, also by an error; a sitting that is killed leaves it to the next one.
+    Recorded trials are skipped, and an unfinished run resumes from its checkpoint. No arm can exceed its budget. Finished
+    trials are added to the study's tables at the start and at the end, also after an error; if this process is killed,
+    the next call adds them.
 
     Args:
         launch: runs jobs and waits for them.
-        at_once: jobs handed to `launch` together; None for all that are ready.
-        hours: no trial is begun after so long.
-        tell: called with a line for each thing that happens.
+        at_once: number of jobs to pass to `launch` together; None for all that are ready.
+        hours: time limit after which no trial is started.
+        log: called with a line for each event.
 
     Raises:
-        ConfigurationError: a trial's configuration is refused; or seeds were changed after looking.
+        ConfigurationError: a trial's configuration is invalid, or seeds changed after results were seen.
     """
     compact(spec, places)
     try:
-        return _sit(spec, places, launch, at_once, math.inf if hours is None else 3600 * hours, tell)
+        return _sit(spec, places, launch, at_once, math.inf if hours is None else 3600 * hours, log)
     finally:
         compact(spec, places)
 
 
 def _sit(
-    spec: StudySpec, places: Places, launch: Launch, at_once: int | None, seconds: float, tell: Callable[[str], None]
+    spec: StudySpec, places: Places, launch: Launch, at_once: int | None, seconds: float, log: Callable[[str], None]
 ) -> Sitting:
     deadline = time.monotonic() + seconds
     pace = Pace()
@@ -83,14 +83,14 @@ def _sit(
         current = expand(spec, known)
         ready = [trial for trial in current.missing(known) if trial.name not in failed]
         if current.finished or not ready:
-            tell("the study is finished" if current.finished else f"nothing more can run: {_blocked(failed)}")
+            log("the study is finished" if current.finished else f"no trial can run: {_blocked(failed)}")
             return Sitting(current.finished, ran, tuple(failed), interrupted=False)
         if time.monotonic() > deadline:
-            tell(f"time is up: {progress(spec, current, known, pace).text}; the same command resumes")
+            log(f"time limit reached: {progress(spec, current, known, pace).text}; rerun the same command to resume")
             return Sitting(False, ran, tuple(failed), interrupted=True)
         batch = ready[: at_once or len(ready)]
         for trial in batch:
-            tell(f"{_describe(trial)}: begins ({progress(spec, current, known, pace).text})")
+            log(f"{_describe(trial)}: started ({progress(spec, current, known, pace).text})")
         started = time.monotonic()
         codes = launch([job(spec, trial, places) for trial in batch])
         pace.note(batch, time.monotonic() - started, side_by_side=len(batch))
@@ -99,28 +99,28 @@ def _sit(
             outcome = read_outcome(places.run(trial))
             if code == EXIT_CONFIGURATION:
                 raise ConfigurationError(
-                    f"{spec.name}: the configuration of {trial.name} is refused, see {places.run(trial)}.log; "
+                    f"{spec.name}: the configuration of {trial.name} is invalid, see {places.run(trial)}.log; "
                     "correct the study file"
                 )
             if outcome is not None:
                 free(trial, places)
                 ran += 1
-                tell(f"{_describe(trial)}: {_said(outcome.status, outcome.loss)}")
+                log(f"{_describe(trial)}: {_result(outcome.status, outcome.loss)}")
             elif code == EXIT_HELD:
                 interrupted = True
-                tell(f"{_describe(trial)}: another process has it; run the same command again when that has ended")
+                log(f"{_describe(trial)}: running in another process; rerun the same command when that has finished")
             elif code == EXIT_PREEMPTED:
                 interrupted = True
-                tell(f"{_describe(trial)}: interrupted; the same command resumes it from its checkpoint")
+                log(f"{_describe(trial)}: interrupted; rerun the same command to resume from its checkpoint")
             else:
                 failed.append(trial.name)
-                tell(f"{_describe(trial)}: failed with exit code {code}, see {places.run(trial)}.log")
+                log(f"{_describe(trial)}: failed with exit code {code}, see {places.run(trial)}.log")
         if interrupted:
             return Sitting(False, ran, tuple(failed), interrupted=True)
 
 
 def job(spec: StudySpec, trial: Trial, places: Places) -> list[str]:
-    """The overrides of one trial's run, name, place and tracker tags included."""
+    """Return the overrides of one trial's run, including name, directories and tracker tags."""
     given = {override.split("=")[0] for override in trial.overrides}
     tags = [spec.name, trial.phase, trial.arm, f"{trial.horizon} steps"]
     own = {
@@ -133,7 +133,7 @@ def job(spec: StudySpec, trial: Trial, places: Places) -> list[str]:
 
 
 class Pace:
-    """Seconds that a step takes, by arm and model, learned as trials end."""
+    """Seconds per step by arm and model, measured on finished trials."""
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[str, str], list[float]] = {}
@@ -145,7 +145,7 @@ class Pace:
             self._seconds.setdefault((trial.arm, trial.model), []).append(share / trial.horizon)
 
     def per_step(self, arm: str, model: str) -> float | None:
-        """Measured for the arm on the model, else for the model, else for anything; None if nothing was timed."""
+        """Return the time of the arm on the model, else of the model, else of any trial; None if nothing was timed."""
         exact = self._seconds.get((arm, model))
         on_model = [value for (_, where), values in self._seconds.items() for value in values if where == model]
         anything = [value for values in self._seconds.values() for value in values]
@@ -154,7 +154,7 @@ class Pace:
 
 
 def progress(spec: StudySpec, current: Expansion, known: Outcomes, pace: Pace) -> StudyProgress:
-    """How much is done and how long the rest takes at the pace so far, if every search uses its whole budget."""
+    """Return the trials done and the time left at the current pace, if every search uses its whole budget."""
     expected = expected_trials(spec)
     done: dict[tuple[str, str, int, str], int] = {}
     for trial in current.trials:
@@ -175,9 +175,9 @@ def _describe(trial: Trial) -> str:
     return f"{what}, {values}" if values and trial.phase == "tuning" else what
 
 
-def _said(status: str, loss: float) -> str:
+def _result(status: str, loss: float) -> str:
     return f"loss {loss:.4f}" if status == "completed" else status
 
 
 def _blocked(failed: Sequence[str]) -> str:
-    return f"{len(failed)} trials failed in this sitting ({', '.join(failed[:3])})" if failed else "a search waits"
+    return f"{len(failed)} trials failed ({', '.join(failed[:3])})" if failed else "a search is waiting for results"

@@ -1,8 +1,7 @@
-"""Searches over hyper-parameters, written as conversations.
+"""Hyper-parameter searches, written as generators.
 
-A search is a generator: it yields a batch of points that may be tried side by side, is sent their losses, and returns
-the best point. It keeps no state anywhere else, so a study that was killed replays the conversation from its records
-and goes on where it stopped, with the same next question.
+A search yields a batch of points that may run in parallel, is sent their losses, and returns the best point. It keeps no
+other state, so a killed study replays the search from its records and continues at the same point.
 """
 
 import math
@@ -14,21 +13,21 @@ import numpy as np
 from studies.spec import Choices, Range, Space, Value, points
 
 Point = dict[str, Value]
-# Yields points to try, receives their losses (nats; infinite for a diverged run), returns the best point.
+# Yields points to try, is sent their losses (nats; infinite for a diverged run), returns the best point.
 Search = Generator[list[Point], list[float], Point]
 
-# Halving the distance between neighbouring values twice is finer than the noise of a seed allows to tell apart.
+# After two halvings, the distance between neighbouring values is within the noise of a seed.
 _FINEST = 2
-_DIGITS = 4  # significant digits of a number that a search makes up
+_DIGITS = 4  # significant digits of generated values
 
 
 @dataclass(frozen=True)
 class Replay:
-    """A search as far as the losses on record carry it."""
+    """The state of a search, given the recorded losses."""
 
     asked: tuple[Point, ...]  # every distinct point so far, in order
-    waiting: tuple[Point, ...]  # those of them without a loss yet
-    best: Point | None  # the search's answer; None while it waits
+    waiting: tuple[Point, ...]  # those without a loss
+    best: Point | None  # the result; None while points are waiting
 
     @property
     def finished(self) -> bool:
@@ -36,7 +35,7 @@ class Replay:
 
 
 def replay(search: Search, loss_of: Callable[[Point], float | None]) -> Replay:
-    """Answer a search's questions from the record until it has its result or asks what is not known yet."""
+    """Send recorded losses to a search until it returns its result or asks for an unknown one."""
     asked: list[Point] = []
     try:
         batch = next(search)
@@ -53,27 +52,27 @@ def replay(search: Search, loss_of: Callable[[Point], float | None]) -> Replay:
 
 
 def start_point(search: Mapping[str, Space]) -> Point:
-    """Where a search begins if nobody knows better."""
+    """Return the default starting point of a search."""
     return {key: _rounded(space.first) for key, space in search.items()}
 
 
 def settled(point: Point) -> Search:
-    """A search that asks nothing."""
+    """A search that returns a known point without trials."""
     yield from ()
     return point
 
 
 def grid(search: Mapping[str, Space]) -> Search:
-    """Every combination, at once."""
+    """Try all combinations in one batch."""
     everything = points(search)
     losses = yield everything
     return everything[int(np.argmin(losses))]
 
 
 def quasi_random(search: Mapping[str, Space], budget: int, *, method: str, seed: int = 0) -> Search:
-    """`budget` points of a scrambled Halton sequence (method "halton") or of uniform random numbers ("random")."""
+    """Try `budget` points of a scrambled Halton sequence (method "halton") or of uniform random numbers ("random")."""
     if method == "halton":
-        from scipy.stats import qmc  # takes longer to import than a study to be read or refused
+        from scipy.stats import qmc  # slow to import
 
         uniform = qmc.Halton(d=len(search), scramble=True, rng=np.random.default_rng(seed)).random(budget)
     else:
@@ -92,17 +91,17 @@ def quasi_random(search: Mapping[str, Space], budget: int, *, method: str, seed:
 def coordinate_descent(
     search: Mapping[str, Space], start: Point, budget: int, *, threshold: float = 0.0, keys: Sequence[str] = ()
 ) -> Search:
-    """One key at a time: try both neighbours, go on in the direction that helps, until nothing does.
+    """Search one key at a time: try both neighbours and follow the direction that improves, until none does.
 
-    A move must lower the loss by more than `threshold` nats, so that noise does not lead the search about. When no
-    neighbour helps, the distance between neighbours is halved, until the budget is spent: every arm gets the same
+    A move must lower the loss by more than `threshold` nats, so that the search does not follow noise. When no
+    neighbour improves, the distance between neighbours is halved, until the budget is spent: every arm gets the same
     number of trials.
 
     Args:
         search: ordered choices by key.
-        start: the first point tried; may hold keys beside those searched.
-        budget: points.
-        keys: the keys that move, all of `search` by default.
+        start: the first point; may have keys that are not searched.
+        budget: maximum number of points.
+        keys: the keys to search; default: all of `search`.
     """
     moving = [key for key in (keys or search) if key in search]
     losses: dict[tuple[tuple[str, Value], ...], float] = {}
@@ -146,13 +145,13 @@ def coordinate_descent(
 
 @dataclass(frozen=True)
 class _Ladder:
-    """The values of a key in order, and how to find the next one."""
+    """The values of a key in order, with their neighbours at a given resolution."""
 
     space: Choices
-    level: int  # how often the distance between neighbours is halved
+    level: int  # number of times the distance between neighbours has been halved
 
     def next(self, value: Value, direction: int) -> Value | None:
-        """The neighbour of a value, None beyond the end."""
+        """Return the neighbour of a value, or None beyond the end."""
         values = self.space.values
         numeric = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in values)
         if self.level == 0 and value in values:
@@ -175,7 +174,7 @@ class _Ladder:
         return _rounded(float(value) * float(ends[1]) / float(ends[0]))
 
     def _between(self, value: float, direction: int) -> Value | None:
-        """A fraction of the distance to the neighbour among the values, in logarithms where all are positive."""
+        """Move a fraction of the distance to the neighbouring value, in logarithms if all values are positive."""
         values = [float(one) for one in self.space.values]
         rising = direction if values[-1] > values[0] else -direction
         logarithmic = min(values) > 0 and self.space.widen

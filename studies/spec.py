@@ -1,4 +1,4 @@
-"""A study on paper: one YAML file, validated before anything runs.
+"""The specification of a study: one YAML file, validated before anything runs.
 
     name: small
     baseline: adamw
@@ -12,8 +12,8 @@
     ablations:
       sophiag_k1: {of: sophiag, overrides: [optimizer.hessian_interval=1], model: gpt2_nano, horizons: [200]}
 
-The number of reporting seeds and every arm's budget stand here and are the same for all arms. After a reported run was
-seen, `study.py run` refuses other seeds, and a file that leaves out what has been reported.
+The number of reporting seeds and the tuning budget are fixed here and equal for all arms. Once reported runs are on
+record, `study.py run` refuses a file with other seeds or without what was reported.
 """
 
 import itertools
@@ -33,7 +33,7 @@ from training.mistakes import choose_from, expectation, is_integer
 
 STUDY_DIRECTORY = CONFIG_DIRECTORY / "study"
 
-# Part of a trial's name, <arm>-<model>-<horizon>-<hash>-s<seed>, which a file system takes up to 255 bytes of.
+# Part of a trial's name, <arm>-<model>-<horizon>-<hash>-s<seed>, which file systems limit to 255 bytes.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$", max_length=64)]
 # A configuration key, or one element of a list: optimizer.betas[0].
 Key = Annotated[str, Field(pattern=r"^[a-z_]+(\.[a-z_0-9]+)+(\[\d+\])?$")]
@@ -45,9 +45,9 @@ class Section(BaseModel):
 
 
 class Choices(Section):
-    """Values in order; the search begins at `start` (the middle one by default).
+    """Values in order. The search starts at `start`, by default the middle one.
 
-    `widen` lets a coordinate search go on beyond an end, by the ratio of the last two values.
+    `widen` lets a coordinate search continue beyond an end, by the ratio of the last two values.
     """
 
     values: Annotated[tuple[Value, ...], Field(min_length=1)]
@@ -60,10 +60,10 @@ class Choices(Section):
             raise ValueError(f"start={self.start} is not among the values {list(self.values)}; choose one of them")
         if self.widen and not all(_is_positive(value) for value in self.values):
             raise ValueError(
-                f"widen=true needs positive numbers, the values are {list(self.values)}; choose widen=false"
+                f"widen=true needs positive numbers, but the values are {list(self.values)}; choose widen=false"
             )
         if self.widen and len(self.values) < 2:
-            raise ValueError("widen=true needs at least two values, whose ratio it goes on with; add one")
+            raise ValueError("widen=true needs at least two values, for their ratio; add one")
         return self
 
     @property
@@ -72,7 +72,7 @@ class Choices(Section):
 
 
 class Range(Section):
-    """Any number between two, for random and Halton search."""
+    """Numbers between `low` and `high`, for random and Halton search."""
 
     low: float
     high: float
@@ -81,9 +81,9 @@ class Range(Section):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if not self.low < self.high:
-            raise ValueError(f"low={self.low} is not below high={self.high}; exchange them")
+            raise ValueError(f"low={self.low} is not below high={self.high}; swap them")
         if self.scale == "log" and self.low <= 0:
-            raise ValueError(f"low={self.low} is not positive, as scale=log needs; choose scale=linear")
+            raise ValueError(f"low={self.low}: scale=log needs a positive number; choose scale=linear")
         return self
 
     @property
@@ -100,7 +100,7 @@ Space = Annotated[Annotated[Choices, Tag("values")] | Annotated[Range, Tag("rang
 
 
 def _whole_numbers(values: Any) -> Any:
-    """What is searched or set, with 1e3 as 1000 where the key is an integer's."""
+    """Convert 1e3 to 1000 in values of integer keys."""
 
     def meant(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -113,9 +113,9 @@ def _whole_numbers(values: Any) -> Any:
 
 
 class ArmSpec(Section):
-    """One arm: what it overrides, and the spaces of its hyper-parameters by configuration key.
+    """One arm: its overrides, and its search spaces by configuration key.
 
-    `horizons` keeps an arm to some of those that its models report, where a longer run is not worth its cost.
+    `horizons` restricts an arm to some of its models' horizons, to save the cost of longer runs.
     """
 
     overrides: tuple[str, ...]
@@ -124,9 +124,9 @@ class ArmSpec(Section):
 
 
 class AblationSpec(Section):
-    """An arm's reported runs once more with something changed; its other hyper-parameters are the arm's, without a search.
+    """An arm's reported runs with one change. All other hyper-parameters are the arm's; nothing is searched.
 
-    `values` are set in the place of those that the arm's search found, elements of lists too.
+    `values` replace values that the arm's search found, also list elements.
     """
 
     of: Name
@@ -134,20 +134,19 @@ class AblationSpec(Section):
     values: Annotated[dict[Key, Value], BeforeValidator(_whole_numbers)] = {}
     model: Name
     horizons: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
-    seeds: PositiveInt | None = None  # how many of the model's reporting seeds, all by default
+    seeds: PositiveInt | None = None  # number of the model's reporting seeds to use; default: all
 
     @model_validator(mode="after")
     def _changes_something(self) -> Self:
         if not self.overrides and not self.values:
-            raise ValueError(f"of={self.of}: neither overrides nor values; say what the ablation changes")
+            raise ValueError(f"of={self.of}: neither overrides nor values; add what the ablation changes")
         return self
 
 
 class ModelSpec(Section):
-    """Where a model is trained: horizons in steps, the baseline at all of them, the other arms at `arm_horizons`.
+    """A model's horizons in steps: the baseline runs at all of them, the other arms at `arm_horizons`.
 
-    The search runs in full at `tune_at`; with `like` it begins at what another model's search found, and is a
-    re-tuning.
+    The full search runs at `tune_at`. With `like`, it is a re-tuning that starts from another model's result.
     """
 
     horizons: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
@@ -160,7 +159,7 @@ class ModelSpec(Section):
 
     @property
     def challenged_at(self) -> tuple[int, ...]:
-        """Where the arms besides the baseline are reported."""
+        """The reported horizons of the arms other than the baseline."""
         return self.arm_horizons or self.horizons
 
     @model_validator(mode="after")
@@ -174,7 +173,7 @@ class ModelSpec(Section):
 
 
 class RetuneSpec(Section):
-    """At every other horizon, and on a model that is `like` another: these keys again, from the best that was found."""
+    """The search at every other horizon and on a model with `like`: only these keys, from the best point so far."""
 
     keys: tuple[Key, ...]
     trials: PositiveInt
@@ -185,8 +184,8 @@ class TuningSpec(Section):
 
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     method: Literal["coordinate", "grid", "random", "halton"]
-    trials: PositiveInt  # runs, for each arm at `tune_at`
-    threshold: Annotated[float, Field(ge=0)] = 0.0  # nats by which a coordinate search must improve to move
+    trials: PositiveInt  # runs of each arm at `tune_at`
+    threshold: Annotated[float, Field(ge=0)] = 0.0  # nats, minimum improvement for a move of the coordinate search
     retune: RetuneSpec | None = None
 
 
@@ -206,21 +205,21 @@ class StudySpec(Section):
     @model_validator(mode="after")
     def _names_known(self) -> Self:
         if self.baseline not in self.arms:
-            raise ValueError(f"baseline={self.baseline} is no arm; choose one of {', '.join(self.arms)}")
+            raise ValueError(f"baseline={self.baseline}: no such arm; choose one of {', '.join(self.arms)}")
         seen: list[str] = []
         for name, model in self.models.items():
             if model.like is not None and model.like not in seen:
-                raise ValueError(f"models.{name}.like={model.like}: expected a model that stands before it ({seen})")
+                raise ValueError(f"models.{name}.like={model.like}: expected a model listed before it ({seen})")
             unknown = [arm for arm in model.arms if arm not in self.arms]
             if unknown or (model.arms and self.baseline not in model.arms):
                 raise ValueError(
-                    f"models.{name}.arms={list(model.arms)}: expected arms of the study, the baseline among them; "
+                    f"models.{name}.arms={list(model.arms)}: expected arms of the study, including the baseline; "
                     f"choose from {', '.join(self.arms)}"
                 )
             overlap = sorted({*model.seeds} & {*self.tuning.seeds})
             if overlap:
                 raise ValueError(
-                    f"models.{name}.seeds: {overlap} are tuning seeds too; report on seeds that the search has not seen"
+                    f"models.{name}.seeds: {overlap} are also tuning seeds; report on seeds that the search does not use"
                 )
             seen.append(name)
         return self
@@ -230,16 +229,16 @@ class StudySpec(Section):
         for name, arm in self.arms.items():
             where = f"arms.{name}.horizons={list(arm.horizons)}"
             if arm.horizons and name == self.baseline:
-                raise ValueError(f"{where}: the baseline is needed wherever another arm is; leave it out")
+                raise ValueError(f"{where}: the baseline must run at all horizons; remove this key")
             on = [model for model in self.models if name in self.arms_on(model)]
             choices = sorted({horizon for model in on for horizon in self.models[model].challenged_at})
             unknown = [horizon for horizon in arm.horizons if horizon not in choices]
             if unknown:
-                raise ValueError(f"{where}: no model of {name} reports {unknown}; choose from {choices}")
+                raise ValueError(f"{where}: no model of {name} has horizon {unknown}; choose from {choices}")
             for model in on:
                 if not self.horizons(name, model):
                     raise ValueError(
-                        f"{where}: {model} reports none of them; choose from its horizons, or leave {name} out of its arms"
+                        f"{where}: {model} has none of them; choose from its horizons, or remove {name} from its arms"
                     )
         return self
 
@@ -248,8 +247,8 @@ class StudySpec(Section):
         method, seeds = self.tuning.method, len(self.tuning.seeds)
         if self.tuning.trials % seeds:
             raise ValueError(
-                f"tuning.trials={self.tuning.trials} is no multiple of the {seeds} tuning seeds; each setting is tried "
-                "on all of them"
+                f"tuning.trials={self.tuning.trials} is not a multiple of the {seeds} tuning seeds; each setting runs "
+                "with all of them"
             )
         for name, arm in self.arms.items():
             for key, space in arm.search.items():
@@ -264,7 +263,7 @@ class StudySpec(Section):
                 if size > self.tuning.trials:
                     raise ValueError(
                         f"arms.{name}.search has {size} trials, more than tuning.trials={self.tuning.trials}; "
-                        "leave values out or raise the budget of every arm"
+                        "remove values or raise tuning.trials"
                     )
         return self
 
@@ -273,11 +272,13 @@ class StudySpec(Section):
         for name, ablation in self.ablations.items():
             where = f"ablations.{name}"
             if name in self.arms:
-                raise ValueError(f"{where}: there is an arm of that name; choose another")
+                raise ValueError(f"{where}: an arm has this name; choose another")
             if ablation.of not in self.arms:
-                raise ValueError(f"{where}.of={ablation.of} is no arm; choose one of {', '.join(self.arms)}")
+                raise ValueError(f"{where}.of={ablation.of}: no such arm; choose one of {', '.join(self.arms)}")
             if ablation.model not in self.models:
-                raise ValueError(f"{where}.model={ablation.model} is no model; choose one of {', '.join(self.models)}")
+                raise ValueError(
+                    f"{where}.model={ablation.model}: no such model; choose one of {', '.join(self.models)}"
+                )
             reported = self.horizons(ablation.of, ablation.model)
             missing = [horizon for horizon in ablation.horizons if horizon not in reported]
             if missing:
@@ -288,12 +289,12 @@ class StudySpec(Section):
         return self
 
     def arms_on(self, model: str) -> list[str]:
-        """The arms that run on a model, the baseline first."""
+        """Return the arms that run on a model, the baseline first."""
         names = self.models[model].arms or tuple(self.arms)
         return sorted(names, key=lambda arm: arm != self.baseline)
 
     def horizons(self, arm: str, model: str) -> tuple[int, ...]:
-        """The reported horizons of an arm on a model, ascending."""
+        """Return the reported horizons of an arm on a model, ascending."""
         if arm not in self.arms_on(model):
             return ()
         spec = self.models[model]
@@ -303,7 +304,7 @@ class StudySpec(Section):
 
 
 def load_spec(study: str | Path, directory: Path = STUDY_DIRECTORY) -> StudySpec:
-    """A study by the name of its file in configs/study, or by path.
+    """Load a study by its name in configs/study or by path.
 
     Raises:
         ConfigurationError: one line that names the key, the value and the remedy.
@@ -312,16 +313,16 @@ def load_spec(study: str | Path, directory: Path = STUDY_DIRECTORY) -> StudySpec
     if not path.is_file():
         known = sorted(file.stem for file in directory.glob("*.yaml"))
         raise ConfigurationError(
-            f"study={study}: there is no {path}; {choose_from(path.stem, known, 'study')}, or give a file"
+            f"study={study}: {path} does not exist; {choose_from(path.stem, known, 'study')}, or give a file"
         )
     values = read_yaml(path)
-    if isinstance(values, Mapping):  # a study on record says also what followed from it
+    if isinstance(values, Mapping):  # the study.yaml of a record also has a `plan`
         values = {key: value for key, value in values.items() if key != PLAN}
     return validate_spec(values, str(path))
 
 
 def validate_spec(values: Any, origin: str) -> StudySpec:
-    """The frozen study of plain values; `origin` is named in errors."""
+    """Validate plain values as a study; `origin` is the source named in errors."""
     if not isinstance(values, Mapping):
         raise ConfigurationError(f"{origin}: expected a mapping with name, baseline, models, tuning and arms")
     try:
@@ -343,7 +344,7 @@ def validate_spec(values: Any, origin: str) -> StudySpec:
 
 
 def points(search: Mapping[str, Space]) -> list[dict[str, Value]]:
-    """Every combination of a search's choices, the last key varying fastest."""
+    """Return every combination of a search's choices, the last key varying fastest."""
     spaces = [space.values for space in search.values() if isinstance(space, Choices)]
     return [dict(zip(search, combination, strict=True)) for combination in itertools.product(*spaces)]
 

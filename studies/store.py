@@ -1,12 +1,12 @@
-"""Where a study's trials are: at work under runs/, and, when they have ended, in the study's tables.
+"""Storage of a study's trials: run directories under runs/, and tables of finished trials under results/.
 
 runs/<study>/<trial>/           a run: checkpoints, every metric line (not committed)
-results/<study>/study.yaml      the study as it is run, and under `plan` what followed from it
-results/<study>/trials.csv      a row a trial (analysis/trial_tables.py)
+results/<study>/study.yaml      the study as run; `plan` holds what was derived from it
+results/<study>/trials.csv      a row per trial (analysis/trial_tables.py)
 results/<study>/curves.parquet  its metric lines, thinned
 
-A run that has ended stays at work until `compact` takes it into the tables, at the end of a sitting. Both count as on
-record, so that a sitting that is killed loses nothing.
+`compact` adds finished runs to the tables at the end of `study.py run`. A finished run counts as recorded in either
+place, so nothing is lost if the process is killed.
 """
 
 import fcntl
@@ -39,7 +39,7 @@ from training.config import ConfigurationError
 from training.records import SUMMARY_FILE, RecordError, RunRecord, read_summary
 
 LOCK_FILE = ".lock"
-# Lines kept of a run: enough for every figure, a few kilobytes.
+# Lines kept per run: enough for every figure, in a few kilobytes.
 _TRAIN_LINES = {"tuning": 30, "reporting": 100}
 _HESSIAN_LINES = {"tuning": 0, "reporting": 8}
 
@@ -60,32 +60,31 @@ class Places:
 
 
 def outcomes(places: Places) -> dict[str, Outcome]:
-    """The trials that have ended, by name: those in the tables, and those at work that are not in them yet."""
+    """Return the outcomes of finished trials by name, from the tables and from run directories."""
     return _at_work(places) | _in_tables(read_trials(places.records))
 
 
 def read_outcome(directory: Path) -> Outcome | None:
-    """How the run in a directory ended; None where it has not, or was preempted or failed and can be run again.
+    """Return the outcome of the run in a directory; None if it is unfinished, preempted or failed.
 
     Raises:
-        RecordError: its summary cannot be read, or is damaged.
+        RecordError: its summary cannot be read or is damaged.
     """
     return _outcome(read_summary(directory), directory / SUMMARY_FILE)
 
 
 def compact(spec: StudySpec, places: Places) -> list[str]:
-    """Take the runs that have ended at work into the tables, and write study.yaml and trials.csv as the study now is.
+    """Add finished runs to the tables, and write study.yaml and trials.csv for the current study.
 
-    Of processes that do so at once each waits for the other. A trial that the study no longer has keeps its row, set
-    aside.
+    A lock serialises concurrent calls. A trial that is no longer in the study keeps its row, marked "set aside".
 
     Returns:
-        The trials that were taken in.
+        The trials that were added.
 
     Raises:
-        ConfigurationError: reported runs are on record, and the seeds or the level were changed since, or some of these
-            runs left out.
-        RecordError: a table is damaged, or a run at work; the other runs are taken in before.
+        ConfigurationError: reported runs are on record, and the seeds or the level changed since, or some of these runs
+            are no longer in the study.
+        RecordError: a table or a run is damaged; the other runs are added first.
     """
     with _locked(places.records):
         rows = {row.trial: row for row in read_trials(places.records)}
@@ -112,8 +111,8 @@ def compact(spec: StudySpec, places: Places) -> list[str]:
         names = {trial.name for trial in current.trials}
         aside = [replace(row, phase="set aside") for row in rows.values() if row.trial not in names and row.summary]
         if taken:
-            # A trial is on record when it has its row. So its lines are written first, and lines without a row, of a
-            # process that was killed in between, do not count.
+            # A trial is recorded once it has a row. Write its lines first: lines without a row, from a process that was
+            # killed in between, are ignored.
             before = read_curves(places.records)
             before = before.filter(pc.is_in(before["trial"], pa.array(list(ended), pa.string())))
             write_curves(places.records, [before, *curves])
@@ -128,12 +127,12 @@ def compact(spec: StudySpec, places: Places) -> list[str]:
 
 
 def free(trial: Trial, places: Places) -> None:
-    """Give back the space of an ended run's checkpoints."""
+    """Delete the checkpoints of a finished run."""
     shutil.rmtree(places.run(trial) / "checkpoints", ignore_errors=True)
 
 
 def thinned(lines: Iterable[dict[str, Any]], phase: str) -> list[dict[str, Any]]:
-    """All eval and event lines; of train and hessian lines a few at equal distances, the last one always."""
+    """Keep all eval and event lines, and equally spaced train and hessian lines including the last."""
     listed = list(lines)
     kept = {index for index, line in enumerate(listed) if line["kind"] in ("eval", "event")}
     for kind, limit in (("train", _TRAIN_LINES[phase]), ("hessian", _HESSIAN_LINES[phase])):
@@ -171,7 +170,7 @@ def _outcome(summary: Mapping[str, Any] | None, where: Path | str) -> Outcome | 
         return None
     loss = summary.get("final_val_loss")
     if loss is None:
-        raise RecordError(f"{where} is damaged: a completed run has a final_val_loss")
+        raise RecordError(f"{where} is damaged: a completed run without final_val_loss")
     return Outcome("completed", float(loss))
 
 
@@ -191,26 +190,26 @@ def _refuse_changes_after_looking(spec: StudySpec, known: Mapping[str, Outcome],
     changed = _changed(before, spec) or _left_out(reported, spec)
     if reported and changed:
         raise ConfigurationError(
-            f"{spec.name}: {changed} after reported runs were seen; what is reported is fixed beforehand. "
-            f"Restore it as in {path}, or begin a study of another name"
+            f"{spec.name}: {changed} after results were reported; restore it as in {path}, or start a study with another "
+            "name"
         )
 
 
 def _changed(before: StudySpec, after: StudySpec) -> str:
-    """What must not change and did, in words; empty if nothing did. New models, arms and ablations may come."""
+    """Describe a change that is not allowed; empty if there is none. New models, arms and ablations are allowed."""
     for model, spec in before.models.items():
         if model in after.models and after.models[model].seeds != spec.seeds:
-            return f"models.{model}.seeds went from {list(spec.seeds)} to {list(after.models[model].seeds)}"
+            return f"models.{model}.seeds changed from {list(spec.seeds)} to {list(after.models[model].seeds)}"
     if after.level != before.level:
-        return f"level went from {before.level:g} to {after.level:g}"
-    return "" if after.baseline == before.baseline else f"baseline went from {before.baseline} to {after.baseline}"
+        return f"level changed from {before.level:g} to {after.level:g}"
+    return "" if after.baseline == before.baseline else f"baseline changed from {before.baseline} to {after.baseline}"
 
 
 def _left_out(reported: Iterable[tuple[str, str, int]], after: StudySpec) -> str:
-    """The first cell with runs on record that a study no longer reports, in words."""
+    """Describe the first recorded cell that the study no longer reports; empty if there is none."""
     kept = {(arm, model, horizon) for arm, model, horizon, phase in expected_trials(after) if phase == "reporting"}
     gone = next((cell for cell in reported if cell not in kept), None)
-    return "" if gone is None else f"{gone[0]} on {gone[1]} at {gone[2]:,} steps was left out"
+    return "" if gone is None else f"{gone[0]} on {gone[1]} at {gone[2]:,} steps was removed"
 
 
 def _write_spec(spec: StudySpec, current: Expansion, path: Path) -> None:

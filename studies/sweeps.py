@@ -1,4 +1,4 @@
-"""W&B sweep files from the same search spaces: for whoever lets W&B's agents search instead."""
+"""W&B sweep files from a study's search spaces, to let W&B's agents search instead."""
 
 import itertools
 import re
@@ -17,10 +17,10 @@ _METHODS = {"grid": "grid", "random": "random", "halton": "random", "coordinate"
 
 
 def sweep(spec: StudySpec, arm: str, model: str) -> dict[str, Any]:
-    """The sweep of one arm on one model at its tuning horizon, as W&B's configuration.
+    """Return the W&B configuration of a sweep of one arm on one model at its tuning horizon.
 
-    W&B has no coordinate descent: its Bayesian search takes that place. Elements of a list are swept as whole lists,
-    since the command line cannot override an element.
+    W&B has no coordinate descent; its Bayesian search replaces it. List elements are swept as whole lists, because the
+    command line cannot override an element.
     """
     search = spec.arms[arm].search
     horizon = spec.models[model].tune_at
@@ -50,7 +50,7 @@ def sweep(spec: StudySpec, arm: str, model: str) -> dict[str, Any]:
         "name": f"{spec.name}: {arm} on {model}, {horizon} steps",
         "program": "train.py",
         "method": _METHODS[spec.tuning.method],
-        # Of a run's summary, a plain number: the end of the decayed run, not the lowest reading on the way.
+        # The final validation loss, not the lowest one during the run.
         "metric": {"name": "final_val_loss", "goal": "minimize"},
         "run_cap": spec.tuning.trials,
         "parameters": parameters,
@@ -59,7 +59,7 @@ def sweep(spec: StudySpec, arm: str, model: str) -> dict[str, Any]:
 
 
 def write_sweeps(spec: StudySpec, directory: Path) -> list[Path]:
-    """A file for each arm with something to search on each model that is tuned in full."""
+    """Write a file for each arm with a search on each model with a full search."""
     directory.mkdir(parents=True, exist_ok=True)
     written = []
     for model, model_spec in spec.models.items():

@@ -1,4 +1,4 @@
-"""Reference times: what each kind of work costs each arm, measured in turn on a machine that does nothing else."""
+"""Reference times: the time of each kind of work in each arm, measured in turn on an idle machine."""
 
 import os
 from collections.abc import Callable
@@ -20,12 +20,12 @@ def measure(
     *,
     steps: int = 40,
     rounds: int = 3,
-    tell: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> ReferenceTimes:
-    """Time a short run of every arm on every model, in turns so that a drift of the machine touches all alike.
+    """Time a short run of every arm on every model, interleaved so that drift of the machine affects all alike.
 
-    Ablations, which no verdict is about, are not timed. Each arm runs with the hyper-parameters that it is reported
-    with. The result is written beside the study's tables, where the report finds it.
+    Each arm runs with its reported hyper-parameters. Ablations are not timed. The result is written next to the study's
+    tables for the report.
 
     Raises:
         ValueError: no reported trial is planned yet.
@@ -33,18 +33,18 @@ def measure(
     """
     load = os.getloadavg()[0]
     if load > 0.3 * (os.cpu_count() or 1):
-        raise RuntimeError(f"the machine is busy (load {load:.1f}): times measured now would be its noise; wait")
+        raise RuntimeError(f"the machine is busy (load {load:.1f}); measure times when it is idle")
     chosen: dict[tuple[str, str], Trial] = {}
     for trial in expand(spec, outcomes(places)).trials:
         if trial.phase == "reporting" and trial.arm in spec.arms:
             chosen.setdefault((trial.arm, trial.model), trial)
     if not chosen:
-        raise ValueError(f"{spec.name}: no arm's hyper-parameters are found yet; run the study first")
+        raise ValueError(f"{spec.name}: no arm has tuned hyper-parameters yet; run the study first")
     measured = []
     for turn in range(rounds):
         for (arm, model), trial in chosen.items():
             name = f"time-{arm}-{model}-{turn}"
-            tell(f"timing {arm} on {model}, round {turn + 1} of {rounds}")
+            log(f"timing {arm} on {model}, round {turn + 1} of {rounds}")
             overrides = [one for one in trial.overrides if one.split("=")[0] not in ("train.steps", "eval.interval")]
             own = [f"train.steps={steps}", f"eval.interval={steps}", "overwrite=true", f"name={name}"]
             (code,) = launch([[*overrides, *own, f"output_dir={places.work}"]])

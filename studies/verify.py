@@ -1,4 +1,4 @@
-"""Check a study's records: rerun trials from their rows and compare each curve with the one on record."""
+"""Verify a study's records: rerun trials from their rows and compare the curves with the recorded ones."""
 
 import math
 import os
@@ -26,19 +26,19 @@ _TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 @dataclass(frozen=True)
 class Verification:
-    """How far a run made again is from its record."""
+    """The difference between a rerun trial and its record."""
 
     trial: str
     arm: str
     model: str
     steps: int
     seed: int
-    lines: int  # of evaluation and training, in both
-    # nats, the largest between losses of one kind and step; infinite where one run alone has a finite one, has the line at
-    # all, or ended as it did
+    lines: int  # eval and train lines in both
+    # nats, the largest difference between losses of the same kind and step; infinite if only one run has the line or a
+    # finite loss in it, or if their statuses differ
     difference: float
     recorded_on: str
-    made_again_on: str
+    rerun_on: str
 
     @property
     def holds(self) -> bool:
@@ -46,15 +46,16 @@ class Verification:
 
 
 def chosen(study: Study, names: Sequence[str] = ()) -> list[RecordedTrial]:
-    """The trials of these names; by default one reported run of each arm on each model: of the shortest horizon, the first
-    seed, completed if any is.
+    """Return the named trials, by default one reported run of each arm on each model.
+
+    The default is the first seed at the shortest horizon, a completed run if there is one.
 
     Raises:
-        ValueError: no trial on record has such a name; or nothing has been reported yet.
+        ValueError: no recorded trial has this name, or no reported run is on record.
     """
     known = {trial.origin.name: trial for trial in study.trials if trial.run is not None}
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{unknown[0]}: no such trial is on record; give names from the column trial of trials.csv")
+        raise ValueError(f"{unknown[0]}: no such trial on record; give names from the column trial of trials.csv")
     if names:
         return [known[name] for name in names]
     reported = [trial for trial in study.reporting if trial.run is not None and study.arms[trial.arm].role == "arm"]
@@ -67,32 +68,31 @@ def chosen(study: Study, names: Sequence[str] = ()) -> list[RecordedTrial]:
 
 
 def verify(
-    trials: Sequence[RecordedTrial], work: Path, records: Path, *, tell: Callable[[str], None] = print
+    trials: Sequence[RecordedTrial], work: Path, records: Path, *, log: Callable[[str], None] = print
 ) -> list[Verification]:
-    """Run trials again from their rows, as many side by side as the cores allow at the recorded number of threads, and
-    compare.
+    """Rerun trials from their rows and compare. Runs in parallel as far as cores and recorded threads allow.
 
-    The result is also written to `verification.json` beside the study's tables.
+    The result is also written to `verification.json` next to the study's tables.
 
     Args:
-        trials: those that `chosen` gives.
-        work: where the runs are made.
+        trials: the result of `chosen`.
+        work: directory for the reruns.
         records: the study's directory of records.
 
     Raises:
-        RuntimeError: runs failed; their logs are named, and what the others have shown is written.
+        RuntimeError: runs failed. The message names their logs; the results of the others are written.
     """
     rows = {row.trial: row for row in read_trials(records)}
     failures: list[str] = []
 
     def once_more(trial: RecordedTrial) -> Verification | None:
-        tell(f"{trial.arm} on {trial.model}, {trial.horizon:,} steps, seed {trial.seed}: begins")
+        log(f"{trial.arm} on {trial.model}, {trial.horizon:,} steps, seed {trial.seed}: started")
         try:
             found = compare(trial, _run_again(rows[trial.origin.name], work))
         except (ConfigurationError, RecordError, RuntimeError) as error:
             failures.append(f"{trial.origin.name}: {error}" if isinstance(error, ConfigurationError) else str(error))
             return None
-        tell(f"{trial.arm} on {trial.model}: {found.difference:.2g} nats at most between {found.lines} lines")
+        log(f"{trial.arm} on {trial.model}: largest difference {found.difference:.2g} nats over {found.lines} lines")
         return found
 
     with ThreadPoolExecutor(_together(trials)) as pool:
@@ -106,7 +106,7 @@ def verify(
 
 
 def compare(trial: RecordedTrial, again: Path) -> Verification:
-    """A recorded trial against a run made again. The record may have been thinned, the run made again has every line.
+    """Compare a recorded trial, whose lines may be thinned, with its rerun.
 
     Raises:
         RecordError: they have no line in common.
@@ -127,27 +127,27 @@ def compare(trial: RecordedTrial, again: Path) -> Verification:
         lines=len(common),
         difference=max(_distance(recorded[key], repeated[key]) for key in common) if same_end else math.inf,
         recorded_on=_machine(before.environment),
-        made_again_on=_machine(after.environment),
+        rerun_on=_machine(after.environment),
     )
 
 
 def unequal(results: Sequence[Verification]) -> list[str]:
-    """A sentence for each run that differs by more than the tolerance."""
+    """Return a sentence for each run that differs by more than the tolerance."""
     return [
         f"{one.trial}: {one.difference:.2g} nats from its record, more than {TOLERANCE:g}"
-        + ("" if one.recorded_on == one.made_again_on else f" (recorded on {one.recorded_on}, now {one.made_again_on})")
+        + ("" if one.recorded_on == one.rerun_on else f" (recorded on {one.recorded_on}, now {one.rerun_on})")
         for one in results
         if not one.holds
     ]
 
 
 def _run_again(row: TrialRow, work: Path) -> Path:
-    without_removed(row.config)  # refuses what this version cannot run, with the commit to use
+    without_removed(row.config)  # raises for a removed key, naming the commit to use
     target, log = work / row.trial, work / f"{row.trial}.log"
     given = work / "configurations" / row.trial
     given.mkdir(parents=True, exist_ok=True)
     write_config(given, row.config)
-    (target / SUMMARY_FILE).unlink(missing_ok=True)  # an earlier call's would vouch for a run that never began
+    (target / SUMMARY_FILE).unlink(missing_ok=True)  # an old summary would hide a run that fails to start
     command = [sys.executable, str(_TRAIN), "--config-path", str(given.absolute())]
     command += [f"output_dir={work.absolute()}", "overwrite=true", "tracker.name=none"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(_threads(row.environment))}
@@ -159,7 +159,7 @@ def _run_again(row: TrialRow, work: Path) -> Path:
 
 
 def _together(trials: Sequence[RecordedTrial]) -> int:
-    """How many of the runs fit side by side: by cores, and one at a time where there is an accelerator."""
+    """Return how many runs fit in parallel, by cores; one at a time on an accelerator."""
     environments = [trial.run.environment for trial in trials if trial.run is not None]
     if any(environment.get("hardware", {}).get("gpu") for environment in environments):
         return 1
@@ -196,7 +196,7 @@ def _losses(record: RunRecord) -> dict[tuple[str, int], float]:
 
 
 def _distance(one: float, other: float) -> float:
-    """Between two losses; runs that are not finite at the same place agree."""
+    """Return the difference of two losses; it is 0 if neither is finite."""
     if math.isfinite(one) != math.isfinite(other):
         return math.inf
     return abs(one - other) if math.isfinite(one) else 0.0

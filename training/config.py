@@ -1,9 +1,9 @@
-"""The validated configuration: frozen models that the rest of the code reads, and errors that name key, value and remedy.
+"""The validated configuration: frozen models, and errors that name key, value and remedy.
 
-Hydra composes YAML groups into a plain dictionary (training/compose.py); `RunConfig.model_validate` turns that dictionary
-into the typed object below or fails. Nothing else reads a raw configuration.
+Hydra composes YAML groups into a plain dictionary (training/compose.py). `RunConfig.model_validate` turns it into the
+typed object below or fails. Nothing else reads a raw configuration.
 
-The line below a key is its meaning: --help and --cfg job show it (training/launching/help.py).
+The string below a key is its documentation: --help and --cfg job show it (training/launching/help.py).
 """
 
 import hashlib
@@ -16,22 +16,22 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 
 def whole(value: Any) -> Any:
-    """A float that is a whole number, such as 1e3, as the integer that it is meant to be; anything else as it is."""
+    """Convert a whole float such as 1e3 to an integer; return anything else unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_INT else value
 
 
-MAX_INT = 2**63 - 1  # what generators and counters take
+MAX_INT = 2**63 - 1  # the limit of generators and counters
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT, strict=True), BeforeValidator(whole)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INT, strict=True), BeforeValidator(whole)]
-YEAR = 366 * 24 * 60  # minutes; a clock's wait overflows at much longer ones
+YEAR = 366 * 24 * 60  # minutes; much longer waits overflow
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-# A component of paths, alone or with others (`run_name`, <data.name>-<tokenizer>); a file system takes 255 bytes of one.
+# Part of a path component (`run_name`, <data.name>-<tokenizer>), which file systems limit to 255 bytes.
 NAME_CHARACTERS = 200
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=NAME_CHARACTERS)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-# float32 rounds less to nothing, and 0 / 0 is a step of NaN.
+# Anything less rounds to zero in float32, and 0 / 0 gives NaN weights.
 Epsilon = Annotated[float, Field(ge=2.0**-126, allow_inf_nan=False)]
 
 
@@ -40,11 +40,11 @@ class ConfigurationError(ValueError):
 
 
 class RunHeldError(ConfigurationError):
-    """Another process has the run directory; the message names it."""
+    """Another process holds the run directory; the message names it."""
 
 
 class RankRefusedError(ConfigurationError):
-    """One rank alone cannot take part; it says so itself."""
+    """Only this rank is refused, and it prints the message itself."""
 
 
 class Section(BaseModel):
@@ -55,23 +55,23 @@ class ModelConfig(Section):
     """GPT-2's shape; the vocabulary is the tokenizer's. `init_from` is a directory of Hugging Face GPT-2 weights."""
 
     name: Name
-    """The model's name in the derived name of the run."""
+    """Model name, part of the default run name."""
     n_layer: PositiveInt
     """Transformer blocks."""
     n_head: PositiveInt
-    """Attention heads of each block; they divide n_embd."""
+    """Attention heads per block; must divide n_embd."""
     n_embd: PositiveInt
     """Width of the residual stream."""
     block_size: PositiveInt = 1024
-    """The longest context, in tokens."""
+    """Longest context, in tokens."""
     bias: bool = False
     """Biases in the linear layers and layer norms."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability with which activations are dropped in training."""
+    """Dropout probability in training."""
     attention_layer_scaling: bool = False
-    """Divide the attention logits of layer i by i + 1 as well (the paper's attention trick)."""
+    """Also divide the attention logits of layer i by i + 1 (a stability trick of the paper)."""
     init_from: str | None = None
-    """A directory of Hugging Face GPT-2 weights to begin with; null: initial weights from seeds.model."""
+    """Directory of Hugging Face GPT-2 weights to start from; null: random weights from seeds.model."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -84,21 +84,21 @@ class ModelConfig(Section):
 
 
 class ValidationSplitConfig(Section):
-    """Which documents are validation: by hash of the text, or nanoGPT's shuffled row indices."""
+    """Which documents are for validation: by hash of the text, or by nanoGPT's shuffled row indices."""
 
     rule: Literal["hash", "nanogpt"] = "hash"
     """How validation documents are chosen: hash (of their text) or nanogpt (its shuffled row indices)."""
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the documents that is validation."""
+    """Share of the documents used for validation."""
     seed: NonNegativeInt = 2357
-    """Seed of the split; it does not follow seed=."""
+    """Seed of the split; independent of seed=."""
 
 
 class SampleDataConfig(Section):
     kind: Literal["sample"]
     """Where documents come from: sample (embedded), hub (Hugging Face) or files (your own)."""
     name: Name
-    """The corpus's name in its token directory and in the derived name of the run."""
+    """Corpus name, part of the token directory and of the default run name."""
     directory: str = "tokens"
     """Where token directories are kept."""
 
@@ -107,9 +107,9 @@ class HubDataConfig(Section):
     kind: Literal["hub"]
     """Where documents come from: sample (embedded), hub (Hugging Face) or files (your own)."""
     name: Name
-    """The corpus's name in its token directory and in the derived name of the run."""
+    """Corpus name, part of the token directory and of the default run name."""
     repository: str
-    """Dataset repository on the Hugging Face hub."""
+    """Dataset repository on the Hugging Face Hub."""
     revision: str
     """Commit of the repository."""
     files: str
@@ -117,7 +117,7 @@ class HubDataConfig(Section):
     text_column: str = "text"
     """Column that holds the text."""
     local: str | None = None
-    """A directory with the same files, read in place of the hub; null: download."""
+    """Local directory with the same files; null: download from the Hub."""
     validation: ValidationSplitConfig
     directory: str = "tokens"
     """Where token directories are kept."""
@@ -127,7 +127,7 @@ class FilesDataConfig(Section):
     kind: Literal["files"]
     """Where documents come from: sample (embedded), hub (Hugging Face) or files (your own)."""
     name: Name
-    """The corpus's name in its token directory and in the derived name of the run."""
+    """Corpus name, part of the token directory and of the default run name."""
     paths: Annotated[tuple[str, ...], Field(min_length=1)]
     """Globs of .txt, .jsonl, .jsonl.gz and .parquet files."""
     text_column: str = "text"
@@ -161,24 +161,23 @@ class TokenizerConfig(Section):
 
 
 class OptimizerSettings(Section):
-    """What every optimizer has. The rate of the embeddings, which are the output layer too, is lr · embedding_lr_ratio;
-    with `decay_embeddings` false they have no weight decay."""
+    """Keys of every optimizer. The embeddings, which are also the output layer, train at lr · embedding_lr_ratio."""
 
     lr: PositiveFloat
     """Peak learning rate."""
     embedding_lr_ratio: PositiveFloat = 1.0
-    """Learning rate of the embeddings (the output layer too) over lr."""
+    """Learning rate of the embeddings (and the tied output layer) as a multiple of lr."""
     decay_embeddings: bool = True
-    """Weight decay of token and position embeddings; false: none."""
+    """Apply weight decay to token and position embeddings."""
 
 
 class AdamWConfig(OptimizerSettings):
     name: Literal["adamw"]
     """The optimizer."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """β1 and β2: decay of the averages of gradient and squared gradient."""
+    """β1 and β2: decay rates of the averages of gradient and squared gradient."""
     eps: Epsilon = 1e-8
-    """Added to the root of the second moment."""
+    """ε, added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices and embeddings."""
 
@@ -187,7 +186,7 @@ class LionConfig(OptimizerSettings):
     name: Literal["lion"]
     """The optimizer."""
     betas: tuple[Beta, Beta] = (0.95, 0.98)
-    """β1 (of the update) and β2 (of the momentum)."""
+    """β1 (in the update) and β2 (of the momentum)."""
     weight_decay: NonNegativeFloat
     """Decoupled weight decay of matrices and embeddings."""
 
@@ -198,7 +197,7 @@ class SignumConfig(OptimizerSettings):
     name: Literal["signum"]
     """The optimizer."""
     betas: tuple[Beta] = (0.96,)
-    """β1: decay of the momentum."""
+    """β1: decay rate of the momentum."""
     weight_decay: NonNegativeFloat
     """Decoupled weight decay of matrices and embeddings."""
 
@@ -213,26 +212,26 @@ class MuonConfig(OptimizerSettings):
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices and embeddings."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """β1 and β2 of AdamW, which trains the rest."""
+    """β1 and β2 of AdamW, which trains the other parameters."""
     eps: Epsilon = 1e-8
-    """ε of AdamW, which trains the rest."""
+    """ε of AdamW, which trains the other parameters."""
 
 
 Estimator = Literal["gnb", "hutchinson", "hutchinson_differences", "empirical_fisher"]
 
 
 class CurvatureSettings(OptimizerSettings):
-    """What every method with a curvature pass shares."""
+    """Keys of every optimizer with a curvature pass."""
 
     hessian_interval: PositiveInt = 10
-    """k: steps from one curvature estimate to the next."""
+    """k: steps between curvature estimates."""
     batch_fraction: Fraction = 0.5
-    """Share of the global batch on which the curvature is estimated."""
+    """Share of the global batch used for the curvature estimate."""
     estimator: Estimator
     """Estimator of the Hessian's diagonal: gnb, hutchinson, hutchinson_differences or empirical_fisher."""
 
 
-# Keys of Sophia's section up to commit 3b433fa, with the values that switched them off (docs/decisions.md).
+# Keys that SophiaConfig had up to commit 3b433fa, with the values that switched them off (docs/decisions.md).
 REMOVED: Mapping[str, Any] = {"bias_correction": False, "label_draws": 1, "warm_start": 0, "unclipped_target": None}
 LAST_WITH_REMOVED = "3b433fa"
 
@@ -243,9 +242,9 @@ class SophiaConfig(CurvatureSettings):
     betas: tuple[Beta, Beta] = (0.96, 0.99)
     """β1 (of the momentum m) and β2 (of the curvature h)."""
     gamma: PositiveFloat
-    """γ: m is divided by max(γ h, ε); a larger γ clips fewer coordinates."""
+    """γ: the update is m / max(γh, ε); a larger γ clips fewer coordinates."""
     eps: Epsilon = 1e-12
-    """ε: the least denominator."""
+    """ε: the smallest denominator."""
     weight_decay: NonNegativeFloat = 0.2
     """Decoupled weight decay of matrices and embeddings."""
     clip: bool = True
@@ -256,9 +255,9 @@ class AdaHessianConfig(CurvatureSettings):
     name: Literal["adahessian"]
     """The optimizer."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """β1 and β2: decay of the averages of gradient and squared curvature."""
+    """β1 and β2: decay rates of the averages of gradient and squared curvature."""
     eps: Epsilon = 1e-4
-    """Added to the root of the averaged squared curvature."""
+    """ε, added to the root of the averaged squared curvature."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices and embeddings."""
     estimator: Literal["hutchinson", "hutchinson_differences"] = "hutchinson"
@@ -271,26 +270,26 @@ OptimizerConfig = Annotated[
 
 
 class ScheduleConfig(Section):
-    """Learning rate over steps, as a factor of the peak. Warm-up in steps where given, else as a share of the run."""
+    """The learning rate over steps, as a factor of the peak."""
 
     name: Literal["cosine", "wsd", "constant"]
-    """The learning rate after warm-up: cosine, wsd (stable, then linear decay) or constant."""
+    """Learning rate after warm-up: cosine, wsd (stable, then linear decay) or constant."""
     warmup_steps: NonNegativeInt | None = None
-    """Steps of linear warm-up; null: warmup_share of the run."""
+    """Steps of linear warm-up; null: use warmup_share."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the run that is warm-up, where warmup_steps is null."""
+    """Share of the run spent on warm-up if warmup_steps is null."""
     final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Last learning rate over the peak (cosine, wsd)."""
+    """Final learning rate as a fraction of the peak (cosine, wsd)."""
     decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of the run in which wsd decays."""
 
     def warmup(self, steps: int) -> int:
-        """Warm-up steps of a run of so many steps."""
+        """Return the number of warm-up steps in a run of `steps` steps."""
         return self.warmup_steps if self.warmup_steps is not None else round(self.warmup_share * steps)
 
 
 class DDPConfig(Section):
-    """Replicas with averaged gradients; a plain single process at world size 1. `single` insists on one process."""
+    """Replicas with averaged gradients; a plain single process at world size 1. `single` refuses more than one rank."""
 
     name: Literal["ddp", "single"]
     """ddp (replicas; a plain process at world size 1), single (one process), fsdp or deepspeed."""
@@ -302,16 +301,16 @@ class FSDPConfig(Section):
     activation_checkpointing: bool = False
     """Recompute each block's activations in the backward: less memory, more compute."""
     reshard_after_forward: bool = True
-    """Free a block's gathered parameters after its forward: less memory, more traffic."""
+    """Free a block's gathered parameters after its forward: less memory, more communication."""
 
 
 class DeepSpeedConfig(Section):
     name: Literal["deepspeed"]
     """ddp (replicas; a plain process at world size 1), single (one process), fsdp or deepspeed."""
     zero_stage: Annotated[PositiveInt, Field(le=3)] = 2
-    """What ZeRO shards: 1 optimizer state, 2 gradients too, 3 parameters too."""
+    """What ZeRO shards: 1 optimizer state, 2 also gradients, 3 also parameters."""
     offload_optimizer: bool = False
-    """Keep optimizer state and update on the CPU."""
+    """Keep the optimizer state and its update on the CPU."""
 
 
 StrategyConfig = Annotated[DDPConfig | FSDPConfig | DeepSpeedConfig, Field(discriminator="name")]
@@ -319,80 +318,69 @@ StrategyConfig = Annotated[DDPConfig | FSDPConfig | DeepSpeedConfig, Field(discr
 
 class SeedsConfig(Section):
     model: NonNegativeInt
-    """Seed of the initial weights and of dropout; follows seed=."""
+    """Seed of the initial weights and of dropout; default: the value of seed."""
     data: NonNegativeInt
-    """Seed of the order of the sequences; follows seed=."""
+    """Seed of the order of the sequences; default: the value of seed."""
     curvature: NonNegativeInt
-    """Seed of sampled labels and Hutchinson's noise; follows seed=."""
+    """Seed of sampled labels and Hutchinson's noise; default: the value of seed."""
 
 
 class TrainConfig(Section):
     steps: PositiveInt
-    """Optimizer steps of the run."""
+    """Number of optimizer steps."""
     global_batch_size: PositiveInt
-    """Sequences of a step, over all ranks."""
+    """Sequences per step, over all ranks."""
     micro_batch_size: PositiveInt | None = None
     """Sequences per forward on each rank; null: no accumulation."""
     sequence_length: PositiveInt
-    """Tokens of a sequence; at most model.block_size."""
+    """Tokens per sequence; at most model.block_size."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto, fp32 or bf16 (autocast; weights stay fp32). auto: bf16 where the hardware has it."""
+    """auto, fp32 or bf16 (autocast; weights stay fp32). auto: bf16 if the hardware supports it."""
     compile: Literal["auto"] | bool = "auto"
-    """auto, true or false: torch.compile. auto: where a compiler works."""
+    """auto, true or false: torch.compile. auto: if a compiler works."""
     shared_forward: bool = True
-    """Draw gnb's labels in the training forward where the strategy can (ddp, single)."""
+    """Sample gnb's labels in the training forward if the strategy can (ddp, single)."""
     grad_clip: PositiveFloat | None = 1.0
-    """Largest norm of the mean gradient; null: no clip."""
+    """Maximum norm of the mean gradient; null: no clipping."""
     deterministic: bool = False
     """Deterministic kernels: a resumed run on CUDA has the same curve bit for bit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto, cpu or cuda. auto: CUDA where there is a device."""
+    """auto, cpu or cuda. auto: CUDA if available."""
     max_skipped_steps: NonNegativeInt = 10
-    """Non-finite steps in a row that are allowed; one more ends the run as diverged."""
+    """Non-finite steps allowed in a row; one more ends the run as diverged."""
 
 
 class EvalConfig(Section):
-    """`tokens`: the first so many validation tokens, null for the whole set."""
-
     interval: PositiveInt
-    """Steps from one evaluation to the next."""
+    """Steps between evaluations."""
     tokens: PositiveInt | None = None
-    """Validation tokens of an evaluation; null: the whole set."""
+    """Validate on the first so many validation tokens; null: the whole set."""
     micro_batch_size: PositiveInt | None = None
     """Sequences per forward; null: as in training."""
 
 
 class CheckpointConfig(Section):
-    """`interval` in steps, null for a single checkpoint at the end.
-
-    Kept are the newest `keep`, those whose step is a multiple of `keep_every`, and with `keep_best` the one with the
-    lowest validation loss of those at whose step there was an evaluation.
-    """
+    """When to save checkpoints and which to keep. `keep_best` considers checkpoints whose step was also evaluated."""
 
     interval: PositiveInt | None = None
-    """Steps from one checkpoint to the next; null: at the end only."""
+    """Steps between checkpoints; null: only at the end."""
     keep: PositiveInt = 2
-    """Checkpoints kept: the newest."""
+    """Number of newest checkpoints to keep."""
     keep_every: PositiveInt | None = None
-    """Steps: checkpoints at multiples of it are kept for good; null: none."""
+    """Also keep checkpoints at multiples of this many steps; null: none."""
     keep_best: bool = True
-    """Keep the checkpoint with the lowest validation loss too."""
+    """Also keep the checkpoint with the lowest validation loss."""
 
 
 class GuardsConfig(Section):
-    """What a run watches itself for; none of it changes the curve.
-
-    A loss `spike_deviations` standard deviations above its running mean is an event of the record; every
-    `weights_interval` steps the ranks compare what should be the same on all of them; a run without progress for
-    `hang_minutes` shows the stacks of all ranks and stops. null: not watched.
-    """
+    """Checks during a run. None of them changes the curve."""
 
     spike_deviations: PositiveFloat | None = 6.0
-    """Standard deviations above its running mean at which a loss is an event; null: not watched."""
+    """Record a loss this many standard deviations above its running mean as a spike; null: never."""
     weights_interval: PositiveInt | None = 100
-    """Steps from one comparison of the ranks' weights to the next; null: never."""
+    """Steps between comparisons of the ranks' weights; null: never."""
     hang_minutes: Annotated[PositiveFloat, Field(le=YEAR)] | None = 10.0
-    """Minutes without progress before the stacks of all ranks are shown and the run stops; null: never."""
+    """Minutes without progress after which the run prints all ranks' stacks and stops; null: never."""
 
 
 class TrackerConfig(Section):
@@ -401,7 +389,7 @@ class TrackerConfig(Section):
     project: str = "sophia"
     """W&B project."""
     entity: str | None = None
-    """W&B user or team; null: the account's own."""
+    """W&B user or team; null: your account's default."""
     group: str | None = None
     """W&B group; null: <model>-<data>."""
     tags: tuple[str, ...] = ()
@@ -409,48 +397,48 @@ class TrackerConfig(Section):
 
 
 class LocalLauncherConfig(Section):
-    """Ranks on this machine; a sweep's trials one after another."""
+    """Ranks on this machine; a sweep runs its trials one after another."""
 
     name: Literal["local"] = "local"
     """Where runs start: local, joblib, slurm or submitit."""
     nproc_per_node: PositiveInt = 1
     """Ranks that train.py starts on this machine."""
     max_restarts: NonNegativeInt = 0
-    """Times that ranks are started again after one has died, from the last checkpoint; with several ranks only."""
+    """Restarts from the last checkpoint after a rank has died; with several ranks only."""
 
 
 class JoblibLauncherConfig(Section):
-    """Ranks on this machine; `trials` trials of a sweep at a time."""
+    """Ranks on this machine; a sweep runs `trials` trials at a time."""
 
     name: Literal["joblib"]
     """Where runs start: local, joblib, slurm or submitit."""
     trials: PositiveInt = 2
-    """Trials of a sweep at a time."""
+    """Trials of a sweep that run at a time."""
     nproc_per_node: PositiveInt = 1
-    """Ranks of each trial."""
+    """Ranks per trial."""
     max_restarts: NonNegativeInt = 0
-    """Times that ranks are started again after one has died, from the last checkpoint; with several ranks only."""
+    """Restarts from the last checkpoint after a rank has died; with several ranks only."""
 
 
-# They stand in the job script.
+# These are written into the job script.
 SlurmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._,:/+-]*$")]
 
 
 class SlurmLauncherConfig(Section):
-    """Jobs of SLURM, one rank a task; `submitit` makes them processes of this machine."""
+    """SLURM jobs with one rank per task; `submitit` starts processes on this machine instead."""
 
     name: Literal["slurm", "submitit"]
     """Where runs start: local, joblib, slurm or submitit."""
     nodes: PositiveInt = 1
-    """Nodes of a job."""
+    """Nodes per job."""
     nproc_per_node: PositiveInt = 1
-    """Tasks of a node, one rank each."""
+    """Tasks per node, one rank each."""
     gpus_per_node: NonNegativeInt | None = None
-    """GPUs of a node; null: no request, for a partition without GPUs."""
+    """GPUs per node; null: no request, for a partition without GPUs."""
     cpus_per_task: PositiveInt | None = None
-    """CPU cores of a task; null: the cluster's default."""
+    """CPU cores per task; null: the cluster's default."""
     mem_gb: PositiveInt | None = None
-    """Memory of a node in GB; null: the cluster's default."""
+    """Memory per node in GB; null: the cluster's default."""
     partition: SlurmName | None = None
     """SLURM partition; null: the default."""
     account: SlurmName | None = None
@@ -459,20 +447,20 @@ class SlurmLauncherConfig(Section):
     """SLURM quality of service; null: the default."""
     timeout_minutes: Annotated[PositiveInt, Field(le=YEAR)] = 1440
     """Time limit of a job in minutes."""
-    signal_seconds: Annotated[PositiveInt, Field(le=65535)] = 120  # sbatch takes no more
-    """Seconds before the time limit at which the run is told to save; slurm only."""
+    signal_seconds: Annotated[PositiveInt, Field(le=65535)] = 120  # sbatch's maximum
+    """Seconds before the time limit at which the run gets the signal to save; slurm only."""
     requeue: bool = True
-    """Queue a job again that has reached its time limit."""
+    """Requeue a job that reached its time limit."""
     parallel: PositiveInt = 256
     """Jobs of a sweep that run at a time."""
     setup: tuple[str, ...] = ()
-    """Shell commands before the ranks start; only the command line may set them."""
+    """Shell commands to run before the ranks start; only the command line may set them."""
 
     @model_validator(mode="after")
     def _signal_before_the_end(self) -> Self:
         if self.name == "slurm" and self.signal_seconds >= 60 * self.timeout_minutes:
             raise ValueError(
-                f"launcher.signal_seconds={self.signal_seconds} is not before the time-out at launcher.timeout_minutes="
+                f"launcher.signal_seconds={self.signal_seconds} is not shorter than launcher.timeout_minutes="
                 f"{self.timeout_minutes}; leave time to train, for example launcher.signal_seconds=120"
             )
         return self
@@ -484,10 +472,10 @@ LauncherConfig = Annotated[
 
 
 class ProfileConfig(Section):
-    """A torch.profiler trace of `steps` steps after `after`, with a table of the costliest operations."""
+    """A torch.profiler trace of `steps` steps, after the first `after` steps."""
 
     enabled: bool = False
-    """Write a torch.profiler trace and a table of the costliest operations."""
+    """Write a torch.profiler trace and a table of the most expensive operations."""
     after: NonNegativeInt = 5
     """Steps before the trace."""
     steps: PositiveInt = 3
@@ -500,18 +488,18 @@ def _profiled(value: Any) -> Any:
 
 
 class RunConfig(Section):
-    """A complete run. `name` is derived when not given (`run_name`)."""
+    """The configuration of a run. `run_name` derives the name if `name` is null."""
 
     name: Name | None = None
     """Name of the run directory; null: <model>-<data>-<optimizer>-<hash>-s<seed>."""
     seed: NonNegativeInt = 0
     """Sets seeds.model, seeds.data and seeds.curvature."""
     output_dir: str = "runs"
-    """The directory in which run directories are made."""
+    """Parent directory of the run directories."""
     resume: str = "auto"
     """auto (resume an unfinished run), never (refuse an existing run), or the path of a run or a checkpoint."""
     overwrite: bool = False
-    """Replace a run of the same name."""
+    """Replace an existing run of the same name."""
     seeds: SeedsConfig
     model: ModelConfig
     data: DataConfig
@@ -542,12 +530,12 @@ class RunConfig(Section):
             )
         if len(self.run_name) > NAME_CHARACTERS:
             raise ValueError(
-                f"name: {self.run_name} would be longer than {NAME_CHARACTERS} characters; shorten model.name or "
+                f"name: {self.run_name} is longer than {NAME_CHARACTERS} characters; shorten model.name or "
                 "data.name, or give name="
             )
         if self.schedule.warmup_steps is not None and self.schedule.warmup_steps >= self.train.steps:
             raise ValueError(
-                f"schedule.warmup_steps={self.schedule.warmup_steps} leaves nothing of train.steps={self.train.steps}; "
+                f"schedule.warmup_steps={self.schedule.warmup_steps} is not less than train.steps={self.train.steps}; "
                 "choose fewer warm-up steps"
             )
         refuse_impossible_pairs(self)
@@ -563,13 +551,13 @@ class RunConfig(Section):
 
     @property
     def run_name(self) -> str:
-        """The given name or `<model>-<data>-<optimizer>-<hash of the config>-s<seed>`."""
+        """`name`, or `<model>-<data>-<optimizer>-<hash of the config>-s<seed>` if it is null."""
         if self.name is not None:
             return self.name
         return f"{self.model.name}-{self.data.name}-{self.optimizer.name}-{self.identity_hash()[:8]}-s{self.seed}"
 
     def identity(self) -> dict[str, Any]:
-        """What determines the curve, seed apart: two configurations with one identity and seed are one run."""
+        """Return the keys that determine the curve, except the seed. Equal identity and seed mean the same run."""
         full = self.model_dump(mode="json")
         for key in ("name", "seed", "output_dir", "resume", "overwrite"):
             del full[key]
@@ -582,12 +570,12 @@ class RunConfig(Section):
         full["data"].pop("local", None)
         if set(full["seeds"].values()) == {self.seed}:
             del full["seeds"]
-        if self.optimizer.decay_embeddings:  # as in every run from before there was the key
+        if self.optimizer.decay_embeddings:  # runs from before this key existed have the same identity
             del full["optimizer"]["decay_embeddings"]
         return full
 
     def shared_by_ranks(self) -> dict[str, Any]:
-        """What must be the same on all ranks: all but places on a node's disks and what rank 0 alone reads."""
+        """Return the keys that must agree on all ranks: all but local paths and keys that only rank 0 reads."""
         full = self.model_dump(mode="json") | {"name": self.run_name}
         for key in ("output_dir", "resume", "overwrite", "tracker", "launcher", "profile"):
             del full[key]
@@ -598,14 +586,14 @@ class RunConfig(Section):
 
     def identity_hash(self) -> str:
         identity = self.identity()
-        if isinstance(self.optimizer, SophiaConfig):  # a derived name is that of earlier versions
+        if isinstance(self.optimizer, SophiaConfig):  # keep the derived names of earlier versions
             identity["optimizer"] |= REMOVED
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values under dotted keys, as an override names them."""
+    """Flatten nested values to dotted keys, as in overrides."""
     flattened: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -616,7 +604,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_impossible_pairs(config: RunConfig) -> None:
-    """Raise ValueError for a strategy and optimizer that cannot work together, naming what to choose instead."""
+    """Raise ValueError if strategy and optimizer cannot work together; the message says what to choose instead."""
     sharded_parameters = isinstance(config.strategy, FSDPConfig) or (
         isinstance(config.strategy, DeepSpeedConfig) and config.strategy.zero_stage == 3
     )
@@ -637,13 +625,13 @@ def refuse_impossible_pairs(config: RunConfig) -> None:
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors in rising order."""
+    """Return all divisors in ascending order."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
 
 def nearest_batches(global_batch_size: int, micro_batch_size: int, world_size: int) -> str:
-    """The remedy for a batch that does not divide: the nearest valid micro-batches, and the nearest valid batches."""
+    """Return the remedy for a batch that does not divide: the nearest valid micro-batches and batches."""
     unit = micro_batch_size * world_size
     remedies = []
     if global_batch_size % world_size == 0:
@@ -657,19 +645,19 @@ def nearest_batches(global_batch_size: int, micro_batch_size: int, world_size: i
 
 
 def micro_batch_size(config: RunConfig, world_size: int) -> int:
-    """Sequences per forward on each rank. Raises ConfigurationError, with the nearest valid ones, if nothing divides."""
+    """Return the sequences per forward on each rank. Raises ConfigurationError, with remedies, if nothing divides."""
     batch = config.train.global_batch_size
     micro = config.train.micro_batch_size
     if micro is None:
         if batch % world_size:
             raise ConfigurationError(
-                f"train.global_batch_size={batch} does not divide over {world_size} ranks; "
+                f"train.global_batch_size={batch} is not divisible by {world_size} ranks; "
                 + nearest_batches(batch, 1, world_size)
             )
         return batch // world_size
     if batch % (micro * world_size):
         raise ConfigurationError(
-            f"train.global_batch_size={batch} is no multiple of train.micro_batch_size={micro} times {world_size} ranks; "
+            f"train.global_batch_size={batch} is not a multiple of train.micro_batch_size={micro} times {world_size} ranks; "
             + nearest_batches(batch, micro, world_size)
         )
     return micro

@@ -1,16 +1,15 @@
-"""The curvature pass: every k steps, before the step, an estimate of the Hessian's diagonal on a share of the batch.
+"""The curvature pass: every k steps, before the step, estimate the Hessian's diagonal on a share of the batch.
 
-    slice: the batch's sequences i < max(1, round(batch_fraction · B)); a rank without one takes part with weight zero
+    slice: the batch's sequences i < max(1, round(batch_fraction · B)); a rank without any takes part with weight zero
     gnb                    sampled labels, backward of their mean loss, ĥ = N ĝ ⊙ ĝ
     empirical_fisher       the same with the training labels
     hutchinson             ĥ = u ⊙ (∇²L u), the product by double backward
     hutchinson_differences ĥ = u ⊙ (∇L(θ + δu) − ∇L(θ − δu)) / 2δ, in float32
 
-Gauss-Newton-Bartlett needs no forward of its own where a strategy can differentiate one forward twice: the
-labels are drawn from the softmax of the training loss (`run_within_training`). Elsewhere `run` makes the pass by itself.
+If the strategy can differentiate one forward twice, Gauss-Newton-Bartlett needs no forward of its own and samples its
+labels from the softmax of the training forward (`run_within_training`). Otherwise `run` does a separate pass.
 
-N is counted from the predictions that were really made. No norm clip touches the estimate. Formulas: Liu et al. 2024,
-section 2.3.
+N counts the actual predictions. The estimate is never clipped by norm. Formulas: Liu et al. 2024, section 2.3.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,7 @@ from training.strategies.communication import FLOAT32, all_reduce_bytes
 
 
 class CurvatureSlice(NamedTuple):
-    """A micro-batch of the slice on this rank. Rows beyond the rank's share are padding, with weight zero."""
+    """A micro-batch of this rank's share of the slice. Rows beyond the share are padding with weight zero."""
 
     tokens: Tensor  # (b, T) int64
     targets: Tensor  # (b, T) int64, -100 in padding
@@ -44,14 +43,14 @@ class CurvatureSlice(NamedTuple):
 
 
 class CurvaturePass:
-    """Runs the pass of one optimizer configuration under any strategy.
+    """Runs the curvature pass of one optimizer configuration under any strategy.
 
     Args:
-        config: the section of an optimizer that takes curvature estimates.
+        config: the section of an optimizer with curvature estimates.
         seed: the curvature seed; labels and noise are pure functions of it, the step and the global position.
-        global_batch_size: sequences of a training batch, B.
-        micro_batch_size: the most sequences per forward on a rank.
-        shared_forward: whether labels may be drawn in the training forward.
+        global_batch_size: B, sequences in a training batch.
+        micro_batch_size: maximum number of sequences per forward on a rank.
+        shared_forward: whether labels may be sampled in the training forward.
     """
 
     def __init__(
@@ -80,21 +79,21 @@ class CurvaturePass:
         *,
         shared_forward: bool = False,
     ) -> "CurvaturePass | None":
-        """The pass of the configuration, None for a method without one."""
+        """Return the pass of a configuration, or None if its optimizer has none."""
         if isinstance(config, CurvatureSettings):
             return cls(config, seed, global_batch_size, micro_batch_size, shared_forward=shared_forward)
         return None
 
     def due(self, step: int) -> bool:
-        """Before the steps t = 1, 1 + k, 1 + 2k, … of the run, skipped ones counted, which the optimizer does not."""
+        """Return whether step t is one of 1, 1 + k, 1 + 2k, …; unlike the optimizer's count, t includes skipped steps."""
         return refresh_due(step, self.interval)
 
     def run(self, strategy: Strategy, batch: Batch, step: int) -> Tensor:
-        """Estimate at the current weights and fold into h; gradients are clear before and after.
+        """Estimate at the current weights and fold the estimate into h. Gradients are clear before and after.
 
-        Training draws the dropout masks afterwards that it would have drawn without the pass.
+        The pass does not change the dropout masks of training.
 
-        Returns 1 (0-D, on the device) where a non-finite estimate was held back.
+        Returns 1 (0-D, on the device) if a non-finite estimate was skipped, else 0.
         """
         slices = list(self.slices(strategy, batch))
         num_predictions = self._count_predictions(strategy, slices)
@@ -115,28 +114,28 @@ class CurvaturePass:
 
     @property
     def within_training(self) -> bool:
-        """Whether the training forward can give a refresh all that it needs, the logits from which labels are drawn."""
+        """Whether the training forward provides all that a refresh needs: the logits to sample labels from."""
         return self._shared_forward and self.estimator == "gnb"
 
     def shares_forward(self, strategy: Strategy) -> TypeGuard[KeepsGraphs]:
-        """`within_training`, under a strategy that can differentiate one forward twice."""
+        """Return whether this pass can share the training forward under this strategy."""
         return self.within_training and isinstance(strategy, KeepsGraphs)
 
     def run_within_training(
         self, strategy: KeepsGraphs, batch: Batch, step: int, predictions: int, ledger: Ledger
     ) -> tuple[Tensor, int, Tensor]:
-        """`run`, and the training forward and backward of the slice's sequences, with one forward for both.
+        """Do `run` and the training forward and backward of the slice's sequences, with one forward for both.
 
-        h is what `run` makes of it, up to rounding. The gradients of the training loss are left in `.grad`. While a
-        slice of several micro-batches is worked through, both gradients are held.
+        h equals that of `run` up to rounding. The gradients of the training loss are left in `.grad`. If the slice has
+        several micro-batches, both gradients are in memory.
 
         Args:
-            predictions: of the whole training batch, over all ranks.
-            ledger: what the estimate costs beyond training is booked as curvature.
+            predictions: number of predictions in the training batch, over all ranks.
+            ledger: books the extra cost of the estimate as curvature.
 
         Returns:
-            This rank's share of the mean training loss over the sequences done (0-D); how many of this rank's sequences
-            are done; 1 (0-D, on the device) where a non-finite estimate was held back.
+            This rank's share of the mean training loss over the sequences done (0-D); the number of this rank's
+            sequences done; 1 (0-D, on the device) if a non-finite estimate was skipped, else 0.
         """
         parameters = list(strategy.parameters().values())
         parts = list(self._own_rows(strategy, batch))
@@ -160,7 +159,7 @@ class CurvaturePass:
                 share += output.loss_sum.detach() / predictions
                 if skipped is None:
                     training = _exchange_gradients(parameters, curvature)
-        if skipped is None:  # a rank without a part in it
+        if skipped is None:  # this rank has no sequence of the slice
             skipped = self._fold(strategy, num_predictions)
         return share, sum(len(part.tokens) for part in parts), skipped
 
@@ -172,17 +171,17 @@ class CurvaturePass:
         return skipped
 
     def _own_rows(self, strategy: Strategy, batch: Batch) -> Iterator[CurvatureSlice]:
-        """This rank's sequences of the slice in micro-batches, without padding: ranks need not have as many."""
+        """Yield this rank's sequences of the slice in micro-batches, without padding: their number may differ by rank."""
         mine = self._rows_of(strategy)
         for first in range(0, mine, self._micro_batch_size):
             yield _part_of(batch, range(first, min(first + self._micro_batch_size, mine)), mine, strategy.device)
 
     def covers_batch(self, rows: int, world_size: int) -> bool:
-        """Whether some rank's part of the slice is all of its `rows` sequences."""
+        """Return whether the slice includes all `rows` sequences of some rank."""
         return -(-self.sequences // world_size) >= rows
 
     def slices(self, strategy: Strategy, batch: Batch) -> Iterator[CurvatureSlice]:
-        """This rank's micro-batches: as many, of the same shape, on every rank."""
+        """Yield this rank's micro-batches, padded to the same number and shape on every rank."""
         world_size = strategy.distributed.world_size
         rows = -(-self.sequences // world_size)  # the largest share of a rank
         size = -(-rows // self._micro_batches(world_size))
@@ -190,7 +189,7 @@ class CurvaturePass:
             yield _part_of(batch, range(first, first + size), self._rows_of(strategy), strategy.device)
 
     def _rows_of(self, strategy: Strategy) -> int:
-        """Sequences of the slice on this rank."""
+        """Return the number of sequences of the slice on this rank."""
         return len(range(strategy.distributed.rank, self.sequences, strategy.distributed.world_size))
 
     def _count_predictions(self, strategy: Strategy, slices: list[CurvatureSlice]) -> int:
@@ -200,7 +199,7 @@ class CurvaturePass:
         return int(strategy.distributed.all_reduce(local).item())
 
     def _sampled_loss(self, step: int) -> "Callable[[Strategy, CurvatureSlice], Tensor]":
-        """The sum of the losses of sampled labels over a micro-batch."""
+        """Return a function that sums the losses of sampled labels over a micro-batch."""
 
         def sampled(strategy: Strategy, part: CurvatureSlice) -> Tensor:
             drawn = random.uniforms(self._seed, step, part.positions.clamp(min=0))
@@ -218,7 +217,7 @@ class CurvaturePass:
         loss: Callable[[Strategy, CurvatureSlice], Tensor],
         num_predictions: int,
     ) -> None:
-        """Leave the gradient of the mean loss over all ranks' predictions in the parameters' gradients."""
+        """Leave the gradient of the mean loss over all ranks' predictions in `.grad`."""
         for index, part in enumerate(slices):
             with strategy.micro_batch(last=index == len(slices) - 1):
                 strategy.backward(loss(strategy, part) / num_predictions)
@@ -226,7 +225,7 @@ class CurvaturePass:
     def _product(
         self, strategy: Strategy, slices: list[CurvatureSlice], step: int, num_predictions: int
     ) -> list[Tensor]:
-        """u ⊙ (∇²L u) by double backward through the whole model on every rank, then a sum over the ranks."""
+        """Return u ⊙ (∇²L u), by double backward through the whole model on every rank and a sum over the ranks."""
         parameters = list(strategy.parameters().values())
         noise = strategy.parameter_normals(self._seed, step)
         products = [torch.zeros_like(p) for p in parameters]
@@ -244,7 +243,7 @@ class CurvaturePass:
     def _differences(
         self, strategy: Strategy, slices: list[CurvatureSlice], step: int, num_predictions: int
     ) -> list[Tensor]:
-        """u ⊙ (∇L(θ + δu) − ∇L(θ − δu)) / 2δ, both under the same dropout masks; θ comes back bit for bit from a copy."""
+        """Return u ⊙ (∇L(θ + δu) − ∇L(θ − δu)) / 2δ with the same dropout masks; θ is restored from a copy."""
         noise = strategy.normals(self._seed, step)
         with strategy.full_precision():
             delta = strategy.difference_step(noise)
@@ -262,25 +261,25 @@ class CurvaturePass:
         return estimates
 
     def bytes_communicated(self, strategy: Strategy) -> int:
-        """Bytes that each rank sends in a refresh."""
+        """Return the bytes that each rank sends in a refresh."""
         world_size = strategy.distributed.world_size
-        if self.estimator == "hutchinson":  # the products are summed outside of the engine
+        if self.estimator == "hutchinson":  # the products are reduced outside the engine
             parameters = sum(p.numel() for p in strategy.parameters().values())
             return all_reduce_bytes(FLOAT32 * parameters, world_size)
         passes = 2 if self.estimator == "hutchinson_differences" else 1
         return passes * strategy.bytes_communicated(self._micro_batches(world_size))
 
     def _micro_batches(self, world_size: int) -> int:
-        """Forwards of a pass on each rank."""
+        """Return the number of forwards of a pass on each rank."""
         rows = -(-self.sequences // world_size)  # the largest share of a rank
         return -(-rows // self._micro_batch_size)
 
     def tokens(self, sequence_length: int) -> int:
-        """Tokens that a refresh estimates from, over all ranks."""
+        """Return the number of tokens in a refresh, over all ranks."""
         return self.sequences * sequence_length
 
     def flops(self, shape: GPT2Config, sequence_length: int, *, shared_forward: bool = False) -> int:
-        """Model FLOPs of a refresh over all ranks, its own forwards included."""
+        """Return the model FLOPs of a refresh over all ranks, including its own forwards."""
         tokens = self.tokens(sequence_length)
         if shared_forward:
             return gauss_newton_bartlett_flops(shape, tokens, sequence_length, own_forward=False)
@@ -294,7 +293,7 @@ class CurvaturePass:
 
 
 def _part_of(batch: Batch, rows: range, real: int, device: torch.device) -> CurvatureSlice:
-    """Rows of the rank's batch; those from `real` on are padding."""
+    """Take rows of the rank's batch; rows from `real` on are padding."""
     row = np.arange(rows.start, rows.stop)
     taken = row.clip(max=len(batch.indices) - 1)
     positions = batch.indices[taken, None] * batch.tokens.shape[1] + np.arange(batch.tokens.shape[1])
@@ -312,7 +311,7 @@ def _training_loss(strategy: Strategy, part: CurvatureSlice) -> Tensor:
 
 
 def _exchange_gradients(parameters: Sequence[Tensor], incoming: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Put `incoming` into `.grad`; returns what was there. Nothing is copied."""
+    """Put `incoming` into `.grad` and return the previous gradients, without copies."""
     outgoing = [parameter.grad for parameter in parameters]
     for parameter, gradient in zip(parameters, incoming, strict=True):
         parameter.grad = gradient

@@ -1,13 +1,13 @@
-"""The training loop, in the order in which things happen.
+"""The training loop, in order of execution.
 
     batches.at(step) → [when due: curvature pass] → forward and backward of each micro-batch → clip and step → record
     → [when due: evaluation, checkpoint]
 
-Where a strategy allows it, the curvature pass takes its labels from the forward of the training loss.
+If the strategy allows it, the curvature pass samples its labels from the training forward.
 
-The loop does not know which strategy, optimizer or tracker it has. Whatever ends a run early (a signal, a full disk, a
-damaged shard) may be seen by one rank alone; the ranks agree between steps and between the forwards of an evaluation, so
-that all end it in the same place.
+The loop does not know which strategy, optimizer or tracker it has. A signal, a full disk or a damaged shard may be seen
+by one rank only. The ranks therefore agree between steps and between the forwards of an evaluation, and all stop at the
+same place.
 """
 
 import math
@@ -38,10 +38,10 @@ Line = Mapping[str, Any]
 
 @dataclass
 class TrainingState:
-    """What a run must carry over an interruption, besides weights and optimizer state. JSON values only."""
+    """What a checkpoint holds besides weights and optimizer state. JSON values only."""
 
     step: int = 0
-    evaluated_step: int = -1  # the last update after which there was an evaluation; 0 is the start
+    evaluated_step: int = -1  # the step of the last evaluation; 0 is the start
     best_val_loss: float | None = None
     final_val_loss: float | None = None
     skipped_steps: int = 0
@@ -54,7 +54,7 @@ class TrainingState:
 
 @dataclass
 class Run:
-    """Everything that one run consists of, ready to go."""
+    """The parts of one run, ready to train."""
 
     config: RunConfig
     strategy: Strategy
@@ -65,34 +65,34 @@ class Run:
     micro_batch_size: int
     eval_micro_batch_size: int
     parameters: int  # of the whole model
-    write: Callable[[Line], None]  # rank 0: to the record, the display and the trackers; elsewhere nothing
-    message: Callable[[str], None]  # rank 0: a line for a person
-    save: Callable[[TrainingState], None]  # a checkpoint; called on every rank
-    stop_requested: Callable[[], bool]  # this rank has been asked to stop
-    failure: Callable[[], str | None] = lambda: None  # why this rank cannot go on recording
-    progress: Callable[[str], None] = lambda doing: None  # what the watchdog is told
+    write: Callable[[Line], None]  # rank 0: to the record, the display and the trackers; other ranks: no-op
+    message: Callable[[str], None]  # rank 0: print a line
+    save: Callable[[TrainingState], None]  # save a checkpoint; called on every rank
+    stop_requested: Callable[[], bool]  # whether this rank got a stop signal
+    failure: Callable[[], str | None] = lambda: None  # why this rank can no longer record, if so
+    progress: Callable[[str], None] = lambda doing: None  # report progress to the watchdog
     profiler_step: Callable[[], None] = lambda: None
     state: TrainingState = field(default_factory=TrainingState)
-    saved_step: int = 0  # the newest checkpoint; of the start none is needed
-    reason: str | None = None  # why the run has not completed
+    saved_step: int = 0  # step of the newest checkpoint; the start needs none
+    reason: str | None = None  # why the run did not complete
 
 
 class NotSaved(RuntimeError):
-    """A checkpoint could not be written, on every rank; the one before is untouched."""
+    """Raised on every rank if a checkpoint could not be written. The previous checkpoint is intact."""
 
 
 class Verdict(IntEnum):
-    """What the ranks agree on between steps; the highest of any rank counts."""
+    """What the ranks agree to do next; the highest value of any rank wins."""
 
     GO_ON = 0
     STOP = 1  # save and end as preempted
     NO_DATA = 2  # save and end as failed
-    FAIL = 3  # end as failed: what would be saved could not be recorded
+    FAIL = 3  # end as failed without saving, since the record cannot be written
 
 
 @dataclass(frozen=True)
 class _Report:
-    """A step whose numbers may still be on their way from the device."""
+    """A step whose numbers may not have arrived from the device yet."""
 
     step: int
     lr: float
@@ -103,16 +103,16 @@ class _Report:
 
 
 class Reporter:
-    """Writes train lines, on CUDA one step behind, so that reading the loss never makes the device wait for the host.
+    """Writes train lines, on CUDA one step late, so that reading the loss never stalls the device.
 
-    All ranks see the same numbers, so that they agree on `diverged` without asking.
+    All ranks see the same numbers, so they agree on `diverged` without communication.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._pending: list[_Report] = []
         self._on_cuda = run.strategy.device.type == "cuda"
-        self._behind = int(self._on_cuda)  # reports that may be on their way
+        self._behind = int(self._on_cuda)  # reports that may be pending
         self._seconds = run.ledger.seconds
         guards, state = run.config.guards, run.state
         self._spikes = LossSpikes(guards.spike_deviations) if guards.spike_deviations is not None else None
@@ -124,7 +124,7 @@ class Reporter:
         self.diverged = False
 
     def step(self, step: int, lr: float, loss: Tensor, statistics: StepStatistics) -> None:
-        """Queue a step: `loss` is the mean loss over the global batch, before the update."""
+        """Queue a step. `loss` is the mean loss over the global batch, before the update."""
         run = self._run
         fraction = statistics.unclipped_fraction
         numbers = torch.stack(
@@ -147,7 +147,7 @@ class Reporter:
             self._write(self._pending.pop(0))
 
     def flush(self) -> None:
-        """Write what is pending; the device is waited for."""
+        """Write the pending reports. Synchronizes the device."""
         while self._pending:
             self._write(self._pending.pop(0))
 
@@ -179,7 +179,7 @@ class Reporter:
         self._guard(report.step, loss, skipped=bool(skipped), fraction=line.get("unclipped_fraction"))
 
     def _guard(self, step: int, loss: float, *, skipped: bool, fraction: float | None) -> None:
-        """Count what went wrong, and make an event of what deserves one."""
+        """Count skipped steps, and record events for skipped steps, loss spikes and the alarm."""
         run, state = self._run, self._run.state
         state.skipped_steps += skipped
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
@@ -187,19 +187,19 @@ class Reporter:
         if skipped:
             what = "gradient" if math.isfinite(loss) else "loss"
             run.message(
-                f"step {step}: {what} is not finite, the step is skipped ({state.skipped_in_a_row} in a row, "
-                f"{allowed} are allowed)"
+                f"step {step}: {what} is not finite, step skipped ({state.skipped_in_a_row} in a row, "
+                f"{allowed} allowed)"
             )
         if state.skipped_in_a_row > allowed and not self.diverged:
             self.diverged = True
-            run.reason = f"{state.skipped_in_a_row} steps in a row, up to step {step}, were not finite"
+            run.reason = f"{state.skipped_in_a_row} non-finite steps in a row, up to step {step}"
         if self._spikes is not None:
             spike = self._spikes.observe(loss)
             state.spikes = self._spikes.state_dict()
             if spike is not None:
                 state.loss_spikes += 1
                 run.write({"kind": "event", "event": "loss_spike", "step": step, **spike})
-                run.message(f"step {step}: loss spike, {loss:.4f} where {spike['expected']:.4f} was expected")
+                run.message(f"step {step}: loss spike, {loss:.4f} instead of the expected {spike['expected']:.4f}")
         if self._alarm is not None and fraction is not None:
             alarm = self._alarm.observe(step, fraction)
             state.alarm = self._alarm.state_dict()
@@ -211,13 +211,13 @@ class Reporter:
 def forward_backward(
     run: Run, batch: Batch, first: int = 0, forward: Callable[[Tensor, Tensor], GPT2Output] | None = None
 ) -> Tensor:
-    """Accumulate the gradient of the mean loss over the global batch, from this rank's sequence `first` on.
+    """Accumulate the gradient of the mean loss over the global batch, starting at this rank's sequence `first`.
 
     Args:
-        forward: in place of the strategy's own, whose last backward sums the gradients over the ranks.
+        forward: replaces the strategy's forward, whose last backward reduces the gradients over the ranks.
 
     Returns:
-        This rank's share of the mean loss: 0-D, on the device; the sum over the ranks is the mean over all tokens.
+        This rank's share of the mean loss, 0-D on the device. The shares of all ranks add up to the mean over all tokens.
     """
     strategy, size = run.strategy, run.micro_batch_size
     forward = forward or strategy.forward
@@ -238,9 +238,9 @@ def forward_backward(
 def forward_backward_refresh(
     run: Run, curvature: CurvaturePass, strategy: KeepsGraphs, batch: Batch, step: int
 ) -> tuple[Tensor, Tensor]:
-    """`forward_backward` with a curvature pass whose labels come from its forward.
+    """`forward_backward` with a curvature pass that samples its labels from the same forward.
 
-    Returns this rank's share of the mean loss, and 1 where a non-finite estimate was held back.
+    Returns this rank's share of the mean loss, and 1 if a non-finite estimate was skipped, else 0.
     """
     ledger, config = run.ledger, run.config.train
     length, predictions = config.sequence_length, config.global_batch_size * config.sequence_length
@@ -251,7 +251,7 @@ def forward_backward_refresh(
     rows = len(batch.tokens)
     with ledger.measure("forward_backward", part=True):
         if curvature.covers_batch(rows, strategy.distributed.world_size):
-            # A rank with nothing left has no last micro-batch in which to reduce: all ranks do it by hand.
+            # A rank without remaining sequences has no last micro-batch to reduce in: all ranks reduce explicitly.
             share += forward_backward(run, batch, done, strategy.forward_locally)
             strategy.reduce_gradients()
         else:
@@ -260,11 +260,11 @@ def forward_backward_refresh(
 
 
 def train(run: Run) -> Status:
-    """Train to the end of the schedule, or until the run is asked to stop, fails or diverges.
+    """Train to the end of the schedule, or until the run is told to stop, fails or diverges.
 
     Raises:
         NotSaved: a checkpoint could not be written.
-        RanksDiffer: the ranks no longer hold the same weights; nothing of them has been saved.
+        RanksDiffer: the ranks' weights differ; these weights are not saved.
     """
     config, strategy, ledger, state = run.config, run.strategy, run.ledger, run.state
     shape, length = strategy.model.config, config.train.sequence_length
@@ -272,13 +272,13 @@ def train(run: Run) -> Status:
     step_flops = forward_backward_flops(shape, step_tokens, length)
     reporter = Reporter(run)
     first = state.step + 1
-    # Of the start, or of a sitting that was asked to stop before it.
+    # At the start, or if the run was interrupted before this evaluation.
     if evaluation_due(run):
         if (verdict := evaluate(run)) is not Verdict.GO_ON:
             return end_early(run, verdict)
         if validation_diverged(run):
             return "diverged"
-    unsaved = False  # a checkpoint is due and waits for a step that is not skipped
+    unsaved = False  # a checkpoint is due, but delayed until a step is not skipped
     with run.batches.prefetch(first, config.train.steps) as prefetched:
         for step in range(first, config.train.steps + 1):
             run.progress(f"waiting for the batch of step {step}")
@@ -332,7 +332,7 @@ def train(run: Run) -> Status:
                 if validation_diverged(run):
                     return "diverged"
             if last or unsaved:
-                # Weights may be broken where steps are skipped: the last good checkpoint stays the last.
+                # Weights may be broken while steps are skipped: keep the last good checkpoint the newest.
                 if last or state.skipped_in_a_row == 0:
                     save(run)
                     unsaved = False
@@ -342,7 +342,7 @@ def train(run: Run) -> Status:
 
 
 def agree(run: Run, problem: str | None) -> Verdict:
-    """What all ranks do next; `problem` is why this one has no data."""
+    """Return what all ranks do next. `problem` is the reason why this rank has no data, if so."""
     mine = Verdict.STOP if run.stop_requested() else Verdict.GO_ON
     if problem is not None:
         mine = Verdict.NO_DATA
@@ -355,7 +355,7 @@ def agree(run: Run, problem: str | None) -> Verdict:
 
 
 def end_early(run: Run, verdict: Verdict) -> Status:
-    """Save what has not been saved, where that can be recorded. Returns how the run ends."""
+    """Save a checkpoint if the newest one is older and the record can be written. Returns the run's status."""
     if verdict is not Verdict.FAIL and run.saved_step < run.state.step:
         save(run)
     return "preempted" if verdict is Verdict.STOP else "failed"
@@ -368,9 +368,9 @@ def evaluation_due(run: Run) -> bool:
 
 
 def evaluate(run: Run) -> Verdict:
-    """An eval line: the validation loss after `state.step` updates. None is written where a rank has to stop meanwhile.
+    """Write an eval line: the validation loss after `state.step` updates. Stops without one if a rank has to stop.
 
-    The whole validation set may take longer than a cluster waits between its signal and the end.
+    The whole validation set may take longer than a cluster's grace period after its signal.
     """
     ledger, state, config = run.ledger, run.state, run.config
     verdict = Verdict.GO_ON
@@ -396,7 +396,7 @@ def evaluate(run: Run) -> Verdict:
 
 
 def validation_diverged(run: Run) -> bool:
-    """Whether the last validation loss is not finite, which is then the reason why the run ends."""
+    """Return whether the last validation loss is not finite, and if so set the run's `reason`."""
     if math.isfinite(run.state.final_val_loss or 0.0):
         return False
     run.reason = f"the validation loss after step {run.state.step} is not finite"
@@ -404,7 +404,7 @@ def validation_diverged(run: Run) -> bool:
 
 
 def save(run: Run) -> None:
-    """A checkpoint after `state.step` updates, of weights that are the same on all ranks."""
+    """Save a checkpoint after `state.step` updates, once the ranks' weights are checked to be equal."""
     run.progress(f"saving after step {run.state.step}")
     with run.ledger.measure("checkpoint"):
         if run.config.guards.weights_interval is not None:
@@ -417,16 +417,16 @@ def save(run: Run) -> None:
 
 
 def write_curvature(run: Run, step: int, held_back: Tensor) -> None:
-    """A hessian line about h as the step of the same number is about to use it."""
+    """Write a hessian line: h right before the step of the same number uses it."""
     numbers = describe_curvature(run.strategy)
     if held_back:
         run.state.estimates_held_back += 1
-        run.message(f"step {step}: the curvature estimate is not finite and is kept out of h")
+        run.message(f"step {step}: non-finite curvature estimate skipped")
     run.write({"kind": "hessian", **position(run), "step": step, "held_back": bool(held_back), **numbers})
 
 
 def position(run: Run) -> dict[str, Any]:
-    """Where a run stands on each axis: steps, training tokens, FLOPs, training seconds."""
+    """Return the run's position on each axis: steps, training tokens, FLOPs, training seconds."""
     run.ledger.settle()
     tokens = run.state.step * run.config.train.global_batch_size * run.config.train.sequence_length
     return {"step": run.state.step, "tokens": tokens, "flops": run.ledger.flops, "seconds": run.ledger.seconds}

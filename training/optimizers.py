@@ -1,4 +1,4 @@
-"""The optimizers of a run: parameter groups by rule, and one constructor for each `optimizer=`."""
+"""A run's optimizers: parameter groups, and one constructor per `optimizer=`."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -32,18 +32,19 @@ def parameter_groups(
     *,
     decay_embeddings: bool = True,
 ) -> list[dict[str, Any]]:
-    """Weight decay for matrices, none for the rest (biases, norms); every parameter in exactly one group.
+    """Group the parameters, each in exactly one group: matrices get weight decay, biases and norms none.
 
     Args:
         parameters: by name; shards (DTensor) have their full tensor's dimensions.
-        lr: the groups' peak rate.
-        embedding_lr_ratio: what the rate of the embeddings is multiplied by. At 1 they share a group with the other
+        weight_decay: weight decay of the matrices.
+        lr: the peak learning rate.
+        embedding_lr_ratio: multiplies the learning rate of the embeddings. At 1 they share a group with the other
             matrices.
-        decay_embeddings: whether the embeddings of tokens and positions decay with the other matrices.
+        decay_embeddings: whether token and position embeddings get weight decay.
     """
 
     if len({id(p) for p in parameters.values()}) != len(parameters):
-        raise ValueError("a parameter has more than one name and would be stepped more than once")
+        raise ValueError("a parameter has several names and would be updated several times")
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in parameters.items():
         embeds = parameter_kind(name) == "embedding"
@@ -58,17 +59,17 @@ def parameter_groups(
 
 
 def build_optimizers(config: OptimizerConfig, *, compile_step: bool) -> Callable[[Named], list[Optimizer]]:
-    """A function from named parameters to the run's optimizers; each group carries its `initial_lr`.
+    """Return a function that builds the run's optimizers from named parameters; each group has an `initial_lr`.
 
     Args:
         config: the validated `optimizer` section.
-        compile_step: let the project's own optimizers compile their elementwise update.
+        compile_step: whether the optimizers of `sophia` may compile their update.
     """
 
     def build(parameters: Named) -> list[Optimizer]:
         optimizers = _construct(config, parameters, compile_step=compile_step)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["initial"] = numbers_of(group)  # what the optimizer has changed by then is saved
+            group["initial"] = numbers_of(group)  # a checkpoint saves what the optimizer has changed since
         return optimizers
 
     return build
@@ -82,7 +83,7 @@ def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool
         embedding_lr_ratio=config.embedding_lr_ratio,
         decay_embeddings=config.decay_embeddings,
     )
-    form = None if compile_step else False  # None: compiled where it is worth the compiling
+    form = None if compile_step else False  # None: compile if it pays off
     match config:
         case AdamWConfig():
             return [_adamw(grouped(parameters), config.lr, config.betas, config.eps)]
@@ -128,5 +129,5 @@ def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool
 
 
 def _adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> Optimizer:
-    """torch's AdamW, in its fused form: one kernel on CUDA and on the CPU."""
+    """Return torch's fused AdamW: one kernel on CUDA and on the CPU."""
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)

@@ -201,7 +201,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     values = read_mapping(directory / CONFIG_FILE)
     if values is None:
-        raise RecordError(f"{directory} is not a run record: {CONFIG_FILE} is missing; give a run directory, runs/<name>")
+        raise RecordError(
+            f"{directory} is not a run record: {CONFIG_FILE} is missing; give a run directory, runs/<name>"
+        )
     return values
 
 

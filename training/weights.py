@@ -1,4 +1,4 @@
-"""A run's initial weights: GPT-2's initialisation from a seed, or a Hugging Face directory."""
+"""A run's initial weights: GPT-2's initialisation from a seed, or weights from a Hugging Face directory."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from training.config import ConfigurationError, ModelConfig
 
 
 def model_shape(config: ModelConfig, vocab_size: int) -> GPT2Config:
-    """Return the configuration's model shape with the tokens' vocabulary."""
+    """Return the configured model shape with the tokenizer's vocabulary."""
     return GPT2Config(vocab_size, **config.model_dump(exclude={"name", "init_from"}))
 
 
@@ -23,10 +23,10 @@ class InitialWeights:
     Args:
         config: the model's configuration; `init_from` names a directory of Hugging Face GPT-2 weights.
         shape: the model's shape.
-        seed: determines the weights without `init_from`.
+        seed: determines the weights if `init_from` is not set.
 
     Raises:
-        ConfigurationError: the directory holds no readable GPT-2, or one of another shape.
+        ConfigurationError: the directory has no readable GPT-2, or one of another shape.
     """
 
     def __init__(self, config: ModelConfig, shape: GPT2Config, seed: int) -> None:
@@ -51,7 +51,7 @@ class InitialWeights:
             if differing:
                 listed = ", ".join(f"{key} {there} there and {here} here" for key, (there, here) in differing.items())
                 raise ConfigurationError(
-                    f"model.init_from={config.init_from}: another shape ({listed}); choose its model="
+                    f"model.init_from={config.init_from}: the weights have another shape ({listed}); choose their model="
                 )
 
     @torch.no_grad()
@@ -65,7 +65,7 @@ class InitialWeights:
 
     @torch.no_grad()
     def apply(self, model: GPT2) -> None:
-        """Copy the weights into the model's parameters; a rank with shards (DTensor) keeps its own part."""
+        """Copy the weights into the model's parameters; a sharded parameter (DTensor) gets its shard."""
         parameters = dict(model.named_parameters())
         for name, full in self.tensors():
             parameter = parameters[name]
@@ -77,7 +77,7 @@ class InitialWeights:
                 parameter.copy_(full)
 
     def sha256(self) -> str:
-        """Hash names and bytes, in the order of the names."""
+        """Return the hash of names and bytes, in the order of the names."""
         hashes = {name: hashlib.sha256(full.contiguous().numpy().data).digest() for name, full in self.tensors()}
         digest = hashlib.sha256()
         for name, tensor_hash in sorted(hashes.items()):

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through its DevTools pipe: no driver, no port, no package.
+"""A headless Chromium, controlled through its DevTools pipe, without a driver, port or package.
 
 Messages are JSON, ended by a zero byte; the browser reads them on descriptor 3 and writes them on 4.
 """

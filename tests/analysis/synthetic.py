@@ -1,4 +1,4 @@
-"""Run records with a known truth, written as training writes them."""
+"""Synthetic run records with a known truth, in the format of training."""
 
 from __future__ import annotations
 

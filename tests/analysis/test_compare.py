@@ -1,4 +1,4 @@
-"""A few runs side by side: the table says what was reached, when, and what the comparison is worth."""
+"""scripts/compare.py: final losses, time to the baseline's loss, and the caveats of a comparison of a few runs."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def test_an_arm_that_never_reaches_the_baselines_loss_is_reported_as_not_reached
     assert text_of(comparison).count("not reached") == 3
 
 
-def test_curvature_passes_are_on_the_bill_in_flops_and_seconds(three_runs: list[Path]) -> None:
+def test_curvature_passes_count_in_flops_and_seconds(three_runs: list[Path]) -> None:
     comparison = compare_runs(three_runs)
     sophia = next(one for one in comparison.others if one.arm == "sophiag")
     share = {
@@ -102,7 +102,7 @@ def sweep(tmp_path: Path) -> list[Path]:
     ]
 
 
-def test_of_a_sweep_each_optimizers_best_setting_is_compared_over_its_seeds(sweep: list[Path]) -> None:
+def test_each_optimizers_best_setting_of_a_sweep_is_compared_over_its_seeds(sweep: list[Path]) -> None:
     comparison = compare_runs(sweep)
     assert [one.arm for one in comparison.arms] == ["adamw", "lion"]
     assert all(one.setting.values == "lr=0.003" and len(one.setting.runs) == 3 for one in comparison.arms)
@@ -124,7 +124,7 @@ def test_the_command_compares_all_that_a_sweep_leaves_and_draws_it(
     (runs / "multirun.yaml").write_text("hydra: {}\n")
     assert main(list(map(str, runs.iterdir()))) == 0
     out, err = capsys.readouterr()
-    assert "Every setting that was tried" in out
+    assert "All settings" in out
     assert str(runs / "comparison.png") in out
     assert err == f"skipped, not a run: {runs / 'multirun.yaml'}\n"
     with Image.open(runs / "comparison.png") as image:

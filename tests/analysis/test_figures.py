@@ -1,4 +1,4 @@
-"""Every figure of the paper comes from records by one command, and says what it misses where it cannot."""
+"""One command draws each of the paper's figures from records, or says what is missing."""
 
 from dataclasses import replace
 from pathlib import Path

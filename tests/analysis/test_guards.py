@@ -239,7 +239,7 @@ def test_a_doctored_record_triggers_its_guard(
     ), [finding.title for finding in findings]
 
 
-def test_a_baseline_that_follows_no_power_law_is_called_so(doctor: Doctor) -> None:
+def test_a_baseline_off_the_power_law_is_reported(doctor: Doctor) -> None:
     for horizon, wave in ((50, 0.4), (100, -0.4), (200, 0.4), (400, -0.4)):
         for seed in (1, 2, 3):
             loss = power_law(horizon * 1024) + wave + noise(seed, horizon, scale=0.002)
@@ -295,7 +295,7 @@ def test_a_difference_names_the_key_and_the_value_of_each_run(tmp_path: Path) ->
     assert str(difference) == "train.grad_clip: 1.0 in a; 2.0 in b"
 
 
-def test_a_different_strategy_touches_the_clock_alone(tmp_path: Path) -> None:
+def test_a_different_strategy_affects_only_timing(tmp_path: Path) -> None:
     paths = [write_run(tmp_path / "a"), write_run(tmp_path / "b", optimizer="lion", config={"strategy.name": "fsdp"})]
     (difference,) = differences(load_runs(paths))
     assert difference.affects == "seconds"
@@ -307,7 +307,7 @@ def gnb_run(directory: Path, shared: int | None, **config: Any) -> Path:
     return write_run(directory, optimizer="sophiag", curvature_share=0.05, shared_forwards=shared, config=values)
 
 
-def test_curvature_passes_of_another_price_touch_compute_and_clock_alone(tmp_path: Path) -> None:
+def test_different_costs_of_a_curvature_pass_affect_only_flops_and_seconds(tmp_path: Path) -> None:
     paths = [write_run(tmp_path / "adamw"), gnb_run(tmp_path / "shared", 20), gnb_run(tmp_path / "own", 0)]
     (difference,) = differences(load_runs(paths))
     assert difference.affects == "FLOPs and seconds"
@@ -316,7 +316,7 @@ def test_curvature_passes_of_another_price_touch_compute_and_clock_alone(tmp_pat
     assert difference.values["resumed under FSDP"] == "both"
 
 
-def test_the_price_of_a_pass_is_compared_as_it_was_paid(tmp_path: Path) -> None:
+def test_the_cost_of_a_curvature_pass_is_compared_as_recorded(tmp_path: Path) -> None:
     asked = {"train.shared_forward": False}
     same = [gnb_run(tmp_path / "shared", 20), gnb_run(tmp_path / "warm", 19, **{"optimizer.warm_start": 2})]
     assert differences(load_runs([*same, gnb_run(tmp_path / "not on record", None)])) == []

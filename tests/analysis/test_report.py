@@ -1,4 +1,4 @@
-"""The report: complete in every format, and a page that works in a real browser with nothing loaded from elsewhere."""
+"""The report is complete in every format, and its page works in a real browser without network requests."""
 
 import os
 import re
@@ -153,7 +153,7 @@ def test_a_sweep_is_one_line_that_says_what_to_use(tmp_path: Path, capsys: pytes
     for rate in (1e-3, 3e-3):
         write_run(tmp_path / f"a{rate}", steps=4, config={"optimizer.lr": rate}, train_lines=False)
     assert report([str(tmp_path)]) == 2
-    assert "scripts/compare.py, or name one of them, --baseline 'adamw (lr=0.001)'" in capsys.readouterr().err
+    assert "scripts/compare.py, or choose one, --baseline 'adamw (lr=0.001)'" in capsys.readouterr().err
 
 
 def test_a_directory_named_like_a_script_is_a_plain_link_and_markup_in_names_is_text(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(page: Page) -> None:
     assert page.errors == []
 
 
-def test_it_prints(page: Page, tmp_path: Path) -> None:
+def test_the_page_prints(page: Page, tmp_path: Path) -> None:
     page.print_to_pdf(tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").stat().st_size > 50_000
     assert page.errors == []

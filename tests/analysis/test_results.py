@@ -1,4 +1,4 @@
-"""From a study directory to its verdict: complete, corrected, and honest about what it cannot say."""
+"""From a study directory to its verdict: complete, corrected, and undecided without enough evidence."""
 
 import json
 import math
@@ -116,7 +116,7 @@ def test_json_is_strict_and_names_the_runs_behind_each_number(results: Results, 
     assert {*runs} <= {trial.origin.name for trial in results.study.trials}
 
 
-def test_noise_as_large_as_the_effect_is_undecided_and_the_number_of_seeds_is_said(tmp_path: Path) -> None:
+def test_noise_as_large_as_the_effect_is_undecided_and_the_number_of_seeds_is_reported(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         for steps in (100, 200):
             for arm, speed in (("adamw", 1.0), ("sophiag", 1.1)):

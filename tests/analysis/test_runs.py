@@ -31,7 +31,7 @@ def test_every_evaluation_is_kept_and_train_lines_become_bin_means(tmp_path: Pat
     assert run.clipped_norm_share == 0.5
 
 
-def test_of_many_train_lines_a_sample_is_read_that_no_period_of_ten_can_bias(tmp_path: Path) -> None:
+def test_a_period_of_ten_does_not_bias_the_sample_of_train_lines(tmp_path: Path) -> None:
     """The first step after a curvature pass, one in ten, is told apart by its loss."""
     path = write_run(tmp_path / "r", steps=9000, evaluations=3)
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -62,7 +62,7 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_run(run).evaluations["val_loss"], whole["val_loss"])
 
 
-def test_of_a_step_written_twice_the_later_line_counts(tmp_path: Path) -> None:
+def test_the_later_line_of_a_step_written_twice_counts(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r", steps=20, evaluations=2)
     append(run, json.dumps({"kind": "eval", "step": 10, "tokens": 1, "flops": 1, "seconds": 1, "val_loss": 9.0}) + "\n")
     evaluations = load_run(run).evaluations

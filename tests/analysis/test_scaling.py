@@ -1,4 +1,4 @@
-"""Scaling fits recover laws they were made from, and say what an extrapolation is worth."""
+"""Scaling fits recover known laws and qualify extrapolations."""
 
 import math
 from dataclasses import replace

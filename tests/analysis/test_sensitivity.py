@@ -1,4 +1,4 @@
-"""What one hyper-parameter does is read off runs that agree in everything else, seeds included."""
+"""The effect of a hyper-parameter is measured on runs that agree in everything else, including seeds."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Speed-ups: the truth is covered at the stated rate, a small set agrees with a computation by hand, edges are
-honest."""
+"""Speed-ups: intervals cover the truth at the stated rate, a small case agrees with a calculation by hand, edge cases."""
 
 import functools
 import itertools
@@ -272,7 +271,7 @@ def test_a_claim_beyond_the_range_can_be_refuted_but_not_supported() -> None:
     assert result.claim(2.0).verdict == "not supported"
 
 
-def test_curvature_is_on_the_bill_in_flops_and_seconds_but_not_in_steps() -> None:
+def test_curvature_costs_flops_and_seconds_but_no_steps() -> None:
     baseline = fit_baseline([cell("adamw", h, law(h * 1000) + np.arange(3) * 1e-4) for h in (1000, 2000, 4000, 8000)])
     arm = [cell("sophiag", 4000, law(4e6) + np.arange(3) * 1e-4, cost=1.05)]
     ratio = {currency: speed_ups(arm, baseline, currency)[0].estimate for currency in ("steps", "flops", "seconds")}
@@ -398,7 +397,7 @@ def test_a_baseline_whose_horizons_share_no_seed_is_refused() -> None:
         fit_baseline([cell("adamw", 1000, [3.0], seeds=(1,)), cell("adamw", 2000, [2.9], seeds=(2,))])
 
 
-def test_losses_that_no_power_law_fits_are_called_a_bad_fit() -> None:
+def test_losses_off_a_power_law_are_reported_as_a_bad_fit() -> None:
     wave = np.array([0.05, -0.05, 0.05, -0.05])
     rng = np.random.default_rng(0)
     ends = [
@@ -410,7 +409,7 @@ def test_losses_that_no_power_law_fits_are_called_a_bad_fit() -> None:
     assert fit_baseline(good).lack_of_fit_p > 0.01
 
 
-def test_on_the_clock_a_single_horizon_is_tested_by_its_losses(tmp_path: Path) -> None:
+def test_in_seconds_a_single_horizon_is_tested_by_its_losses(tmp_path: Path) -> None:
     """The baseline's curve has no slope there, which is no reason to call a finite loss diverged."""
     for seed in (1, 2, 3):
         write_run(tmp_path / f"a{seed}", seed=seed, final=4.6 + noise(seed, scale=0.01), train_lines=False)

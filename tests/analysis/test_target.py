@@ -1,4 +1,4 @@
-"""Time to target: the first crossing, interpolated on the log axis, censored where there is none."""
+"""Time to target: the first crossing, interpolated on the log axis, censored if there is none."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_between_evaluations_the_loss_is_linear_in_the_logarithm() -> None:
 @given(
     scale=st.floats(0.5, 3), exponent=st.floats(0.05, 1.5), share=st.floats(0.05, 0.95), factor=st.floats(1.001, 1.3)
 )
-def test_of_a_curve_that_is_linear_in_log_steps_the_crossing_is_exact(
+def test_the_crossing_is_exact_for_a_curve_linear_in_log_steps(
     scale: float, exponent: float, share: float, factor: float
 ) -> None:
     spent = 10.0 * factor ** np.arange(30)

@@ -1,4 +1,4 @@
-"""A study's tables: they give back every record exactly, pandas reads them in a line each, damage is named."""
+"""A study's tables reproduce every record exactly, pandas reads each in one line, and damage is reported."""
 
 import shutil
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def test_a_configuration_reads_back_with_its_types(tmp_path_factory: pytest.Temp
 
 
 def test_a_record_that_a_row_cannot_hold_is_refused() -> None:
-    with pytest.raises(RecordError, match=r"t: its record holds what trials\.csv cannot"):
+    with pytest.raises(RecordError, match=r"t: trials\.csv cannot represent its record"):
         checked(row(optimizer={"a.b": 1}))
 
 
@@ -106,7 +106,7 @@ def replaced(old: str, new: str) -> Callable[[Path], None]:
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    "cut in a row": (TRIALS_FILE, cut, r"trials.csv:\d+ is damaged: \d+ cells where \d+ are expected"),
+    "cut in a row": (TRIALS_FILE, cut, r"trials.csv:\d+ is damaged: \d+ cells, expected \d+"),
     "no text": (TRIALS_FILE, lambda path: path.write_bytes(b"\xff\xfe"), "trials.csv is damaged"),
     "empty": (TRIALS_FILE, lambda path: path.write_text(""), "trials.csv:0 is damaged: it has no column trial"),
     "a horizon that is no number": (TRIALS_FILE, replaced(",tiny,50,", ",tiny,many,"), r"trials.csv:2 .*horizon"),
@@ -121,7 +121,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "an arm of another study": (TRIALS_FILE, replaced(",lion,reporting,", ",tiger,reporting,"), "has no arm 'tiger'"),
     "curves cut": (CURVES_FILE, cut, "curves.parquet is damaged"),
     "a bit of the curves": (CURVES_FILE, flip, "curves.parquet is damaged"),
-    "no curves": (CURVES_FILE, Path.unlink, "curves.parquet has no line of tiny-adamw"),
+    "no curves": (CURVES_FILE, Path.unlink, "curves.parquet has no lines of tiny-adamw"),
     "another table": (
         CURVES_FILE,
         lambda path: pd.DataFrame({"trial": ["a"]}).to_parquet(path),

@@ -1,4 +1,4 @@
-"""Wall-clock time counts training alone, from the clock or from reference times that a noisy machine cannot touch."""
+"""Wall-clock time counts only training, measured or from reference times that a noisy machine does not affect."""
 
 import json
 from pathlib import Path

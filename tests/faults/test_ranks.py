@@ -155,7 +155,7 @@ def test_weights_that_differ_between_ranks_end_the_run_before_they_are_saved(cor
         ("train.sequence_length=8", r"train\.sequence_length=8 on rank 1 .*, 16 on rank 0"),
         ("eval.interval=5", r"eval\.interval=5 on rank 1 .*, 8 on rank 0"),
         ("optimizer.batch_fraction=0.25", r"optimizer\.batch_fraction=0\.25 on rank 1 .*, 0\.5 on rank 0"),
-        ("train.global_batch_size=9", r"rank 1: train\.global_batch_size=9 does not divide over 2 ranks"),
+        ("train.global_batch_size=9", r"rank 1: train\.global_batch_size=9 is not divisible by 2 ranks"),
     ],
 )
 def test_ranks_of_different_configurations_are_refused_and_the_key_is_named(

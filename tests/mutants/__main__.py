@@ -1,12 +1,12 @@
-"""Would the test suite notice? Plant one bug at a time and run the tests that execute its lines.
+"""Mutation testing: plant one bug at a time and run the tests that execute its lines.
 
     python -m tests.mutants                    the planted bugs, and one in ten of all one-token changes (make test-mutants)
     python -m tests.mutants --one-in 1         every change: hours
-    python -m tests.mutants sophia/lion.py     of single files
-    python -m tests.mutants --again FILE       those that survived in a run with --output FILE
+    python -m tests.mutants sophia/lion.py     only these files
+    python -m tests.mutants --again FILE       the survivors of a run with --output FILE
 
-`planted.json` has bugs that people make, each with the tests that have to notice it. `survivors.json` has changes that
-no test can notice, each with the reason; they are not made. Exit code 1: a change survives.
+`planted.json` has typical bugs, each with the tests that must fail. `survivors.json` has changes that no test can notice,
+each with the reason; they are skipped. Exit code 1: a change survives.
 
 Each change is written to a copy of the tree. Its tests run in a fork of this process, which has imported the libraries.
 """
@@ -53,7 +53,7 @@ FILES = [
     "data/batches.py",
     "data/splits.py",
 ]
-# The tests that are nearest to these files; launches of several processes are not among them.
+# The tests closest to these files, without launches of several processes.
 TESTS = ["tests/sophia", "tests/models/test_gpt2.py", "tests/models/test_head.py"]
 TESTS += [f"tests/data/test_{name}.py" for name in ("batches", "dataset", "permutation", "splits")]
 TESTS += [
@@ -65,25 +65,23 @@ TESTS += [
 TESTS += [f"tests/training/recording/test_{name}.py" for name in ("diagnostics", "ledger", "trackers", "profiling")]
 TESTS += [f"tests/training/reliability/test_{name}.py" for name in ("guards", "resume", "resumption")]
 ENOUGH = 60.0  # CPU seconds of tests for one change
-LIMIT = 180  # CPU seconds, after which a change counts as a hang, which a person would notice
-WAIT = 1800.0  # seconds, after which a change is taken to wait forever
-# pytest's exit codes, of tests that pass without the change. Any other: a test fails, or nothing can be imported any more.
+LIMIT = 180  # CPU seconds, after which a change counts as a hang, which a user would notice
+WAIT = 1800.0  # seconds, after which a change counts as waiting forever
+# pytest's exit codes if no test fails. Any other: a test fails, or an import does.
 OUTCOMES = {0: "survived", 3: "pytest failed", 5: "no test", -signal.SIGXCPU: "hung"}
-FIRST_TIME = (
-    1_600_000_000  # of a mutated file's modification; each later one is a second on, so that no stale bytecode is read
-)
+FIRST_TIME = 1_600_000_000  # modification time of a mutated file, plus a second per change: no stale bytecode is used
 
 
 class Planned(NamedTuple):
     mutant: Mutant
-    source: bytes  # of the file, without the change
+    source: bytes  # the unchanged file
     tests: list[str]
-    planted: str = ""  # what it is, of one that is planted
+    planted: str = ""  # description of a planted bug
 
 
 class Result(NamedTuple):
     planned: Planned
-    outcome: str  # killed, hung, survived, uncovered, or one of a fault of the tool
+    outcome: str  # killed, hung, survived, uncovered, or an error of this tool
     seconds: float
 
 
@@ -102,9 +100,9 @@ class CoverageMap:
                     known.setdefault(int(line), set()).update(tests)
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """The tests that execute the lines: all in the test file of the same name, then the quickest of each other file, up to
-        `ENOUGH` seconds of them. Of lines that only an import, a compiler or another process executes, the tests that execute
-        any line of the file."""
+        """Return the tests that execute the lines: all in the test file of the same name, then the quickest of each other file,
+        up to `ENOUGH` seconds. For lines that only an import, a compiler or another process executes, return the tests that
+        execute any line of the file."""
         lines = self.lines.get(mutant.file, {})
         contexts = set().union(*(lines.get(n, set()) for n in range(mutant.line, mutant.last_line + 1)))
         if contexts <= {""}:
@@ -114,7 +112,7 @@ class CoverageMap:
         tests |= {test for test in self.seconds if test.partition("::")[0] in shared}
         chosen: list[str] = []
         total, turns = 0.0, dict[str, int]()
-        quickest: Counter[str] = Counter()  # of each file first, so that files of slow tests have their turn
+        quickest: Counter[str] = Counter()  # rank within each file, so that files with slow tests are included
         namesake = f"test_{Path(mutant.file).stem}.py"
         for test in sorted(tests & self.seconds.keys(), key=lambda test: (self.seconds[test], test)):
             file = test.partition("::")[0]
@@ -129,13 +127,13 @@ class CoverageMap:
 
 
 def map_coverage(directory: Path) -> CoverageMap:
-    """Run the nearest tests once, noting which executes which line."""
+    """Run the closest tests once, recording which executes which line."""
     directory.mkdir(parents=True)
     environment = os.environ | {"MUTANTS_MAP": str(directory), "MUTANTS_FILES": os.pathsep.join(FILES)}
     command = [sys.executable, "-m", "pytest", "-q", "-n", str(os.cpu_count()), "--dist", "worksteal"]
     command += ["-p", "tests.mutants.coverage_map", *TESTS]
     if subprocess.run(command, cwd=ROOT, env=environment).returncode:
-        sys.exit("error: the tests have to pass before they can be asked to notice anything")
+        sys.exit("error: the tests fail without any change; fix them first")
     return CoverageMap(directory)
 
 
@@ -165,17 +163,17 @@ def planned_changes(files: Sequence[str], one_in: int, coverage: CoverageMap) ->
 
 
 def refuse_absent_tests(tests: set[str]) -> None:
-    """A test that is not there would fail whatever is planted."""
+    """A missing test would fail whatever is planted."""
     files = sorted({test.partition("::")[0] for test in tests})
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files]
     collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     there = {name for line in collected for name in (line, line.partition("[")[0])}
     if files and (absent := sorted(tests - there)):
-        sys.exit(f"error: planted.json: there is no test {', '.join(absent)}")
+        sys.exit(f"error: planted.json: no such test: {', '.join(absent)}")
 
 
 class Slot:
-    """A copy of the tree, in which one change at a time is tested."""
+    """A copy of the tree to test one change at a time."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -207,7 +205,7 @@ class Slot:
         os.utime(path, (FIRST_TIME + self.written,) * 2)
 
     def _test(self, tests: list[str]) -> None:
-        """In the fork: the tests, whose outcome is the exit code."""
+        """Run the tests in the fork; the exit code is their outcome."""
         os.setsid()
         resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 10))
         with (self.directory / ".output").open("wb") as output:
@@ -220,7 +218,7 @@ class Slot:
         os.environ["PYTHONPATH"] = str(self.directory)
         options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", f"--basetemp={self.directory}/.tmp"]
         options += [f"--rootdir={self.directory}", "-c", "pyproject.toml"]
-        first = tests[0].partition("::")[0]  # most changes are noticed before other files need to be imported
+        first = tests[0].partition("::")[0]  # most changes are caught before other files are imported
         stages = [[test for test in tests if (test.partition("::")[0] == first) == now] for now in (True, False)]
         code: int = 1
         try:
@@ -232,7 +230,7 @@ class Slot:
             os._exit(code)
 
     def ended(self) -> Result | None:
-        """The result, once there is one."""
+        """Return the result when the tests have ended, else None."""
         assert self.planned is not None
         seconds = time.monotonic() - self.started
         process, status = os.waitpid(self.child, os.WNOHANG)
@@ -285,9 +283,9 @@ def main() -> int:
     parser.add_argument(
         "--one-in", type=int, default=10, metavar="N", help="test one in N of the changes (default: 10)"
     )
-    parser.add_argument("--map", type=Path, help="a directory for the map of coverage, made if it is not there")
-    parser.add_argument("--again", type=Path, metavar="JSON", help="test the survivors of this --output alone")
-    parser.add_argument("--output", type=Path, help="a JSON file for the scores and the survivors")
+    parser.add_argument("--map", type=Path, help="directory of the coverage map, created if missing")
+    parser.add_argument("--again", type=Path, metavar="JSON", help="test only the survivors in this --output file")
+    parser.add_argument("--output", type=Path, help="JSON file for the scores and the survivors")
     asked = parser.parse_args()
     files = asked.files or FILES
     if foreign := sorted({*files} - {*FILES}):
@@ -324,7 +322,7 @@ def tell(result: Result, number: int, total: int) -> None:
 
 
 def report(results: list[Result], output: Path | None) -> int:
-    """Print the scores by file, and what survived; returns the exit code."""
+    """Print the scores by file and the survivors; return the exit code."""
     noticed: Counter[str] = Counter()
     made: Counter[str] = Counter()
     survivors = []

@@ -1,4 +1,4 @@
-"""A pytest plugin that notes which test executes which line (`pytest -p tests.mutants.coverage_map`).
+"""A pytest plugin that records which test executes which line (`pytest -p tests.mutants.coverage_map`).
 
 Each worker writes a file to the directory MUTANTS_MAP: {"lines": {file: {line: [tests]}}, "seconds": {test: CPU seconds}}. A
 line that a fixture executes belongs to every test of the test's file, a line that an import executes to "".

@@ -1,4 +1,4 @@
-"""One-token changes of Python source: the bugs that a test suite has to notice."""
+"""One-token changes of Python source, which a test suite should notice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ARITHMETIC |= {"|": "&", "&": "|", "^": "&"}
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "floor": "ceil", "ceil": "floor", "sum": "mean"}
 NAMES |= {"mean": "sum", "amax": "amin", "amin": "amax", "mul_": "div_", "div_": "mul_", "add_": "sub_", "sub_": "add_"}
 NAMES |= {"minimum": "maximum", "maximum": "minimum", "round": "int", "float": "bfloat16", "float32": "bfloat16"}
-# Keywords that a call may lose without a change of what is computed.
+# Keywords that do not affect the result of a call.
 IDLE_KEYWORDS = {"strict", "stacklevel", "flush", "foreach", "non_blocking", "pin_memory", "memory_format", "encoding"}
 IDLE_KEYWORDS |= {"device"}  # there is one device here
 BUILTINS = {"min", "max", "any", "all", "round"}
@@ -33,12 +33,12 @@ class Mutant:
     start: int
     end: int
     text: str
-    old: str  # the line, or lines, as they are
-    new: str  # and as they become
+    old: str  # the original line or lines
+    new: str  # the changed lines
 
     @property
     def identity(self) -> str:
-        """The same for the same change of the same lines, wherever they stand in the file."""
+        """A hash of the change and its lines, independent of their position in the file."""
         return hashlib.sha256(f"{self.file}\n{self.old}\n{self.new}".encode()).hexdigest()
 
     def applied(self, source: bytes) -> bytes:
@@ -46,7 +46,7 @@ class Mutant:
 
 
 def mutants_of(root: Path, file: str) -> list[Mutant]:
-    """Every mutant of a file, one of those that change equal lines alike. Messages, annotations and decorators stay."""
+    """Return all mutants of a file, one for each distinct change. Messages, annotations and decorators are not changed."""
     source = (root / file).read_bytes()
     starts = [0]
     for line in source.splitlines(keepends=True):
@@ -148,7 +148,7 @@ def _changes(tree: ast.Module, source: bytes, starts: list[int]) -> Iterator[_Ch
 
 
 def _visited(tree: ast.Module) -> Iterator[ast.AST]:
-    """The nodes whose change is a bug: not what is said, annotated or decorated."""
+    """Yield the nodes whose change is a bug, without messages, annotations and decorators."""
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
@@ -169,14 +169,14 @@ def _visited(tree: ast.Module) -> Iterator[ast.AST]:
 
 
 def _is_negated_otherwise(test: ast.expr) -> bool:
-    """Whether another change is this test's negation."""
+    """Return whether another mutant already negates this test."""
     if isinstance(test, ast.Compare):
         return isinstance(test.ops[0], (ast.Eq, ast.NotEq, ast.Is, ast.IsNot, ast.In, ast.NotIn))
     return isinstance(test, ast.UnaryOp)
 
 
 def _speaks(value: ast.expr) -> bool:
-    """Whether an expression only tells somebody something: a docstring, a log line, a warning."""
+    """Return whether an expression is only a message: a docstring, a log line, a warning."""
     if isinstance(value, ast.Constant):
         return True
     called = ast.unparse(value.func) if isinstance(value, ast.Call) else ""

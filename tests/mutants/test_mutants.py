@@ -1,4 +1,4 @@
-"""The planted bugs can be planted, and the one-token changes are what they say."""
+"""The planted bugs fit the source, and the one-token changes are correct."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_each_planted_bug_has_one_place_and_tests_that_exist() -> None:
             assert f"def {name}(" in (ROOT / file).read_text(), test
 
 
-def test_each_change_that_no_test_can_notice_is_one_that_is_made() -> None:
+def test_each_explained_survivor_is_a_change_that_exists() -> None:
     explained = json.loads(Path(__file__).with_name("survivors.json").read_text())
     made = {(m.file, m.old, m.new) for file in {one["file"] for one in explained} for m in mutants_of(ROOT, file)}
     assert {(one["file"], one["old"], one["new"]) for one in explained} <= made
@@ -44,6 +44,6 @@ def test_no_bug_is_planted_twice() -> None:
         ("raise ValueError(f'{1 + 1}')", {"pass"}),
     ],
 )
-def test_a_change_is_of_what_is_computed(source: str, expected: set[str], tmp_path: Path) -> None:
+def test_only_code_that_computes_is_changed(source: str, expected: set[str], tmp_path: Path) -> None:
     (tmp_path / "source.py").write_text(source + "\n")
     assert {mutant.new for mutant in mutants_of(tmp_path, "source.py")} == expected

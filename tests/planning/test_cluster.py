@@ -1,4 +1,4 @@
-"""The cluster's description, and a run's configuration as on it."""
+"""The planner's input: the cluster, and the run's configuration on it."""
 
 import pytest
 
@@ -50,13 +50,13 @@ def test_a_recipe_is_planned_as_it_is() -> None:
     assert not any("assumed" in note for note in notes)
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_planned_with_the_nearest_and_said() -> None:
+def test_an_indivisible_batch_is_planned_with_the_nearest_valid_one_and_noted() -> None:
     cluster, overrides = split_cluster(
         ["model=gpt2_nano", "train.global_batch_size=16", "train.sequence_length=64", "cluster.gpus=5"]
     )
     config, notes = compose_for(overrides, cluster)
     assert config.train.global_batch_size == 15
-    assert any("does not divide over 5 ranks" in note for note in notes)
+    assert any("is not divisible by 5 ranks" in note for note in notes)
 
 
 @pytest.mark.parametrize("removed", ["train.precision", "train.compile"])

@@ -1,4 +1,4 @@
-"""The arithmetic of memory: by hand, against real optimizers, and in what must make it larger or smaller."""
+"""Planned memory: against calculations by hand, against real optimizers, and larger or smaller as expected."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""A plan: its bills against the ledger's arithmetic, its remedies against itself."""
+"""A plan: its costs match the ledger's arithmetic, and its remedies fit."""
 
 import pytest
 
@@ -69,7 +69,7 @@ def test_a_plan_bills_each_optimizer_and_names_what_would_fit() -> None:
         assert again.optimizers[0].peak_bytes == remedy.peak_bytes
 
 
-def test_what_a_strategy_refuses_is_said_and_not_planned() -> None:
+def test_an_optimizer_that_the_strategy_refuses_is_reported_and_not_planned() -> None:
     planned, _ = plan("strategy=deepspeed", "optimizer=lion", "cluster.gpus=2", optimizers=("lion", "muon"))
     assert [one.optimizer for one in planned.optimizers] == ["lion"]
     assert "whole matrices" in planned.refused["muon"]

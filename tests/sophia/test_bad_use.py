@@ -1,4 +1,4 @@
-"""Wrong use of the library is told: what was given, what was expected, what to do."""
+"""Errors for wrong use of the library: what was given, what was expected, what to do."""
 
 import math
 import re
@@ -106,7 +106,7 @@ def test_sparse_gradients_are_refused(cls: type) -> None:
         cls(embedding.parameters()).step()
 
 
-def test_a_forgotten_num_predictions_is_told() -> None:
+def test_a_forgotten_num_predictions_is_refused() -> None:
     with pytest.raises(
         TypeError, match="neither of num_predictions and estimates, expected exactly one: num_predictions=N"
     ):
@@ -116,7 +116,7 @@ def test_a_forgotten_num_predictions_is_told() -> None:
 
 
 @pytest.mark.parametrize("n", [0, -5, 2.0, True, "8", torch.ones(2)])
-def test_an_impossible_num_predictions_is_told(n: Any) -> None:
+def test_an_impossible_num_predictions_is_refused(n: Any) -> None:
     with pytest.raises(ValueError, match="num_predictions"):
         SophiaG([parameter(2)]).update_hessian(num_predictions=n)
 
@@ -145,10 +145,10 @@ def test_estimates_must_match_the_parameters() -> None:
     assert not optimizer.state[frozen]
 
 
-def test_curvature_for_an_optimizer_without_curvature_is_told() -> None:
+def test_curvature_for_an_optimizer_without_curvature_is_refused() -> None:
     with pytest.raises(RuntimeError, match="hessian_interval=None"):
         Sophia([parameter(2)], hessian_interval=None).update_hessian(num_predictions=1)
-    with pytest.raises(ValueError, match="AdaHessian has no step without curvature"):
+    with pytest.raises(ValueError, match="AdaHessian cannot step without curvature"):
         AdaHessian([parameter(2)], hessian_interval=None)  # type: ignore[arg-type]
 
 
@@ -188,7 +188,7 @@ def test_estimators_name_what_does_not_fit() -> None:
     logits, w = torch.zeros(4, 3, requires_grad=True), torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match=r"positions have shape \(3,\), expected \(4,\)"):
         gauss_newton_bartlett(lambda: logits, seed=0, step=1, positions=torch.arange(3))
-    with pytest.raises(ValueError, match="no prediction"):
+    with pytest.raises(ValueError, match="nothing to predict"):
         gauss_newton_bartlett(lambda: logits, seed=0, step=1, positions=torch.full((4,), -1))
     with pytest.raises(ValueError, match="every target is ignore_index = -100"):
         empirical_fisher(lambda: logits, torch.full((4,), -100))
@@ -210,20 +210,22 @@ SCALAR, LOGITS = torch.zeros((), requires_grad=True), torch.zeros(2, 3, requires
 @pytest.mark.parametrize(
     ("returned", "said"),
     [
-        ((LOGITS, None), "a tuple, expected a tensor: take logits out, as in lambda: model(x)[0]"),
-        ([SCALAR, LOGITS], "a list, expected a tensor: take logits out, as in lambda: model(x)[1]"),
+        ((LOGITS, None), "a tuple, expected a tensor: return its logits, as in lambda: model(x)[0]"),
+        ([SCALAR, LOGITS], "a list, expected a tensor: return its logits, as in lambda: model(x)[1]"),
         (
             SimpleNamespace(logits=LOGITS),
-            "a SimpleNamespace, expected a tensor: take logits out, as in lambda: model(x).logits",
+            "a SimpleNamespace, expected a tensor: return its logits, as in lambda: model(x).logits",
         ),
         (
             {"h": LOGITS, "logits": LOGITS},
-            "a dict, expected a tensor: take logits out, as in lambda: model(x)['logits']",
+            "a dict, expected a tensor: return its logits, as in lambda: model(x)['logits']",
         ),
         (None, "a NoneType, expected a tensor: return logits as a tensor"),
     ],
 )
-def test_a_model_that_returns_more_than_its_logits_is_told_how_to_take_them_out(returned: object, said: str) -> None:
+def test_the_error_for_a_model_that_returns_more_than_logits_shows_how_to_extract_them(
+    returned: object, said: str
+) -> None:
     targets = torch.zeros(2, dtype=torch.int64)
     for estimate in (
         lambda: gauss_newton_bartlett(lambda: returned, seed=0, step=1),
@@ -237,17 +239,17 @@ def test_a_model_that_returns_more_than_its_logits_is_told_how_to_take_them_out(
 @pytest.mark.parametrize(
     ("loss_fn", "said"),
     [
-        (lambda: (LOGITS, LOGITS.sum()), "a tuple, expected a tensor: take loss out, as in lambda: model(x)[1]"),
+        (lambda: (LOGITS, LOGITS.sum()), "a tuple, expected a tensor: return its loss, as in lambda: model(x)[1]"),
         (
             lambda: SimpleNamespace(loss=SCALAR),
-            "a SimpleNamespace, expected a tensor: take loss out, as in lambda: model(x).loss",
+            "a SimpleNamespace, expected a tensor: return its loss, as in lambda: model(x).loss",
         ),
         (lambda: 0.5, "a float, expected a tensor: return loss as a tensor"),
-        (lambda: LOGITS * 2, "returned a tensor of shape (2, 3), expected one number: return its .mean()"),
-        (SCALAR, "is a Tensor, expected a function: write lambda: ... before it"),
+        (lambda: LOGITS * 2, "returned a tensor of shape (2, 3), expected a scalar: return its .mean()"),
+        (SCALAR, "is a Tensor, expected a function: wrap it in lambda: ..."),
     ],
 )
-def test_a_loss_function_that_returns_no_loss_is_told(estimate: Any, loss_fn: Any, said: str) -> None:
+def test_a_loss_function_that_returns_no_loss_is_refused(estimate: Any, loss_fn: Any, said: str) -> None:
     with pytest.raises(TypeError, match=f"loss_fn .*{re.escape(said)}$"):
         estimate(loss_fn, [LOGITS], seed=0, step=1)
 

@@ -1,4 +1,4 @@
-"""The sums tell what is in the state; the alarm rings when Sophia runs as sign momentum, and only then."""
+"""The sums describe the state; the alarm rings if and only if Sophia runs as sign momentum."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def test_the_alarm_rings_once_when_the_fraction_is_zero_for_longer_than_k_steps(
     assert [alarm.observe(step, 0.0) for step in range(1, 11)] == [None] * 10
     message = alarm.observe(11, 0.0)
     assert message is not None
-    assert "no coordinate has been unclipped for 11 steps (hessian_interval 10)" in message
+    assert "every coordinate has been clipped for 11 steps (hessian_interval 10)" in message
     for cause in (
         "update_hessian() is not called",
         "sequences instead of tokens",

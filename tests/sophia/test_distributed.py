@@ -1,4 +1,4 @@
-"""Two processes under FSDP2 and DDP compute what one process does, shards and checkpoints included."""
+"""Two processes under FSDP2 and DDP compute the same as one, including shards and checkpoints."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How a batch is cut into micro-batches and ranks changes nothing: labels, noise and curvature stay the same."""
+"""Labels, noise and curvature do not depend on how a batch is split into micro-batches and ranks."""
 
 import pytest
 import torch

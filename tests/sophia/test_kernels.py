@@ -1,5 +1,4 @@
-"""The forms of a step agree, small tensors are joined, a schedule compiles nothing, and no compiler means one
-warning."""
+"""All forms of a step agree, small tensors are joined, a schedule does not recompile, and a missing compiler warns once."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -102,7 +101,7 @@ def test_parameters_of_several_dtypes_step_as_those_of_each_alone(form: dict[str
 
 
 @pytest.mark.slow
-def test_compiled_form_is_the_same_to_the_last_bit_and_a_schedule_compiles_nothing_anew(
+def test_compiled_form_is_the_same_to_the_last_bit_and_a_schedule_does_not_recompile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kernels, "JOINED_BELOW", 20)  # three tensors alone, the others joined

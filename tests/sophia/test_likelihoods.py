@@ -1,4 +1,4 @@
-"""Labels at the ends of the distribution function, and which random number belongs to which element."""
+"""Labels at the ends of the distribution function, and the random number of each element."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The five common mistakes in public ports of Sophia: each has a test here that fails when it is put in."""
+"""Five common mistakes in public ports of Sophia: each has a test here that fails if the mistake is introduced."""
 
 import pytest
 import torch

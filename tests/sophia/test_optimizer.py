@@ -1,4 +1,4 @@
-"""Sophia's update against an implementation in float64 written from the formulas alone, an operation at a time."""
+"""Sophia's update against an independent float64 implementation of the formulas."""
 
 import warnings
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The library stands alone."""
+"""The library needs only torch."""
 
 import ast
 import sys

@@ -31,7 +31,7 @@ class AuthorsSophiaG:
 
 
 @pytest.mark.parametrize("foreach", [False, True])
-def test_old_runs_are_repeated(foreach: bool) -> None:
+def test_reference_sophia_equals_the_authors_code(foreach: bool) -> None:
     k, clip, bs = 3, 1.0, 40
     torch.manual_seed(0)
     theirs = [torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((4, 3), (5,))]

@@ -1,4 +1,4 @@
-"""State: round trips, other people's calling patterns, and when an estimate is due."""
+"""State: round trips, calling patterns of other libraries, and when an estimate is due."""
 
 import copy
 import pickle
@@ -51,7 +51,7 @@ def states_of(m: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[dict
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("cls", "options"), OPTIMIZERS)
 @pytest.mark.parametrize("way", ["state_dict", "dcp", "deepcopy", "pickle"])
-def test_training_goes_on_after_a_round_trip_as_if_nothing_had_happened(
+def test_training_continues_identically_after_a_state_round_trip(
     way: str, cls: type, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     a = model(dtype)

@@ -1,4 +1,4 @@
-"""A small study as a dictionary, to be changed by tests."""
+"""A small study as a dictionary for tests to modify."""
 
 from typing import Any
 

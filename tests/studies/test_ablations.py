@@ -1,4 +1,4 @@
-"""The ablations of configs/study/cpu_scale.yaml become figures and tables by themselves."""
+"""The ablations of configs/study/cpu_scale.yaml appear in figures and tables."""
 
 import functools
 import json
@@ -65,7 +65,7 @@ def record(jobs: Sequence[Sequence[str]]) -> list[int]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     places = Places.of("cpu_scale", *(tmp_path_factory.mktemp(name) for name in ("runs", "results")))
-    assert run_study(cut_down(), places, record, at_once=None, tell=lambda _: None).finished
+    assert run_study(cut_down(), places, record, at_once=None, log=lambda _: None).finished
     return analyse(load_study([places.records]))
 
 
@@ -112,7 +112,7 @@ def test_figures_of_the_ablations_are_drawn(results: Results, tmp_path: Path) ->
         FIGURES["size"](results)
 
 
-def test_machines_can_read_them(results: Results) -> None:
+def test_the_json_report_has_the_ablations(results: Results) -> None:
     content = json.loads(json.dumps(results.as_json(), allow_nan=False))
     assert len(content["ablations"]) == len(results.ablations)
     assert len(content["beta2_gamma_grid"]["loss"]) == len(content["beta2_gamma_grid"]["gamma"])

@@ -1,4 +1,4 @@
-"""What a study costs is counted from its file, by hand here."""
+"""The planned cost of a study, against a count by hand."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def test_trials_steps_tokens_and_hours_are_those_of_the_file() -> None:
     assert adamw.seconds == pytest.approx(21 * 5 + adamw.tokens / 1000 + evaluations * 3000 / 3 / 1000)
 
 
-def test_a_curvature_pass_is_on_the_bill() -> None:
+def test_the_plan_includes_the_curvature_pass() -> None:
     found = costs(spec(), {"gpt2_nano": 1000.0}, start_seconds=0.0)
     sophia, k1 = found["gpt2_nano", "sophiag"], found["gpt2_nano", "sophiag_k1"]
     evaluated = 9 * 3 + 6 * 4
@@ -59,5 +59,5 @@ def test_the_share_of_curvature_is_that_of_its_flops(overrides: list[str], share
 
 @pytest.mark.parametrize("given", ["gpt2_xl=3", "gpt2_nano", "gpt2_nano=fast", "gpt2_nano=0", "gpt2_nano=-1"])
 def test_a_speed_that_cannot_be_used_is_refused(given: str) -> None:
-    with pytest.raises(ConfigurationError, match="expected <model>=<tokens a second> with one of gpt2_nano"):
+    with pytest.raises(ConfigurationError, match="expected <model>=<tokens per second> with one of gpt2_nano"):
         speeds_of(spec(), [given])

@@ -1,4 +1,4 @@
-"""Expanding is pure: trials in order, within budget, the same for the same record, each arm treated alike."""
+"""Expansion: trials in order, within budget, a pure function of the record, equal for all arms."""
 
 import math
 from collections import Counter
@@ -42,7 +42,7 @@ def finished(spec: StudySpec) -> Expansion:
     return to_the_end(spec)[0]
 
 
-def test_at_first_only_the_searches_can_begin(spec: StudySpec) -> None:
+def test_at_first_only_the_searches_can_start(spec: StudySpec) -> None:
     first = expand(spec, {})
     assert {trial.phase for trial in first.trials} == {"tuning"}
     assert {trial.model for trial in first.trials} == {"gpt2_nano"}
@@ -94,7 +94,7 @@ def test_reported_runs_use_the_best_that_was_found_at_seeds_of_their_own(finishe
     assert {t.seed for t in finished.trials if t.phase == "tuning"} == {100}
 
 
-def test_a_model_like_another_begins_at_what_was_found_there(finished: Expansion) -> None:
+def test_a_model_like_another_starts_from_its_best_point(finished: Expansion) -> None:
     first = next(t for t in finished.trials if t.model == "gpt2_micro" and t.arm == "sophiag")
     assert first.values["optimizer.lr"] == 2e-3
     assert all(t.values["optimizer.betas[0]"] == 0.9 for t in finished.trials if t.model == "gpt2_micro")
@@ -123,7 +123,7 @@ def test_names_are_unique_and_tell_arm_model_horizon_and_seed(finished: Expansio
     assert names[0].startswith("adamw-gpt2_nano-50-")
 
 
-def test_side_by_side_and_one_after_the_other_lead_to_the_same_study(spec: StudySpec, finished: Expansion) -> None:
+def test_parallel_and_sequential_trials_give_the_same_study(spec: StudySpec, finished: Expansion) -> None:
     parallel, _ = to_the_end(spec, at_once=8)
     assert [trial.name for trial in parallel.trials] == [trial.name for trial in finished.trials]
 
@@ -163,7 +163,7 @@ def test_elements_of_lists_are_put_into_the_default_list() -> None:
     assert value_overrides({"optimizer.clip": False}, dict) == ["optimizer.clip=false"]
 
 
-def test_an_ablation_sets_values_in_the_place_of_those_found() -> None:
+def test_an_ablation_replaces_tuned_values() -> None:
     values = small()
     grid = {"of": "sophiag", "values": {"optimizer.betas[1]": 0.8}, "model": "gpt2_nano", "horizons": [50], "seeds": 1}
     values["ablations"] = {"grid": grid}

@@ -1,4 +1,4 @@
-"""Running a study: what is done is skipped, what was cut off goes on, budgets and seeds are kept."""
+"""Running a study: finished trials are skipped, unfinished ones resume, budgets and seeds are kept."""
 
 import itertools
 import json
@@ -87,34 +87,34 @@ def silent(_: str) -> None:
 
 def test_a_study_runs_to_its_end_and_a_second_call_runs_nothing(spec: StudySpec, places: Places) -> None:
     machine = FakeMachine()
-    report = run_study(spec, places, machine, tell=silent)
+    report = run_study(spec, places, machine, log=silent)
     assert report.finished
     assert report.ran == len(machine.ran) == len(set(machine.ran))
     again = FakeMachine()
-    assert run_study(spec, places, again, tell=silent).finished
+    assert run_study(spec, places, again, log=silent).finished
     assert again.ran == []
 
 
-def test_a_study_that_was_interrupted_goes_on_and_runs_nothing_twice(spec: StudySpec, places: Places) -> None:
+def test_an_interrupted_study_resumes_and_runs_nothing_twice(spec: StudySpec, places: Places) -> None:
     first = FakeMachine(stop_after=7)
-    report = run_study(spec, places, first, tell=silent)
+    report = run_study(spec, places, first, log=silent)
     assert report.interrupted
     assert report.ran == 7
     second = FakeMachine()
-    assert run_study(spec, places, second, tell=silent).finished
+    assert run_study(spec, places, second, log=silent).finished
     assert set(first.ran[:7]).isdisjoint(second.ran)
     assert second.ran[0] == first.ran[7], "the run that was cut off is the first to go on"
     whole = FakeMachine()
     elsewhere = Places.of("small", places.work.parent / "other", places.records.parent / "other")
-    run_study(spec, elsewhere, whole, tell=silent)
+    run_study(spec, elsewhere, whole, log=silent)
     assert whole.ran == first.ran[:7] + second.ran
 
 
-def test_records_alone_let_a_study_go_on_from_a_fresh_clone(spec: StudySpec, places: Places) -> None:
-    run_study(spec, places, FakeMachine(), tell=silent)
+def test_a_study_resumes_from_its_records_in_a_fresh_clone(spec: StudySpec, places: Places) -> None:
+    run_study(spec, places, FakeMachine(), log=silent)
     clone = Places(places.work.parent / "empty", places.records)
     machine = FakeMachine()
-    assert run_study(spec, clone, machine, tell=silent).finished
+    assert run_study(spec, clone, machine, log=silent).finished
     assert machine.ran == []
 
 
@@ -122,66 +122,66 @@ def test_a_run_that_ended_just_before_a_kill_is_kept_without_being_run_again(spe
     trial = expand(spec, {}).trials[0]
     FakeMachine()(jobs=[job(spec, trial, places)])
     machine = FakeMachine()
-    run_study(spec, places, machine, tell=silent)
+    run_study(spec, places, machine, log=silent)
     assert trial.name not in machine.ran
     assert trial.name in {row.trial for row in read_trials(places.records) if row.summary}
 
 
-def test_no_trial_begins_after_the_time_given(spec: StudySpec, places: Places) -> None:
+def test_no_trial_starts_after_the_time_limit(spec: StudySpec, places: Places) -> None:
     machine = FakeMachine()
-    report = run_study(spec, places, machine, hours=0.0, tell=silent)
+    report = run_study(spec, places, machine, hours=0.0, log=silent)
     assert report.interrupted
     assert machine.ran == []
 
 
-def test_a_failed_trial_stops_neither_the_others_nor_the_next_sitting(spec: StudySpec, places: Places) -> None:
+def test_a_failed_trial_stops_neither_the_others_nor_the_next_call(spec: StudySpec, places: Places) -> None:
     machine = FakeMachine()
     first = expand(spec, {}).trials[0]
     machine.codes[first.name] = 1
     said: list[str] = []
-    report = run_study(spec, places, machine, tell=said.append)
+    report = run_study(spec, places, machine, log=said.append)
     assert not report.finished
     assert report.failed == (first.name,)
     assert any("failed with exit code 1" in line and ".log" in line for line in said)
     assert any(name.startswith("sophiag") for name in machine.ran)
-    assert run_study(spec, places, FakeMachine(), tell=silent).finished
+    assert run_study(spec, places, FakeMachine(), log=silent).finished
 
 
 def test_a_refused_configuration_ends_the_study_with_the_log(spec: StudySpec, places: Places) -> None:
     machine = FakeMachine()
     machine.codes[expand(spec, {}).trials[0].name] = 2
-    with pytest.raises(ConfigurationError, match=r"is refused, see .*\.log; correct the study file"):
-        run_study(spec, places, machine, tell=silent)
+    with pytest.raises(ConfigurationError, match=r"is invalid, see .*\.log; correct the study file"):
+        run_study(spec, places, machine, log=silent)
 
 
 def test_seeds_cannot_change_after_reported_runs_were_seen(spec: StudySpec, places: Places) -> None:
-    run_study(spec, places, FakeMachine(), tell=silent)
+    run_study(spec, places, FakeMachine(), log=silent)
     values = small()
     values["models"]["gpt2_nano"]["seeds"] = [1, 2, 3, 4, 5]
-    with pytest.raises(ConfigurationError, match=r"seeds went from \[1, 2, 3\] to \[1, 2, 3, 4, 5\] after reported"):
-        run_study(validate_spec(values, "small.yaml"), places, FakeMachine(), tell=silent)
+    with pytest.raises(ConfigurationError, match=r"seeds changed from \[1, 2, 3\] to \[1, 2, 3, 4, 5\] after results"):
+        run_study(validate_spec(values, "small.yaml"), places, FakeMachine(), log=silent)
 
 
 def test_what_was_reported_cannot_be_left_out_afterwards(spec: StudySpec, places: Places) -> None:
-    run_study(spec, places, FakeMachine(), tell=silent)
+    run_study(spec, places, FakeMachine(), log=silent)
     values = small()
     horizon = spec.horizons("sophiag", "gpt2_nano")[-1]
     values["arms"]["sophiag"]["horizons"] = list(spec.horizons("sophiag", "gpt2_nano")[:-1])
     with pytest.raises(
-        ConfigurationError, match=f"sophiag on gpt2_nano at {horizon:,} steps was left out after reported"
+        ConfigurationError, match=f"sophiag on gpt2_nano at {horizon:,} steps was removed after results"
     ):
-        run_study(validate_spec(values, "small.yaml"), places, FakeMachine(), tell=silent)
+        run_study(validate_spec(values, "small.yaml"), places, FakeMachine(), log=silent)
 
 
 def test_seeds_can_change_before_any_reported_run(spec: StudySpec, places: Places) -> None:
-    run_study(spec, places, FakeMachine(stop_after=2), tell=silent)
+    run_study(spec, places, FakeMachine(stop_after=2), log=silent)
     values = small()
     values["models"]["gpt2_nano"]["seeds"] = [1, 2, 3, 4, 5]
-    assert run_study(validate_spec(values, "small.yaml"), places, FakeMachine(), tell=silent).finished
+    assert run_study(validate_spec(values, "small.yaml"), places, FakeMachine(), log=silent).finished
 
 
 def test_the_tables_are_what_the_analysis_reads(spec: StudySpec, places: Places) -> None:
-    run_study(spec, places, FakeMachine(), tell=silent)
+    run_study(spec, places, FakeMachine(), log=silent)
     study = load_study([places.records])
     assert study.seeds == (1, 2, 3)
     assert study.arms["sophiag_k1"].of == "sophiag"
@@ -194,8 +194,8 @@ def test_the_tables_are_what_the_analysis_reads(spec: StudySpec, places: Places)
     assert analyse(study).headline("sophiag", "gpt2_nano", "steps", 1.0).claim.verdict == "undecided"
 
 
-def test_a_study_that_is_broken_off_says_so_with_what_is_missing(spec: StudySpec, places: Places) -> None:
-    run_study(spec, places, FakeMachine(), tell=silent)
+def test_an_interrupted_study_lists_what_is_missing(spec: StudySpec, places: Places) -> None:
+    run_study(spec, places, FakeMachine(), log=silent)
     assert load_study([places.records]).under_way == ""
     rows = read_trials(places.records)
     write_trials(
@@ -203,7 +203,7 @@ def test_a_study_that_is_broken_off_says_so_with_what_is_missing(spec: StudySpec
         [row for row in rows if row.model != "gpt2_micro" and not row.arm.startswith("sophiag_")],
     )
     shutil.rmtree(places.work)
-    run_study(spec, places, FakeMachine(stop_after=0), tell=silent)
+    run_study(spec, places, FakeMachine(stop_after=0), log=silent)
     study = load_study([places.records])
     assert study.under_way.startswith(
         f"The study is under way: {sum(t.run is not None for t in study.trials)} of at most"
@@ -214,7 +214,7 @@ def test_a_study_that_is_broken_off_says_so_with_what_is_missing(spec: StudySpec
 
 def test_more_trials_than_a_retuning_was_granted_are_found_in_the_records(spec: StudySpec, places: Places) -> None:
     """Fewer than the full search's budget, so that only the budget of the horizon itself gives them away."""
-    run_study(spec, places, FakeMachine(), tell=silent)
+    run_study(spec, places, FakeMachine(), log=silent)
     rows = read_trials(places.records)
     tuned = next(row for row in rows if (row.phase, row.horizon, row.arm) == ("tuning", 100, "sophiag"))
     write_trials(places.records, [*rows, replace(tuned, trial="another")])
@@ -226,7 +226,7 @@ def test_more_trials_than_a_retuning_was_granted_are_found_in_the_records(spec: 
 
 
 def test_tables_are_small_and_hold_every_evaluation(spec: StudySpec, places: Places) -> None:
-    run_study(spec, places, FakeMachine(), tell=silent)
+    run_study(spec, places, FakeMachine(), log=silent)
     trials = expand(spec, outcomes(places)).trials
     lines = by_trial(read_curves(places.records))
     trial = next(t for t in trials if t.phase == "reporting" and t.horizon == 100)
@@ -248,7 +248,7 @@ def test_thinned_lines_are_taken_at_equal_distances_and_the_last_is_among_them(t
     assert len({b - a for a, b in itertools.pairwise(steps)}) == 1
 
 
-def test_a_sitting_that_is_killed_between_two_trials_loses_nothing(spec: StudySpec, places: Places) -> None:
+def test_a_study_killed_between_two_trials_loses_nothing(spec: StudySpec, places: Places) -> None:
     """Nothing of it is in the tables; the runs that ended are, after the next compaction."""
 
     machine = FakeMachine()
@@ -260,7 +260,7 @@ def test_a_sitting_that_is_killed_between_two_trials_loses_nothing(spec: StudySp
 
     child = os.fork()
     if child == 0:
-        run_study(spec, places, launch, tell=silent)
+        run_study(spec, places, launch, log=silent)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert all(row.summary is None for row in read_trials(places.records))
@@ -285,7 +285,7 @@ def test_a_compaction_that_is_killed_after_the_curves_leaves_no_line_twice(
     assert steps == sorted({*steps})
 
 
-def test_sittings_side_by_side_do_not_overwrite_each_other(spec: StudySpec, places: Places) -> None:
+def test_concurrent_calls_do_not_overwrite_each_other(spec: StudySpec, places: Places) -> None:
     """Each at work in a place of its own, both compacting into one pair of tables, over and over."""
     trials = expand(spec, {}).trials[:1] + expand(spec, {}).trials[-1:]
     assert len({trial.name for trial in trials}) == 2
@@ -306,7 +306,7 @@ def test_sittings_side_by_side_do_not_overwrite_each_other(spec: StudySpec, plac
     assert set(by_trial(read_curves(places.records))) == {trial.name for trial in trials}
 
 
-def test_a_damaged_run_at_work_is_named_and_the_others_are_taken_in(spec: StudySpec, places: Places) -> None:
+def test_a_damaged_run_is_named_and_the_others_are_added(spec: StudySpec, places: Places) -> None:
     first, second = expand(spec, {}).trials[:1] + expand(spec, {}).trials[-1:]
     FakeMachine()(jobs=[job(spec, trial, places) for trial in (first, second)])
     (places.run(first) / "metrics.jsonl").write_text("garbage\n")
@@ -318,7 +318,7 @@ def test_a_damaged_run_at_work_is_named_and_the_others_are_taken_in(spec: StudyS
 def test_a_trial_that_the_study_no_longer_has_is_set_aside_and_counts_again_when_it_returns(
     spec: StudySpec, places: Places
 ) -> None:
-    run_study(spec, places, FakeMachine(stop_after=4), tell=silent)
+    run_study(spec, places, FakeMachine(stop_after=4), log=silent)
     values = small()
     values["arms"]["adamw"]["search"]["optimizer.lr"]["values"] = [1e-4, 2e-4, 4e-4]
     compact(validate_spec(values, "small.yaml"), places)
@@ -328,7 +328,7 @@ def test_a_trial_that_the_study_no_longer_has_is_set_aside_and_counts_again_when
     compact(spec, places)
     assert not [row for row in read_trials(places.records) if row.phase == "set aside"]
     machine = FakeMachine()
-    run_study(spec, places, machine, tell=silent)
+    run_study(spec, places, machine, log=silent)
     assert not aside & set(machine.ran)
 
 
@@ -353,10 +353,10 @@ def test_the_time_left_is_told_from_what_trials_took(spec: StudySpec) -> None:
 def test_reference_times_are_measured_in_turn_for_every_arm(
     spec: StudySpec, places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_study(spec, places, FakeMachine(), tell=silent)
+    run_study(spec, places, FakeMachine(), log=silent)
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     machine = FakeMachine()
-    times = measure(spec, places, machine, steps=10, rounds=2, tell=silent)
+    times = measure(spec, places, machine, steps=10, rounds=2, log=silent)
     arms = [name.split("-")[1] for name in machine.ran if "gpt2_nano" in name]
     assert arms == ["adamw", "sophiag"] * 2, "in turn, and without the ablation"
     assert set(times.seconds) == {"gpt2_nano", "gpt2_micro"}
@@ -368,7 +368,7 @@ def test_reference_times_are_not_measured_on_a_busy_machine(
 ) -> None:
     monkeypatch.setattr("os.getloadavg", lambda: (9.0, 9.0, 9.0))
     with pytest.raises(RuntimeError, match="the machine is busy"):
-        measure(spec, places, FakeMachine(), tell=silent)
+        measure(spec, places, FakeMachine(), log=silent)
 
 
 def test_batches_go_to_the_launcher_together(spec: StudySpec, places: Places) -> None:
@@ -379,6 +379,6 @@ def test_batches_go_to_the_launcher_together(spec: StudySpec, places: Places) ->
         sizes.append(len(jobs))
         return machine(jobs)
 
-    report: Any = run_study(spec, places, launch, at_once=None, tell=silent)
+    report: Any = run_study(spec, places, launch, at_once=None, log=silent)
     assert report.finished
     assert max(sizes) >= 9

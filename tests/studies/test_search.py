@@ -1,4 +1,4 @@
-"""Searches find what there is to find, never exceed their budget, and go on from a record as if never interrupted."""
+"""Searches find the optimum, never exceed their budget, and resume from a record as if never interrupted."""
 
 import math
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def test_a_diverged_start_is_left_behind() -> None:
     assert best["lr"] == 1e-3
 
 
-def test_only_the_keys_named_are_moved_when_an_arm_is_tuned_again() -> None:
+def test_retuning_changes_only_the_named_keys() -> None:
     start: Point = {"lr": 3e-3, "beta": 0.95, "weight_decay": 0.1}
     best, asked = run(coordinate_descent(SPACE, start, 4, keys=["lr"]), bowl(8e-3))
     assert {point["beta"] for point in asked} == {0.95}
@@ -118,7 +118,7 @@ def test_a_grid_asks_every_combination_at_once() -> None:
 
 
 @pytest.mark.parametrize("method", ["halton", "random"])
-def test_quasi_random_points_fill_the_ranges_and_are_the_same_each_time(method: str) -> None:
+def test_quasi_random_points_fill_the_ranges_and_are_reproducible(method: str) -> None:
     space: dict[str, Space] = {"lr": Range(low=1e-4, high=1e-2), "beta": Range(low=0.7, high=0.95, scale="linear")}
     first, second = (replay(quasi_random(space, 64, method=method), lambda _: None).asked for _ in range(2))
     assert first == second
@@ -129,7 +129,7 @@ def test_quasi_random_points_fill_the_ranges_and_are_the_same_each_time(method: 
 
 @settings(max_examples=40, deadline=None)
 @given(exponent=st.floats(-3, 3), known=st.integers(0, 12))
-def test_a_search_that_was_cut_off_asks_the_same_next_question(exponent: float, known: int) -> None:
+def test_an_interrupted_search_yields_the_same_next_points(exponent: float, known: int) -> None:
     loss = bowl(2e-3 * 2**exponent)
     best, asked = run(coordinate_descent(SPACE, start_point(SPACE), 12), loss)
     record = {tuple(sorted(point.items())): loss(point) for point in asked[:known]}

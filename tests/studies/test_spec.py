@@ -24,12 +24,12 @@ def change(values: dict[str, Any], path: str, value: Any) -> None:
     ("path", "value", "words"),
     [
         ("seeds", 3, "seeds=3: unknown key"),
-        ("baseline", "adam", "baseline=adam is no arm; choose one of adamw, sophiag"),
+        ("baseline", "adam", "baseline=adam: no such arm; choose one of adamw, sophiag"),
         ("models/gpt2_nano/tune_at", 60, r"tune_at=\[60\] is not among horizons"),
-        ("models/gpt2_nano/seeds", [1, 100], r"\[100\] are tuning seeds too"),
-        ("models/gpt2_micro/like", "gpt2_mini", "expected a model that stands before it"),
-        ("models/gpt2_micro/arms", ["sophiag"], "the baseline among them"),
-        ("tuning/seeds", [100, 101, 102, 103], "tuning.trials=6 is no multiple of the 4 tuning seeds"),
+        ("models/gpt2_nano/seeds", [1, 100], r"\[100\] are also tuning seeds"),
+        ("models/gpt2_micro/like", "gpt2_mini", "expected a model listed before it"),
+        ("models/gpt2_micro/arms", ["sophiag"], "including the baseline"),
+        ("tuning/seeds", [100, 101, 102, 103], "tuning.trials=6 is not a multiple of the 4 tuning seeds"),
         ("tuning/method", "halton", "needs low and high"),
         ("tuning/trials", 0, "tuning.trials=0: out of range; give a number above 0"),
         ("tuning/trials", 1.5, "tuning.trials=1.5: not a whole number"),
@@ -37,9 +37,9 @@ def change(values: dict[str, Any], path: str, value: Any) -> None:
         ("arms/adamw/search/optimizer.lr", {"values": [1e-3, 2e-3], "start": 3e-3}, "start=0.003 is not among"),
         ("arms/adamw/search/optimizer.lr", {"low": 1.0, "high": 0.5}, "low=1.0 is not below high=0.5"),
         ("arms/adamw/horizons", [50], r"arms.adamw.horizons=\[50\]: the baseline is needed"),
-        ("arms/sophiag/horizons", [50, 265], r"no model of sophiag reports \[265\]; choose from \[50, 100\]"),
-        ("arms/sophiag/horizons", [100], r"arms.sophiag.horizons=\[100\]: gpt2_micro reports none of them"),
-        ("ablations/sophiag_k1/of", "lion", "of=lion is no arm"),
+        ("arms/sophiag/horizons", [50, 265], r"no model of sophiag has horizon \[265\]; choose from \[50, 100\]"),
+        ("arms/sophiag/horizons", [100], r"arms.sophiag.horizons=\[100\]: gpt2_micro has none of them"),
+        ("ablations/sophiag_k1/of", "lion", "of=lion: no such arm"),
         ("ablations/sophiag_k1/horizons", [25], r"sophiag has no runs of \[25\] steps"),
     ],
 )
@@ -60,7 +60,7 @@ def test_a_grid_larger_than_the_budget_is_refused() -> None:
 
 def test_an_unknown_study_names_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigurationError, match=r"study=smok: there is no .*; did you mean smoke\? Choices: .*, or give a file"
+        ConfigurationError, match=r"study=smok: .* does not exist; did you mean smoke\? Choices: .*, or give a file"
     ):
         load_spec("smok")
     broken = tmp_path / "broken.yaml"
@@ -88,7 +88,7 @@ def test_the_baseline_runs_at_all_horizons_and_the_others_where_the_study_says()
     assert spec.arms_on("gpt2_micro")[0] == "adamw"
 
 
-def test_an_arm_may_keep_to_some_of_the_horizons() -> None:
+def test_an_arm_may_run_at_only_some_of_the_horizons() -> None:
     values = small()
     values["arms"]["sophiag"]["horizons"] = [50]
     spec = validate_spec(values, "small.yaml")

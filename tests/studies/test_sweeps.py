@@ -1,4 +1,4 @@
-"""W&B sweep files ask for the same search as the study does."""
+"""W&B sweep files describe the same search as the study."""
 
 import json
 import multiprocessing

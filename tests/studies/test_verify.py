@@ -1,4 +1,4 @@
-"""A record against a run made again: what counts as the same, and what is named."""
+"""Comparing a record with its rerun: what counts as equal, and what is reported."""
 
 import json
 import math
@@ -74,9 +74,7 @@ def test_a_run_that_ended_early_does_not_vouch_for_the_rest(tmp_path: Path, end:
     assert compare(kept, whole).holds == (end == "completed")
 
 
-def test_what_an_earlier_call_left_does_not_vouch_for_a_run_that_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_summary_does_not_hide_a_failed_rerun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trials = [trial(record(tmp_path / "runs" / name, {8: 1.0})) for name in ("one", "two")]
     rows = []
     for name in ("one", "two"):
@@ -94,7 +92,7 @@ def test_what_an_earlier_call_left_does_not_vouch_for_a_run_that_fails(
     )
     monkeypatch.setattr("studies.verify._TRAIN", train)
     with pytest.raises(RuntimeError, match=r"^two failed with exit code 2, see .*two\.log$"):
-        verify(trials, tmp_path / "work", tmp_path, tell=lambda _: None)
+        verify(trials, tmp_path / "work", tmp_path, log=lambda _: None)
     (written,) = json.loads((tmp_path / "verification.json").read_text())
     assert (written["trial"], written["difference"], written["holds"]) == ("one", 0.0, True)
 
@@ -104,7 +102,7 @@ def test_trials_to_run_again_are_named_or_one_of_each_arm(tmp_path: Path) -> Non
     assert [one.arm for one in chosen(study)] == ["adamw", "lion", "sophiag"]
     last = study.trials[-1].origin.name
     assert [one.origin.name for one in chosen(study, [last])] == [last]
-    with pytest.raises(ValueError, match="nowhere: no such trial is on record"):
+    with pytest.raises(ValueError, match="nowhere: no such trial on record"):
         chosen(study, ["nowhere"])
 
 
@@ -115,7 +113,7 @@ def test_a_trial_that_this_version_cannot_run_is_named_with_the_commit_to_use(tm
         tmp_path, [TrialRow("kept", "adamw", "reporting", "gpt2_nano", 8, 1, config, kept.environment, kept.summary)]
     )
     with pytest.raises(RuntimeError, match=r"^kept: optimizer\.warm_start=4: removed .* commit [0-9a-f]+ "):
-        verify([trial(tmp_path / "kept")], tmp_path / "work", tmp_path, tell=lambda _: None)
+        verify([trial(tmp_path / "kept")], tmp_path / "work", tmp_path, log=lambda _: None)
 
 
 def test_runs_without_a_common_step_are_refused(tmp_path: Path) -> None:

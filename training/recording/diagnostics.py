@@ -1,6 +1,6 @@
-"""What a run records about its curvature: norms, the share of positive entries, a log-scale histogram, by kind of parameter.
+"""Curvature statistics in a run's record: norms, share of positive entries and log-scale histogram, by kind of parameter.
 
-All numbers are sums over elements, so that shards add up: one reduction, one wait, at refreshes only.
+All of them are sums over elements and additive over shards: one reduction and one synchronization per refresh.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ KINDS = ("embedding", "attention", "mlp", "norm")
 
 
 def describe_curvature(strategy: Strategy) -> dict[str, Any]:
-    """Norms of h and m, share of positive entries and decade histogram of h, in all and by kind of parameter."""
+    """Return norms of h and m, share of positive entries and decade histogram of h, in total and by kind of parameter."""
     sharded = strategy.shards_optimizer_state
     sums = torch.zeros(len(KINDS), 4 + len(DECADES) + 1, dtype=torch.float64, device=strategy.device)
     for name, hessian, momentum in strategy.curvature_state():

@@ -143,7 +143,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(
     assert [line["step"] for line in trained if line["grad_norm"] is None] == [5, 6, 13]
     assert summary(tmp_path / "run")["skipped_steps"] == 3
     assert all(math.isfinite(line["loss"]) for line in trained)
-    assert "step 6: gradient is not finite, the step is skipped (2 in a row, 10 are allowed)" in capfd.readouterr().err
+    assert "step 6: gradient is not finite, step skipped (2 in a row, 10 allowed)" in capfd.readouterr().err
 
 
 def test_a_step_whose_loss_alone_is_not_finite_is_skipped_like_one_of_bad_gradients(
@@ -155,7 +155,7 @@ def test_a_step_whose_loss_alone_is_not_finite_is_skipped_like_one_of_bad_gradie
     trained = lines(tmp_path / "loss", "train")
     assert [line["step"] for line in trained if line.get("skipped")] == [5, 13]
     assert [line["step"] for line in trained if line["loss"] is None] == [5, 13]
-    assert "step 5: loss is not finite, the step is skipped (1 in a row, 10 are allowed)" in capfd.readouterr().err
+    assert "step 5: loss is not finite, step skipped (1 in a row, 10 allowed)" in capfd.readouterr().err
     one, other = (checkpoints.available(tmp_path / name / "checkpoints")[0] for name in ("gradient", "loss"))
     assert checkpoints.step_of(one) == checkpoints.step_of(other) == 24
     for name in Checkpoint(one).names():
@@ -169,7 +169,7 @@ def test_more_than_n_skipped_steps_in_a_row_end_as_diverged_and_the_last_good_ch
     assert run_spoiled(overrides, spoil_gradients, tuple(range(9, 25))) == 3
     ended = summary(tmp_path / "run")
     assert (ended["status"], ended["steps"], ended["skipped_steps"]) == ("diverged", 12, 4)
-    assert ended["reason"] == "4 steps in a row, up to step 12, were not finite"
+    assert ended["reason"] == "4 non-finite steps in a row, up to step 12"
     (event,) = lines(tmp_path / "run", "event")
     assert (event["event"], event["step"], event["reason"]) == ("diverged", 12, ended["reason"])
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000008"]
@@ -228,7 +228,7 @@ def test_a_bad_estimate_never_enters_h_and_is_reported(
     assert all(line["hessian_norm"] is not None for line in refreshes)
     assert refreshes[2]["hessian_norm"] == refreshes[1]["hessian_norm"]
     assert summary(tmp_path / "run")["estimates_held_back"] == 1
-    assert "step 11: the curvature estimate is not finite" in capfd.readouterr().err
+    assert "step 11: non-finite curvature estimate skipped" in capfd.readouterr().err
 
 
 def test_an_infinite_loss_ends_as_diverged(corpus: list[str], tmp_path: Path) -> None:
