@@ -17,11 +17,14 @@
 `study=` is a file in configs/study, or a path. Runs go to runs/<study>, tables and report to results/<study>.
 """
 
+from __future__ import annotations
+
 import argparse
 import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,11 +35,7 @@ if __name__ == "__main__":
 from rich.console import Console
 
 from data.files import cannot_use
-from studies.overview import plan_table, speeds_of, status_table
-from studies.runner import Launch, run_study
 from studies.spec import StudySpec, load_spec
-from studies.store import Places, compact
-from studies.sweeps import write_sweeps
 from training.config import ConfigurationError
 from training.exits import EXIT_PREEMPTED
 from training.launching.command import refuse
@@ -44,6 +43,10 @@ from training.launching.jobs import launch, side_by_side
 from training.recording.terminal import SafeConsole, printable
 from training.records import RecordError
 from training.secrets import redacted
+
+if TYPE_CHECKING:
+    from studies.runner import Launch
+    from studies.store import Places
 
 # Overrides allowed on the command line: they do not change the curves, which the study file determines.
 RUN_TIME = ("tracker", "launcher", "strategy", "checkpoint", "train.micro_batch_size", "train.compile", "train.device")
@@ -73,6 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         study, launcher, extras = split(options.overrides)
         spec = load_spec(study)
+        # pyarrow comes with these, which a mistake need not wait for.
+        from studies.overview import plan_table, speeds_of, status_table
+        from studies.store import Places, compact
+        from studies.sweeps import write_sweeps
+
         places = Places.of(spec.name, options.work, options.records)
         launching = functools.partial(launch_with, launcher=launcher, extras=extras)
         if options.command == "run":
@@ -138,6 +146,8 @@ def run(
     spec: StudySpec, places: Places, launching: Launch, together: int | None, hours: float | None, console: Console
 ) -> int:
     """Run or resume a study; the exit code tells whether it is finished."""
+    from studies.runner import run_study
+
     sitting = run_study(spec, places, launching, at_once=together, hours=hours, log=log_to(console))
     console.print(f"{sitting.ran} trials finished; tables in {places.records}", highlight=False)
     if sitting.finished:

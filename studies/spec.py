@@ -25,7 +25,6 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from analysis.trials import PLAN
 from training.compose import CONFIG_DIRECTORY
 from training.config import ConfigurationError, NonNegativeInt, PositiveInt, whole
 from training.config_files import read_yaml
@@ -315,6 +314,8 @@ def load_spec(study: str | Path, directory: Path = STUDY_DIRECTORY) -> StudySpec
         raise ConfigurationError(
             f"study={study}: {path} does not exist; {choose_from(path.stem, known, 'study')}, or give a file"
         )
+    from analysis.trials import PLAN  # pyarrow comes with it, which an unknown study need not wait for
+
     values = read_yaml(path)
     if isinstance(values, Mapping):  # the study.yaml of a record also has a `plan`
         values = {key: value for key, value in values.items() if key != PLAN}
