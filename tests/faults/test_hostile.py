@@ -197,7 +197,7 @@ def test_choosing_slurm_on_the_command_line_lets_no_file_set_the_commands_of_its
     (tmp_path / "experiment" / "x.yaml").write_text(GLOBAL + "launcher: {setup: [touch made]}\n")
     given = [f"--config-dir={tmp_path}", "experiment=x", "launcher=slurm", f"output_dir={tmp_path}/runs"]
     assert main(given) == 2
-    assert "launcher.setup=[touch made]: a file sets the shell commands" in capfd.readouterr().err
+    assert "launcher.setup=[touch made]: a file may not set a job's shell commands" in capfd.readouterr().err
 
 
 def test_a_copy_of_the_projects_configuration_may_stand_anywhere(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a FIFO": (fifo, "a FIFO or a device"),
     "a device": (device, "a FIFO or a device"),
     "a directory": (directory, "a directory"),
-    "a terabyte": (lambda path: os.truncate(path, 1 << 40), "at most"),
+    "a terabyte": (lambda path: os.truncate(path, 1 << 40), "the limit is"),
     "not UTF-8": (lambda path: path.write_bytes(b'{"kind": "\xff\xfe", "step": 1}\n'), "."),
     "nothing but depth": (lambda path: path.write_text("[" * 100_000 + "\n"), "."),
     "deep and whole": (lambda path: path.write_text('{"a":' * 999 + "1" + "}" * 999 + "\n"), "."),
