@@ -43,7 +43,6 @@ from models.flops import forward_backward_flops, parameter_count
 from sophia import SophiaG
 from training import hardware
 from training.compose import compose
-from training.memory import keep_memory_mapped
 from training.records import MetricsWriter, find_runs, write_config, write_environment, write_summary
 from training.strategies.gradients import clip_and_step
 
@@ -239,7 +238,7 @@ def main() -> int:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cpu":
-        keep_memory_mapped()
+        hardware.keep_memory_mapped()
     torch.manual_seed(0)
     results: dict[str, Any] = {
         **provenance(device),

@@ -38,7 +38,7 @@ from models import GPT2, GPT2Config
 from models.flops import forward_backward_flops
 from sophia import SophiaG
 from sophia.random import normals_like
-from training.memory import keep_memory_mapped
+from training.hardware import keep_memory_mapped
 from training.strategies.gradients import clip_and_step
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmarks"

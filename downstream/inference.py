@@ -108,7 +108,7 @@ def _run_of(path: Path) -> RunRecord | None:
 
 def _config_of(checkpoint: Checkpoint) -> RunConfig:
     try:
-        return validate_recorded(checkpoint.state["config"])
+        return validate_recorded(checkpoint.state.config)
     except ConfigurationError as error:
         raise ConfigurationError(f"the configuration of {checkpoint.directory} is not valid: {error}") from error
 

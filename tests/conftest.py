@@ -34,7 +34,7 @@ SLOW |= {
 }
 SLOW |= {f"tests/studies/test_{name}.py" for name in ("ablations", "runner", "smoke", "verify")}
 SLOW |= {"tests/sophia/test_distributed.py", "tests/analysis/test_report.py"}
-SLOW |= {f"tests/training/test_{name}.py" for name in ("distributed", "fast_paths", "memory", "paper_recipes", "run")}
+SLOW |= {f"tests/training/test_{name}.py" for name in ("distributed", "fast_paths", "hardware", "paper_recipes", "run")}
 SLOW |= {
     f"tests/training/launching/test_{name}.py"
     for name in ("environment", "help", "jobs", "launched_jobs", "lifeline", "limits", "mistakes", "ranks")

@@ -11,7 +11,7 @@ from data.progress import progress_display
 from data.sources import FileSource, HubSource, SampleSource, Source
 from data.splits import SplitRule
 from data.tokenizers import TokenizerSpec
-from training.config import FilesDataConfig, HubDataConfig, RunConfig, SampleDataConfig, ValidationSplitConfig
+from training.config import FilesDataConfig, HubDataConfig, RunConfig, SampleDataConfig
 
 if TYPE_CHECKING:  # imports torch, for which a refused command line should not wait
     from training.distributed import Distributed
@@ -29,17 +29,12 @@ def source_of(config: RunConfig) -> Source:
                 revision=data.revision,
                 files=data.files,
                 text_column=data.text_column,
-                split=_split(data.validation),
+                split=SplitRule(**data.validation.model_dump()),
                 local=None if data.local is None else Path(data.local),
             )
         case FilesDataConfig() as data:
-            return FileSource(
-                paths=data.paths, name=data.name, text_column=data.text_column, split=_split(data.validation)
-            )
-
-
-def _split(validation: ValidationSplitConfig) -> SplitRule:
-    return SplitRule(validation.rule, validation.fraction, validation.seed)
+            split = SplitRule(**data.validation.model_dump())
+            return FileSource(paths=data.paths, name=data.name, text_column=data.text_column, split=split)
 
 
 def tokenizer_of(config: RunConfig) -> TokenizerSpec:

@@ -1,10 +1,13 @@
-"""Detect what this machine supports (bf16 units, a working compiler) and describe it."""
+"""Detect what this machine supports (bf16 units, a working compiler), set it up for training, and describe it."""
 
+import contextlib
+import ctypes
 import functools
 import hashlib
 import logging
 import os
 import platform
+import resource
 import subprocess
 import sys
 from importlib import metadata
@@ -17,6 +20,10 @@ from training.config import ConfigurationError, TrainConfig
 from training.reliability.compiler_cache import drop_unfinished
 
 log = logging.getLogger(__name__)
+
+# malloc.h
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
 
 PACKAGES = ("torch", "numpy", "transformers", "datasets", "tiktoken", "tokenizers", "deepspeed", "hydra-core", "wandb")
 
@@ -42,7 +49,7 @@ def compiler_failure() -> str | None:
     try:
         torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(4))
     except Exception as error:  # a broken tool chain may raise anything
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
     finally:
         torch._dynamo.reset()
     return None
@@ -51,8 +58,7 @@ def compiler_failure() -> str | None:
 def resolve_compile(train: TrainConfig, *, warn: bool) -> bool:
     """Return whether to compile. "auto" compiles if a compiler works, and warns otherwise.
 
-    Raises:
-        ConfigurationError: train.compile=true and no compiler works.
+    Raises ConfigurationError if train.compile=true and no compiler works.
     """
     if train.compile is False:
         return False
@@ -74,6 +80,25 @@ def make_deterministic() -> None:
     """Make CUDA runs reproducible bit for bit; CPU runs are anyway."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+
+
+def keep_memory_mapped() -> bool:
+    """Keep freed memory mapped and request huge pages, for training on a CPU. Call it before the first large tensor.
+
+    glibc returns large blocks to the kernel as soon as they are freed. A training step allocates the same gigabytes each
+    time, and the kernel clears every page again: a tenth to a quarter of a step's time. The price is a resident set that
+    never shrinks. Returns whether it took effect: it needs glibc, and does nothing if the process preloads another
+    allocator (jemalloc, tcmalloc). With a GPU it is harmless and of little use.
+    """
+    if not sys.platform.startswith("linux") or os.environ.get("LD_PRELOAD"):
+        return False
+    # Read by torch's CPU allocator at its first large block: madvise(MADV_HUGEPAGE).
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -105,10 +130,8 @@ def _cpu_name() -> str:
 def versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -143,6 +166,4 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory so far, in bytes: allocated on the GPU, or the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -48,9 +48,7 @@ class RecordError(RuntimeError):
 
 def json_line(values: Mapping[str, Any]) -> str:
     """One strict JSON object; NaN and infinities, which JSON lacks, become null."""
-    return json.dumps(
-        {key: _json_value(value) for key, value in values.items()}, separators=(",", ":"), allow_nan=False
-    )
+    return json.dumps(_json_value(values), separators=(",", ":"), allow_nan=False)
 
 
 def _json_value(value: Any) -> Any:
@@ -112,8 +110,7 @@ class RunRecord:
     def open(cls, directory: str | Path) -> "RunRecord":
         """Read the small files of a run record; `metrics()` and `metrics_path` give the rest.
 
-        Raises:
-            RecordError: the directory has no config.yaml, or a file cannot be read or is damaged (named).
+        Raises RecordError if the directory has no config.yaml, or a file cannot be read or is damaged (named).
         """
         root = Path(directory)
         environment = read_object(root / ENVIRONMENT_FILE, Environment)
@@ -144,12 +141,10 @@ def find_runs(roots: Iterable[str | Path]) -> list[Path]:
     Raises:
         FileNotFoundError: a root does not exist.
     """
-    found: set[Path] = set()
     places = [Path(root) for root in roots]
     refuse_no_directory(places)
-    for root in places:
-        found.update(path.parent for path in root.rglob(METRICS_FILE) if os.path.lexists(path.parent / CONFIG_FILE))
-    return sorted(found)
+    found = {path.parent for root in places for path in root.rglob(METRICS_FILE)}
+    return sorted(directory for directory in found if os.path.lexists(directory / CONFIG_FILE))
 
 
 def refuse_no_directory(paths: Iterable[Path]) -> None:
@@ -179,11 +174,7 @@ def find_run_directories(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]
 
 
 def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    """A line of metrics.jsonl.
-
-    Raises:
-        RecordError: it is no JSON object of a kind and a step.
-    """
+    """A line of metrics.jsonl. RecordError if it is no JSON object of a kind and a step."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -194,11 +185,7 @@ def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The resolved configuration of a run directory.
-
-    Raises:
-        RecordError: there is none, it cannot be read, or it is no mapping.
-    """
+    """The resolved configuration of a run directory. RecordError if there is none, or it is no readable mapping."""
     values = read_mapping(directory / CONFIG_FILE)
     if values is None:
         raise RecordError(
@@ -207,53 +194,50 @@ def read_config(directory: Path) -> dict[str, Any]:
     return values
 
 
-def read_mapping(path: Path) -> dict[str, Any] | None:
-    """The mapping in a YAML file; None where there is no file.
-
-    Raises:
-        RecordError: it cannot be read, or is no mapping.
-    """
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn errors of reading into RecordError. If there is no file, leave the block."""
     try:
-        content = read_regular(path, CONFIG_BYTES)
-        values = yaml.load(content, Loader=_YAML_LOADER)
-        check_nesting(values, len(content))
+        yield
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        pass
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
-    # PyYAML constructs numbers and dates from any text that is tagged as one, and lets errors of all kinds through.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise RecordError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise RecordError(f"{path} cannot be read: expected a mapping, found {type(values).__name__}")
-    return values
+    except ValueError as error:
+        raise RecordError(f"{path} is damaged: {problem(error)}") from error
+
+
+def read_mapping(path: Path) -> dict[str, Any] | None:
+    """The mapping in a YAML file; None where there is no file. RecordError if it is no readable mapping."""
+    with _reading(path):
+        try:
+            content = read_regular(path, CONFIG_BYTES)
+            values = yaml.load(content, Loader=_YAML_LOADER)
+            check_nesting(values, len(content))
+        # PyYAML constructs numbers and dates from any text that is tagged as one, and lets errors of all kinds through.
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+            raise RecordError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise RecordError(f"{path} cannot be read: expected a mapping, found {type(values).__name__}")
+        return values
+    return None
 
 
 def read_summary(directory: Path) -> dict[str, Any] | None:
-    """summary.json of a run directory; None for a run that has not ended.
-
-    Raises:
-        RecordError: it cannot be read, or is damaged.
-    """
+    """summary.json of a run directory; None for a run that has not ended. RecordError if it is damaged or unreadable."""
     return read_object(directory / SUMMARY_FILE, Summary)
 
 
 def read_object(path: Path, form: type[Form]) -> dict[str, Any] | None:
     """The JSON object in a file, with all of its keys; None where there is no file.
 
-    Raises:
-        RecordError: it cannot be read, or lacks something of its form.
+    Raises RecordError if it cannot be read, or lacks something of its form.
     """
-    try:
+    with _reading(path):
         values: dict[str, Any] = read_json(path, _JSON_BYTES)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise RecordError(f"{path} is damaged: {problem(error)}") from error
-    require(form, values, path)
-    return values
+        form.model_validate(values)
+        return values
+    return None
 
 
 def require(form: type[Form], values: Any, path: Path | str) -> None:
@@ -265,19 +249,10 @@ def require(form: type[Form], values: Any, path: Path | str) -> None:
 
 
 def metrics_content(path: Path) -> bytes:
-    """The content of a metrics.jsonl; empty where there is none.
-
-    Raises:
-        RecordError: it cannot be read.
-    """
-    try:
+    """The content of a metrics.jsonl; empty where there is none. RecordError if it cannot be read."""
+    with _reading(path):
         return read_regular(path, _METRICS_BYTES)
-    except (FileNotFoundError, NotADirectoryError):
-        return b""
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise RecordError(f"{path} is damaged: {problem(error)}") from error
+    return b""
 
 
 def sha256_of_start(path: Path, size: int) -> str:
@@ -326,11 +301,7 @@ class MetricsWriter:
         return lines[:size]
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Append a line, whole or not at all.
-
-        Raises:
-            OSError: the disk is full or gone; the file names itself.
-        """
+        """Append a line, whole or not at all. Raises OSError with the path if the disk is full or gone."""
         content = json_line(values).encode() + b"\n"
         line, before = memoryview(content), self._size
         try:

@@ -26,7 +26,6 @@ from training.curvature import CurvaturePass
 from training.distributed import Distributed
 from training.exits import EXIT_DIVERGED, EXIT_FAILED, EXIT_PREEMPTED
 from training.loop import NotSaved, Run, TrainingState, train
-from training.memory import keep_memory_mapped
 from training.optimizers import build_optimizers
 from training.recording.ledger import CompilationClock, Ledger
 from training.recording.profiling import profiler
@@ -34,7 +33,7 @@ from training.recording.recorder import Recorder
 from training.recording.terminal import Display
 from training.records import RecordError, RunRecord, Status
 from training.reliability import checkpoints
-from training.reliability.checkpoints import Checkpoint, CheckpointError, RunState
+from training.reliability.checkpoints import Checkpoint, CheckpointError
 from training.reliability.guards import RanksDiffer
 from training.reliability.resumption import Decision, check_tokens, decide, is_restart
 from training.reliability.run_directory import REPLACED, RunDirectory, is_run, refuse_links
@@ -100,7 +99,7 @@ def execute(config: RunConfig) -> Outcome:
 
         prepare_environment(config.train.device)
     if config.train.device == "cpu" or not torch.cuda.is_available():
-        keep_memory_mapped()
+        hardware.keep_memory_mapped()
     with (
         StopSignals(EXIT_PREEMPTED, speaks=int(os.environ.get("RANK", 0)) == 0) as stop,
         contextlib.ExitStack() as held,
@@ -134,7 +133,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
         "start all ranks with the same code and configuration",
     )
     directory = Path(config.output_dir) / config.run_name
-    place = held.enter_context(RunDirectory(directory))
+    place = held.enter_context(contextlib.closing(RunDirectory(directory)))
     decided = distributed.broadcast_object(distributed.on_main(lambda: _decide(config, place, distributed)))
     if decided.finished is not None:
         if distributed.is_main:
@@ -302,11 +301,7 @@ def summarize(run: Run, status: Status, reason: str | None) -> dict[str, Any]:
 def _decide(config: RunConfig, place: RunDirectory, distributed: Distributed) -> Decision:
     """Decide how the run starts, under the directory's lock if a run exists, so that the decision stays valid."""
     restored = False
-    # torchrun's counter does not change when nodes join or leave, and counts starts that never reached the run.
-    if (started := distributed.is_marked(f"started {place.path.absolute()}")) is not None:
-        restarted = started or is_restart(["SLURM_RESTART_COUNT"])
-    else:
-        restarted = is_restart()
+    restarted = is_restart(distributed.is_marked(f"started {place.path.absolute()}"))
     try:
         refuse_links(place.path)
         there = is_run(place.path) or (place.path / REPLACED).is_dir()
@@ -371,13 +366,13 @@ def _load(path: Path, strategy: Strategy, ledger: Ledger, distributed: Distribut
         strategy.load(checkpoint)
     except (CheckpointError, ValueError) as error:
         raise ConfigurationError(f"{error}; choose the model= and optimizer= that {path} was saved with") from error
-    ledger.load_state_dict(checkpoint.state["ledger"])
+    ledger.load_state_dict(checkpoint.state.ledger.model_dump())
     for name in checkpoint.names():
         if name == f"rng.cpu.{distributed.rank}":
             torch.set_rng_state(checkpoint.tensor(name))
         elif name == f"rng.cuda.{distributed.rank}" and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint.tensor(name))
-    return RunState.model_validate(checkpoint.state).training
+    return checkpoint.state.training
 
 
 def _reached(path: Path) -> Checkpoint:

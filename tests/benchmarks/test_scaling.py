@@ -35,7 +35,7 @@ def test_records_made_for_timing_are_read_and_the_table_is_written(
     monkeypatch.setattr(
         scaling, "families", lambda device: {"analysis": lambda: scaling.analyses(counts=(4, 8), lines=20)}
     )
-    monkeypatch.setattr(scaling, "keep_memory_mapped", lambda: True)
+    monkeypatch.setattr(scaling.hardware, "keep_memory_mapped", lambda: True)
     output = tmp_path / "scaling.json"
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--rounds", "1", "--device", "cpu", "--output", str(output)])
     assert scaling.main() == 0

@@ -57,7 +57,11 @@ def write_checkpoints(root: Path) -> None:
 def content_of(directory: Path) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
     """Return a checkpoint's entire content, read as a resumed run reads it."""
     checkpoint = Checkpoint(directory)
-    return checkpoint.step, checkpoint.state, {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    return (
+        checkpoint.step,
+        checkpoint.state.model_dump(),
+        {name: checkpoint.tensor(name) for name in checkpoint.names()},
+    )
 
 
 def _same(

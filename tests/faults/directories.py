@@ -14,15 +14,18 @@ import os
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.faults.disks import hashes
 from tests.faults.kills import overrides_of
 from tests.faults.sittings import Sitting, completed
 from tests.permissions import bound_by_permissions
 from tests.training.runs import curve
+from tests.unreadable import unreadable
 from training.reliability import checkpoints
 
 STEPS = 24
@@ -222,33 +225,19 @@ def permissions(run: Unfinished) -> dict[str, list[str]]:
     return found
 
 
-def unreadable(target: str) -> None:
-    """Make every way of opening a path that ends in `target` fail with EIO in this process."""
-    import builtins
-    import io
-
-    def failing(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def replaced(path: Any, *rest: Any, **named: Any) -> Any:
-            if not isinstance(path, int) and os.fsdecode(path).endswith(target):
-                raise OSError(errno.EIO, os.strerror(errno.EIO), os.fsdecode(path))
-            return original(path, *rest, **named)
-
-        return replaced
-
-    io.open = builtins.open = failing(io.open)  # type: ignore[assignment]
-    os.open, os.scandir, os.listdir = failing(os.open), failing(os.scandir), failing(os.listdir)  # type: ignore[assignment]
+def disk_fails(path: Path) -> None:
+    """Make opening a path, and all below it, fail with EIO in this process."""
+    unreadable(pytest.MonkeyPatch(), path, errno.EIO)
 
 
 def failing_disks(run: Unfinished) -> dict[str, list[str]]:
     """EIO from one file or directory of the run: an older checkpoint is used, or one line names the file."""
     found = {}
-    newest = checkpoints.available(run.pristine / "checkpoints")[0].name
+    newest = f"checkpoints/{checkpoints.available(run.pristine / 'checkpoints')[0].name}"
     passed_over = (newest, f"{newest}/manifest.json", f"{newest}/rank-00000.safetensors")
     for name in (*RECORD_FILES, *passed_over):
-        run.copy()
         codes = [0] if name in passed_over else [0, 1, 2]
-        prepare = functools.partial(unreadable, f"/{name}")
+        prepare = functools.partial(disk_fails, run.copy() / name)
         _, found[f"EIO, {name}"] = run.resumes(name, codes, prepare=prepare)
     return found
 

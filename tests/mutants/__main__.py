@@ -59,7 +59,7 @@ TESTS += [f"tests/data/test_{name}.py" for name in ("batches", "dataset", "permu
 TESTS += [
     f"tests/training/test_{name}.py"
     for name in (
-        *("curvature", "evaluation", "loop", "memory", "optimizer_keys", "optimizers", "records", "run", "schedule"),
+        *("curvature", "evaluation", "hardware", "loop", "optimizer_keys", "optimizers", "records", "run", "schedule"),
     )
 ]
 TESTS += [f"tests/training/recording/test_{name}.py" for name in ("diagnostics", "ledger", "trackers", "profiling")]

@@ -246,7 +246,7 @@ def saved_again(checkpoint: Path, root: Path, config: object) -> Path:
 
 def test_weights_of_another_shape_or_without_configuration_are_refused(tiny_run: Path, tmp_path: Path) -> None:
     original = tiny_run / "checkpoints" / "step-00000003"
-    config = Checkpoint(original).state["config"]
+    config = Checkpoint(original).state.config
     assert open_trained(saved_again(original, tmp_path / "same", config), tokens=None).run is None
     with pytest.raises(CheckpointError, match=r"damaged: state\.config"):
         open_trained(saved_again(original, tmp_path / "none", None))

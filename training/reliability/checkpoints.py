@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -68,6 +67,11 @@ class _Piece(Form):
             raise ValueError(f"{self.dtype!r} is not a dtype that checkpoints store")
         return self
 
+    @property
+    def key(self) -> str:
+        """Its name in the safetensors file."""
+        return f"{self.name}@{self.start}"
+
 
 class _File(Form):
     sha256: str
@@ -79,6 +83,7 @@ class _File(Form):
 class _LedgerState(BaseModel):
     entries: dict[Kind, Entry]
     bytes_communicated: int
+    shared_forwards: int = 0  # older checkpoints lack it
 
 
 class _SpikesState(BaseModel):
@@ -106,14 +111,10 @@ class RunState(BaseModel):
 
     @model_validator(mode="after")
     def _guards(self) -> Self:
-        training = self.training
-        forms: tuple[tuple[type[BaseModel], Any], ...] = (
-            (_SpikesState, training.spikes),
-            (_AlarmState, training.alarm),
-        )
-        for form, values in forms:
-            if values is not None:
-                form.model_validate(values)
+        if self.training.spikes is not None:
+            _SpikesState.model_validate(self.training.spikes)
+        if self.training.alarm is not None:
+            _AlarmState.model_validate(self.training.alarm)
         return self
 
 
@@ -150,7 +151,7 @@ def save(
     """
     final = root / checkpoint_name(step)
     partial = root / f".{checkpoint_name(step)}.partial"
-    failures = distributed.gather_objects(_failure_of(_begin, partial) if distributed.is_main else None)
+    failures = distributed.gather_objects(_failure_of(lambda: _begin(partial)) if distributed.is_main else None)
     entry: dict[str, Any] = {}
     if not any(failures):
         path = partial / f"rank-{distributed.rank:05d}.safetensors"
@@ -158,7 +159,7 @@ def save(
     entries = distributed.gather_objects(entry)
     if not any(failures):
         manifest = {"format": FORMAT, "step": step, "state": state, "files": {e["file"]: e for e in entries}}
-        finished = _failure_of(_finish, partial, final, manifest) if distributed.is_main else None
+        finished = _failure_of(lambda: _finish(partial, final, manifest)) if distributed.is_main else None
         failures = distributed.gather_objects(finished)
     if any(failures):
         if distributed.is_main:
@@ -168,10 +169,10 @@ def save(
     return final
 
 
-def _failure_of(action: Callable[..., None], *arguments: Any) -> tuple[int, str] | None:
+def _failure_of(action: Callable[[], None]) -> tuple[int, str] | None:
     """Run `action`. Returns the error number and message if it failed, else None."""
     try:
-        action(*arguments)
+        action()
     except ConfigurationError as error:
         return errno.EINVAL, str(error)
     except OSError as error:
@@ -200,9 +201,9 @@ def _finish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:
-    """Return the manifest's text: first the sha256 of the rest, then the rest."""
-    body = json.dumps(manifest, indent=1)
-    return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), **manifest}, indent=1)
+    """Return the manifest's text: first the sha256 of the text without it, then the rest."""
+    body = json.dumps(manifest, separators=(",", ":"))  # with indent=, json falls back to its slow encoder
+    return f'{{"sha256":"{hashlib.sha256(body.encode()).hexdigest()}",{body[1:]}'
 
 
 def _write_rank_file(path: Path, pieces: Iterable[Piece | NumberPiece]) -> dict[str, Any]:
@@ -213,35 +214,18 @@ def _write_rank_file(path: Path, pieces: Iterable[Piece | NumberPiece]) -> dict[
         if isinstance(piece, NumberPiece):
             numbers[piece.name] = piece.value
             continue
-        key = f"{piece.name}@{piece.start}"
-        tensors[key] = piece.values.detach().to("cpu").contiguous()
-        described.append(
-            {
-                "name": piece.name,
-                "shape": list(piece.shape),
-                "dtype": str(piece.values.dtype).removeprefix("torch."),
-                "start": piece.start,
-                "count": piece.values.numel(),
-            }
-        )
-    save_file({key: value.clone() if _shares_storage(value) else value for key, value in tensors.items()}, path)
+        values = piece.values.detach().to("cpu").contiguous()
+        dtype = str(values.dtype).removeprefix("torch.")
+        entry = _Piece(name=piece.name, shape=list(piece.shape), dtype=dtype, start=piece.start, count=values.numel())
+        described.append(entry.model_dump())
+        shares_storage = values.untyped_storage().nbytes() != values.nbytes
+        tensors[entry.key] = values.clone() if shares_storage else values
+    save_file(tensors, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    entry = {"file": path.name, "sha256": digest, "bytes": path.stat().st_size, "pieces": described}
-    return entry | {"numbers": numbers} if numbers else entry
-
-
-def _shares_storage(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-
-
-@dataclass(frozen=True)
-class _Place:
-    file: str
-    key: str
-    start: int
-    count: int
+    size = path.stat().st_size
+    return {"file": path.name, "sha256": digest, "bytes": size, "pieces": described, "numbers": numbers}
 
 
 class Checkpoint:
@@ -266,95 +250,83 @@ class Checkpoint:
     def _read(self, verify: bool) -> None:
         directory = self.directory
         manifest = _read_manifest(directory)
-        self.step: int = manifest["step"]
-        self.state: dict[str, Any] = manifest["state"]
-        self._places: dict[str, list[_Place]] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
+        self.step = manifest.step
+        self.state = manifest.state
+        self._pieces: dict[str, list[tuple[str, _Piece]]] = {}  # of each tensor, with their files
         self._numbers: dict[str, Number] = {}
         self._files: dict[str, Any] = {}
-        for name, entry in manifest["files"].items():
-            self._numbers |= entry.get("numbers", {})
+        for name, entry in manifest.files.items():
+            self._numbers |= entry.numbers
             self._check_file(name, entry, verify)
-            self._check_header(name, entry["pieces"])
-            for piece in entry["pieces"]:
-                place = _Place(name, _key(piece), piece["start"], piece["count"])
-                self._places.setdefault(piece["name"], []).append(place)
-                shape, dtype = tuple(piece["shape"]), _DTYPES[piece["dtype"]]
-                known = self._shapes.setdefault(piece["name"], shape), self._dtypes.setdefault(piece["name"], dtype)
-                if known != (shape, dtype):
-                    raise CheckpointError(
-                        f"{directory}: two descriptions of {piece['name']}: {known}, {(shape, dtype)}"
-                    )
-        for name, places in self._places.items():
-            places.sort(key=lambda place: place.start)
+            for piece in entry.pieces:
+                self._pieces.setdefault(piece.name, []).append((name, piece))
+        for name, pieces in self._pieces.items():
+            described = {(tuple(piece.shape), piece.dtype): None for _, piece in pieces}
+            if len(described) > 1:
+                raise CheckpointError(f"{directory}: two descriptions of {name}: {', '.join(map(str, described))}")
+            pieces.sort(key=lambda place: place[1].start)
             covered = 0
-            for place in places:
-                if place.start != covered:
-                    raise CheckpointError(f"{directory}: elements {covered} to {place.start} of {name} are in no file")
-                covered += place.count
-            if covered != torch.Size(self._shapes[name]).numel():
-                raise CheckpointError(f"{directory}: {name} has {covered} elements, its shape is {self._shapes[name]}")
+            for _, piece in pieces:
+                if piece.start != covered:
+                    raise CheckpointError(f"{directory}: elements {covered} to {piece.start} of {name} are in no file")
+                covered += piece.count
+            if covered != torch.Size(self.shape(name)).numel():
+                raise CheckpointError(f"{directory}: {name} has {covered} elements, its shape is {self.shape(name)}")
 
-    def _check_file(self, name: str, entry: dict[str, Any], verify: bool) -> None:
+    def _check_file(self, name: str, entry: _File, verify: bool) -> None:
+        """Check the size, with `verify` the hash, and from the file's header the tensors, their lengths and dtypes."""
         path = self.directory / name
         if not _FILE.fullmatch(name) or path.is_symlink() or not path.is_file():
             raise CheckpointError(f"{path} is missing or not a plain file of this checkpoint")
-        if path.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; its manifest says {entry['bytes']}")
+        if path.stat().st_size != entry.bytes:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; its manifest says {entry.bytes}")
         if verify:
             with open_regular(path) as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
                     raise CheckpointError(f"{path} is damaged: its sha256 differs from the manifest's")
-
-    def _check_header(self, name: str, pieces: list[dict[str, Any]]) -> None:
-        """Check that tensors, lengths and dtypes match the manifest. Reads only the file's header."""
         opened = self._open(name)
-        described = {_key(piece): ([piece["count"]], piece["dtype"]) for piece in pieces}
-        if described.keys() != set(opened.keys()):
-            raise CheckpointError(f"{self.directory / name} holds other tensors than its manifest says")
-        for key, (shape, dtype) in described.items():
-            found = opened.get_slice(key)
-            if found.get_shape() != shape or _SAFETENSORS_DTYPES.get(found.get_dtype()) != dtype:
+        if {piece.key for piece in entry.pieces} != set(opened.keys()):
+            raise CheckpointError(f"{path} holds other tensors than its manifest says")
+        for piece in entry.pieces:
+            found = opened.get_slice(piece.key)
+            if found.get_shape() != [piece.count] or _SAFETENSORS_DTYPES.get(found.get_dtype()) != piece.dtype:
                 raise CheckpointError(
-                    f"{self.directory / name}: {key} is {found.get_dtype()} of shape {found.get_shape()}; its manifest "
-                    f"says {dtype} of shape {shape}"
+                    f"{path}: {piece.key} is {found.get_dtype()} of shape {found.get_shape()}; its manifest "
+                    f"says {piece.dtype} of shape {[piece.count]}"
                 )
 
     def names(self) -> Sequence[str]:
-        return list(self._places)
+        return list(self._pieces)
 
     def numbers(self) -> Mapping[str, Number]:
         return self._numbers
 
     def shape(self, name: str) -> tuple[int, ...]:
-        self._require(name)
-        return self._shapes[name]
+        return tuple(self._pieces_of(name)[0][1].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        self._require(name)
-        return self._dtypes[name]
+        return _DTYPES[self._pieces_of(name)[0][1].dtype]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """(stop - start,) the elements [start, stop) of the full tensor in row-major order, on the CPU."""
-        self._require(name)
-        result = torch.empty(stop - start, dtype=self._dtypes[name])
-        for place in self._places[name]:
-            first, last = max(start, place.start), min(stop, place.start + place.count)
+        result = torch.empty(stop - start, dtype=self.dtype(name))
+        for file, piece in self._pieces_of(name):
+            first, last = max(start, piece.start), min(stop, piece.start + piece.count)
             if first < last:
-                stored = self._open(place.file).get_slice(place.key)
-                result[first - start : last - start] = stored[first - place.start : last - place.start]
+                stored = self._open(file).get_slice(piece.key)
+                result[first - start : last - start] = stored[first - piece.start : last - piece.start]
         return result
 
     def tensor(self, name: str) -> Tensor:
         """The full tensor."""
         return self.read(name, 0, torch.Size(self.shape(name)).numel()).reshape(self.shape(name))
 
-    def _require(self, name: str) -> None:
-        if name not in self._places:
+    def _pieces_of(self, name: str) -> list[tuple[str, _Piece]]:
+        if name not in self._pieces:
             raise CheckpointError(
                 f"{self.directory} has no tensor {name!r}: it was saved by another model or optimizer"
             )
+        return self._pieces[name]
 
     def _open(self, name: str) -> Any:
         if name not in self._files:
@@ -365,29 +337,27 @@ class Checkpoint:
         return self._files[name]
 
 
-def _key(piece: dict[str, Any]) -> str:
-    return f"{piece['name']}@{piece['start']}"
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
+def _read_manifest(directory: Path) -> _Manifest:
     path = directory / MANIFEST_FILE
     if path.is_symlink() or not path.exists():
         raise CheckpointError(f"{path} is missing: {directory} is not a complete checkpoint")
     try:
         text = read_regular(path, _MANIFEST_BYTES).decode()
-        manifest: dict[str, Any] = json.loads(text)
-        if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
-            raise CheckpointError(f"{path}: format {manifest['format']!r} is not {FORMAT!r}")
-        check_nesting(manifest, len(text))
-        _Manifest.model_validate(manifest)
-        manifest.pop("sha256", None)
-        if text != manifest_text(manifest):
-            raise CheckpointError(f"{path} is damaged: its sha256 differs from the one written in it")
-    except (ValueError, RecursionError) as error:
-        said = problem(error) if isinstance(error, ValueError) else "nested too deeply"
-        raise CheckpointError(f"{path} is damaged: {said}") from error
-    if _NAME.fullmatch(directory.name) and directory.name != checkpoint_name(manifest["step"]):
-        raise CheckpointError(f"{path} is of step {manifest['step']}, but its directory is named {directory.name}")
+        values = json.loads(text)
+        if isinstance(values, dict) and values.get("format", FORMAT) != FORMAT:
+            raise CheckpointError(f"{path}: format {values['format']!r} is not {FORMAT!r}")
+        check_nesting(values, len(text))
+        manifest = _Manifest.model_validate(values)
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is damaged: nested too deeply") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {problem(error)}") from error
+    head, _, rest = text.partition(",")
+    sha256 = hashlib.sha256(f"{{{rest}".encode()).hexdigest()
+    if head not in (f'{{"sha256":"{sha256}"', f'{{\n "sha256": "{sha256}"'):  # the second: indented by version 0.1
+        raise CheckpointError(f"{path} is damaged: its sha256 differs from the one written in it")
+    if _NAME.fullmatch(directory.name) and directory.name != checkpoint_name(manifest.step):
+        raise CheckpointError(f"{path} is of step {manifest.step}, but its directory is named {directory.name}")
     return manifest
 
 
@@ -476,23 +446,18 @@ def prune(root: Path, keep: int, keep_every: int | None = None, *, keep_best: bo
         shutil.rmtree(leftover, ignore_errors=True)
     found = available(root)
     passing = [path for path in found if keep_every is None or step_of(path) % keep_every]
-    sound = {path: opened for path in passing if (opened := _opened(path)) is not None}
-    if not sound:
+    states: dict[Path, RunState] = {}  # of the sound ones
+    for path in passing:
+        with contextlib.suppress(CheckpointError):
+            states[path] = Checkpoint(path, verify=False).state
+    if not states:
         return
-    good = [path for path, checkpoint in sound.items() if checkpoint.state.get("good", True)]
-    kept = {found[0], next(iter(sound)), *good[:keep]} if good else set(sound)
-    losses = {path: sound[path].state.get("val_loss") for path in good}
-    evaluated = {path: loss for path, loss in losses.items() if loss is not None}
-    if keep_best and evaluated:
-        kept.add(min(evaluated, key=evaluated.__getitem__))
+    good = [path for path, state in states.items() if state.good]
+    kept = {found[0], next(iter(states)), *good[:keep]} if good else set(states)
+    losses = {path: loss for path in good if (loss := states[path].val_loss) is not None}
+    if keep_best and losses:
+        kept.add(min(losses, key=losses.__getitem__))
     for path in passing:
         if path not in kept:
             with contextlib.suppress(OSError):
                 discard(path)
-
-
-def _opened(path: Path) -> Checkpoint | None:
-    try:
-        return Checkpoint(path, verify=False)
-    except CheckpointError:
-        return None

@@ -13,7 +13,6 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -30,20 +29,15 @@ def drop_unfinished() -> list[Path]:
     for root, pattern in ((libraries, "??/*.so"), (headers, "*.gch")):
         for path in root.glob(pattern):
             if _is_unfinished(path):
-                with contextlib.suppress(Timeout, OSError), _lock(root, path):
-                    if _is_unfinished(path):
-                        path.unlink()
-                        shutil.rmtree(_build_directory(path), ignore_errors=True)
-                        dropped.append(path)
+                lock = root / "locks" / f"{path.name.split('.')[0]}.lock"  # torch holds it while it builds the file
+                with contextlib.suppress(Timeout, OSError):
+                    lock.parent.mkdir(exist_ok=True)
+                    with FileLock(lock, timeout=0):
+                        if _is_unfinished(path):
+                            path.unlink()
+                            shutil.rmtree(_build_directory(path), ignore_errors=True)
+                            dropped.append(path)
     return dropped
-
-
-@contextlib.contextmanager
-def _lock(root: Path, path: Path) -> Iterator[None]:
-    """Hold torch's lock of the file. Raises Timeout if a process is building it."""
-    (root / "locks").mkdir(exist_ok=True)
-    with FileLock(root / "locks" / f"{path.name.split('.')[0]}.lock", timeout=0):
-        yield
 
 
 def _build_directory(path: Path) -> Path:

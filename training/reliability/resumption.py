@@ -1,7 +1,6 @@
 """Decide what to do with a run directory: start, resume, or leave it alone. This module changes no files."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +13,6 @@ from training.reliability import checkpoints
 from training.reliability.checkpoints import Checkpoint, CheckpointError
 from training.reliability.run_directory import refuse_to_replace, refuse_unnamed
 
-#: Set by torchrun and SLURM in a process that replaces one that ended.
-RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-
 
 @dataclass(frozen=True)
 class Decision:
@@ -28,9 +24,15 @@ class Decision:
     rejected: tuple[str, ...] = ()  # why newer checkpoints were rejected
 
 
-def is_restart(names: Sequence[str] = RESTART_COUNTS) -> bool:
-    """Return whether a launcher started this process to replace one that ended."""
-    return any(int(os.environ.get(name) or 0) > 0 for name in names)
+def is_restart(started: bool | None) -> bool:
+    """Return whether a launcher started this process to replace one that ended.
+
+    Args:
+        started: whether an earlier start of this torchrun job reached the run, or None if nobody knows. torchrun's counter
+            tells less: it does not change when nodes join or leave, and counts starts that never reached the run.
+    """
+    counters = ["SLURM_RESTART_COUNT"] if started is not None else ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"]
+    return bool(started) or any(int(os.environ.get(counter) or 0) > 0 for counter in counters)
 
 
 def decide(config: RunConfig, directory: Path, *, restarted: bool = False) -> Decision:
@@ -47,20 +49,21 @@ def decide(config: RunConfig, directory: Path, *, restarted: bool = False) -> De
     if restarted and (directory / records.CONFIG_FILE).exists():
         own = config.resume == "never" or directory.resolve() in Path(config.resume).resolve().parents
         config = config.model_copy(update={"overwrite": False, "resume": "auto" if own else config.resume})
-    given = None if config.resume in ("auto", "never") else Path(config.resume)
     if not (directory / records.CONFIG_FILE).exists():
         refuse_unnamed(directory)
-        return Decision(checkpoint=_given_checkpoint(given, config) if given else None)
+        return Decision(checkpoint=_given_checkpoint(config))
     if config.overwrite:
         refuse_to_replace(directory)
-        return Decision(checkpoint=_given_checkpoint(given, config) if given else None)
+        return Decision(checkpoint=_given_checkpoint(config))
     there = _same_run(config, directory)
-    root = directory / "checkpoints"
-    if given is not None and directory.resolve() in (given.resolve(), *given.resolve().parents):
-        chosen = Checkpoint(_given_checkpoint(given, config), verify=False)
+    given = None if config.resume in ("auto", "never") else Path(config.resume).resolve()
+    if given is not None and directory.resolve() in (given, *given.parents):
+        checkpoint = _given_checkpoint(config)
+        assert checkpoint is not None
+        chosen = Checkpoint(checkpoint, verify=False)
         if reason := _misfit(chosen, config, directory):
             raise ConfigurationError(f"resume={config.resume}: {reason}; choose another checkpoint")
-        return Decision(checkpoint=chosen.directory, metrics_bytes=chosen.state["metrics_bytes"])
+        return Decision(checkpoint=chosen.directory, metrics_bytes=chosen.state.metrics_bytes)
     if given is not None and there.resume != config.resume:
         raise ConfigurationError(
             f"resume={config.resume}: {directory} already holds a run; give another name= or overwrite=true"
@@ -74,18 +77,18 @@ def decide(config: RunConfig, directory: Path, *, restarted: bool = False) -> De
     if status in ("completed", "diverged"):
         return Decision(finished=status)
     try:
-        newest, rejected = checkpoints.newest_valid(root, lambda checkpoint: _misfit(checkpoint, config, directory))
+        newest, rejected = checkpoints.newest_valid(
+            directory / "checkpoints", lambda checkpoint: _misfit(checkpoint, config, directory)
+        )
     except CheckpointError as error:
         raise ConfigurationError(f"{error}; correct its permissions, or start over with overwrite=true") from error
     if newest is not None:
-        return Decision(
-            checkpoint=newest.directory, metrics_bytes=newest.state["metrics_bytes"], rejected=tuple(rejected)
-        )
+        return Decision(checkpoint=newest.directory, metrics_bytes=newest.state.metrics_bytes, rejected=tuple(rejected))
     if rejected:
         raise ConfigurationError(
             f"{directory}: no usable checkpoint ({'; '.join(rejected)}); restore one, or start over with overwrite=true"
         )
-    return Decision(checkpoint=_given_checkpoint(given, config) if given else None, metrics_bytes=0)
+    return Decision(checkpoint=_given_checkpoint(config), metrics_bytes=0)
 
 
 def check_tokens(directory: Path, manifest_sha256: str) -> None:
@@ -109,13 +112,13 @@ def _misfit(checkpoint: Checkpoint, config: RunConfig, directory: Path) -> str |
     """Return why an undamaged checkpoint in the run's own directory does not belong to this run, or None."""
     metrics = directory / records.METRICS_FILE
     have = _size(metrics)
-    if have < checkpoint.state["metrics_bytes"]:
-        return f"{metrics} has {have} bytes, but had {checkpoint.state['metrics_bytes']} at this checkpoint"
-    expected = checkpoint.state.get("metrics_sha256")
-    if expected is not None and records.sha256_of_start(metrics, checkpoint.state["metrics_bytes"]) != expected:
+    if have < checkpoint.state.metrics_bytes:
+        return f"{metrics} has {have} bytes, but had {checkpoint.state.metrics_bytes} at this checkpoint"
+    expected = checkpoint.state.metrics_sha256
+    if expected is not None and records.sha256_of_start(metrics, checkpoint.state.metrics_bytes) != expected:
         return f"{metrics} has changed since this checkpoint"
     try:
-        theirs = validate_recorded(checkpoint.state["config"])
+        theirs = validate_recorded(checkpoint.state.config)
     except ConfigurationError as error:
         return f"its configuration cannot be read ({error})"
     if (theirs.identity(), theirs.seed) != (config.identity(), config.seed):
@@ -124,11 +127,7 @@ def _misfit(checkpoint: Checkpoint, config: RunConfig, directory: Path) -> str |
 
 
 def _size(path: Path) -> int:
-    """Return the bytes of a record's file, 0 if it does not exist.
-
-    Raises:
-        ConfigurationError: it cannot be read, or is not a regular file.
-    """
+    """Return the bytes of a record's file, 0 if it does not exist. ConfigurationError if it is not a readable file."""
     try:
         with open_regular(path) as file:
             return os.fstat(file.fileno()).st_size
@@ -140,14 +139,18 @@ def _size(path: Path) -> int:
         ) from error
 
 
-def _given_checkpoint(path: Path, config: RunConfig) -> Path:
-    """Return the checkpoint that `resume=<path>` names: the path itself, or a run directory's newest valid one."""
+def _given_checkpoint(config: RunConfig) -> Path | None:
+    """Return the checkpoint that `resume=<path>` names, the path itself or a run directory's newest valid one, if any."""
+    if config.resume in ("auto", "never"):
+        return None
+    path = Path(config.resume)
     try:
         if path.is_dir() and not (path / checkpoints.MANIFEST_FILE).exists():
-            checkpoint, rejected = checkpoints.newest_valid(path / "checkpoints")
-            if checkpoint is None:
+            newest, rejected = checkpoints.newest_valid(path / "checkpoints")
+            if newest is None:
                 reason = "; ".join(rejected) or "it holds none"
                 raise ConfigurationError(f"resume={path}: no valid checkpoint in {path / 'checkpoints'} ({reason})")
+            checkpoint = newest
         else:
             checkpoint = Checkpoint(path)
     except CheckpointError as error:
@@ -157,7 +160,7 @@ def _given_checkpoint(path: Path, config: RunConfig) -> Path:
             f"resume={path}: {error.filename or path} cannot be read: {error.strerror}; correct the permissions, or give "
             "another checkpoint or run directory"
         ) from error
-    optimizer = checkpoint.state["config"].get("optimizer")
+    optimizer = checkpoint.state.config.get("optimizer")
     theirs = optimizer.get("name") if isinstance(optimizer, dict) else None
     if theirs != config.optimizer.name:
         raise ConfigurationError(
@@ -173,11 +176,7 @@ def _given_checkpoint(path: Path, config: RunConfig) -> Path:
 
 
 def _same_run(config: RunConfig, directory: Path) -> RunConfig:
-    """Return the configuration of the run in the directory, after checking that it is the same run.
-
-    Raises:
-        ConfigurationError: it is another run; the message names the keys that differ.
-    """
+    """Return the configuration of the run in the directory. ConfigurationError with the keys that differ if it is another."""
     try:
         there = validate_recorded(records.read_config(directory))
     except RecordError as error:

@@ -13,11 +13,8 @@ import os
 import platform
 import secrets
 import shutil
-import stat
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import yaml
 
@@ -43,11 +40,7 @@ OWN_NAMES: dict[str, str | None] = {
 
 
 def refuse_absent(path: Path) -> None:
-    """Refuse a path that is not a directory.
-
-    Raises:
-        ConfigurationError: it is not.
-    """
+    """Raise ConfigurationError for a path that is not a directory."""
     if not path.is_dir():
         raise ConfigurationError(f"{path}: no such directory; give a run, runs/<name>, or a checkpoint of one")
 
@@ -55,8 +48,7 @@ def refuse_absent(path: Path) -> None:
 def is_run(directory: Path) -> bool:
     """Return whether the directory's config.yaml is a run's: a mapping with a run's sections, of any version.
 
-    Raises:
-        OSError: the file cannot be read.
+    Raises OSError if the file cannot be read.
     """
     path = directory / records.CONFIG_FILE
     sections = {name for name, field in RunConfig.model_fields.items() if field.is_required()}
@@ -68,11 +60,7 @@ def is_run(directory: Path) -> bool:
 
 
 def refuse_unnamed(directory: Path) -> None:
-    """Refuse to start a run in a directory that holds more than the leftovers of a run killed during start-up.
-
-    Raises:
-        ConfigurationError: the message names what the directory holds.
-    """
+    """Raise ConfigurationError if the directory holds more than the leftovers of a run killed during start-up."""
     try:
         found = [path.name for path, own in entries(directory, _HIDDEN) if not own]
     except FileNotFoundError:
@@ -89,11 +77,7 @@ def refuse_unnamed(directory: Path) -> None:
 
 
 def refuse_to_replace(directory: Path) -> None:
-    """Refuse to delete a directory that is not a run's, or that holds anything a run does not write.
-
-    Raises:
-        ConfigurationError: the message names what is not a run's.
-    """
+    """Raise ConfigurationError if the directory is not a run's, or holds anything a run does not write."""
     remedy = "move it away, remove the directory yourself, or give another name="
     if not is_run(directory):
         raise ConfigurationError(
@@ -107,11 +91,9 @@ def refuse_to_replace(directory: Path) -> None:
 
 
 def refuse_links(directory: Path) -> None:
-    """Refuse a run directory that is a link, or that has a link, pipe or device where a run writes files.
+    """Raise ConfigurationError if the directory is a link, or has a link, pipe or device where a run writes files.
 
-    Raises:
-        ConfigurationError: the message names the first such path.
-        OSError: the directory cannot be read.
+    Raises OSError if it cannot be read.
     """
     if directory.is_symlink():
         place = os.path.realpath(directory)
@@ -120,16 +102,11 @@ def refuse_links(directory: Path) -> None:
             f"{os.path.dirname(place)}"
         )
     for path, own in entries(directory, OWN_NAMES) if directory.is_dir() else ():
-        if own and not _is_plain(path):
+        if own and (path.is_symlink() or not (path.is_file() or path.is_dir())):
             what = f"a link to {os.readlink(path)}" if path.is_symlink() else "neither a file nor a directory"
             raise ConfigurationError(
                 f"{path} is {what}, and a run writes only its own files; remove it or give another name="
             )
-
-
-def _is_plain(path: Path) -> bool:
-    mode = path.lstat().st_mode
-    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
 def _listed(names: list[str]) -> str:
@@ -137,20 +114,12 @@ def _listed(names: list[str]) -> str:
 
 
 class RunDirectory:
-    """A run directory and this process's lock on it, taken before any change and released when the context exits."""
+    """A run directory and this process's lock on it, taken before any change and released by `close`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: int | None = None
         self._owner = f"process {os.getpid()} on {platform.node()}\n{secrets.token_hex(16)}\n".encode()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
     def take(self) -> None:
         """Lock the directory, which must exist, for this process. Does nothing if it is locked already.
@@ -190,14 +159,14 @@ class RunDirectory:
             if self._read_lock() == self._owner:
                 return
         except FileNotFoundError:
-            self.release()
+            self.close()
             try:
                 return self.take()
             except RunHeldError as error:
                 raise OSError(errno.EBUSY, str(error)) from error
         raise OSError(errno.EBUSY, str(self._held()))
 
-    def release(self) -> None:
+    def close(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
         self._lock = None
@@ -217,11 +186,7 @@ class RunDirectory:
     # the files next to it belong to.
 
     def set_aside(self) -> None:
-        """Move the run that is to be replaced into .replaced.
-
-        Raises:
-            ConfigurationError: it is not a run, or holds something that no run writes.
-        """
+        """Move the run that is to be replaced into .replaced. Raises as `refuse_to_replace`."""
         refuse_to_replace(self.path)
         aside = self.path / REPLACED
         aside.mkdir()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.unreadable import unreadable
 from training.distributed import Distributed
 from training.reliability import checkpoints
-from training.reliability.checkpoints import Checkpoint, CheckpointError
+from training.reliability.checkpoints import Checkpoint, CheckpointError, RunState
 from training.strategies.base import NumberPiece, Piece
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
@@ -53,7 +53,7 @@ def test_shapes_types_and_state_come_back(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.tensor("model.w"), WEIGHT)
     assert checkpoint.tensor("optimizer.w.step").shape == ()
     assert checkpoint.tensor("optimizer.w.exp_avg").dtype == torch.bfloat16
-    assert checkpoint.state == STATE
+    assert checkpoint.state == RunState.model_validate(STATE)
 
 
 def test_a_missing_part_of_a_tensor_is_found(tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_saving_a_step_again_leaves_it_without_a_checkpoint_only_between_two_ren
     saved(tmp_path, 5, val_loss=1.0)
     monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda *_, **__: None)  # killed before anything is deleted
     final = saved(tmp_path, 5, val_loss=2.0)
-    assert Checkpoint(final).state["val_loss"] == 2.0
+    assert Checkpoint(final).state.val_loss == 2.0
     monkeypatch.undo()
     checkpoints.prune(tmp_path, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]

@@ -193,11 +193,11 @@ def test_totals_continue_after_an_interruption(
     ):
         assert got[key] == expected[key], key
     of_run, of_undisturbed = (
-        Checkpoint(available(one / "checkpoints")[0]).state["training"] for one in (tmp_path / "run", finished)
+        Checkpoint(available(one / "checkpoints")[0]).state.training for one in (tmp_path / "run", finished)
     )
     assert of_run == of_undisturbed
-    assert of_run["spikes"] is not None
-    assert of_run["alarm"] is not None
+    assert of_run.spikes is not None
+    assert of_run.alarm is not None
     for kind, entry in expected["ledger"].items():
         for key in ("tokens", "flops", "count"):
             # A save is counted when it is done, so a checkpoint does not count itself.

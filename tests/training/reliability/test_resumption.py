@@ -417,9 +417,10 @@ def test_the_lock_is_released_at_the_end_of_the_run_or_of_its_process(tmp_path: 
     lock.take()
     with pytest.raises(ConfigurationError, match=f"process {os.getpid()} on"):
         RunDirectory(tmp_path).take()
-    lock.release()
-    with RunDirectory(tmp_path) as second:
-        second.take()
+    lock.close()
+    second = RunDirectory(tmp_path)
+    second.take()
+    second.close()
 
 
 def _race(overrides: list[str], barrier, codes) -> None:

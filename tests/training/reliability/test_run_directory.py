@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -172,7 +173,7 @@ def test_a_users_own_links_next_to_a_run_are_ignored(tmp_path: Path) -> None:
 
 
 def test_a_deleted_lock_file_is_recreated_while_no_other_process_holds_the_directory(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path) as holder:
+    with closing(RunDirectory(tmp_path)) as holder:
         holder.take()
         (tmp_path / ".lock").unlink()
         holder.confirm()
@@ -189,7 +190,7 @@ def test_of_two_processes_in_one_directory_the_first_learns_of_the_second(
 
     if not locks:
         monkeypatch.setattr(fcntl, "flock", no_locks)
-    with RunDirectory(tmp_path) as first, RunDirectory(tmp_path) as second:
+    with closing(RunDirectory(tmp_path)) as first, closing(RunDirectory(tmp_path)) as second:
         first.take()
         if locks:
             (tmp_path / ".lock").unlink()

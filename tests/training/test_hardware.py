@@ -5,7 +5,7 @@ import pytest
 
 FAULTS = """
 import resource, sys
-from training.memory import keep_memory_mapped
+from training.hardware import keep_memory_mapped
 if sys.argv[1] == "kept":
     assert keep_memory_mapped()
 import torch
