@@ -209,6 +209,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 def read_mapping(path: Path) -> dict[str, Any] | None:
     """The mapping in a YAML file; None where there is no file. RecordError if it is no readable mapping."""
+    mapping: dict[str, Any] | None = None
     with _reading(path):
         try:
             content = read_regular(path, CONFIG_BYTES)
@@ -219,8 +220,8 @@ def read_mapping(path: Path) -> dict[str, Any] | None:
             raise RecordError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise RecordError(f"{path} cannot be read: expected a mapping, found {type(values).__name__}")
-        return values
-    return None
+        mapping = values
+    return mapping
 
 
 def read_summary(directory: Path) -> dict[str, Any] | None:
@@ -233,11 +234,11 @@ def read_object(path: Path, form: type[Form]) -> dict[str, Any] | None:
 
     Raises RecordError if it cannot be read, or lacks something of its form.
     """
+    values: dict[str, Any] | None = None
     with _reading(path):
-        values: dict[str, Any] = read_json(path, _JSON_BYTES)
+        values = read_json(path, _JSON_BYTES)
         form.model_validate(values)
-        return values
-    return None
+    return values
 
 
 def require(form: type[Form], values: Any, path: Path | str) -> None:
@@ -250,9 +251,10 @@ def require(form: type[Form], values: Any, path: Path | str) -> None:
 
 def metrics_content(path: Path) -> bytes:
     """The content of a metrics.jsonl; empty where there is none. RecordError if it cannot be read."""
+    content = b""
     with _reading(path):
-        return read_regular(path, _METRICS_BYTES)
-    return b""
+        content = read_regular(path, _METRICS_BYTES)
+    return content
 
 
 def sha256_of_start(path: Path, size: int) -> str:
