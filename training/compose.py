@@ -55,15 +55,6 @@ PLUGIN_SECTIONS = ("hydra.launcher", "hydra.sweeper")
 PLUGIN_MODULES = ("hydra._internal.core_plugins.", "hydra_plugins.")
 # The keys that set the shell commands of a job.
 SETUP_KEYS = {"launcher.setup", "hydra.launcher.setup"}
-# The settings in configs/config.yaml that keep Hydra from writing files, for a record, which lacks them.
-QUIET = (
-    "hydra/job_logging=none",
-    "hydra/hydra_logging=none",
-    "hydra.output_subdir=null",
-    "hydra.run.dir=.",
-    "hydra.sweep.dir=${output_dir}/.sweep",
-    "hydra.sweep.subdir=.",
-)
 # What `${oc.env:NAME}` may read. Values are written to the record, so credentials (such as SLURM_JWT) are excluded.
 READABLE_VARIABLES = frozenset(
     (
@@ -84,11 +75,7 @@ _ELEMENT = re.compile(r"^(\+{0,2}[\w.]+)\[(\d+)\]=")
 
 
 def readable_variable(name: str, *default: Any, _node_: Node) -> str | None:
-    """OmegaConf's `oc.env`, restricted to `READABLE_VARIABLES`.
-
-    Raises:
-        ConfigurationError: the variable is not one of them, or it is not set and there is no default.
-    """
+    """OmegaConf's `oc.env`. ConfigurationError unless the variable is in `READABLE_VARIABLES`, and set or with a default."""
     key = _node_._get_full_key(None)
     if name not in READABLE_VARIABLES:
         raise ConfigurationError(
@@ -136,8 +123,7 @@ PROJECT = Primary()
 def compose(overrides: Sequence[str] = (), primary: Primary = PROJECT) -> RunConfig:
     """Compose and validate `configs/config.yaml`, or another primary file, with Hydra overrides.
 
-    Raises:
-        ConfigurationError: one line with the key, the value and the remedy.
+    Raises ConfigurationError: one line with the key, the value and the remedy.
     """
     return validate(compose_dictionary(overrides, primary))
 
@@ -197,9 +183,6 @@ def refuse_hydra_keys(file: Path, config_path: str, package: str | None, values:
     Args:
         config_path: the file's path in its directory, `<group>/<choice>`.
         package: from its header: where its content goes in the configuration.
-
-    Raises:
-        ConfigurationError: the message names the file and the key.
     """
     remedy = "which files outside configs/ may not set; give it on the command line"
     reached = [(f"its path, {config_path}", config_path.rpartition("/")[0]), (f"# @package {package}", package or "")]
@@ -214,25 +197,21 @@ def refuse_hydra_keys(file: Path, config_path: str, package: str | None, values:
         if "hydra" in re.split(r"[./@:]", path) or "$" in path:
             raise ConfigurationError(f"{file}: {shown(where)}: a part of hydra, {remedy}")
     for key, value in _leaves(values.get("hydra", {}), "hydra"):
-        if (key, value) not in _settings_of_hydra():
+        if (key, value) not in _settings_of_hydra("config.yaml", "launcher/*.yaml"):
             raise ConfigurationError(f"{file}: {shown(key)}={shown(value)}: a key of hydra, {remedy}")
 
 
 def refuse_hydra_overrides(overrides: Iterable[str], origin: str = "a job") -> None:
-    """Refuse overrides from a file (a study's) that set keys of Hydra's node.
-
-    Raises:
-        ConfigurationError: the message names the first such override.
-    """
+    """Raise ConfigurationError for overrides from a file (a study's) that set keys of Hydra's node."""
     for override in overrides:
         if "hydra" in re.split(r"[./@:]", key_of(override)):
             raise ConfigurationError(f"{origin}: {shown(override)}: a key of hydra; give it on the command line")
 
 
 @functools.cache
-def _settings_of_hydra() -> frozenset[tuple[str, Any]]:
+def _settings_of_hydra(*patterns: str) -> frozenset[tuple[str, Any]]:
     """Return the keys and values of Hydra's node that the project's own files set."""
-    files = (CONFIG_DIRECTORY / "config.yaml", *(CONFIG_DIRECTORY / "launcher").glob("*.yaml"))
+    files = (file for pattern in patterns for file in CONFIG_DIRECTORY.glob(pattern))
     return frozenset(leaf for file in files for leaf in _leaves(read_yaml(file).get("hydra", {}), "hydra"))
 
 
@@ -253,17 +232,14 @@ def start_hydra(primary: Primary = PROJECT) -> Hydra:
 def compose_dictionary(overrides: Sequence[str], primary: Primary = PROJECT) -> dict[str, Any]:
     """Compose a plain, resolved dictionary with Hydra, without validating it.
 
-    Raises:
-        ConfigurationError: it cannot be composed, or Hydra would call something other than its plugins.
+    Raises ConfigurationError if it cannot be composed, or Hydra would call something other than its plugins.
     """
     refuse_choices_by_name(overrides, primary)
     outer = GlobalHydra.instance().hydra  # inside a Hydra job (multirun) another Hydra is already initialised
     try:
         with worded_errors(overrides, primary):
             start_hydra(primary)
-            config = hydra_compose(
-                primary.name, overrides=hydra_overrides(primary, overrides), return_hydra_config=True
-            )
+            config = hydra_compose(primary.name, hydra_overrides(primary, overrides), return_hydra_config=True)
             check_hydra(config, overrides)
             values = resolved(config)
             return with_local_launcher(without_removed(values)) if primary.is_record else values
@@ -297,21 +273,15 @@ def worded_errors(overrides: Sequence[str], primary: Primary = PROJECT) -> Itera
 def compose_choices(overrides: Sequence[str], primary: Primary) -> dict[str, Any]:
     """Compose only the choices among the overrides, without single keys. Empty if that fails as well."""
     choices = [override for override in overrides if key_of(override) in config_groups()]
-    if len(choices) == len(overrides):
-        return {}
-    try:
-        return compose_dictionary(choices, primary)
-    except ConfigurationError:
-        return {}
+    with contextlib.suppress(ConfigurationError):
+        return compose_dictionary(choices, primary) if len(choices) < len(overrides) else {}
+    return {}
 
 
 def quoted(override: str) -> str:
     """Rewrite an override for Hydra: an element of a list as `key.0=`, and a value in quotes if needed.
 
     Quotes are needed if Hydra cannot parse the value and it has none of Hydra's syntax, as in `name=jörg`.
-
-    Raises:
-        ConfigurationError: it adds a value without a key.
     """
     if override.startswith(("+=", "++=")):  # an assertion fails in Hydra
         raise ConfigurationError(not_an_override(override, [override]))
@@ -329,9 +299,8 @@ def quoted(override: str) -> str:
 def hydra_overrides(primary: Primary, overrides: Sequence[str]) -> list[str]:
     """Rewrite all overrides for Hydra. A run from a record starts at step 0 and replaces nothing.
 
-    Raises:
-        ConfigurationError: an override belongs to another command, or sets `seed` for a record, which holds the seeds
-            derived from its own.
+    Raises ConfigurationError if one belongs to another command, or sets `seed` for a record, which holds the seeds derived
+    from its own.
     """
     for override in overrides:
         group = key_of(override).partition(".")[0]
@@ -346,15 +315,14 @@ def hydra_overrides(primary: Primary, overrides: Sequence[str]) -> list[str]:
             f"seed: {primary.file} holds the seeds derived from its own, so another seed= would change only the label; give "
             "seeds.model=, seeds.data= and seeds.curvature= too"
         )
-    return ["resume=auto", "overwrite=false", *QUIET, *overrides]
+    # A record lacks the settings that keep Hydra from writing files.
+    quiet = [f"{key}={shown(value)}" for key, value in _settings_of_hydra("config.yaml")]
+    quiet += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+    return ["resume=auto", "overwrite=false", *quiet, *overrides]
 
 
 def refuse_choices_by_name(overrides: Sequence[str], primary: Primary) -> None:
-    """Refuse `optimizer.name=adamw` if another is chosen: the name would change, but the other one's keys would stay.
-
-    Raises:
-        ConfigurationError: the message names the choices that have the name.
-    """
+    """Refuse `optimizer.name=adamw` if another is chosen: the name would change, but the other one's keys would stay."""
     named = [override for override in overrides if override[:1] != "~" and choices_named(override)]
     if primary.is_record or not named:
         return
@@ -388,9 +356,6 @@ def check_hydra(config: DictConfig, overrides: Sequence[str]) -> None:
 
     Hydra instantiates every `_target_` in its node, and logging instantiates classes and factories: launcher, sweeper,
     callbacks and handlers. `hydra.launcher` becomes a job script.
-
-    Raises:
-        ConfigurationError: the message names the first such key.
     """
     node = OmegaConf.to_container(config, resolve=False)
     assert isinstance(node, dict)
@@ -453,8 +418,7 @@ def _leaves(values: Any, path: str) -> Iterator[tuple[str, Any]]:
 def without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a recorded configuration without the keys that later versions lack.
 
-    Raises:
-        ConfigurationError: one of them is switched on; the key, the value and the commit to use are named.
+    Raises ConfigurationError with the commit to use if one of them is switched on.
     """
     optimizer = values.get("optimizer")
     if not isinstance(optimizer, Mapping):
@@ -474,11 +438,7 @@ def validate_recorded(values: Mapping[str, Any]) -> RunConfig:
 
 
 def validate(values: Mapping[str, Any]) -> RunConfig:
-    """Validate plain values and return the frozen configuration.
-
-    Raises:
-        ConfigurationError: one line about the first mistake.
-    """
+    """Validate plain values and return the frozen configuration. ConfigurationError is one line about the first mistake."""
     try:
         config = RunConfig.model_validate(dict(values))
     except pydantic.ValidationError as error:

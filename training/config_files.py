@@ -39,8 +39,7 @@ _REMEDIES = {
 def read_yaml(path: Path) -> Any:
     """Return the plain values of a YAML file, None if it is empty.
 
-    Raises:
-        ConfigurationError: the file cannot be read, is not YAML, or holds more than plain values.
+    Raises ConfigurationError if the file cannot be read, is not YAML, or holds more than plain values.
     """
     text = read_text(path)
     try:
@@ -71,11 +70,7 @@ def _values_of(text: str) -> Any:
 
 
 def parse_value(override: str) -> Any:
-    """Return the value of an override that Hydra does not see.
-
-    Raises:
-        ConfigurationError: it is not YAML.
-    """
+    """Return the value of an override that Hydra does not see. Raises ConfigurationError if it is not YAML."""
     try:
         return _LOADER(override.partition("=")[2]).get_single_data()
     except yaml.YAMLError as error:
@@ -83,11 +78,7 @@ def parse_value(override: str) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a small UTF-8 file.
-
-    Raises:
-        ConfigurationError: it is too large, not UTF-8, or cannot be read.
-    """
+    """Return the text of a small UTF-8 file. Raises ConfigurationError if it is too large, not UTF-8, or unreadable."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)

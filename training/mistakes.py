@@ -1,7 +1,6 @@
 """Reword the configuration errors of Hydra, OmegaConf and pydantic as one line with a remedy."""
 
 import difflib
-import functools
 import re
 import shlex
 import unicodedata
@@ -87,25 +86,23 @@ SYNONYMS = {
     "launcher.nproc_per_node": "gpus num_gpus n_gpus ngpus gpu devices world_size nproc ranks num_processes",
     "launcher.nodes": "num_nodes nnodes n_nodes",
 }
+KEY_MEANT = {name: key for key, names in SYNONYMS.items() for name in names.split()}
 # Synonyms whose value has another unit or meaning, and what our key takes. The given value is not suggested.
 CONVERSIONS = {
-    **dict.fromkeys(("min_lr", "lr_min", "final_lr", "end_lr"), "It is the final rate / optimizer.lr"),
-    **dict.fromkeys(
-        ("epochs", "num_epochs"),
-        "An epoch takes the corpus's tokens / (train.global_batch_size * train.sequence_length) steps",
-    ),
-    **dict.fromkeys(
-        ("eval_iters", "eval.iters", "eval.batches"), "In tokens: batches * sequences per batch * train.sequence_length"
-    ),
-    **dict.fromkeys(
-        ("gradient_accumulation_steps", "grad_accum_steps", "accumulation_steps"),
-        "In sequences; the accumulation steps follow from it",
-    ),
-    **dict.fromkeys(("batch_size", "batch", "bs"), "In sequences, over all ranks and accumulated micro-batches"),
-    **dict.fromkeys(("world_size", "ranks", "num_processes"), "It counts the ranks of one node"),
-    **dict.fromkeys(("dtype", "bf16", "fp16", "amp", "mixed_precision"), "It is auto, fp32 or bf16"),
-    **dict.fromkeys(("cuda", "cpu"), "It is auto, cpu or cuda"),
-    "rho": "It is the authors' rho * bs / N: their bs, in tokens, over the N tokens of an estimate",
+    name: meant
+    for names, meant in {
+        "min_lr lr_min final_lr end_lr": "It is the final rate / optimizer.lr",
+        "epochs num_epochs": "An epoch takes the corpus's tokens / (train.global_batch_size * train.sequence_length) steps",
+        "eval_iters eval.iters eval.batches": "In tokens: batches * sequences per batch * train.sequence_length",
+        "gradient_accumulation_steps grad_accum_steps accumulation_steps": "In sequences; the accumulation steps follow "
+        "from it",
+        "batch_size batch bs": "In sequences, over all ranks and accumulated micro-batches",
+        "world_size ranks num_processes": "It counts the ranks of one node",
+        "dtype bf16 fp16 amp mixed_precision": "It is auto, fp32 or bf16",
+        "cuda cpu": "It is auto, cpu or cuda",
+        "rho": "It is the authors' rho * bs / N: their bs, in tokens, over the N tokens of an estimate",
+    }.items()
+    for name in names.split()
 }
 # The same as `SYNONYMS` for choices.
 SYNONYMS_OF_CHOICES = {
@@ -151,26 +148,24 @@ def reword_composition_error(
         return f"{group}={choice}: unknown choice; {choose_from(choice, options, group)}"
     if "Could not override ''" in text:
         return not_an_override(next(one for one in overrides if not key_of(one)), overrides)
-    if match := re.search(r"Could not override '([^']+)'", text):
-        key = of_element(match.group(1))
-        if not re.search(r"No match in the defaults list", text):
-            return f"{key}: unknown key{did_you_mean_key(key, chosen())}"
-        if key in config_groups():
+    if match := re.search(r"Could not override '([^']+)'. No match in the defaults list", text):
+        group = match.group(1)
+        if group in config_groups():
             return (
-                f"{key}: {file} holds values, not choices of configuration groups; set single keys, {key}.<key>=..., or "
+                f"{group}: {file} holds values, not choices of configuration groups; set single keys, {group}.<key>=..., or "
                 "start from another file"
             )
-        return f"{key}: no such configuration group; choose one of {', '.join(config_groups())}"
-    if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", chain):
-        key = of_element(match.group(2))
+        return f"{group}: no such configuration group; choose one of {', '.join(config_groups())}"
+    if match := re.search(r"Could not override '([^']+)'|is not in struct\s+full_key: (\S+)", chain):
+        key = of_element(match.group(1) or match.group(2))
         return f"{key}: unknown key{did_you_mean_key(key, chosen())}"
     if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'", text):
         return several_values(match.group(1))
     if isinstance(error, OverrideParseException):
         return not_an_override(error.override, overrides)
     if "Config group override must be" in text:
-        pairs = [override.lstrip("+").partition("=")[::2] for override in overrides]
-        for group, value in pairs:
+        for override in overrides:
+            group, _, value = override.lstrip("+").partition("=")
             if group in config_groups() and value not in group_options(group):
                 return f"{group}={value}: unknown choice; {choose_from(value, group_options(group), group)}"
         if any(key_of(one) == "hydra" for one in overrides):
@@ -238,7 +233,7 @@ def not_an_override(override: str, overrides: Sequence[str]) -> str:
             return f"{given}: not an override; write {name}={value or '<value>'}"
     if override in ("help", "version", "usage"):
         return f"{given}: not an override; see --help"
-    if override and not equals and before and _is_text(key_of(before[-1])):
+    if override and not equals and before and may_hold(str, key_of(before[-1])):
         quoted = shlex.quote(f"{before[-1]} {override}")
         return f"{given}: not an override; write key=value, and put a value with spaces in quotes: {shown(quoted)}"
     remedy = "write key=value, and quote lists and text in them, as in 'optimizer.betas=[0.9,0.95]' \"data.paths=['a b.txt']\""
@@ -290,7 +285,7 @@ def reword_validation_error(error: pydantic.ValidationError, values: Mapping[str
     """
     by_key: dict[str, list[Any]] = {}
     for one in sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden"):
-        by_key.setdefault(dotted_key(one["loc"]), []).append(one)
+        by_key.setdefault(_found(one["loc"])[0], []).append(one)
     key, errors = next(iter(by_key.items()))
     line = _reworded(key, errors, values)
     follow = (key.partition("[")[0] + "[", "seeds." if key == "seed" else key + ".")
@@ -343,16 +338,10 @@ def expectation(errors: Sequence[Any], key: str, field: FieldInfo | None) -> str
     context, kind, default = error.get("ctx", {}), error["type"], None if field is None else field.default
     kinds = {one["type"] for one in errors}
     or_null = ", or null" if field is not None and type(None) in get_args(field.annotation) else ""
-    limits = {
-        "greater_than": ("gt", "above"),
-        "greater_than_equal": ("ge", "of at least"),
-        "less_than": ("lt", "below"),
-    }
-    limits["less_than_equal"] = ("le", "of at most")
-    if kind in limits:
-        bound, word = limits[kind]
-        limit = context[bound]
-        return f"out of range; give a number {word} {f'{limit:g}' if isinstance(limit, float) else limit}{or_null}"
+    for bound, word in {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}.items():
+        if bound in context:
+            limit = context[bound]
+            return f"out of range; give a number {word} {f'{limit:g}' if isinstance(limit, float) else limit}{or_null}"
     if kind in ("float_parsing", "float_type", "finite_number"):
         if isinstance(default, tuple):  # the key is a member of a list
             default = default[0]
@@ -404,25 +393,16 @@ def _numbers(count: int) -> str:
     return f"{count} number{'' if count == 1 else 's'}"
 
 
-def dotted_key(location: Sequence[int | str]) -> str:
-    """Return `optimizer.lr` or `optimizer.betas[0]` for pydantic's location, without the tags of its unions."""
-    return _found(location)[0]
-
-
 def field_at(location: Sequence[int | str]) -> FieldInfo | None:
     """Return the field at a location, with or without the tags of unions; None for an unknown key."""
     return _found(location)[1]
 
 
 def is_integer(key: str) -> bool:
-    return _may_hold(int, key)
+    return may_hold(int, key)
 
 
-def _is_text(key: str) -> bool:
-    return _may_hold(str, key)
-
-
-def _may_hold(kind: type, key: str) -> bool:
+def may_hold(kind: type, key: str) -> bool:
     """Return whether a value of the key may be of the kind, or a list of it."""
     field = field_at(key.split("."))
     kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
@@ -430,6 +410,7 @@ def _may_hold(kind: type, key: str) -> bool:
 
 
 def _found(location: Sequence[int | str]) -> tuple[str, FieldInfo | None]:
+    """Return the key, such as optimizer.betas[0], and the field at pydantic's location, without the tags of its unions."""
     key, field = "", None
     models: tuple[type[BaseModel], ...] = (RunConfig,)
     untold = False  # the last part was a union of sections: its tag may follow
@@ -524,8 +505,8 @@ def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int
         group = key.partition(".")[0]
         if choices := choices_with(key):
             has_not = f", not of {group}={_tag(values.get(group))}" if _tag(values.get(group)) else ""
-            other = [one for one in _synonyms().get(key.rpartition(".")[2], []) if not _of_choice(one, values)]
-            instead = f"; did you mean {either(other)}?" if other else ""
+            other = KEY_MEANT.get(leaf)
+            instead = f"; did you mean {other}?" if other and not _of_choice(other, values) else ""
             return f"; it is a key of {group}={either(choices)}{has_not}{instead}"
         return f"; the files omit {section or key} or set it to one value; correct them, or set it with ++{key}=..."
     if section in config_groups() and leaf in group_options(section):
@@ -552,27 +533,16 @@ def suggestions(key: str, values: Mapping[str, Any]) -> tuple[list[str], str]:
         by_leaf.setdefault(one.rpartition(".")[2], []).append(one)
     own = {one.rpartition(".")[2]: [one] for one in known if one.rpartition(".")[0] == section}
     near = difflib.get_close_matches(leaf, own, n=1, cutoff=0.6)
-    near += difflib.get_close_matches(leaf, {**by_leaf, **_synonyms()}, n=1, cutoff=0.75)
+    near += difflib.get_close_matches(leaf, [*by_leaf, *KEY_MEANT], n=1, cutoff=0.75)
     for name in (key, leaf, *near):
-        real, meant = by_leaf.get(name, []), _synonyms().get(name, [])
-        if name in own:
-            real, meant = own[name], []
-        elif set(meant) <= set(real):  # of several keys with this name, prefer the synonym's
-            real, meant = meant or real, []
+        real = own.get(name) or by_leaf.get(name, [])
+        meant = [KEY_MEANT[name]] if name in KEY_MEANT and name not in own else []
+        if meant and meant[0] in real:  # of several keys with this name, prefer the synonym's
+            real, meant = meant, []
         fitting = [one for one in real if not _of_choice(one, values)]
         if found := fitting or [one for one in meant if not _of_choice(one, values)] or meant or real:
             return found[:3], "" if found[0] in real else CONVERSIONS.get(name, "")
     return [], ""
-
-
-@functools.cache
-def _synonyms() -> dict[str, list[str]]:
-    """`SYNONYMS` inverted."""
-    keys: dict[str, list[str]] = {}
-    for key, names in SYNONYMS.items():
-        for name in names.split():
-            keys.setdefault(name, []).append(key)
-    return keys
 
 
 def _of_choice(key: str, values: Mapping[str, Any]) -> str:

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code. Only rank 0 logs at INFO."""
-    logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.WARNING, format="%(message)s")
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
     try:
         flags, primary = parse(arguments)
         if flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
@@ -50,29 +51,24 @@ def main(arguments: Sequence[str]) -> int:
         return refuse(error)
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
 def parse(arguments: Sequence[str]) -> tuple[Namespace, Primary]:
     """Parse Hydra's flags and the overrides, and find the primary configuration file.
 
     --config-name names the file and --config-path its directory (`configs` by default). --config-dir is searched as well,
-    for that file and for choices of groups.
-
-    Raises:
-        ConfigurationError: a flag is unknown, or a file or directory does not exist.
+    for that file and for choices of groups. Raises ConfigurationError if a flag is unknown, or a path does not exist.
     """
     flags = _parser(arguments).parse_intermixed_args(list(arguments))
     if flags.experimental_rerun is not None:
         raise ConfigurationError("--experimental-rerun: would unpickle a file; run a record's configuration instead")
     name = (flags.config_name or "config").removesuffix(".yaml")
     path = CONFIG_DIRECTORY if flags.config_path is None else Path(flags.config_path).absolute()
-    added = None if flags.config_dir is None else Path(flags.config_dir).absolute()
-    if added is not None and not os.path.isdir(added):
-        raise ConfigurationError(f"--config-dir {added}: no such directory; give one that holds configurations")
-    if added is not None and not os.path.isfile(path / f"{name}.yaml") and os.path.isfile(added / f"{name}.yaml"):
-        path = added
+    added = None
+    if flags.config_dir is not None:
+        added = Path(flags.config_dir).absolute()
+        if not os.path.isdir(added):
+            raise ConfigurationError(f"--config-dir {added}: no such directory; give one that holds configurations")
+        if not os.path.isfile(path / f"{name}.yaml") and os.path.isfile(added / f"{name}.yaml"):
+            path = added
     if not os.path.isfile(path / f"{name}.yaml"):
         flag = f"--config-name {name}" if flags.config_path is None else f"--config-path {path}"
         raise ConfigurationError(f"{flag}: no readable {name}.yaml in {path}; give a directory that has one")

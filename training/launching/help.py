@@ -16,8 +16,8 @@ import yaml
 from pydantic import BaseModel
 
 from training import config
-from training.config import RunConfig
-from training.mistakes import OTHER_COMMANDS, config_groups, group_options, sections_of, tags_of
+from training.config import RunConfig, flat
+from training.mistakes import OTHER_COMMANDS, config_groups, group_options, sections_of, shown, tags_of
 
 USAGE = """\
 Train a GPT-2.
@@ -91,11 +91,12 @@ def _lines() -> dict[tuple[str, str], str]:
 
 def of_this_run(values: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, str]], dict[str, str]]:
     """Return value and meaning of each key of a composed configuration, and the meanings of the other choices' keys."""
+    given = flat(values)
     own: dict[str, tuple[Any, str]] = {}
     others: dict[tuple[str, str], list[Key]] = {}
     for key in keys():
-        if not key.tag or _value(values, key.tag) in key.tags:
-            own[key.name] = (_value(values, key.name, key.default), key.meaning)
+        if not key.tag or given.get(key.tag) in key.tags:
+            own[key.name] = (given.get(key.name, key.default), key.meaning)
         else:
             others.setdefault((key.name, key.meaning), []).append(key)
     elsewhere: dict[str, list[str]] = {}
@@ -104,14 +105,6 @@ def of_this_run(values: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, str]], 
             chosen = ", ".join(tag for key in alike for tag in key.tags)
             elsewhere.setdefault(name, []).append(f"{said} With {alike[0].tag.removesuffix('.name')}={chosen}.")
     return own, {name: " ".join(meanings) for name, meanings in elsewhere.items()}
-
-
-def _value(values: Any, name: str, default: Any = None) -> Any:
-    for part in name.split("."):
-        if not isinstance(values, Mapping) or part not in values:
-            return default
-        values = values[part]
-    return values
 
 
 def help_text(values: Mapping[str, Any], width: int | None = None) -> str:
@@ -128,7 +121,7 @@ def help_text(values: Mapping[str, Any], width: int | None = None) -> str:
         lines += _row(group, ", ".join(group_options(group)), max(map(len, groups)), width)
     own, elsewhere = of_this_run(values)
     tags = {key.tag for key in keys()}  # not listed: group=choice sets them, with the keys that belong to the choice
-    rows = {name: (f"{name}={_text(value)}", said) for name, (value, said) in own.items() if name not in tags}
+    rows = {name: (f"{name}={shown(value)}", said) for name, (value, said) in own.items() if name not in tags}
     rows |= {name: (name, said) for name, said in elsewhere.items()}
     lines += ["", "Keys, key=value:"]
     for section in dict.fromkeys(name.partition(".")[0] if "." in name else "" for name in rows):
@@ -145,17 +138,6 @@ def _row(left: str, right: str, column: int, width: int) -> list[str]:
     if len(left) > column:
         return [f"  {left}", *(" " * (column + 4) + line for line in wrapped)]
     return [f"  {left:<{column}}  {wrapped[0]}", *(" " * (column + 4) + line for line in wrapped[1:])]
-
-
-def _text(value: Any) -> str:
-    """Format a value as it is written on the command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(_text, value))}]"
-    return str(value)
 
 
 def annotated(text: str) -> str:

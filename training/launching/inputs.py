@@ -15,9 +15,7 @@ from training.records import CONFIG_FILE
 def refuse_absent_inputs(config: RunConfig) -> None:
     """Refuse a run whose checkpoint, weights or tokens do not exist, unless the run may have started before.
 
-    Raises:
-        ConfigurationError: the path in `resume` or `model.init_from` does not exist.
-        DataError: a file of the corpus or its prepared tokens do not exist.
+    Raises ConfigurationError for the path in `resume` or `model.init_from`, DataError for the corpus or its tokens.
     """
     if _may_have_started(config):
         return

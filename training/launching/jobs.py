@@ -8,10 +8,10 @@ import os
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
+from data.errors import DataError
 from training.compose import (
     PROJECT,
     check_hydra,
@@ -19,11 +19,14 @@ from training.compose import (
     refuse_hydra_overrides,
     resolved,
     start_hydra,
+    validate,
     worded_errors,
 )
-from training.exits import EXIT_FAILED, EXIT_PREEMPTED
+from training.config import ConfigurationError
+from training.exits import EXIT_FAILED, EXIT_PREEMPTED, refuse
 from training.launching.lifeline import die_with_launcher
-from training.launching.ranks import refuse_absent_slurm, run_job
+from training.launching.ranks import refuse_absent_slurm, start
+from training.mistakes import key_of, unquoted
 from training.reliability.signals import passed_on_to_workers, stop_pending
 
 
@@ -36,8 +39,7 @@ def launch(jobs: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[
         jobs: overrides of each run; `name=` is required.
         launcher: Hydra overrides that choose and configure the launcher, such as `hydra/launcher=joblib`.
 
-    Raises:
-        ConfigurationError: the launcher does not exist, or a job's overrides cannot be composed.
+    Raises ConfigurationError if the launcher does not exist, or a job's overrides cannot be composed.
     """
     from hydra._internal.callbacks import Callbacks
     from hydra.core.global_hydra import GlobalHydra
@@ -49,12 +51,9 @@ def launch(jobs: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[
     try:
         with worded_errors(launcher):
             hydra = start_hydra()
+            overrides = [quoted(override) for override in launcher]
             config = hydra.compose_config(
-                PROJECT.name,
-                overrides=[quoted(override) for override in launcher],
-                run_mode=RunMode.MULTIRUN,
-                with_log_configuration=False,
-                from_shell=False,
+                PROJECT.name, overrides, RunMode.MULTIRUN, with_log_configuration=False, from_shell=False
             )
             check_hydra(config, launcher)
             refuse_absent_slurm(config.hydra.launcher)
@@ -71,7 +70,7 @@ def launch(jobs: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[
 
 def side_by_side(launcher: Sequence[str]) -> int | None:
     """Return how many jobs a launcher runs in parallel; None if it queues them all."""
-    chosen = {key: value.strip("'\"") for key, _, value in (given.lstrip("+").partition("=") for given in launcher)}
+    chosen = {key_of(given): unquoted(given.partition("=")[2]) for given in launcher}
     match chosen.get("hydra/launcher", "basic"):
         case "basic":
             return 1
@@ -90,14 +89,16 @@ def run_logged(config: DictConfig) -> int:
 
     if stop_pending():
         return EXIT_PREEMPTED
-    values: dict[str, Any] = resolved(config)
-    log = Path(str(values["output_dir"])) / f"{values['name']}.log"
+    values = resolved(config)
+    log = Path(values["output_dir"], f"{values['name']}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     # Code compiled for this process's previous job counts against the recompilation limit.
     torch._dynamo.reset()
     with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
-            return run_job(values)
+            return start(validate(values))
+        except (ConfigurationError, DataError) as error:
+            return refuse(error)
         except Exception:
             traceback.print_exc(file=file)
             return EXIT_FAILED

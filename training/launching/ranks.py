@@ -21,7 +21,7 @@ from training.config import ConfigurationError, RankRefusedError, RunConfig, Slu
 from training.exits import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_PREEMPTED, EXIT_RANK_LOST, refuse
 from training.launching.lifeline import die_with_launcher
 from training.launching.limits import descriptors_failure
-from training.reliability.signals import handled_signals
+from training.reliability.signals import handled_signals, say
 
 NOT_STARTED = -1  # not an exit code: the rank has not started the run
 #: Ranks that were asked to stop may take this long to save a checkpoint; then they are killed.
@@ -45,28 +45,13 @@ def start(config: RunConfig) -> int:
     return execute(config).exit_code
 
 
-def run_job(values: dict[str, Any]) -> int:
-    """Validate and run a configuration of plain values. Returns the exit code, also if it or the data is refused."""
-    try:
-        return start(validate(values))
-    except (ConfigurationError, DataError) as error:
-        return refuse(error)
-
-
 def in_job() -> bool:
     """Return whether this process is a task of a job started by submitit."""
     return "SUBMITIT_EXECUTOR" in os.environ
 
 
 def refuse_absent_slurm(launcher: Mapping[str, Any]) -> None:
-    """Refuse a SLURM launcher if no SLURM answers.
-
-    Args:
-        launcher: Hydra's settings of a launcher, of any kind.
-
-    Raises:
-        ConfigurationError: SLURM's commands are not installed or reach no controller.
-    """
+    """Raise ConfigurationError if Hydra's settings of a launcher are SLURM's, and its commands reach no controller."""
     if not str(launcher.get("_target_")).endswith(".SlurmLauncher"):
         return
     try:
@@ -87,15 +72,14 @@ def start_ranks(config: RunConfig) -> int:
     If a rank dies, the others are stopped; with `launcher.max_restarts` all restart from the last checkpoint. A stop
     signal is passed on, and the ranks have `SAVING_SECONDS` to save.
 
-    Raises:
-        ConfigurationError: this process may not open enough files.
+    Raises ConfigurationError if this process may not open enough files.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     ranks = config.launcher.nproc_per_node
-    if (failure := descriptors_failure(ranks)) is not None:
+    if failure := descriptors_failure(ranks):
         raise ConfigurationError(f"launcher.nproc_per_node={ranks}: {failure}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
@@ -128,7 +112,7 @@ def start_ranks(config: RunConfig) -> int:
             return EXIT_PREEMPTED
         if any(failure.exitcode == EXIT_CONFIGURATION for failure in error.failures.values()):
             return EXIT_CONFIGURATION  # the rank has printed why
-        print(f"error: {describe_failure(error)}", file=sys.stderr, flush=True)
+        say(f"error: {describe_failure(error)}")
         return EXIT_FAILED
     except SignalException as error:
         return code_of_stopped_ranks(error.sigval, list(codes))
@@ -148,15 +132,13 @@ def code_of_stopped_ranks(signalled: signal.Signals, codes: Sequence[int]) -> in
     """
     if EXIT_FAILED in codes:
         missing = ", ".join(str(rank) for rank, code in enumerate(codes) if code == EXIT_FAILED)
-        print(
+        say(
             f"error: {signalled.name}: rank {missing} ended before the run was saved; rerun the same command to resume "
-            "from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
+            "from the last checkpoint"
         )
         return EXIT_FAILED
     if NOT_STARTED in codes:
-        print(f"{signalled.name} before training started: nothing to save", file=sys.stderr, flush=True)
+        say(f"{signalled.name} before training started: nothing to save")
         return EXIT_PREEMPTED
     return max(codes)
 
@@ -166,12 +148,11 @@ def describe_failure(error: Any) -> str:
     failures = {rank: failure for rank, failure in error.failures.items() if failure.exitcode != EXIT_RANK_LOST}
     rank, failure = min((failures or error.failures).items(), key=lambda pair: pair[1].timestamp)
     how = f"exit code {failure.exitcode}"
+    said = failure.message.get("message", how) if isinstance(failure.message, dict) else failure.message
     if failure.exitcode < 0:
         how = f"killed by {signal.Signals(-failure.exitcode).name}"
-    elif isinstance(failure.message, dict):
-        how = str(failure.message.get("message", how)).strip().splitlines()[-1]
-    elif isinstance(failure.message, str) and "To enable traceback" not in failure.message:
-        how = failure.message.strip().splitlines()[-1]
+    elif isinstance(said, str) and "To enable traceback" not in said:
+        how = said.strip().splitlines()[-1]
     return f"rank {rank} failed ({how}) and the others were stopped; rerun the same command to resume from the last checkpoint"
 
 

@@ -30,7 +30,7 @@ from training.exits import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, refuse
 from training.launching.lifeline import die_with_launcher
 from training.launching.ranks import in_job, refuse_absent_slurm, start
 from training.mistakes import key_of
-from training.reliability.signals import passed_on_to_workers, stop_pending
+from training.reliability.signals import passed_on_to_workers, say, stop_pending
 from training.secrets import redacted
 
 _preempted = False  # a trial of this process was asked to stop: start no other
@@ -39,9 +39,7 @@ _preempted = False  # a trial of this process was asked to stop: start no other
 def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
     """Run every trial and wait for all. Returns the highest of the trials' exit codes.
 
-    Raises:
-        ConfigurationError: a trial cannot be run, or two trials are the same run; no trial has started.
-        DataError: a trial's corpus is missing; no trial has started.
+    Raises ConfigurationError or DataError before any trial has started, if one cannot be run or two are the same run.
     """
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -71,33 +69,21 @@ def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
     except HydraException as error:
         raise ConfigurationError(redacted(" ".join(str(error).split()))) from error
     except Exception as error:  # a task of a SLURM job ended without a result, or with an error
-        print(f"error: a trial failed: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        say(f"error: a trial failed: {' '.join(str(error).split())}")
         return EXIT_FAILED
     finally:
         GlobalHydra.instance().clear()
     ended = [trial for batch in batches for trial in batch]
-    _print_held([list(trial.overrides) for trial in ended if trial.return_value == EXIT_HELD], len(ended))
+    if held := [" ".join(trial.overrides) for trial in ended if trial.return_value == EXIT_HELD]:
+        say(
+            f"skipped {len(held)} of {len(ended)} trials that other processes are running "
+            f"({'; '.join(held[:3] + ['…'] * (len(held) > 3))}); rerun the same command when those have ended"
+        )
     return max((trial.return_value for trial in ended), default=0)
 
 
-def _print_held(held: Sequence[Sequence[str]], trials: int) -> None:
-    """Print one line about the trials that other processes are running."""
-    if held:
-        named = "; ".join(" ".join(overrides) for overrides in held[:3]) + ("; …" if len(held) > 3 else "")
-        print(
-            f"skipped {len(held)} of {trials} trials that other processes are running ({named}); "
-            "rerun the same command when those have ended",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
 def trials(overrides: Sequence[str], primary: Primary = PROJECT) -> list[list[str]]:
-    """Return the overrides of each trial, without Hydra's own except hydra.searchpath.
-
-    Raises:
-        ConfigurationError: an override cannot be read.
-    """
+    """Return the overrides of each trial, without Hydra's own except hydra.searchpath."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -112,11 +98,7 @@ def trials(overrides: Sequence[str], primary: Primary = PROJECT) -> list[list[st
 
 
 def check_trials(trials: Sequence[Sequence[str]], primary: Primary = PROJECT) -> list[RunConfig]:
-    """Return the trials' validated configurations.
-
-    Raises:
-        ConfigurationError: a trial is invalid, or two trials share a run directory.
-    """
+    """Return the trials' validated configurations. ConfigurationError if one is invalid, or two share a run directory."""
     named: dict[str, int] = {}
     configs: list[RunConfig] = []
     for number, overrides in enumerate(trials):

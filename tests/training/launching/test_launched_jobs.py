@@ -113,7 +113,7 @@ def test_a_trial_that_another_process_runs_is_skipped_and_the_others_run(
     for other in others:
         assert steps(other) == list(range(1, 13))
     finished = [(other / "summary.json").stat().st_mtime_ns for other in others]
-    holder.release()
+    holder.close()
     assert run(["-m", *sweep[2:]]) == 0
     assert steps(tmp_path / "adamw-0") == list(range(1, 13))
     assert [(other / "summary.json").stat().st_mtime_ns for other in others] == finished
