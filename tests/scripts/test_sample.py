@@ -241,7 +241,7 @@ def saved_again(checkpoint: Path, root: Path, config: object) -> Path:
     opened = Checkpoint(checkpoint)
     pieces = [Piece(name, opened.shape(name), 0, opened.tensor(name).flatten()) for name in opened.names()]
     alone = Distributed(0, 0, 1, torch.device("cpu"))
-    return save(root, opened.step, pieces, opened.state | {"config": config}, alone)
+    return save(root, opened.step, pieces, opened.state.model_dump() | {"config": config}, alone)
 
 
 def test_weights_of_another_shape_or_without_configuration_are_refused(tiny_run: Path, tmp_path: Path) -> None:
