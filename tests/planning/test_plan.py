@@ -90,5 +90,5 @@ def test_an_optimizer_that_the_table_of_updates_lacks_is_planned_as_adamw(monkey
 
 
 def test_an_optimizer_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"optimizer=nonsense: there is no such choice; choose one of .*adamw"):
+    with pytest.raises(ConfigurationError, match=r"optimizer=nonsense: unknown choice; choose one of .*adamw"):
         plan(optimizers=("adamw", "nonsense"))

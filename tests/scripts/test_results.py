@@ -45,7 +45,7 @@ def test_the_section_says_what_the_records_say(rebuilt: tuple[Path, Path]) -> No
     final = next(one for one in results.finals if (one.endpoints.arm, one.endpoints.horizon) == ("sophiag", 400))
     assert final.difference is not None
     assert f"Sophia-G {final.mean:.3f} | {final.difference.estimate:+.3f} [{final.difference.low:+.3f}" in ours
-    assert "1.0M parameters, 400 steps, 0.4M tokens, 0.4 tokens a parameter" in text
+    assert "1.0M parameters, 400 steps, 0.4M tokens, 0.4 tokens per parameter" in text
     for link in re.findall(r"\]\(([^)]+)\)", text):
         assert (page.parent / link).is_file(), link
 

@@ -310,7 +310,7 @@ def test_a_damaged_run_is_named_and_the_others_are_added(spec: StudySpec, places
     first, second = expand(spec, {}).trials[:1] + expand(spec, {}).trials[-1:]
     FakeMachine()(jobs=[job(spec, trial, places) for trial in (first, second)])
     (places.run(first) / "metrics.jsonl").write_text("garbage\n")
-    with pytest.raises(RecordError, match=rf"{first.name}/metrics.jsonl:1 is no JSON"):
+    with pytest.raises(RecordError, match=rf"{first.name}/metrics.jsonl:1 is not JSON"):
         compact(spec, places)
     assert {row.trial for row in read_trials(places.records) if row.summary} == {second.name}
 

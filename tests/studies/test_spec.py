@@ -36,7 +36,7 @@ def change(values: dict[str, Any], path: str, value: Any) -> None:
         ("arms/adamw/search/optimizer.lr", {"values": [1e-3], "widen": True}, "at least two values"),
         ("arms/adamw/search/optimizer.lr", {"values": [1e-3, 2e-3], "start": 3e-3}, "start=0.003 is not among"),
         ("arms/adamw/search/optimizer.lr", {"low": 1.0, "high": 0.5}, "low=1.0 is not below high=0.5"),
-        ("arms/adamw/horizons", [50], r"arms.adamw.horizons=\[50\]: the baseline is needed"),
+        ("arms/adamw/horizons", [50], r"arms.adamw.horizons=\[50\]: the baseline must run"),
         ("arms/sophiag/horizons", [50, 265], r"no model of sophiag has horizon \[265\]; choose from \[50, 100\]"),
         ("arms/sophiag/horizons", [100], r"arms.sophiag.horizons=\[100\]: gpt2_micro has none of them"),
         ("ablations/sophiag_k1/of", "lion", "of=lion: no such arm"),
