@@ -333,6 +333,6 @@ def test_a_crossing_in_the_middle_of_a_schedule_is_shown_and_called_no_speed_up(
     assert len(crossings) == 3
     assert all(one.share is not None and one.share < 1 for one in crossings)
     runs = [doctor.run(arm, "reporting", 200, 1) for arm in ("adamw", "sophiag")]
-    assert "A crossing in the middle of a schedule is no speed-up" in " ".join(
+    assert "A crossing in the middle of a schedule is not a speed-up" in " ".join(
         str(compare_runs(runs).table().caption).split()
     )

@@ -112,7 +112,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "a horizon that is no number": (TRIALS_FILE, replaced(",tiny,50,", ",tiny,many,"), r"trials.csv:2 .*horizon"),
     "a status of its own": (TRIALS_FILE, replaced(",completed,", ",fine,"), r"trials.csv:2 is damaged: status"),
     "a loss that is a text": (TRIALS_FILE, replaced(",completed,", ",completed,low"), r"trials.csv:2 .*final_val_loss"),
-    "a column twice": (TRIALS_FILE, replaced("trial,arm,", "arm,arm,trial,"), "trials.csv:1 is damaged: two of its"),
+    "a column twice": (
+        TRIALS_FILE,
+        replaced("trial,arm,", "arm,arm,trial,"),
+        "trials.csv:1 is damaged: two columns have the same name",
+    ),
     "a trial twice": (
         TRIALS_FILE,
         lambda path: path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n"),
