@@ -154,7 +154,7 @@ def test_a_run_that_has_not_ended_is_named_and_left_out(sweep: list[Path]) -> No
     summary = sweep[0] / "summary.json"
     summary.write_text(summary.read_text().replace('"completed"', '"preempted"'))
     assert compare_runs(sweep).left_out == [f"{sweep[0]}: adamw, preempted"]
-    with pytest.raises(ValueError, match="preempted; rerun a run.s command to resume"):
+    with pytest.raises(ValueError, match=r"preempted; rerun a run.s command to resume"):
         compare_runs(sweep[:1])
 
 
