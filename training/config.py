@@ -461,7 +461,8 @@ class SlurmLauncherConfig(Section):
         if self.name == "slurm" and self.signal_seconds >= 60 * self.timeout_minutes:
             raise ValueError(
                 f"launcher.signal_seconds={self.signal_seconds} is not shorter than launcher.timeout_minutes="
-                f"{self.timeout_minutes}; leave time to train, for example launcher.signal_seconds=120"
+                f"{self.timeout_minutes}; leave time to train, for example "
+                f"launcher.signal_seconds={min(120, 30 * self.timeout_minutes)}"
             )
         return self
 

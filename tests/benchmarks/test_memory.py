@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from analysis.pages import read_part
 from benchmarks import memory
 from benchmarks.memory import PAGE, RESULTS, TOLERANCE, Case, check, markdown, measured_peaks, page_table
 from planning.plan import planned_shape
@@ -42,7 +41,7 @@ def test_planned_memory_is_within_the_tolerance_of_a_real_step(overrides: str, m
 
 def test_the_page_and_the_table_are_made_from_the_committed_record(record: dict[str, Any]) -> None:
     assert (RESULTS / "memory.md").read_text(encoding="utf-8") == markdown(record)
-    assert read_part(PAGE, "memory") == page_table(record)
+    assert page_table(record).strip() in PAGE.read_text(encoding="utf-8")
 
 
 def test_the_arithmetic_is_within_the_tolerance_of_the_committed_measurements(record: dict[str, Any]) -> None:
