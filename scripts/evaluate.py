@@ -88,7 +88,7 @@ def evaluate(options: argparse.Namespace) -> int:
         if not (options.model / "config.json").is_file():
             trained = open_trained(options.model, tokens=options.token_directory)
             for line in trained.passed_over:
-                print(printable(f"passed over: {line}"), file=sys.stderr)
+                print(printable(f"checkpoint skipped: {line}"), file=sys.stderr)
             directory = Path(temporary) / "export"
             export(trained, directory)
             home = options.model if trained.run is None else trained.run.directory

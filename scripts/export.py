@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         trained = open_trained(options.run, tokens=options.token_directory)
         for line in trained.passed_over:
-            print(printable(f"passed over: {line}"), file=sys.stderr)
+            print(printable(f"checkpoint skipped: {line}"), file=sys.stderr)
         with quiet_transformers():
             difference = export(trained, options.directory, overwrite=options.overwrite)
     except (*OPENING_ERRORS, ExportError) as error:

@@ -82,7 +82,7 @@ def sample(options: argparse.Namespace) -> int:
     sampling = Sampling(options.temperature, options.top_k or None, options.top_p)
     trained = open_trained(options.run, device=choose_device(options.device), tokens=options.token_directory)
     for line in trained.passed_over:
-        print(printable(f"passed over: {line}"), file=sys.stderr)
+        print(printable(f"checkpoint skipped: {line}"), file=sys.stderr)
     tokenizer, context = trained.tokenizer, trained.model.config.block_size
     prompt = [int(token) for token in tokenizer.encode(options.prompt)]
     if len(prompt) > context:

@@ -148,7 +148,7 @@ def find_runs(roots: Iterable[str | Path]) -> list[Path]:
 
 
 def refuse_no_directory(paths: Iterable[Path]) -> None:
-    """Raise FileNotFoundError for a path that is no directory."""
+    """Raise FileNotFoundError for a path that is not a directory."""
     for path in paths:
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such directory; give run directories, or directories that hold them")
@@ -208,7 +208,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def read_mapping(path: Path) -> dict[str, Any] | None:
-    """The mapping in a YAML file; None where there is no file. RecordError if it is no readable mapping."""
+    """The mapping in a YAML file; None without a file. RecordError if it is not a readable mapping."""
     mapping: dict[str, Any] | None = None
     with _reading(path):
         try:
@@ -230,7 +230,7 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
 
 
 def read_object(path: Path, form: type[Form]) -> dict[str, Any] | None:
-    """The JSON object in a file, with all of its keys; None where there is no file.
+    """The JSON object in a file, with all of its keys; None without a file.
 
     Raises RecordError if it cannot be read, or lacks something of its form.
     """
@@ -250,7 +250,7 @@ def require(form: type[Form], values: Any, path: Path | str) -> None:
 
 
 def metrics_content(path: Path) -> bytes:
-    """The content of a metrics.jsonl; empty where there is none. RecordError if it cannot be read."""
+    """The content of a metrics.jsonl; empty without a file. RecordError if it cannot be read."""
     content = b""
     with _reading(path):
         content = read_regular(path, _METRICS_BYTES)
@@ -258,7 +258,7 @@ def metrics_content(path: Path) -> bytes:
 
 
 def sha256_of_start(path: Path, size: int) -> str:
-    """The hash of a file's first `size` bytes; of none where there is no file."""
+    """The hash of a file's first `size` bytes; of none without a file."""
     digest = hashlib.sha256()
     if path.exists():
         with open_regular(path) as file:
@@ -269,7 +269,7 @@ def sha256_of_start(path: Path, size: int) -> str:
 
 
 class MetricsWriter:
-    """Appends lines to metrics.jsonl; each line reaches the operating system at once, the disk at `sync()`.
+    """Appends lines to metrics.jsonl; each line reaches the operating system immediately, the disk at `sync()`.
 
     The file is a new one each time: what another process, which takes itself for the run's, still writes to the old one
     is in no record.

@@ -185,7 +185,7 @@ def test_the_newest_valid_checkpoint_is_used_and_damaged_ones_are_named(
     damaged.write_bytes(content)
     assert open_trained(run).step == 2
     assert main([str(run), "--tokens", "1"]) == 0
-    assert f"passed over: {damaged}" in capsys.readouterr().err
+    assert f"checkpoint skipped: {damaged}" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="damaged"):
         open_trained(damaged.parent)
 
