@@ -32,8 +32,8 @@ SLOW |= {f"tests/{name}.py" for name in ("data/test_preparation", "models/test_c
 SLOW |= {
     f"tests/scripts/test_{name}.py" for name in ("evaluate", "export", "plan", "results", "sample", "toy_landscape")
 }
-SLOW |= {f"tests/studies/test_{name}.py" for name in ("ablations", "runner", "smoke", "verify")}
-SLOW |= {"tests/sophia/test_distributed.py", "tests/analysis/test_report.py"}
+SLOW |= {f"tests/studies/test_{name}.py" for name in ("ablations", "runner", "smoke", "sweeps", "verify")}
+SLOW |= {"tests/sophia/test_distributed.py", "tests/analysis/test_report.py", "tests/benchmarks/test_memory.py"}
 SLOW |= {f"tests/training/test_{name}.py" for name in ("distributed", "fast_paths", "hardware", "paper_recipes", "run")}
 SLOW |= {
     f"tests/training/launching/test_{name}.py"
@@ -42,7 +42,8 @@ SLOW |= {
 SLOW |= {
     f"tests/training/reliability/test_{name}.py"
     for name in (
-        *("compiler_cache", "guards", "rendezvous", "resume", "resumption", "run_directory", "signals", "watchdog"),
+        *("compiler_cache", "earlier_version", "guards", "rendezvous", "resume", "resumption", "run_directory"),
+        *("signals", "watchdog"),
     )
 }
 SLOW |= {"tests/training/recording/test_trackers.py"}
