@@ -136,6 +136,8 @@ def test_without_curvature_the_step_is_the_sign_of_the_momentum() -> None:
     p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0, 0.0]))
     optimizer = Sophia([p], lr=0.1, weight_decay=0.0, hessian_interval=None)
     p.grad = torch.tensor([5.0, -1e-3, 0.0, 2.0])
+    assert optimizer.unclipped_count.shape == ()
+    assert optimizer.unclipped_count == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(30):
