@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data import IGNORED_TARGET, Batch, Batches, DataError, TokenDataset, ValidationWindows
@@ -208,6 +208,7 @@ def test_steps_are_counted_from_one(stream: TokenDataset) -> None:
     world_size=st.integers(1, 5),
     batch_size=st.integers(1, 12),
 )
+@example(limit=1100, length=7, world_size=2, batch_size=3)  # more than the split has
 def test_validation_predicts_each_of_the_first_tokens_exactly_once_over_all_ranks(
     stream: TokenDataset, limit: int | None, length: int, world_size: int, batch_size: int
 ) -> None:

@@ -148,6 +148,18 @@ def test_an_estimate_is_due_by_the_parameter_that_has_made_most_steps() -> None:
         assert due == [True, False, False, True, False, False, True]
 
 
+def test_a_parameter_that_appears_again_begins_a_step_also_behind_a_new_one() -> None:
+    new, again = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+    optimizer = SophiaG([new, again], gamma=1.0, hessian_interval=10)
+    optimizer.update_hessian(estimates=[torch.full((2,), 1e6), torch.full((3,), 1e6)])
+    again.grad = torch.ones(3)
+    optimizer.step()
+    assert (int(optimizer.unclipped_count), optimizer.numel) == (3, 3)
+    new.grad = torch.ones(2)
+    optimizer.step()
+    assert (int(optimizer.unclipped_count), optimizer.numel) == (5, 5)
+
+
 def test_steps_by_group_as_deepspeed_makes_them_equal_one_step() -> None:
     """A call of step per group, the other groups' lists empty: counts add up, and no counter runs ahead."""
     results = []
