@@ -1,5 +1,6 @@
 """Whole runs on a tiny corpus: what they record, what they refuse, and what must not change their curve."""
 
+import errno
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from training import loop
 from training.compose import compose
 from training.config import RunConfig
 from training.distributed import Distributed
-from training.records import RunRecord
+from training.records import MetricsWriter, RunRecord
 from training.reliability.signals import StopSignals
 from training.reliability.watchdog import Watchdog
 from training.run import Outcome, _collective_timeout, execute
@@ -221,3 +222,21 @@ def test_ranks_agree_on_code_configuration_and_tokens(train: Train, monkeypatch:
     assert agreed["tokens"] == record.environment["data_manifest_sha256"][:12]
     assert agreed["optimizer.lr"] == 3e-3
     assert agreed["code"]
+
+
+def test_a_record_that_cannot_be_written_ends_the_run_at_the_next_step(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    original = MetricsWriter.write
+
+    def full(self: MetricsWriter, line: Any) -> None:
+        if line["kind"] == "train" and line["step"] >= 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, line)
+
+    monkeypatch.setattr(MetricsWriter, "write", full)
+    record = train("run", "optimizer=adamw", expect=1)
+    assert record.summary is not None
+    assert record.summary["status"] == "failed"
+    assert record.summary["steps"] < 6
+    assert "No space left on device" in capfd.readouterr().err
