@@ -55,7 +55,7 @@ test-gpu: setup ## the device-dependent tests, on CUDA
 test-slurm: setup ## a sweep on a SLURM of one node, set up here (root; Debian: apt-get install slurm-wlm munge)
 	$(BIN)/python -m pytest -m slurm -ra -k "$(SLURM_TESTS)"
 
-test-mutants: setup ## mutation tests: insert one bug at a time and check that the suite finds it (an hour)
+test-mutants: setup ## mutation tests: insert one bug at a time and check that the suite finds it (half an hour)
 	$(BIN)/python -m tests.mutants
 
 test-faults: setup ## fault injection: kills, corruption, full disks, bad input (half an hour; writes docs/reliability.md; root for full disks)
