@@ -33,7 +33,8 @@ SLOW |= {
     f"tests/scripts/test_{name}.py" for name in ("evaluate", "export", "plan", "results", "sample", "toy_landscape")
 }
 SLOW |= {f"tests/studies/test_{name}.py" for name in ("ablations", "runner", "smoke", "sweeps", "verify")}
-SLOW |= {"tests/sophia/test_distributed.py", "tests/analysis/test_report.py", "tests/benchmarks/test_memory.py"}
+SLOW |= {"tests/sophia/test_distributed.py", "tests/analysis/test_report.py", "tests/analysis/test_speedup.py"}
+SLOW |= {"tests/benchmarks/test_memory.py", "tests/benchmarks/test_reading.py"}
 SLOW |= {f"tests/training/test_{name}.py" for name in ("distributed", "fast_paths", "hardware", "paper_recipes", "run")}
 SLOW |= {
     f"tests/training/launching/test_{name}.py"
