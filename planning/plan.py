@@ -37,6 +37,7 @@ from training.strategies.communication import (
     fsdp_traffic,
     zero_traffic,
 )
+from training.weights import model_shape
 
 GPT2_VOCABULARY = 50257
 MOST_GPUS = 4096
@@ -193,8 +194,7 @@ def with_optimizer(config: RunConfig, section: dict[str, Any], notes: list[str])
 
 def planned_shape(config: RunConfig) -> GPT2Config:
     """Return the model's shape with the tokenizer's vocabulary."""
-    model = config.model.model_dump(exclude={"name", "init_from"})
-    return GPT2Config(vocab_size=config.tokenizer.vocab_size or GPT2_VOCABULARY, **model)
+    return model_shape(config.model, config.tokenizer.vocab_size or GPT2_VOCABULARY)
 
 
 def plan_optimizer(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig) -> OptimizerPlan:
