@@ -4,7 +4,6 @@ State is defined as in torch's `state_dict`: the entries of `optimizer.state` fo
 changes in its `param_groups`. Tensors and numbers are saved; an optimizer that keeps anything else is refused.
 """
 
-import contextlib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -113,11 +112,16 @@ def refuse_unsavable_state(
     optimizers: list[Optimizer] = []
     before: list[list[dict[str, Any]]] = []
     # A step that fails here may work on the model's own parameters. Its state is then checked at the first save.
-    with warnings.catch_warnings(action="ignore"), contextlib.suppress(Exception):
-        optimizers = build_optimizers(stand_ins)
-        before = [[_values(group) for group in optimizer.param_groups] for optimizer in optimizers]
-        for optimizer in optimizers:
-            optimizer.step()
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            optimizers = build_optimizers(stand_ins)
+            before = [[_values(group) for group in optimizer.param_groups] for optimizer in optimizers]
+            for optimizer in optimizers:
+                optimizer.step()
+        except ConfigurationError:
+            raise
+        except Exception:
+            pass
     for optimizer, groups_before in zip(optimizers, before, strict=True):
         for owner, state in optimizer.state.items():
             if not isinstance(owner, Tensor):
