@@ -75,7 +75,7 @@ results: setup ## reports, figures and the README's section from the records in 
 lock: ## resolve pyproject.toml's version ranges into requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet "torch~=2.13.0"
-	.venv-lock/bin/python -m pip install --quiet ".[train,evaluate,dev]"
+	.venv-lock/bin/python -m pip install --quiet ".[train,evaluate,arms,dev]"
 	.venv-lock/bin/python -m pip freeze --exclude sophia | sed -E 's/\+cpu$$//; /^(nvidia-[a-z0-9-]+-cu1|triton|cuda-)/d' > requirements.lock
 	rm -rf .venv-lock
 

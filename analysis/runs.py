@@ -148,8 +148,10 @@ class RecordedRun:
 
     @property
     def optimizer(self) -> str:
-        """The optimizer group's name: "adamw", "lion", "sophiag", …"""
-        return str(self.config["optimizer"]["name"])
+        """The optimizer group's name: "adamw", "lion", "sophiag", …; of an external one, its callable's in lower case."""
+        optimizer = self.config["optimizer"]
+        factory = str(optimizer.get("factory") or "")
+        return factory.rpartition(":")[2].rpartition(".")[2].lower() or str(optimizer["name"])
 
     @property
     def model(self) -> str:

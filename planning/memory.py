@@ -12,17 +12,22 @@ sequence length, V the padded vocabulary, P all parameters, W the ranks and e th
 2 under bf16, else 4. The residual stream, norms, gradients and state are float32.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
-from models import GPT2Config
+import torch
+
+from models import GPT2, GPT2Config
 from models.flops import parameter_count
 from models.head import EAGER_ROWS, rows_per_chunk
 from training.config import (
+    ConfigurationError,
     DDPConfig,
     DeepSpeedConfig,
+    ExternalConfig,
     FSDPConfig,
     MuonConfig,
     OptimizerConfig,
@@ -30,7 +35,9 @@ from training.config import (
     micro_batch_size,
 )
 from training.curvature import CurvaturePass
+from training.optimizers import build_optimizers
 from training.strategies.communication import BFLOAT16, FLOAT32
+from training.strategies.state import state_tensors
 
 Kind = Literal["weights", "gradients", "optimizer", "curvature", "activations", "head", "engine", "workspace"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -41,7 +48,7 @@ Memory = dict[Kind, int]  # bytes by kind
 Bytes = Counter[Kind]  # the same, with addition
 
 #: Float32 numbers of optimizer state per parameter, and of h among them. Muon keeps one per element of the blocks' matrices;
-#: unlisted optimizers are assumed to keep as many as AdamW.
+#: optimizers from elsewhere are measured.
 STATE = {"adamw": (2, 0), "lion": (1, 0), "signum": (1, 1), "sophiag": (1, 1), "sophiah": (1, 1), "adahessian": (1, 1)}
 #: Temporary float32 numbers per parameter of uncompiled `sophia` optimizers on a GPU, in an update and when folding an
 #: estimate into h: each foreach operation runs over all tensors at once (sophia/kernels.py).
@@ -105,9 +112,55 @@ def engine_has_bf16_weights(config: RunConfig) -> bool:
 def _state_sizes(optimizer: OptimizerConfig, shape: GPT2Config) -> tuple[int, int]:
     """Return the float32 numbers of the whole model's optimizer state, and those of h."""
     size = parameter_count(shape)
+    if isinstance(optimizer, ExternalConfig):
+        return round(measured_state(optimizer.model_dump_json(), shape) * size), 0
     numbers, of_curvature = STATE.get(optimizer.name, STATE["adamw"])
     matrices = shape.n_layer * 12 * shape.n_embd**2 if isinstance(optimizer, MuonConfig) else 0
     return numbers * size - matrices, of_curvature * size
+
+
+@functools.lru_cache(maxsize=64)
+def measured_state(settings: str, shape: GPT2Config) -> float:
+    """Return the float32 numbers of state per parameter, found by stepping the optimizer on stand-ins for the parameters.
+
+    They have the real shapes but no memory. An optimizer that reads values back cannot step these: it gets a small model,
+    whose matrices keep their aspect ratio. If that fails too, it is assumed to keep as many numbers as AdamW.
+
+    Args:
+        settings: an ExternalConfig as JSON, which is hashable.
+
+    Raises:
+        ConfigurationError: the factory cannot be imported or called.
+    """
+    optimizer = ExternalConfig.model_validate_json(settings)
+    width, scale = 16, 16 / shape.n_embd
+    small = GPT2Config(
+        vocab_size=max(2, round(shape.padded_vocab_size * scale)),
+        n_layer=1,
+        n_head=1,
+        n_embd=width,
+        block_size=max(2, round(shape.block_size * scale)),
+        bias=shape.bias,
+    )
+    for device, model in (("meta", shape), ("cpu", small)):
+        with torch.device(device):
+            parameters = dict(GPT2(model).named_parameters())
+        try:
+            optimizers = build_optimizers(optimizer, compile_step=False)(parameters)
+            for _ in range(2):  # some create state in the second step
+                for parameter in parameters.values():
+                    parameter.grad = torch.full_like(parameter, 1e-3)
+                optimizers[0].step()
+        except ConfigurationError:
+            if device == "cpu":
+                raise
+            continue
+        except Exception:
+            continue
+        kept = (value for name, value in state_tensors(parameters, optimizers) if name.startswith("optimizer."))
+        bytes_kept = sum(value.nbytes for value in kept if value.numel() > 1)
+        return bytes_kept / FLOAT32 / sum(parameter.numel() for parameter in parameters.values())
+    return STATE["adamw"][0]
 
 
 @dataclass(frozen=True)

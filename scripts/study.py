@@ -11,6 +11,7 @@
     python scripts/study.py compact study=cpu_scale             add finished runs to the tables while the study runs
     python scripts/study.py verify study=cpu_scale              rerun one trial of each arm and compare the curves
     python scripts/study.py verify study=cpu_scale --trials <trial> ...      rerun these trials
+    python scripts/study.py verify study=mine allow_code=true   also trials whose optimizer.factory you trust
     python scripts/study.py report study=cpu_scale              HTML, Markdown, JSON
     python scripts/study.py sweep study=cpu_scale               W&B sweep files
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 # Overrides allowed on the command line: they do not change the curves, which the study file determines.
 RUN_TIME = ("tracker", "launcher", "strategy", "checkpoint", "train.micro_batch_size", "train.compile", "train.device")
+RUN_TIME += ("allow_code",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "run":
             return run(spec, places, launching, side_by_side(launcher), options.hours, console)
         if options.command == "verify":
-            return verify_records(places, options.trials, console)
+            return verify_records(places, options.trials, console, allow_code="allow_code=true" in extras)
         if options.command == "report":
             return report(places, console)
         if options.command == "plan":
@@ -168,13 +170,13 @@ def report(places: Places, console: Console) -> int:
     return 0
 
 
-def verify_records(places: Places, names: Sequence[str], console: Console) -> int:
+def verify_records(places: Places, names: Sequence[str], console: Console, *, allow_code: bool) -> int:
     """Rerun trials; exit code 1 if one does not match its record."""
     from analysis.trials import load_study
     from studies.verify import chosen, unequal, verify
 
     trials = chosen(load_study([places.records]), names)
-    results = verify(trials, places.work / "verify", places.records, log=log_to(console))
+    results = verify(trials, places.work / "verify", places.records, allow_code=allow_code, log=log_to(console))
     apart = unequal(results)
     for line in apart:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

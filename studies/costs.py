@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from studies.expansion import arm_overrides, expected_trials
 from studies.spec import StudySpec
 from training.compose import compose
-from training.config import AdaHessianConfig, RunConfig, SophiaConfig
+from training.config import RunConfig
 
 # FLOPs of an estimate, in forward-backward passes over its tokens (models/flops.py).
 _PASSES = {"gnb": 1, "empirical_fisher": 1, "hutchinson_differences": 2, "hutchinson": 3}
@@ -57,7 +57,7 @@ def costs(spec: StudySpec, speeds: Mapping[str, float], start_seconds: float) ->
 
 def curvature_share(config: RunConfig) -> float:
     """Return the FLOPs of the curvature passes divided by those of training."""
-    optimizer = config.optimizer
-    if not isinstance(optimizer, (SophiaConfig, AdaHessianConfig)):
+    curvature = config.optimizer.curvature
+    if curvature is None:
         return 0.0
-    return _PASSES[optimizer.estimator] * optimizer.batch_fraction / optimizer.hessian_interval
+    return _PASSES[curvature.estimator] * curvature.batch_fraction / curvature.hessian_interval

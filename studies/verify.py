@@ -68,7 +68,12 @@ def chosen(study: Study, names: Sequence[str] = ()) -> list[RecordedTrial]:
 
 
 def verify(
-    trials: Sequence[RecordedTrial], work: Path, records: Path, *, log: Callable[[str], None] = print
+    trials: Sequence[RecordedTrial],
+    work: Path,
+    records: Path,
+    *,
+    allow_code: bool = False,
+    log: Callable[[str], None] = print,
 ) -> list[Verification]:
     """Rerun trials from their rows and compare. Runs in parallel as far as cores and recorded threads allow.
 
@@ -78,6 +83,7 @@ def verify(
         trials: the result of `chosen`.
         work: directory for the reruns.
         records: the study's directory of records.
+        allow_code: whether to import the optimizers that the records name (`optimizer.factory`).
 
     Raises:
         RuntimeError: runs failed. The message names their logs; the results of the others are written.
@@ -88,7 +94,7 @@ def verify(
     def once_more(trial: RecordedTrial) -> Verification | None:
         log(f"{trial.arm} on {trial.model}, {trial.horizon:,} steps, seed {trial.seed}: started")
         try:
-            found = compare(trial, _run_again(rows[trial.origin.name], work))
+            found = compare(trial, _run_again(rows[trial.origin.name], work, allow_code=allow_code))
         except (ConfigurationError, RecordError, RuntimeError) as error:
             failures.append(f"{trial.origin.name}: {error}" if isinstance(error, ConfigurationError) else str(error))
             return None
@@ -141,7 +147,7 @@ def unequal(results: Sequence[Verification]) -> list[str]:
     ]
 
 
-def _run_again(row: TrialRow, work: Path) -> Path:
+def _run_again(row: TrialRow, work: Path, *, allow_code: bool) -> Path:
     without_removed(row.config)  # raises for a removed key, naming the commit to use
     target, log = work / row.trial, work / f"{row.trial}.log"
     given = work / "configurations" / row.trial
@@ -150,6 +156,7 @@ def _run_again(row: TrialRow, work: Path) -> Path:
     (target / SUMMARY_FILE).unlink(missing_ok=True)  # an old summary would hide a run that fails to start
     command = [sys.executable, str(_TRAIN), "--config-path", str(given.absolute())]
     command += [f"output_dir={work.absolute()}", "overwrite=true", "tracker.name=none"]
+    command += ["++allow_code=true"] * allow_code  # rows of earlier versions lack the key
     environment = {**os.environ, "OMP_NUM_THREADS": str(_threads(row.environment))}
     with log.open("w") as file:
         code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode

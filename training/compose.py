@@ -70,6 +70,8 @@ READABLE_VARIABLES = frozenset(
 _SYNTAX = re.compile(r"""[\\'"()\[\]{}$,]""")
 # An override that Hydra can read without quotes. Calling its parser is slow.
 _PLAIN = re.compile(r"\+{0,2}[a-zA-Z]\w*(\.\w+)*=[\w./+-]+", re.ASCII)
+# Arguments of a factory, any names; Hydra adds a key only with plus signs.
+_ARGUMENT = re.compile(r"optimizer\.arguments(\.[\w.]+)?=", re.ASCII)
 # An element of a list, as in optimizer.betas[0]=0.9.
 _ELEMENT = re.compile(r"^(\+{0,2}[\w.]+)\[(\d+)\]=")
 
@@ -242,6 +244,7 @@ def compose_dictionary(overrides: Sequence[str], primary: Primary = PROJECT) -> 
             config = hydra_compose(primary.name, hydra_overrides(primary, overrides), return_hydra_config=True)
             check_hydra(config, overrides)
             values = resolved(config)
+            refuse_foreign_factory(values, overrides)
             return with_local_launcher(without_removed(values)) if primary.is_record else values
     finally:
         GlobalHydra.instance().clear()
@@ -279,12 +282,14 @@ def compose_choices(overrides: Sequence[str], primary: Primary) -> dict[str, Any
 
 
 def quoted(override: str) -> str:
-    """Rewrite an override for Hydra: an element of a list as `key.0=`, and a value in quotes if needed.
+    """Rewrite an override for Hydra: an element of a list as `key.0=`, an argument with `++`, a value in quotes if needed.
 
     Quotes are needed if Hydra cannot parse the value and it has none of Hydra's syntax, as in `name=jörg`.
     """
     if override.startswith(("+=", "++=")):  # an assertion fails in Hydra
         raise ConfigurationError(not_an_override(override, [override]))
+    if _ARGUMENT.match(override):
+        override = f"++{override}"
     override = _ELEMENT.sub(r"\1.\2=", override, count=1)
     key, equals, value = override.partition("=")
     if not equals or not value or _SYNTAX.search(value) or _PLAIN.fullmatch(override):
@@ -390,6 +395,31 @@ def check_hydra(config: DictConfig, overrides: Sequence[str]) -> None:
             f"launcher.setup={shown(of_files)}: a file may not set a job's shell commands; give launcher.setup=[...] on the "
             "command line"
         )
+
+
+def refuse_foreign_factory(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse an `optimizer.factory`, which names code to run, unless one who may run code here has given it.
+
+    These are the overrides (of the command line, or of a study file named there) and the project's own files. Any other
+    file needs allow_code=true among the overrides.
+    """
+    optimizer = values.get("optimizer")
+    factory = optimizer.get("factory") if isinstance(optimizer, Mapping) else None
+    given = {key_of(override): unquoted(override.partition("=")[2]) for override in overrides}
+    if factory is None or factory == given.get("optimizer.factory") or given.get("allow_code", "").lower() == "true":
+        return
+    if factory not in _own_factories():
+        raise ConfigurationError(
+            f"optimizer.factory={shown(factory)}: names code to run, in a file from outside configs/; if you trust it, give "
+            "allow_code=true on the command line"
+        )
+
+
+@functools.cache
+def _own_factories() -> frozenset[Any]:
+    """Return the factories that the project's files name."""
+    leaves = (leaf for file in CONFIG_DIRECTORY.rglob("*.yaml") for leaf in _leaves(read_yaml(file), ""))
+    return frozenset(value for key, value in leaves if key.rpartition(".")[2] == "factory")
 
 
 @functools.cache

@@ -9,10 +9,11 @@ The string below a key is its documentation: --help and --cfg job show it (train
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 
 def whole(value: Any) -> Any:
@@ -170,6 +171,16 @@ class OptimizerSettings(Section):
     decay_embeddings: bool = True
     """Apply weight decay to token and position embeddings."""
 
+    @property
+    def label(self) -> str:
+        """The optimizer's name in run names, messages and trackers."""
+        return str(self.name)  # type: ignore[attr-defined]
+
+    @property
+    def curvature(self) -> "CurvatureSettings | None":
+        """The keys of the curvature pass; None if the optimizer has none."""
+        return None
+
 
 class AdamWConfig(OptimizerSettings):
     name: Literal["adamw"]
@@ -230,6 +241,10 @@ class CurvatureSettings(OptimizerSettings):
     estimator: Estimator
     """Estimator of the Hessian's diagonal: gnb, hutchinson, hutchinson_differences or empirical_fisher."""
 
+    @property
+    def curvature(self) -> "CurvatureSettings | None":
+        return self
+
 
 # Keys that SophiaConfig had up to commit 3b433fa, with the values that switched them off (docs/decisions.md).
 REMOVED: Mapping[str, Any] = {"bias_correction": False, "label_draws": 1, "warm_start": 0, "unclipped_target": None}
@@ -264,8 +279,70 @@ class AdaHessianConfig(CurvatureSettings):
     """Estimator of the Hessian's diagonal: hutchinson or hutchinson_differences."""
 
 
+class ExternalConfig(OptimizerSettings):
+    """Any torch.optim.Optimizer, imported from an installed package or the current directory (training/external.py)."""
+
+    name: Literal["external"]
+    """The optimizer."""
+    factory: Annotated[str, Field(validate_default=True)] = ""
+    """<module>:<callable> that builds the optimizer, such as torch.optim:NAdam."""
+    arguments: dict[str, JsonValue] = {}
+    """Keyword arguments of the factory besides lr and weight_decay; lists become tuples."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Weight decay of matrices and embeddings; with groups=flat of all parameters."""
+    groups: Literal["default", "matrices_apart", "flat"] = "default"
+    """Parameter groups: default, matrices_apart (hidden matrices in their own, marked matrices=true) or flat (one)."""
+    elementwise: bool = False
+    """Whether each coordinate is updated independently of the others, as fsdp and deepspeed require."""
+    estimator: Estimator | None = None
+    """Estimator of the Hessian's diagonal for the class's update_hessian; null: no curvature pass."""
+    hessian_interval: PositiveInt = 10
+    """k: steps between curvature estimates."""
+    batch_fraction: Fraction = 0.5
+    """Share of the global batch used for the curvature estimate."""
+
+    @field_validator("factory", mode="before")
+    @classmethod
+    def _module_and_callable(cls, value: Any) -> Any:
+        example = "give the module and the callable, such as optimizer.factory=torch.optim:NAdam"
+        if value in (None, ""):
+            raise ValueError(f"optimizer.factory: missing; {example}")
+        if not isinstance(value, str) or not FACTORY.fullmatch(value):
+            raise ValueError(f"optimizer.factory={str(value)[:200]!r}: not a module and a callable; {example}")
+        return value
+
+    @model_validator(mode="after")
+    def _flat_has_no_rule(self) -> Self:
+        if self.groups == "flat" and (self.embedding_lr_ratio != 1 or not self.decay_embeddings):
+            key = "embedding_lr_ratio" if self.embedding_lr_ratio != 1 else "decay_embeddings"
+            raise ValueError(
+                f"optimizer.{key}: has no effect with optimizer.groups=flat, one group for all parameters; choose "
+                "optimizer.groups=default"
+            )
+        return self
+
+    @property
+    def label(self) -> str:
+        """The callable's name in lower case: nadam for torch.optim:NAdam."""
+        return self.factory.rpartition(":")[2].rpartition(".")[2].lower()
+
+    @property
+    def curvature(self) -> CurvatureSettings | None:
+        if self.estimator is None:
+            return None
+        return CurvatureSettings(
+            lr=self.lr,
+            estimator=self.estimator,
+            hessian_interval=self.hessian_interval,
+            batch_fraction=self.batch_fraction,
+        )
+
+
+FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+
 OptimizerConfig = Annotated[
-    AdamWConfig | LionConfig | SignumConfig | MuonConfig | SophiaConfig | AdaHessianConfig, Field(discriminator="name")
+    AdamWConfig | LionConfig | SignumConfig | MuonConfig | SophiaConfig | AdaHessianConfig | ExternalConfig,
+    Field(discriminator="name"),
 ]
 
 
@@ -501,6 +578,8 @@ class RunConfig(Section):
     """auto (resume an unfinished run), never (refuse an existing run), or the path of a run or a checkpoint."""
     overwrite: bool = False
     """Replace an existing run of the same name."""
+    allow_code: bool = False
+    """Run an optimizer.factory that a configuration from elsewhere names; counts on the command line only."""
     seeds: SeedsConfig
     model: ModelConfig
     data: DataConfig
@@ -555,12 +634,12 @@ class RunConfig(Section):
         """`name`, or `<model>-<data>-<optimizer>-<hash of the config>-s<seed>` if it is null."""
         if self.name is not None:
             return self.name
-        return f"{self.model.name}-{self.data.name}-{self.optimizer.name}-{self.identity_hash()[:8]}-s{self.seed}"
+        return f"{self.model.name}-{self.data.name}-{self.optimizer.label}-{self.identity_hash()[:8]}-s{self.seed}"
 
     def identity(self) -> dict[str, Any]:
         """Return the keys that determine the curve, except the seed. Equal identity and seed mean the same run."""
         full = self.model_dump(mode="json")
-        for key in ("name", "seed", "output_dir", "resume", "overwrite"):
+        for key in ("name", "seed", "output_dir", "resume", "overwrite", "allow_code"):
             del full[key]
         for key in ("strategy", "tracker", "launcher", "checkpoint", "guards", "profile"):
             del full[key]
@@ -573,12 +652,13 @@ class RunConfig(Section):
             del full["seeds"]
         if self.optimizer.decay_embeddings:  # runs from before this key existed have the same identity
             del full["optimizer"]["decay_embeddings"]
+        full["optimizer"].pop("elementwise", None)  # says where the run may train, not how
         return full
 
     def shared_by_ranks(self) -> dict[str, Any]:
         """Return the keys that must agree on all ranks: all but local paths and keys that only rank 0 reads."""
         full = self.model_dump(mode="json") | {"name": self.run_name}
-        for key in ("output_dir", "resume", "overwrite", "tracker", "launcher", "profile"):
+        for key in ("output_dir", "resume", "overwrite", "allow_code", "tracker", "launcher", "profile"):
             del full[key]
         del full["train"]["device"]
         del full["data"]["directory"]
@@ -622,6 +702,12 @@ def refuse_impossible_pairs(config: RunConfig) -> None:
         raise ValueError(
             f"optimizer=muon does not work with strategy={where}: ZeRO hands the optimizer flat shards, Muon needs "
             "whole matrices; choose strategy=ddp or strategy=fsdp"
+        )
+    sharded_state = isinstance(config.strategy, (FSDPConfig, DeepSpeedConfig))
+    if isinstance(config.optimizer, ExternalConfig) and sharded_state and not config.optimizer.elementwise:
+        raise ValueError(
+            f"optimizer.factory={config.optimizer.factory} does not work with strategy={where}, which hands it shards of "
+            "the parameters; choose strategy=ddp, or optimizer.elementwise=true if it updates each coordinate independently"
         )
 
 

@@ -80,9 +80,9 @@ class CurvaturePass:
         shared_forward: bool = False,
     ) -> "CurvaturePass | None":
         """Return the pass of a configuration, or None if its optimizer has none."""
-        if isinstance(config, CurvatureSettings):
-            return cls(config, seed, global_batch_size, micro_batch_size, shared_forward=shared_forward)
-        return None
+        if config.curvature is None:
+            return None
+        return cls(config.curvature, seed, global_batch_size, micro_batch_size, shared_forward=shared_forward)
 
     def due(self, step: int) -> bool:
         """Return whether step t is one of 1, 1 + k, 1 + 2k, …; unlike the optimizer's count, t includes skipped steps."""

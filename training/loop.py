@@ -381,7 +381,7 @@ def evaluate(run: Run) -> Verdict:
         return verdict is not Verdict.GO_ON
 
     run.progress(f"evaluating after step {state.step}")
-    with ledger.measure("evaluation", part=True):
+    with ledger.measure("evaluation", part=True), run.strategy.evaluating():
         found = validation_loss(run.strategy, run.validation, run.eval_micro_batch_size, run.progress, interrupted)
     if found is None:
         return verdict

@@ -183,7 +183,7 @@ def reword_composition_error(
 
 def several_values(override: str) -> str:
     """Return one line for `seed=0,1` without -m."""
-    key, _, values = override.partition("=")
+    key, _, values = override.removeprefix("++").partition("=")
     key = of_element(key)
     given = shown(f"{key}={values}")
     sweep = f"sweep over them: python train.py -m {shlex.quote(given)}"
@@ -369,7 +369,7 @@ def expectation(errors: Sequence[Any], key: str, field: FieldInfo | None) -> str
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         inside = [known.removeprefix(f"{key}.") for known in sorted(known_keys()) if known.startswith(f"{key}.")]
         instead = "not a boolean; give true or false, or" if key == "profile" else "a section, not a value;"
-        return f"{instead} set one of its keys, {key}.<key>=...: {', '.join(inside)}"
+        return f"{instead} set one of its keys, {key}.<key>=...{': ' if inside else ''}{', '.join(inside)}"
     if kind == "string_type" and error["input"] is None:
         return f"missing; give it a value, {key}=..."
     if kind == "string_type":
@@ -495,6 +495,8 @@ def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int
     section, _, leaf = key.rpartition(".")
     whole = key.partition("[")[0]
     field = field_at(whole.split("."))
+    if whole != key and whole.startswith("optimizer.arguments."):
+        return f"; the list has no value yet; give all of it, '{whole}=[...]'"
     if whole != key and field is not None and not sections_of(field.annotation):
         return f"; {whole} is not a list; write {whole}=..."
     if any("." in str(part) for part in location):
@@ -504,6 +506,8 @@ def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int
     if key in known_keys():
         group = key.partition(".")[0]
         if choices := choices_with(key):
+            if group == "optimizer" and _tag(values.get(group)) == "external":
+                return f"; optimizer=external takes arguments of its factory as optimizer.arguments.{leaf}="
             has_not = f", not of {group}={_tag(values.get(group))}" if _tag(values.get(group)) else ""
             other = KEY_MEANT.get(leaf)
             instead = f"; did you mean {other}?" if other and not _of_choice(other, values) else ""

@@ -10,9 +10,11 @@ from torch.optim import Optimizer
 
 from models import parameter_kind
 from sophia import AdaHessian, Lion, Sophia
+from training import external
 from training.config import (
     AdaHessianConfig,
     AdamWConfig,
+    ExternalConfig,
     LionConfig,
     MuonConfig,
     OptimizerConfig,
@@ -31,6 +33,7 @@ def parameter_groups(
     embedding_lr_ratio: float = 1.0,
     *,
     decay_embeddings: bool = True,
+    matrices_apart: bool = False,
 ) -> list[dict[str, Any]]:
     """Group the parameters, each in exactly one group: matrices get weight decay, biases and norms none.
 
@@ -41,21 +44,27 @@ def parameter_groups(
         embedding_lr_ratio: multiplies the learning rate of the embeddings. At 1 they share a group with the other
             matrices.
         decay_embeddings: whether token and position embeddings get weight decay.
+        matrices_apart: hidden matrices get a group of their own, with "matrices": True.
     """
-
     if len({id(p) for p in parameters.values()}) != len(parameters):
         raise ValueError("a parameter has several names and would be updated several times")
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
     for name, parameter in parameters.items():
         embeds = parameter_kind(name) == "embedding"
         apart = embedding_lr_ratio != 1 and embeds
         decays = parameter.dim() >= 2 and (decay_embeddings or not embeds)
         rate = lr * embedding_lr_ratio if apart else lr
         settings = {"weight_decay": weight_decay if decays else 0.0, "lr": rate, "initial_lr": rate}
-        group = groups.setdefault((apart, not decays), {"params": [], "names": [], **settings})
+        if matrix := matrices_apart and is_hidden_matrix(name, parameter):
+            settings["matrices"] = True
+        group = groups.setdefault((apart, not decays, matrix), {"params": [], "names": [], **settings})
         group["params"].append(parameter)
         group["names"].append(name)
     return [groups[key] for key in sorted(groups)]
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    return parameter.dim() == 2 and parameter_kind(name) != "embedding"
 
 
 def build_optimizers(config: OptimizerConfig, *, compile_step: bool) -> Callable[[Named], list[Optimizer]]:
@@ -117,7 +126,7 @@ def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool
                 )
             ]
         case MuonConfig():
-            hidden = {name: p for name, p in parameters.items() if p.dim() == 2 and parameter_kind(name) != "embedding"}
+            hidden = {name: p for name, p in parameters.items() if is_hidden_matrix(name, p)}
             rest = {name: p for name, p in parameters.items() if name not in hidden}
             muon = torch.optim.Muon(
                 grouped(hidden),
@@ -126,6 +135,16 @@ def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool
                 adjust_lr_fn="match_rms_adamw",
             )
             return [muon, _adamw(grouped(rest), config.lr, config.betas, config.eps)]
+        case ExternalConfig():
+            groups = grouped(parameters, matrices_apart=config.groups == "matrices_apart")
+            if config.groups == "flat":
+                everything = {
+                    "params": [*parameters.values()],
+                    "names": [*parameters],
+                    "weight_decay": config.weight_decay,
+                }
+                groups = [everything | {"lr": config.lr, "initial_lr": config.lr}]
+            return [external.build(config, groups, parameters)]
 
 
 def _adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> Optimizer:

@@ -20,7 +20,7 @@ from data.files import sync_directory, why_not_written
 from data.manifest import Manifest
 from models import GPT2
 from training import hardware
-from training.config import ConfigurationError, RunConfig, flat, micro_batch_size
+from training.config import ConfigurationError, ExternalConfig, RunConfig, flat, micro_batch_size
 from training.corpus import open_corpus
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
@@ -383,9 +383,9 @@ def _reached(path: Path) -> Checkpoint:
 
 
 def _pieces(config: RunConfig, strategy: Strategy, rank: int) -> Iterator[Piece | NumberPiece]:
-    """Yield this rank's part of a checkpoint. Generator states are saved only with dropout, the only user of them."""
+    """Yield this rank's part of a checkpoint, with generator states if dropout or an optimizer from elsewhere may use them."""
     yield from strategy.pieces()
-    if config.model.dropout > 0:
+    if config.model.dropout > 0 or isinstance(config.optimizer, ExternalConfig):
         states = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             states["cuda"] = torch.cuda.get_rng_state()

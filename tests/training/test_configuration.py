@@ -33,7 +33,10 @@ from training.mistakes import CONVERSIONS, SYNONYMS, group_options, is_integer, 
 GROUPS = ("model", "data", "tokenizer", "optimizer", "schedule", "strategy", "tracker", "launcher", "experiment")
 CHOICES = [f"{group}={choice}" for group in GROUPS for choice in group_options(group)]
 # What a choice needs besides itself.
-NEEDS = {"data=text": ["data.paths=[corpus/*.txt]"]}
+NEEDS = {
+    "data=text": ["data.paths=[corpus/*.txt]"],
+    "optimizer=external": ["optimizer.factory=torch.optim:NAdam"],
+}
 
 
 @pytest.mark.parametrize("choice", CHOICES)

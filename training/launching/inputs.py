@@ -7,16 +7,21 @@ import os
 from pathlib import Path
 
 from data.preparation import refuse_unprepared
-from training.config import ConfigurationError, RunConfig
+from training.config import ConfigurationError, ExternalConfig, RunConfig
 from training.corpus import source_of, token_directory_of, tokenizer_of
 from training.records import CONFIG_FILE
 
 
 def refuse_absent_inputs(config: RunConfig) -> None:
-    """Refuse a run whose checkpoint, weights or tokens do not exist, unless the run may have started before.
+    """Refuse a run whose optimizer, checkpoint, weights or tokens do not exist, unless the run may have started before.
 
-    Raises ConfigurationError for the path in `resume` or `model.init_from`, DataError for the corpus or its tokens.
+    Raises ConfigurationError for `optimizer.factory` and the paths in `resume` and `model.init_from`, DataError for the
+    corpus or its tokens.
     """
+    if isinstance(config.optimizer, ExternalConfig):
+        from training.external import load  # imports torch
+
+        load(config.optimizer)
     if _may_have_started(config):
         return
     if config.resume not in ("auto", "never") and not os.path.exists(config.resume):

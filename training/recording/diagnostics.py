@@ -16,7 +16,10 @@ KINDS = ("embedding", "attention", "mlp", "norm")
 
 
 def describe_curvature(strategy: Strategy) -> dict[str, Any]:
-    """Return norms of h and m, share of positive entries and decade histogram of h, in total and by kind of parameter."""
+    """Return norms of h and m, share of positive entries and decade histogram of h, in total and by kind of parameter.
+
+    Empty if the optimizer keeps no `hessian` and `exp_avg`.
+    """
     sharded = strategy.shards_optimizer_state
     sums = torch.zeros(len(KINDS), 4 + len(DECADES) + 1, dtype=torch.float64, device=strategy.device)
     for name, hessian, momentum in strategy.curvature_state():
@@ -25,5 +28,7 @@ def describe_curvature(strategy: Strategy) -> dict[str, Any]:
     if sharded:
         strategy.distributed.all_reduce(sums)
     sums = sums.cpu()
+    if not sums[:, 0].any():
+        return {}
     by_kind = {kind: curvature_summary(row) for kind, row in zip(KINDS, sums, strict=True) if row[0]}
     return {**curvature_summary(sums.sum(dim=0)), "decades": list(DECADES), "by_kind": by_kind}

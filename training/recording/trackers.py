@@ -175,8 +175,8 @@ class WandbTracker(Tracker):
             return wandb.init(
                 **own,
                 group=config.tracker.group or f"{config.model.name}-{config.data.name}",
-                job_type=config.optimizer.name,
-                tags=[config.optimizer.name, config.model.name, *config.tracker.tags],
+                job_type=config.optimizer.label,
+                tags=[config.optimizer.label, config.model.name, *config.tracker.tags],
                 name=config.run_name,
                 mode=mode,  # type: ignore[arg-type]
                 dir=str(directory),

@@ -160,11 +160,13 @@ def _given_checkpoint(config: RunConfig) -> Path | None:
             f"resume={path}: {error.filename or path} cannot be read: {error.strerror}; correct the permissions, or give "
             "another checkpoint or run directory"
         ) from error
-    optimizer = checkpoint.state.config.get("optimizer")
-    theirs = optimizer.get("name") if isinstance(optimizer, dict) else None
-    if theirs != config.optimizer.name:
+    theirs = checkpoint.state.config.get("optimizer")
+    theirs = theirs if isinstance(theirs, dict) else {}
+    factory = theirs.get("factory")
+    if (theirs.get("name"), factory) != (config.optimizer.name, getattr(config.optimizer, "factory", None)):
+        named = f"external optimizer.factory={factory}" if factory else theirs.get("name")
         raise ConfigurationError(
-            f"optimizer={config.optimizer.name}: {checkpoint.directory} has the state of optimizer={theirs}; choose that, "
+            f"optimizer={config.optimizer.label}: {checkpoint.directory} has the state of optimizer={named}; choose that, "
             "or start from its weights only: scripts/export.py and model.init_from="
         )
     if checkpoint.step >= config.train.steps:

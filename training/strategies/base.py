@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from models import GPT2, GPT2Output
 from sophia.random import normals_like
 from training.distributed import Distributed
+from training.external import has_evaluation_mode
 from training.weights import InitialWeights
 
 # Share of ‖θ‖ by which a central difference moves the weights. Smaller steps drown in float32 rounding, larger ones in
@@ -200,6 +201,27 @@ class Strategy(ABC):
         """Call it after changing `weights()`, before the next forward."""
 
     @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put optimizers with an evaluation mode into it. On exit the weights of training are restored bit for bit."""
+        modal: list[Any] = [optimizer for optimizer in self.optimizers if has_evaluation_mode(optimizer)]
+        if not modal:
+            yield
+            return
+        weights = self.weights()
+        saved = [w.clone() for w in weights]
+        try:
+            for optimizer in modal:
+                optimizer.eval()
+            self.weights_changed()
+            yield
+        finally:
+            for optimizer in modal:
+                optimizer.train()
+            for weight, original in zip(weights, saved, strict=True):
+                weight.copy_(original)
+            self.weights_changed()
+
+    @contextmanager
     def perturbed(self, directions: Sequence[Tensor], scale: Tensor) -> Iterator[None]:
         """Move the weights by `scale` (0-D) times the directions. On exit they are restored bit for bit."""
         weights = self.weights()
@@ -234,12 +256,13 @@ class Strategy(ABC):
     steps_in_parts: bool = False
 
     def curvature_state(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yield (name, h, m) of each parameter, whole or this rank's part."""
+        """Yield (name, h, m) of each parameter, whole or this rank's part; nothing if the optimizer has other names."""
         (optimizer,) = self.optimizers
         for name, parameter in self.parameters().items():
-            state = optimizer.state[parameter]
-            if "hessian" in state:
-                yield name, state["hessian"], state["exp_avg"]
+            state = optimizer.state.get(parameter, {})
+            hessian, momentum = state.get("hessian"), state.get("exp_avg")
+            if isinstance(hessian, Tensor) and isinstance(momentum, Tensor):
+                yield name, hessian, momentum
 
     def set_learning_rate(self, factor: float) -> None:
         """Set every group's learning rate to its peak times the factor."""

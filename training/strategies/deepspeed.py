@@ -25,7 +25,7 @@ from training.config import DeepSpeedConfig
 from training.distributed import Distributed
 from training.strategies.base import NumberPiece, Piece, PieceReader, StepStatistics, Strategy, total_norm
 from training.strategies.communication import BFLOAT16, FLOAT32, zero_traffic
-from training.strategies.gradients import unclipped
+from training.strategies.gradients import gradients, skips_on_device, unclipped
 from training.strategies.precision import keep_norms_float32, keep_residual_float32
 from training.strategies.state import check_savable, counts_on_host, saved_keys
 from training.weights import InitialWeights
@@ -232,6 +232,8 @@ class DeepSpeed(Strategy):
                 ).skipped
         parts = self._parts_of(estimates)
         skipped = (~torch.isfinite(self.norm(parts))).float()
+        if not skips_on_device(optimizer) and skipped:
+            return skipped
         flat = {id(partition): torch.zeros_like(partition) for partition in self._partitions}
         for fragment, part in zip(self._fragments.values(), parts, strict=True):
             fragment.of(flat[id(self._partitions[fragment.partition])]).copy_(part)
@@ -268,8 +270,13 @@ class DeepSpeed(Strategy):
 
         def guarded() -> None:
             statistics = self._statistics(limit, loss, predictions)
-            optimizer.found_inf = statistics.skipped
-            optimizer.grad_scale = torch.clamp(statistics.grad_norm / limit, min=1.0).nan_to_num(nan=1.0, posinf=1.0)
+            scale = torch.clamp(statistics.grad_norm / limit, min=1.0).nan_to_num(nan=1.0, posinf=1.0)
+            if not skips_on_device(optimizer):
+                if not statistics.skipped:
+                    torch._foreach_div_(gradients([optimizer]), scale)
+                    action()
+                return
+            optimizer.found_inf, optimizer.grad_scale = statistics.skipped, scale
             action()
             optimizer.grad_scale = optimizer.found_inf = None
 
@@ -347,10 +354,15 @@ class DeepSpeed(Strategy):
     def parameters(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        with self._all_partitions(), super().evaluating():
+            yield
+
     def curvature_state(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         for fragment, partition in self._placed():
             state = self._client.state[partition]
-            if "hessian" in state:
+            if {"hessian", "exp_avg"} <= state.keys():
                 yield fragment.name, fragment.of(state["hessian"]), fragment.of(state["exp_avg"])
 
     def pieces(self) -> Iterator[Piece | NumberPiece]:

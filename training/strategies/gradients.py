@@ -1,7 +1,8 @@
 """The step over gradients in `.grad`, whole or sharded (DTensor): norm, clip and update without a synchronisation.
 
 Clipping is not a separate pass: optimizers with torch's AMP protocol divide the gradient by `grad_scale` in their kernel
-and change nothing if `found_inf` is 1. torch.optim.Muon lacks that protocol, so it needs a pass and a synchronisation.
+and change nothing if `found_inf` is 1. torch.optim.Muon and most optimizers from elsewhere lack that protocol, so they need a
+pass and a synchronisation.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,11 @@ from training.strategies.base import StepStatistics, total_norm
 
 def gradients(optimizers: Sequence[Optimizer]) -> list[Tensor]:
     return [p.grad for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
+
+
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer follows torch's AMP protocol, in its step and in `update_hessian`."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def clip_and_step(
@@ -33,7 +39,7 @@ def clip_and_step(
     limit = float("inf") if max_norm is None else max_norm
     scale = torch.clamp(norm / limit, min=1.0).nan_to_num(nan=1.0, posinf=1.0)
     for optimizer in optimizers:
-        if getattr(optimizer, "_step_supports_amp_scaling", False):
+        if skips_on_device(optimizer):
             optimizer.grad_scale, optimizer.found_inf = scale, skipped  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
@@ -57,7 +63,7 @@ def update_hessian(
     num_predictions: int | None,
     estimates: Sequence[Tensor] | None,
 ) -> Tensor:
-    """Call the optimizer's `update_hessian`. A non-finite estimate is skipped on the device.
+    """Call the optimizer's `update_hessian`. A non-finite estimate is skipped, on the device if the optimizer can.
 
     `estimates` are in the order of `parameters`, which may differ from the order in the optimizer's groups.
     """
@@ -66,6 +72,8 @@ def update_hessian(
     # ĥ = N ĝ² may overflow even if ĝ does not. N ‖ĝ‖² bounds it.
     bound = norm if num_predictions is None else norm.square() * num_predictions
     skipped = (~torch.isfinite(bound)).float()
+    if not skips_on_device(optimizer) and skipped:
+        return skipped
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     if estimates is None:
         optimizer.update_hessian(num_predictions=num_predictions)  # type: ignore[attr-defined]

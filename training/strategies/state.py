@@ -1,10 +1,12 @@
 """Weights and optimizer state by parameter name, for strategies whose optimizers step the model's own parameters.
 
 State is defined as in torch's `state_dict`: the entries of `optimizer.state` for a parameter, and what the optimizer itself
-changes in its `param_groups`. Tensors and numbers are saved; an optimizer that keeps anything else is refused.
+changes in its `param_groups`. Tensors, numbers, and lists, tuples and dictionaries of them are saved; an optimizer that keeps
+anything else is refused. A container is saved as its members, `<key>/0`, `<key>/1`, `<key>/=<name>`, and a number that tells
+its kind and length, `<key>/list`. Rules that mix coordinates depend on the memory layout of their matrices in the last bit:
+the strides of a transposed tensor are saved too.
 """
 
-import contextlib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -40,13 +42,65 @@ def saved_state(
             for key in state:
                 check_savable(optimizer, key, state[key], parameter, sharded=isinstance(parameter, DTensor))
             for key, value in sorted(state.items()):
-                yield f"optimizer.{name}.{key}", value.detach() if isinstance(value, Tensor) else value
+                for path, leaf in _leaves(_escaped(key), value):
+                    yield f"optimizer.{name}.{path}", leaf
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             changed = _changed(group)
             for name in group.get("names", ()):
                 for key, number in changed.items():
                     yield f"group.{name}.{key}", number
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Tensor | Number]]:
+    """Yield the tensors and numbers of an entry of a state by path, and what is needed to restore containers and strides."""
+    if isinstance(value, Tensor):
+        yield path, value.detach()
+        if not value.is_contiguous() and value.stride() == torch.empty_like(value, device="meta").stride():
+            yield from ((f"{path}/stride/{axis}", stride) for axis, stride in enumerate(value.stride()))
+    elif isinstance(value, dict):
+        yield f"{path}/dict", len(value)
+        for name, member in value.items():
+            yield from _leaves(f"{path}/={_escaped(name)}", member)
+    elif isinstance(value, (list, tuple)):
+        yield f"{path}/{type(value).__name__}", len(value)
+        for index, member in enumerate(value):
+            yield from _leaves(f"{path}/{index}", member)
+    else:
+        yield path, value
+
+
+def _restored(leaves: Mapping[str, Tensor | Number]) -> dict[str, Any]:
+    """Return a state from the leaves of its entries, in their order."""
+    inside: dict[str, dict[str, Tensor | Number]] = {}
+    for path, leaf in leaves.items():
+        name, _, rest = path.partition("/")
+        inside.setdefault(name, {})[rest] = leaf
+    return {_unescaped(name): _value(parts) for name, parts in inside.items()}
+
+
+def _value(parts: Mapping[str, Any]) -> Any:
+    """Return one value from its own leaves; "" is the path of the value itself."""
+    if "" in parts:
+        value = parts[""]
+        if len(parts) == 1:
+            return value
+        return value.new_empty_strided(value.shape, [parts[f"stride/{axis}"] for axis in range(value.dim())]).copy_(
+            value
+        )
+    members = _restored({path: leaf for path, leaf in parts.items() if path not in ("list", "tuple", "dict")})
+    if "dict" in parts:
+        return {name.removeprefix("="): member for name, member in members.items()}
+    listed = [members[str(index)] for index in range(len(members))]
+    return listed if "list" in parts else tuple(listed)
+
+
+def _escaped(key: str) -> str:
+    return key.replace("%", "%25").replace("/", "%2F")
+
+
+def _unescaped(key: str) -> str:
+    return key.replace("%2F", "/").replace("%25", "%")
 
 
 def state_tensors(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
@@ -79,6 +133,14 @@ def check_savable(optimizer: Optimizer, key: Any, value: Any, parameter: Tensor,
     remedy = "keep state in tensors, int, float, bool or None"
     if not isinstance(key, str):
         raise ConfigurationError(f"{where} cannot be saved: its key is of type {type(key).__name__}; use a string")
+    if type(value) in (list, tuple, dict):
+        if sharded:
+            raise ConfigurationError(
+                f"{where} cannot be saved under this strategy: it is of type {type(value).__name__}; choose strategy=ddp"
+            )
+        for name, member in value.items() if isinstance(value, dict) else ((key, member) for member in value):
+            check_savable(optimizer, name, member, parameter, sharded=sharded)
+        return
     if not isinstance(value, Tensor):
         if not isinstance(value, Number):
             raise ConfigurationError(f"{where} cannot be saved: it is of type {type(value).__name__}; {remedy}")
@@ -113,11 +175,16 @@ def refuse_unsavable_state(
     optimizers: list[Optimizer] = []
     before: list[list[dict[str, Any]]] = []
     # A step that fails here may work on the model's own parameters. Its state is then checked at the first save.
-    with warnings.catch_warnings(action="ignore"), contextlib.suppress(Exception):
-        optimizers = build_optimizers(stand_ins)
-        before = [[_values(group) for group in optimizer.param_groups] for optimizer in optimizers]
-        for optimizer in optimizers:
-            optimizer.step()
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            optimizers = build_optimizers(stand_ins)
+            before = [[_values(group) for group in optimizer.param_groups] for optimizer in optimizers]
+            for optimizer in optimizers:
+                optimizer.step()
+        except ConfigurationError:
+            raise
+        except Exception:
+            pass
     for optimizer, groups_before in zip(optimizers, before, strict=True):
         for owner, state in optimizer.state.items():
             if not isinstance(owner, Tensor):
@@ -203,12 +270,13 @@ def load_state(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 name = names[id(parameter)]
-                for key in tensors.get(name, ()):
-                    optimizer.state[parameter][key] = _new_state(
-                        parameter, f"optimizer.{name}.{key}", key, group, reader
-                    )
-                for key in counts.get(name, ()):
-                    optimizer.state[parameter][key] = numbers[f"optimizer.{name}.{key}"]
+                leaves: dict[str, Tensor | Number] = {
+                    key: _new_state(parameter, f"optimizer.{name}.{key}", key, group, reader)
+                    for key in tensors.get(name, ())
+                }
+                leaves |= {key: numbers[f"optimizer.{name}.{key}"] for key in counts.get(name, ())}
+                if leaves:
+                    optimizer.state[parameter].update(_restored(leaves))
             for name in group.get("names", ())[:1]:  # the same for all of a group's parameters
                 start = f"group.{name}."
                 group.update({n.removeprefix(start): value for n, value in numbers.items() if n.startswith(start)})

@@ -23,7 +23,7 @@ from training.config import ConfigurationError
 from training.optimizers import build_optimizers
 from training.reliability.checkpoints import newest_valid
 from training.strategies.base import Strategy
-from training.strategies.state import refuse_unsavable_state, saved_state
+from training.strategies.state import load_state, refuse_unsavable_state, saved_state
 
 
 class Stand(Strategy):
@@ -48,8 +48,9 @@ def building(make: Any, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (lambda p: [1, 2], {}, r"Keeping: state\['kept'\] cannot be saved: it is of type list"),
-        (lambda p: {"a": 1}, {}, r"state\['kept'\] cannot be saved: it is of type dict"),
+        (lambda p: {1, 2}, {}, r"Keeping: state\['kept'\] cannot be saved: it is of type set"),
+        (lambda p: [1, [object()]], {}, r"state\['kept'\] cannot be saved: it is of type object"),
+        (lambda p: {3: 1}, {}, r"state\[3\] cannot be saved: its key is of type int"),
         (lambda p: "text", {}, r"of type str"),
         (lambda p: object(), {}, r"of type object"),
         (lambda p: 1.0, {"key": 3}, r"state\[3\] cannot be saved: its key is of type int"),
@@ -75,6 +76,8 @@ def test_state_of_another_shape_than_its_parameter_is_refused_for_shards() -> No
     refuse_unsavable_state(rows, Stand())
     with pytest.raises(ConfigurationError, match=r"state\['kept'\] cannot be saved under this strategy"):
         refuse_unsavable_state(rows, Stand(sharded=True))
+    with pytest.raises(ConfigurationError, match=r"state\['kept'\] .* of type list; choose strategy=ddp"):
+        refuse_unsavable_state(building(lambda p: [torch.ones_like(p)]), Stand(sharded=True))
     in_groups = building(lambda p: 1, where="group")
     refuse_unsavable_state(in_groups, Stand(sharded=True))
     with pytest.raises(ConfigurationError, match="strategy=deepspeed; choose ddp or fsdp"):
@@ -97,10 +100,56 @@ def test_an_optimizer_that_cannot_step_stand_ins_is_not_refused() -> None:
 
 def test_state_that_appears_later_is_refused_when_it_is_saved() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
-    optimizer = Keeping([parameter], lambda p: [1])
+    optimizer = Keeping([parameter], lambda p: {1})
     optimizer.step()
     with pytest.raises(ConfigurationError, match=r"Keeping: state\['kept'\]"):
         list(saved_state({"w": parameter}, [optimizer]))
+
+
+class Saved:
+    """A checkpoint in memory."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+        saved = dict(saved_state(parameters, [optimizer]))
+        self.tensors = {name: value.clone() for name, value in saved.items() if isinstance(value, Tensor)}
+        self._numbers = {name: value for name, value in saved.items() if not isinstance(value, Tensor)}
+
+    def numbers(self) -> Mapping[str, Any]:
+        return self._numbers
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        return self.tensors[name].reshape(-1)[start:stop].clone()
+
+
+KEPT = {
+    "GG": [torch.arange(6.0).reshape(2, 3), []],
+    "Q": (torch.arange(6.0).reshape(2, 3).t(), None, [torch.zeros(0), (1, True)]),
+    "deep": {"list": {"x.y/=z": torch.tensor(2.0)}, "": []},
+    "odd/key.%2F": 3,
+    "list": [1.5],
+    "halves": torch.ones(2, dtype=torch.bfloat16),
+    "nothing": {},
+}
+
+
+def test_lists_tuples_and_dictionaries_of_state_survive_a_checkpoint_with_types_and_strides() -> None:
+    parameters = {"w": torch.nn.Parameter(torch.ones(2)), "w.b": torch.nn.Parameter(torch.ones(3))}
+    optimizer, other = (Keeping([*parameters.values()], lambda p: 0) for _ in range(2))
+    optimizer.state[parameters["w.b"]].update(KEPT)
+    load_state(parameters, [other], Saved(parameters, optimizer))
+    assert not other.state[parameters["w"]]
+    state = other.state[parameters["w.b"]]
+    assert repr(sorted(state.items(), key=lambda one: one[0])) == repr(sorted(KEPT.items(), key=lambda one: one[0]))
+    assert state["Q"][0].stride() == (1, 3)
 
 
 def use_counting() -> None:
@@ -140,7 +189,7 @@ def test_a_run_of_an_optimizer_that_counts_in_numbers_resumes_bit_for_bit(
 def test_a_run_whose_optimizer_cannot_be_saved_is_refused_before_anything_is_written(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(optimizers, "_adamw", lambda groups, lr, *_: Keeping(groups, lambda p: [p]))
+    monkeypatch.setattr(optimizers, "_adamw", lambda groups, lr, *_: Keeping(groups, lambda p: {1}))
     assert run(tiny(corpus, tmp_path, "optimizer=adamw")) == 2
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: Keeping: state['kept'] cannot be saved")
     assert not (tmp_path / "run").exists()
@@ -150,7 +199,7 @@ def test_a_run_whose_optimizer_later_keeps_unsavable_state_ends_with_one_line(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     calls = iter(range(10**6))
-    later = lambda p: [] if next(calls) > 100 else 0  # noqa: E731
+    later = lambda p: set() if next(calls) > 100 else 0  # noqa: E731
     monkeypatch.setattr(optimizers, "_adamw", lambda groups, lr, *_: Keeping(groups, later))
     assert run(tiny(corpus, tmp_path, "optimizer=adamw")) == 1
     said = capfd.readouterr().err
