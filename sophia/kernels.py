@@ -322,6 +322,12 @@ class TensorList:
     def sqrt(self) -> "TensorList":
         return TensorList(torch._foreach_sqrt(self.tensors))
 
+    def pow(self, exponent: Scalar) -> "TensorList":
+        if isinstance(exponent, Tensor):
+            exponent = self._operand(exponent)
+            return TensorList([t.pow(exponent) for t in self.tensors])
+        return TensorList(torch._foreach_pow(self.tensors, exponent))
+
     def clamp(self, low: float, high: float) -> "TensorList":
         return TensorList(torch._foreach_clamp_max(torch._foreach_clamp_min(self.tensors, low), high))
 
