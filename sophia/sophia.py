@@ -289,7 +289,7 @@ class Sophia(CurvatureOptimizer):
 
     @property
     def unclipped_count(self) -> Tensor:
-        """() int64 on the device: the number of coordinates in the last training step with |m| < γh (γ·c·max(h, 0)^p), of `numel`.
+        """() int64 on the device: the number of coordinates in the last training step with |m| < γh, of `numel`.
 
         These are the coordinates that the clip left alone.
         """
