@@ -5,7 +5,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test test-fast lint bench bench-full test-gpu test-slurm test-faults test-mutants wheel results lock clean help
+# The oldest torch of the library; pyproject.toml has the same.
+OLDEST = 2.6.0
+
+.PHONY: setup demo test test-fast test-oldest lint bench bench-full test-gpu test-slurm test-faults test-mutants wheel results lock clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -55,6 +58,11 @@ test-gpu: setup ## the device-dependent tests, on CUDA
 test-slurm: setup ## a sweep on a SLURM of one node, set up here (root; Debian: apt-get install slurm-wlm munge)
 	$(BIN)/python -m pytest -m slurm -ra -k "$(SLURM_TESTS)"
 
+test-oldest: ## the library's tests on the oldest torch that it supports (downloads gigabytes)
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet "torch==$(OLDEST)" numpy hypothesis pytest pytest-timeout
+	.venv-oldest/bin/python -m pytest -q tests/sophia
+
 test-mutants: setup ## mutation tests: insert one bug at a time and check that the suite finds it (half an hour)
 	$(BIN)/python -m tests.mutants
 
@@ -64,7 +72,7 @@ test-faults: setup ## fault injection: kills, corruption, full disks, bad input 
 wheel: ## build the library's wheel into dist/, and train with it where torch is all that is installed
 	rm -rf dist .venv-wheel && $(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
-	.venv-wheel/bin/python -m pip install --quiet dist/sophia-*.whl
+	.venv-wheel/bin/python -m pip install --quiet dist/torch_sophia-*.whl
 	.venv-wheel/bin/python -I examples/plain_loop.py --steps 20
 	rm -rf .venv-wheel
 
@@ -76,7 +84,7 @@ lock: ## resolve pyproject.toml's version ranges into requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet "torch~=2.13.0"
 	.venv-lock/bin/python -m pip install --quiet ".[train,evaluate,arms,dev]"
-	.venv-lock/bin/python -m pip freeze --exclude sophia | sed -E 's/\+cpu$$//; /^(nvidia-[a-z0-9-]+-cu1|triton|cuda-)/d' > requirements.lock
+	.venv-lock/bin/python -m pip freeze --exclude torch-sophia | sed -E 's/\+cpu$$//; /^(nvidia-[a-z0-9-]+-cu1|triton|cuda-)/d' > requirements.lock
 	rm -rf .venv-lock
 
 clean: ## remove the virtual environment, runs and prepared tokens

@@ -24,6 +24,8 @@ from sophia.lion import Lion
 from sophia.reference import ReferenceSophiaG
 from sophia.sophia import Sophia, SophiaG, SophiaH, refresh_due
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AdaHessian",
     "Bernoulli",

@@ -392,4 +392,4 @@ def check_interval(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and value is not True and value is not False
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

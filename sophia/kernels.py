@@ -196,12 +196,12 @@ def _join(rows: Sequence[Row]) -> Row:
 def _write_back(rule: Rule, joined: Row, rows: Sequence[Row]) -> None:
     sizes = [row[0].numel() for row in rows]
     for index in rule.updated:  # type: ignore[attr-defined]
-        torch._foreach_copy_([row[index] for row in rows], list(joined[index].split(sizes)))
+        torch._foreach_copy_([row[index] for row in rows], list(torch.split(joined[index], sizes)))
 
 
 def _call_in_pieces(rule: Rule, row: Row, scalars: Sequence[Any]) -> list[Tensor | None]:
     size = EAGER_PIECE if row[0].device.type == "cpu" else LONGEST_ROW
-    return [rule(*piece, *scalars) for piece in zip(*(t.split(size) for t in row), strict=True)]
+    return [rule(*piece, *scalars) for piece in zip(*(torch.split(t, size) for t in row), strict=True)]
 
 
 def _cut_as_it_lies(row: Row) -> Iterable[Row]:
@@ -321,6 +321,12 @@ class TensorList:
 
     def sqrt(self) -> "TensorList":
         return TensorList(torch._foreach_sqrt(self.tensors))
+
+    def pow(self, exponent: Scalar) -> "TensorList":
+        if isinstance(exponent, Tensor):
+            exponent = self._operand(exponent)
+            return TensorList([t.pow(exponent) for t in self.tensors])
+        return TensorList(torch._foreach_pow(self.tensors, exponent))
 
     def clamp(self, low: float, high: float) -> "TensorList":
         return TensorList(torch._foreach_clamp_max(torch._foreach_clamp_min(self.tensors, low), high))

@@ -62,7 +62,7 @@ def sample_labels(
     zero is never drawn. A non-finite row gets the last class; its loss is not finite either.
     """
     labels = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    for rows, u, out in zip(logits.split(_ROWS), uniform.split(_ROWS), labels.split(_ROWS), strict=True):
+    for rows, u, out in zip(*(torch.split(t, _ROWS) for t in (logits, uniform, labels)), strict=True):
         cumulative = F.softmax(rows.float(), dim=-1).double().cumsum(dim=-1)
         threshold = u.double().unsqueeze(-1) * cumulative[:, -1:]
         out.copy_(torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_max_(rows.shape[-1] - 1))

@@ -264,6 +264,19 @@ class SophiaConfig(CurvatureSettings):
     """Decoupled weight decay of matrices and embeddings."""
     clip: bool = True
     """Clip each coordinate of the update to ±1."""
+    hessian_power: PositiveFloat = 1.0
+    """p: γ·c·max(h, 0)^p takes the place of γh; the paper has 1."""
+    hessian_scale: PositiveFloat = 1.0
+    """c, which keeps γ's meaning for p < 1: the typical curvature to the power 1 - p."""
+
+    @model_validator(mode="after")
+    def _power_has_a_clip(self) -> Self:
+        if not self.clip and (self.hessian_power, self.hessian_scale) != (1, 1):
+            raise ValueError(
+                f"optimizer.clip=false does not work with optimizer.hessian_power={self.hessian_power} and "
+                f"optimizer.hessian_scale={self.hessian_scale}; choose clip=true, or 1 for both"
+            )
+        return self
 
 
 class AdaHessianConfig(CurvatureSettings):
@@ -653,6 +666,9 @@ class RunConfig(Section):
         if self.optimizer.decay_embeddings:  # runs from before this key existed have the same identity
             del full["optimizer"]["decay_embeddings"]
         full["optimizer"].pop("elementwise", None)  # says where the run may train, not how
+        for key in ("hessian_power", "hessian_scale"):
+            if full["optimizer"].get(key) == 1:
+                del full["optimizer"][key]
         return full
 
     def shared_by_ranks(self) -> dict[str, Any]:

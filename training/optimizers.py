@@ -111,6 +111,8 @@ def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool
                     eps=config.eps,
                     hessian_interval=config.hessian_interval,
                     clip=config.clip,
+                    hessian_power=config.hessian_power,
+                    hessian_scale=config.hessian_scale,
                     compile=form,
                 )
             ]

@@ -67,6 +67,8 @@ def test_a_wrong_hyperparameter_is_named_with_its_value(cls: type, name: str, va
         ("hessian_interval", 2.5),
         ("hessian_interval", True),
         ("clip", 1.0),
+        ("hessian_power", 0.0),
+        ("hessian_scale", -1.0),
     ],
 )
 def test_a_wrong_hyperparameter_of_sophia_is_named_with_its_value(name: str, value: Any) -> None:

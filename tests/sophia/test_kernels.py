@@ -20,6 +20,7 @@ SHAPES = [(70, 100), (7,), (3, 5), (2, 3, 4), (1,), (), (0, 3)]
 CASES: list[tuple[type, dict[str, Any]]] = [
     (SophiaG, {}),
     (SophiaG, {"clip": False, "eps": 1e-3}),
+    (SophiaG, {"hessian_power": 0.8, "hessian_scale": 0.3}),
     (Lion, {}),
     (AdaHessian, {"hessian_interval": 3}),
 ]

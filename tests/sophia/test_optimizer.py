@@ -26,6 +26,8 @@ class FormulaSophia:
     weight_decay: float
     interval: int
     clip: bool = True
+    hessian_power: float = 1.0
+    hessian_scale: float = 1.0
     t: int = 0
     m: list[Tensor] = field(init=False)
     h: list[Tensor] = field(init=False)
@@ -45,14 +47,18 @@ class FormulaSophia:
         self.t += 1
         for i, g in enumerate(grads):
             self.m[i] = self.betas[0] * self.m[i] + (1 - self.betas[0]) * g
-            update = self.m[i] / torch.maximum(self.gamma * self.h[i], torch.tensor(self.eps, dtype=torch.float64))
+            update = self.m[i] / torch.maximum(self.curvature(i), torch.tensor(self.eps, dtype=torch.float64))
             if self.clip:
                 update = torch.where(update.abs() > 1, update.sign(), update)
             self.theta[i] = self.theta[i] - self.lr * self.weight_decay * self.theta[i]
             self.theta[i] = self.theta[i] - self.lr * update
 
+    def curvature(self, i: int) -> Tensor:
+        """γ·c·max(h, 0)^p, for p = c = 1 the paper's γh."""
+        return self.gamma * self.hessian_scale * torch.relu(self.h[i]) ** self.hessian_power
+
     def unclipped(self) -> int:
-        return sum(int((m.abs() < self.gamma * h).sum()) for m, h in zip(self.m, self.h, strict=True))
+        return sum(int((m.abs() < self.curvature(i)).sum()) for i, m in enumerate(self.m))
 
 
 hyperparameters = st.fixed_dictionaries(
@@ -64,8 +70,10 @@ hyperparameters = st.fixed_dictionaries(
         "weight_decay": st.floats(0, 0.5),
         "hessian_interval": st.integers(1, 7),
         "clip": st.booleans(),
+        "hessian_power": st.sampled_from([1.0, 1.0, 0.5, 0.8, 1.5]),
+        "hessian_scale": st.sampled_from([1.0, 1.0, 0.01, 3.0]),
     }
-)
+).map(lambda hyper: hyper if hyper["clip"] else {**hyper, "hessian_power": 1.0, "hessian_scale": 1.0})
 shapes = st.lists(st.sampled_from([(), (1,), (3,), (2, 3), (1, 4, 2), (0, 3), (5, 5)]), min_size=1, max_size=4).filter(
     lambda chosen: any(0 not in shape for shape in chosen)
 )
@@ -113,11 +121,12 @@ def test_fifty_steps_equal_the_formulas(
         assert optimizer.state[p]["step"] == 50 or p.numel() == 0
 
 
-def test_float32_stays_within_rounding_of_the_formulas() -> None:
+@pytest.mark.parametrize("power", [{}, {"hessian_power": 0.7, "hessian_scale": 0.2}])
+def test_float32_stays_within_rounding_of_the_formulas(power: dict[str, float]) -> None:
     normal = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     theta = [normal(40, 30)]
     p = torch.nn.Parameter(theta[0].float())
-    hyper = {"lr": 1e-2, "betas": (0.96, 0.99), "gamma": 0.05, "eps": 1e-3, "weight_decay": 0.2}
+    hyper = {"lr": 1e-2, "betas": (0.96, 0.99), "gamma": 0.05, "eps": 1e-3, "weight_decay": 0.2} | power
     optimizer = Sophia([p], **hyper, hessian_interval=3)
     reference = FormulaSophia(theta, **hyper, interval=3)
     for _ in range(50):
@@ -145,6 +154,25 @@ def test_without_curvature_the_step_is_the_sign_of_the_momentum() -> None:
             optimizer.step()
     torch.testing.assert_close(p.detach(), torch.tensor([-2.0, 1.0, 3.0, -3.0]))
     assert optimizer.unclipped_count == 0
+
+
+def test_a_scale_of_typical_curvature_to_1_minus_p_keeps_the_meaning_of_gamma() -> None:
+    """At h = h₀ every power with c = h₀^(1-p) takes the paper's step; at p = c = 1 the paper's rule runs, bit for bit."""
+    typical, grad = 0.02, torch.tensor([1e-4, -3e-4, 5e-3])
+    results = []
+    for power in (None, 1.0, 0.5, 0.8):
+        p = torch.nn.Parameter(torch.ones(3))
+        given = {} if power is None else {"hessian_power": power, "hessian_scale": typical ** (1 - power)}
+        optimizer = Sophia([p], lr=0.1, betas=(0.0, 0.0), gamma=0.05, **given)
+        optimizer.update_hessian(estimates=[torch.full((3,), typical)])
+        p.grad = grad.clone()
+        optimizer.step()
+        results.append((p.detach(), int(optimizer.unclipped_count)))
+    assert torch.equal(results[0][0], results[1][0])
+    for weights, unclipped in results[1:]:
+        torch.testing.assert_close(weights, results[0][0])
+        assert unclipped == 2
+    assert Sophia([torch.nn.Parameter(torch.ones(1))]).param_groups[0]["hessian_power"] == 1.0
 
 
 def test_a_negative_curvature_gives_the_sign_step_and_counts_as_clipped() -> None:

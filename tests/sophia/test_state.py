@@ -232,6 +232,7 @@ def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None:
     ("cls", "keys"),
     [
         (SophiaG, ("lr", "betas", "gamma", "eps", "weight_decay", "clip")),
+        (SophiaG, ("lr", "gamma", "eps", "hessian_power", "hessian_scale")),
         (SophiaH, ("lr", "betas", "gamma", "eps", "weight_decay", "clip")),
         (Lion, ("lr", "betas", "weight_decay")),
         (AdaHessian, ("lr", "betas", "eps", "weight_decay")),
@@ -241,6 +242,7 @@ def test_groups_have_their_own_hyperparameters(cls: type, keys: tuple[str, ...])
     """Two groups of one optimizer train as two optimizers whose constructors were given the same."""
     given = {"lr": (0.1, 0.2), "betas": ((0.9, 0.8), (0.5, 0.6)), "gamma": (0.7, 5.0), "eps": (0.1, 0.9)}
     given |= {"weight_decay": (0.0, 0.5), "clip": (True, False)}
+    given |= {"hessian_power": (1.0, 0.5), "hessian_scale": (1.0, 0.3)}
     hyper = [{key: given[key][number] for key in keys} for number in (0, 1)]
     a, b = model(), model()
     of_a, of_b = ([list(layer.parameters()) for layer in (m[0], m[2])] for m in (a, b))

@@ -44,6 +44,8 @@ KEYS: dict[str, dict[str, tuple[Any, Any]]] = {
         "eps": (0.02, 0.1),
         "hessian_interval": (2, 3),
         "clip": (True, False),
+        "hessian_power": (1.0, 0.5),
+        "hessian_scale": (1.0, 3.0),
     },
     "adahessian": COMMON
     | {
@@ -99,7 +101,8 @@ def sophiag(keys: Mapping[str, Any], state: State, t: int, g: Tensor, estimate: 
     beta1, beta2 = keys["betas"]
     if estimate is not None:
         averaged(state, "h", estimate, beta2)
-    update = averaged(state, "m", g, beta1) / (keys["gamma"] * state["h"]).clamp(min=keys["eps"])
+    curvature = keys["gamma"] * keys["hessian_scale"] * state["h"].clamp(min=0) ** keys["hessian_power"]
+    update = averaged(state, "m", g, beta1) / curvature.clamp(min=keys["eps"])
     return update.clamp(-1, 1) if keys["clip"] else update
 
 
