@@ -67,8 +67,9 @@ def check(overrides: Sequence[str], reference: str | None = None) -> Iterator[Ch
     Raises:
         ConfigurationError: the configuration is invalid, or the optimizer cannot be built.
     """
-    config = compose([*overrides, "model=gpt2_nano", "train.device=cpu", "train.precision=fp32"])
+    config = configured(overrides)
     yield _loss_falls(config)
+    yield _randomness(config)
     yield _same_curve("micro-batches", "of 2 sequences", config, curve(config, 5, micro=2))
     yield _same_curve("ranks", "two processes", config, _on_two_ranks(overrides))
     yield _learning_rate(config)
@@ -77,7 +78,6 @@ def check(overrides: Sequence[str], reference: str | None = None) -> Iterator[Ch
     yield _checkpoint(config)
     yield _non_finite(config)
     yield _state(config)
-    yield _randomness(config)
     yield _elementwise(config)
     if _has_curvature(config):
         yield from _curvature(config)
@@ -85,6 +85,10 @@ def check(overrides: Sequence[str], reference: str | None = None) -> Iterator[Ch
     yield _speed(config)
     if reference is not None:
         yield _trajectory(config, reference)
+
+
+def configured(overrides: Sequence[str]) -> RunConfig:
+    return compose([*overrides, "model=gpt2_nano", "train.device=cpu", "train.precision=fp32"])
 
 
 # In the project's step.
@@ -180,9 +184,8 @@ def _on_two_ranks(overrides: Sequence[str], steps: int = 5) -> list[float]:
 def _rank(rank: int, directory: str, overrides: list[str], steps: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
-    config = compose([*overrides, "model=gpt2_nano", "train.device=cpu", "train.precision=fp32"])
     torch.manual_seed(rank)  # ranks of a run do not share a generator
-    losses = curve(config, steps, Distributed(rank, rank, 2, torch.device("cpu"), joined=True))
+    losses = curve(configured(overrides), steps, Distributed(rank, rank, 2, torch.device("cpu"), joined=True))
     if rank == 0:
         np.save(Path(directory, "losses.npy"), losses)
     dist.destroy_process_group()
@@ -552,7 +555,7 @@ def _trajectory(config: RunConfig, reference: str, steps: int = 20) -> Check:
     other = compose([f"optimizer={reference}"]).optimizer
     shared = {key: given[key] for key in type(other).model_fields if key != "name" and given.get(key) is not None}
     if "betas" in shared:
-        shared["betas"] = shared["betas"][: len(other.betas)]  # momentum-sign has one
+        shared["betas"] = (*shared["betas"], *other.betas[len(shared["betas"]) :])[: len(other.betas)]  # signum has one
     other = type(other).model_validate({**other.model_dump(), **shared})
     ours, theirs = Fed(config), Fed(config.model_copy(update={"optimizer": other}))
     name = f"like {reference}"

@@ -1,0 +1,78 @@
+"""`check_optimizer` passes what is sound and names the fault of what is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.check_optimizer import main
+from training import optimizer_check
+from training.optimizer_check import Check, check, configured, curve
+
+CURVATURE = ["optimizer.estimator=gnb", "optimizer.lr=6e-4"]
+#: The broken classes of broken.py: overrides, the check that fails, and a word of what it says.
+FAULTS = {
+    "SignMomentum": (CURVATURE, "curvature is used", "sign momentum"),
+    "SquaredTrainingGradient": (CURVATURE, "curvature is kept", "square the training gradient"),
+    "IgnoredSchedule": ([], "learning rate", "ignores a schedule"),
+    "LostState": ([], "checkpoint", "resumed from a checkpoint"),
+    "CoupledDecay": ([], "weight decay", "coupled"),
+    "SharedNoise": ([], "randomness", "global generator"),
+    "Waiting": ([], "host waits", "waits for the device"),
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes and a timing take most of the time; one test has them."""
+    monkeypatch.setattr(optimizer_check, "_on_two_ranks", lambda overrides: curve(configured(overrides), 2))
+    monkeypatch.setattr(optimizer_check, "_speed", lambda config: Check("speed", "note", "not measured"))
+
+
+def failed(overrides: list[str], reference: str | None = None) -> dict[str, str]:
+    return {one.name: one.detail for one in check(overrides, reference) if one.result == "fail"}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_fault_of_a_broken_optimizer_is_named(name: str) -> None:
+    overrides, where, said = FAULTS[name]
+    factory = ["optimizer=external", f"optimizer.factory=tests.training.broken:{name}", "optimizer.lr=0.1"]
+    found = failed([*factory, *overrides])
+    assert where in found
+    assert said in found[where]
+
+
+@pytest.mark.parametrize("arm", ["adamw", "lion", "sophiag", "sophiah", "muon", "signum", "adahessian"])
+def test_the_projects_own_optimizers_pass(arm: str) -> None:
+    assert failed([f"optimizer={arm}"], reference=arm if arm != "adahessian" else None) == {}
+
+
+def test_a_sound_class_from_outside_passes() -> None:
+    factory = ["optimizer=external", "optimizer.factory=tests.training.broken:Descent", "optimizer.lr=0.1"]
+    assert failed(factory) == {}
+
+
+def test_a_wrong_copy_parts_from_the_reference_at_a_named_step_and_tensor() -> None:
+    found = failed(["optimizer=signum", "optimizer.lr=6e-4", "optimizer.weight_decay=0.2"], reference="lion")
+    assert found["like lion"].startswith("it parts from lion at step 2 in token_embedding.weight, by ")
+
+
+def test_elementwise_updates_are_told_from_those_of_whole_matrices() -> None:
+    found = {arm: {one.name: one for one in check([f"optimizer={arm}"])}["elementwise"] for arm in ("lion", "muon")}
+    assert (found["lion"].result, found["muon"].result) == ("pass", "note")
+
+
+def test_the_command_writes_the_table_as_json_and_fails_with_a_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.undo()  # with two ranks and the timing
+    monkeypatch.setattr(optimizer_check, "ROUNDS", 2)
+    assert main(["optimizer=adamw", "--json", str(tmp_path / "found.json")]) == 0
+    found = {one["check"]: one for one in json.loads((tmp_path / "found.json").read_text())["checks"]}
+    assert found["ranks"]["result"] == "pass"
+    assert "times that of fused AdamW" in found["speed"]["found"]
+    assert "two processes: losses equal" in capsys.readouterr().out
+    assert main(["optimizer=adamw", "optimizer.lr=1e9"]) == 1
+    assert main(["optimizer=nonsense"]) == 2
