@@ -405,14 +405,19 @@ def refuse_foreign_factory(values: Mapping[str, Any], overrides: Sequence[str]) 
     """
     optimizer = values.get("optimizer")
     factory = optimizer.get("factory") if isinstance(optimizer, Mapping) else None
-    given = {key_of(override): unquoted(override.partition("=")[2]) for override in overrides}
-    if factory is None or factory == given.get("optimizer.factory") or given.get("allow_code", "").lower() == "true":
+    if factory is None or factory == _given("optimizer.factory", overrides) or _given("allow_code", overrides) is True:
         return
     if factory not in _own_factories():
         raise ConfigurationError(
             f"optimizer.factory={shown(factory)}: names code to run, in a file from outside configs/; if you trust it, give "
             "allow_code=true on the command line"
         )
+
+
+def _given(key: str, overrides: Sequence[str]) -> Any:
+    """Return the value that the overrides give a key, None if they do not. Interpolations stay text."""
+    own = [quoted(override) for override in overrides if key_of(override) == key]
+    return OverridesParser.create().parse_override(own[-1]).value() if own else None
 
 
 @functools.cache
