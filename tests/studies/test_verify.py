@@ -109,7 +109,7 @@ def test_reruns_may_run_the_code_that_records_name_only_if_the_command_line_allo
     assert study_command([*words, f"--records={tmp_path}", f"--work={tmp_path}/work"]) == 1
     commands = (tmp_path / "words").read_text().splitlines()
     assert len(commands) == 3
-    assert all(("++allow_code=true" in command.split()) == allowed for command in commands)
+    assert all(("allow_code=true" in command.split()) == allowed for command in commands)
 
 
 def test_trials_to_run_again_are_named_or_one_of_each_arm(tmp_path: Path) -> None:

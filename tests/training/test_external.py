@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from analysis.runs import load_run
+from analysis.trial_tables import TrialRow, checked
 from models import GPT2, GPT2Config
 from planning.memory import planned_memory
 from studies.expansion import expand
@@ -24,6 +25,7 @@ from training.config import ConfigurationError
 from training.distributed import Distributed
 from training.launching.inputs import refuse_absent_inputs
 from training.optimizers import build_optimizers
+from training.records import RunRecord
 from training.reliability.checkpoints import newest_valid
 from training.strategies.ddp import DDP
 from training.strategies.gradients import update_hessian
@@ -140,6 +142,18 @@ def test_a_killed_run_resumes_with_the_same_bits(corpus: list[str], here: Path, 
     losses = [line["val_loss"] for line in lines(here / "run", "eval")]
     assert losses[-1] < losses[0] - 0.1
     assert load_run(here / "run").optimizer == compose(overrides).optimizer.label == arm
+
+
+def test_a_checkpoint_of_another_factory_is_refused_by_name(
+    corpus: list[str], here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    short = ["train.steps=4", "checkpoint.interval=3"]
+    assert run(tiny(corpus, here, *external(*ARMS["mine"]), *short, name="first")) == 0
+    other = [*external(*ARMS["nadam"]), *short, f"resume={here}/first/checkpoints/step-00000003"]
+    assert run(tiny(corpus, here, *other, name="second")) == 2
+    said = capfd.readouterr().err
+    assert "optimizer=nadam: " in said
+    assert "has the state of optimizer=external optimizer.factory=mine:Mine; choose that" in said
 
 
 def test_an_argument_is_swept_like_any_key_and_names_the_runs(corpus: list[str], here: Path) -> None:
@@ -354,6 +368,9 @@ def test_a_record_is_rerun_only_if_the_command_line_allows_its_code(
     command = tiny(corpus, here, *external(ARMS["mine"][0]), "train.steps=3", "allow_code=true")
     assert run(command) == 0
     assert run(command[:-1]) == 0, "a run's own command needs no leave to resume"
+    record = RunRecord.open(here / "run")
+    assert "allow_code" not in record.config
+    checked(TrialRow("run", "mine", "reporting", "gpt2_nano", 3, 0, record.config, record.environment, record.summary))
     again = ["--config-path", str(here / "run"), f"output_dir={here}/again"]
     assert run(again) == 2
     assert "names code to run, in a file from outside configs/" in capfd.readouterr().err
