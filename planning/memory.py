@@ -349,7 +349,8 @@ class _Step:
 
     def workspace(self, numbers: int) -> int:
         """Return the update's temporaries: 0 for fused AdamW, compiled updates, and CPUs, which update in small pieces."""
-        if self.compiled or self.device == "cpu" or self.config.optimizer.name in ("adamw", "muon"):
+        compiled = self.compiled and not isinstance(self.config.optimizer, ExternalConfig)
+        if compiled or self.device == "cpu" or self.config.optimizer.name in ("adamw", "muon"):
             return 0
         return numbers * self.shard
 

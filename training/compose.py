@@ -70,8 +70,8 @@ READABLE_VARIABLES = frozenset(
 _SYNTAX = re.compile(r"""[\\'"()\[\]{}$,]""")
 # An override that Hydra can read without quotes. Calling its parser is slow.
 _PLAIN = re.compile(r"\+{0,2}[a-zA-Z]\w*(\.\w+)*=[\w./+-]+", re.ASCII)
-# Arguments of a factory, any names; Hydra adds a key only with plus signs.
-_ARGUMENT = re.compile(r"optimizer\.arguments(\.[\w.]+)?=", re.ASCII)
+# Arguments of a factory have any names, and records lack allow_code; Hydra adds a key only with plus signs.
+_ADDED = re.compile(r"(optimizer\.arguments(\.[\w.]+)?|allow_code)=", re.ASCII)
 # An element of a list, as in optimizer.betas[0]=0.9.
 _ELEMENT = re.compile(r"^(\+{0,2}[\w.]+)\[(\d+)\]=")
 
@@ -282,13 +282,13 @@ def compose_choices(overrides: Sequence[str], primary: Primary) -> dict[str, Any
 
 
 def quoted(override: str) -> str:
-    """Rewrite an override for Hydra: an element of a list as `key.0=`, an argument with `++`, a value in quotes if needed.
+    """Rewrite an override for Hydra: an element of a list as `key.0=`, a key to add with `++`, a value in quotes if needed.
 
     Quotes are needed if Hydra cannot parse the value and it has none of Hydra's syntax, as in `name=jörg`.
     """
     if override.startswith(("+=", "++=")):  # an assertion fails in Hydra
         raise ConfigurationError(not_an_override(override, [override]))
-    if _ARGUMENT.match(override):
+    if _ADDED.match(override):
         override = f"++{override}"
     override = _ELEMENT.sub(r"\1.\2=", override, count=1)
     key, equals, value = override.partition("=")
@@ -405,14 +405,19 @@ def refuse_foreign_factory(values: Mapping[str, Any], overrides: Sequence[str]) 
     """
     optimizer = values.get("optimizer")
     factory = optimizer.get("factory") if isinstance(optimizer, Mapping) else None
-    given = {key_of(override): unquoted(override.partition("=")[2]) for override in overrides}
-    if factory is None or factory == given.get("optimizer.factory") or given.get("allow_code", "").lower() == "true":
+    if factory is None or factory == _given("optimizer.factory", overrides) or _given("allow_code", overrides) is True:
         return
     if factory not in _own_factories():
         raise ConfigurationError(
             f"optimizer.factory={shown(factory)}: names code to run, in a file from outside configs/; if you trust it, give "
             "allow_code=true on the command line"
         )
+
+
+def _given(key: str, overrides: Sequence[str]) -> Any:
+    """Return the value that the overrides give a key, None if they do not. Interpolations stay text."""
+    own = [quoted(override) for override in overrides if key_of(override) == key]
+    return OverridesParser.create().parse_override(own[-1]).value() if own else None
 
 
 @functools.cache

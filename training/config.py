@@ -591,7 +591,7 @@ class RunConfig(Section):
     """auto (resume an unfinished run), never (refuse an existing run), or the path of a run or a checkpoint."""
     overwrite: bool = False
     """Replace an existing run of the same name."""
-    allow_code: bool = False
+    allow_code: Annotated[bool, Field(exclude=True)] = False  # not recorded: a record cannot vouch for itself
     """Run an optimizer.factory that a configuration from elsewhere names; counts on the command line only."""
     seeds: SeedsConfig
     model: ModelConfig
@@ -652,7 +652,7 @@ class RunConfig(Section):
     def identity(self) -> dict[str, Any]:
         """Return the keys that determine the curve, except the seed. Equal identity and seed mean the same run."""
         full = self.model_dump(mode="json")
-        for key in ("name", "seed", "output_dir", "resume", "overwrite", "allow_code"):
+        for key in ("name", "seed", "output_dir", "resume", "overwrite"):
             del full[key]
         for key in ("strategy", "tracker", "launcher", "checkpoint", "guards", "profile"):
             del full[key]
@@ -674,7 +674,7 @@ class RunConfig(Section):
     def shared_by_ranks(self) -> dict[str, Any]:
         """Return the keys that must agree on all ranks: all but local paths and keys that only rank 0 reads."""
         full = self.model_dump(mode="json") | {"name": self.run_name}
-        for key in ("output_dir", "resume", "overwrite", "allow_code", "tracker", "launcher", "profile"):
+        for key in ("output_dir", "resume", "overwrite", "tracker", "launcher", "profile"):
             del full[key]
         del full["train"]["device"]
         del full["data"]["directory"]

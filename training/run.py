@@ -160,7 +160,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     )
     validation = ValidationWindows(validation_set, config.eval.tokens, length, rank, world_size)
     strategy = build_strategy(config, distributed)
-    refuse_unsavable_state(build_optimizers(config.optimizer, compile_step=False), strategy)
+    distributed.on_all(lambda: refuse_unsavable_state(build_optimizers(config.optimizer, compile_step=False), strategy))
     if config.train.deterministic:
         hardware.make_deterministic()
     torch.manual_seed((config.seeds.model * world_size + rank) % 2**63)  # only dropout draws from this stream

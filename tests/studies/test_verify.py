@@ -11,6 +11,7 @@ import pytest
 from analysis.runs import load_run
 from analysis.trial_tables import TrialRow, write_trials
 from analysis.trials import RecordedTrial, load_study
+from scripts.study import main as study_command
 from studies.verify import TOLERANCE, chosen, compare, unequal, verify
 from tests.analysis.synthetic import write_study
 from training.records import RecordError, RunRecord
@@ -95,6 +96,20 @@ def test_an_old_summary_does_not_hide_a_failed_rerun(tmp_path: Path, monkeypatch
         verify(trials, tmp_path / "work", tmp_path, log=lambda _: None)
     (written,) = json.loads((tmp_path / "verification.json").read_text())
     assert (written["trial"], written["difference"], written["holds"]) == ("one", 0.0, True)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_reruns_may_run_the_code_that_records_name_only_if_the_command_line_allows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    write_study(tmp_path / "cpu_scale", models={"tiny": 1e6})
+    (tmp_path / "train.py").write_text(f"import sys; open('{tmp_path}/words', 'a').write(' '.join(sys.argv) + '\\n')")
+    monkeypatch.setattr("studies.verify._TRAIN", tmp_path / "train.py")
+    words = ["verify", "study=cpu_scale", *["allow_code=true"] * allowed]
+    assert study_command([*words, f"--records={tmp_path}", f"--work={tmp_path}/work"]) == 1
+    commands = (tmp_path / "words").read_text().splitlines()
+    assert len(commands) == 3
+    assert all(("allow_code=true" in command.split()) == allowed for command in commands)
 
 
 def test_trials_to_run_again_are_named_or_one_of_each_arm(tmp_path: Path) -> None:

@@ -92,6 +92,8 @@ def _lines() -> dict[tuple[str, str], str]:
 def of_this_run(values: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, str]], dict[str, str]]:
     """Return value and meaning of each key of a composed configuration, and the meanings of the other choices' keys."""
     given = flat(values)
+    for section, inside in values.items():  # mappings that are values, such as optimizer.arguments
+        given |= {f"{section}.{key}": value for key, value in inside.items()} if isinstance(inside, Mapping) else {}
     own: dict[str, tuple[Any, str]] = {}
     others: dict[tuple[str, str], list[Key]] = {}
     for key in keys():

@@ -206,13 +206,15 @@ def gradient_of_the_mean(kind: str) -> dict[str, float]:
 
 
 def numbers_in_state(kind: str) -> dict[str, Any]:
-    """Save a strategy after three steps, load it into another, and step both."""
+    """Save a strategy after three clipped steps, load it into another, and step both."""
     root = Path(sys.argv[1]) / "numbers" / kind
     with mock.patch.object(optimizers, "_adamw", lambda groups, lr, *_: Counting(groups, 0.1, in_groups=False)):
         first, second = (build(kind, "optimizer=adamw")[0] for _ in range(2))
+    start = [weight.clone() for weight in first.weights()]
     for _ in range(3):
         accumulate(first, 1)
-        first.step(None)
+        first.step(0.01)
+    moved = first.norm([weight - before for weight, before in zip(first.weights(), start, strict=True)]).item()
     state = {"training": {}, "ledger": {"entries": {}, "bytes_communicated": 0}, "metrics_bytes": 0, "config": {}}
     checkpoint = Checkpoint(save(root, 3, first.pieces(), state, first.distributed))
     second.load(checkpoint)
@@ -223,6 +225,7 @@ def numbers_in_state(kind: str) -> dict[str, Any]:
     same = torch.equal(whole_weights(first), whole_weights(second))
     return {
         "numbers": dict(sorted(checkpoint.numbers().items())),
+        "moved": moved,
         "same_weights": not first.distributed.any(not same),
     }
 

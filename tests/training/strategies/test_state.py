@@ -214,3 +214,11 @@ def test_numbers_in_the_state_survive_a_checkpoint_under_every_strategy(two_rank
     expected = two_ranks.look("numbers_in_state", "ddp")["numbers"]
     assert seen["numbers"] == expected
     assert {value for key, value in expected.items() if key.endswith(".step")} == {3}
+
+
+@pytest.mark.parametrize("kind", ranks.LOOKED_AT["numbers_in_state"])
+def test_gradients_are_clipped_under_every_strategy_for_optimizers_without_the_amp_protocol(
+    two_ranks: Launch, kind: str
+) -> None:
+    moved = two_ranks.look("numbers_in_state", kind)["moved"]
+    assert moved == pytest.approx(two_ranks.look("numbers_in_state", "ddp")["moved"], rel=1e-4)
