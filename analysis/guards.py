@@ -15,7 +15,7 @@ from scipy import special
 
 from analysis.colours import label
 from analysis.runs import Origin, RecordedRun, flatten
-from analysis.speedup import Endpoints
+from analysis.comparison import Endpoints
 from analysis.target import time_to_target
 from analysis.trials import RecordedTrial, Study
 from analysis.tuning import Tuning, predicted_gain, tunings

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from analysis.runs import Origin, RecordedRun, flatten, load_each, runs_of_rows
-from analysis.speedup import Endpoints
+from analysis.comparison import Endpoints
 from analysis.trial_tables import MISSING, TRIALS_FILE, Phase, TrialRow, read_curves, read_trials
 from analysis.wallclock import ReferenceTimes, training_seconds
 from training.records import Form, RecordError, find_runs, read_mapping, require
