@@ -1,18 +1,19 @@
-"""A study's result as a section of a page: verdict, figure, limits, and comparison with published results."""
+"""A study's result as a section of a page: one sentence, one table, its limits, and what others found."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
+
+import pandas as pd
 
 from analysis import escaping
 from analysis.colours import label
+from analysis.comparison import Endpoints
 from analysis.reference import PublishedLoss, load_reference
-from analysis.results import Results, model_sizes
-from analysis.tables import Cell, Table, markdown
+from analysis.results import VERDICT_CURRENCIES, Results, Verdict, model_sizes
 
-FIGURE = "speedups"
+_LIMITS = 3
 
 
 def section(results: Results, directory: Path, page: Path, arm: str) -> str:
@@ -21,111 +22,99 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
     Args:
         directory: the study's directory, with its report.
         page: the page of the section; links are relative to it.
-        arm: the arm of the verdict, on all models with reported runs of it.
+        arm: the arm of the sentence.
+
+    Raises:
+        ValueError: the study has no reported run of the arm.
     """
+    verdicts = [one for one in results.verdicts if one.arm == arm]
+    if not verdicts:
+        raise ValueError(f"{directory} has no verdict on {arm!r}; choose one of {', '.join(results.study.arms)}")
+    study = results.study
+    reported, tuning = (sum(trial.run is not None for trial in trials) for trials in (study.reporting, study.tuning))
+    place = escaping.href(directory, page.parent)
     parts = [
-        verdict(results, directory, page, arm),
-        f"![Speed-ups with their intervals]({escaping.href(directory, page.parent)}/figures/{FIGURE}.png)",
-        limits(results, _models(results, arm)),
-        markdown(side_by_side(results, arm)).split("\n", 2)[2],
+        *([escaping.markdown(study.under_way)] if study.under_way else []),
+        *(f"**{escaping.markdown(one.sentence(study.baseline))}**" for one in verdicts),
+        f"[Report]({place}/report.md) of [{study.name}]({place}/README.md): {reported:,} reported runs and {tuning:,} tuning "
+        f"runs. Losses are final validation losses in nats, means over seeds; differences are paired by seed.",
+        _table(results),
+        "**Limits**",
+        "\n".join(f"- {line}" for line in limits(results, verdicts)),
+        "**Published results** of Sophia against AdamW. Losses of different data and vocabularies do not compare.",
+        published(),
     ]
-    return "\n\n".join(part.strip() for part in parts)
+    return "\n\n".join(parts)
 
 
-def verdict(results: Results, directory: Path, page: Path, arm: str) -> str:
-    """Return the section's first part: the arm's verdict, three sentences per model. Arguments as in `section`."""
-    study, place = results.study, escaping.href(directory, page.parent)
-    parts = [
-        f"**{label(arm)} against a tuned {label(study.baseline)}** ([report]({place}/report.md), {_runs(results)}):"
-    ]
-    if study.under_way:
-        parts.insert(0, escaping.markdown(study.under_way))
-    for model in _models(results, arm):
-        parts.append("\n".join(f"- {escaping.markdown(sentence)}" for sentence in results.sentences(arm, model)))
-    return "\n\n".join(part.strip() for part in parts)
-
-
-def limits(results: Results, models: Sequence[str]) -> str:
-    """Return the limits of the study, in numbers."""
-    study, sizes = results.study, model_sizes(results.study)
-    said = []
-    for model in models:
-        longest = study.endpoints(study.baseline, model)[-1]
-        tokens = float(longest.tokens.mean())
+def limits(results: Results, verdicts: list[Verdict]) -> list[str]:
+    """Return the scale of the runs, and the strongest reasons to doubt the result."""
+    sizes, said = model_sizes(results.study), []
+    for one in verdicts:
+        end = one.at.endpoints if one.at else results.study.endpoints(one.arm, one.model)[-1]
+        tokens = float(end.tokens.mean())
+        size = sizes.get(one.model, math.nan)
         said.append(
-            f"{sizes[model] / 1e6:.1f}M parameters, {longest.horizon:,} steps, {tokens / 1e6:.1f}M tokens, "
-            f"{tokens / sizes[model]:.1f} tokens per parameter"
+            f"{size / 1e6:.1f}M parameters, {end.horizon:,} steps, {tokens / 1e6:.1f}M tokens, {tokens / size:.2g} "
+            "tokens per parameter"
         )
-    return (
-        f"**Limits**: the study says nothing about the paper's scale. The longest runs here have {'; '.join(said)}; the "
-        "paper's smallest have 125M parameters, 100,000 steps, 49B tokens, 390 tokens per parameter. Runs of a few hundred "
-        "steps favour short averages (β1, β2) and leave little time to estimate the curvature, so the result may not "
-        "transfer. `study=paper_125m` makes the same comparison at the paper's scale; it needs GPUs."
+    scale = (
+        f"Scale: {'; '.join(said)}. The paper's smallest model has 125M parameters, 100,000 steps, 390 tokens per "
+        "parameter. Short runs favour short averages (β1, β2) and leave little time to estimate the curvature."
     )
+    doubts = [f"{one.title}. {one.detail}" for one in results.findings[: _LIMITS - 1]]
+    return [scale, *map(escaping.markdown, doubts)]
 
 
-def side_by_side(results: Results, arm: str) -> Table:
-    """Return the paper's claim, independent results and this study, one row per comparison at equal length."""
-    study, reference = results.study, load_reference()
+def _table(results: Results) -> str:
+    study = results.study
     rows = []
-    for published in reference.losses:
-        if published.arm != "adamw":
-            continue
-        for other in _opponents(published, reference.losses):
-            difference = other.loss - published.loss
+    for model in study.models:
+        own = [one for one in results.verdicts if one.model == model and one.at is not None]
+        for horizon in sorted({one.at.endpoints.horizon for one in own if one.at}):
+            baseline = next(end for end in study.endpoints(study.baseline, model) if end.horizon == horizon)
+            rows.append(_row(baseline, [""] * (2 + len(VERDICT_CURRENCIES))))
+            for one in own:
+                assert one.at is not None
+                if one.at.endpoints.horizon == horizon:
+                    same, ratios = one.at.same, [one.at.ratio_in(currency) for currency in VERDICT_CURRENCIES]
+                    shown = "–" if isinstance(same, str) or same.interval is None else same.interval.text
+                    told = ["–" if isinstance(ratio, str) else ratio.text for ratio in ratios]
+                    rows.append(_row(one.at.endpoints, [shown, *told, one.word]))
+    names = [f"minus {label(study.baseline)}", "ratio in steps", "in compute", "in wall-clock", "verdict"]
+    table = pd.DataFrame(rows, columns=["model", "arm", "steps", "loss", *names])
+    return str(table.loc[:, (table != "–").any() & ((table != "") & (table != "–")).any()].to_markdown(index=False, disable_numparse=True))
+
+
+def _row(end: Endpoints, rest: list[str]) -> list[str]:
+    loss = f"{end.mean:.3f}" if math.isfinite(end.mean) else f"{len(end.diverged)} of {len(end.seeds)} diverged"
+    return [escaping.markdown(end.model), escaping.markdown(label(end.arm)), f"{end.horizon:,}", loss, *rest]
+
+
+def published() -> str:
+    """Return published pairs of Sophia and AdamW as a Markdown table."""
+    reference = load_reference()
+    rows = []
+    for baseline in reference.losses:
+        for other in reference.losses:
+            if baseline.arm != "adamw" or not other.arm.startswith("sophia") or not _paired(baseline, other):
+                continue
             rows.append(
-                (
-                    Cell("the paper" if published.source == "paper" else published.source),
-                    Cell(published.size),
-                    Cell(_length(published, other)),
-                    Cell(f"{published.loss:.3f}"),
-                    Cell(f"{_name(other.arm)} {other.loss:.3f}"),
-                    Cell(f"{difference:+.3f}"),
-                    Cell("2 (claimed)" if published.source == "paper" else "–"),
-                )
+                {
+                    "source": baseline.source,
+                    "size": baseline.size,
+                    "length": _length(baseline, other),
+                    "AdamW": f"{baseline.loss:.3f}",
+                    "Sophia": f"{other.loss:.3f}" + ("" if other.arm == "sophia" else f" ({label(other.arm)})"),
+                    "difference": f"{other.loss - baseline.loss:+.3f}",
+                    "to know": reference.flaws.get(baseline.source, ""),
+                }
             )
-    sizes = model_sizes(study)
-    baselines = {
-        (one.endpoints.model, one.endpoints.horizon): one
-        for one in results.finals
-        if one.endpoints.arm == study.baseline
-    }
-    steps = {(one.model, one.horizon): one for one in results.speed_ups if (one.arm, one.currency) == (arm, "steps")}
-    for one in results.finals:
-        key = one.endpoints.model, one.endpoints.horizon
-        if one.endpoints.arm != arm or key not in baselines or one.difference is None:
-            continue
-        interval = one.difference
-        rows.append(
-            (
-                Cell(f"**{study.name}**"),
-                Cell(f"{sizes[key[0]] / 1e6:.1f}M"),
-                Cell(f"{key[1]:,} steps"),
-                Cell(_loss(baselines[key].mean)),
-                Cell(f"{label(arm)} {_loss(one.mean)}"),
-                Cell(f"{interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"),
-                Cell(steps[key].text if key in steps else "–"),
-            )
-        )
-    return Table(
-        name="standing",
-        title="Side by side",
-        columns=("source", "size", "length", label(study.baseline), "Sophia", "difference, nats", "speed-up in steps"),
-        rows=tuple(rows),
-        note="Differences are Sophia's final validation loss less AdamW's at equal length, where not said otherwise; losses "
-        "of different corpora and vocabularies do not compare with each other. Sources: results/reference.json.",
-        numeric=(3, 4, 5, 6),
-    )
+    return str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
 
 
-def _opponents(published: PublishedLoss, losses: Sequence[PublishedLoss]) -> list[PublishedLoss]:
-    """Return Sophia's losses from the same source at the same size and, if given, the same horizon."""
-    return [
-        one
-        for one in losses
-        if one.arm.startswith("sophia")
-        and (one.source, one.size, one.chinchilla) == (published.source, published.size, published.chinchilla)
-    ]
+def _paired(one: PublishedLoss, other: PublishedLoss) -> bool:
+    return (one.source, one.size, one.chinchilla) == (other.source, other.size, other.chinchilla)
 
 
 def _length(baseline: PublishedLoss, arm: PublishedLoss) -> str:
@@ -136,24 +125,3 @@ def _length(baseline: PublishedLoss, arm: PublishedLoss) -> str:
     if baseline.steps != arm.steps:
         return f"{baseline.steps:,} steps, Sophia {arm.steps:,}"
     return f"{baseline.steps:,} steps"
-
-
-def _name(arm: str) -> str:
-    return "Sophia" if arm == "sophia" else label(arm)
-
-
-def _loss(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "diverged"
-
-
-def _models(results: Results, arm: str) -> list[str]:
-    """Return the models with reported runs of the arm."""
-    told = {one.model for one in results.headlines if one.arm == arm}
-    return [model for model in results.study.models if model in told]
-
-
-def _runs(results: Results) -> str:
-    study = results.study
-    reported = sum(trial.run is not None for trial in study.reporting)
-    tuning = sum(trial.run is not None for trial in study.tuning)
-    return f"{reported:,} reported runs and {tuning:,} tuning runs, with records"

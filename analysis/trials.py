@@ -6,6 +6,7 @@ are the optimizers and every run counts as reported.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -163,19 +164,15 @@ class Study:
             and (model is None or trial.model == model)
         ]
 
-    def endpoints(self, arm: str, model: str, *, times: ReferenceTimes | None = None) -> list[Endpoints]:
-        """Return the endpoints of an arm's finished reported runs, one per horizon, ascending.
-
-        Args:
-            times: compute seconds with the reference-time model instead of measured times.
-        """
+    def endpoints(self, arm: str, model: str) -> list[Endpoints]:
+        """Return the endpoints of an arm's finished reported runs, one per horizon, ascending."""
         cells: dict[int, dict[int, RecordedRun]] = {}
         for trial in self.reporting:
             if trial.arm != arm or trial.model != model or trial.run is None:
                 continue
             if trial.status in ("completed", "diverged"):
                 cells.setdefault(trial.horizon, {})[trial.seed] = trial.run
-        return [_endpoints(arm, model, horizon, cells[horizon], times) for horizon in sorted(cells)]
+        return [_endpoints(arm, model, horizon, cells[horizon], self.reference_times) for horizon in sorted(cells)]
 
 
 def load_study(paths: Sequence[str | Path], *, baseline: str = "adamw", train_points: int = 400) -> Study:
@@ -386,11 +383,7 @@ def _endpoints(
     seeds = tuple(sorted(by_seed))
     runs = [by_seed[seed] for seed in seeds]
 
-    def seconds(run: RecordedRun) -> float:
-        if times is None:
-            return training_seconds(run)
-        modelled = times.training_seconds(run, arm)
-        return float("nan") if modelled is None else modelled
+    modelled = [None if times is None else times.training_seconds(run, arm) for run in runs]
 
     def column(values: Iterable[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
         return np.array(list(values), dtype=np.float64)
@@ -403,8 +396,9 @@ def _endpoints(
         losses=column(run.final_val_loss for run in runs),
         tokens=column(run.total("tokens") for run in runs),
         flops=column(run.total("flops") for run in runs),
-        seconds=column(seconds(run) for run in runs),
+        seconds=column(training_seconds(run) for run in runs),
         runs=tuple(run.origin for run in runs),
+        reference_seconds=float(np.mean([math.nan if value is None else value for value in modelled])),
     )
 
 
