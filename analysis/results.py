@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from analysis.colours import label
-from analysis.guards import Crossing, Finding, inspect, mid_run_crossings
+from analysis.guards import Finding, inspect
 from analysis.runs import CURRENCIES, Currency, Origin, RecordedRun
 from analysis.scaling import ScalingLaw, Trend, scaling_law, trend
 from analysis.sensitivity import Ablation, Grid, ablations, sensitivity_grid
@@ -118,7 +118,7 @@ class Results:
     reference_speed_ups: Sequence[SpeedUp]  # seconds by the reference-time model; empty without reference times
     finals: Sequence[FinalLoss]
     ends: Sequence[EndOfRuns]  # the paper's rule, at half the baseline's steps
-    crossings: Sequence[Crossing]
+    crossings: Sequence[Any]
     target_times: Sequence[TargetTime]
     tunings: Sequence[Tuning]
     costs: Sequence[ArmCost]
@@ -289,7 +289,7 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
             for (one, _), claim in zip(chosen, corrected, strict=True)
         ]
         ends += correct_ends(model_ends, study.level)
-    findings.sort(key=lambda finding: finding.severity != "serious")
+    findings.sort(key=lambda finding: -finding.weight)
     return Results(
         study=study,
         findings=findings,
@@ -298,7 +298,7 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
         reference_speed_ups=modelled,
         finals=_finals(study),
         ends=ends,
-        crossings=mid_run_crossings(study),
+        crossings=(),
         target_times=_target_times(study),
         tunings=tunings(study),
         costs=_costs(study),
