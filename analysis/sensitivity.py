@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from analysis.comparison import Interval, paired_interval
 from analysis.guards import INCIDENTAL, TIMING, is_under
 from analysis.runs import Origin, RecordedRun, flatten
-from analysis.comparison import Interval, paired_interval
 from analysis.trials import Study, short
 from analysis.wallclock import training_seconds
 
