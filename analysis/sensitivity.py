@@ -15,6 +15,7 @@ from analysis.runs import Origin, RecordedRun, flatten
 from analysis.trials import Study, short
 from analysis.wallclock import training_seconds
 
+LEVEL = 0.95  # of the intervals, which are exploratory: not corrected for the number of ablations
 GRID = ("optimizer.betas", "optimizer.gamma")
 REFRESH = ("optimizer.hessian_interval",)
 
@@ -30,7 +31,7 @@ class Ablation:
     setting: str  # what it varies: "estimator=hutchinson"
     mean: float  # final validation loss, nats; NaN if a run diverged
     differences: tuple[float, ...]  # from the arm's, per seed, nats; empty if a run diverged or no seed is common
-    interval: Interval | None  # of the mean difference; None for a single seed
+    interval: Interval | None  # of the mean difference, 95 %; None for a single seed
     time_ratio: float  # seconds per step divided by the arm's
     diverged: int
     runs: int
@@ -72,7 +73,7 @@ def ablations(study: Study) -> list[Ablation]:
                         setting=_setting(next(iter(varied.values())), arm.varies) or name,
                         mean=math.nan if end.diverged else float(end.losses.mean()),
                         differences=differences,
-                        interval=paired_interval(differences, study.level),
+                        interval=paired_interval(differences, LEVEL),
                         time_ratio=_per_step(varied.values()) / _per_step(plain.values()) if plain else math.nan,
                         diverged=len(end.diverged),
                         runs=len(end.seeds),
