@@ -83,7 +83,8 @@ class Verdict:
         """The paper's claim: after half the steps the arm ends at or below the baseline."""
         if self.not_tested:
             return "not tested"
-        assert self.paper is not None and isinstance(self.paper.half, Contrast)
+        assert self.paper is not None
+        assert isinstance(self.paper.half, Contrast)
         return "seen" if self.paper.half.word == "lower" else "not seen at this scale"
 
     @property
@@ -265,7 +266,7 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
         try:
             baselines[model] = fit_baseline(cells)
         except ValueError as error:
-            findings.insert(0, Finding("baseline", "serious", f"{model}: the baseline cannot be used", str(error)))
+            findings.append(Finding("baseline", "serious", f"{model}: the baseline cannot be used", str(error)))
             continue
         level = corrected_level(study, model)
         for arm in [*study.arm_names(), *study.arm_names("ablation")]:
@@ -284,6 +285,7 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
                     f"{baselines[model].self_test.reason[0].upper()}{baselines[model].self_test.reason[1:]}.",
                 )
             )
+    findings.sort(key=lambda finding: -finding.weight)
     return Results(
         study=study,
         findings=findings,

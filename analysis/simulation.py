@@ -80,7 +80,8 @@ def simulate(scenario: Scenario, truth: float, seeds: int, studies: int) -> Rate
         ]
         arm = _cell("arm", ARM_STEPS, mean + shared + rng.normal(0, scenario.arm, seeds))
         (one,) = compare([arm], baseline, fit_baseline(baseline), LEVEL)
-        assert isinstance(one.same, Contrast) and isinstance(one.half, Contrast)
+        assert isinstance(one.same, Contrast)
+        assert isinstance(one.half, Contrast)
         same.append(_covers(one.same, true_same))
         half.append(_covers(one.half, true_half))
         faster.append(one.same.word == "lower")
@@ -116,9 +117,7 @@ def power_by_seeds(seeds: Sequence[int] = (2, 3, 5, 8, 12, 20), arms: Sequence[i
     """Return the true difference that is found four times in five, in standard deviations of one seed's difference."""
     return pd.DataFrame(
         {"seeds": n}
-        | {
-            f"{m} arm{'s' if m > 1 else ''}": f"{smallest_detectable(1.0, n, 1 - (1 - LEVEL) / m):.2f}" for m in arms
-        }
+        | {f"{m} arm{'s' if m > 1 else ''}": f"{smallest_detectable(1.0, n, 1 - (1 - LEVEL) / m):.2f}" for m in arms}
         for n in seeds
     )
 

@@ -83,7 +83,8 @@ def _table(results: Results) -> str:
                     rows.append(_row(one.at.endpoints, [shown, *told, one.word]))
     names = [f"minus {label(study.baseline)}", "ratio in steps", "in compute", "in wall-clock", "verdict"]
     table = pd.DataFrame(rows, columns=["model", "arm", "steps", "loss", *names])
-    return str(table.loc[:, (table != "–").any() & ((table != "") & (table != "–")).any()].to_markdown(index=False, disable_numparse=True))
+    told = [column for column in table if not set(table[column]) <= {"", "–"}]
+    return str(table[told].to_markdown(index=False, disable_numparse=True))
 
 
 def _row(end: Endpoints, rest: list[str]) -> list[str]:

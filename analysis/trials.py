@@ -7,6 +7,7 @@ are the optimizers and every run counts as reported.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from analysis.runs import Origin, RecordedRun, flatten, load_each, runs_of_rows
 from analysis.comparison import Endpoints
+from analysis.runs import Origin, RecordedRun, flatten, load_each, runs_of_rows
 from analysis.trial_tables import MISSING, TRIALS_FILE, Phase, TrialRow, read_curves, read_trials
 from analysis.wallclock import ReferenceTimes, training_seconds
 from training.records import Form, RecordError, find_runs, read_mapping, require
@@ -102,6 +103,9 @@ class Study:
     finished: bool = True
     trials_at_most: int | None = None  # in all, if every search uses its budget
     damaged: tuple[str, ...] = ()  # a line about each bare record that cannot be read
+    set_aside: Mapping[str, int] = field(default_factory=dict)  # recorded trials no longer in the study file, by arm
+    # Seeds recorded by each study whose results chose settings of this one; None without its tables.
+    builds_on: Mapping[str, frozenset[int] | None] = field(default_factory=dict)
 
     @property
     def left_out(self) -> str:
@@ -263,7 +267,8 @@ def _from_tables(directory: Path, train_points: int) -> Study:
     if spec is None:
         raise RecordError(f"{path} is missing; restore it next to {TRIALS_FILE}")
     require(_Spec, spec, path)
-    rows = [row for row in read_trials(directory) if row.phase != "set aside"]
+    recorded = read_trials(directory)
+    rows = [row for row in recorded if row.phase != "set aside"]
     arms = _arms(spec)
     if unknown := [row for row in rows if row.arm not in arms]:
         raise RecordError(f"{directory / TRIALS_FILE}:{unknown[0].line}: {path} has no arm {unknown[0].arm!r}")
@@ -292,8 +297,15 @@ def _from_tables(directory: Path, train_points: int) -> Study:
         finished=len(runs) == len(rows),
         trials_at_most=spec.get(PLAN, {}).get("trials_at_most"),
         directory=directory,
+        set_aside=Counter(row.arm for row in recorded if row.phase == "set aside"),
+        builds_on={name: _seeds(directory.resolve().parent / name) for name in spec.get("builds_on", [])},
         reference_times=ReferenceTimes.load(times) if times.is_file() else None,
     )
+
+
+def _seeds(directory: Path) -> frozenset[int] | None:
+    """Return the seeds of a study's recorded trials, of every phase; None without its table."""
+    return frozenset(row.seed for row in read_trials(directory) if row.summary) if is_study(directory) else None
 
 
 def _arms(spec: Mapping[str, Any]) -> dict[str, Arm]:
@@ -362,6 +374,7 @@ class _Spec(Form):
     baseline: str
     description: str = ""
     level: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    builds_on: list[str] = Field(default_factory=list)
     models: dict[str, _ReadModel]
     tuning: _ReadTuning
     arms: dict[str, _ReadArm]

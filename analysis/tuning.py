@@ -26,11 +26,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Edge:
-    """The best setting is at an end of the search space."""
+    """A value at an end of what its search tried: the optimum may lie outside."""
 
+    arm: str
+    model: str
+    horizon: int  # at which the value is used
     key: str
     value: float
     side: str  # "lowest" or "highest"
+    inherited_from: str = (
+        ""  # the search that chose the value, as "64 steps", if the key was not searched at this horizon
+    )
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,39 @@ def tunings(study: Study) -> list[Tuning]:
         _tuning(study.arms[arm], model, horizon, trials, chosen.get((arm, model, horizon)))
         for (arm, model, horizon), trials in sorted(cells.items())
     ]
+
+
+def edges(study: Study, searches: Sequence[Tuning]) -> list[Edge]:
+    """Return the reported values at an end of what was tried, the baseline's first.
+
+    A key that was not searched at a horizon has its value, and its edge, from the search at another horizon, or on
+    another model. Before any reported run, the edges of the best settings count.
+    """
+    cells = {
+        (trial.arm, trial.model, trial.horizon): trial.values
+        for trial in study.reporting
+        if trial.values and study.arms[trial.arm].role == "arm"
+    } or {(search.arm, search.model, search.horizon): search.best.values for search in searches}
+    order = sorted(study.arms, key=lambda arm: arm != study.baseline)
+    found = []
+    for (arm, model, horizon), values in sorted(
+        cells.items(), key=lambda cell: (order.index(cell[0][0]), *cell[0][1:])
+    ):
+        sources = sorted(
+            (search for search in searches if search.arm == arm),
+            key=lambda one: ((one.model, one.horizon) != (model, horizon), one.model != model, -len(one.candidates)),
+        )
+        for key, value in values.items():
+            tried = ((one, explored(one.candidates, key)) for one in sources)
+            source = next((one for one, points in tried if len(points) > 1 and value in points), None)
+            if source is None or (side := _side(study.arms[arm], source.candidates, key, value)) is None:
+                continue
+            place = (
+                f"{source.horizon:,} steps" if source.model == model else f"{source.model}, {source.horizon:,} steps"
+            )
+            own = (source.model, source.horizon) == (model, horizon)
+            found.append(Edge(arm, model, horizon, key, float(value), side, "" if own else place))
+    return found
 
 
 def candidates(trials: Sequence[RecordedTrial]) -> list[Candidate]:
@@ -106,31 +145,27 @@ def _tuning(
 ) -> Tuning:
     found = candidates(trials)
     best = next((one for one in found if chosen is not None and dict(one.values) == dict(chosen)), found[0])
-    keys = sorted({key for candidate in found for key in candidate.values})
-    edges = [edge for key in keys if (edge := _edge(arm, found, best, key)) is not None]
-    return Tuning(arm.name, model, horizon, tuple(found), best, tuple(edges))
+    own = [
+        Edge(arm.name, model, horizon, key, float(value), side)
+        for key, value in sorted(best.values.items())
+        if (side := _side(arm, found, key, value)) is not None
+    ]
+    return Tuning(arm.name, model, horizon, tuple(found), best, tuple(own))
 
 
-def _edge(arm: Arm, found: Sequence[Candidate], best: Candidate, key: str) -> Edge | None:
-    value = best.values.get(key)
+def _side(arm: Arm, found: Sequence[Candidate], key: str, value: Any) -> str | None:
+    """Return whether the value is the "lowest" or "highest" that was tried; None inside."""
     values = explored(found, key)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or len(values) < 2:
         return None
-    value = float(value)
     space = arm.search.get(key)
     if isinstance(space, Mapping) and "low" in space and "high" in space:
         low, high = float(space["low"]), float(space["high"])
-        place = _place(value, low, high, space.get("scale") == "log")
-        if place <= _NEAR or place >= 1 - _NEAR:
-            return Edge(key, value, "lowest" if place < 0.5 else "highest")
-        return None
+        if space.get("scale") == "log":
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        place = (value - low) / (high - low)
+        return "lowest" if place <= _NEAR else "highest" if place >= 1 - _NEAR else None
     # Zero (no weight decay, no warm-up) is a natural limit, not an edge of the search.
     if value == values[0] and value != 0:
-        return Edge(key, value, "lowest")
-    return Edge(key, value, "highest") if value == values[-1] else None
-
-
-def _place(value: float, low: float, high: float, logarithmic: bool) -> float:
-    if logarithmic:
-        return math.log(value / low) / math.log(high / low)
-    return (value - low) / (high - low)
+        return "lowest"
+    return "highest" if value == values[-1] else None

@@ -29,7 +29,9 @@ STUDIES = [ROOT / "results" / name for name in ("cpu_embeddings", "cpu_scale")] 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="*", type=Path, default=STUDIES, help="their directories; the first is the page's")
+    parser.add_argument(
+        "studies", nargs="*", type=Path, default=STUDIES, help="their directories; the first is the page's"
+    )
     parser.add_argument("--page", type=Path, default=ROOT / "README.md", help="the page with the part `results`")
     parser.add_argument("--arm", default="sophiag", help="the arm whose verdict is the page's first sentence")
     options = parser.parse_args(arguments)

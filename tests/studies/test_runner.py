@@ -194,6 +194,15 @@ def test_the_tables_are_what_the_analysis_reads(spec: StudySpec, places: Places)
     assert analyse(study).headline("sophiag", "gpt2_nano", "steps", 1.0).claim.verdict == "undecided"
 
 
+def test_the_recorded_budgets_include_finalists(places: Places) -> None:
+    values = small()
+    values["tuning"]["finalists"] = {"settings": 2, "seeds": [101, 102]}
+    assert run_study(validate_spec(values, "small.yaml"), places, FakeMachine(), log=silent).finished
+    study = load_study([places.records])
+    assert [study.arms["adamw"].granted("gpt2_nano", horizon) for horizon in (25, 50, 100)] == [7, 10, 7]
+    assert [finding.title for finding in inspect(study) if finding.guard == "budget"] == []
+
+
 def test_an_interrupted_study_lists_what_is_missing(spec: StudySpec, places: Places) -> None:
     run_study(spec, places, FakeMachine(), log=silent)
     assert load_study([places.records]).under_way == ""

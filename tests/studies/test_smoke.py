@@ -26,7 +26,7 @@ def tiny(directory: Path) -> Path:
     study["base"] = [one for one in study["base"] if not one.startswith("eval.")]
     study["base"] += ["eval.tokens=2048", "eval.interval=4", f"data.directory={directory / 'tokens'}"]
     study["models"]["gpt2_nano"] |= {"horizons": [8, 16], "tune_at": 8}
-    study["tuning"] |= {"trials": 2, "retune": {"keys": ["optimizer.lr"], "trials": 1}}
+    study["tuning"] |= {"trials": 2, "follow": "at_once", "retune": {"keys": ["optimizer.lr"], "trials": 1}}
     study["ablations"]["sophiag_k1"] |= {"horizons": [16], "seeds": 1}
     path = directory / "tiny.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False))

@@ -29,13 +29,21 @@ def change(values: dict[str, Any], path: str, value: Any) -> None:
         ("models/gpt2_nano/seeds", [1, 100], r"\[100\] are also tuning seeds"),
         ("models/gpt2_micro/like", "gpt2_mini", "expected a model listed before it"),
         ("models/gpt2_micro/arms", ["sophiag"], "including the baseline"),
-        ("tuning/seeds", [100, 101, 102, 103], "tuning.trials=6 is not a multiple of the 4 tuning seeds"),
+        ("tuning/seeds", [100, 101, 102, 103], "tuning: trials=6 is not a multiple of the 4 tuning seeds"),
         ("tuning/method", "halton", "needs low and high"),
+        (
+            "tuning/retune/trials",
+            2,
+            r"retune.trials=2 is less than the 3 trials of one round of adamw: .* 2 neighbours of 1",
+        ),
+        ("tuning/finalists", {"settings": 2, "seeds": [100]}, r"finalists.seeds: \[100\] are also in seeds"),
+        ("tuning/finalists", {"settings": 2, "seeds": [1, 101]}, r"gpt2_nano.seeds: \[1\] are also tuning seeds"),
         ("tuning/trials", 0, "tuning.trials=0: out of range; give a number above 0"),
         ("tuning/trials", 1.5, "tuning.trials=1.5: not a whole number"),
         ("arms/adamw/search/optimizer.lr", {"values": [1e-3], "widen": True}, "at least two values"),
         ("arms/adamw/search/optimizer.lr", {"values": [1e-3, 2e-3], "start": 3e-3}, "start=0.003 is not among"),
         ("arms/adamw/search/optimizer.lr", {"low": 1.0, "high": 0.5}, "low=1.0 is not below high=0.5"),
+        ("arms/adamw/search/optimizer.lr", {"low": 1.0, "high": 2.0, "start": 3.0}, "start=3.0 is not between low=1.0"),
         ("arms/adamw/horizons", [50], r"arms.adamw.horizons=\[50\]: the baseline must run at all horizons"),
         ("arms/sophiag/horizons", [50, 265], r"no model of sophiag has horizon \[265\]; choose from \[50, 100\]"),
         ("arms/sophiag/horizons", [100], r"arms.sophiag.horizons=\[100\]: gpt2_micro has none of them"),
@@ -56,6 +64,16 @@ def test_a_grid_larger_than_the_budget_is_refused() -> None:
     values["tuning"]["method"] = "grid"
     with pytest.raises(ConfigurationError, match=r"has 9 trials, more than tuning.trials=6"):
         validate_spec(values, "small.yaml")
+
+
+def test_a_coordinate_search_that_cannot_try_every_key_is_refused_unless_it_follows_at_once() -> None:
+    values = small()
+    values["tuning"]["trials"] = 4
+    message = "tuning.trials=4 is less than the 5 trials of one round of adamw: the start and 4 neighbours of 2 keys"
+    with pytest.raises(ConfigurationError, match=message):
+        validate_spec(values, "small.yaml")
+    values["tuning"]["follow"] = "at_once"
+    validate_spec(values, "small.yaml")
 
 
 def test_an_unknown_study_names_those_there_are(tmp_path: Path) -> None:
