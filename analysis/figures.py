@@ -164,7 +164,8 @@ def loss_against_tokens(results: Results) -> Figure:
 
 def final_differences(results: Results) -> Figure:
     """Final loss minus the baseline's at the same steps, paired by seed: seeds, mean and interval, per arm and horizon."""
-    study, models = results.study, {}
+    study = results.study
+    models: dict[str, list[_Row]] = {}
     palette = colours(study.arm_names())
     for one in results.compared:
         if study.arms[one.endpoints.arm].role == "arm" and not isinstance(one.same, str):
