@@ -131,7 +131,9 @@ def loss_against_tokens(results: Results) -> Figure:
     figure, panels = _panels(len(models), share_y=True)
     palette = colours(study.arm_names())
     # The baseline's losses set the scale: a diverging arm would flatten all others.
-    scale = 1.05 * max(float(fitted.losses.max()) for fitted in results.baselines.values())
+    scale = 1.05 * max(float(results.baselines[model].losses.max()) for model in models)
+    ends = [end for end in results.endpoints() if end.model in models and study.arms[end.arm].role == "arm"]
+    lowest = min(float(np.nanmin(end.losses)) for end in ends if not end.diverged)
     for axis, model in zip(panels, models, strict=True):
         fitted = results.baselines[model]
         x = np.linspace(fitted.log_tokens[0], fitted.log_tokens[-1], 100)
@@ -146,8 +148,6 @@ def loss_against_tokens(results: Results) -> Figure:
             name = _label(arm) if means.max() <= scale else f"{_label(arm)} (up to {means.max():.1f}, off the scale)"
             tokens = [float(end.tokens.mean()) for end in ends]
             axis.errorbar(tokens, means, yerr=reach, fmt="o", color=palette[arm], label=name, markersize=4, capsize=2)
-        if axis.get_ylim()[1] > scale:
-            axis.set_ylim(top=scale)
         axis.set_xscale("log")
         at = np.exp(fitted.log_tokens)
         axis.set_xticks(at, [f"{count / 1e6:,.3g}M" if count >= 1e5 else f"{count:,.0f}" for count in at], fontsize=8)
@@ -156,6 +156,7 @@ def loss_against_tokens(results: Results) -> Figure:
         axis.set_title(escaping.figure(f"{model}{tested}"), fontsize=10)
         axis.set_xlabel("training tokens")
         _dress(axis)
+    panels[0].set_ylim(lowest - 0.05 * (scale - lowest), scale)
     panels[0].set_ylabel("final validation loss (nats)")
     panels[0].legend(frameon=False, fontsize=8)
     return figure
@@ -198,26 +199,28 @@ class _Row:
 def _forest(axis: Axes, rows: Sequence[_Row]) -> None:
     """Draw differences with their intervals, one below the other.
 
-    A row that reaches more than four times as far as the middle one does not set the scale: it is cut at the axis' ends,
+    A row that reaches more than six times as far as the middle one does not set the scale: it is cut at the axis' ends,
     with arrows and its numbers.
     """
     reaches = [max(map(abs, row.ends)) for row in rows]
-    kept = [row for row, reach in zip(rows, reaches, strict=True) if reach <= 4 * median_low(reaches)]
+    kept = [row for row, reach in zip(rows, reaches, strict=True) if reach <= 6 * median_low(reaches)]
     low, high = min(0.0, *(row.ends[0] for row in kept)), max(0.0, *(row.ends[1] for row in kept))
     room = 0.05 * (high - low) or 0.01
     low, high = low - room, high + room
     axis.axvline(0.0, color="#888888", linewidth=1)
     for y, row in enumerate(reversed(rows)):
-        mean = float(np.mean(row.differences))
+        mean, interval = float(np.mean(row.differences)), row.interval
         axis.plot(row.differences, [y] * len(row.differences), ".", color="#999999", zorder=2)
         axis.plot(mean, y, "D", color=row.colour, markersize=5, zorder=3)
-        axis.plot(np.clip((row.interval and [row.interval.low, row.interval.high]) or [mean, mean], low, high), [y, y],
-                  color=row.colour, linewidth=1.8, zorder=1)  # fmt: skip
+        if interval is not None:
+            axis.plot(
+                np.clip([interval.low, interval.high], low, high), [y, y], color=row.colour, linewidth=1.8, zorder=1
+            )
         if row not in kept:
             for end, beyond, marker in ((low, row.ends[0] < low, "<"), (high, row.ends[1] > high, ">")):
                 if beyond:
                     axis.plot(end, y, marker, color=row.colour, markersize=7, clip_on=False, zorder=4)
-            text = f"off the scale: {row.interval.text if row.interval else f'{mean:+.3f}'}"
+            text = f"off the scale: {interval.text if interval else f'{mean:+.3f}'}"
             axis.annotate(
                 text, (0.98, y + 0.12), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7
             )
@@ -278,25 +281,21 @@ def hessian_interval(results: Results) -> Figure:
 
 def ablations(results: Results) -> Figure:
     """Each ablation's final loss minus its arm's, paired by seed: seeds, mean and 95% interval, exploratory."""
-    shown = [one for one in results.ablations if one.differences]
+    shown = [one for one in results.ablations if one.interval is not None]
     if not shown:
-        raise NothingToShow("no ablation arms with finished runs (role: ablation in the study file)")
-    cells = dict.fromkeys(f"{label(one.of)}, {one.model}, {one.horizon:,} steps" for one in shown)
-    names = [
-        one.setting if len(cells) == 1 else f"{one.setting}  ({label(one.of)}, {one.model}, {one.horizon:,})"
-        for one in shown
-    ]
+        raise NothingToShow("no ablation arms with two finished seeds (role: ablation in the study file)")
+    cells = {one: f"{label(one.of)}, {one.model}, {one.horizon:,} steps" for one in shown}
+    single = len(set(cells.values())) == 1
     figure, (axis,) = _panels(1, width=9, height=1.4 + 0.27 * len(shown))
+    names = [one.setting if single else f"{one.setting}  ({cells[one]})" for one in shown]
     _forest(
         axis, [_Row(name, one.differences, one.interval, "#c2342b") for name, one in zip(names, shown, strict=True)]
     )
     lost = [f"{one.arm} ({one.diverged} of {one.runs})" for one in results.ablations if one.diverged]
-    title = [f"against {next(iter(cells))}"] if len(cells) == 1 else []
+    title = [f"against {cells[shown[0]]}"] if single else []
     title += [f"diverged: {', '.join(lost)}"] if lost else []
     axis.set_title(escaping.figure("; ".join(title)), fontsize=9)
-    axis.set_xlabel(
-        "final loss minus the arm's (nats); to the right is worse; intervals are not corrected", fontsize=8.5
-    )
+    axis.set_xlabel("final loss minus the arm's (nats); right is worse", fontsize=8.5)
     return figure
 
 

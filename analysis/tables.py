@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Table:
     def columns(self) -> list[str]:
         return [str(column) for column in self.frame.columns]
 
-    @property
+    @cached_property
     def numeric(self) -> list[bool]:
         """Whether each column holds numbers, which are right-aligned."""
         return [all(_NUMBER.match(text) for text in self.frame[column]) for column in self.frame.columns]
