@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from typing import Any, Literal
 
 from scipy import special
@@ -44,31 +45,17 @@ SEED = ("seed", "seeds", "environment.initial_weights_sha256")
 
 # Hyper-parameters that are an arm's own: they mean something else in each optimizer, and may differ. Every other key that
 # at least two arms have must be equal or searched in all.
-OWN = tuple(
-    f"optimizer.{key}"
-    for key in (
-        *(
-            "name",
-            "factory",
-            "arguments",
-            "betas[1]",
-            "momentum",
-            "eps",
-            "gamma",
-            "clip",
-            "hessian_interval",
-            "estimator",
-        ),
-        *("batch_fraction", "bias_correction", "label_draws", "warm_start", "unclipped_target"),
-    )
+_OWN = (
+    *("name", "factory", "arguments", "betas[1]", "momentum", "eps", "gamma", "clip", "hessian_interval", "estimator"),
+    *("batch_fraction", "bias_correction", "label_draws", "warm_start", "unclipped_target"),
 )
+OWN = tuple(f"optimizer.{key}" for key in _OWN)
 EMBEDDINGS_RATE = "optimizer.embedding_lr_ratio"
 # Of the shared keys, those worth as much as the effects that are measured.
-_DECISIVE = (
-    *("optimizer.lr", EMBEDDINGS_RATE, "optimizer.decay_embeddings", "schedule.warmup_steps", "schedule.warmup_share"),
-)
+_WARMUP = ("schedule.warmup_steps", "schedule.warmup_share")
+_DECISIVE = ("optimizer.lr", EMBEDDINGS_RATE, "optimizer.decay_embeddings", *_WARMUP)
 # Values of shared keys that a record may lack.
-_DEFAULTS: Mapping[str, Any] = {EMBEDDINGS_RATE: 1.0, "optimizer.decay_embeddings": True}
+_DEFAULTS: dict[str, Any] = {EMBEDDINGS_RATE: 1.0, "optimizer.decay_embeddings": True}
 
 # A larger share of steps with a clipped gradient norm, and a larger difference between clocks of the same work, are found.
 _OFTEN_CLIPPED = 0.3
@@ -78,15 +65,12 @@ _MATTERS = 0.002
 
 Affects = Literal["loss", "seconds", "FLOPs and seconds"]
 Severity = Literal["serious", "note"]
-
+SEVERITIES: tuple[Severity, ...] = ("serious", "note")
 
 # What runs differ in, and the consequence for a comparison.
 _UNFAIR: dict[Affects, tuple[str, str]] = {
     "loss": ("more than the optimizer", "A difference of loss between them may not be due to the optimizer."),
-    "seconds": (
-        "what affects timing",
-        "Losses are not affected; compare seconds by the reference-time model.",
-    ),
+    "seconds": ("what affects timing", "Losses are not affected; compare seconds by the reference-time model."),
     "FLOPs and seconds": (
         "the price of a curvature pass",
         "Losses are not affected; a ratio in compute or seconds holds for the prices that were paid. Runs of one "
@@ -114,20 +98,8 @@ class Difference:
 # The order of findings, strongest doubt first: serious ones about the baseline, since every verdict rests on it; then other
 # serious ones; then notes. Within each, by the guard that found them, in this order.
 GUARDS = (
-    *(
-        "baseline",
-        "fairness",
-        "shared",
-        "schedule",
-        "seeds",
-        "budget",
-        "tuning",
-        "edge",
-        "curve",
-        "diverged",
-        "set aside",
-    ),
-    *("records", "degenerate", "clipping", "clock", "code", "figure"),
+    *("baseline", "fairness", "shared", "schedule", "seeds", "budget", "tuning", "edge", "curve", "diverged"),
+    *("set aside", "records", "degenerate", "clipping", "clock", "code", "figure"),
 )
 
 
@@ -177,22 +149,9 @@ def _affects(key: str) -> Affects:
 def inspect(study: Study) -> list[Finding]:
     """Run every check on a study; the strongest doubts come first, as GUARDS says."""
     searches = tunings(study)
-    found = [
-        *_damaged(study),
-        *_fairness(study),
-        *_shared(study),
-        *_decayed(study),
-        *_seeds(study),
-        *_diverged(study),
-        *_edges(study, searches),
-        *_budgets(study),
-        *_under_tuned(study, searches),
-        *_set_aside(study),
-        *_degenerate(study),
-        *_clipping(study),
-        *_clock(study),
-        *_code(study),
-    ]
+    checks = (_damaged, _fairness, _shared, _decayed, _seeds, _diverged, _budgets, _set_aside, _degenerate, _clipping)
+    found = [finding for check in (*checks, _clock, _code) for finding in check(study)]
+    found += _edges(study, searches) + _under_tuned(study, searches)
     return sorted(found, key=lambda finding: -finding.weight)
 
 
@@ -208,105 +167,75 @@ def _damaged(study: Study) -> list[Finding]:
 def _fairness(study: Study) -> list[Finding]:
     """Differences other than the optimizer within a cell, and other than the horizon between cells of a model."""
     declared = tuple(sorted({key.split("[")[0] for arm in study.arms.values() for key in arm.search}))
-    cells: dict[tuple[Any, ...], list[RecordedTrial]] = {}
-    for trial in _compared(study):
-        cells.setdefault((trial.model, trial.horizon, trial.seed), []).append(trial)
-        cells.setdefault((trial.model,), []).append(trial)
-    groups: list[tuple[list[RecordedRun], tuple[str, ...]]] = []
-    for cell, members in cells.items():
-        allowed = (*OPTIMIZER, *declared) if len(cell) == 3 else (*OPTIMIZER, *declared, *HORIZON, *SEED)
-        groups.append(([trial.run for trial in members if trial.run is not None], allowed))
+    within = (*OPTIMIZER, *declared)
+    between = (*within, *HORIZON, *SEED)
+    groups: dict[tuple[tuple[str, ...], tuple[Any, ...]], list[RecordedRun]] = {}  # by what may differ, and cell
+    for trial, run in _compared(study):
+        groups.setdefault((within, (trial.model, trial.horizon, trial.seed)), []).append(run)
+        groups.setdefault((between, (trial.model,)), []).append(run)
     for name, arm in study.arms.items():
         if arm.role == "ablation" and arm.of is not None:
             varied = study.runs(arm=name) + study.runs(arm=arm.of)
-            groups.append((varied, (*OPTIMIZER, *declared, *HORIZON, *SEED, "model", *arm.varies)))
-    by_key: dict[str, Difference] = {}
-    for runs, allowed in groups:
+            groups[(*between, "model", *arm.varies), (name,)] = varied
+    values: dict[str, dict[str, Any]] = {}
+    for (allowed, _), runs in groups.items():
         for difference in differences(runs, by_design=allowed):
-            known = by_key.get(difference.key)
-            values = {**(known.values if known else {}), **difference.values}
-            by_key[difference.key] = Difference(difference.key, values, difference.affects)
+            values.setdefault(difference.key, {}).update(difference.values)
     trials = {trial.run.name: trial for trial in study.reporting if trial.run is not None}
     findings = []
-    for affects, (title, consequence) in _UNFAIR.items():
-        found = [difference for difference in by_key.values() if difference.affects == affects]
-        names = dict.fromkeys(name for difference in found for name in difference.values if name in trials)
-        if found:
-            findings.append(
-                Finding(
-                    guard="fairness",
-                    severity="serious" if affects == "loss" else "note",
-                    title=f"Runs differ in {title}: {_some([difference.key for difference in found])}",
-                    detail=f"{'. '.join(map(str, found))}. {consequence}",
-                    runs=tuple(trials[name].origin for name in names),
-                    baseline=any(trials[name].arm == study.baseline for name in names),
-                )
-            )
+    for affects, (what, consequence) in _UNFAIR.items():
+        keys = [key for key in values if _affects(key) == affects]
+        differing = [trials[name] for name in dict.fromkeys(name for key in keys for name in values[key])]
+        if keys:
+            title = f"Runs differ in {what}: {_some(keys)}"
+            detail = f"{'. '.join(str(Difference(key, values[key], affects)) for key in keys)}. {consequence}"
+            severity: Severity = "serious" if affects == "loss" else "note"
+            findings.append(_finding(study, "fairness", severity, title, detail, differing))
     return findings
 
 
 def _shared(study: Study) -> list[Finding]:
     """Hyper-parameters that several arms have, and that are neither equal nor searched in all of them."""
-    searched = {arm: {*study.arms[arm].search} for arm in study.arm_names()}
-    declared = {key for keys in searched.values() for key in keys}
-    optimizers: dict[str, str] = {}
-    values: dict[str, dict[str, dict[str, set[str]]]] = {}  # by key, model and arm
-    for trial in _compared(study):
-        assert trial.run is not None
-        optimizers[trial.arm] = trial.run.optimizer
-        for key, value in (_DEFAULTS | _leaves(trial.run.config)).items():
-            if (key in declared or is_under(key, OPTIMIZER)) and not is_under(key, OWN):
-                of_arm = values.setdefault(key, {}).setdefault(trial.model, {}).setdefault(trial.arm, set())
-                of_arm.add(short(value))
+    optimizers = {trial.arm: run.optimizer for trial, run in _compared(study)}
     if len({*optimizers.values()}) < 2:  # settings of one optimizer are what is compared
         return []
-    unfair: dict[Severity, dict[str, str]] = {"serious": {}, "note": {}}
-    touched: set[str] = set()
-    for key, by_model in values.items():
-        decisive = key in _DECISIVE or (key == "optimizer.weight_decay" and study.planned)
-        for by_arm in by_model.values():
-            tuned = [arm for arm in by_arm if {key, key.split("[")[0]} & searched[arm]]
-            unequal = any(not (a <= b or b <= a) for a, b in itertools.combinations(by_arm.values(), 2))
-            # Rates of different optimizers cannot be compared, so that equal ones are not fair.
-            untuned = not tuned and (
-                unequal or (key == "optimizer.lr" and len({optimizers[arm] for arm in by_arm}) > 1)
-            )
-            if untuned or 0 < len(tuned) < len(by_arm):
-                fixed: dict[str, list[str]] = {"searched": tuned} if tuned else {}
-                for arm in by_arm:
-                    if arm not in tuned:
-                        fixed.setdefault(" and ".join(sorted(by_arm[arm])), []).append(arm)
-                told = "; ".join(f"{value} for {_labels(arms)}" for value, arms in fixed.items())
-                unfair["serious" if decisive else "note"].setdefault(key, f"{key}: {told}.")
-                touched |= {f"{key} {arm}" for arm in by_arm}
-    findings = [
-        Finding(
-            "shared",
-            severity,
-            f"Not tuned in every arm: {', '.join(told)}",
-            f"{' '.join(told.values())} What arms share must be equal or searched in all; else it may be the difference.",
-            baseline=any(f"{key} {study.baseline}" in touched for key in told),
+    searched = {arm: {*study.arms[arm].search} for arm in optimizers}
+    declared = {key for keys in searched.values() for key in keys}
+    values: dict[tuple[str, str], dict[str, set[str]]] = {}  # by key and model, and arm
+    for trial, run in _compared(study):
+        for key, value in (_DEFAULTS | _leaves(run.config)).items():
+            if (key in declared or is_under(key, OPTIMIZER)) and not is_under(key, OWN):
+                values.setdefault((key, trial.model), {}).setdefault(trial.arm, set()).add(short(value))
+    unfair: dict[str, str] = {}
+    for (key, _), by_arm in values.items():
+        given = {arm: "searched" for arm in by_arm if {key, key.split("[")[0]} & searched[arm]}
+        unequal = any(not (a <= b or b <= a) for a, b in itertools.combinations(by_arm.values(), 2))
+        # Equal rates are not fair either: that of one optimizer says nothing of another's.
+        unequal |= key == "optimizer.lr" and len({optimizers[arm] for arm in by_arm}) > 1
+        if len(given) == len(by_arm) or (not given and not unequal):
+            continue
+        given |= {arm: " and ".join(sorted(by_arm[arm])) for arm in by_arm if arm not in given}
+        told = (
+            f"{value} for {_labels(a for a in given if given[a] == value)}" for value in dict.fromkeys(given.values())
         )
-        for severity, told in unfair.items()
-        if told
-    ]
+        unfair.setdefault(key, f"{key}: {'; '.join(told)}.")
+    decisive = (*_DECISIVE, *(["optimizer.weight_decay"] if study.planned else []))
+    findings = []
+    for severity in SEVERITIES:
+        keys = [key for key in unfair if (key in decisive) == (severity == "serious")]
+        if keys:
+            detail = f"{' '.join(unfair[key] for key in keys)} What arms share must be equal or searched in all."
+            title = f"Not tuned in every arm: {', '.join(keys)}"
+            findings.append(Finding("shared", severity, title, detail, baseline=True))
+    rates = [by_arm for (key, _), by_arm in values.items() if key == EMBEDDINGS_RATE]
     single = [
-        arm
-        for arm, optimizer in optimizers.items()
-        if optimizer != "muon"
-        and EMBEDDINGS_RATE not in searched[arm]
-        and any(by_arm.get(arm) == {"1"} for by_arm in values[EMBEDDINGS_RATE].values())
+        arm for arm in optimizers if EMBEDDINGS_RATE not in searched[arm] and {"1"} in (r.get(arm) for r in rates)
     ]
-    if "muon" in optimizers.values() and single:
-        findings.append(
-            Finding(
-                "shared",
-                "serious",
-                f"Muon trains the embeddings by AdamW, and other arms have one rate for all matrices: {_labels(single)}",
-                f"Part of the difference may be the embeddings' rate: search {EMBEDDINGS_RATE} in every arm.",
-                baseline=study.baseline in single or optimizers.get(study.baseline) == "muon",
-            )
-        )
+    if plain := [arm for arm in single if optimizers[arm] != "muon" and "muon" in optimizers.values()]:
+        title = f"Muon trains the embeddings by AdamW; their rate was not searched in {_labels(plain)}"
+        detail = f"Part of Muon's difference may be that of the embeddings: search {EMBEDDINGS_RATE} in every arm."
+        baseline = optimizers.get(study.baseline) == "muon"
+        findings.append(Finding("shared", "serious", title, detail, baseline=baseline))
     return findings
 
 
@@ -318,16 +247,8 @@ def _decayed(study: Study) -> list[Finding]:
     ]
     if not constant:
         return []
-    return [
-        Finding(
-            "schedule",
-            "serious",
-            "Runs whose learning rate does not decay",
-            "The comparison is of the ends of fully decayed runs; these end at more than half of the peak rate.",
-            tuple(trial.origin for trial in constant),
-            any(trial.arm == study.baseline for trial in constant),
-        )
-    ]
+    detail = "The comparison is of the ends of fully decayed runs; these end at more than half of the peak rate."
+    return [_finding(study, "schedule", "serious", "Runs whose learning rate does not decay", detail, constant)]
 
 
 def _seeds(study: Study) -> list[Finding]:
@@ -349,28 +270,18 @@ def _seeds(study: Study) -> list[Finding]:
     cells: dict[_Cell, list[RecordedTrial]] = {}
     for trial in study.reporting:
         cells.setdefault(_cell(trial), []).append(trial)
-    lacking: dict[_Cell, list[RecordedTrial]] = {}
-    for cell, members in sorted(cells.items()):
+    lacking: list[RecordedTrial] = []
+    for members in cells.values():
         missing = [trial for trial in members if trial.status not in ("completed", "diverged")]
         # `under_way` lists the cells that have not started.
-        if study.planned and missing and (study.finished or len(missing) < len(members)):
-            lacking[cell] = missing
-    if lacking:
-        arms = dict.fromkeys(arm for arm, _, _ in lacking)
-        told = (f"{_where(c)}: {', '.join(f'seed {t.seed} {t.status}' for t in ts)}" for c, ts in lacking.items())
-        findings.append(
-            Finding(
-                "seeds",
-                "serious",
-                "Planned seeds have not ended"
-                + (f": {_where(*lacking)}" if len(lacking) == 1 else f" in {len(lacking)} cells of {_labels(arms)}"),
-                f"The number of seeds was fixed beforehand; a verdict on fewer is provisional. {'; '.join(told)}.",
-                tuple(trial.origin for trials in lacking.values() for trial in trials),
-                study.baseline in arms,
-            )
-        )
+        lacking += missing if study.finished or len(missing) < len(members) else []
+    if study.planned and lacking:
+        told = "; ".join(f"{_where(_cell(trial))}: seed {trial.seed} {trial.status}" for trial in lacking)
+        detail = f"The number of seeds was fixed beforehand; a verdict on fewer is provisional. {told}."
+        title = f"Planned seeds have not ended: {_counted(trial.arm for trial in lacking)}"
+        findings.append(_finding(study, "seeds", "serious", title, detail, lacking))
     if not study.planned and len({len(members) for members in cells.values()}) > 1:
-        shown = "; ".join(f"{_where(cell)}: {len(members)}" for cell, members in sorted(cells.items()))
+        shown = "; ".join(f"{_where(cell)}: {len(cells[cell])}" for cell in sorted(cells))
         findings.append(Finding("seeds", "note", "Cells have different numbers of seeds", shown))
     return findings
 
@@ -384,13 +295,9 @@ def _diverged(study: Study) -> list[Finding]:
     )
     for name, phase, role, severity, detail in kinds:
         trials = [trial for trial in study.trials if trial.phase == phase and study.arms[trial.arm].role == role]
-        lost = [trial for trial in trials if trial.status == "diverged"]
-        arms = dict.fromkeys(trial.arm for trial in lost)
-        told = (f"{sum(t.arm == a for t in lost)} of {sum(t.arm == a for t in trials)} of {label(a)}" for a in arms)
-        if lost:
-            origins = tuple(trial.origin for trial in lost)
-            title = f"{name} diverged: {', '.join(told)}"
-            findings.append(Finding("diverged", severity, title, detail, origins, study.baseline in arms))
+        if lost := [trial for trial in trials if trial.status == "diverged"]:
+            title = f"{name} diverged: {_counted((t.arm for t in lost), [t.arm for t in trials])}"
+            findings.append(_finding(study, "diverged", severity, title, detail, lost))
     return findings
 
 
@@ -398,102 +305,68 @@ def _edges(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
     found = edges(study, searches)
     if not found:
         return []
-    count, own = len(found), sum(edge.arm == study.baseline for edge in found)
-    keys: dict[str, dict[str, None]] = {}
-    for edge in found:
-        keys.setdefault(edge.arm, {})[edge.key] = None
+    own = sum(edge.arm == study.baseline for edge in found)
+    title = f"{len(found)} reported values are at the edge of what was tried, {own} of them the baseline's"
+    keys = {arm: dict.fromkeys(edge.key for edge in found if edge.arm == arm) for arm in (edge.arm for edge in found)}
     told = "; ".join(f"{label(arm)}: {', '.join(of_arm)}" for arm, of_arm in keys.items())
-    return [
-        Finding(
-            "edge",
-            "serious" if own else "note",
-            f"{count} reported value{' is' if count == 1 else 's are'} the last that was tried"
-            + (f", {own} of them of the baseline" if own else ""),
-            f"An optimum may lie outside; widen the search. {told}."
-            + (" An under-tuned baseline makes every other arm look good." if own else ""),
-            baseline=own > 0,
-        )
-    ]
+    detail = f"The optimum may lie outside; widen the search. {told}."
+    detail += " An under-tuned baseline makes every other arm look good." if own else ""
+    return [Finding("edge", "serious" if own else "note", title, detail, baseline=own > 0)]
 
 
 def _budgets(study: Study) -> list[Finding]:
     """Tuning trials must be equal for all arms on each model and horizon, and within the budget."""
-    counts: dict[tuple[str, int], dict[str, int]] = {}
+    counts: dict[tuple[str, int], Counter[str]] = {}
     for trial in study.tuning:
         if trial.run is not None and study.arms[trial.arm].role == "arm":
-            cell = counts.setdefault((trial.model, trial.horizon), {study.baseline: 0})
-            cell[trial.arm] = cell.get(trial.arm, 0) + 1
-    for trial in _compared(study):
-        counts.get((trial.model, trial.horizon), {}).setdefault(trial.arm, 0)
-    fewer: dict[str, None] = {}
-    over: dict[str, None] = {}
-    told: dict[str, list[str]] = {"fewer": [], "over": []}
-    for (model, horizon), by_arm in sorted(counts.items()):
-        most = max(by_arm.values())
-        less = [arm for arm, count in by_arm.items() if count < most]
-        more = [arm for arm in by_arm if 0 < (study.arms[arm].granted(model, horizon) or math.inf) < by_arm[arm]]
-        shown = ", ".join(f"{label(arm)} {count}" for arm, count in sorted(by_arm.items()))
-        for arms, of_cell, kind in ((fewer, less, "fewer"), (over, more, "over")):
-            arms |= dict.fromkeys(of_cell)
-            told[kind] += [f"{model}, {horizon:,} steps: {shown}."] if of_cell else []
+            counts.setdefault((trial.model, trial.horizon), Counter({study.baseline: 0}))[trial.arm] += 1
+    for trial, _ in _compared(study):
+        counts.get((trial.model, trial.horizon), Counter())[trial.arm] += 0
+    fewer = {cell: [arm for arm in n if n[arm] < max(n.values())] for cell, n in counts.items()}
+    over = {cell: [a for a in n if 0 < (study.arms[a].granted(*cell) or math.inf) < n[a]] for cell, n in counts.items()}
     findings = []
-    for title, arms, kind in (
-        ("Fewer tuning trials than other arms", fewer, "fewer"),
-        ("More tuning trials than granted", over, "over"),
-    ):
+    for what, found in (("Fewer tuning trials than other arms", fewer), ("More tuning trials than granted", over)):
+        arms = dict.fromkeys(arm for cell in sorted(found) for arm in found[cell])
+        told = (f"{m}, {h:,} steps: {_counted(counts[m, h])}" for m, h in sorted(found) if found[m, h])
         if arms:
-            detail = f"Trials: {' '.join(told[kind])}"
-            findings.append(
-                Finding("budget", "serious", f"{title}: {_labels(arms)}", detail, baseline=study.baseline in arms)
-            )
+            title, detail = f"{what}: {_labels(arms)}", f"Trials: {'; '.join(told)}."
+            findings.append(Finding("budget", "serious", title, detail, baseline=study.baseline in arms))
     return findings
 
 
 def _under_tuned(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
     """Signs that an arm is under-tuned: a parabola in the learning rate, and any better recorded run."""
-    lower: dict[_Cell, tuple[str, tuple[Origin, ...]]] = {}
-    promised: dict[_Cell, tuple[str, tuple[Origin, ...]]] = {}
+    lower, steep = "Tuning trials ended lower than the reported runs", "The learning rate looks under-tuned"
+    meanings = {
+        lower: "The reported runs do not use the best setting that was found, or the trial's seed was lucky.",
+        steep: "A parabola through the best rate and its neighbours promises more: try rates in between.",
+    }
+    found: dict[str, list[tuple[str, Sequence[RecordedTrial]]]] = {lower: [], steep: []}
+    by_cell = {(search.arm, search.model, search.horizon): search for search in searches}
     for arm, model in itertools.product(study.arm_names(), study.models):
         ends = [end for end in study.endpoints(arm, model) if not end.diverged]
         freedom = float(sum(len(end.seeds) - 1 for end in ends))
         squares = sum(float(end.losses.var()) * len(end.seeds) for end in ends)
         spread = math.sqrt(squares / freedom) if freedom else 0.0  # over seeds, pooled over horizons
         for end in ends:
-            cell = (arm, model, end.horizon)
-            reported = float(end.losses.mean())
-            tried = [trial for trial in study.tuning if _cell(trial) == cell]
+            where, reported = _where((arm, model, end.horizon)), float(end.losses.mean())
+            tried = [trial for trial in study.tuning if _cell(trial) == (arm, model, end.horizon)]
             # The luckiest of all tuning runs would be this far below the mean with a probability of one percent.
             luck = _quantile(0.01 / max(len(tried), 1), freedom) * spread * math.sqrt(1 + 1 / len(end.seeds))
-            better = [trial for trial in tried if trial.loss < reported - max(luck, _MATTERS)]
-            if better:
-                found = f"{min(trial.loss for trial in better):.4f} against a reported mean of {reported:.4f} nats"
-                lower[cell] = (found, tuple(trial.origin for trial in better))
-            search = next((one for one in searches if (one.arm, one.model, one.horizon) == cell), None)
+            if better := [trial for trial in tried if trial.loss < reported - max(luck, _MATTERS)]:
+                best = min(trial.loss for trial in better)
+                found[lower].append((f"{where}: {best:.4f} against a reported mean of {reported:.4f} nats", better))
+            search = by_cell.get((arm, model, end.horizon))
             gain = predicted_gain(search, "optimizer.lr") if search else None
             if search and gain and gain > max(_quantile(0.01, freedom) * spread * math.sqrt(2), _MATTERS):
-                origins = tuple(trial.origin for trial in search.best.trials)
-                promised[cell] = (f"{gain:.4f} nats, with {spread:.4f} between seeds", origins)
+                found[steep].append((f"{where}: {gain:.4f} nats, with {spread:.4f} between seeds", search.best.trials))
     findings = []
-    for found_in, title, meaning in (
-        (
-            lower,
-            "Tuning trials ended lower than the reported runs",
-            "The reported runs do not use the best setting that was found, or the trial's seed was lucky.",
-        ),
-        (
-            promised,
-            "The learning rate looks under-tuned",
-            "A parabola through the best rate and its neighbours promises more: try rates in between.",
-        ),
-    ):
-        if found_in:
-            told = "; ".join(f"{_where(cell)}: {numbers}" for cell, (numbers, _) in found_in.items())
-            arms = dict.fromkeys(arm for arm, _, _ in found_in)
-            origins = tuple(origin for _, of_cell in found_in.values() for origin in of_cell)
-            full = f"{title}: {_labels(arms)}"
-            findings.append(
-                Finding("tuning", "serious", full, f"{meaning} {told}.", origins, baseline=study.baseline in arms)
-            )
+    for what, cells in found.items():
+        trials = [trial for _, of_cell in cells for trial in of_cell]
+        if cells:
+            title = f"{what}: {_labels(dict.fromkeys(trial.arm for trial in trials))}"
+            detail = f"{meanings[what]} {'; '.join(told for told, _ in cells)}."
+            findings.append(_finding(study, "tuning", "serious", title, detail, trials))
     return findings
 
 
@@ -506,20 +379,13 @@ def _set_aside(study: Study) -> list[Finding]:
     """Recorded trials that the study file no longer has: their results may have been seen, and tuned on."""
     if not study.set_aside:
         return []
-    arms = {name for name, arm in study.arms.items() if arm.role == "arm"}
-    unequal = len({study.set_aside.get(arm, 0) for arm in arms}) > 1
-    told = ", ".join(f"{label(arm)} {count}" for arm, count in sorted(study.set_aside.items()))
-    count = sum(study.set_aside.values())
-    return [
-        Finding(
-            "set aside",
-            "serious" if unequal else "note",
-            f"{count} recorded trial{' was' if count == 1 else 's were'} set aside: {told}",
-            "They are not in the study file any more, and come on top of the budgets"
-            + (", not by the same number for every arm." if unequal else "."),
-            baseline=unequal and study.baseline in study.set_aside,
-        )
-    ]
+    unequal = len({study.set_aside.get(name, 0) for name, arm in study.arms.items() if arm.role == "arm"}) > 1
+    arms = [arm for arm, count in study.set_aside.items() for _ in range(count)]
+    title = f"Recorded trials were set aside: {_counted(arms)}"
+    detail = "The study file no longer has them; they come on top of the budgets"
+    detail += ", and not by the same number for every arm." if unequal else "."
+    severity: Severity = "serious" if unequal else "note"
+    return [Finding("set aside", severity, title, detail, baseline=study.baseline in arms)]
 
 
 def _degenerate(study: Study) -> list[Finding]:
@@ -538,62 +404,48 @@ def _degenerate(study: Study) -> list[Finding]:
                 break
     if not lost:
         return []
-    return [
-        Finding(
-            "degenerate",
-            "serious",
-            f"{len(lost)} Sophia runs had no unclipped coordinate for longer than a refresh interval",
-            "There Sophia is momentum-sign descent: γ is too small, or the curvature estimate is broken.",
-            tuple(trial.origin for trial in lost),
-        )
-    ]
+    title = f"{len(lost)} Sophia runs had no unclipped coordinate for longer than a refresh interval"
+    detail = "There Sophia is momentum-sign descent: γ is too small, or the curvature estimate is broken."
+    return [_finding(study, "degenerate", "serious", title, detail, lost)]
 
 
 def _clipping(study: Study) -> list[Finding]:
     shares: dict[tuple[str, str], list[float]] = {}
-    curved: dict[str, None] = {}
-    for trial in _compared(study):
-        if trial.run is not None and math.isfinite(trial.run.clipped_norm_share):
-            shares.setdefault((trial.model, trial.arm), []).append(trial.run.clipped_norm_share)
-    often = {cell: sum(each) / len(each) for cell, each in shares.items() if sum(each) > _OFTEN_CLIPPED * len(each)}
-    for trial in _compared(study):
-        if trial.run is not None and (trial.model, trial.arm) in often:
-            curved |= {trial.arm: None} if "hessian_interval" in trial.run.config["optimizer"] else {}
+    for trial, run in _compared(study):
+        if math.isfinite(run.clipped_norm_share):
+            shares.setdefault((trial.model, trial.arm), []).append(run.clipped_norm_share)
+    often = {cell: mean(each) for cell, each in shares.items() if mean(each) > _OFTEN_CLIPPED}
     if not often:
         return []
-    models = {model: ", ".join(f"{label(a)} {often[m, a]:.0%}" for m, a in often if m == model) for model, _ in often}
-    why = f" It scales m and not h, so that γ is not what was set: {_labels(curved)}." if curved else ""
-    return [
-        Finding(
-            "clipping",
-            "serious" if curved else "note",
-            f"The gradient's norm is clipped in more than {_OFTEN_CLIPPED:.0%} of the steps: "
-            f"{_labels(dict.fromkeys(arm for _, arm in often))}",
-            "; ".join(f"{model}: {told}" for model, told in models.items()) + f".{why}",
-        )
-    ]
+    arms = dict.fromkeys(arm for _, arm in often)
+    with_curvature = {trial.arm for trial, run in _compared(study) if "hessian_interval" in run.config["optimizer"]}
+    curved = [arm for arm in arms if arm in with_curvature]
+    title = f"The gradient's norm is clipped in more than {_OFTEN_CLIPPED:.0%} of the steps: {_labels(arms)}"
+    detail = "; ".join(f"{label(arm)}, {model}: {share:.0%}" for (model, arm), share in often.items()) + "."
+    if curved:
+        detail += f" The clip scales m and not h ({_labels(curved)}): for Sophia it acts like a larger γ."
+    return [Finding("clipping", "serious" if curved else "note", title, detail)]
 
 
 def _clock(study: Study) -> list[Finding]:
-    """The same forward and backward pass, clocked differently in different arms or horizons: the machine drifted."""
-    clocks: dict[str, dict[tuple[str, int], list[float]]] = {}
-    for trial in _compared(study):
-        if trial.run is not None and (seconds := seconds_per_occurrence(trial.run, "forward_backward")):
-            clocks.setdefault(trial.model, {}).setdefault((trial.arm, trial.horizon), []).append(seconds)
-    told, most = [], 0.0
-    for model, cells in clocks.items():
-        medians = sorted((median(seconds), cell) for cell, seconds in cells.items())
-        (low, fast), (high, slow) = medians[0], medians[-1]
+    """The same forward and backward pass, clocked differently in different arms or horizons."""
+    clocks: dict[str, dict[_Cell, list[float]]] = {}
+    for trial, run in _compared(study):
+        if seconds := seconds_per_occurrence(run, "forward_backward"):
+            clocks.setdefault(trial.model, {}).setdefault(_cell(trial), []).append(seconds)
+    told, apart = [], [0.0]
+    for cells in clocks.values():
+        medians = [(median(each), cell) for cell, each in cells.items()]
+        (low, fast), (high, slow) = min(medians), max(medians)
         if high > (1 + _DRIFT) * low:
-            most = max(most, high / low - 1)
-            ends = (f"{seconds:.3g} s ({label(a)}, {h:,} steps)" for seconds, (a, h) in ((low, fast), (high, slow)))
-            told.append(f"{model}: {' to '.join(ends)}.")
+            apart.append(high / low - 1)
+            told.append(f"{low:.3g} s ({_where(fast)}) to {high:.3g} s ({_where(slow)})")
     if not told:
         return []
     advice = f"run `python scripts/study.py times study={study.name}`" if study.planned else "time the arms in turn"
     remedy = "Use the reference times." if study.reference_times else f"For wall-clock, {advice} on the idle machine."
-    title = f"The machine drifted: the same forward and backward pass took up to {most:.0%} longer"
-    return [Finding("clock", "note", title, f"{' '.join(told)} Losses are not affected. {remedy}")]
+    title = f"The machine drifted: the same forward and backward pass took up to {max(apart):.0%} longer"
+    return [Finding("clock", "note", title, f"{'; '.join(told)}. Losses are not affected. {remedy}")]
 
 
 def _code(study: Study) -> list[Finding]:
@@ -616,15 +468,10 @@ def _code(study: Study) -> list[Finding]:
 
 
 def _comparable_values(run: RecordedRun) -> dict[str, Any]:
-    values = flatten(run.config)
-    environment = run.environment
-    for key in ("data_manifest_sha256", "initial_weights_sha256", "hardware", "world_size"):
-        if key in environment:
-            entry = environment[key]
-            values.update(flatten({f"environment.{key}": entry}))
-    if (forward := _curvature_forward(run)) is not None:
-        values[FORWARD] = forward
-    return values
+    keys = ("data_manifest_sha256", "initial_weights_sha256", "hardware", "world_size")
+    environment = {f"environment.{key}": run.environment[key] for key in keys if key in run.environment}
+    forward = _curvature_forward(run)
+    return flatten(run.config) | flatten(environment) | ({} if forward is None else {FORWARD: forward})
 
 
 def _curvature_forward(run: RecordedRun) -> str | None:
@@ -658,9 +505,21 @@ def _cell(trial: RecordedTrial) -> _Cell:
     return trial.arm, trial.model, trial.horizon
 
 
-def _compared(study: Study) -> list[RecordedTrial]:
-    """Return the reported trials with a run, without ablations."""
-    return [trial for trial in study.reporting if trial.run is not None and study.arms[trial.arm].role == "arm"]
+def _where(cell: _Cell) -> str:
+    return f"{label(cell[0])}, {cell[1]}, {cell[2]:,} steps"
+
+
+def _finding(
+    study: Study, guard: str, severity: Severity, title: str, detail: str, trials: Sequence[RecordedTrial]
+) -> Finding:
+    """Return a finding about trials."""
+    baseline = any(trial.arm == study.baseline for trial in trials)
+    return Finding(guard, severity, title, detail, tuple(trial.origin for trial in trials), baseline)
+
+
+def _compared(study: Study) -> list[tuple[RecordedTrial, RecordedRun]]:
+    """Return the reported trials with their runs, without ablations."""
+    return [(trial, trial.run) for trial in study.reporting if trial.run and study.arms[trial.arm].role == "arm"]
 
 
 def _leaves(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -674,6 +533,7 @@ def _labels(arms: Iterable[str]) -> str:
     return ", ".join(map(label, arms))
 
 
-def _where(cell: _Cell) -> str:
-    arm, model, horizon = cell
-    return f"{label(arm)}, {model}, {horizon:,} steps"
+def _counted(arms: Iterable[str], of: Sequence[str] = ()) -> str:
+    """Count each arm: "AdamW 2, Lion 1", or of how many: "AdamW 2 of 6"."""
+    every = Counter(of)
+    return ", ".join(f"{label(a)} {n}" + (f" of {every[a]}" if of else "") for a, n in sorted(Counter(arms).items()))

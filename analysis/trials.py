@@ -221,16 +221,7 @@ def study_of_runs(runs: Sequence[RecordedRun], *, baseline: str = "adamw", name:
     """
     arms = arm_names(runs)
     trials = [
-        RecordedTrial(
-            arm=arm,
-            phase="reporting",
-            model=run.model,
-            horizon=run.horizon,
-            seed=run.seed,
-            values={},
-            origin=run.origin,
-            run=run,
-        )
+        RecordedTrial(arm, "reporting", run.model, run.horizon, run.seed, values={}, origin=run.origin, run=run)
         for arm, run in zip(arms, runs, strict=True)
     ]
     return Study(

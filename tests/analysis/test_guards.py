@@ -66,7 +66,7 @@ class Doctor:
             if arguments.pop("missing", False):
                 path = None
             else:
-                write_run(path, **arguments)
+                write_run(self.run(arm, phase, horizon, which), **arguments)
             trials.append(({"arm": arm, "phase": phase, "model": "tiny", "horizon": horizon, "seed": seed}, path))
         write_tables(self.directory, self.study, trials)
         return inspect(load_study([self.directory]))
@@ -319,21 +319,26 @@ def leave_changes_uncommitted(doctor: Doctor) -> None:
         (make_a_forward_for_each_curvature_pass, "fairness", "note", "the price of a curvature pass"),
         (stop_decaying, "schedule", "serious", "does not decay"),
         (report_a_tuning_seed, "seeds", "serious", "Seeds used for tuning are reported: 100"),
-        (lose_a_seed, "seeds", "serious", "Planned seeds have not ended: Sophia-G, tiny, 200 steps"),
-        (diverge_a_reported_run, "diverged", "serious", "Reported runs diverged: 1 of 6 of Sophia-G"),
-        (diverge_a_tuning_run, "diverged", "note", "Tuning runs diverged: 1 of 6 of Sophia-G"),
+        (lose_a_seed, "seeds", "serious", "Planned seeds have not ended: Sophia-G 1"),
+        (diverge_a_reported_run, "diverged", "serious", "Reported runs diverged: Sophia-G 1 of 6"),
+        (diverge_a_tuning_run, "diverged", "note", "Tuning runs diverged: Sophia-G 1 of 6"),
         (
             move_the_baselines_optimum_to_an_edge,
             "edge",
             "serious",
-            "2 reported values are the last that was tried, 2 of them of the baseline",
+            "2 reported values are at the edge of what was tried, 2 of them the baseline's",
         ),
-        (move_the_arms_optimum_to_an_edge, "edge", "note", "1 reported value is the last that was tried"),
+        (
+            move_the_arms_optimum_to_an_edge,
+            "edge",
+            "note",
+            "2 reported values are at the edge of what was tried, 0 of them the baseline's",
+        ),
         (
             report_another_than_the_lowest,
             "edge",
             "serious",
-            "2 reported values are the last that was tried, 2 of them of the baseline",
+            "2 reported values are at the edge of what was tried, 2 of them the baseline's",
         ),
         (tune_the_baseline_less, "budget", "serious", "Fewer tuning trials than other arms: AdamW"),
         (tune_the_arm_less, "budget", "serious", "Fewer tuning trials than other arms: Sophia-G"),
@@ -351,8 +356,13 @@ def leave_changes_uncommitted(doctor: Doctor) -> None:
         (fix_another_weight_decay, "shared", "serious", "optimizer.weight_decay"),
         (fix_another_momentum, "shared", "note", "optimizer.betas[0]"),
         (replace_sophia_by_muon, "shared", "serious", "Muon trains the embeddings by AdamW"),
-        (throw_a_search_away, "set aside", "serious", "3 recorded trials were set aside"),
-        (throw_the_same_number_of_trials_away, "set aside", "note", "2 recorded trials were set aside"),
+        (throw_a_search_away, "set aside", "serious", "Recorded trials were set aside: Sophia-G 3"),
+        (
+            throw_the_same_number_of_trials_away,
+            "set aside",
+            "note",
+            "Recorded trials were set aside: AdamW 1, Sophia-G 1",
+        ),
         (clip_the_baselines_gradient_in_half_of_the_steps, "clipping", "note", "more than 30% of the steps"),
         (clip_the_gradient_and_not_the_curvature, "clipping", "serious", "more than 30% of the steps"),
         (slow_the_machine_for_one_arm, "clock", "note", "took up to 8% longer"),
@@ -416,7 +426,7 @@ def test_an_edge_is_inherited_where_its_key_is_not_searched_again(doctor: Doctor
             doctor.runs[arm, "tuning", 100, decay] = {"final": power_law(100 * 1024) + excess, "config": values}
     doctor.study["tuning"]["trials"] = 5
     (finding,) = doctor.write()
-    assert finding.title == "4 reported values are the last that was tried, 2 of them of the baseline"
+    assert finding.title == "4 reported values are at the edge of what was tried, 2 of them the baseline's"
     study = load_study([doctor.directory])
     rows = edges(study, tunings(study))
     assert [(row.arm, row.horizon, row.inherited_from) for row in rows] == [
@@ -431,7 +441,7 @@ def test_an_edge_is_inherited_where_its_key_is_not_searched_again(doctor: Doctor
 def test_a_clock_finding_says_where_reference_times_come_from(doctor: Doctor) -> None:
     slow_the_machine_for_one_arm(doctor)
     (finding,) = doctor.write()
-    assert "0.045 s (AdamW, 100 steps) to 0.0486 s (Sophia-G, 200 steps)" in finding.detail
+    assert "0.045 s (AdamW, tiny, 100 steps) to 0.0486 s (Sophia-G, tiny, 200 steps)" in finding.detail
     assert "study.py times study=small" in finding.detail
     ReferenceTimes({}, "idle").save(doctor.directory / "reference_times.json")
     (finding,) = inspect(load_study([doctor.directory]))
@@ -443,7 +453,7 @@ def test_a_finding_counts_once_however_many_cells_it_concerns(doctor: Doctor) ->
         doctor.runs["sophiag", "reporting", horizon, 3]["missing"] = True
         doctor.runs["adamw", "reporting", horizon, 3]["missing"] = True
     (finding,) = doctor.write()
-    assert finding.title == "Planned seeds have not ended in 4 cells of AdamW, Sophia-G"
+    assert finding.title == "Planned seeds have not ended: AdamW 2, Sophia-G 2"
     assert "Sophia-G, tiny, 200 steps: seed 3 missing" in finding.detail
 
 
@@ -455,7 +465,7 @@ def test_a_diverged_ablation_does_not_put_a_verdict_in_doubt(doctor: Doctor) -> 
         "config": {"optimizer.lr": 1e-3, "optimizer.hessian_interval": 1},
     }
     (finding,) = doctor.write()
-    assert (finding.severity, finding.title) == ("note", "Runs of ablations diverged: 1 of 1 of sophiag_k1")
+    assert (finding.severity, finding.title) == ("note", "Runs of ablations diverged: sophiag_k1 1 of 1")
 
 
 def test_a_baseline_off_the_power_law_is_reported(doctor: Doctor) -> None:
