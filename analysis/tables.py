@@ -22,7 +22,7 @@ from analysis.runs import Origin
 from analysis.trials import short
 
 NONE = "–"
-_NUMBER = re.compile(r"[<>+-]? ?\d|–$|$")
+_NUMBER = re.compile(r"[<>+-]? ?[\d.][\d,.]*(e[+-]?\d+)?%?( [\[(].*| of \d+.*)?|–|")
 _TELLING = 10.0  # nats; where only larger differences would be found, a cell tells nothing
 
 
@@ -47,7 +47,7 @@ class Table:
     @cached_property
     def numeric(self) -> list[bool]:
         """Whether each column holds numbers, which are right-aligned."""
-        return [all(_NUMBER.match(text) for text in self.frame[column]) for column in self.frame.columns]
+        return [all(_NUMBER.fullmatch(text) for text in self.frame[column]) for column in self.frame.columns]
 
     @property
     def rows(self) -> list[tuple[list[str], Origin | None]]:
@@ -109,7 +109,7 @@ def verdict(results: Results) -> Table:
     levels = dict.fromkeys(f"{100 * results.level(model):.3g}% on {model}" for model in results.baselines)
     note = (
         f"Final validation losses of fully decayed runs. Differences are paired by seed; intervals are at {', '.join(levels)} "
-        f"({study.level:.0%}, corrected for the number of arms). At half the steps (in brackets), the arm is compared with {baseline} at "
+        f"({study.level:.0%}, corrected for the number of arms). At half the steps (in brackets), {baseline} has "
         f"twice as many. A ratio of 1.25: {baseline} needs 1.25 times as much for the arm's loss; > and < mark what is "
         f"outside {baseline}'s horizons; – means no ratio."
     )  # fmt: skip
@@ -138,7 +138,7 @@ def final_losses(results: Results) -> Table:
         rows.append((row, end.runs[0]))
     return _table(
         "final-losses",
-        "Every horizon",
+        "Final losses",
         rows,
         "Means over seeds. 'Would be found' is the true difference that so many seeds find four times in five. Costs per "
         f"token are relative to {baseline}'s; wall-clock uses reference times.",
