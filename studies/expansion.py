@@ -21,7 +21,7 @@ from training.compose import compose_dictionary
 Phase = Literal["tuning", "reporting"]
 Status = Literal["completed", "diverged"]
 
-_ELEMENT = re.compile(r"^(?P<key>.+)\[(?P<index>\d+)\]$")
+ELEMENT = re.compile(r"^(?P<key>.+)\[(?P<index>\d+)\]$")
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def value_overrides(values: Mapping[str, Value], defaults: Callable[[], Mapping[
     overrides = []
     lists: dict[str, list[Any]] = {}
     for key, value in values.items():
-        element = _ELEMENT.match(key)
+        element = ELEMENT.match(key)
         if element is None:
             overrides.append(f"{key}={_written(value)}")
             continue
