@@ -352,7 +352,7 @@ def test_the_time_left_is_told_from_what_trials_took(spec: StudySpec) -> None:
     current = expand(spec, {})
     pace = Pace()
     assert progress(spec, current, {}, pace).seconds_left is None
-    pace.note([current.trials[0]], 50.0, side_by_side=1)  # fifty steps: a second each
+    pace.note([current.trials[0]], 50.0)  # fifty steps: a second each
     told = progress(spec, current, {}, pace)
     assert told.seconds_left is not None
     assert told.seconds_left > 50 * 20
