@@ -82,7 +82,7 @@ def validation_curves(results: Results) -> Figure:
             axis.axhline(published.loss, color=colours([published.arm])[published.arm], linewidth=0.8, linestyle=":")
             text, at = f"paper, {_label(published.arm)} {published.loss:.3f}", (0.99, published.loss)
             axis.annotate(text, at, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
-        _dress(axis)
+        dress(axis)
     panels[0].set_ylabel("validation loss (nats)")
     panels[0].legend(frameon=False, fontsize=8)
     return figure
@@ -155,7 +155,7 @@ def loss_against_tokens(results: Results) -> Figure:
         tested = "" if fitted.self_test.passed else ": the curve fails its self-test" if fitted.curve else ": no curve"
         axis.set_title(escaping.figure(f"{model}{tested}"), fontsize=10)
         axis.set_xlabel("training tokens")
-        _dress(axis)
+        dress(axis)
     panels[0].set_ylim(lowest - 0.05 * (scale - lowest), scale)
     panels[0].set_ylabel("final validation loss (nats)")
     panels[0].legend(frameon=False, fontsize=8)
@@ -164,7 +164,8 @@ def loss_against_tokens(results: Results) -> Figure:
 
 def final_differences(results: Results) -> Figure:
     """Final loss minus the baseline's at the same steps, paired by seed: seeds, mean and interval, per arm and horizon."""
-    study, models = results.study, {}
+    study = results.study
+    models: dict[str, list[_Row]] = {}
     palette = colours(study.arm_names())
     for one in results.compared:
         if study.arms[one.endpoints.arm].role == "arm" and not isinstance(one.same, str):
@@ -227,7 +228,7 @@ def _forest(axis: Axes, rows: Sequence[_Row]) -> None:
     axis.set_xlim(low, high)
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.set_yticks(range(len(rows)), [escaping.figure(row.name) for row in reversed(rows)], fontsize=8)
-    _dress(axis)
+    dress(axis)
 
 
 def sensitivity_grid(results: Results) -> Figure:
@@ -274,7 +275,7 @@ def hessian_interval(results: Results) -> Figure:
         axis.minorticks_off()
         axis.set_xlabel("k (steps between curvature passes)")
         axis.set_ylabel(title)
-        _dress(axis)
+        dress(axis)
     left.set_title(_group_title(group), fontsize=10)
     return figure
 
@@ -326,7 +327,7 @@ def unclipped_fraction(results: Results) -> Figure:
     axis.set_ylabel("unclipped fraction")
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False, fontsize=8)
-    _dress(axis)
+    dress(axis)
     return figure
 
 
@@ -374,7 +375,7 @@ def hessian_histogram(results: Results) -> Figure:
     positive = f"{last.get('positive_fraction', math.nan):.1%} of entries are positive"
     axis.set_title(escaping.figure(f"{run.name}, step {last['step']:,}; {positive}"), fontsize=9)
     axis.legend(frameon=False, fontsize=8)
-    _dress(axis)
+    dress(axis)
     return figure
 
 
@@ -429,7 +430,7 @@ def learning_rate_stability(results: Results) -> Figure:
         axis.minorticks_off()
         axis.set_xlabel("peak learning rate (×: every run diverged)")
         axis.set_title(escaping.figure(cell), fontsize=9)
-        _dress(axis)
+        dress(axis)
     panels[0].set_ylabel("best final validation loss (nats)")
     panels[0].legend(frameon=False, fontsize=8)
     return figure
@@ -475,11 +476,12 @@ def _bar_panels(costs: Sequence[ArmCost]) -> tuple[Figure, list[tuple[Axes, list
         axis.set_ylim(bars - 0.4, -0.6)
         axis.set_title(escaping.figure(model), fontsize=10)
         axis.tick_params(labelsize=8)
-        _dress(axis)
+        dress(axis)
     return figure, list(zip(panels, models.values(), strict=True))
 
 
-def _dress(axis: Axes) -> None:
+def dress(axis: Axes) -> None:
+    """Give an axis the look of all figures."""
     axis.grid(True, color="#e6e6e6", linewidth=0.8)
     axis.set_axisbelow(True)
     for side in ("top", "right"):

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +109,8 @@ def write_report(results: Results, directory: Path) -> Written:
         directory.mkdir(parents=True, exist_ok=True)
         pictures, failed = draw_figures(results, directory / "figures")
         results = dataclasses.replace(results, findings=[*results.findings, *failed])
-        paths = (directory / f"report.{suffix}" for suffix in ("html", "md", "json"))
-        written = Written(*paths, tuple(pictures))
+        html, text, data = (directory / f"report.{suffix}" for suffix in ("html", "md", "json"))
+        written = Written(html, text, data, tuple(pictures))
         blocks = content(results, pictures)
         write_atomically(written.html, page(blocks, directory))
         write_atomically(written.markdown, markdown(blocks, directory))
@@ -170,6 +171,7 @@ def content(results: Results, pictures: Sequence[Path] = ()) -> list[Block]:
         *section(
             f"How much faster than {label(study.baseline)}?",
             "the-verdict",
+            Paragraph("The strongest reasons to doubt what follows:") if results.findings else None,
             Warnings(results.findings[: max(_DOUBTS, serious)], brief=True) if results.findings else None,
             *(leads or [nothing]),
             "verdict",
@@ -208,6 +210,7 @@ def page(blocks: Sequence[Block], location: Path) -> str:
         blocks=[(type(block).__name__, block) for block in blocks],
         anchors=anchors,
         currencies={currency: CURRENCY_NAMES[currency] for currency in VERDICT_CURRENCIES},
+        unbroken=lambda text: re.sub(r", (?=[^][]*\])", ",\u00a0", text),  # intervals
         link=lambda origin: origin.href(location),
         # A closing tag would end the script element: plotly contains none, and the data must not.
         plotly=Markup(get_plotlyjs()),
@@ -293,27 +296,33 @@ def method(results: Results) -> list[str]:
 
 def _lead(results: Results, model: str) -> Paragraph:
     """Say who is faster, by how much, how sure, and at what scale."""
-    groups: dict[str, list[str]] = {"faster": [], "slower": [], "not told apart": [], "no verdict": []}
-    own = [one for one in results.verdicts if one.model == model]
-    for one in own:
-        shown = label(one.arm)
-        if one.at and isinstance(one.at.same, Contrast) and one.at.same.interval:
-            shown += f" ({one.at.same.interval.text} after {one.at.same.horizon:,} steps)"
-        groups[one.word].append(shown)
-    baseline = label(results.study.baseline)
-    titles = {"faster": f"Faster than {baseline}", "slower": f"Slower than {baseline}"}
-    text = " ".join(
-        f"{titles.get(word, word.capitalize())}: {', '.join(arms)}." for word, arms in groups.items() if arms
+    study, baseline = results.study, label(results.study.baseline)
+    end = study.endpoints(study.baseline, model)[-1]
+    words = {"faster": f"faster than {baseline}", "slower": f"slower than {baseline}"}
+    said: list[str] = []
+    claims: dict[str, list[str]] = {}
+    for word in ("faster", "slower", "not told apart", "no verdict"):
+        arms = []
+        for one in results.verdicts:
+            if (one.model, one.word) != (model, word):
+                continue
+            claims.setdefault(one.claim, []).append(label(one.arm))
+            told, shown = one.at.same if one.at else "", label(one.arm)
+            if isinstance(told, Contrast) and told.interval:
+                where = "" if told.horizon == end.horizon else f", after {told.horizon:,}"
+                shown += f" ({told.interval.text}{where})"
+            arms.append(shown)
+        said += [f"{words.get(word, word)}: {', '.join(arms)}"] if arms else []
+    claimed = ", ".join(f"{claim} ({', '.join(arms)})" if len(claims) > 1 else claim for claim, arms in claims.items())
+    tokens, size = float(end.tokens.mean()), model_sizes(study).get(model, math.nan)
+    scale = [f"{tokens / 1e6:,.3g}M tokens"]
+    if math.isfinite(size):
+        scale = [f"{size / 1e6:,.1f}M parameters", *scale, f"{tokens / size:.2g} tokens per parameter"]
+    return Paragraph(
+        f"{'; '.join(said)}. The paper's 2×: {claimed}. Differences of final loss in nats, {len(end.seeds)} seeds, "
+        f"{100 * results.level(model):.3g}% intervals.",
+        f"{model}, after {end.horizon:,} steps ({', '.join(scale)})",
     )
-    claims = dict.fromkeys(one.claim for one in own)
-    claimed = next(iter(claims)) if len(claims) == 1 else ", ".join(f"{label(one.arm)} {one.claim}" for one in own)
-    end = results.study.endpoints(results.study.baseline, model)[-1]
-    tokens, size = float(end.tokens.mean()), model_sizes(results.study).get(model, math.nan)
-    scale = f"{size / 1e6:,.1f}M parameters, " if math.isfinite(size) else ""
-    scale += f"at most {end.horizon:,} steps, {tokens / 1e6:,.3g}M tokens"
-    scale += f", {tokens / size:.2g} tokens per parameter" if math.isfinite(size) else ""
-    interval = f"Differences of final loss in nats, {100 * results.level(model):.3g}% intervals."
-    return Paragraph(f"{text} The paper's 2×: {claimed}. {interval}", f"{model} ({scale})")
 
 
 def _views(results: Results) -> list[dict[str, Any]]:

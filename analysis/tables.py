@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import escaping
+from analysis import escaping, tuning
 from analysis.colours import label
 from analysis.comparison import Compared, Contrast, Ratio
 from analysis.reference import PublishedLoss, load_reference
@@ -22,8 +22,8 @@ from analysis.runs import Origin
 from analysis.trials import short
 
 NONE = "–"
-_NUMBER = re.compile(r"[<>+-]?\d|–$|$|n of")
-_TELLING = 10.0  # nats; a larger smallest detectable difference says that a cell tells nothing
+_NUMBER = re.compile(r"[<>+-]? ?[\d.][\d,.]*(e[+-]?\d+)?%?( [\[(].*| of \d+.*)?|–|")
+_TELLING = 10.0  # nats; where only larger differences would be found, a cell tells nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Table:
     @cached_property
     def numeric(self) -> list[bool]:
         """Whether each column holds numbers, which are right-aligned."""
-        return [all(_NUMBER.match(text) for text in self.frame[column]) for column in self.frame.columns]
+        return [all(_NUMBER.fullmatch(text) for text in self.frame[column]) for column in self.frame.columns]
 
     @property
     def rows(self) -> list[tuple[list[str], Origin | None]]:
@@ -68,9 +68,9 @@ def markdown(table: Table, location: Path = Path()) -> str:
     """Return a GitHub table with title and note; links are relative to the directory `location`."""
     heading = f"### {escaping.markdown(table.title)}\n\n"
     frame = table.frame.map(_in_row)
-    for row, run in enumerate(table.runs):
-        if run is not None and table.linked in frame:
-            frame.loc[row, table.linked] = f"[{frame.loc[row, table.linked]}]({run.href(location)})"
+    if table.linked in frame:
+        cells = zip(frame[table.linked], table.runs, strict=True)
+        frame[table.linked] = [f"[{text}]({run.href(location)})" if run and text else text for text, run in cells]
     aligned = ["right" if numeric else "left" for numeric in table.numeric]
     frame.columns = pd.Index([_in_row(column) for column in table.columns])
     text = frame.to_markdown(index=False, disable_numparse=True, colalign=aligned) if len(frame) else "None."
@@ -102,21 +102,21 @@ def verdict(results: Results) -> Table:
     first = ["model", "arm", "steps", "loss (nats)", "sd", "seeds", f"minus {baseline} [interval]", "at half the steps"]
     columns = [*first, *(f"ratio in {CURRENCY_NAMES[c]}" for c in VERDICT_CURRENCIES), "verdict", "the paper's 2×"]
     frame = pd.DataFrame([row for row, _ in rows], columns=columns).fillna("")
-    untested = dict.fromkeys(
-        f"{label(one.arm)} on {one.model}: {one.not_tested}" for one in results.verdicts if one.not_tested
-    )
+    untested: dict[str, dict[str, None]] = {}  # models by reason
+    for one in results.verdicts:
+        if one.not_tested:
+            untested.setdefault(one.not_tested, {})[one.model] = None
     levels = dict.fromkeys(f"{100 * results.level(model):.3g}% on {model}" for model in results.baselines)
     note = (
         f"Final validation losses of fully decayed runs. Differences are paired by seed; intervals are at {', '.join(levels)} "
-        f"({study.level:.0%}, corrected for the number of arms). At half the steps, the arm is compared with {baseline} at "
+        f"({study.level:.0%}, corrected for the number of arms). At half the steps (in brackets), {baseline} has "
         f"twice as many. A ratio of 1.25: {baseline} needs 1.25 times as much for the arm's loss; > and < mark what is "
         f"outside {baseline}'s horizons; – means no ratio."
     )  # fmt: skip
     if untested:
-        reasons = dict.fromkeys(one.not_tested for one in results.verdicts if one.not_tested)
-        shown = "; ".join(untested if len(reasons) > 3 else reasons)
-        note += f" The paper's claim is not tested: {shown}."
-    return Table("verdict", f"How much faster than {baseline}?", frame, tuple(run for _, run in rows), note, "arm")
+        reasons = ". ".join(f"{', '.join(models)}: {reason}" for reason, models in untested.items())
+        note += f" The paper's claim is not tested. {reasons}."
+    return Table("verdict", "At the longest horizon", frame, tuple(run for _, run in rows), note, "arm")
 
 
 def final_losses(results: Results) -> Table:
@@ -138,7 +138,7 @@ def final_losses(results: Results) -> Table:
         rows.append((row, end.runs[0]))
     return _table(
         "final-losses",
-        "Every horizon",
+        "Final losses",
         rows,
         "Means over seeds. 'Would be found' is the true difference that so many seeds find four times in five. Costs per "
         f"token are relative to {baseline}'s; wall-clock uses reference times.",
@@ -172,13 +172,13 @@ def self_test(results: Results) -> Table:
 def costs(results: Results) -> Table:
     rows = []
     for one in results.costs:
-        row = {"model": one.model, "arm": label(one.arm), "ms a step": f"{1e3 * one.seconds_per_step:,.1f}"}
-        row |= {kind.replace("_", "-"): f"{1e3 * value:,.1f}" for kind, value in one.seconds_by_kind.items()}
+        row = {"model": one.model, "arm": label(one.arm), "ms a step": _finite(1e3 * one.seconds_per_step, ",.1f")}
+        row |= {kind.replace("_", "-"): _finite(1e3 * value, ",.1f") for kind, value in one.seconds_by_kind.items()}
         row |= {
-            "curvature's share of time": f"{one.curvature_seconds_share:.1%}",
-            "of FLOPs": f"{one.curvature_flops_share:.1%}",
+            "curvature's share of time": _finite(one.curvature_seconds_share, ".1%"),
+            "of FLOPs": _finite(one.curvature_flops_share, ".1%"),
             "FLOPs a token": f"{one.flops_per_token:.3g}",
-            "norm clipped in": f"{one.clipped_norm_share:.1%}" if math.isfinite(one.clipped_norm_share) else NONE,
+            "norm clipped in": _finite(one.clipped_norm_share, ".1%"),
             "peak MiB": f"{one.peak_memory_bytes / 2**20:,.0f}",
         }
         rows.append((row, None))
@@ -194,16 +194,15 @@ def costs(results: Results) -> Table:
 def ablations(results: Results) -> Table:
     rows = []
     for one in results.ablations:
-        differences = Contrast("", "", 0, 0, (), np.array(one.differences), one.interval)
-        diverged = f"{one.diverged} of {one.runs} diverged"
+        shown = one.interval.text if one.interval else ", ".join(f"{d:+.3f} (one seed)" for d in one.differences)
         row = {
             "model": one.model,
             "arm": label(one.of),
             "with": one.setting,
             "steps": f"{one.horizon:,}",
-            "loss (nats)": f"{one.mean:.4f}" if math.isfinite(one.mean) else diverged,
-            "minus the arm [95% interval]": _difference(differences) if one.differences else NONE,
-            "time a step": f"{one.time_ratio:.2f}" if math.isfinite(one.time_ratio) else NONE,
+            "loss (nats)": f"{one.diverged} of {one.runs} diverged" if one.diverged else _loss(one.mean),
+            "minus the arm [95% interval]": shown or NONE,
+            "time a step": _finite(one.time_ratio, ".2f"),
             "seeds": str(one.runs),
         }
         rows.append((row, one.origins[0] if one.origins else None))
@@ -239,7 +238,7 @@ def grid(results: Results) -> Table:
     )
 
 
-def tuning(results: Results) -> Table:
+def searches(results: Results) -> Table:
     rows = []
     for one in results.tunings:
         trials = [trial for candidate in one.candidates for trial in candidate.trials]
@@ -254,7 +253,7 @@ def tuning(results: Results) -> Table:
             "device-seconds": f"{sum(trial.device_seconds for trial in trials):,.0f}",
             "chosen values": _values(one.best.values),
             "loss": _loss(one.best.loss),
-            "the next, more by": f"{second - one.best.loss:+.4f}" if math.isfinite(second - one.best.loss) else NONE,
+            "the next, more by": _finite(second - one.best.loss, "+.4f"),
         }
         rows.append((row, one.best.trials[0].origin if one.best.trials else None))
     return _table(
@@ -267,21 +266,23 @@ def tuning(results: Results) -> Table:
 
 
 def edges(results: Results) -> Table:
-    rows: list[tuple[dict[str, str], Origin | None]] = []
-    for one in results.tunings:
-        for edge in one.edges:
-            row = {
-                "model": one.model,
-                "arm": label(one.arm),
-                "steps": f"{one.horizon:,}",
-                "key": edge.key,
-                "best value": short(edge.value),
-                "of those tried": f"the {edge.side}",
-            }
-            rows.append((row, one.best.trials[0].origin if one.best.trials else None))
-    return _table(
-        "edges", "Best values at an edge of their search", rows, "The optimum may lie outside.", linked="best value"
+    first = {(one.arm, one.model, one.horizon): one.best.trials[0].origin for one in results.tunings if one.best.trials}
+    rows = []
+    for edge in tuning.edges(results.study, results.tunings):
+        row = {
+            "model": edge.model,
+            "arm": label(edge.arm),
+            "steps": f"{edge.horizon:,}",
+            "key": edge.key,
+            "value": short(edge.value),
+            "of those tried": f"the {edge.side}",
+            "found at": edge.inherited_from or f"{edge.horizon:,} steps",
+        }
+        rows.append((row, first.get((edge.arm, edge.model, edge.horizon))))
+    note = (
+        "The optimum may lie outside. A key that was not searched again at some steps keeps the value found at others."
     )
+    return _table("edges", "Reported values at an edge of their search", rows, note, linked="value")
 
 
 def search_spaces(results: Results) -> Table:
@@ -297,17 +298,21 @@ def published(results: Results) -> Table:
     """Return published results with their flaws; losses of one source, size and length in one row, with ours if comparable."""
     reference = load_reference()
     ours = {(end.model, end.arm): end for end in results.endpoints() if math.isfinite(end.mean)}  # the longest stays
-    groups: dict[tuple[str, str, str], list[PublishedLoss]] = {}
+    groups: dict[tuple[str, str, float | None], list[PublishedLoss]] = {}
     for one in reference.losses:
-        length = f"{one.chinchilla:g}× Chinchilla" if one.chinchilla else f"{one.steps:,} steps" if one.steps else NONE
-        groups.setdefault((one.source, one.size, length), []).append(one)
+        groups.setdefault((one.source, one.size, one.chinchilla), []).append(one)
     rows: list[tuple[dict[str, str], Origin | None]] = []
-    for (source, size, length), losses in groups.items():
+    for (source, size, chinchilla), losses in groups.items():
         mine = [ours[key] for one in losses if (key := (one.model or "", one.arm)) in ours]
+        steps = [f"{one.steps:,}" for one in losses if one.steps]
         row = {
             "source": source,
             "size": size,
-            "length": length,
+            "length": f"{chinchilla:g}× Chinchilla"
+            if chinchilla
+            else f"{' and '.join(dict.fromkeys(steps))} steps"
+            if steps
+            else NONE,
             "result": ", ".join(f"{label(one.arm)} {one.loss:.3f}" for one in losses),
             "here": ", ".join(f"{label(end.arm)} {end.mean:.3f} ({end.horizon:,} steps)" for end in mine),
             "flaws": reference.flaws.get(source, ""),
@@ -356,7 +361,7 @@ TABLES: Mapping[str, Callable[[Results], Table]] = {
     "times": costs,
     "ablations": ablations,
     "grid": grid,
-    "tuning": tuning,
+    "tuning": searches,
     "edges": edges,
     "search-spaces": search_spaces,
     "published": published,
@@ -382,7 +387,7 @@ def _difference(one: Contrast | str) -> str:
 def _half(one: Compared) -> str:
     if isinstance(one.half, str):
         return NONE
-    return f"{_difference(one.half)} ({one.half.horizon:,} against {one.half.baseline_horizon:,})"
+    return f"{_difference(one.half)} ({one.half.horizon:,})"
 
 
 def _detectable(one: Contrast | str) -> str:
@@ -399,8 +404,12 @@ def _ratio(one: Ratio | str) -> str:
     return NONE if isinstance(one, str) else one.text
 
 
+def _finite(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else NONE
+
+
 def _loss(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else NONE
+    return _finite(value, ".4f")
 
 
 def _p(value: float) -> str:

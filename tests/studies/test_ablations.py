@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from analysis.figures import FIGURES, NothingToShow, save
+from analysis.figures import FIGURES, save
 from analysis.results import Results, analyse
 from analysis.runs import flatten
 from analysis.tables import TABLES, markdown
@@ -108,8 +108,6 @@ def test_figures_of_the_ablations_are_drawn(results: Results, tmp_path: Path) ->
         assert save(FIGURES[name](results), tmp_path / f"{name}.png").stat().st_size > 5000
     ks = {int(text.get_text()) for text in FIGURES["interval"](results).axes[0].get_xticklabels()}
     assert ks == {1, 10, 100}
-    with pytest.raises(NothingToShow, match="two models"):
-        FIGURES["size"](results)
 
 
 def test_the_json_report_has_the_ablations(results: Results) -> None:
