@@ -199,8 +199,14 @@ def _shared(study: Study) -> list[Finding]:
     optimizers = {trial.arm: run.optimizer for trial, run in _compared(study)}
     if len({*optimizers.values()}) < 2:  # settings of one optimizer are what is compared
         return []
-    searched = {arm: {*study.arms[arm].search} for arm in optimizers}
-    declared = {key for keys in searched.values() for key in keys}
+    declared = {key for arm in optimizers for key in study.arms[arm].search}
+    tried: dict[tuple[str, str], set[str]] = {}  # by arm and key
+    for trial in study.tuning:
+        for key, value in trial.values.items():
+            tried.setdefault((trial.arm, key), set()).add(short(value))
+    searched = {
+        cell for cell, points in tried.items() if len(points) > 1
+    }  # a space of which one point was tried is none
     values: dict[tuple[str, str], dict[str, set[str]]] = {}  # by key and model, and arm
     for trial, run in _compared(study):
         for key, value in (_DEFAULTS | _leaves(run.config)).items():
@@ -208,7 +214,7 @@ def _shared(study: Study) -> list[Finding]:
                 values.setdefault((key, trial.model), {}).setdefault(trial.arm, set()).add(short(value))
     unfair: dict[str, str] = {}
     for (key, _), by_arm in values.items():
-        given = {arm: "searched" for arm in by_arm if {key, key.split("[")[0]} & searched[arm]}
+        given = {arm: "searched" for arm in by_arm if (arm, key) in searched}
         unequal = any(not (a <= b or b <= a) for a, b in itertools.combinations(by_arm.values(), 2))
         # Equal rates are not fair either: that of one optimizer says nothing of another's.
         unequal |= key == "optimizer.lr" and len({optimizers[arm] for arm in by_arm}) > 1
@@ -229,7 +235,7 @@ def _shared(study: Study) -> list[Finding]:
             findings.append(Finding("shared", severity, title, detail, baseline=True))
     rates = [by_arm for (key, _), by_arm in values.items() if key == EMBEDDINGS_RATE]
     single = [
-        arm for arm in optimizers if EMBEDDINGS_RATE not in searched[arm] and {"1"} in (r.get(arm) for r in rates)
+        arm for arm in optimizers if (arm, EMBEDDINGS_RATE) not in searched and {"1"} in (r.get(arm) for r in rates)
     ]
     if plain := [arm for arm in single if optimizers[arm] != "muon" and "muon" in optimizers.values()]:
         title = f"Muon trains the embeddings by AdamW; their rate was not searched in {_labels(plain)}"
@@ -263,7 +269,7 @@ def _seeds(study: Study) -> list[Finding]:
         title = f"Reported seeds were used to choose settings: {', '.join(map(str, seen))}"
         detail = f"This study builds on {', '.join(known)}, which ran them. {advice}"
         findings.append(Finding("seeds", "serious", title, detail, baseline=True))
-    for name in study.builds_on.keys() - known.keys():
+    for name in sorted(study.builds_on.keys() - known.keys()):
         title = f"{name}, on which this study builds, has no tables"
         detail = "Whether the reported seeds chose settings there is not known; its directory belongs next to this one."
         findings.append(Finding("seeds", "note", title, detail))

@@ -93,11 +93,9 @@ def edges(study: Study, searches: Sequence[Tuning]) -> list[Edge]:
             source = next((one for one, points in tried if len(points) > 1 and value in points), None)
             if source is None or (side := _side(study.arms[arm], source.candidates, key, value)) is None:
                 continue
-            place = (
-                f"{source.horizon:,} steps" if source.model == model else f"{source.model}, {source.horizon:,} steps"
-            )
-            own = (source.model, source.horizon) == (model, horizon)
-            found.append(Edge(arm, model, horizon, key, float(value), side, "" if own else place))
+            place = f"{source.horizon:,} steps" if source.horizon != horizon or source.model != model else ""
+            place = f"{source.model}, {place}" if source.model != model else place
+            found.append(Edge(arm, model, horizon, key, float(value), side, inherited_from=place))
     return found
 
 
@@ -125,19 +123,25 @@ def predicted_gain(search: Tuning, key: str) -> float | None:
 
     The parabola is in the logarithm of `key`; neighbours agree in all other values. None without a neighbour on each side.
     """
-    best, found = search.best, search.candidates
-    others = {name: value for name, value in best.values.items() if name != key}
-    line = sorted(
-        (float(one.values[key]), one.loss)
-        for one in found
+    others = {name: value for name, value in search.best.values.items() if name != key}
+    line = {
+        float(one.values[key]): one.trials
+        for one in search.candidates
         if key in one.values and {n: v for n, v in one.values.items() if n != key} == others and math.isfinite(one.loss)
-    )
-    at = next((i for i, (value, _) in enumerate(line) if value == float(best.values.get(key, math.nan))), None)
-    if at is None or at == 0 or at == len(line) - 1 or line[at - 1][0] <= 0:
+    }
+    points = sorted(line)
+    best = float(search.best.values.get(key, math.nan))
+    at = points.index(best) if best in line else 0
+    if at == 0 or at == len(points) - 1 or points[0] <= 0:
         return None
-    x = np.log([value for value, _ in line[at - 1 : at + 2]])
-    a, b, c = np.polyfit(x - x[1], [loss for _, loss in line[at - 1 : at + 2]], 2)
-    return 0.0 if a <= 0 else max(0.0, best.loss - float(c - b * b / (4 * a)))
+    near = points[at - 1 : at + 2]
+    # The best settings may have run on further seeds, on which their neighbours are unknown.
+    shared = set.intersection(*({trial.seed for trial in line[point]} for point in near))
+    losses = [np.mean([trial.loss for trial in line[point] if trial.seed in shared]) for point in near if shared]
+    if not losses:
+        return None
+    a, b, c = np.polyfit(np.log(near) - np.log(best), losses, 2)
+    return 0.0 if a <= 0 else max(0.0, float(losses[1] - (c - b * b / (4 * a))))
 
 
 def _tuning(

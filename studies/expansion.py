@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal
 
@@ -20,8 +20,9 @@ from training.compose import compose_dictionary
 
 Phase = Literal["tuning", "reporting"]
 Status = Literal["completed", "diverged"]
+Cell = tuple[str, str, int, Phase]  # arm, model, horizon, phase
 
-_ELEMENT = re.compile(r"^(?P<key>.+)\[(?P<index>\d+)\]$")
+ELEMENT = re.compile(r"^(?P<key>.+)\[(?P<index>\d+)\]$")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Trial:
     overrides: tuple[str, ...]  # all configuration overrides except name and directories
 
     @property
+    def cell(self) -> Cell:
+        return self.arm, self.model, self.horizon, self.phase
+
+    @property
     def name(self) -> str:
         """`<arm>-<model>-<horizon>-<hash>-s<seed>`, from the overrides alone, so that new defaults do not rename it."""
         canonical = json.dumps(sorted(self.overrides), separators=(",", ":"))
@@ -62,7 +67,7 @@ class Expansion:
 
     trials: tuple[Trial, ...]
     finished: bool  # no trial is missing and no search is waiting
-    budgets: Mapping[tuple[str, str, int], int] = field(default_factory=dict)  # tuning trials by arm, model, horizon
+    budgets: Mapping[tuple[str, str, int], int]  # tuning trials by arm, model, horizon
 
     def missing(self, outcomes: Outcomes) -> list[Trial]:
         """Return the trials without an outcome."""
@@ -93,9 +98,7 @@ def expand(spec: StudySpec, outcomes: Outcomes) -> Expansion:
                     continue
                 found, tried = _tuned(spec, arm, model, horizon, search, outcomes)
                 budget = budgets[arm, model, horizon] = _budget(spec, arm, model, horizon)
-                assert len(tried) <= budget, (
-                    f"{arm} on {model} at {horizon} steps: {len(tried)} trials, {budget} granted"
-                )
+                assert len(tried) <= budget, f"{arm}, {model}, {horizon} steps: {len(tried)} trials of {budget}"
                 trials += tried
                 if found is None:
                     waiting = True
@@ -116,9 +119,9 @@ def expand(spec: StudySpec, outcomes: Outcomes) -> Expansion:
     return Expansion(tuple(ordered), finished, budgets)
 
 
-def expected_trials(spec: StudySpec) -> dict[tuple[str, str, int, Phase], int]:
+def expected_trials(spec: StudySpec) -> dict[Cell, int]:
     """Return the maximum number of trials by arm, model, horizon and phase."""
-    counts: dict[tuple[str, str, int, Phase], int] = {}
+    counts: dict[Cell, int] = {}
     for model, model_spec in spec.models.items():
         for arm in spec.arms_on(model):
             for horizon in {model_spec.tune_at, *spec.horizons(arm, model)}:
@@ -158,7 +161,7 @@ def value_overrides(values: Mapping[str, Value], defaults: Callable[[], Mapping[
     overrides = []
     lists: dict[str, list[Any]] = {}
     for key, value in values.items():
-        element = _ELEMENT.match(key)
+        element = ELEMENT.match(key)
         if element is None:
             overrides.append(f"{key}={_written(value)}")
             continue

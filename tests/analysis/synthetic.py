@@ -19,8 +19,8 @@ TOKENS_PER_STEP = BATCH * LENGTH
 FLOPS_PER_TOKEN = 6e6
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1},
-    "lion": {"lr": 2e-4, "betas": [0.9, 0.98], "weight_decay": 0.1},
-    "sophiag": {"lr": 6e-4, "betas": [0.9, 0.99], "gamma": 0.05, "hessian_interval": 10, "weight_decay": 0.1},
+    "lion": {"lr": 2e-4, "betas": [0.95, 0.98], "weight_decay": 0.1},
+    "sophiag": {"lr": 6e-4, "betas": [0.96, 0.99], "gamma": 0.05, "hessian_interval": 10, "weight_decay": 0.1},
 }
 
 
@@ -213,7 +213,7 @@ def write_study(directory: Path, *, speedup: float = 1.2, models: Mapping[str, f
         for beta in (0.9, 0.999):
             arm = f"sophiag_g{gamma:g}_b{beta:g}"
             ablations[arm] = {"of": "sophiag", "values": {"optimizer.gamma": gamma, "optimizer.betas[1]": beta}}
-            config = {"optimizer.gamma": gamma, "optimizer.betas": [0.9, beta]}
+            config = {"optimizer.gamma": gamma, "optimizer.betas": [0.96, beta]}
             add(arm, "reporting", model, 200, 1, best + gamma, config=config)
     study = {
         "name": "synthetic",

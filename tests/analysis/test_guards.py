@@ -1,5 +1,6 @@
 """Each guard is triggered by a doctored record, and a sound study triggers none."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from analysis.guards import Finding, differences, inspect
 from analysis.results import analyse
 from analysis.runs import load_runs
 from analysis.trials import load_study
-from analysis.tuning import edges, tunings
+from analysis.tuning import edges, predicted_gain, tunings
 from analysis.wallclock import ReferenceTimes
 from tests.analysis.synthetic import noise, power_law, write_run, write_tables
 
@@ -41,6 +42,7 @@ class Doctor:
                 for rate, excess in zip(RATES, (0.05, 0.0, 0.05), strict=True):
                     values = {"optimizer.lr": rate}
                     self.runs[arm, "tuning", horizon, rate] = {"final": best + excess, "config": values}
+        self.configure("sophiag", optimizer__betas=[0.9, 0.99])  # β1 as AdamW's
 
     def configure(self, arm: str, **config: Any) -> None:
         """Set keys, with __ for dots, in all runs of an arm."""
@@ -48,18 +50,28 @@ class Doctor:
             if of == arm:
                 arguments["config"] |= {key.replace("__", "."): value for key, value in config.items()}
 
-    def search(self, key: str, *arms: str) -> None:
+    def declare(self, key: str, *arms: str) -> None:
         for arm in arms:
             self.study["arms"][arm] = {"search": self.study["arms"][arm]["search"] | {key: {"values": [1, 2]}}}
 
-    def run(self, arm: str, phase: str, horizon: int, which: float) -> Path:
+    def search(self, key: str, value: float, *arms: str) -> None:
+        """Report a value of a key, and try half and twice of it at each horizon."""
+        self.declare(key, *arms)
+        for arm in arms:
+            self.configure(arm, **{key: value})
+            for horizon, factor in ((100, 0.5), (100, 2), (200, 0.5), (200, 2)):
+                final = power_law(horizon * 1024) + 0.05
+                config = self.runs[arm, "tuning", horizon, 1e-3]["config"] | {key: type(value)(factor * value)}
+                self.runs[arm, "tuning", horizon, f"{key}={factor}"] = {"final": final, "config": config}
+
+    def run(self, arm: str, phase: str, horizon: int, which: Any) -> Path:
         return self.directory.with_name("runs") / f"{arm}-{phase}-{horizon}-{which}"
 
     def write(self) -> list[Finding]:
         trials: list[tuple[dict[str, Any], Path | None]] = []
         for (arm, phase, horizon, which), arguments in self.runs.items():
             path: Path | None = self.run(arm, phase, horizon, which)
-            seed = which if phase == "reporting" else 100
+            seed = arguments.get("seed", which if phase == "reporting" else 100)
             arguments = {"optimizer": arm, "seed": seed, "steps": horizon, "evaluations": 4, **arguments}
             if not arm.startswith("sophia"):
                 arguments.setdefault("train_lines", "clipped_every" in arguments)
@@ -201,7 +213,12 @@ def give_the_embeddings_of_one_arm_a_rate_of_their_own(doctor: Doctor) -> None:
 
 
 def search_the_embeddings_rate_in_one_arm(doctor: Doctor) -> None:
-    doctor.search("optimizer.embedding_lr_ratio", "sophiag")
+    doctor.search("optimizer.embedding_lr_ratio", 1.0, "sophiag")
+
+
+def declare_a_search_that_never_tries_a_second_value(doctor: Doctor) -> None:
+    doctor.search("optimizer.embedding_lr_ratio", 1.0, "sophiag")
+    doctor.declare("optimizer.embedding_lr_ratio", "adamw")
 
 
 def spare_the_embeddings_of_one_arm_weight_decay(doctor: Doctor) -> None:
@@ -209,8 +226,7 @@ def spare_the_embeddings_of_one_arm_weight_decay(doctor: Doctor) -> None:
 
 
 def search_the_warm_up_in_one_arm(doctor: Doctor) -> None:
-    doctor.search("schedule.warmup_steps", "adamw")
-    doctor.configure("adamw", schedule__warmup_steps=40)
+    doctor.search("schedule.warmup_steps", 40, "adamw")
 
 
 def search_no_rate(doctor: Doctor) -> None:
@@ -350,6 +366,7 @@ def leave_changes_uncommitted(doctor: Doctor) -> None:
         (leave_a_gap_in_the_arms_learning_rates, "tuning", "serious", "looks under-tuned: Sophia-G"),
         (give_the_embeddings_of_one_arm_a_rate_of_their_own, "shared", "serious", "optimizer.embedding_lr_ratio"),
         (search_the_embeddings_rate_in_one_arm, "shared", "serious", "optimizer.embedding_lr_ratio"),
+        (declare_a_search_that_never_tries_a_second_value, "shared", "serious", "optimizer.embedding_lr_ratio"),
         (spare_the_embeddings_of_one_arm_weight_decay, "shared", "serious", "optimizer.decay_embeddings"),
         (search_the_warm_up_in_one_arm, "shared", "serious", "schedule.warmup_steps"),
         (search_no_rate, "shared", "serious", "optimizer.lr"),
@@ -390,12 +407,11 @@ def test_an_arms_own_knobs_and_keys_searched_in_all_arms_may_differ(
     doctor: Doctor, change: Callable[[Doctor], None] | None
 ) -> None:
     if change is None:
-        for key in ("optimizer.embedding_lr_ratio", "optimizer.weight_decay", "schedule.warmup_steps"):
-            doctor.search(key, "adamw", "sophiag")
-        doctor.configure("adamw", optimizer__embedding_lr_ratio=2, optimizer__weight_decay=1, schedule__warmup_steps=2)
-        doctor.configure(
-            "sophiag", optimizer__embedding_lr_ratio=1, optimizer__weight_decay=2, schedule__warmup_steps=1
-        )
+        for arm, factor in (("adamw", 1), ("sophiag", 2)):
+            doctor.search("optimizer.embedding_lr_ratio", 1.0 * factor, arm)
+            doctor.search("optimizer.weight_decay", 0.1 * factor, arm)
+            doctor.search("schedule.warmup_steps", 10 * factor, arm)
+        doctor.study["tuning"]["trials"] = 9
     else:
         change(doctor)
     assert doctor.write() == []
@@ -403,7 +419,7 @@ def test_an_arms_own_knobs_and_keys_searched_in_all_arms_may_differ(
 
 def test_bare_runs_without_a_tuned_rate_are_in_serious_doubt_and_their_weight_decay_is_a_note(tmp_path: Path) -> None:
     write_run(tmp_path / "a", config={"optimizer.weight_decay": 0.2}, train_lines=False)
-    write_run(tmp_path / "b", optimizer="lion", train_lines=False)
+    write_run(tmp_path / "b", optimizer="lion", config={"optimizer.betas": [0.9, 0.98]}, train_lines=False)
     serious, note = inspect(load_study([tmp_path]))
     assert (serious.severity, serious.title) == ("serious", "Not tuned in every arm: optimizer.lr")
     assert "0.001 for AdamW; 0.0002 for Lion" in serious.detail
@@ -419,7 +435,7 @@ def test_settings_of_one_optimizer_are_the_comparison_itself(tmp_path: Path) -> 
 def test_an_edge_is_inherited_where_its_key_is_not_searched_again(doctor: Doctor) -> None:
     """Weight decay is searched at 100 steps, and its highest value is best; at 200 the rate alone is tuned again."""
     for arm in ("adamw", "sophiag"):
-        doctor.search("optimizer.weight_decay", arm)
+        doctor.declare("optimizer.weight_decay", arm)
         doctor.configure(arm, optimizer__weight_decay=0.4)
         for decay, excess in ((0.1, 0.04), (0.2, 0.02)):
             values = {"optimizer.lr": 1e-3, "optimizer.weight_decay": decay}
@@ -436,6 +452,20 @@ def test_an_edge_is_inherited_where_its_key_is_not_searched_again(doctor: Doctor
         ("sophiag", 200, "100 steps"),
     ]
     assert {(row.key, row.value, row.side) for row in rows} == {("optimizer.weight_decay", 0.4, "highest")}
+
+
+def test_a_parabola_compares_rates_on_the_seeds_that_they_share(doctor: Doctor) -> None:
+    """The best setting ran again on a further seed, which is an easier one; its neighbours did not."""
+    leave_a_gap_in_the_baselines_learning_rates(doctor)
+    gains = []
+    for further in ({}, {("adamw", "tuning", 200, 101): {"seed": 101, "final": 2.0, "config": {"optimizer.lr": 1e-3}}}):
+        doctor.runs |= further
+        shutil.rmtree(doctor.directory.with_name("runs"), ignore_errors=True)
+        doctor.write()
+        search = next(one for one in tunings(load_study([doctor.directory])) if one.horizon == 200)
+        gains.append(predicted_gain(search, "optimizer.lr"))
+    assert gains[0] == gains[1]
+    assert gains[0]
 
 
 def test_a_clock_finding_says_where_reference_times_come_from(doctor: Doctor) -> None:

@@ -99,6 +99,40 @@ def test_every_study_in_the_repository_is_valid_and_so_is_each_first_trial(study
         assert config.model.name == trial.model
 
 
+def test_every_searched_range_of_the_repositorys_studies_is_tried_on_both_halves() -> None:
+    """Also the floor of the curvature: far above 1e-12, where it matters."""
+    halves: dict[tuple[str, str, str], set[bool]] = {}
+    for spec in map(load_spec, sorted(path.stem for path in STUDY_DIRECTORY.glob("*.yaml"))):
+        if spec.tuning.method in ("random", "halton"):
+            for trial in expand(spec, {}).trials:
+                for key, value in trial.values.items():
+                    middle = spec.arms[trial.arm].search[key].ladder.values[2]
+                    halves.setdefault((spec.name, trial.arm, key), set()).add(value > middle)  # type: ignore[operator]
+    assert halves
+    assert [key for key, tried in halves.items() if tried != {False, True}] == []
+    floors = [
+        t.values.get("optimizer.eps", 0.0) for t in expand(load_spec("paper_125m"), {}).trials if "sophia" in t.arm
+    ]
+    assert sum(float(floor) >= 1e-8 for floor in floors) >= 2
+
+
+def test_the_papers_study_gives_every_arm_the_same_searched_shared_keys_and_trials() -> None:
+    spec = load_spec("paper_125m")
+    shared = {
+        "optimizer.lr",
+        "optimizer.betas[0]",
+        "optimizer.betas[1]",
+        "optimizer.weight_decay",
+        "schedule.warmup_share",
+    }
+    own = {"optimizer.gamma", "optimizer.eps"}
+    assert [{*arm.search} for arm in spec.arms.values()] == [shared, shared, shared | own, shared | own]
+    counts = expected_trials(spec)
+    assert len({counts[arm, "gpt2_small", 25000, "tuning"] for arm in spec.arms}) == 1
+    final = {compose([*t.overrides, "name=x"]).schedule.final_ratio for t in expand(spec, {}).trials[::16]}
+    assert final == {0.05}, "one schedule"
+
+
 def test_the_baseline_runs_at_all_horizons_and_the_others_where_the_study_says() -> None:
     spec = validate_spec(small(), "small.yaml")
     assert spec.horizons("adamw", "gpt2_nano") == (25, 50, 100)
