@@ -19,7 +19,7 @@ TOKENS_PER_STEP = BATCH * LENGTH
 FLOPS_PER_TOKEN = 6e6
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1},
-    "lion": {"lr": 2e-4, "betas": [0.95, 0.98], "weight_decay": 0.1},
+    "lion": {"lr": 2e-4, "betas": [0.9, 0.98], "weight_decay": 0.1},
     "sophiag": {"lr": 6e-4, "betas": [0.96, 0.99], "gamma": 0.05, "hessian_interval": 10, "weight_decay": 0.1},
 }
 
