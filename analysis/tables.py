@@ -108,8 +108,8 @@ def verdict(results: Results) -> Table:
             untested.setdefault(one.not_tested, {})[one.model] = None
     levels = dict.fromkeys(f"{100 * results.level(model):.3g}% on {model}" for model in results.baselines)
     note = (
-        f"Final validation losses of fully decayed runs. Differences are paired by seed; intervals are at {', '.join(levels)} "
-        f"({study.level:.0%}, corrected for the number of arms). At half the steps (in brackets), {baseline} has "
+        f"Final validation losses of fully decayed runs. Differences are paired by seed; intervals at {study.level:.0%} are "
+        f"corrected for the number of arms ({', '.join(levels) or 'none'}). At half the steps (in brackets), {baseline} has "
         f"twice as many. A ratio of 1.25: {baseline} needs 1.25 times as much for the arm's loss; > and < mark what is "
         f"outside {baseline}'s horizons; – means no ratio."
     )  # fmt: skip
