@@ -61,7 +61,9 @@ def _table(
     note: str = "",
     linked: str = "arm",
 ) -> Table:
-    return Table(name, title, pd.DataFrame([row for row, _ in rows]), tuple(run for _, run in rows), note, linked)
+    frame = pd.DataFrame([row for row, _ in rows])
+    frame = frame[[column for column in frame.columns if frame[column].any()]]  # without empty columns
+    return Table(name, title, frame, tuple(run for _, run in rows), note, linked)
 
 
 def markdown(table: Table, location: Path = Path()) -> str:
@@ -111,10 +113,15 @@ def verdict(results: Results) -> Table:
     levels = dict.fromkeys(f"{100 * results.level(model):.3g}% on {model}" for model in results.baselines)
     note = (
         f"Final validation losses of fully decayed runs. Differences are paired by seed; intervals at {study.level:.0%} are "
-        f"corrected for the number of arms ({', '.join(levels) or 'none'}). At half the steps (in brackets), {baseline} has "
-        f"twice as many. A ratio of 1.25: {baseline} needs 1.25 times as much for the arm's loss; > and < mark what is "
-        f"outside {baseline}'s horizons; – means no ratio."
-    )  # fmt: skip
+        f"corrected for the number of arms ({', '.join(levels) or 'none'})."
+    )
+    if "at half the steps" in frame:
+        note += f" At half the steps (in brackets), {baseline} has twice as many."
+    if "ratio in steps" in frame:
+        note += (
+            f" A ratio of 1.25: {baseline} needs 1.25 times as much for the arm's loss; > and < mark what is outside "
+            f"{baseline}'s horizons; – means no ratio."
+        )
     if untested:
         reasons = ". ".join(f"{', '.join(models)}: {reason}" for reason, models in untested.items())
         note += f" The paper's claim is not tested. {reasons}."
