@@ -27,8 +27,8 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup ## AdamW, Lion and Sophia-G on the embedded corpus: a table and a plot
 	$(BIN)/python scripts/demo.py
 
-test: setup ## the test suite, on three workers because some tests wait
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not gpu and not slurm and not faults"
+test: setup ## the test suite, on four workers because many tests wait
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m "not gpu and not slurm and not faults"
 
 test-fast: setup ## the quick tests of every package: under 90 seconds
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not slurm and not faults"
@@ -78,7 +78,6 @@ wheel: ## build the library's wheel into dist/, and train with it where torch is
 
 results: setup ## reports, figures and the README's section from the records in results/cpu_scale and cpu_embeddings
 	$(BIN)/python scripts/results.py
-	$(BIN)/python scripts/results.py results/cpu_embeddings --part embeddings --brief
 
 lock: ## resolve pyproject.toml's version ranges into requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock

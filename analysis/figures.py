@@ -9,7 +9,9 @@ import io
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,13 +19,12 @@ from numpy.typing import NDArray
 
 from analysis import escaping
 from analysis.colours import colours, label
+from analysis.comparison import Interval
 from analysis.guards import INCIDENTAL, TIMING, is_under
 from analysis.reference import load_reference
-from analysis.results import CLAIM_NAMES, CURRENCY_NAMES, ArmCost, Results, model_sizes
+from analysis.results import ArmCost, Results
 from analysis.runs import Currency, Curve, RecordedRun, flatten
-from analysis.scaling import ScalingLaw
 from analysis.sensitivity import REFRESH, comparable_runs
-from analysis.speedup import Endpoints
 from analysis.trials import Study
 from analysis.wallclock import TRAINING_KINDS
 from data.files import write_atomically
@@ -64,44 +65,52 @@ def validation_curves(results: Results) -> Figure:
     models = [model for model in study.models if study.endpoints(study.baseline, model)]
     if not models:
         raise NothingToShow("no reported runs of the baseline")
-    figure, panels = _panels(len(models), height=4.2)
+    figure, panels = _panels(len(models))
+    palette = colours(study.arm_names())
     for axis, model in zip(panels, models, strict=True):
-        draw_curves(axis, study, model, "steps")
+        found = curves_at(study, model, study.endpoints(study.baseline, model)[-1].horizon)
+        for arm, curves in found.items():
+            steps, losses = seed_curves(curves, "steps")
+            low, high = np.nanmin(losses, axis=0), np.nanmax(losses, axis=0)
+            axis.fill_between(steps, low, high, color=palette[arm], alpha=0.15, lw=0)
+            axis.plot(steps, np.nanmean(losses, axis=0), color=palette[arm], linewidth=1.8, label=_label(arm))
+        axis.set_ylim(*loss_limits(found, study.baseline))
+        axis.set_xlim(left=0)
+        axis.set_xlabel("training steps")
         axis.set_title(escaping.figure(model), fontsize=10)
         for published in load_reference().of(model):
             axis.axhline(published.loss, color=colours([published.arm])[published.arm], linewidth=0.8, linestyle=":")
-            axis.annotate(
-                f"paper, {_label(published.arm)} {published.loss:.3f}",
-                (0.99, published.loss),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="bottom",
-                fontsize=7,
-                color="#555555",
-            )
+            text, at = f"paper, {_label(published.arm)} {published.loss:.3f}", (0.99, published.loss)
+            axis.annotate(text, at, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+        dress(axis)
     panels[0].set_ylabel("validation loss (nats)")
     panels[0].legend(frameon=False, fontsize=8)
     return figure
 
 
-def draw_curves(axis: Axes, study: Study, model: str, currency: Currency) -> None:
-    """Draw each arm's curves at the baseline's longest horizon on one model."""
-    horizon = study.endpoints(study.baseline, model)[-1].horizon
-    arms = [arm for arm in study.arm_names() if any(r.horizon == horizon for r in study.runs(arm=arm, model=model))]
-    palette = colours(study.arm_names())
-    finals = []
-    for arm in arms:
+def curves_at(study: Study, model: str, horizon: int) -> dict[str, list[Curve]]:
+    """Return the evaluations of each arm's reported runs of one model and horizon."""
+    found: dict[str, list[Curve]] = {}
+    for arm in study.arm_names():
         runs = [run for run in study.runs(arm=arm, model=model) if run.horizon == horizon and len(run.evaluations)]
-        x, losses = seed_curves([run.evaluations for run in runs], currency)
-        axis.fill_between(x, np.nanmin(losses, axis=0), np.nanmax(losses, axis=0), color=palette[arm], alpha=0.15, lw=0)
-        axis.plot(x, np.nanmean(losses, axis=0), color=palette[arm], linewidth=1.8, label=_label(arm))
-        late = losses[:, x >= 0.1 * x[-1]]
-        finals.append((np.nanmin(late), np.nanmax(late)))
-    low, high = min(one for one, _ in finals), sorted(one for _, one in finals)[len(finals) // 2]
-    axis.set_ylim(low - 0.05 * (high - low), high)
-    axis.set_xlim(left=0)
-    axis.set_xlabel(_axis_title(currency))
-    _dress(axis)
+        if runs and np.isfinite(seed_curves([run.evaluations for run in runs], "steps")[1]).any():
+            found[arm] = [run.evaluations for run in runs]
+    return found
+
+
+def loss_limits(found: Mapping[str, Sequence[Curve]], baseline: str) -> tuple[float, float]:
+    """Return limits of the loss after the initial fall; an arm that rises far above the others may leave them."""
+    lows, highs = [], {}
+    for arm, curves in found.items():
+        steps, losses = seed_curves(curves, "steps")
+        late = losses[:, steps >= 0.1 * steps[-1]]
+        if np.isfinite(late).any():
+            lows.append(float(np.nanmin(late)))
+            highs[arm] = float(np.nanmax(late))
+    if not lows:
+        return 0.0, 1.0
+    low, high = min(lows), max(median_low(highs.values()), highs.get(baseline, -math.inf))
+    return low - 0.06 * (high - low), high
 
 
 def seed_curves(curves: Sequence[Curve], currency: Currency) -> tuple[Array, Array]:
@@ -113,102 +122,113 @@ def seed_curves(curves: Sequence[Curve], currency: Currency) -> tuple[Array, Arr
     return spent, losses
 
 
-def loss_against_size(results: Results) -> Figure:
-    """Final loss against parameters, per arm, at the longest horizon of each model, with the paper's points."""
-    study, sizes = results.study, model_sizes(results.study)
-    if len([model for model in study.models if model in sizes]) < 2:
-        raise NothingToShow("loss against size needs reported runs of at least two models")
-    figure, (axis,) = _panels(1, width=6.5)
-    palette = colours(study.arm_names())
-    laws = {law.arm: law for law in results.size_laws}
-    for arm in study.arm_names():
-        points = [
-            (sizes[model], ends[-1])
-            for model in study.models
-            if model in sizes and (ends := [e for e in study.endpoints(arm, model) if not e.diverged])
-        ]
-        _draw_points(axis, [size for size, _ in points], [end for _, end in points], palette[arm], _label(arm))
-        if arm in laws:
-            _draw_law(axis, laws[arm], palette[arm])
-    axis.set_xscale("log")
-    axis.set_xlabel("parameters")
-    axis.set_ylabel("final validation loss (nats)")
-    axis.legend(frameon=False, fontsize=8)
-    _dress(axis)
-    return figure
-
-
 def loss_against_tokens(results: Results) -> Figure:
-    """Final loss of fully decayed runs against training tokens, per arm and model, with the baseline's curve and band."""
+    """Final loss of fully decayed runs against training tokens, per arm and model, with the baseline's curve."""
     study = results.study
-    models = list(results.baselines)
-    if not models or all(len(results.baselines[model].endpoints) < 2 for model in models):
+    models = [model for model, fitted in results.baselines.items() if len(fitted.endpoints) > 1]
+    if not models:
         raise NothingToShow("loss against tokens needs at least two horizons of the baseline")
-    figure, panels = _panels(len(models), height=4.2, share_y=True)
+    figure, panels = _panels(len(models), share_y=True)
     palette = colours(study.arm_names())
     # The baseline's losses set the scale: a diverging arm would flatten all others.
-    ends_of_baseline = [end for model in models for end in study.endpoints(study.baseline, model) if not end.diverged]
-    scale = 1.05 * max(float(end.losses.max()) for end in ends_of_baseline)
+    scale = 1.05 * max(float(results.baselines[model].losses.max()) for model in models)
+    ends = [end for end in results.endpoints() if end.model in models and study.arms[end.arm].role == "arm"]
+    lowest = min(float(np.nanmin(end.losses)) for end in ends if not end.diverged)
     for axis, model in zip(panels, models, strict=True):
-        curve = results.baselines[model].curve
-        x = np.linspace(*results.baselines[model].range, 100)
-        axis.plot(np.exp(x), curve.value(x), color=palette[study.baseline], linewidth=1.2)
-        name = f"{study.baseline} on {model}" if len(study.models) > 1 else study.baseline
-        for law in results.token_laws:
-            if law.arm == name:
-                _, low, high = law.band(np.exp(x))
-                axis.fill_between(np.exp(x), low, high, color=palette[study.baseline], alpha=0.15, lw=0)
+        fitted = results.baselines[model]
+        x = np.linspace(fitted.log_tokens[0], fitted.log_tokens[-1], 100)
+        if fitted.curve is not None:
+            axis.plot(np.exp(x), fitted.curve.value(x), color=palette[study.baseline], linewidth=1.2)
         for arm in study.arm_names():
             ends = [end for end in study.endpoints(arm, model) if not end.diverged]
-            worst = max((float(end.losses.mean()) for end in ends), default=0.0)
-            name = _label(arm) if worst <= scale else f"{_label(arm)} (up to {worst:.1f}, off the scale)"
-            _draw_points(axis, [float(end.tokens.mean()) for end in ends], ends, palette[arm], name, line=False)
-        if axis.get_ylim()[1] > scale:
-            axis.set_ylim(top=scale)
+            if not ends:
+                continue
+            means = np.array([end.mean for end in ends])
+            reach = [means - [end.losses.min() for end in ends], [end.losses.max() for end in ends] - means]
+            name = _label(arm) if means.max() <= scale else f"{_label(arm)} (up to {means.max():.1f}, off the scale)"
+            tokens = [float(end.tokens.mean()) for end in ends]
+            axis.errorbar(tokens, means, yerr=reach, fmt="o", color=palette[arm], label=name, markersize=4, capsize=2)
         axis.set_xscale("log")
-        _ticks_at(axis, [float(end.tokens.mean()) for end in study.endpoints(study.baseline, model)], _millions)
-        axis.set_title(escaping.figure(f"{model} ({curve.method})"), fontsize=10)
+        at = np.exp(fitted.log_tokens)
+        axis.set_xticks(at, [f"{count / 1e6:,.3g}M" if count >= 1e5 else f"{count:,.0f}" for count in at], fontsize=8)
+        axis.minorticks_off()
+        tested = "" if fitted.self_test.passed else ": the curve fails its self-test" if fitted.curve else ": no curve"
+        axis.set_title(escaping.figure(f"{model}{tested}"), fontsize=10)
         axis.set_xlabel("training tokens")
-        _dress(axis)
+        dress(axis)
+    panels[0].set_ylim(lowest - 0.05 * (scale - lowest), scale)
     panels[0].set_ylabel("final validation loss (nats)")
     panels[0].legend(frameon=False, fontsize=8)
     return figure
 
 
-def speed_up_intervals(results: Results) -> Figure:
-    """Each arm's speed-up with its interval, per currency, against 1 and 2."""
-    chosen: dict[tuple[str, str, Currency], Any] = {}
-    for one in results.headlines:
-        chosen[one.model, one.arm, one.currency] = one.speed_up
-    shown = {key: one for key, one in chosen.items() if math.isfinite(one.estimate)}
-    if not shown:
-        raise NothingToShow("no arm has a speed-up: an arm and the baseline need finished runs at common seeds")
-    models = list(dict.fromkeys(model for model, _, _ in shown))
-    rows = max(sum(1 for key in shown if key[0] == model) for model in models)
-    figure, panels = _panels(len(models), height=1.3 + 0.27 * rows)
-    palette = colours(results.study.arm_names())
-    for axis, model in zip(panels, models, strict=True):
-        members = [(key, one) for key, one in shown.items() if key[0] == model]
-        axis.axvline(1.0, color="#888888", linewidth=1)
-        axis.axvline(2.0, color="#888888", linewidth=1, linestyle="--")
-        names = []
-        for row, ((_, arm, currency), one) in enumerate(members):
-            y = rows - row
-            axis.plot([one.low, one.high], [y, y], color=palette[arm], linewidth=2, solid_capstyle="butt")
-            for end, censored, marker in ((one.low, one.low_censored, "<"), (one.high, one.high_censored, ">")):
-                axis.plot(end, y, marker if censored else "|", color=palette[arm], markersize=6 if censored else 8)
-            axis.plot(one.estimate, y, "o", color=palette[arm], markersize=5)
-            names.append((y, f"{_label(arm)}, {CLAIM_NAMES[currency]}"))
-        axis.set_yticks([y for y, _ in names], [name for _, name in names], fontsize=8)
-        axis.set_xscale("log")
-        axis.set_ylim(0.4, rows + 0.6)
-        _plain_ratios(axis, [(one.low, one.high) for _, one in members])
-        axis.set_xlabel(
-            f"speed-up against {_label(results.study.baseline)} (1: none, 2: the paper's claim)", fontsize=8.5
-        )
-        axis.set_title(escaping.figure(model), fontsize=10)
-        _dress(axis)
+def final_differences(results: Results) -> Figure:
+    """Final loss minus the baseline's at the same steps, paired by seed: seeds, mean and interval, per arm and horizon."""
+    study = results.study
+    models: dict[str, list[_Row]] = {}
+    palette = colours(study.arm_names())
+    for one in results.compared:
+        if study.arms[one.endpoints.arm].role == "arm" and not isinstance(one.same, str):
+            name = f"{label(one.same.arm)}, {one.same.horizon:,} steps"
+            row = _Row(name, one.same.differences, one.same.interval, palette[one.same.arm])
+            models.setdefault(one.same.model, []).append(row)
+    if not models:
+        raise NothingToShow("no arm and the baseline have finished runs at common steps and seeds")
+    figure, panels = _panels(len(models), height=1.3 + 0.27 * max(map(len, models.values())))
+    for axis, (model, rows) in zip(panels, models.items(), strict=True):
+        _forest(axis, rows)
+        axis.set_xlabel(f"final loss minus {_label(study.baseline)}'s (nats); to the right is worse", fontsize=8.5)
+        axis.set_title(escaping.figure(f"{model}, {100 * results.level(model):.3g}% intervals"), fontsize=10)
     return figure
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Differences by seed with their interval."""
+
+    name: str
+    differences: Sequence[float] | Array
+    interval: Interval | None
+    colour: str
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        points = [*self.differences, *((self.interval.low, self.interval.high) if self.interval else ())]
+        return min(points), max(points)
+
+
+def _forest(axis: Axes, rows: Sequence[_Row]) -> None:
+    """Draw differences with their intervals, one below the other.
+
+    A row that reaches more than six times as far as the middle one does not set the scale: it is cut at the axis' ends,
+    with arrows and its numbers.
+    """
+    reaches = [max(map(abs, row.ends)) for row in rows]
+    kept = [row for row, reach in zip(rows, reaches, strict=True) if reach <= 6 * median_low(reaches)]
+    low, high = min(0.0, *(row.ends[0] for row in kept)), max(0.0, *(row.ends[1] for row in kept))
+    room = 0.05 * (high - low) or 0.01
+    low, high = low - room, high + room
+    axis.axvline(0.0, color="#888888", linewidth=1)
+    for y, row in enumerate(reversed(rows)):
+        mean, interval = float(np.mean(row.differences)), row.interval
+        axis.plot(row.differences, [y] * len(row.differences), ".", color="#999999", zorder=2)
+        axis.plot(mean, y, "D", color=row.colour, markersize=5, zorder=3)
+        if interval is not None:
+            axis.plot(
+                np.clip([interval.low, interval.high], low, high), [y, y], color=row.colour, linewidth=1.8, zorder=1
+            )
+        if row not in kept:
+            for end, beyond, marker in ((low, row.ends[0] < low, "<"), (high, row.ends[1] > high, ">")):
+                if beyond:
+                    axis.plot(end, y, marker, color=row.colour, markersize=7, clip_on=False, zorder=4)
+            text = f"off the scale: {interval.text if interval else f'{mean:+.3f}'}"
+            axis.annotate(
+                text, (0.98, y + 0.12), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7
+            )
+    axis.set_xlim(low, high)
+    axis.set_ylim(-0.6, len(rows) - 0.4)
+    axis.set_yticks(range(len(rows)), [escaping.figure(row.name) for row in reversed(rows)], fontsize=8)
+    dress(axis)
 
 
 def sensitivity_grid(results: Results) -> Figure:
@@ -255,43 +275,28 @@ def hessian_interval(results: Results) -> Figure:
         axis.minorticks_off()
         axis.set_xlabel("k (steps between curvature passes)")
         axis.set_ylabel(title)
-        _dress(axis)
+        dress(axis)
     left.set_title(_group_title(group), fontsize=10)
     return figure
 
 
 def ablations(results: Results) -> Figure:
-    """Each ablation's final loss minus its arm's, paired by seed: seeds, mean and interval."""
-    rows = [one for one in results.ablations if one.differences]
-    lost = [one for one in results.ablations if one.diverged]
-    if not rows and not lost:
-        raise NothingToShow("no ablation arms with finished runs (role: ablation in the study file)")
-    shown = [*rows, *lost]
-    figure, (axis,) = _panels(1, width=8, height=1.4 + 0.3 * len(shown))
-    axis.axvline(0.0, color="#888888", linewidth=1)
-    for row, one in enumerate(reversed(shown)):
-        if one.diverged:
-            axis.annotate(
-                f"{one.diverged} of {one.runs} diverged", (0.98, row), xycoords=("axes fraction", "data"), ha="right",
-                va="center", fontsize=8,
-            )  # fmt: skip
-            continue
-        axis.plot(one.differences, [row] * len(one.differences), ".", color="#999999", zorder=2)
-        interval = one.interval
-        if interval is not None:
-            axis.plot([interval.low, interval.high], [row, row], color="#c2342b", linewidth=1.6, zorder=1)
-        axis.plot(float(np.mean(one.differences)), row, "D", color="#c2342b", markersize=5, zorder=3)
-    cells = dict.fromkeys(f"{label(one.of)}, {one.model}, {one.horizon:,} steps" for one in shown)
-    names = [one.setting for one in shown]
-    if len(cells) == 1:
-        axis.set_title(escaping.figure(f"against {next(iter(cells))}"), fontsize=9)
-    else:
-        names = [f"{one.setting}  ({label(one.of)}, {one.model}, {one.horizon:,})" for one in shown]
-    names.reverse()
-    axis.set_yticks(range(len(shown)), list(map(escaping.figure, names)), fontsize=8)
-    axis.set_ylim(-0.6, len(shown) - 0.4)
-    axis.set_xlabel("final loss minus the arm's (nats); to the right is worse", fontsize=8.5)
-    _dress(axis)
+    """Each ablation's final loss minus its arm's, paired by seed: seeds, mean and 95% interval, exploratory."""
+    shown = [one for one in results.ablations if one.interval is not None]
+    if not shown:
+        raise NothingToShow("no ablation arms with two finished seeds (role: ablation in the study file)")
+    cells = {one: f"{label(one.of)}, {one.model}, {one.horizon:,} steps" for one in shown}
+    single = len(set(cells.values())) == 1
+    figure, (axis,) = _panels(1, width=9, height=1.4 + 0.27 * len(shown))
+    names = [one.setting if single else f"{one.setting}  ({cells[one]})" for one in shown]
+    _forest(
+        axis, [_Row(name, one.differences, one.interval, "#c2342b") for name, one in zip(names, shown, strict=True)]
+    )
+    lost = [f"{one.arm} ({one.diverged} of {one.runs})" for one in results.ablations if one.diverged]
+    title = [f"against {cells[shown[0]]}"] if single else []
+    title += [f"diverged: {', '.join(lost)}"] if lost else []
+    axis.set_title(escaping.figure("; ".join(title)), fontsize=9)
+    axis.set_xlabel("final loss minus the arm's (nats); right is worse", fontsize=8.5)
     return figure
 
 
@@ -322,7 +327,7 @@ def unclipped_fraction(results: Results) -> Figure:
     axis.set_ylabel("unclipped fraction")
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False, fontsize=8)
-    _dress(axis)
+    dress(axis)
     return figure
 
 
@@ -370,7 +375,7 @@ def hessian_histogram(results: Results) -> Figure:
     positive = f"{last.get('positive_fraction', math.nan):.1%} of entries are positive"
     axis.set_title(escaping.figure(f"{run.name}, step {last['step']:,}; {positive}"), fontsize=9)
     axis.legend(frameon=False, fontsize=8)
-    _dress(axis)
+    dress(axis)
     return figure
 
 
@@ -425,59 +430,16 @@ def learning_rate_stability(results: Results) -> Figure:
         axis.minorticks_off()
         axis.set_xlabel("peak learning rate (×: every run diverged)")
         axis.set_title(escaping.figure(cell), fontsize=9)
-        _dress(axis)
+        dress(axis)
     panels[0].set_ylabel("best final validation loss (nats)")
     panels[0].legend(frameon=False, fontsize=8)
     return figure
 
 
-def momentum_against_horizon(results: Results) -> Figure:
-    """The best β1 found by the search, against the horizon."""
-    found: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for search in results.tunings:
-        run = search.best.trials[0].run
-        if run is None:
-            continue
-        optimizer = run.config["optimizer"]
-        # For Muon, the momentum of the hidden matrices; its betas are AdamW's.
-        if "momentum" in optimizer:
-            key, best = "momentum", optimizer["momentum"]
-        elif "betas" in optimizer:
-            key, best = "betas[0]", optimizer["betas"][0]
-        else:
-            continue
-        if len({repr(c.values.get(f"optimizer.{key}")) for c in search.candidates}) > 1:
-            found.setdefault((search.arm, search.model), []).append((search.horizon, float(best)))
-    if not found:
-        raise NothingToShow("no search over optimizer.betas[0]")
-    figure, (axis,) = _panels(1, width=6.5)
-    palette = colours(arm for arm, _ in found)
-    styles = dict(zip(dict.fromkeys(model for _, model in found), ("-", "--", ":", "-."), strict=False))
-    for place, ((arm, model), points) in enumerate(found.items()):
-        horizons, best = zip(*sorted(points), strict=True)
-        beside = 1.01 ** (place - (len(found) - 1) / 2)  # offset arms with the same optimum
-        axis.plot(
-            [horizon * beside for horizon in horizons],
-            best,
-            "o",
-            linestyle=styles[model],
-            color=palette[arm],
-            label=f"{_label(arm)}, {escaping.figure(model)}",
-        )
-    axis.set_xscale("log")
-    _ticks_at(axis, sorted({horizon for points in found.values() for horizon, _ in points}), "{:,.0f}".format)
-    axis.set_xlabel("horizon (steps)")
-    axis.set_ylabel("best β1")
-    axis.legend(frameon=False, fontsize=8)
-    _dress(axis)
-    return figure
-
-
 FIGURES: Mapping[str, Callable[[Results], Figure]] = {
     "curves": validation_curves,
-    "speedups": speed_up_intervals,
+    "differences": final_differences,
     "tokens": loss_against_tokens,
-    "size": loss_against_size,
     "grid": sensitivity_grid,
     "interval": hessian_interval,
     "ablations": ablations,
@@ -486,7 +448,6 @@ FIGURES: Mapping[str, Callable[[Results], Figure]] = {
     "hessian": hessian_histogram,
     "times": step_times,
     "stability": learning_rate_stability,
-    "momentum": momentum_against_horizon,
 }
 
 
@@ -515,67 +476,16 @@ def _bar_panels(costs: Sequence[ArmCost]) -> tuple[Figure, list[tuple[Axes, list
         axis.set_ylim(bars - 0.4, -0.6)
         axis.set_title(escaping.figure(model), fontsize=10)
         axis.tick_params(labelsize=8)
-        _dress(axis)
+        dress(axis)
     return figure, list(zip(panels, models.values(), strict=True))
 
 
-def _dress(axis: Axes) -> None:
+def dress(axis: Axes) -> None:
+    """Give an axis the look of all figures."""
     axis.grid(True, color="#e6e6e6", linewidth=0.8)
     axis.set_axisbelow(True)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
-
-
-def _draw_points(
-    axis: Axes, x: Sequence[float], ends: Sequence[Endpoints], colour: str, name: str, *, line: bool = True
-) -> None:
-    """Draw means over seeds with their range."""
-    if not ends:
-        return
-    means = [float(end.losses.mean()) for end in ends]
-    below = [mean - float(end.losses.min()) for mean, end in zip(means, ends, strict=True)]
-    above = [float(end.losses.max()) - mean for mean, end in zip(means, ends, strict=True)]
-    style = "o-" if line else "o"
-    axis.errorbar(
-        x, means, yerr=[below, above], fmt=style, color=colour, label=name, markersize=4, linewidth=1, capsize=2
-    )
-
-
-def _draw_law(axis: Axes, law: ScalingLaw, colour: str) -> None:
-    x = np.geomspace(law.values[0], law.values[-1], 100)
-    value, low, high = law.band(x)
-    axis.plot(x, value, color=colour, linewidth=1)
-    axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-
-
-def _axis_title(currency: Currency) -> str:
-    titles = {
-        "steps": "training steps",
-        "tokens": "training tokens",
-        "flops": "model FLOPs",
-        "seconds": "training seconds",
-    }
-    return titles.get(currency, CURRENCY_NAMES[currency])
-
-
-def _ticks_at(axis: Axes, values: Sequence[float], text: Callable[[float], str]) -> None:
-    """Put the ticks of a logarithmic axis at the measured values."""
-    axis.set_xticks(values, [text(value) for value in values], fontsize=8)
-    axis.minorticks_off()
-
-
-def _millions(count: float) -> str:
-    return f"{count / 1e6:,.3g}M" if count >= 1e5 else f"{count:,.0f}"
-
-
-def _plain_ratios(axis: Axes, spans: Sequence[tuple[float, float]]) -> None:
-    """Give a logarithmic axis of ratios round ticks that include 1 and 2."""
-    low, high = min(0.8, *(low for low, _ in spans)), max(2.2, *(high for _, high in spans))
-    ticks = [
-        t for t in (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 3, 4, 6, 8, 16) if low * 0.98 <= t <= high * 1.02
-    ]
-    axis.set_xlim(low * 0.97, high * 1.03)
-    _ticks_at(axis, ticks, "{:g}".format)
 
 
 def _losses_by_rate(study: Study) -> dict[tuple[str, str, bool], dict[float, float]]:

@@ -1,24 +1,27 @@
 """Checks that find unfair comparisons and doubtful numbers in the records; a report shows them first.
 
-A comparison of optimizers is fair if the runs differ only in the optimizer and its hyper-parameters, if both arms were
-tuned with the same effort, and if no loss is read in the middle of a schedule.
+A comparison of optimizers is fair if the runs differ only in the optimizer and its own hyper-parameters, if what the arms
+share is equal or tuned in all of them, if all were tuned with the same effort, and if no loss is read in the middle of a
+schedule.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean, median
 from typing import Any, Literal
 
 from scipy import special
 
 from analysis.colours import label
 from analysis.runs import Origin, RecordedRun, flatten
-from analysis.speedup import Endpoints
-from analysis.target import time_to_target
-from analysis.trials import RecordedTrial, Study
-from analysis.tuning import Tuning, predicted_gain, tunings
+from analysis.trials import RecordedTrial, Study, short
+from analysis.tuning import Tuning, edges, predicted_gain, tunings
+from analysis.wallclock import seconds_per_occurrence
 
 # Keys (and all below them) that do not affect what is measured.
 INCIDENTAL = (
@@ -40,20 +43,34 @@ OPTIMIZER = ("optimizer",)
 HORIZON = ("train.steps", "eval.interval", "schedule.warmup_steps", "schedule.warmup_share")
 SEED = ("seed", "seeds", "environment.initial_weights_sha256")
 
+# Hyper-parameters that are an arm's own: they mean something else in each optimizer, and may differ. Every other key that
+# at least two arms have must be equal or searched in all.
+_OWN = (
+    *("name", "factory", "arguments", "betas[1]", "momentum", "eps", "gamma", "clip", "hessian_interval", "estimator"),
+    *("batch_fraction", "bias_correction", "label_draws", "warm_start", "unclipped_target"),
+)
+OWN = tuple(f"optimizer.{key}" for key in _OWN)
+EMBEDDINGS_RATE = "optimizer.embedding_lr_ratio"
+# Of the shared keys, those worth as much as the effects that are measured.
+_WARMUP = ("schedule.warmup_steps", "schedule.warmup_share")
+_DECISIVE = ("optimizer.lr", EMBEDDINGS_RATE, "optimizer.decay_embeddings", *_WARMUP)
+# Values of shared keys that a record may lack.
+_DEFAULTS: dict[str, Any] = {EMBEDDINGS_RATE: 1.0, "optimizer.decay_embeddings": True}
+
+# A larger share of steps with a clipped gradient norm, and a larger difference between clocks of the same work, are found.
+_OFTEN_CLIPPED = 0.3
+_DRIFT = 0.03
 # A loss difference (nats) too small to tune for, even with little seed noise.
 _MATTERS = 0.002
 
 Affects = Literal["loss", "seconds", "FLOPs and seconds"]
 Severity = Literal["serious", "note"]
-
+SEVERITIES: tuple[Severity, ...] = ("serious", "note")
 
 # What runs differ in, and the consequence for a comparison.
 _UNFAIR: dict[Affects, tuple[str, str]] = {
     "loss": ("more than the optimizer", "A difference of loss between them may not be due to the optimizer."),
-    "seconds": (
-        "what affects timing",
-        "Losses are not affected; compare seconds by the reference-time model.",
-    ),
+    "seconds": ("what affects timing", "Losses are not affected; compare seconds by the reference-time model."),
     "FLOPs and seconds": (
         "the price of a curvature pass",
         "Losses are not affected; a ratio in compute or seconds holds for the prices that were paid. Runs of one "
@@ -78,15 +95,31 @@ class Difference:
         return f"{self.key}: {shown}"
 
 
+# The order of findings, strongest doubt first: serious ones about the baseline, since every verdict rests on it; then other
+# serious ones; then notes. Within each, by the guard that found them, in this order.
+GUARDS = (
+    *("baseline", "fairness", "shared", "schedule", "seeds", "budget", "tuning", "edge", "curve", "diverged"),
+    *("set aside", "records", "degenerate", "clipping", "clock", "code", "figure"),
+)
+
+
 @dataclass(frozen=True)
 class Finding:
     """A warning to the reader. A serious finding puts the verdict in doubt; a note qualifies it."""
 
-    guard: str  # which check found it: "fairness", "edge", "budget", "tuning", "diverged", "seeds", …
+    guard: str  # which check found it, of GUARDS
     severity: Severity
     title: str
     detail: str
     runs: tuple[Origin, ...] = ()
+    baseline: bool = False  # whether it concerns the baseline
+
+    @property
+    def weight(self) -> float:
+        """The larger, the stronger the doubt; see GUARDS."""
+        rank = GUARDS.index(self.guard) if self.guard in GUARDS else len(GUARDS)
+        baseline = self.baseline or self.guard in ("baseline", "curve")
+        return (self.severity == "serious") * (2 + baseline) - rank / (len(GUARDS) + 1)
 
 
 def differences(runs: Sequence[RecordedRun], *, by_design: Iterable[str] = OPTIMIZER) -> list[Difference]:
@@ -114,21 +147,12 @@ def _affects(key: str) -> Affects:
 
 
 def inspect(study: Study) -> list[Finding]:
-    """Run every check on a study; serious findings come first."""
+    """Run every check on a study; the strongest doubts come first, as GUARDS says."""
     searches = tunings(study)
-    found = [
-        *_damaged(study),
-        *_fairness(study),
-        *_decayed(study),
-        *_seeds(study),
-        *_diverged(study),
-        *_edges(study, searches),
-        *_budgets(study),
-        *_under_tuned(study, searches),
-        *_degenerate(study),
-        *_code(study),
-    ]
-    return sorted(found, key=lambda finding: finding.severity != "serious")
+    checks = (_damaged, _fairness, _shared, _decayed, _seeds, _diverged, _budgets, _set_aside, _degenerate, _clipping)
+    found = [finding for check in (*checks, _clock, _code) for finding in check(study)]
+    found += _edges(study, searches) + _under_tuned(study, searches)
+    return sorted(found, key=lambda finding: -finding.weight)
 
 
 def _damaged(study: Study) -> list[Finding]:
@@ -140,80 +164,84 @@ def _damaged(study: Study) -> list[Finding]:
     return [Finding("records", "serious", title, study.left_out)]
 
 
-@dataclass(frozen=True)
-class Crossing:
-    """Where an arm's curve crosses the baseline's final loss of the *same* horizon.
-
-    This is not a speed-up: the decaying schedule makes curves of one horizon cross. Only final losses count.
-    """
-
-    arm: str
-    model: str
-    horizon: int
-    seed: int
-    share: float | None  # of the baseline's steps; None if not reached
-
-
-def mid_run_crossings(study: Study) -> list[Crossing]:
-    """Return the crossings of all arms at all horizons, paired by seed."""
-    baseline = {
-        (trial.model, trial.horizon, trial.seed): trial.run
-        for trial in study.reporting
-        if trial.arm == study.baseline and trial.run is not None and trial.run.completed
-    }
-    crossings = []
-    for trial in study.reporting:
-        reference = baseline.get((trial.model, trial.horizon, trial.seed))
-        if trial.arm == study.baseline or reference is None or trial.run is None or not len(trial.run.evaluations):
-            continue
-        time = time_to_target(trial.run.evaluations, reference.final_val_loss, "steps")
-        share = time.spent / reference.total("steps") if time.reached else None
-        crossings.append(Crossing(trial.arm, trial.model, trial.horizon, trial.seed, share))
-    return crossings
-
-
 def _fairness(study: Study) -> list[Finding]:
     """Differences other than the optimizer within a cell, and other than the horizon between cells of a model."""
     declared = tuple(sorted({key.split("[")[0] for arm in study.arms.values() for key in arm.search}))
-    cells: dict[tuple[Any, ...], list[RecordedTrial]] = {}
-    for trial in study.reporting:
-        if trial.run is None:
-            continue
-        arm = study.arms[trial.arm]
-        if arm.role == "arm":
-            cells.setdefault((trial.model, trial.horizon, trial.seed), []).append(trial)
-            cells.setdefault((trial.model,), []).append(trial)
-    groups: list[tuple[list[RecordedRun], tuple[str, ...]]] = []
-    for cell, members in cells.items():
-        allowed = (*OPTIMIZER, *declared) if len(cell) == 3 else (*OPTIMIZER, *declared, *HORIZON, *SEED)
-        groups.append(([trial.run for trial in members if trial.run is not None], allowed))
+    within = (*OPTIMIZER, *declared)
+    between = (*within, *HORIZON, *SEED)
+    groups: dict[tuple[tuple[str, ...], tuple[Any, ...]], list[RecordedRun]] = {}  # by what may differ, and cell
+    for trial, run in _compared(study):
+        groups.setdefault((within, (trial.model, trial.horizon, trial.seed)), []).append(run)
+        groups.setdefault((between, (trial.model,)), []).append(run)
     for name, arm in study.arms.items():
         if arm.role == "ablation" and arm.of is not None:
             varied = study.runs(arm=name) + study.runs(arm=arm.of)
-            groups.append((varied, (*OPTIMIZER, *declared, *HORIZON, *SEED, "model", *arm.varies)))
-    by_key: dict[str, Difference] = {}
-    for runs, allowed in groups:
+            groups[(*between, "model", *arm.varies), (name,)] = varied
+    values: dict[str, dict[str, Any]] = {}
+    for (allowed, _), runs in groups.items():
         for difference in differences(runs, by_design=allowed):
-            known = by_key.get(difference.key)
-            values = {**(known.values if known else {}), **difference.values}
-            by_key[difference.key] = Difference(difference.key, values, difference.affects)
-    origins = {trial.run.name: trial.origin for trial in study.reporting if trial.run is not None}
+            values.setdefault(difference.key, {}).update(difference.values)
+    trials = {trial.run.name: trial for trial in study.reporting if trial.run is not None}
     findings = []
-    for difference in by_key.values():
-        title, consequence = _UNFAIR[difference.affects]
-        findings.append(
-            Finding(
-                guard="fairness",
-                severity="serious" if difference.affects == "loss" else "note",
-                title=f"Runs differ in {title}: {difference.key}",
-                detail=f"{difference}. {consequence}",
-                runs=tuple(origins[name] for name in difference.values if name in origins),
-            )
+    for affects, (what, consequence) in _UNFAIR.items():
+        keys = [key for key in values if _affects(key) == affects]
+        differing = [trials[name] for name in dict.fromkeys(name for key in keys for name in values[key])]
+        if keys:
+            title = f"Runs differ in {what}: {_some(keys)}"
+            detail = f"{'. '.join(str(Difference(key, values[key], affects)) for key in keys)}. {consequence}"
+            severity: Severity = "serious" if affects == "loss" else "note"
+            findings.append(_finding(study, "fairness", severity, title, detail, differing))
+    return findings
+
+
+def _shared(study: Study) -> list[Finding]:
+    """Hyper-parameters that several arms have, and that are neither equal nor searched in all of them."""
+    optimizers = {trial.arm: run.optimizer for trial, run in _compared(study)}
+    if len({*optimizers.values()}) < 2:  # settings of one optimizer are what is compared
+        return []
+    declared = {key for arm in optimizers for key in study.arms[arm].search}
+    tried: dict[tuple[str, str], set[str]] = {}  # by arm and key
+    for trial in study.tuning:
+        for key, value in trial.values.items():
+            tried.setdefault((trial.arm, key), set()).add(short(value))
+    searched = {
+        cell for cell, points in tried.items() if len(points) > 1
+    }  # a space of which one point was tried is none
+    values: dict[tuple[str, str], dict[str, set[str]]] = {}  # by key and model, and arm
+    for trial, run in _compared(study):
+        for key, value in (_DEFAULTS | _leaves(run.config)).items():
+            if (key in declared or is_under(key, OPTIMIZER)) and not is_under(key, OWN):
+                values.setdefault((key, trial.model), {}).setdefault(trial.arm, set()).add(short(value))
+    unfair: dict[str, str] = {}
+    for (key, _), by_arm in values.items():
+        given = {arm: "searched" for arm in by_arm if (arm, key) in searched}
+        unequal = any(not (a <= b or b <= a) for a, b in itertools.combinations(by_arm.values(), 2))
+        # Equal rates are not fair either: that of one optimizer says nothing of another's.
+        unequal |= key == "optimizer.lr" and len({optimizers[arm] for arm in by_arm}) > 1
+        if len(given) == len(by_arm) or (not given and not unequal):
+            continue
+        given |= {arm: " and ".join(sorted(by_arm[arm])) for arm in by_arm if arm not in given}
+        told = (
+            f"{value} for {_labels(a for a in given if given[a] == value)}" for value in dict.fromkeys(given.values())
         )
-    tuned = [key for key in declared if not is_under(key, OPTIMIZER)]
-    if tuned:
-        title = f"Tuned for each arm in addition to the optimizer's hyper-parameters: {', '.join(tuned)}"
-        findings.append(Finding("fairness", "note", title, "Declared in the study's search spaces."))
+        unfair.setdefault(key, f"{key}: {'; '.join(told)}.")
+    decisive = (*_DECISIVE, *(["optimizer.weight_decay"] if study.planned else []))
+    findings = []
+    for severity in SEVERITIES:
+        keys = [key for key in unfair if (key in decisive) == (severity == "serious")]
+        if keys:
+            detail = f"{' '.join(unfair[key] for key in keys)} What arms share must be equal or searched in all."
+            title = f"Not tuned in every arm: {', '.join(keys)}"
+            findings.append(Finding("shared", severity, title, detail, baseline=True))
+    rates = [by_arm for (key, _), by_arm in values.items() if key == EMBEDDINGS_RATE]
+    single = [
+        arm for arm in optimizers if (arm, EMBEDDINGS_RATE) not in searched and {"1"} in (r.get(arm) for r in rates)
+    ]
+    if plain := [arm for arm in single if optimizers[arm] != "muon" and "muon" in optimizers.values()]:
+        title = f"Muon trains the embeddings by AdamW; their rate was not searched in {_labels(plain)}"
+        detail = f"Part of Muon's difference may be that of the embeddings: search {EMBEDDINGS_RATE} in every arm."
+        baseline = optimizers.get(study.baseline) == "muon"
+        findings.append(Finding("shared", "serious", title, detail, baseline=baseline))
     return findings
 
 
@@ -225,193 +253,146 @@ def _decayed(study: Study) -> list[Finding]:
     ]
     if not constant:
         return []
-    return [
-        Finding(
-            "schedule",
-            "serious",
-            "Runs whose learning rate does not decay",
-            "The comparison is of the ends of fully decayed runs; these end at more than half of the peak rate.",
-            tuple(trial.origin for trial in constant),
-        )
-    ]
+    detail = "The comparison is of the ends of fully decayed runs; these end at more than half of the peak rate."
+    return [_finding(study, "schedule", "serious", "Runs whose learning rate does not decay", detail, constant)]
 
 
 def _seeds(study: Study) -> list[Finding]:
     findings = []
-    both = sorted({trial.seed for trial in study.tuning} & {trial.seed for trial in study.reporting})
-    if both:
-        findings.append(
-            Finding(
-                "seeds",
-                "serious",
-                f"Seeds used for tuning are reported: {', '.join(map(str, both))}",
-                "Hyper-parameters chosen on a seed fit its noise; report on seeds that the search has not seen.",
-            )
-        )
-    cells: dict[tuple[str, str, int], list[RecordedTrial]] = {}
+    reported = {trial.seed for trial in study.reporting}
+    advice = "Hyper-parameters chosen on a seed fit its noise; report on seeds that the search has not seen."
+    if both := sorted({trial.seed for trial in study.tuning} & reported):
+        title = f"Seeds used for tuning are reported: {', '.join(map(str, both))}"
+        findings.append(Finding("seeds", "serious", title, advice, baseline=True))
+    known = {name: seeds for name, seeds in study.builds_on.items() if seeds is not None}
+    if seen := sorted(frozenset().union(*known.values()) & reported):
+        title = f"Reported seeds were used to choose settings: {', '.join(map(str, seen))}"
+        detail = f"This study builds on {', '.join(known)}, which ran them. {advice}"
+        findings.append(Finding("seeds", "serious", title, detail, baseline=True))
+    for name in sorted(study.builds_on.keys() - known.keys()):
+        title = f"{name}, on which this study builds, has no tables"
+        detail = "Whether the reported seeds chose settings there is not known; its directory belongs next to this one."
+        findings.append(Finding("seeds", "note", title, detail))
+    cells: dict[_Cell, list[RecordedTrial]] = {}
     for trial in study.reporting:
-        cells.setdefault((trial.arm, trial.model, trial.horizon), []).append(trial)
-    for (arm, model, horizon), members in sorted(cells.items()):
-        ended = [trial for trial in members if trial.status in ("completed", "diverged")]
-        if not ended and not study.finished:  # `under_way` lists what has not started
-            continue
-        if study.planned and len(ended) < len(members):
-            missing = [trial for trial in members if trial not in ended]
-            findings.append(
-                Finding(
-                    "seeds",
-                    "serious",
-                    f"{label(arm)}, {model}, {horizon:,} steps: {len(ended)} of {len(members)} seeds have ended",
-                    "The number of seeds was fixed beforehand; a verdict on fewer is provisional: "
-                    + ", ".join(f"seed {trial.seed} {trial.status}" for trial in missing),
-                    tuple(trial.origin for trial in missing),
-                )
-            )
-    sizes = {len(members) for members in cells.values()}
-    if not study.planned and len(sizes) > 1:
-        shown = "; ".join(f"{label(a)}, {m}, {h:,} steps: {len(c)}" for (a, m, h), c in sorted(cells.items()))
+        cells.setdefault(_cell(trial), []).append(trial)
+    lacking: list[RecordedTrial] = []
+    for members in cells.values():
+        missing = [trial for trial in members if trial.status not in ("completed", "diverged")]
+        # `under_way` lists the cells that have not started.
+        lacking += missing if study.finished or len(missing) < len(members) else []
+    if study.planned and lacking:
+        told = "; ".join(f"{_where(_cell(trial))}: seed {trial.seed} {trial.status}" for trial in lacking)
+        detail = f"The number of seeds was fixed beforehand; a verdict on fewer is provisional. {told}."
+        title = f"Planned seeds have not ended: {_counted(trial.arm for trial in lacking)}"
+        findings.append(_finding(study, "seeds", "serious", title, detail, lacking))
+    if not study.planned and len({len(members) for members in cells.values()}) > 1:
+        shown = "; ".join(f"{_where(cell)}: {len(cells[cell])}" for cell in sorted(cells))
         findings.append(Finding("seeds", "note", "Cells have different numbers of seeds", shown))
     return findings
 
 
 def _diverged(study: Study) -> list[Finding]:
     findings = []
-    for phase, severity in (("reporting", "serious"), ("tuning", "note")):
-        for arm in study.arms:
-            trials = [trial for trial in study.trials if trial.arm == arm and trial.phase == phase]
-            lost = [trial for trial in trials if trial.status == "diverged"]
-            if lost:
-                findings.append(
-                    Finding(
-                        "diverged",
-                        "serious" if severity == "serious" else "note",
-                        f"{label(arm)}: {len(lost)} of {len(trials)} {phase} runs diverged",
-                        "A diverged reported run leaves its cell undecided; it is not dropped."
-                        if phase == "reporting"
-                        else "Diverged trials count against the arm's budget.",
-                        tuple(trial.origin for trial in lost),
-                    )
-                )
+    kinds: tuple[tuple[str, str, str, Severity, str], ...] = (
+        ("Reported runs", "reporting", "arm", "serious", "Their cells are undecided; they are not dropped."),
+        ("Tuning runs", "tuning", "arm", "note", "Diverged trials count against the arm's budget."),
+        ("Runs of ablations", "reporting", "ablation", "note", "They do not affect the verdict."),
+    )
+    for name, phase, role, severity, detail in kinds:
+        trials = [trial for trial in study.trials if trial.phase == phase and study.arms[trial.arm].role == role]
+        if lost := [trial for trial in trials if trial.status == "diverged"]:
+            title = f"{name} diverged: {_counted((t.arm for t in lost), [t.arm for t in trials])}"
+            findings.append(_finding(study, "diverged", severity, title, detail, lost))
     return findings
 
 
 def _edges(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
-    findings = []
-    for search in searches:
-        for edge in search.edges:
-            baseline = search.arm == study.baseline
-            findings.append(
-                Finding(
-                    "edge",
-                    "serious" if baseline else "note",
-                    f"{label(search.arm)}, {search.model}, {search.horizon:,} steps: the best {edge.key} is the "
-                    f"{edge.side} that was tried, {edge.value:g}",
-                    "The optimum may lie outside: widen the search"
-                    + (". An under-tuned baseline makes every other arm look good." if baseline else "."),
-                    tuple(trial.origin for trial in search.best.trials),
-                )
-            )
-    return findings
+    found = edges(study, searches)
+    if not found:
+        return []
+    own = sum(edge.arm == study.baseline for edge in found)
+    title = f"{len(found)} reported values are at the edge of what was tried"
+    title += f", {own} of them the baseline's" if own else ""
+    keys = {arm: dict.fromkeys(edge.key for edge in found if edge.arm == arm) for arm in (edge.arm for edge in found)}
+    told = "; ".join(f"{label(arm)}: {', '.join(of_arm)}" for arm, of_arm in keys.items())
+    detail = f"The optimum may lie outside; widen the search. {told}."
+    detail += " An under-tuned baseline makes every other arm look good." if own else ""
+    return [Finding("edge", "serious" if own else "note", title, detail, baseline=own > 0)]
 
 
 def _budgets(study: Study) -> list[Finding]:
     """Tuning trials must be equal for all arms on each model and horizon, and within the budget."""
-    counts: dict[tuple[str, int], dict[str, int]] = {}
+    counts: dict[tuple[str, int], Counter[str]] = {}
     for trial in study.tuning:
         if trial.run is not None and study.arms[trial.arm].role == "arm":
-            cell = counts.setdefault((trial.model, trial.horizon), {})
-            cell[trial.arm] = cell.get(trial.arm, 0) + 1
+            counts.setdefault((trial.model, trial.horizon), Counter({study.baseline: 0}))[trial.arm] += 1
+    for trial, _ in _compared(study):
+        counts.get((trial.model, trial.horizon), Counter())[trial.arm] += 0
+    fewer = {cell: [arm for arm in n if n[arm] < max(n.values())] for cell, n in counts.items()}
+    over = {cell: [a for a in n if 0 < (study.arms[a].granted(*cell) or math.inf) < n[a]] for cell, n in counts.items()}
     findings = []
-    for (model, horizon), by_arm in sorted(counts.items()):
-        arms = {arm: by_arm.get(arm, 0) for arm in {*by_arm, study.baseline}}
-        shown = ", ".join(f"{label(arm)} {count}" for arm, count in sorted(arms.items()))
-        if len(set(arms.values())) > 1:
-            short = arms[study.baseline] < max(arms.values())
-            findings.append(
-                Finding(
-                    "budget",
-                    "serious" if short else "note",
-                    f"{model}, {horizon:,} steps: the arms were not tuned with the same number of trials",
-                    f"Trials: {shown}."
-                    + (f" {label(study.baseline)}, the baseline, had fewer than another arm." if short else ""),
-                )
-            )
-        over = [
-            arm
-            for arm, count in arms.items()
-            if (granted := study.arms[arm].granted(model, horizon)) and count > granted
-        ]
-        if over:
-            findings.append(
-                Finding(
-                    "budget",
-                    "serious",
-                    f"{model}, {horizon:,} steps: more tuning trials than granted for {', '.join(map(label, over))}",
-                    f"Trials: {shown}.",
-                )
-            )
+    for what, found in (("Fewer tuning trials than other arms", fewer), ("More tuning trials than granted", over)):
+        arms = dict.fromkeys(arm for cell in sorted(found) for arm in found[cell])
+        told = (f"{m}, {h:,} steps: {_counted(counts[m, h])}" for m, h in sorted(found) if found[m, h])
+        if arms:
+            title, detail = f"{what}: {_labels(arms)}", f"Trials: {'; '.join(told)}."
+            findings.append(Finding("budget", "serious", title, detail, baseline=study.baseline in arms))
     return findings
 
 
 def _under_tuned(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
-    """Signs that the baseline is under-tuned: a parabola in the learning rate, and any better recorded run."""
-    findings = []
-    for model in study.models:
-        ends = [end for end in study.endpoints(study.baseline, model) if not end.diverged]
-        spread, freedom = _seed_noise(ends)
+    """Signs that an arm is under-tuned: a parabola in the learning rate, and any better recorded run."""
+    lower, steep = "Tuning trials ended lower than the reported runs", "The learning rate looks under-tuned"
+    meanings = {
+        lower: "The reported runs do not use the best setting that was found, or the trial's seed was lucky.",
+        steep: "A parabola through the best rate and its neighbours promises more: try rates in between.",
+    }
+    found: dict[str, list[tuple[str, Sequence[RecordedTrial]]]] = {lower: [], steep: []}
+    by_cell = {(search.arm, search.model, search.horizon): search for search in searches}
+    for arm, model in itertools.product(study.arm_names(), study.models):
+        ends = [end for end in study.endpoints(arm, model) if not end.diverged]
+        freedom = float(sum(len(end.seeds) - 1 for end in ends))
+        squares = sum(float(end.losses.var()) * len(end.seeds) for end in ends)
+        spread = math.sqrt(squares / freedom) if freedom else 0.0  # over seeds, pooled over horizons
         for end in ends:
-            reported = float(end.losses.mean())
-            tried = [
-                trial
-                for trial in study.tuning
-                if (trial.arm, trial.model, trial.horizon) == (study.baseline, model, end.horizon)
-            ]
+            where, reported = _where((arm, model, end.horizon)), float(end.losses.mean())
+            tried = [trial for trial in study.tuning if _cell(trial) == (arm, model, end.horizon)]
             # The luckiest of all tuning runs would be this far below the mean with a probability of one percent.
             luck = _quantile(0.01 / max(len(tried), 1), freedom) * spread * math.sqrt(1 + 1 / len(end.seeds))
-            better = [trial for trial in tried if trial.loss < reported - max(luck, _MATTERS)]
-            where = f"{label(study.baseline)}, {model}, {end.horizon:,} steps"
-            if better:
+            if better := [trial for trial in tried if trial.loss < reported - max(luck, _MATTERS)]:
                 best = min(trial.loss for trial in better)
-                findings.append(
-                    Finding(
-                        "tuning",
-                        "serious",
-                        f"{where}: a tuning trial ended lower than the reported runs",
-                        f"{best:.4f} against a reported mean of {reported:.4f} nats: the reported runs do not use the "
-                        "best hyper-parameters that were found, or the seed of the trial was lucky.",
-                        tuple(trial.origin for trial in better),
-                    )
-                )
-            for search in searches:
-                if (search.arm, search.model, search.horizon) != (study.baseline, model, end.horizon):
-                    continue
-                gain = predicted_gain(search, "optimizer.lr")
-                if gain is not None and gain > max(_quantile(0.01, freedom) * spread * math.sqrt(2), _MATTERS):
-                    findings.append(
-                        Finding(
-                            "tuning",
-                            "serious",
-                            f"{where}: the learning rate looks under-tuned",
-                            f"A parabola through the best rate and its neighbours promises {gain:.4f} nats more, "
-                            f"beyond the noise of a seed ({spread:.4f}): try rates in between.",
-                            tuple(trial.origin for trial in search.best.trials),
-                        )
-                    )
+                found[lower].append((f"{where}: {best:.4f} against a reported mean of {reported:.4f} nats", better))
+            search = by_cell.get((arm, model, end.horizon))
+            gain = predicted_gain(search, "optimizer.lr") if search else None
+            if search and gain and gain > max(_quantile(0.01, freedom) * spread * math.sqrt(2), _MATTERS):
+                found[steep].append((f"{where}: {gain:.4f} nats, with {spread:.4f} between seeds", search.best.trials))
+    findings = []
+    for what, cells in found.items():
+        trials = [trial for _, of_cell in cells for trial in of_cell]
+        if cells:
+            title = f"{what}: {_labels(dict.fromkeys(trial.arm for trial in trials))}"
+            detail = f"{meanings[what]} {'; '.join(told for told, _ in cells)}."
+            findings.append(_finding(study, "tuning", "serious", title, detail, trials))
     return findings
-
-
-def _seed_noise(ends: Sequence[Endpoints]) -> tuple[float, float]:
-    """Return the standard deviation of the final loss over seeds, pooled over horizons, and its degrees of freedom."""
-    freedom = float(sum(len(end.seeds) - 1 for end in ends))
-    if freedom <= 0:
-        return 0.0, 0.0
-    squares = sum(float(end.losses.var()) * len(end.seeds) for end in ends)
-    return math.sqrt(squares / freedom), freedom
 
 
 def _quantile(tail: float, freedom: float) -> float:
     """Return the value that Student's t exceeds with probability `tail`; 0 without degrees of freedom."""
     return -float(special.stdtrit(freedom, tail)) if freedom > 0 else 0.0
+
+
+def _set_aside(study: Study) -> list[Finding]:
+    """Recorded trials that the study file no longer has: their results may have been seen, and tuned on."""
+    if not study.set_aside:
+        return []
+    unequal = len({study.set_aside.get(name, 0) for name, arm in study.arms.items() if arm.role == "arm"}) > 1
+    arms = [arm for arm, count in study.set_aside.items() for _ in range(count)]
+    title = f"Recorded trials were set aside: {_counted(arms)}"
+    detail = "The study file no longer has them; they come on top of the budgets"
+    detail += ", and not by the same number for every arm." if unequal else "."
+    severity: Severity = "serious" if unequal else "note"
+    return [Finding("set aside", severity, title, detail, baseline=study.baseline in arms)]
 
 
 def _degenerate(study: Study) -> list[Finding]:
@@ -430,15 +411,48 @@ def _degenerate(study: Study) -> list[Finding]:
                 break
     if not lost:
         return []
-    return [
-        Finding(
-            "degenerate",
-            "serious",
-            f"{len(lost)} Sophia runs had no unclipped coordinate for longer than a refresh interval",
-            "There Sophia is momentum-sign descent: γ is too small, or the curvature estimate is broken.",
-            tuple(trial.origin for trial in lost),
-        )
-    ]
+    title = f"{len(lost)} Sophia runs had no unclipped coordinate for longer than a refresh interval"
+    detail = "There Sophia is momentum-sign descent: γ is too small, or the curvature estimate is broken."
+    return [_finding(study, "degenerate", "serious", title, detail, lost)]
+
+
+def _clipping(study: Study) -> list[Finding]:
+    shares: dict[tuple[str, str], list[float]] = {}
+    for trial, run in _compared(study):
+        if math.isfinite(run.clipped_norm_share):
+            shares.setdefault((trial.model, trial.arm), []).append(run.clipped_norm_share)
+    often = {cell: mean(each) for cell, each in shares.items() if mean(each) > _OFTEN_CLIPPED}
+    if not often:
+        return []
+    arms = dict.fromkeys(arm for _, arm in often)
+    with_curvature = {trial.arm for trial, run in _compared(study) if "hessian_interval" in run.config["optimizer"]}
+    curved = [arm for arm in arms if arm in with_curvature]
+    title = f"The gradient's norm is clipped in more than {_OFTEN_CLIPPED:.0%} of the steps: {_labels(arms)}"
+    detail = "; ".join(f"{label(arm)}, {model}: {share:.0%}" for (model, arm), share in often.items()) + "."
+    if curved:
+        detail += f" The clip scales m and not h ({_labels(curved)}): for Sophia it acts like a larger γ."
+    return [Finding("clipping", "serious" if curved else "note", title, detail)]
+
+
+def _clock(study: Study) -> list[Finding]:
+    """The same forward and backward pass, clocked differently in different arms or horizons."""
+    clocks: dict[str, dict[_Cell, list[float]]] = {}
+    for trial, run in _compared(study):
+        if seconds := seconds_per_occurrence(run, "forward_backward"):
+            clocks.setdefault(trial.model, {}).setdefault(_cell(trial), []).append(seconds)
+    told, apart = [], [0.0]
+    for cells in clocks.values():
+        medians = [(median(each), cell) for cell, each in cells.items()]
+        (low, fast), (high, slow) = min(medians), max(medians)
+        if high > (1 + _DRIFT) * low:
+            apart.append(high / low - 1)
+            told.append(f"{low:.3g} s ({_where(fast)}) to {high:.3g} s ({_where(slow)})")
+    if not told:
+        return []
+    advice = f"run `python scripts/study.py times study={study.name}`" if study.planned else "time the arms in turn"
+    remedy = "Use the reference times." if study.reference_times else f"For wall-clock, {advice} on the idle machine."
+    title = f"The machine drifted: the same forward and backward pass took up to {max(apart):.0%} longer"
+    return [Finding("clock", "note", title, f"{'; '.join(told)}. Losses are not affected. {remedy}")]
 
 
 def _code(study: Study) -> list[Finding]:
@@ -461,15 +475,10 @@ def _code(study: Study) -> list[Finding]:
 
 
 def _comparable_values(run: RecordedRun) -> dict[str, Any]:
-    values = flatten(run.config)
-    environment = run.environment
-    for key in ("data_manifest_sha256", "initial_weights_sha256", "hardware", "world_size"):
-        if key in environment:
-            entry = environment[key]
-            values.update(flatten({f"environment.{key}": entry}))
-    if (forward := _curvature_forward(run)) is not None:
-        values[FORWARD] = forward
-    return values
+    keys = ("data_manifest_sha256", "initial_weights_sha256", "hardware", "world_size")
+    environment = {f"environment.{key}": run.environment[key] for key in keys if key in run.environment}
+    forward = _curvature_forward(run)
+    return flatten(run.config) | flatten(environment) | ({} if forward is None else {FORWARD: forward})
 
 
 def _curvature_forward(run: RecordedRun) -> str | None:
@@ -494,3 +503,44 @@ def is_under(key: str, prefixes: Iterable[str]) -> bool:
 def _some(names: Sequence[str], limit: int = 3) -> str:
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+_Cell = tuple[str, str, int]  # arm, model, horizon
+
+
+def _cell(trial: RecordedTrial) -> _Cell:
+    return trial.arm, trial.model, trial.horizon
+
+
+def _where(cell: _Cell) -> str:
+    return f"{label(cell[0])}, {cell[1]}, {cell[2]:,} steps"
+
+
+def _finding(
+    study: Study, guard: str, severity: Severity, title: str, detail: str, trials: Sequence[RecordedTrial]
+) -> Finding:
+    """Return a finding about trials."""
+    baseline = any(trial.arm == study.baseline for trial in trials)
+    return Finding(guard, severity, title, detail, tuple(trial.origin for trial in trials), baseline)
+
+
+def _compared(study: Study) -> list[tuple[RecordedTrial, RecordedRun]]:
+    """Return the reported trials with their runs, without ablations."""
+    return [(trial, trial.run) for trial in study.reporting if trial.run and study.arms[trial.arm].role == "arm"]
+
+
+def _leaves(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten a configuration, with an entry for each member of a list, as search spaces name them."""
+    flat = flatten(config)
+    members = {f"{key}[{i}]": one for key, many in flat.items() if isinstance(many, list) for i, one in enumerate(many)}
+    return {key: value for key, value in flat.items() if not isinstance(value, list)} | members
+
+
+def _labels(arms: Iterable[str]) -> str:
+    return ", ".join(map(label, arms))
+
+
+def _counted(arms: Iterable[str], of: Sequence[str] = ()) -> str:
+    """Count each arm: "AdamW 2, Lion 1", or of how many: "AdamW 2 of 6"."""
+    every = Counter(of)
+    return ", ".join(f"{label(a)} {n}" + (f" of {every[a]}" if of else "") for a, n in sorted(Counter(arms).items()))

@@ -24,11 +24,22 @@ class PublishedLoss:
 
 
 @dataclass(frozen=True)
+class OtherFinding:
+    """A published result that is not a final loss."""
+
+    source: str
+    size: str
+    finding: str
+
+
+@dataclass(frozen=True)
 class Reference:
-    """Published losses, the paper's sensitivity grid and its claims, with their sources."""
+    """Published results with their sources and the flaws of these, the paper's sensitivity grid and its claims."""
 
     sources: dict[str, str]
+    flaws: dict[str, str]  # by source
     losses: tuple[PublishedLoss, ...]
+    others: tuple[OtherFinding, ...]
     sensitivity_grid: dict[str, Any]
     claims: dict[str, Any]
 
@@ -42,6 +53,7 @@ def load_reference(path: Path = REFERENCE_FILE) -> Reference:
     content = json.loads(path.read_text(encoding="utf-8"))
     return Reference(
         sources=content["sources"],
+        flaws=content["flaws"],
         losses=tuple(
             PublishedLoss(
                 source=one["source"],
@@ -54,6 +66,7 @@ def load_reference(path: Path = REFERENCE_FILE) -> Reference:
             )
             for one in content["final_losses"]
         ),
+        others=tuple(OtherFinding(**one) for one in content["other_findings"]),
         sensitivity_grid=content["sensitivity_grid"],
         claims=content["claims"],
     )

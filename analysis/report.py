@@ -1,4 +1,4 @@
-"""The report of a study: a self-contained HTML page, Markdown, JSON, and a summary for the terminal."""
+"""The report of a study: one list of blocks, written as a self-contained page and as Markdown; JSON; a terminal summary."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import re
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,32 +17,74 @@ import numpy as np
 from markupsafe import Markup
 from rich import box
 from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from analysis import escaping, tables
 from analysis.colours import colours, label
-from analysis.figures import FIGURES, NothingToShow, save, seed_curves
+from analysis.comparison import Contrast
+from analysis.figures import FIGURES, NothingToShow, curves_at, loss_limits, save, seed_curves
 from analysis.guards import Finding
-from analysis.results import CLAIM_NAMES, CURRENCY_NAMES, Headline, Results, in_short, significant, write_json
-from analysis.runs import CURRENCIES, Currency
-from analysis.speedup import CLAIM_CURRENCIES, THRESHOLDS, SpeedUp
-from analysis.tables import Cell, CellKey, Table
+from analysis.results import CURRENCY_NAMES, VERDICT_CURRENCIES, Results, model_sizes, significant, write_json
+from analysis.tables import Table
 from data.files import write_atomically
 from training.records import RecordError
 
-_AXES: dict[Currency, str] = {
-    "steps": "training steps",
-    "tokens": "training tokens",
-    "flops": "model FLOPs, curvature passes included",
-    "seconds": "training seconds",
-}
-# Points per curve in the page; a screen cannot show more.
-_CURVE_POINTS = 150
-# Shown as interactive charts at the top of the page, so not repeated as pictures.
-_INTERACTIVE = ("curves", "tokens")
-_TONES = {"supported": "green", "not supported": "red", "undecided": "yellow", "serious": "red"}
+_CURVE_POINTS = 150  # per curve of the page; a screen cannot show more
+_DOUBTS = 3  # at least so many warnings are named above the verdict, and all serious ones
+_TERMINAL = ("model", "arm", "steps", "loss (nats)", "ratio in steps", "verdict", "the paper's 2×")
+_STYLES = {"faster": "green", "slower": "red", "seen": "green"}
+
+
+@dataclass(frozen=True)
+class Heading:
+    text: str
+    name: str = ""  # its anchor
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+    head: str = ""  # shown first, in bold
+
+
+@dataclass(frozen=True)
+class Warnings:
+    findings: Sequence[Finding]
+    brief: bool = False  # titles only
+
+
+@dataclass(frozen=True)
+class Picture:
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def caption(self) -> str:
+        return (FIGURES[self.name].__doc__ or self.name).strip().splitlines()[0]
+
+    @property
+    def png(self) -> str:
+        return base64.b64encode(self.path.read_bytes()).decode()
+
+    @property
+    def width(self) -> int:
+        """Pixels on a page, at 100 to the inch."""
+        return int.from_bytes(self.path.read_bytes()[16:20]) * 2 // 3
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Validation curves: a chart in the page, a picture in Markdown."""
+
+    views: list[dict[str, Any]]
+    picture: Picture | None
+
+
+Block = Heading | Paragraph | Warnings | Table | Picture | Curves
 
 
 @dataclass(frozen=True)
@@ -65,27 +106,18 @@ def write_report(results: Results, directory: Path) -> Written:
         RecordError: the directory cannot be written.
     """
     try:
-        return _write(results, directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        pictures, failed = draw_figures(results, directory / "figures")
+        results = dataclasses.replace(results, findings=[*results.findings, *failed])
+        html, text, data = (directory / f"report.{suffix}" for suffix in ("html", "md", "json"))
+        written = Written(html, text, data, tuple(pictures))
+        blocks = content(results, pictures)
+        write_atomically(written.html, page(blocks, directory))
+        write_atomically(written.markdown, markdown(blocks, directory))
+        write_json(results, written.json)
     except OSError as error:
-        raise RecordError(
-            f"{directory}: the report cannot be written: {error.strerror or error}; free space, or name another directory"
-        ) from error
-
-
-def _write(results: Results, directory: Path) -> Written:
-    directory.mkdir(parents=True, exist_ok=True)
-    pictures, failed = draw_figures(results, directory / "figures")
-    results = dataclasses.replace(results, findings=[*results.findings, *failed])
-    written = Written(
-        html=directory / "report.html",
-        markdown=directory / "report.md",
-        json=directory / "report.json",
-        figures=tuple(pictures),
-    )
-    shown = {path.stem: path.read_bytes() for path in pictures if path.stem not in _INTERACTIVE}
-    write_atomically(written.html, render_html(results, directory, shown))
-    write_atomically(written.markdown, render_markdown(results, directory, pictures))
-    write_json(results, written.json)
+        reason = f"{error.strerror or error}; free space, or name another directory"
+        raise RecordError(f"{directory}: the report cannot be written: {reason}") from error
     return written
 
 
@@ -105,258 +137,222 @@ def draw_figures(results: Results, directory: Path) -> tuple[list[Path], list[Fi
     return pictures, failed
 
 
-def render_html(results: Results, location: Path, pictures: dict[str, bytes] | None = None) -> str:
-    """Return the page, including plotly, data, styles and pictures.
+def content(results: Results, pictures: Sequence[Path] = ()) -> list[Block]:
+    """Return the report as blocks.
 
     Args:
-        location: the directory of the page; links to run records are relative to it.
-        pictures: PNG files by figure name.
+        pictures: PNG files named as in `FIGURES`.
     """
+    study, drawn = results.study, {path.stem: Picture(path) for path in pictures}
+
+    def section(title: str, name: str, *parts: str | Block | None) -> list[Block]:
+        """Return the blocks that have content; a text names a table or a figure."""
+        found: list[Block | None] = []
+        for part in parts:
+            if not isinstance(part, str):
+                found.append(part)
+            elif part.startswith("figure "):
+                found.append(drawn.get(part.removeprefix("figure ")))
+            else:
+                found.append(tables.TABLES[part](results) or None)
+        shown = [block for block in found if block is not None]
+        return [Heading(title, name), *shown] if shown else []
+
+    views = _views(results)
+    serious = sum(finding.severity == "serious" for finding in results.findings)
+    leads = [_lead(results, model) for model in results.baselines if any(v.model == model for v in results.verdicts)]
+    nothing = Paragraph("No arm other than the baseline has finished runs: nothing to compare yet.")
+    clean = Paragraph(
+        "None: the arms differ only in the optimizer, were tuned with equal budgets, and every planned run finished."
+    )
+    return [
+        Heading(_title(results)),
+        *(Paragraph(text) for text in (study.description, _facts(results), study.under_way) if text),
+        *section(
+            f"How much faster than {label(study.baseline)}?",
+            "the-verdict",
+            Paragraph("The strongest reasons to doubt what follows:") if results.findings else None,
+            Warnings(results.findings[: max(_DOUBTS, serious)], brief=True) if results.findings else None,
+            *(leads or [nothing]),
+            "verdict",
+        ),
+        *section("Warnings", "warnings", Warnings(results.findings) if results.findings else clean),
+        *section("Curves", "curves", Curves(views, drawn.get("curves")) if views else None, "figure tokens"),
+        *section("Every horizon", "horizons", "figure differences", "final-losses", "self-test"),
+        *section("Cost", "cost", "times", "figure times", "figure norms"),
+        *section(
+            "Ablations", "ablation-studies", "ablations", "figure ablations", "figure interval", "grid", "figure grid"
+        ),
+        *section("Curvature", "curvature", "figure unclipped", "figure hessian"),
+        *section("Tuning", "searches", "tuning", "edges", "search-spaces", "figure stability"),
+        *section("Published results", "others", "published"),
+        *section("How it was measured", "method", *map(Paragraph, method(results))),
+        *section("Run records", "records", "runs"),
+    ]
+
+
+def render_html(results: Results, location: Path, pictures: Sequence[Path] = ()) -> str:
+    """Return the page of a report; links to run records are relative to the directory `location`."""
+    return page(content(results, pictures), location)
+
+
+def page(blocks: Sequence[Block], location: Path) -> str:
+    """Return the blocks as one page, including plotly, data, styles and pictures."""
     from plotly.offline import get_plotlyjs
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    built = {name: make(results) for name, make in tables.TABLES.items()}
-    first_rows = _first_rows(built["runs"])
-    anchors = {key: _slug(key) for key in first_rows}
-    study = results.study
+    records = next((block for block in blocks if isinstance(block, Table) and block.name == "runs"), None)
+    anchors = {run: f"run-{row}" for row, run in enumerate(records.runs)} if records else {}
+    views = next((block.views for block in blocks if isinstance(block, Curves)), [])
     return environment.get_template("report.html.jinja").render(
-        title=_title(results),
-        description=study.description,
-        facts=_facts(results),
-        under_way=study.under_way,
-        verdict=built["verdict"],
-        verdict_rows=_verdict_rows(results),
-        verdict_columns=[CLAIM_NAMES[currency] for currency in CLAIM_CURRENCIES],
-        sentences=_sentences(results),
-        findings=results.findings,
-        currencies=CURRENCY_NAMES,
-        tables=built,
-        figures=[
-            {"name": name, "caption": _caption(name), "png": base64.b64encode(png).decode(), "wide": _is_wide(png)}
-            for name, png in (pictures or {}).items()
-        ],
-        method=method(results),
+        blocks=[(type(block).__name__, block) for block in blocks],
+        anchors=anchors,
+        currencies={currency: CURRENCY_NAMES[currency] for currency in VERDICT_CURRENCIES},
+        unbroken=lambda text: re.sub(r", (?=[^][]*\])", ",\u00a0", text),  # intervals
+        link=lambda origin: origin.href(location),
         # A closing tag would end the script element: plotly contains none, and the data must not.
         plotly=Markup(get_plotlyjs()),
-        data=Markup(json.dumps(chart_data(results), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")),
-        link=lambda origin: origin.href(location),
-        anchor=_slug,
-        anchored=lambda key: key in anchors,
-        row_anchor=lambda row: next((anchors[key] for key, first in first_rows.items() if first is row), ""),
+        views=Markup(json.dumps(views, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")),
     )
 
 
-def render_markdown(results: Results, location: Path, pictures: Sequence[Path] = ()) -> str:
-    """Return the report as Markdown, with links to the pictures."""
-    plain = escaping.markdown
-    top = (results.study.description, _facts(results), results.study.under_way)
-    parts = [f"# {plain(_title(results))}", *map(plain, top)]
-    parts += [tables.markdown(tables.verdict(results)).replace("###", "##", 1)]
-    parts += ["## Warnings"]
-    parts += [
-        "\n".join(
-            f"- **{'Serious' if finding.severity == 'serious' else 'Note'}: {plain(finding.title)}.** {plain(finding.detail)}"
-            for finding in results.findings
-        )
-        or "No warnings."
-    ]
-    parts += ["## The verdict in sentences", "\n".join(f"- {plain(sentence)}" for sentence in _sentences(results))]
-    parts += ["## Figures"] if pictures else []
-    parts += [f"![{_caption(path.stem)}]({escaping.href(path, location)})" for path in pictures]
-    parts += ["## Tables"]
-    for name, make in tables.TABLES.items():
-        table = make(results)
-        if table and name not in ("verdict", "runs"):
-            parts.append(tables.markdown(table, location))
-    parts += ["## How it was measured", *map(plain, method(results))]
-    parts += [tables.markdown(tables.runs(results), location).replace("###", "##", 1)]
-    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+def markdown(blocks: Sequence[Block], location: Path) -> str:
+    """Return the blocks as Markdown, with links to pictures and run records relative to the directory `location`."""
+    plain, parts = escaping.markdown, []
+    for block in blocks:
+        match block:
+            case Heading():
+                parts.append(f"{'##' if block.name else '#'} {plain(block.text)}")
+            case Paragraph():
+                parts.append((f"**{plain(block.head)}**: " if block.head else "") + plain(block.text))
+            case Warnings():
+                for one in block.findings:
+                    kind = "Serious" if one.severity == "serious" else "Note"
+                    detail = "" if block.brief else f" {plain(one.detail)}"
+                    parts.append(f"- **{kind}: {plain(one.title)}.**{detail}")
+            case Table():
+                parts.append(tables.markdown(block, location).strip())
+            case Picture():
+                parts.append(f"![{plain(block.caption)}]({escaping.href(block.path, location)})")
+            case Curves(picture=Picture(path) as picture):
+                parts.append(f"![{plain(picture.caption)}]({escaping.href(path, location)})")
+    return "\n\n".join(parts).replace("\n\n- **", "\n- **") + "\n"
 
 
 def print_summary(results: Results, console: Console) -> None:
-    """Print the verdict, the warnings and the final losses."""
+    """Print the serious warnings, the verdicts, their table, and the titles of the other warnings."""
     console.print(Text(_title(results), style="bold"))
     console.print(Text(_facts(results), style="dim"))
     if results.study.under_way:
         console.print(Text(results.study.under_way, style="yellow"))
-    shown = tables.verdict(results)
-    console.print(_rich(shown, (0, 1, 2, 3, 4, 5, 7)))
     for finding in results.findings:
-        serious = finding.severity == "serious"
-        console.print(
-            Panel(
-                Text.assemble((finding.title, "bold"), "\n", finding.detail),
-                border_style="red" if serious else "yellow",
-                box=box.HEAVY if serious else box.ROUNDED,
-            )
-        )
+        if finding.severity == "serious":
+            console.print(Text.assemble((f"Serious: {finding.title}.", "bold red"), f" {finding.detail}"))
+    for sentence in results.sentences:
+        console.print(Text(sentence))
+    table = tables.verdict(results)
+    shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = [column for column in table.columns if column in _TERMINAL or column.startswith("minus ")]
+    for column in columns:
+        shown.add_column(Text(column), justify="right" if table.numeric[table.columns.index(column)] else "left")
+    for row in table.frame[columns].to_numpy().tolist():
+        shown.add_row(*(Text(text, style=_STYLES.get(text, "")) for text in row))
+    console.print(shown)
+    notes = [finding.title for finding in results.findings if finding.severity != "serious"]
+    for title in notes:
+        console.print(Text(f"Note: {title}", style="yellow"))
     if not results.findings:
         console.print("[green]No warnings.[/]")
-    console.print(_rich(tables.final_losses(results), (0, 1, 2, 3, 4, 5, 7)))
 
 
 def method(results: Results) -> list[str]:
     """Describe the method in prose."""
-    study = results.study
-    baseline = label(study.baseline)
-    cells = [end for model in study.models for end in study.endpoints(study.baseline, model)]
-    seeds = sorted({len(end.seeds) for end in cells})
-    fitted = sorted({base.curve.method for base in results.baselines.values()})
-    paragraphs = [
+    study, baseline = results.study, label(results.study.baseline)
+    counts = sorted({len(end.seeds) for end in results.endpoints() if study.arms[end.arm].role == "arm"})
+    fixed = f" ({', '.join(map(str, study.seeds))}), fixed before the first run" if study.planned else ""
+    times = study.reference_times
+    return [
         "All arms use the same training loop, model, data, batches, gradient clip and schedule shape. They differ in the "
         "optimizer and its hyper-parameters; a warning above lists any other difference. Runs of one seed start from the "
-        "same weights and see the same data in the same order under every optimizer, so differences are paired. The "
-        "validation set is fixed and the same for all.",
-        f"The comparison is between final losses of fully decayed runs, at {_counts(seeds)} seeds"
-        + (f" ({', '.join(map(str, study.seeds))}), fixed before the first run" if study.planned else "")
-        + ". Crossings of curves of the same length are not evidence, because the schedule decays the loss.",
-        f"The speed-up of an arm is the cost at which {baseline} would reach the arm's final loss, divided by the arm's "
-        f"cost. {baseline}'s loss as a function of the cost comes from its final losses over the horizons "
-        f"({' and '.join(fitted) or 'none'}: a power law with a floor from four horizons on, else a straight line on "
-        "the logarithmic axis). The interval holds the ratios that a paired t test does not reject, with the variance "
-        "over seeds pooled over horizons unless Bartlett's test rejects it. Losses outside the baseline's range are "
-        "censored, not extrapolated. There are no bootstrap intervals: with few seeds they cover too little.",
-        "Compute counts model FLOPs with curvature passes and without recomputation. Wall-clock counts the measured "
-        "seconds of forward and backward passes, curvature passes, optimizer steps and waiting for data, without "
-        "compilation, evaluation and checkpoints.",
-        "A claim is supported if the test puts the ratio above the threshold at the "
-        f"{1 - study.level:.0%} level after Holm's correction over all claims on a model, not supported if below, and "
-        "otherwise undecided, with the number of seeds that would decide (80 % power for the observed effect).",
-    ]
-    if study.reference_times is not None:
-        paragraphs.append(
-            "Reference times: counts of each kind of work times its cost on an idle machine "
-            f"({study.reference_times.source})."
-        )
-    return paragraphs
+        "same weights and see the same data in the same order under every optimizer. The validation set is fixed and the "
+        "same for all.",
+        f"Final losses of fully decayed runs are compared, paired by seed, at {_range(counts)} seeds{fixed}. Crossings of "
+        "curves are not evidence, because the schedule decays the loss. Each difference has Student's t interval from its "
+        "own seeds; nothing is pooled, since variances differ between arms and horizons. The level of all intervals on a "
+        "model is corrected (Bonferroni) for its number of arms. An arm is 'faster' or 'slower' if the interval at the same "
+        "number of steps excludes zero, otherwise 'not told apart'. In compute and wall-clock, the ratio decides.",
+        f"The paper's claim: an arm with half the steps ends at or below {baseline}. It is 'seen' if the interval of that "
+        "difference is below zero, else 'not seen at this scale', and 'not tested' by short or small runs.",
+        f"A ratio is what {baseline} needs for the arm's final loss, divided by what the arm needed. It comes from a curve "
+        f"through {baseline}'s final losses and is given only if the curve recognises {baseline} itself. Losses outside "
+        f"{baseline}'s horizons are censored, not extrapolated.",
+        "Compute counts model FLOPs with curvature passes and without recomputation. Wall-clock uses reference times, "
+        "counts of each kind of work times its cost on an idle machine "
+        f"({times.source if times else 'none here: measure them with study.py times'}); the runs' own clocks are a diagnostic.",
+    ]  # fmt: skip
 
 
-def chart_data(results: Results) -> dict[str, Any]:
-    """Return the data of the page's charts: plain lists, numbers rounded to screen precision."""
-    study = results.study
-    palette = colours(study.arm_names())
-    curves, ranges = [], {}
+def _lead(results: Results, model: str) -> Paragraph:
+    """Say who is faster, by how much, how sure, and at what scale."""
+    study, baseline = results.study, label(results.study.baseline)
+    end = study.endpoints(study.baseline, model)[-1]
+    words = {"faster": f"faster than {baseline}", "slower": f"slower than {baseline}"}
+    said: list[str] = []
+    claims: dict[str, list[str]] = {}
+    for word in ("faster", "slower", "not told apart", "no verdict"):
+        arms = []
+        for one in results.verdicts:
+            if (one.model, one.word) != (model, word):
+                continue
+            claims.setdefault(one.claim, []).append(label(one.arm))
+            told, shown = one.at.same if one.at else "", label(one.arm)
+            if isinstance(told, Contrast) and told.interval:
+                where = "" if told.horizon == end.horizon else f", after {told.horizon:,}"
+                shown += f" ({told.interval.text}{where})"
+            arms.append(shown)
+        said += [f"{words.get(word, word)}: {', '.join(arms)}"] if arms else []
+    claimed = ", ".join(f"{claim} ({', '.join(arms)})" if len(claims) > 1 else claim for claim, arms in claims.items())
+    tokens, size = float(end.tokens.mean()), model_sizes(study).get(model, math.nan)
+    scale = [f"{tokens / 1e6:,.3g}M tokens"]
+    if math.isfinite(size):
+        scale = [f"{size / 1e6:,.1f}M parameters", *scale, f"{tokens / size:.2g} tokens per parameter"]
+    return Paragraph(
+        f"{'; '.join(said)}. The paper's 2×: {claimed}. Differences of final loss in nats, {len(end.seeds)} seeds, "
+        f"{100 * results.level(model):.3g}% intervals.",
+        f"{model}, after {end.horizon:,} steps ({', '.join(scale)})",
+    )
+
+
+def _views(results: Results) -> list[dict[str, Any]]:
+    """Return the views of the chart of curves, a model and horizon each: plain lists at screen precision."""
+    study, palette, views = results.study, colours(results.study.arm_names()), []
     for model in study.models:
-        for horizon in sorted({run.horizon for run in study.runs(model=model)}):
-            lows, highs = [], []
-            for arm in study.arm_names():
-                runs = [r for r in study.runs(arm=arm, model=model) if r.horizon == horizon and len(r.evaluations)]
-                if not runs:
-                    continue
-                evaluations = [run.evaluations for run in runs]
-                steps, losses = seed_curves(evaluations, "steps")
+        for horizon in sorted({run.horizon for run in study.runs(model=model)}, reverse=True):
+            found, curves = curves_at(study, model, horizon), []
+            for arm, runs in found.items():
+                steps, losses = seed_curves(runs, "steps")
                 keep = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _CURVE_POINTS)).astype(int))
-                if not len(keep) or not np.isfinite(losses).any():
-                    continue
-                lost = ~np.isfinite(losses).all(axis=0)
-                mean = np.where(lost, np.nan, losses.mean(axis=0))[keep]
-                curves.append(
-                    {
-                        "arm": arm,
-                        "label": label(arm),
-                        "colour": palette[arm],
-                        "model": model,
-                        "horizon": horizon,
-                        "seeds": len(runs),
-                        "x": {c: _rounded(seed_curves(evaluations, c)[0][keep], 6) for c in CURRENCIES},
-                        "mean": _rounded(mean, 6),
-                        "low": _rounded(losses.min(axis=0)[keep], 6) if len(runs) > 1 else None,
-                        "high": _rounded(losses.max(axis=0)[keep], 6) if len(runs) > 1 else None,
-                    }
-                )
-                late = losses[:, steps >= 0.2 * steps[-1]]
-                lows.append(float(np.nanmin(late)))
-                highs.append(float(np.nanmax(late)))
-            if lows:
-                low, high = min(lows), sorted(highs)[len(highs) // 2]
-                ranges[f"{model}|{horizon}"] = [low - 0.06 * (high - low), high]
-    finals = []
-    for model in study.models:
-        for arm in study.arm_names():
-            ends = [end for end in study.endpoints(arm, model) if not end.diverged]
-            if ends:
-                means = np.array([end.losses.mean() for end in ends])
-                finals.append(
-                    {
-                        "arm": arm,
-                        "label": label(arm),
-                        "colour": palette[arm],
-                        "model": model,
-                        "horizons": [end.horizon for end in ends],
-                        "seeds": [len(end.seeds) for end in ends],
-                        "x": {c: _rounded([end.cost(c).mean() for end in ends], 6) for c in CURRENCIES},
-                        "mean": _rounded(means, 6),
-                        "below": _rounded(means - [end.losses.min() for end in ends], 4),
-                        "above": _rounded([end.losses.max() for end in ends] - means, 4),
-                    }
-                )
-    return {
-        "models": study.models,
-        "baseline": study.baseline,
-        "axes": _AXES,
-        "curves": curves,
-        "ranges": ranges,
-        "longest": {model: base.endpoints[-1].horizon for model, base in results.baselines.items()},
-        "finals": finals,
-        "baselines": {model: _baseline_line(results, model) for model in results.baselines},
-    }
+                curve = {
+                    "label": label(arm),
+                    "colour": palette[arm],
+                    "seeds": len(runs),
+                    "mean": losses.mean(axis=0)[keep],
+                }
+                curve |= {"low": losses.min(axis=0)[keep], "high": losses.max(axis=0)[keep]}
+                lists = {key: value if np.isscalar(value) else _rounded(value) for key, value in curve.items()}
+                costs = {currency: _rounded(seed_curves(runs, currency)[0][keep]) for currency in VERDICT_CURRENCIES}
+                curves.append(lists | {"x": costs})
+            if curves:
+                name = f"{model}, {horizon:,} steps"
+                views.append({"name": name, "curves": curves, "range": _rounded(loss_limits(found, study.baseline))})
+    return views
 
 
-def _baseline_line(results: Results, model: str) -> dict[str, Any]:
-    baseline = results.baselines[model]
-    x = np.linspace(*baseline.range, 60)
-    return {
-        "arm": results.study.baseline,
-        "label": label(results.study.baseline),
-        "colour": colours(results.study.arm_names())[results.study.baseline],
-        "method": baseline.curve.method,
-        "x": {c: _rounded(np.exp(x) * baseline.cost_per_token(c).mean(), 6) for c in CURRENCIES},
-        "y": _rounded(baseline.curve.value(x), 6),
-    }
-
-
-def _verdict_rows(results: Results) -> list[dict[str, Any]]:
-    """Return the verdict as a matrix per model: a row per arm, a column per currency."""
-    palette = colours(results.study.arm_names())
-    found: dict[tuple[str, str], dict[Currency, list[Headline]]] = {}
-    for one in results.headlines:
-        found.setdefault((one.model, one.arm), {}).setdefault(one.currency, []).append(one)
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for (model, arm), by_currency in found.items():
-        cells = [_verdict_cell(by_currency[c]) if c in by_currency else None for c in CLAIM_CURRENCIES]
-        # If the horizon is the same in every currency, it is shown once, with the arm.
-        said = {cell["at"] for cell in cells if cell}
-        at = said.pop() if len(said) == 1 else ""
-        groups.setdefault(model, []).append({"label": label(arm), "colour": palette[arm], "cells": cells, "at": at})
-    return [{"model": model, "rows": rows} for model, rows in groups.items()]
-
-
-def _verdict_cell(claims: Sequence[Headline]) -> dict[str, Any]:
-    at: SpeedUp = claims[0].speed_up
-    ratio, _, interval = at.text.partition(" [")
-    known = math.isfinite(at.estimate)
-    names = {threshold: f"> {threshold:g}" if threshold == 1 else f"≥ {threshold:g}" for threshold in THRESHOLDS}
-    return {
-        "source": (at.arm, at.model, at.horizon),
-        "ratio": f"{ratio}×" if known else "–",
-        "interval": f"[{interval}" if known else at.text,
-        "at": f"{at.horizon:,} steps, {at.seeds} seeds",
-        "claims": [
-            {
-                "tone": one.claim.verdict.replace(" ", "-"),
-                "text": f"{names[one.claim.threshold]}: {in_short(one.claim)}",
-                "why": f"p = {one.claim.p:.3g}, corrected over {one.family} claims {one.claim.adjusted_p:.3g}",
-            }
-            for one in claims
-        ],
-    }
-
-
-def _sentences(results: Results) -> list[str]:
-    pairs = dict.fromkeys((one.arm, one.model) for one in results.headlines)
-    return [sentence for arm, model in pairs for sentence in results.sentences(arm, model)]
+def _rounded(values: Any) -> list[float | None]:
+    """Return a list for JSON, null for non-finite values."""
+    return [significant(value) if math.isfinite(value) else None for value in np.asarray(values, float)]
 
 
 def _title(results: Results) -> str:
@@ -367,56 +363,14 @@ def _title(results: Results) -> str:
 
 def _facts(results: Results) -> str:
     study = results.study
-    ended = [trial for trial in study.reporting if trial.run is not None]
+    reported, tuning = (sum(trial.run is not None for trial in trials) for trials in (study.reporting, study.tuning))
     horizons = sorted({trial.horizon for trial in study.reporting})
-    steps = f"{horizons[0]:,} to {horizons[-1]:,} steps" if len(horizons) > 1 else f"{horizons[0]:,} steps"
-    tuning = len([trial for trial in study.tuning if trial.run is not None])
     return (
-        f"{len(ended)} reported runs"
-        + (f", {tuning} tuning runs" if tuning else "")
-        + f"; {_counts([len(study.models)])} model{'s' if len(study.models) > 1 else ''} "
-        f"({', '.join(study.models)}); {steps}; {len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}."
+        f"{reported:,} reported runs{f', {tuning:,} tuning runs' if tuning else ''}; {', '.join(study.models)}; "
+        f"{_range(horizons)} steps; {len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}."
     )
 
 
-def _counts(numbers: Sequence[int]) -> str:
-    return " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1])))) if numbers else "no"
-
-
-def _caption(name: str) -> str:
-    return (FIGURES[name].__doc__ or name).strip().splitlines()[0]
-
-
-def _is_wide(png: bytes) -> bool:
-    """Return whether a picture has several panels, which are illegible at half a page's width."""
-    width, height = struct.unpack(">II", png[16:24])
-    return bool(width > 1.9 * height and width > 1200)
-
-
-def _first_rows(runs: Table) -> dict[CellKey, tuple[Cell, ...]]:
-    """Return the first reported run of each cell, the target of links to the cell."""
-    first: dict[CellKey, tuple[Cell, ...]] = {}
-    for row in runs.rows:
-        source = row[3].source
-        if source is not None and row[1].text == "reporting":
-            first.setdefault(source, row)
-    return first
-
-
-def _slug(key: CellKey) -> str:
-    return "runs-" + re.sub(r"[^A-Za-z0-9]+", "-", "-".join(map(str, key))).strip("-").lower()
-
-
-def _rounded(values: Any, digits: int) -> list[float | None]:
-    """Return lists for JSON with `digits` significant digits, null for non-finite values."""
-    return [significant(value, digits) if math.isfinite(value) else None for value in np.asarray(values, float)]
-
-
-def _rich(table: Table, columns: Sequence[int]) -> RichTable:
-    """Return a table for the terminal with the given columns."""
-    shown = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
-    for column in columns:
-        shown.add_column(Text(table.columns[column]), justify="right" if column in table.numeric else "left")
-    for row in table.rows:
-        shown.add_row(*(Text(row[column].text, style=_TONES.get(row[column].tone, "")) for column in columns))
-    return shown
+def _range(numbers: Sequence[int]) -> str:
+    ends = dict.fromkeys((numbers[0], numbers[-1])) if numbers else ()
+    return " to ".join(f"{number:,}" for number in ends) or "no"

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from analysis.comparison import Interval, paired_interval
 from analysis.guards import INCIDENTAL, TIMING, is_under
 from analysis.runs import Origin, RecordedRun, flatten
-from analysis.statistics import Interval, holm, paired_interval, paired_p
 from analysis.trials import Study, short
 from analysis.wallclock import training_seconds
 
+LEVEL = 0.95  # of the intervals, which are exploratory: not corrected for the number of ablations
 GRID = ("optimizer.betas", "optimizer.gamma")
 REFRESH = ("optimizer.hessian_interval",)
 
@@ -30,9 +31,7 @@ class Ablation:
     setting: str  # what it varies: "estimator=hutchinson"
     mean: float  # final validation loss, nats; NaN if a run diverged
     differences: tuple[float, ...]  # from the arm's, per seed, nats; empty if a run diverged or no seed is common
-    interval: Interval | None  # of the mean difference; None for a single seed
-    p: float  # two-sided; NaN for a single seed
-    adjusted_p: float  # Holm, over all ablations of the study
+    interval: Interval | None  # of the mean difference, 95 %; None for a single seed
     time_ratio: float  # seconds per step divided by the arm's
     diverged: int
     runs: int
@@ -65,7 +64,6 @@ def ablations(study: Study) -> list[Ablation]:
                 differences: tuple[float, ...] = ()
                 if of is not None and common and not lost:
                     differences = tuple(map(float, end.at(common).losses - of.at(common).losses))
-                several = len(differences) > 1
                 found.append(
                     Ablation(
                         arm=name,
@@ -75,18 +73,13 @@ def ablations(study: Study) -> list[Ablation]:
                         setting=_setting(next(iter(varied.values())), arm.varies) or name,
                         mean=math.nan if end.diverged else float(end.losses.mean()),
                         differences=differences,
-                        interval=paired_interval(differences, level=study.level) if several else None,
-                        p=paired_p(differences) if several else math.nan,
-                        adjusted_p=math.nan,
+                        interval=paired_interval(differences, LEVEL),
                         time_ratio=_per_step(varied.values()) / _per_step(plain.values()) if plain else math.nan,
                         diverged=len(end.diverged),
                         runs=len(end.seeds),
                         origins=end.runs,
                     )
                 )
-    tested = [index for index, one in enumerate(found) if math.isfinite(one.p)]
-    for index, p in zip(tested, holm([found[index].p for index in tested]), strict=True):
-        found[index] = replace(found[index], adjusted_p=float(p))
     return found
 
 

@@ -1,716 +1,445 @@
-"""The tables of a report, as data for HTML, Markdown and the terminal. Every number links to its runs."""
+"""The tables of a report: frames of display strings. `markdown` writes one for Markdown, the page's template for HTML."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from analysis import escaping
+from analysis import escaping, tuning
 from analysis.colours import label
-from analysis.reference import load_reference
-from analysis.results import CLAIM_NAMES, CURRENCY_NAMES, Headline, Results, in_short
-from analysis.runs import CURRENCIES, Currency, Origin
-from analysis.speedup import CLAIM_CURRENCIES, THRESHOLDS, SpeedUp
-from analysis.statistics import Interval
+from analysis.comparison import Compared, Contrast, Ratio
+from analysis.reference import PublishedLoss, load_reference
+from analysis.results import CURRENCY_NAMES, VERDICT_CURRENCIES, Results
+from analysis.runs import Origin
+from analysis.trials import short
 
-# (arm, model, horizon): identifies the runs behind a number.
-CellKey = tuple[str, str, int]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One entry: its text, its sort key, and its source runs."""
-
-    text: str
-    sort: float | str = ""
-    source: CellKey | None = None
-    tone: str = ""  # "supported", "not supported", "undecided", "serious": for colouring
-    origin: Origin | None = None  # of one run
+NONE = "–"
+_NUMBER = re.compile(r"[<>+-]? ?[\d.][\d,.]*(e[+-]?\d+)?%?( [\[(].*| of \d+.*)?|–|")
+_TELLING = 10.0  # nats; where only larger differences would be found, a cell tells nothing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
-    """A titled table with a note. Numeric columns are right-aligned."""
+    """A titled table with a note; each row may lead to the first of its runs, by a link in the column `linked`."""
 
     name: str
     title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    frame: pd.DataFrame  # of text
+    runs: tuple[Origin | None, ...]  # by row
     note: str = ""
-    numeric: tuple[int, ...] = ()
+    linked: str = ""
 
-    def __bool__(self) -> bool:
-        return bool(self.rows)
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    @property
+    def columns(self) -> list[str]:
+        return [str(column) for column in self.frame.columns]
+
+    @cached_property
+    def numeric(self) -> list[bool]:
+        """Whether each column holds numbers, which are right-aligned."""
+        return [all(_NUMBER.fullmatch(text) for text in self.frame[column]) for column in self.frame.columns]
+
+    @property
+    def rows(self) -> list[tuple[list[str], Origin | None]]:
+        return list(zip(self.frame.to_numpy().tolist(), self.runs, strict=True))
+
+
+def _table(
+    name: str,
+    title: str,
+    rows: Sequence[tuple[Mapping[str, str], Origin | None]],
+    note: str = "",
+    linked: str = "arm",
+) -> Table:
+    frame = pd.DataFrame([row for row, _ in rows])
+    frame = frame[[column for column in frame.columns if frame[column].any()]]  # without empty columns
+    return Table(name, title, frame, tuple(run for _, run in rows), note, linked)
+
+
+def markdown(table: Table, location: Path = Path()) -> str:
+    """Return a GitHub table with title and note; links are relative to the directory `location`."""
+    heading = f"### {escaping.markdown(table.title)}\n\n"
+    frame = table.frame.map(_in_row)
+    if table.linked in frame:
+        cells = zip(frame[table.linked], table.runs, strict=True)
+        frame[table.linked] = [f"[{text}]({run.href(location)})" if run and text else text for text, run in cells]
+    aligned = ["right" if numeric else "left" for numeric in table.numeric]
+    frame.columns = pd.Index([_in_row(column) for column in table.columns])
+    text = frame.to_markdown(index=False, disable_numparse=True, colalign=aligned) if len(frame) else "None."
+    text = re.sub(r" {2,}", " ", re.sub(r"-{3,}", "---", text))  # padding is for the eyes of an editor
+    return f"{heading}{text}\n" + (f"\n{escaping.markdown(table.note)}\n" if table.note else "")
 
 
 def verdict(results: Results) -> Table:
-    """Return the speed-up and the verdict on both claims, per arm, model and currency."""
-    chosen: dict[tuple[str, str, Currency], list[Headline]] = {}
-    for one in results.headlines:
-        chosen.setdefault((one.model, one.arm, one.currency), []).append(one)
-    rows = []
-    for (model, arm, currency), claims in chosen.items():
-        at = claims[0].speed_up
-        source = (arm, model, at.horizon)
-        verdicts = [
-            Cell(in_short(one.claim), one.claim.adjusted_p, source, tone=one.claim.verdict)
-            for threshold in THRESHOLDS
-            for one in claims
-            if one.claim.threshold == threshold
-        ]
-        p = ", ".join(_p(one.claim.adjusted_p) for one in claims)
-        rows.append(
-            (
-                Cell(model),
-                Cell(label(arm)),
-                Cell(CLAIM_NAMES[currency]),
-                _ratio(at),
-                *verdicts,
-                Cell(p, claims[0].claim.adjusted_p, source),
-                Cell(f"{at.horizon:,}", at.horizon, source),
-                Cell(str(at.seeds), at.seeds, source),
-            )
-        )
-    baseline = label(results.study.baseline)
-    return Table(
-        name="verdict",
-        title=f"How much faster than {baseline}?",
-        columns=(
-            "model",
-            "arm",
-            "counted in",
-            f"speed-up [{results.study.level:.0%} interval]",
-            "faster at all (> 1)",
-            "the paper's claim (≥ 2)",
-            "p, corrected",
-            "steps",
-            "seeds",
-        ),
-        rows=tuple(rows),
-        note=(
-            f"A ratio of 1.25: the arm ends at {baseline}'s loss with 1/1.25 of what {baseline} spends, each decayed "
-            "to the end of a schedule of its own. p-values are corrected (Holm) over all claims on a model. > and < "
-            "mark what lies beyond the baseline's range of horizons. Undecided claims name the seeds with which the effect "
-            "seen would be found four times in five."
-        ),
-        numeric=(3, 6, 7, 8),
+    """Return the answer: each arm at the longest horizon that it shares with the baseline."""
+    study, baseline = results.study, label(results.study.baseline)
+    rows: list[tuple[dict[str, str], Origin | None]] = []
+    for model in results.baselines:
+        own = [one for one in results.verdicts if one.model == model]
+        compared = {one.at.endpoints.horizon for one in own if one.at}
+        ends = study.endpoints(study.baseline, model)
+        for end in [end for end in ends if end.horizon in compared] or ends[-1:]:
+            row = {"model": model, "arm": baseline, "steps": f"{end.horizon:,}", **_losses(end)}
+            rows.append((row, end.runs[0]))
+        for one in own:
+            row = {"model": model, "arm": label(one.arm)}
+            if one.at is not None:
+                row |= {"steps": f"{one.at.endpoints.horizon:,}", **_losses(one.at.endpoints)}
+                row[f"minus {baseline} [interval]"] = _difference(one.at.same)
+            if one.paper is not None:
+                row["at half the steps"] = _half(one.paper)
+            for currency in VERDICT_CURRENCIES:
+                row[f"ratio in {CURRENCY_NAMES[currency]}"] = _ratio(one.at.ratio_in(currency)) if one.at else NONE
+            row |= {"verdict": one.word, "the paper's 2×": one.claim}
+            rows.append((row, one.at.endpoints.runs[0] if one.at else None))
+    first = ["model", "arm", "steps", "loss (nats)", "sd", "seeds", f"minus {baseline} [interval]", "at half the steps"]
+    columns = [*first, *(f"ratio in {CURRENCY_NAMES[c]}" for c in VERDICT_CURRENCIES), "verdict", "the paper's 2×"]
+    frame = pd.DataFrame([row for row, _ in rows], columns=columns).fillna("")
+    frame = frame[[column for column in columns if not set(frame[column]) <= {"", NONE}]]
+    untested: dict[str, dict[str, None]] = {}  # models by reason
+    for one in results.verdicts:
+        if one.not_tested:
+            untested.setdefault(one.not_tested, {})[one.model] = None
+    levels = dict.fromkeys(f"{100 * results.level(model):.3g}% on {model}" for model in results.baselines)
+    note = (
+        f"Final validation losses of fully decayed runs. Differences are paired by seed; intervals at {study.level:.0%} are "
+        f"corrected for the number of arms ({', '.join(levels) or 'none'})."
     )
+    if "at half the steps" in frame:
+        note += f" At half the steps (in brackets), {baseline} has twice as many."
+    if "ratio in steps" in frame:
+        note += (
+            f" A ratio of 1.25: {baseline} needs 1.25 times as much for the arm's loss; > and < mark what is outside "
+            f"{baseline}'s horizons; – means no ratio."
+        )
+    if untested:
+        reasons = ". ".join(f"{', '.join(models)}: {reason}" for reason, models in untested.items())
+        note += f" The paper's claim is not tested. {reasons}."
+    return Table("verdict", "At the longest horizon", frame, tuple(run for _, run in rows), note, "arm")
 
 
 def final_losses(results: Results) -> Table:
-    rows = []
-    for one in results.finals:
-        end = one.endpoints
-        source = (end.arm, end.model, end.horizon)
-        shown = f"{one.mean:.4f}" if math.isfinite(one.mean) else f"{len(end.diverged)} of {len(end.seeds)} diverged"
-        rows.append(
-            (
-                Cell(end.model),
-                Cell(label(end.arm)),
-                Cell(f"{end.horizon:,}", end.horizon),
-                Cell(shown, _sortable(one.mean), source),
-                Cell(_loss(one.standard_deviation), _sortable(one.standard_deviation), source),
-                _difference(one.difference, source),
-                Cell(_p(one.p) if math.isfinite(one.p) else "", _sortable(one.p)),
-                Cell(str(len(end.seeds)), len(end.seeds), source),
-            )
-        )
-    baseline = label(results.study.baseline)
-    return Table(
-        name="final-losses",
-        title="Final validation losses",
-        columns=("model", "arm", "steps", "loss (nats)", "sd", f"minus {baseline} [interval]", "p", "seeds"),
-        rows=tuple(rows),
-        note=(
-            f"Means over seeds at the ends of fully decayed runs. Differences are paired by seed with {baseline} at "
-            "the same number of steps; below zero is better. These p-values are not corrected, the verdict's are."
-        ),
-        numeric=(2, 3, 4, 5, 6, 7),
+    compared = {(c.endpoints.arm, c.endpoints.model, c.endpoints.horizon): c for c in results.compared}
+    baseline, rows = label(results.study.baseline), []
+    for end in results.endpoints():
+        if results.study.arms[end.arm].role != "arm":
+            continue
+        row = {"model": end.model, "arm": label(end.arm), "steps": f"{end.horizon:,}", **_losses(end)}
+        one = compared.get((end.arm, end.model, end.horizon))
+        row |= {
+            f"minus {baseline} [interval]": _difference(one.same) if one else "",
+            "would be found": _detectable(one.same) if one else "",
+            f"minus {baseline} at twice the steps": _difference(one.half) if one else "",
+            "ratio in steps": _ratio(one.ratio) if one else "",
+            "compute per token": _price(one, "flops") if one else "",
+            "wall-clock per token": _price(one, "seconds") if one else "",
+        }
+        rows.append((row, end.runs[0]))
+    return _table(
+        "final-losses",
+        "Final losses",
+        rows,
+        "Means over seeds. 'Would be found' is the true difference that so many seeds find four times in five. Costs per "
+        f"token are relative to {baseline}'s; wall-clock uses reference times.",
     )
 
 
-def end_of_runs(results: Results) -> Table:
+def self_test(results: Results) -> Table:
     baseline = label(results.study.baseline)
     rows = []
-    for one in results.ends:
-        source = (one.arm, one.model, one.arm_horizon)
-        rows.append(
-            (
-                Cell(one.model),
-                Cell(label(one.arm)),
-                Cell(f"{one.arm_horizon:,}", one.arm_horizon, source),
-                Cell(
-                    f"{one.baseline_horizon:,}",
-                    one.baseline_horizon,
-                    (results.study.baseline, one.model, one.baseline_horizon),
-                ),
-                _difference(one.difference, source),
-                Cell(_p(one.adjusted_p), one.adjusted_p),
-                Cell(f"{one.smallest_detectable:.4f}", one.smallest_detectable),
-                Cell(
-                    {"supported": "lower", "not supported": "higher"}.get(one.verdict, "undecided"),
-                    tone=one.verdict,
-                ),
-            )
-        )
-    return Table(
-        name="end-of-runs",
-        title="The paper's rule: half the steps, ends of runs",
-        columns=(
-            "model",
-            "arm",
-            "its steps",
-            f"{baseline}'s steps",
-            "loss difference [interval]",
-            "p, corrected",
-            "smallest detectable (nats)",
-            "the arm ends",
-        ),
-        rows=tuple(rows),
-        note=(
-            f"The arm decayed to the end of T/2 steps against {baseline} decayed to the end of T, paired by seed. The "
-            "claim of 2× in steps and tokens holds where the difference is below zero. A true difference of the "
-            "smallest detectable size is found four times in five with this many seeds, by a single test."
-        ),
-        numeric=(2, 3, 4, 5, 6),
-    )
-
-
-def speed_ups(results: Results) -> Table:
-    return Table(
-        name="speed-ups",
-        title="D-equivalent speed-up at every horizon",
-        columns=(
-            "model",
-            "arm",
-            "steps",
-            *(CURRENCY_NAMES[currency] for currency in CLAIM_CURRENCIES),
-            "detectable from",
-            "method",
-        ),
-        rows=tuple(_speed_up_rows(results.speed_ups)),
-        note=(
-            f"What {label(results.study.baseline)} would spend for the same loss, divided by what the arm spent; the "
-            "ratios in tokens are those in steps. Outside the range of the baseline's horizons the ratio is censored "
-            "(> or <), never extrapolated. 'Detectable from': the smallest speed-up in steps found four times in five."
-        ),
-        numeric=(2, 3, 4, 5, 6),
-    )
-
-
-def reference_speed_ups(results: Results) -> Table:
-    rows = [
-        (
-            Cell(one.model),
-            Cell(label(one.arm)),
-            Cell(f"{one.horizon:,}", one.horizon, (one.arm, one.model, one.horizon)),
-            _ratio(one),
-        )
-        for one in results.reference_speed_ups
-    ]
-    times = results.study.reference_times
-    return Table(
-        name="reference-times",
-        title="Wall-clock by reference times",
-        columns=("model", "arm", "steps", "speed-up in seconds [interval]"),
-        rows=tuple(rows),
-        note=(
-            "Counts of each kind of work times its cost measured where nothing else ran, so that the noise of a shared "
-            f"machine plays no part. Source: {times.source if times else 'none'}."
-        ),
-        numeric=(2, 3),
-    )
-
-
-def target_times(results: Results) -> Table:
-    rows = []
-    for one in results.target_times:
-        source = (one.arm, one.model, one.horizon)
-        mark = "> " if one.bound else ""
-        rows.append(
-            (
-                Cell(one.model),
-                Cell(f"{one.target:.4f}", one.target),
-                Cell(label(one.arm)),
-                Cell(f"{one.horizon:,}", one.horizon),
-                Cell(
-                    f"{one.reached} of {one.runs}" if one.reached else f"not reached (0 of {one.runs})",
-                    one.reached / one.runs,
-                    source,
-                ),
-                *(
-                    Cell(
-                        f"{mark}{_amount(one.spent[currency])}",
-                        one.spent[currency] * (1e6 if one.bound else 1),
-                        source,
-                    )
-                    for currency in CURRENCIES
-                ),
-            )
-        )
-    return Table(
-        name="time-to-target",
-        title="Time to target along the curves",
-        columns=("model", "target (nats)", "arm", "of a run of", "reached by", *CURRENCY_NAMES.values()),
-        rows=tuple(rows),
-        note=(
-            f"First crossing of the final losses of {label(results.study.baseline)} on the fixed validation set, "
-            "interpolated on the logarithmic axis; medians over all runs, where one that does not reach it counts as "
-            "beyond all that it spent (>: so does the median). Readings in the middle of a schedule depend on the "
-            "schedule and are no speed-up."
-        ),
-        numeric=(1, 3, 4, 5, 6, 7, 8),
-    )
-
-
-def crossings(results: Results) -> Table:
-    cells: dict[CellKey, list[float | None]] = {}
-    for one in results.crossings:
-        cells.setdefault((one.arm, one.model, one.horizon), []).append(one.share)
-    rows = []
-    for source, shares in cells.items():
-        arm, model, horizon = source
-        reached = [share for share in shares if share is not None]
-        shown = f"{min(reached):.0%} to {max(reached):.0%}" if reached else "not reached"
-        rows.append(
-            (
-                Cell(model),
-                Cell(label(arm)),
-                Cell(f"{horizon:,}", horizon),
-                Cell(shown, min(reached, default=math.inf), source),
-                Cell(f"{len(reached)} of {len(shares)}", len(reached), source),
-            )
-        )
-    return Table(
-        name="crossings",
-        title="Mid-run crossings: not a speed-up",
-        columns=("model", "arm", "steps of both", "passes the baseline's final loss at", "seeds that do"),
-        rows=tuple(rows),
-        note=(
-            "Where an arm's curve passes the final loss of the baseline's run of the same length. The schedule decays "
-            "the loss and curves of one horizon cross; such readings have been mistaken for speed-ups; they "
-            "are shown for comparison with texts that do so."
-        ),
-        numeric=(2, 3, 4),
+    for model, fitted in results.baselines.items():
+        test = fitted.self_test
+        shown = ", ".join(f"{value:.2f} at {horizon:,}" for horizon, value in test.ratios.items())
+        row = {
+            "model": model,
+            "ratio at each horizon left out (steps)": shown or NONE,
+            "p": _p(test.p),
+            "ratios given": "yes" if test.passed else "no",
+            "why not": "" if test.passed else test.reason,
+        }
+        rows.append((row, fitted.endpoints[0].runs[0] if fitted.endpoints[0].runs else None))
+    return _table(
+        "self-test",
+        f"Does the curve recognise {baseline}?",
+        rows,
+        f"Each horizon of {baseline} is left out of the curve in turn and must come out at 1.00 times as fast as itself; p is "
+        "of one joint test. Where it fails, there are only differences of loss, no ratios.",
+        linked="model",
     )
 
 
 def costs(results: Results) -> Table:
     rows = []
     for one in results.costs:
-        kinds = one.seconds_by_kind
-        rows.append(
-            (
-                Cell(one.model),
-                Cell(label(one.arm)),
-                Cell(f"{1000 * one.seconds_per_step:.1f}", one.seconds_per_step),
-                *(
-                    Cell(f"{1000 * kinds.get(kind, 0.0):.1f}", kinds.get(kind, 0.0))
-                    for kind in ("forward_backward", "curvature", "optimizer", "data")
-                ),
-                Cell(f"{one.curvature_seconds_share:.1%}", one.curvature_seconds_share),
-                Cell(f"{one.curvature_flops_share:.1%}", one.curvature_flops_share),
-                Cell(f"{one.flops_per_token:.3g}", one.flops_per_token),
-                Cell(
-                    f"{one.clipped_norm_share:.1%}" if math.isfinite(one.clipped_norm_share) else "–",
-                    _sortable(one.clipped_norm_share),
-                ),
-                Cell(f"{one.peak_memory_bytes / 2**20:,.0f}", one.peak_memory_bytes),
-            )
-        )
-    return Table(
-        name="times",
-        title="Cost of a step",
-        columns=(
-            "model",
-            "arm",
-            "ms a step",
-            "forward-backward",
-            "curvature",
-            "optimizer",
-            "data",
-            "curvature's share of time",
-            "of FLOPs",
-            "FLOPs a token",
-            "norm clipped in",
-            "peak MiB",
-        ),
-        rows=tuple(rows),
-        note="Means over the reported runs' own clocks; compilation, evaluation and checkpoints are booked apart.",
-        numeric=tuple(range(2, 12)),
+        row = {"model": one.model, "arm": label(one.arm), "ms a step": _finite(1e3 * one.seconds_per_step, ",.1f")}
+        row |= {kind.replace("_", "-"): _finite(1e3 * value, ",.1f") for kind, value in one.seconds_by_kind.items()}
+        row |= {
+            "curvature's share of time": _finite(one.curvature_seconds_share, ".1%"),
+            "of FLOPs": _finite(one.curvature_flops_share, ".1%"),
+            "FLOPs a token": f"{one.flops_per_token:.3g}",
+            "norm clipped in": _finite(one.clipped_norm_share, ".1%"),
+            "peak MiB": f"{one.peak_memory_bytes / 2**20:,.0f}",
+        }
+        rows.append((row, None))
+    return _table(
+        "times",
+        "Cost of a step",
+        rows,
+        "Means over the reported runs, by their own clocks: a diagnostic, not part of the verdict. Compilation, evaluation and "
+        "checkpoints do not count.",
     )
 
 
 def ablations(results: Results) -> Table:
     rows = []
     for one in results.ablations:
-        source = (one.arm, one.model, one.horizon)
-        if one.differences and one.interval is None:
-            difference = Cell(f"{one.differences[0]:+.4f} (one seed: no interval)", one.differences[0], source)
-        else:
-            difference = _difference(one.interval, source)
-        rows.append(
-            (
-                Cell(one.model),
-                Cell(label(one.of)),
-                Cell(one.setting, source=source),
-                Cell(f"{one.horizon:,}", one.horizon),
-                Cell(
-                    f"{one.mean:.4f}" if math.isfinite(one.mean) else f"{one.diverged} of {one.runs} diverged",
-                    _sortable(one.mean),
-                    source,
-                ),
-                difference,
-                Cell(_p(one.adjusted_p) if math.isfinite(one.adjusted_p) else "", _sortable(one.adjusted_p)),
-                Cell(f"{one.time_ratio:.2f}" if math.isfinite(one.time_ratio) else "–", _sortable(one.time_ratio)),
-                Cell(str(one.runs), one.runs, source),
-            )
-        )
-    return Table(
-        name="ablations",
-        title="Ablations",
-        columns=(
-            "model",
-            "arm",
-            "with",
-            "steps",
-            "loss (nats)",
-            "minus the arm [interval]",
-            "p, corrected",
-            "time a step",
-            "seeds",
-        ),
-        rows=tuple(rows),
-        note=(
-            "An arm's reported runs once more with one thing changed and the rest as its search found it, not tuned "
-            "again. Differences are paired by seed with the arm at the same number of steps; above zero is worse. "
-            "'Time a step' is relative to the arm's. p-values are corrected (Holm) over all ablations."
-        ),
-        numeric=(3, 4, 5, 6, 7, 8),
-    )
+        shown = one.interval.text if one.interval else ", ".join(f"{d:+.3f} (one seed)" for d in one.differences)
+        row = {
+            "model": one.model,
+            "arm": label(one.of),
+            "with": one.setting,
+            "steps": f"{one.horizon:,}",
+            "loss (nats)": f"{one.diverged} of {one.runs} diverged" if one.diverged else _loss(one.mean),
+            "minus the arm [95% interval]": shown or NONE,
+            "time a step": _finite(one.time_ratio, ".2f"),
+            "seeds": str(one.runs),
+        }
+        rows.append((row, one.origins[0] if one.origins else None))
+    return _table(
+        "ablations",
+        "Ablations (exploratory)",
+        rows,
+        "An arm's reported runs once more with one thing changed and the rest as its search found it, not tuned again. "
+        "Differences are paired by seed; above zero is worse. The intervals are plain 95% intervals of each row, NOT corrected "
+        "for the number of rows: expect one in twenty to exclude zero by chance. 'Time a step' is relative to the arm's.",
+        linked="with",
+    )  # fmt: skip
 
 
 def grid(results: Results) -> Table:
     found = results.grid
     if found is None:
-        return Table("grid", "Sensitivity to γ and β2", ("γ",), ())
-    best = float(np.nanmin(found.losses))
-    rows = [
-        (
-            Cell(f"{gamma:g}", gamma),
-            *(
-                Cell(f"{loss:.4f}{' (best)' if loss == best else ''}" if math.isfinite(loss) else "–", _sortable(loss))
-                for loss in map(float, losses)
-            ),
-        )
-        for gamma, losses in zip(found.gammas, found.losses, strict=True)
-    ]
-    first, seeds = found.runs[0], sorted({run.seed for run in found.runs})
-    paper = load_reference().sensitivity_grid
-    spread = np.ptp(np.array(paper["loss"]))
-    return Table(
-        name="grid",
-        title="Sensitivity to γ and β2",
-        columns=("γ", *(f"β2 = {beta:g}" for beta in found.betas)),
-        rows=tuple(rows),
-        note=(
-            f"Final validation loss (nats) of {label(first.optimizer)} on {first.model} after {first.horizon:,} steps, "
-            f"all else equal; seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. The paper's grid "
-            f"({paper['size']}, {label(paper['arm'])}) spans {spread:.3f} nats."
-        ),
-        numeric=tuple(range(len(found.betas) + 1)),
+        return _table("grid", "Sensitivity to γ and β2", [])
+    best, rows = float(np.nanmin(found.losses)), []
+    for gamma, losses in zip(found.gammas, found.losses, strict=True):
+        row = {"γ": f"{gamma:g}"}
+        for beta, loss in zip(found.betas, map(float, losses), strict=True):
+            row[f"β2 = {beta:g}"] = f"{_loss(loss)}{' (best)' if loss == best else ''}"
+        rows.append((row, None))
+    first, seeds, paper = found.runs[0], sorted({run.seed for run in found.runs}), load_reference().sensitivity_grid
+    return _table(
+        "grid",
+        "Sensitivity to γ and β2",
+        rows,
+        f"Final validation loss (nats) of {label(first.optimizer)} on {first.model} after {first.horizon:,} steps, all else "
+        f"equal; seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. The paper's grid ({paper['size']}, "
+        f"{label(paper['arm'])}) spans {np.ptp(np.array(paper['loss'])):.3f} nats.",
     )
 
 
-def tuning(results: Results) -> Table:
+def searches(results: Results) -> Table:
     rows = []
     for one in results.tunings:
         trials = [trial for candidate in one.candidates for trial in candidate.trials]
-        best = one.best
         granted = results.study.arms[one.arm].granted(one.model, one.horizon)
-        spent = sum(trial.device_seconds for trial in trials)
-        second = min((candidate.loss for candidate in one.candidates if candidate is not best), default=math.nan)
-        lead = second - best.loss
-        rows.append(
-            (
-                Cell(one.model),
-                Cell(label(one.arm)),
-                Cell(f"{one.horizon:,}", one.horizon),
-                Cell(f"{len(trials)}" + (f" of {granted}" if granted else ""), len(trials)),
-                Cell(str(one.diverged), one.diverged),
-                Cell(f"{spent:,.0f}", spent),
-                Cell(
-                    _values(best.values),
-                    origin=best.trials[0].origin if best.trials else None,
-                ),
-                Cell(f"{best.loss:.4f}" if math.isfinite(best.loss) else "–", _sortable(best.loss)),
-                Cell(f"{lead:+.4f}" if math.isfinite(lead) else "–", _sortable(lead)),
-                Cell(", ".join(f"{edge.key} {edge.side}" for edge in one.edges), tone="serious" if one.edges else ""),
-            )
-        )
-    return Table(
-        name="tuning",
-        title="Tuning",
-        columns=(
-            "model",
-            "arm",
-            "steps",
-            "trials",
-            "diverged",
-            "device-seconds",
-            "best values",
-            "loss",
-            "the next, more by",
-            "at an edge",
-        ),
-        rows=tuple(rows),
-        note="On seeds apart from those reported, with the same number of trials for every arm.",
-        numeric=(2, 3, 4, 5, 7, 8),
+        second = min((other.loss for other in one.candidates if other is not one.best), default=math.nan)
+        row = {
+            "model": one.model,
+            "arm": label(one.arm),
+            "steps": f"{one.horizon:,}",
+            "trials": f"{len(trials)}" + (f" of {granted}" if granted else ""),
+            "diverged": str(one.diverged),
+            "device-seconds": f"{sum(trial.device_seconds for trial in trials):,.0f}",
+            "chosen values": _values(one.best.values),
+            "loss": _loss(one.best.loss),
+            "the next, more by": _finite(second - one.best.loss, "+.4f"),
+        }
+        rows.append((row, one.best.trials[0].origin if one.best.trials else None))
+    return _table(
+        "tuning",
+        "Tuning",
+        rows,
+        "On seeds apart from those reported, with the same number of trials for every arm.",
+        linked="chosen values",
     )
+
+
+def edges(results: Results) -> Table:
+    first = {(one.arm, one.model, one.horizon): one.best.trials[0].origin for one in results.tunings if one.best.trials}
+    rows = []
+    for edge in tuning.edges(results.study, results.tunings):
+        row = {
+            "model": edge.model,
+            "arm": label(edge.arm),
+            "steps": f"{edge.horizon:,}",
+            "key": edge.key,
+            "value": short(edge.value),
+            "of those tried": f"the {edge.side}",
+            "found at": edge.inherited_from or f"{edge.horizon:,} steps",
+        }
+        rows.append((row, first.get((edge.arm, edge.model, edge.horizon))))
+    note = (
+        "The optimum may lie outside. A key that was not searched again at some steps keeps the value found at others."
+    )
+    return _table("edges", "Reported values at an edge of their search", rows, note, linked="value")
 
 
 def search_spaces(results: Results) -> Table:
     rows = [
-        (Cell(label(arm.name)), Cell(arm.method), Cell(key), Cell(_space(space)))
+        ({"arm": label(arm.name), "method": arm.method, "key": key, "space": _space(space)}, None)
         for arm in results.study.arms.values()
         for key, space in arm.search.items()
     ]
-    return Table(
-        name="search-spaces",
-        title="Search spaces",
-        columns=("arm", "method", "key", "space"),
-        rows=tuple(rows),
-    )
-
-
-def trends(results: Results) -> Table:
-    rows, worth = [], []
-    for one in results.trends:
-        tokens, parameters = one.reach["tokens"][1], one.reach["parameters"][1]
-        farther = one.at(tokens=10 * tokens, parameters=10 * parameters)
-        worth.append(one.worth(tokens=10 * tokens, parameters=10 * parameters))
-        cells = []
-        for name in ("tokens", "parameters"):
-            slope = one.slope(name)
-            cells.append(
-                Cell(
-                    f"{slope.estimate:+.3f} [{slope.low:+.3f}, {slope.high:+.3f}]" if slope else "did not vary",
-                    slope.estimate if slope else "",
-                )
-            )
-        rows.append(
-            (
-                Cell(label(one.arm)),
-                Cell(CLAIM_NAMES.get(one.currency, one.currency)),
-                Cell(str(one.points), one.points),
-                *cells,
-                Cell(
-                    f"{_bounded(farther.estimate)} [{_bounded(farther.low)}, {_bounded(farther.high)}]",
-                    farther.estimate,
-                ),
-            )
-        )
-    return Table(
-        name="trends",
-        title="The speed-up against size and horizon",
-        columns=(
-            "arm",
-            "counted in",
-            "points",
-            "change per e-fold of tokens",
-            "of parameters",
-            "ten times farther in both",
-        ),
-        rows=tuple(rows),
-        note="Straight lines in logarithms through the uncensored speed-ups, weighted by their precision. "
-        + " ".join(dict.fromkeys(worth)),
-        numeric=(2, 3, 4, 5),
-    )
+    return _table("search-spaces", "Search spaces", rows)
 
 
 def published(results: Results) -> Table:
-    """Return published losses, with ours if the model is the same."""
+    """Return published results with their flaws; losses of one source, size and length in one row, with ours if comparable."""
     reference = load_reference()
-    ours = {
-        (one.endpoints.model, one.endpoints.arm): one
-        for one in results.finals  # horizons ascend, so the longest stays
-        if math.isfinite(one.mean)
-    }
-    rows = []
+    ours = {(end.model, end.arm): end for end in results.endpoints() if math.isfinite(end.mean)}  # the longest stays
+    groups: dict[tuple[str, str, float | None], list[PublishedLoss]] = {}
     for one in reference.losses:
-        length = f"{one.steps:,} steps" if one.steps else f"{one.chinchilla:g}× Chinchilla" if one.chinchilla else "–"
-        mine = ours.get((one.model or "", one.arm))
-        rows.append(
-            (
-                Cell(one.source),
-                Cell(one.size),
-                Cell(label(one.arm)),
-                Cell(length),
-                Cell(f"{one.loss:.3f}", one.loss),
-                Cell(
-                    f"{mine.mean:.3f} ({mine.endpoints.horizon:,} steps)" if mine else "",
-                    mine.mean if mine else "",
-                    (mine.endpoints.arm, mine.endpoints.model, mine.endpoints.horizon) if mine else None,
-                ),
-            )
-        )
-    sources = "; ".join(f"{name}: {text.rstrip('.')}" for name, text in reference.sources.items() if name != "noise")
-    return Table(
-        name="published",
-        title="What others found",
-        columns=("source", "size", "arm", "length", "loss", "here"),
-        rows=tuple(rows),
-        note=f"Losses of different data, vocabularies or validation sets do not compare with each other. {sources}.",
-        numeric=(4, 5),
+        groups.setdefault((one.source, one.size, one.chinchilla), []).append(one)
+    rows: list[tuple[dict[str, str], Origin | None]] = []
+    told: set[str] = set()  # a source's flaws stand in its first row
+    for (source, size, chinchilla), losses in groups.items():
+        mine = [ours[key] for one in losses if (key := (one.model or "", one.arm)) in ours]
+        steps = [f"{one.steps:,}" for one in losses if one.steps]
+        row = {
+            "source": source,
+            "size": size,
+            "length": f"{chinchilla:g}× Chinchilla"
+            if chinchilla
+            else f"{' and '.join(dict.fromkeys(steps))} steps"
+            if steps
+            else NONE,
+            "result": ", ".join(f"{label(one.arm)} {one.loss:.3f}" for one in losses),
+            "here": ", ".join(f"{label(end.arm)} {end.mean:.3f} ({end.horizon:,} steps)" for end in mine),
+            "flaws": "" if source in told else reference.flaws.get(source, ""),
+        }
+        told.add(source)
+        rows.append((row, mine[0].runs[0] if mine else None))
+    for other in reference.others:
+        row = {"source": other.source, "size": other.size, "length": "", "result": other.finding, "here": ""}
+        rows.append((row | {"flaws": reference.flaws.get(other.source, "")}, None))
+        told.add(other.source)
+    sources = "; ".join(f"{name}: {text.rstrip('.')}" for name, text in reference.sources.items() if name in told)
+    return _table(
+        "published",
+        "What others found",
+        rows,
+        f"Final validation losses in nats unless said otherwise; losses of different data, vocabularies or validation sets do "
+        f"not compare with each other. {sources}.",
+        linked="here",
     )
 
 
 def runs(results: Results) -> Table:
     rows = []
-    for trial in sorted(
-        results.study.trials, key=lambda t: (t.phase != "reporting", t.model, t.arm, t.horizon, t.seed)
-    ):
-        rows.append(
-            (
-                Cell(trial.origin.name, origin=trial.origin),
-                Cell(trial.phase),
-                Cell(trial.model),
-                Cell(label(trial.arm), source=(trial.arm, trial.model, trial.horizon)),
-                Cell(f"{trial.horizon:,}", trial.horizon),
-                Cell(str(trial.seed), trial.seed),
-                Cell(trial.status, tone="serious" if trial.status in ("diverged", "failed", "missing") else ""),
-                Cell(f"{trial.loss:.4f}" if math.isfinite(trial.loss) else "–", _sortable(trial.loss)),
-                Cell(f"{trial.seconds:,.0f}", trial.seconds),
-                Cell(_values(trial.values)),
-            )
-        )
-    return Table(
-        name="runs",
-        title="Run records",
-        columns=("run", "phase", "model", "arm", "steps", "seed", "status", "final loss", "seconds", "searched values"),
-        rows=tuple(rows),
-        note="Each record holds the run's configuration, environment, summary and metric lines.",
-        numeric=(4, 5, 7, 8),
-    )
+    order = sorted(results.study.trials, key=lambda t: (t.phase != "reporting", t.model, t.arm, t.horizon, t.seed))
+    for trial in order:
+        row = {
+            "run": trial.origin.name,
+            "phase": trial.phase,
+            "model": trial.model,
+            "arm": label(trial.arm),
+            "steps": f"{trial.horizon:,}",
+            "seed": str(trial.seed),
+            "status": trial.status,
+            "final loss": _loss(trial.loss),
+            "seconds": f"{trial.seconds:,.0f}",
+            "searched values": _values(trial.values),
+        }
+        rows.append((row, trial.origin))
+    note = "Each record holds the run's configuration, environment, summary and metric lines."
+    return _table("runs", "Run records", rows, note, linked="run")
 
 
 TABLES: Mapping[str, Callable[[Results], Table]] = {
     "verdict": verdict,
     "final-losses": final_losses,
-    "end-of-runs": end_of_runs,
-    "speed-ups": speed_ups,
-    "reference-times": reference_speed_ups,
-    "time-to-target": target_times,
-    "crossings": crossings,
+    "self-test": self_test,
     "times": costs,
     "ablations": ablations,
     "grid": grid,
-    "tuning": tuning,
+    "tuning": searches,
+    "edges": edges,
     "search-spaces": search_spaces,
-    "trends": trends,
     "published": published,
     "runs": runs,
 }
 
 
-def markdown(table: Table, location: Path = Path()) -> str:
-    """Return a GitHub table with title and note; links are relative to the directory `location`."""
-    lines = [f"### {escaping.markdown(table.title)}", ""]
-    lines.append("| " + " | ".join(map(_in_row, table.columns)) + " |")
-    lines.append("| " + " | ".join("---:" if i in table.numeric else "---" for i in range(len(table.columns))) + " |")
-    for row in table.rows:
-        lines.append("| " + " | ".join(_markdown_cell(cell, location) for cell in row) + " |")
-    if table.note:
-        lines += ["", escaping.markdown(table.note)]
-    return "\n".join(lines) + "\n"
+def _losses(end: Any) -> dict[str, str]:
+    lost = len(end.diverged)
+    return {
+        "loss (nats)": f"{lost} of {len(end.seeds)} diverged" if lost else f"{end.mean:.4f}",
+        "sd": _loss(end.standard_deviation),
+        "seeds": str(len(end.seeds)),
+    }
 
 
-def _markdown_cell(cell: Cell, location: Path) -> str:
-    text = _in_row(cell.text)
-    if cell.tone in ("supported", "not supported"):
-        text = f"**{text}**"
-    return f"[{text}]({cell.origin.href(location)})" if cell.origin else text
+def _difference(one: Contrast | str) -> str:
+    if isinstance(one, str):
+        return NONE
+    return one.interval.text if one.interval else f"{one.differences[0]:+.3f} (one seed)"
 
 
-def _in_row(text: str) -> str:
-    return escaping.markdown(text).replace("|", "\\|")
+def _half(one: Compared) -> str:
+    if isinstance(one.half, str):
+        return NONE
+    return f"{_difference(one.half)} ({one.half.horizon:,})"
 
 
-def _speed_up_rows(results: Sequence[SpeedUp]) -> list[tuple[Cell, ...]]:
-    cells: dict[CellKey, dict[str, SpeedUp]] = {}
-    for one in results:
-        cells.setdefault((one.arm, one.model, one.horizon), {})[one.currency] = one
-    rows = []
-    for (arm, model, horizon), by_currency in cells.items():
-        steps = by_currency["steps"]
-        detectable = steps.smallest_detectable_ratio
-        rows.append(
-            (
-                Cell(model),
-                Cell(label(arm)),
-                Cell(f"{horizon:,}", horizon, (arm, model, horizon)),
-                *(_ratio(by_currency[currency]) for currency in CLAIM_CURRENCIES),
-                Cell(f"{detectable:.3f}" if math.isfinite(detectable) else "–", _sortable(detectable)),
-                Cell(steps.method),
-            )
-        )
-    return rows
+def _detectable(one: Contrast | str) -> str:
+    if isinstance(one, str) or one.interval is None:
+        return NONE
+    return f"{one.smallest_detectable:.3f}" if one.smallest_detectable < _TELLING else f"> {_TELLING:g}"
 
 
-def _ratio(one: SpeedUp) -> Cell:
-    return Cell(one.text, _sortable(one.estimate), (one.arm, one.model, one.horizon))
+def _price(one: Compared, currency: Any) -> str:
+    return f"{one.prices[currency]:.3f}" if currency in one.prices else NONE
 
 
-def _difference(interval: Interval | None, source: CellKey) -> Cell:
-    if interval is None:
-        return Cell("", "")
-    if not math.isfinite(interval.low):
-        return Cell(f"{interval.estimate:+.4f} (one seed: no interval)", interval.estimate, source)
-    text = f"{interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
-    return Cell(text, interval.estimate, source)
+def _ratio(one: Ratio | str) -> str:
+    return NONE if isinstance(one, str) else one.text
+
+
+def _finite(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else NONE
 
 
 def _loss(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else "–"
+    return _finite(value, ".4f")
 
 
 def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _amount(value: float) -> str:
-    if value < 100:
-        return f"{value:.3g}"
-    return f"{value:,.0f}" if value < 1e7 else f"{value:.3g}"
-
-
-def _bounded(log_ratio: float) -> str:
-    return f"{math.exp(log_ratio):.2f}" if abs(log_ratio) < 5 else ("> 100" if log_ratio > 0 else "< 0.01")
-
-
-def _sortable(value: float) -> float | str:
-    return value if math.isfinite(value) else ""
+    return NONE if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _values(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.removeprefix('optimizer.')}={_short(value)}" for key, value in values.items())
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "[" + ", ".join(map(_short, value)) + "]" if isinstance(value, (list, tuple)) else str(value)
+    return ", ".join(f"{key.removeprefix('optimizer.')}={short(value)}" for key, value in values.items())
 
 
 def _space(space: Any) -> str:
     if not isinstance(space, Mapping):
-        return _short(space)
+        return short(space)
     if "values" in space:
-        return ", ".join(map(_short, space["values"]))
-    scale = f", {space['scale']}" if "scale" in space else ""
-    return f"{_short(space.get('low'))} to {_short(space.get('high'))}{scale}"
+        return ", ".join(map(short, space["values"]))
+    return f"{short(space.get('low'))} to {short(space.get('high'))}" + (
+        f", {space['scale']}" if "scale" in space else ""
+    )
+
+
+def _in_row(text: str) -> str:
+    return escaping.markdown(text).replace("|", "\\|")

@@ -6,6 +6,8 @@ are the optimizers and every run counts as reported.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,8 +16,8 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from analysis.comparison import Endpoints
 from analysis.runs import Origin, RecordedRun, flatten, load_each, runs_of_rows
-from analysis.speedup import Endpoints
 from analysis.trial_tables import MISSING, TRIALS_FILE, Phase, TrialRow, read_curves, read_trials
 from analysis.wallclock import ReferenceTimes, training_seconds
 from training.records import Form, RecordError, find_runs, read_mapping, require
@@ -101,6 +103,9 @@ class Study:
     finished: bool = True
     trials_at_most: int | None = None  # in all, if every search uses its budget
     damaged: tuple[str, ...] = ()  # a line about each bare record that cannot be read
+    set_aside: Mapping[str, int] = field(default_factory=dict)  # recorded trials no longer in the study file, by arm
+    # Seeds recorded by each study whose results chose settings of this one; None without its tables.
+    builds_on: Mapping[str, frozenset[int] | None] = field(default_factory=dict)
 
     @property
     def left_out(self) -> str:
@@ -163,19 +168,15 @@ class Study:
             and (model is None or trial.model == model)
         ]
 
-    def endpoints(self, arm: str, model: str, *, times: ReferenceTimes | None = None) -> list[Endpoints]:
-        """Return the endpoints of an arm's finished reported runs, one per horizon, ascending.
-
-        Args:
-            times: compute seconds with the reference-time model instead of measured times.
-        """
+    def endpoints(self, arm: str, model: str) -> list[Endpoints]:
+        """Return the endpoints of an arm's finished reported runs, one per horizon, ascending."""
         cells: dict[int, dict[int, RecordedRun]] = {}
         for trial in self.reporting:
             if trial.arm != arm or trial.model != model or trial.run is None:
                 continue
             if trial.status in ("completed", "diverged"):
                 cells.setdefault(trial.horizon, {})[trial.seed] = trial.run
-        return [_endpoints(arm, model, horizon, cells[horizon], times) for horizon in sorted(cells)]
+        return [_endpoints(arm, model, horizon, cells[horizon], self.reference_times) for horizon in sorted(cells)]
 
 
 def load_study(paths: Sequence[str | Path], *, baseline: str = "adamw", train_points: int = 400) -> Study:
@@ -220,16 +221,7 @@ def study_of_runs(runs: Sequence[RecordedRun], *, baseline: str = "adamw", name:
     """
     arms = arm_names(runs)
     trials = [
-        RecordedTrial(
-            arm=arm,
-            phase="reporting",
-            model=run.model,
-            horizon=run.horizon,
-            seed=run.seed,
-            values={},
-            origin=run.origin,
-            run=run,
-        )
+        RecordedTrial(arm, "reporting", run.model, run.horizon, run.seed, values={}, origin=run.origin, run=run)
         for arm, run in zip(arms, runs, strict=True)
     ]
     return Study(
@@ -266,7 +258,8 @@ def _from_tables(directory: Path, train_points: int) -> Study:
     if spec is None:
         raise RecordError(f"{path} is missing; restore it next to {TRIALS_FILE}")
     require(_Spec, spec, path)
-    rows = [row for row in read_trials(directory) if row.phase != "set aside"]
+    recorded = read_trials(directory)
+    rows = [row for row in recorded if row.phase != "set aside"]
     arms = _arms(spec)
     if unknown := [row for row in rows if row.arm not in arms]:
         raise RecordError(f"{directory / TRIALS_FILE}:{unknown[0].line}: {path} has no arm {unknown[0].arm!r}")
@@ -295,8 +288,15 @@ def _from_tables(directory: Path, train_points: int) -> Study:
         finished=len(runs) == len(rows),
         trials_at_most=spec.get(PLAN, {}).get("trials_at_most"),
         directory=directory,
+        set_aside=Counter(row.arm for row in recorded if row.phase == "set aside"),
+        builds_on={name: _seeds(directory.resolve().parent / name) for name in spec.get("builds_on", [])},
         reference_times=ReferenceTimes.load(times) if times.is_file() else None,
     )
+
+
+def _seeds(directory: Path) -> frozenset[int] | None:
+    """Return the seeds of a study's recorded trials, of every phase; None without its table."""
+    return frozenset(row.seed for row in read_trials(directory) if row.summary) if is_study(directory) else None
 
 
 def _arms(spec: Mapping[str, Any]) -> dict[str, Arm]:
@@ -365,6 +365,7 @@ class _Spec(Form):
     baseline: str
     description: str = ""
     level: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    builds_on: list[str] = Field(default_factory=list)
     models: dict[str, _ReadModel]
     tuning: _ReadTuning
     arms: dict[str, _ReadArm]
@@ -386,11 +387,7 @@ def _endpoints(
     seeds = tuple(sorted(by_seed))
     runs = [by_seed[seed] for seed in seeds]
 
-    def seconds(run: RecordedRun) -> float:
-        if times is None:
-            return training_seconds(run)
-        modelled = times.training_seconds(run, arm)
-        return float("nan") if modelled is None else modelled
+    modelled = [None if times is None else times.training_seconds(run, arm) for run in runs]
 
     def column(values: Iterable[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
         return np.array(list(values), dtype=np.float64)
@@ -403,8 +400,9 @@ def _endpoints(
         losses=column(run.final_val_loss for run in runs),
         tokens=column(run.total("tokens") for run in runs),
         flops=column(run.total("flops") for run in runs),
-        seconds=column(seconds(run) for run in runs),
+        seconds=column(training_seconds(run) for run in runs),
         runs=tuple(run.origin for run in runs),
+        reference_seconds=float(np.mean([math.nan if value is None else value for value in modelled])),
     )
 
 

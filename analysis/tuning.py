@@ -26,11 +26,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Edge:
-    """The best setting is at an end of the search space."""
+    """A value at an end of what its search tried: the optimum may lie outside."""
 
+    arm: str
+    model: str
+    horizon: int  # at which the value is used
     key: str
     value: float
     side: str  # "lowest" or "highest"
+    inherited_from: str = (
+        ""  # the search that chose the value, as "64 steps", if the key was not searched at this horizon
+    )
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,37 @@ def tunings(study: Study) -> list[Tuning]:
     ]
 
 
+def edges(study: Study, searches: Sequence[Tuning]) -> list[Edge]:
+    """Return the reported values at an end of what was tried, the baseline's first.
+
+    A key that was not searched at a horizon has its value, and its edge, from the search at another horizon, or on
+    another model. Before any reported run, the edges of the best settings count.
+    """
+    cells = {
+        (trial.arm, trial.model, trial.horizon): trial.values
+        for trial in study.reporting
+        if trial.values and study.arms[trial.arm].role == "arm"
+    } or {(search.arm, search.model, search.horizon): search.best.values for search in searches}
+    order = sorted(study.arms, key=lambda arm: arm != study.baseline)
+    found = []
+    for (arm, model, horizon), values in sorted(
+        cells.items(), key=lambda cell: (order.index(cell[0][0]), *cell[0][1:])
+    ):
+        sources = sorted(
+            (search for search in searches if search.arm == arm),
+            key=lambda one: ((one.model, one.horizon) != (model, horizon), one.model != model, -len(one.candidates)),
+        )
+        for key, value in values.items():
+            tried = ((one, explored(one.candidates, key)) for one in sources)
+            source = next((one for one, points in tried if len(points) > 1 and value in points), None)
+            if source is None or (side := _side(study.arms[arm], source.candidates, key, value)) is None:
+                continue
+            place = f"{source.horizon:,} steps" if source.horizon != horizon or source.model != model else ""
+            place = f"{source.model}, {place}" if source.model != model else place
+            found.append(Edge(arm, model, horizon, key, float(value), side, inherited_from=place))
+    return found
+
+
 def candidates(trials: Sequence[RecordedTrial]) -> list[Candidate]:
     """Group trials with the same values, best first."""
     groups: dict[str, list[RecordedTrial]] = {}
@@ -86,19 +123,25 @@ def predicted_gain(search: Tuning, key: str) -> float | None:
 
     The parabola is in the logarithm of `key`; neighbours agree in all other values. None without a neighbour on each side.
     """
-    best, found = search.best, search.candidates
-    others = {name: value for name, value in best.values.items() if name != key}
-    line = sorted(
-        (float(one.values[key]), one.loss)
-        for one in found
+    others = {name: value for name, value in search.best.values.items() if name != key}
+    line = {
+        float(one.values[key]): one.trials
+        for one in search.candidates
         if key in one.values and {n: v for n, v in one.values.items() if n != key} == others and math.isfinite(one.loss)
-    )
-    at = next((i for i, (value, _) in enumerate(line) if value == float(best.values.get(key, math.nan))), None)
-    if at is None or at == 0 or at == len(line) - 1 or line[at - 1][0] <= 0:
+    }
+    points = sorted(line)
+    best = float(search.best.values.get(key, math.nan))
+    at = points.index(best) if best in line else 0
+    if at == 0 or at == len(points) - 1 or points[0] <= 0:
         return None
-    x = np.log([value for value, _ in line[at - 1 : at + 2]])
-    a, b, c = np.polyfit(x - x[1], [loss for _, loss in line[at - 1 : at + 2]], 2)
-    return 0.0 if a <= 0 else max(0.0, best.loss - float(c - b * b / (4 * a)))
+    near = points[at - 1 : at + 2]
+    # The best settings may have run on further seeds, on which their neighbours are unknown.
+    shared = set.intersection(*({trial.seed for trial in line[point]} for point in near))
+    losses = [np.mean([trial.loss for trial in line[point] if trial.seed in shared]) for point in near if shared]
+    if not losses:
+        return None
+    a, b, c = np.polyfit(np.log(near) - np.log(best), losses, 2)
+    return 0.0 if a <= 0 else max(0.0, float(losses[1] - (c - b * b / (4 * a))))
 
 
 def _tuning(
@@ -106,31 +149,27 @@ def _tuning(
 ) -> Tuning:
     found = candidates(trials)
     best = next((one for one in found if chosen is not None and dict(one.values) == dict(chosen)), found[0])
-    keys = sorted({key for candidate in found for key in candidate.values})
-    edges = [edge for key in keys if (edge := _edge(arm, found, best, key)) is not None]
-    return Tuning(arm.name, model, horizon, tuple(found), best, tuple(edges))
+    own = [
+        Edge(arm.name, model, horizon, key, float(value), side)
+        for key, value in sorted(best.values.items())
+        if (side := _side(arm, found, key, value)) is not None
+    ]
+    return Tuning(arm.name, model, horizon, tuple(found), best, tuple(own))
 
 
-def _edge(arm: Arm, found: Sequence[Candidate], best: Candidate, key: str) -> Edge | None:
-    value = best.values.get(key)
+def _side(arm: Arm, found: Sequence[Candidate], key: str, value: Any) -> str | None:
+    """Return whether the value is the "lowest" or "highest" that was tried; None inside."""
     values = explored(found, key)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or len(values) < 2:
         return None
-    value = float(value)
     space = arm.search.get(key)
     if isinstance(space, Mapping) and "low" in space and "high" in space:
         low, high = float(space["low"]), float(space["high"])
-        place = _place(value, low, high, space.get("scale") == "log")
-        if place <= _NEAR or place >= 1 - _NEAR:
-            return Edge(key, value, "lowest" if place < 0.5 else "highest")
-        return None
+        if space.get("scale") == "log":
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        place = (value - low) / (high - low)
+        return "lowest" if place <= _NEAR else "highest" if place >= 1 - _NEAR else None
     # Zero (no weight decay, no warm-up) is a natural limit, not an edge of the search.
     if value == values[0] and value != 0:
-        return Edge(key, value, "lowest")
-    return Edge(key, value, "highest") if value == values[-1] else None
-
-
-def _place(value: float, low: float, high: float, logarithmic: bool) -> float:
-    if logarithmic:
-        return math.log(value / low) / math.log(high / low)
-    return (value - low) / (high - low)
+        return "lowest"
+    return "highest" if value == values[-1] else None

@@ -30,6 +30,12 @@ def training_seconds(run: RecordedRun) -> float:
     return float(sum(ledger.get(kind, {}).get("seconds", 0.0) for kind in TRAINING_KINDS))
 
 
+def seconds_per_occurrence(run: RecordedRun, kind: str) -> float | None:
+    """Return the mean measured seconds of one occurrence of a kind of work; None without any."""
+    entry = _ledger(run).get(kind, {})
+    return float(entry["seconds"]) / entry["count"] if entry.get("count") else None
+
+
 class _File(Form):
     seconds: dict[str, dict[str, dict[str, float]]]
     source: str
@@ -83,10 +89,9 @@ def reference_times(runs: Iterable[tuple[str, RecordedRun]], source: str) -> Ref
     """
     costs: dict[str, dict[str, dict[str, list[float]]]] = {}
     for arm, run in runs:
-        for kind, entry in _ledger(run).items():
-            if kind in TRAINING_KINDS and entry.get("count"):
-                by_kind = costs.setdefault(run.model, {}).setdefault(arm, {})
-                by_kind.setdefault(kind, []).append(entry["seconds"] / entry["count"])
+        for kind in TRAINING_KINDS:
+            if (cost := seconds_per_occurrence(run, kind)) is not None:
+                costs.setdefault(run.model, {}).setdefault(arm, {}).setdefault(kind, []).append(cost)
     result: dict[str, dict[str, dict[str, float]]] = {}
     for model, arms in costs.items():
         shared = {

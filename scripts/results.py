@@ -1,8 +1,7 @@
-"""Rebuild a study's report, figures and README section from its committed records (make results).
+"""Rebuild the reports of committed studies, and README's section of results, from their records (make results).
 
-python scripts/results.py                         results/cpu_scale and README.md
+python scripts/results.py                                             results/cpu_embeddings, results/cpu_scale, README.md
 python scripts/results.py results/smoke --page some/page.md --arm lion
-python scripts/results.py results/cpu_embeddings --part embeddings --brief   only the verdict, in another part of README.md
 """
 
 import argparse
@@ -18,35 +17,36 @@ if __name__ == "__main__":
 from analysis.pages import write_part
 from analysis.report import print_summary, write_report
 from analysis.results import analyse
-from analysis.standing import section, verdict
+from analysis.standing import section
 from analysis.trials import load_study
 from training.launching.command import refuse
 from training.recording.terminal import SafeConsole
 from training.records import RecordError
 
 ROOT = Path(__file__).resolve().parent.parent
+STUDIES = [ROOT / "results" / name for name in ("cpu_embeddings", "cpu_scale")]  # the best baseline first
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", type=Path, default=ROOT / "results" / "cpu_scale", help="study directory")
-    parser.add_argument("--page", type=Path, default=ROOT / "README.md", help="the page to update")
     parser.add_argument(
-        "--part", default="results", help="replace what is between <!-- PART:begin --> and <!-- PART:end -->"
+        "studies", nargs="*", type=Path, default=STUDIES, help="their directories; the first is the page's"
     )
-    parser.add_argument("--brief", action="store_true", help="only the verdict, without figure, limits and table")
-    parser.add_argument("--arm", default="sophiag", help="the arm whose verdict is shown")
+    parser.add_argument("--page", type=Path, default=ROOT / "README.md", help="the page with the part `results`")
+    parser.add_argument("--arm", default="sophiag", help="the arm whose verdict is the page's first sentence")
     options = parser.parse_args(arguments)
+    console = SafeConsole()
     try:
-        results = analyse(load_study([options.study]))
-        written = write_report(results, options.study)
-        told = verdict if options.brief else section
-        write_part(options.page, options.part, told(results, options.study, options.page, options.arm))
+        for directory in options.studies:
+            results = analyse(load_study([directory]))
+            written = write_report(results, directory)
+            if directory == options.studies[0]:
+                write_part(options.page, "results", section(results, directory, options.page, options.arm))
+            print_summary(results, console)
+            console.print(f"report: {written.html}", highlight=False)
     except (OSError, RecordError, ValueError) as error:
         return refuse(error)
-    console = SafeConsole()
-    print_summary(results, console)
-    console.print(f"report: {written.html}\npage: {options.page}", highlight=False)
+    console.print(f"page: {options.page}", highlight=False)
     return 0
 
 

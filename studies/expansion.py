@@ -10,17 +10,19 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Literal
 
-from studies.search import Point, Replay, Search, coordinate_descent, grid, quasi_random, replay, settled, start_point
-from studies.spec import AblationSpec, ArmSpec, StudySpec, Value
+from studies.search import Point, Search, best_of, coordinate_descent, quasi_random, replay, settled, start_point
+from studies.spec import AblationSpec, ArmSpec, Range, StudySpec, Value, points
 from training.compose import compose_dictionary
 
 Phase = Literal["tuning", "reporting"]
 Status = Literal["completed", "diverged"]
+Cell = tuple[str, str, int, Phase]  # arm, model, horizon, phase
 
-_ELEMENT = re.compile(r"^(?P<key>.+)\[(?P<index>\d+)\]$")
+ELEMENT = re.compile(r"^(?P<key>.+)\[(?P<index>\d+)\]$")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class Trial:
     overrides: tuple[str, ...]  # all configuration overrides except name and directories
 
     @property
+    def cell(self) -> Cell:
+        return self.arm, self.model, self.horizon, self.phase
+
+    @property
     def name(self) -> str:
         """`<arm>-<model>-<horizon>-<hash>-s<seed>`, from the overrides alone, so that new defaults do not rename it."""
         canonical = json.dumps(sorted(self.overrides), separators=(",", ":"))
@@ -61,7 +67,7 @@ class Expansion:
 
     trials: tuple[Trial, ...]
     finished: bool  # no trial is missing and no search is waiting
-    budgets: Mapping[tuple[str, str, int], int] = field(default_factory=dict)  # tuning trials by arm, model, horizon
+    budgets: Mapping[tuple[str, str, int], int]  # tuning trials by arm, model, horizon
 
     def missing(self, outcomes: Outcomes) -> list[Trial]:
         """Return the trials without an outcome."""
@@ -90,19 +96,16 @@ def expand(spec: StudySpec, outcomes: Outcomes) -> Expansion:
                 if search is None:
                     waiting = True
                     continue
-                conversation, budget = search
-                found, tried = _converse(spec, arm, model, horizon, conversation, outcomes)
-                budgets[arm, model, horizon] = budget
-                _within_budget(spec, arm, model, horizon, tried, budget)
+                found, tried = _tuned(spec, arm, model, horizon, search, outcomes)
+                budget = budgets[arm, model, horizon] = _budget(spec, arm, model, horizon)
+                assert len(tried) <= budget, f"{arm}, {model}, {horizon} steps: {len(tried)} trials of {budget}"
                 trials += tried
-                if found.best is None:
+                if found is None:
                     waiting = True
                     continue
-                best[arm, model, horizon] = found.best
+                best[arm, model, horizon] = found
                 if horizon in spec.horizons(arm, model):
-                    trials += [
-                        _trial(spec, arm, "reporting", model, horizon, seed, found.best) for seed in model_spec.seeds
-                    ]
+                    trials += [_trial(spec, arm, "reporting", model, horizon, seed, found) for seed in model_spec.seeds]
     for name, ablation in spec.ablations.items():
         for horizon in ablation.horizons:
             values = best.get((ablation.of, ablation.model, horizon))
@@ -116,9 +119,9 @@ def expand(spec: StudySpec, outcomes: Outcomes) -> Expansion:
     return Expansion(tuple(ordered), finished, budgets)
 
 
-def expected_trials(spec: StudySpec) -> dict[tuple[str, str, int, Phase], int]:
+def expected_trials(spec: StudySpec) -> dict[Cell, int]:
     """Return the maximum number of trials by arm, model, horizon and phase."""
-    counts: dict[tuple[str, str, int, Phase], int] = {}
+    counts: dict[Cell, int] = {}
     for model, model_spec in spec.models.items():
         for arm in spec.arms_on(model):
             for horizon in {model_spec.tune_at, *spec.horizons(arm, model)}:
@@ -158,7 +161,7 @@ def value_overrides(values: Mapping[str, Value], defaults: Callable[[], Mapping[
     overrides = []
     lists: dict[str, list[Any]] = {}
     for key, value in values.items():
-        element = _ELEMENT.match(key)
+        element = ELEMENT.match(key)
         if element is None:
             overrides.append(f"{key}={_written(value)}")
             continue
@@ -174,67 +177,83 @@ def value_overrides(values: Mapping[str, Value], defaults: Callable[[], Mapping[
 
 def _search_for(
     spec: StudySpec, arm: str, model: str, horizon: int, best: Mapping[tuple[str, str, int], Point]
-) -> tuple[Search, int] | None:
-    """Return the search of an arm on a model at a horizon and its budget in trials.
-
-    None while the search that it starts from is unfinished.
-    """
+) -> Search | None:
+    """Return the search of an arm on a model at a horizon; None while the search that it starts from is unfinished."""
     model_spec, tuning, space = spec.models[model], spec.tuning, spec.arms[arm].search
-    budget = _budget(spec, arm, model, horizon)
-    candidates = budget // len(tuning.seeds)
+    settings = _settings(spec, arm, model, horizon)
     if horizon != model_spec.tune_at:
         start = best.get((arm, model, model_spec.tune_at))
     elif model_spec.like is not None:
         start = best.get((arm, model_spec.like, spec.models[model_spec.like].tune_at))
     else:
         start = start_point(space)
-        if not budget:
-            return settled(start), 0
-        if tuning.method == "grid":
-            return grid(space), budget
-        if tuning.method in ("random", "halton"):
-            return quasi_random(space, candidates, method=tuning.method), budget
-        return coordinate_descent(space, start, candidates, threshold=tuning.threshold), budget
+        if settings and tuning.method == "grid":
+            return best_of(points(space))
+        if settings and tuning.method in ("random", "halton"):
+            ranges = {key: one for key, one in space.items() if isinstance(one, Range)}
+            return quasi_random(ranges, settings, method=tuning.method)
     if start is None:
         return None
-    if not budget or tuning.retune is None:
-        return settled(start), 0
-    keys = [key for key in tuning.retune.keys if key in space]
-    return coordinate_descent(space, start, candidates, threshold=tuning.threshold, keys=keys), budget
+    if not settings:
+        return settled(start)
+    full = horizon == model_spec.tune_at and model_spec.like is None
+    return coordinate_descent(
+        space,
+        start,
+        settings,
+        threshold=tuning.threshold,
+        keys=[] if full or tuning.retune is None else tuning.retune.keys,
+        follow_at_once=tuning.follow == "at_once",
+    )
+
+
+def _settings(spec: StudySpec, arm: str, model: str, horizon: int) -> int:
+    """Return how many settings a search may try: the same for all arms with something to search."""
+    model_spec, tuning, space = spec.models[model], spec.tuning, spec.arms[arm].search
+    if space and horizon == model_spec.tune_at and model_spec.like is None:
+        return tuning.trials // len(tuning.seeds)
+    if tuning.retune is None or not any(key in space for key in tuning.retune.keys):
+        return 0
+    return tuning.retune.trials // len(tuning.seeds)
 
 
 def _budget(spec: StudySpec, arm: str, model: str, horizon: int) -> int:
-    """Return the tuning budget of an arm on a model at a horizon: the same for all arms with something to search."""
-    model_spec, tuning, space = spec.models[model], spec.tuning, spec.arms[arm].search
-    if not space:
-        return 0
-    if horizon == model_spec.tune_at and model_spec.like is None:
-        return tuning.trials
-    if tuning.retune is None or not any(key in space for key in tuning.retune.keys):
-        return 0
-    return tuning.retune.trials
+    """Return the maximum number of tuning trials, finalists included."""
+    settings, finalists = _settings(spec, arm, model, horizon), spec.tuning.finalists
+    again = min(settings, finalists.settings) * len(finalists.seeds) if finalists else 0
+    return settings * len(spec.tuning.seeds) + again
 
 
-def _converse(
+def _tuned(
     spec: StudySpec, arm: str, model: str, horizon: int, search: Search, outcomes: Outcomes
-) -> tuple[Replay, list[Trial]]:
-    def trials_of(point: Point) -> list[Trial]:
-        return [_trial(spec, arm, "tuning", model, horizon, seed, point) for seed in spec.tuning.seeds]
+) -> tuple[Point | None, list[Trial]]:
+    """Replay a search, then its finalists; return the chosen setting, if all losses are known, and the trials so far.
 
-    def loss_of(point: Point) -> float | None:
-        found = [outcomes.get(trial.name) for trial in trials_of(point)]
+    Finalists are the settings with the lowest losses of the search. One that diverged there is none.
+    """
+
+    def trials_of(point: Point, seeds: Sequence[int]) -> list[Trial]:
+        return [_trial(spec, arm, "tuning", model, horizon, seed, point) for seed in seeds]
+
+    def loss_of(point: Point, seeds: Sequence[int]) -> float | None:
+        found = [outcomes.get(trial.name) for trial in trials_of(point, seeds)]
         known = [outcome.loss for outcome in found if outcome is not None]
         return math.fsum(known) / len(known) if len(known) == len(found) else None
 
-    found = replay(search, loss_of)
-    return found, [trial for point in found.asked for trial in trials_of(point)]
-
-
-def _within_budget(spec: StudySpec, arm: str, model: str, horizon: int, tried: Sequence[Trial], budget: int) -> None:
-    if len(tried) > budget:
-        raise AssertionError(
-            f"{spec.name}: {arm} on {model} at {horizon} steps: {len(tried)} tuning trials exceed the budget of {budget}"
-        )
+    tuning = spec.tuning
+    found = replay(search, lambda point: loss_of(point, tuning.seeds))
+    trials = [trial for point in found.asked for trial in trials_of(point, tuning.seeds)]
+    if found.best is None or tuning.finalists is None:
+        return found.best, trials
+    losses = [(loss_of(point, tuning.seeds), point) for point in found.asked]
+    ranked = sorted(
+        ((loss, point) for loss, point in losses if loss is not None and loss < math.inf), key=itemgetter(0)
+    )
+    if not ranked:  # nothing was searched, or all diverged
+        return found.best, trials
+    finalists, seeds = [point for _, point in ranked[: tuning.finalists.settings]], tuning.finalists.seeds
+    best = replay(best_of(finalists), lambda point: loss_of(point, seeds)).best
+    return best, trials + [trial for point in finalists for trial in trials_of(point, seeds)]
 
 
 def _trial(spec: StudySpec, arm: str, phase: Phase, model: str, horizon: int, seed: int, values: Point) -> Trial:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -83,7 +84,12 @@ def _sit(
         current = expand(spec, known)
         ready = [trial for trial in current.missing(known) if trial.name not in failed]
         if current.finished or not ready:
-            log("the study is finished" if current.finished else f"no trial can run: {_blocked(failed)}")
+            why = (
+                f"{len(failed)} trials failed ({', '.join(failed[:3])})"
+                if failed
+                else "a search is waiting for results"
+            )
+            log("the study is finished" if current.finished else f"no trial can run: {why}")
             return Sitting(current.finished, ran, tuple(failed), interrupted=False)
         if time.monotonic() > deadline:
             log(f"time limit reached: {progress(spec, current, known, pace).text}; rerun the same command to resume")
@@ -93,7 +99,7 @@ def _sit(
             log(f"{_describe(trial)}: started ({progress(spec, current, known, pace).text})")
         started = time.monotonic()
         codes = launch([job(spec, trial, places) for trial in batch])
-        pace.note(batch, time.monotonic() - started, side_by_side=len(batch))
+        pace.note(batch, time.monotonic() - started)
         interrupted = False
         for trial, code in zip(batch, codes, strict=True):
             outcome = read_outcome(places.run(trial))
@@ -105,7 +111,8 @@ def _sit(
             if outcome is not None:
                 free(trial, places)
                 ran += 1
-                log(f"{_describe(trial)}: {_result(outcome.status, outcome.loss)}")
+                result = f"loss {outcome.loss:.4f}" if outcome.status == "completed" else outcome.status
+                log(f"{_describe(trial)}: {result}")
             elif code == EXIT_HELD:
                 interrupted = True
                 log(f"{_describe(trial)}: running in another process; rerun the same command when that has finished")
@@ -138,11 +145,10 @@ class Pace:
     def __init__(self) -> None:
         self._seconds: dict[tuple[str, str], list[float]] = {}
 
-    def note(self, trials: Sequence[Trial], seconds: float, *, side_by_side: int) -> None:
+    def note(self, trials: Sequence[Trial], seconds: float) -> None:
         steps = sum(trial.horizon for trial in trials)
         for trial in trials:
-            share = seconds * trial.horizon / steps if steps else 0.0
-            self._seconds.setdefault((trial.arm, trial.model), []).append(share / trial.horizon)
+            self._seconds.setdefault((trial.arm, trial.model), []).append(seconds / steps)
 
     def per_step(self, arm: str, model: str) -> float | None:
         """Return the time of the arm on the model, else of the model, else of any trial; None if nothing was timed."""
@@ -156,28 +162,13 @@ class Pace:
 def progress(spec: StudySpec, current: Expansion, known: Outcomes, pace: Pace) -> StudyProgress:
     """Return the trials done and the time left at the current pace, if every search uses its whole budget."""
     expected = expected_trials(spec)
-    done: dict[tuple[str, str, int, str], int] = {}
-    for trial in current.trials:
-        if trial.name in known:
-            key = (trial.arm, trial.model, trial.horizon, trial.phase)
-            done[key] = done.get(key, 0) + 1
-    left: float | None = 0.0
-    for (arm, model, horizon, phase), count in expected.items():
-        missing = count - done.get((arm, model, horizon, phase), 0)
-        seconds = pace.per_step(arm, model)
-        left = None if left is None or seconds is None else left + missing * horizon * seconds
-    return StudyProgress(sum(done.values()), sum(expected.values()), left)
+    done = Counter(trial.cell for trial in current.trials if trial.name in known)
+    paces = {cell: pace.per_step(*cell[:2]) for cell in expected}
+    left = [(count - done[cell]) * cell[2] * (paces[cell] or 0.0) for cell, count in expected.items()]
+    return StudyProgress(done.total(), sum(expected.values()), None if None in paces.values() else sum(left))
 
 
 def _describe(trial: Trial) -> str:
     values = ", ".join(f"{key.removeprefix('optimizer.')}={value}" for key, value in trial.values.items())
     what = f"{trial.phase} {trial.arm}, {trial.model}, {trial.horizon} steps, seed {trial.seed}"
     return f"{what}, {values}" if values and trial.phase == "tuning" else what
-
-
-def _result(status: str, loss: float) -> str:
-    return f"loss {loss:.4f}" if status == "completed" else status
-
-
-def _blocked(failed: Sequence[str]) -> str:
-    return f"{len(failed)} trials failed ({', '.join(failed[:3])})" if failed else "a search is waiting for results"

@@ -38,6 +38,12 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$", max_length=6
 Key = Annotated[str, Field(pattern=r"^[a-z_]+(\.[a-z_0-9]+)+(\[\d+\])?$")]
 Value = bool | int | float | str
 
+_DIGITS = 4  # significant digits of generated values
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,13 +75,26 @@ class Choices(Section):
     def first(self) -> Value:
         return self.start if self.start is not None else self.values[len(self.values) // 2]
 
+    @property
+    def ladder(self) -> "Choices":
+        return self
+
+    def neighbours(self) -> int:
+        """Return the number of neighbours of `first`."""
+        index = self.values.index(self.first)
+        return 2 if self.widen else (index > 0) + (index < len(self.values) - 1)
+
 
 class Range(Section):
-    """Numbers between `low` and `high`, for random and Halton search."""
+    """Numbers between `low` and `high`, for random and Halton search. Its first trial is `start`, by default the middle.
+
+    A re-tuning moves by quarters of the range, and beyond the ends of a logarithmic one.
+    """
 
     low: float
     high: float
     scale: Literal["log", "linear"] = "log"
+    start: float | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -83,11 +102,23 @@ class Range(Section):
             raise ValueError(f"low={self.low} is not below high={self.high}; swap them")
         if self.scale == "log" and self.low <= 0:
             raise ValueError(f"low={self.low}: scale=log needs a positive number; choose scale=linear")
+        if self.start is not None and not self.low <= self.start <= self.high:
+            raise ValueError(f"start={self.start} is not between low={self.low} and high={self.high}")
         return self
 
     @property
     def first(self) -> float:
-        return math.sqrt(self.low * self.high) if self.scale == "log" else (self.low + self.high) / 2
+        return self.at(0.5) if self.start is None else self.start
+
+    @property
+    def ladder(self) -> Choices:
+        return Choices(values=tuple(self.at(share) for share in (0, 0.25, 0.5, 0.75, 1)), widen=self.scale == "log")
+
+    def at(self, share: float) -> float:
+        """Return the number at a share of the way from low to high."""
+        if self.scale == "log":
+            return rounded(self.low * (self.high / self.low) ** share)
+        return rounded(self.low + share * (self.high - self.low))
 
 
 def _kind_of_space(value: Any) -> str:
@@ -172,10 +203,20 @@ class ModelSpec(Section):
 
 
 class RetuneSpec(Section):
-    """The search at every other horizon and on a model with `like`: only these keys, from the best point so far."""
+    """The search at every other horizon and on a model with `like`: only these keys, from the best point so far.
+
+    It is a coordinate search, whatever the method of the full search.
+    """
 
     keys: tuple[Key, ...]
     trials: PositiveInt
+
+
+class FinalistsSpec(Section):
+    """The best `settings` of each search run again on further tuning seeds, whose mean loss decides between them."""
+
+    settings: Annotated[int, Field(ge=2)]
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
 
 
 class TuningSpec(Section):
@@ -183,9 +224,28 @@ class TuningSpec(Section):
 
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     method: Literal["coordinate", "grid", "random", "halton"]
-    trials: PositiveInt  # runs of each arm at `tune_at`
+    trials: PositiveInt  # runs of each arm at `tune_at`, without finalists
     threshold: Annotated[float, Field(ge=0)] = 0.0  # nats, minimum improvement for a move of the coordinate search
+    # When a coordinate search follows a move further: after every key was tried once, or before the next key.
+    follow: Literal["after_round", "at_once"] = "after_round"
     retune: RetuneSpec | None = None
+    finalists: FinalistsSpec | None = None
+
+    @property
+    def all_seeds(self) -> set[int]:
+        return {*self.seeds, *(self.finalists.seeds if self.finalists else ())}
+
+    @model_validator(mode="after")
+    def _seeds_fit(self) -> Self:
+        seeds = len(self.seeds)
+        for key, trials in (("trials", self.trials), ("retune.trials", self.retune.trials if self.retune else 0)):
+            if trials % seeds:
+                raise ValueError(
+                    f"{key}={trials} is not a multiple of the {seeds} tuning seeds; each setting runs with all of them"
+                )
+        if self.finalists and (overlap := sorted({*self.seeds} & {*self.finalists.seeds})):
+            raise ValueError(f"finalists.seeds: {overlap} are also in seeds; choose seeds that the search does not use")
+        return self
 
 
 class StudySpec(Section):
@@ -193,6 +253,7 @@ class StudySpec(Section):
 
     name: Name
     description: str = ""
+    builds_on: tuple[Name, ...] = ()  # studies whose results chose settings of this one
     baseline: Name
     level: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     base: tuple[str, ...] = ()
@@ -215,7 +276,7 @@ class StudySpec(Section):
                     f"models.{name}.arms={list(model.arms)}: expected arms of the study, including the baseline; "
                     f"choose from {', '.join(self.arms)}"
                 )
-            overlap = sorted({*model.seeds} & {*self.tuning.seeds})
+            overlap = sorted({*model.seeds} & self.tuning.all_seeds)
             if overlap:
                 raise ValueError(
                     f"models.{name}.seeds: {overlap} are also tuning seeds; report on seeds that the search does not use"
@@ -244,11 +305,6 @@ class StudySpec(Section):
     @model_validator(mode="after")
     def _searches_fit(self) -> Self:
         method, seeds = self.tuning.method, len(self.tuning.seeds)
-        if self.tuning.trials % seeds:
-            raise ValueError(
-                f"tuning.trials={self.tuning.trials} is not a multiple of the {seeds} tuning seeds; each setting runs "
-                "with all of them"
-            )
         for name, arm in self.arms.items():
             for key, space in arm.search.items():
                 needed = Range if method in ("random", "halton") else Choices
@@ -264,7 +320,28 @@ class StudySpec(Section):
                         f"arms.{name}.search has {size} trials, more than tuning.trials={self.tuning.trials}; "
                         "remove values or raise tuning.trials"
                     )
+            if self.tuning.follow == "after_round":
+                self._rounds_fit(name)
         return self
+
+    def _rounds_fit(self, name: str) -> None:
+        """Refuse a coordinate search whose budget ends before every key was tried."""
+        search, tuning = self.arms[name].search, self.tuning
+        budgets = []
+        if tuning.method == "coordinate" and search:
+            budgets.append(("tuning.trials", tuning.trials, [space.ladder.neighbours() for space in search.values()]))
+        if tuning.retune and (keys := [key for key in tuning.retune.keys if key in search]):
+            ladders = [search[key].ladder for key in keys]
+            most = [2 if ladder.widen else min(2, len(ladder.values) - 1) for ladder in ladders]
+            budgets.append(("tuning.retune.trials", tuning.retune.trials, most))
+        for key, trials, neighbours in budgets:
+            needed = (1 + sum(neighbours)) * len(tuning.seeds)
+            if trials < needed:
+                raise ValueError(
+                    f"{key}={trials} is less than the {needed} trials of one round of {name}: the start and "
+                    f"{sum(neighbours)} neighbours of {len(neighbours)} keys, on {len(tuning.seeds)} seeds; raise it, "
+                    "search fewer keys, or set tuning.follow=at_once"
+                )
 
     @model_validator(mode="after")
     def _ablations_known(self) -> Self:

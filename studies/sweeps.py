@@ -1,18 +1,15 @@
 """W&B sweep files from a study's search spaces, to let W&B's agents search instead."""
 
-import itertools
-import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from data.files import write_atomically
-from studies.expansion import common_overrides, value_overrides
-from studies.spec import Choices, Range, Space, StudySpec
+from studies.expansion import ELEMENT, common_overrides, value_overrides
+from studies.spec import Choices, Range, Space, StudySpec, points
 from training.compose import compose_dictionary
 
-_ELEMENT = re.compile(r"^(?P<key>.+)\[\d+\]$")
 _METHODS = {"grid": "grid", "random": "random", "halton": "random", "coordinate": "bayes"}
 
 
@@ -20,7 +17,7 @@ def sweep(spec: StudySpec, arm: str, model: str) -> dict[str, Any]:
     """Return the W&B configuration of a sweep of one arm on one model at its tuning horizon.
 
     W&B has no coordinate descent; its Bayesian search replaces it. List elements are swept as whole lists, because the
-    command line cannot override an element.
+    command line cannot override an element; ranges of them at their quarters.
     """
     search = spec.arms[arm].search
     horizon = spec.models[model].tune_at
@@ -34,17 +31,13 @@ def sweep(spec: StudySpec, arm: str, model: str) -> dict[str, Any]:
     parameters: dict[str, Any] = {}
     lists: dict[str, dict[str, Choices]] = {}
     for key, space in search.items():
-        element = _ELEMENT.match(key)
-        if element is not None and isinstance(space, Choices):
-            lists.setdefault(element["key"], {})[key] = space
+        element = ELEMENT.match(key)
+        if element is not None:
+            lists.setdefault(element["key"], {})[key] = space.ladder
         else:
             parameters[key] = _parameter(space)
     for name, elements in lists.items():
-        combinations = itertools.product(*(space.values for space in elements.values()))
-        written = [
-            value_overrides(dict(zip(elements, one, strict=True)), lambda: compose_dictionary(fixed))
-            for one in combinations
-        ]
+        written = [value_overrides(one, lambda: compose_dictionary(fixed)) for one in points(elements)]
         parameters[name] = {"values": [overrides[0].partition("=")[2] for overrides in written]}
     return {
         "name": f"{spec.name}: {arm} on {model}, {horizon} steps",

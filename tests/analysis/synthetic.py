@@ -19,8 +19,8 @@ TOKENS_PER_STEP = BATCH * LENGTH
 FLOPS_PER_TOKEN = 6e6
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1},
-    "lion": {"lr": 2e-4, "betas": [0.95, 0.98], "weight_decay": 0.2},
-    "sophiag": {"lr": 6e-4, "betas": [0.96, 0.99], "gamma": 0.05, "hessian_interval": 10, "weight_decay": 0.2},
+    "lion": {"lr": 2e-4, "betas": [0.9, 0.98], "weight_decay": 0.1},
+    "sophiag": {"lr": 6e-4, "betas": [0.96, 0.99], "gamma": 0.05, "hessian_interval": 10, "weight_decay": 0.1},
 }
 
 
@@ -45,12 +45,14 @@ def write_run(
     environment: Mapping[str, Any] | None = None,
     train_lines: bool = True,
     unclipped: float | None = None,
+    clipped_every: int = 10,
     curve: Callable[[float], float] | None = None,
 ) -> Path:
     """One run record; `config` and `environment` hold dotted keys to override.
 
     `curvature_share` is what the curvature passes add to the FLOPs and seconds of forward and backward; of the
-    passes, one every ten steps, so many took the training forward (None: the record does not say).
+    passes, one every ten steps, so many took the training forward (None: the record does not say). The gradient's norm
+    is clipped every `clipped_every` steps.
     """
     tokens = steps * TOKENS_PER_STEP
     final = power_law(tokens) if final is None else final
@@ -82,7 +84,8 @@ def write_run(
     for step in range(steps + 1):
         if step and train_lines:
             line = {"kind": "train", **counters(step), "loss": curve((step - 1) / steps), "lr": 1e-3}
-            line |= {"grad_norm": 1.0 + step % 2, "clipped_norm": step % 2 == 1, "tokens_per_second": 2e4}
+            clipped = step % clipped_every == 0
+            line |= {"grad_norm": 1.0 + clipped, "clipped_norm": clipped, "tokens_per_second": 2e4}
             if optimizer.startswith("sophia"):
                 line["unclipped_fraction"] = 0.3 * step / steps if unclipped is None else unclipped
             lines.append(line)

@@ -1,13 +1,15 @@
 """scripts/compare.py: final losses, time to the baseline's loss, and the caveats of a comparison of a few runs."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from analysis.compare import Comparison, compare_runs
+from analysis.compare import Comparison, compare_runs, first_crossing
 from scripts.compare import main
 from tests.analysis.synthetic import write_run
 
@@ -29,22 +31,39 @@ def three_runs(tmp_path: Path) -> list[Path]:
 
 
 def test_an_arm_that_never_reaches_the_baselines_loss_is_reported_as_not_reached(three_runs: list[Path]) -> None:
-    comparison = compare_runs(three_runs)
-    lion = next(one for one in comparison.others if one.arm == "lion")
-    assert not lion.to_target["steps"].reached
-    assert text_of(comparison).count("not reached") == 3
+    assert text_of(compare_runs(three_runs)).count("not reached") == 3
 
 
 def test_curvature_passes_count_in_flops_and_seconds(three_runs: list[Path]) -> None:
     comparison = compare_runs(three_runs)
     sophia = next(one for one in comparison.others if one.arm == "sophiag")
-    share = {
-        currency: sophia.to_target[currency].spent / comparison.baseline.to_target[currency].spent
-        for currency in ("steps", "flops", "seconds")
-    }
+    share = {}
+    for currency in ("steps", "flops", "seconds"):
+        spent, own = (one.crossing(comparison.target, currency) for one in (sophia, comparison.baseline))
+        assert spent is not None
+        assert own is not None
+        share[currency] = spent / own
     assert share["steps"] < 1
     assert share["flops"] == pytest.approx(1.05 * share["steps"])
     assert share["seconds"] == pytest.approx(1.05 * share["steps"])
+
+
+@pytest.mark.parametrize(
+    ("spent", "loss", "target", "found"),
+    [
+        ([1, 100, 400], [9, 5, 4], 4.5, 200),  # linear in the logarithm
+        ([0, 10], [10, 0], 7.5, 2.5),  # linear before the first step
+        ([1, 2, 3, 4], [5, 4, 4.5, 3], 4.0, 2),  # the first crossing counts, even if the loss rises again
+        ([1, 2, 3], [5, math.nan, 3], 4.0, 3),  # no interpolation from a loss that is not finite
+        ([0, 10], [3, 2], 4.0, 0),
+        ([0, 10], [9, 5], 4.0, None),
+    ],
+)
+def test_a_crossing_is_the_first_and_interpolated_in_log_cost(
+    spent: list[float], loss: list[float], target: float, found: float | None
+) -> None:
+    crossing = first_crossing(np.array(spent, float), np.array(loss, float), target)
+    assert crossing == (None if found is None else pytest.approx(found))
 
 
 def test_the_table_says_that_one_horizon_and_one_seed_are_no_test(three_runs: list[Path]) -> None:
@@ -108,11 +127,9 @@ def test_each_optimizers_best_setting_of_a_sweep_is_compared_over_its_seeds(swee
     assert all(one.setting.values == "lr=0.003" and len(one.setting.runs) == 3 for one in comparison.arms)
     assert comparison.target == pytest.approx(4.601)
     (lion,) = comparison.others
-    assert lion.difference is not None
-    assert lion.difference.estimate == pytest.approx(-0.099)
-    # t at 97.5% and two degrees of freedom, times the standard error of -0.1, -0.099 and -0.098.
-    assert lion.difference.high - lion.difference.estimate == pytest.approx(4.3027 * 0.001 / 3**0.5, rel=1e-3)
-    assert lion.to_target["steps"].reached
+    assert lion.differences == pytest.approx([-0.1, -0.099, -0.098])
+    assert lion.difference == "-0.0990 ± 0.0025"  # t(97.5 %, 2) = 4.303, times 0.001 / √3
+    assert lion.crossing(comparison.target, "steps") is not None
     assert not comparison.warnings
     assert "chosen on the seeds shown" in text_of(comparison)
 

@@ -3,17 +3,34 @@
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 import yaml
+from markupsafe import escape
 from rich.console import Console
 
+from analysis import escaping
+from analysis.comparison import Contrast, Interval
 from analysis.figures import FIGURES
-from analysis.report import Written, print_summary, render_html, write_report
+from analysis.guards import Finding
+from analysis.report import (
+    Heading,
+    Paragraph,
+    Picture,
+    Warnings,
+    Written,
+    content,
+    print_summary,
+    render_html,
+    write_report,
+)
 from analysis.results import Results, analyse
+from analysis.tables import TABLES, Table
 from analysis.trials import load_study
 from scripts.report import main as report
 from tests.analysis.browser import Page, find_chromium
@@ -58,7 +75,9 @@ def parsed(written: Written) -> Collector:
 
 
 def test_every_link_leads_somewhere(written: Written, parsed: Collector) -> None:
-    """To an anchor of the page, or to the row of a trial."""
+    """To an anchor of the page, or to the row of a trial; the page loads nothing."""
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert all(source.startswith("data:") for source in parsed.sources)
     rows = (written.html.parent / "trials.csv").read_text().splitlines()
     assert len(parsed.links) > 100
     for link in set(parsed.links):
@@ -70,42 +89,88 @@ def test_every_link_leads_somewhere(written: Written, parsed: Collector) -> None
             assert rows[int(line) - 1].startswith(("tiny-", "small-")), link
 
 
-def test_numbers_are_linked_to_the_runs_that_they_come_from(written: Written) -> None:
-    page = written.html.read_text()
-    assert re.search(r'<a href="#runs-sophiag-tiny-200"[^>]*><span class="ratio">1\.\d\d×', page)
-    assert 'id="runs-sophiag-tiny-200"' in page
+def test_page_and_markdown_have_the_same_content_in_one_order(results: Results, written: Written) -> None:
+    page, text = written.html.read_text(), written.markdown.read_text()
+    places = []
+    for block in content(results, written.figures):
+        match block:
+            case Heading(title) | Paragraph(title) | Table(title=title):
+                shown = (str(escape(title)), escaping.markdown(title))
+            case Picture() as picture:
+                shown = (f'id="figure-{picture.name}"', f"/{picture.name}.png)")
+                assert (written.markdown.parent / "figures" / picture.path.name).is_file()
+            case _:
+                continue
+        after = places[-1] if places else (-1, -1)
+        places.append((page.index(shown[0], after[0] + 1), text.index(shown[1], after[1] + 1)))
+    assert len(places) > 40
 
 
-def test_ids_are_unique_and_everything_is_inlined(parsed: Collector) -> None:
-    assert len(parsed.ids) == len(set(parsed.ids))
-    assert all(source.startswith("data:") for source in parsed.sources)
+def test_serious_warnings_come_before_the_verdict_and_no_fewer_than_three_doubts(results: Results) -> None:
+    doubts = [Finding("code", "note", f"doubt {number}", "detail") for number in range(5)]
+    for serious, shown in ((0, 3), (1, 3), (4, 4)):
+        findings = [replace(one, severity="serious") for one in doubts[:serious]] + doubts[serious:]
+        blocks = content(replace(results, findings=findings))
+        kinds = [type(block).__name__ for block in blocks]
+        first = blocks[kinds.index("Warnings")]
+        assert isinstance(first, Warnings)
+        assert [one.title for one in first.findings] == [f"doubt {number}" for number in range(shown)]
+        assert kinds.index("Warnings") < kinds.index("Table")
 
 
-def test_markdown_holds_verdict_tables_figures_and_method(written: Written) -> None:
-    text = written.markdown.read_text()
-    assert "| tiny | Sophia-G | steps |" in text
-    assert "**supported**" in text
-    assert "## How it was measured" in text
-    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert len(pictures) > 5
-    assert all((written.markdown.parent / picture).is_file() for picture in pictures)
+def test_the_first_lines_say_who_is_faster_by_how_much_how_sure_and_at_what_scale(written: Written) -> None:
+    top = written.markdown.read_text().split("### ")[0]
+    assert re.search(
+        r"\*\*tiny, after 400 steps \(1.0M parameters, 0.41M tokens, 0.41 tokens per parameter\)\*\*: faster", top
+    )
+    assert re.search(r"faster than AdamW: Sophia-G \(-0.\d+ \[-0.\d+, -0.\d+\]\); slower than AdamW: Lion", top)
+    assert "The paper's 2×: not tested. Differences of final loss in nats, 3 seeds, 97.5% intervals." in top
 
 
-def test_the_terminal_summary_holds_the_verdict_and_the_warnings(tmp_path: Path) -> None:
+def test_one_table_has_the_verdict_in_one_cell(results: Results) -> None:
+    table = TABLES["verdict"](results)
+    assert table.frame["verdict"].tolist() == ["", "slower", "faster"] * 2
+    assert table.frame["arm"].tolist() == ["AdamW", "Lion", "Sophia-G"] * 2
+    sophia = table.frame.iloc[2]
+    assert sophia["minus AdamW [interval]"] == results.verdict("sophiag", "tiny").at.same.interval.text  # type: ignore
+    assert sophia["at half the steps"].endswith("(200)")
+    assert sophia["ratio in steps"].startswith(">1.00"), "faster at the baseline's longest horizon: censored"
+
+
+def test_ablations_have_plain_intervals_and_say_so(results: Results) -> None:
+    table = TABLES["ablations"](results)
+    assert "95% interval" in table.columns[5]
+    assert "NOT corrected" in table.note
+    assert not {"p", "verdict"} & {*table.columns}
+    assert all(one.interval.level == 0.95 for one in results.ablations if one.interval)
+
+
+def test_a_cell_that_tells_nothing_shows_no_absurd_number(results: Results) -> None:
+    verdict = results.verdict("lion", "tiny")
+    assert verdict.at is not None
+    assert isinstance(verdict.at.same, Contrast)
+    wild = replace(verdict.at.same, differences=np.array([1e6, -2e6, 3e6]), interval=Interval(7e5, -6e6, 7e6, 0.975))
+    results = replace(results, compared=[replace(verdict.at, same=wild)])
+    assert "> 10" in TABLES["final-losses"](results).frame["would be found"].tolist()
+
+
+def test_the_terminal_summary_has_serious_warnings_sentences_one_table_and_titles(tmp_path: Path) -> None:
     for seed in (1, 2):
-        for steps in (50, 100):
-            write_run(tmp_path / f"a{steps}{seed}", seed=seed, steps=steps, train_lines=False)
-            options = {"config": {"train.grad_clip": 9.0}} if (steps, seed) == (50, 1) else {}
-            write_run(
-                tmp_path / f"l{steps}{seed}", optimizer="lion", seed=seed, steps=steps, train_lines=False, **options
-            )
-    console = Console(width=140, record=True, force_terminal=False)
+        for optimizer in ("adamw", "lion"):
+            clip = {"train.grad_clip": 9.0} if (optimizer, seed) == ("lion", 1) else {}
+            options = {"optimizer": optimizer, "seed": seed, "train_lines": False, "config": clip}
+            write_run(tmp_path / f"{optimizer}{seed}", **options)  # type: ignore[arg-type]
+    results = analyse(load_study([tmp_path]))
+    console = Console(width=160, record=True, force_terminal=False)
     with console.capture() as capture:
-        print_summary(analyse(load_study([tmp_path])), console)
-    text = capture.get()
-    assert "Runs differ in more than the optimizer: train.grad_clip" in text
-    assert "Lion" in text
-    assert "wall-clock" in text
+        print_summary(results, console)
+    text = " ".join(capture.get().split())
+    sentence = text.index(results.sentences[0][:60])
+    assert text.index("Serious: Runs differ in more than the optimizer: train.grad_clip") < sentence
+    assert sentence < text.index("minus AdamW")
+    for note in (finding for finding in results.findings if finding.severity == "note"):
+        assert f"Note: {note.title}" in text
+        assert note.detail not in text
 
 
 def test_the_command_writes_all_formats_and_names_its_errors(
@@ -124,11 +189,11 @@ def test_a_figure_that_fails_is_a_warning_in_the_report(
     def broken(results: Results) -> None:
         raise KeyError("betas")
 
-    monkeypatch.setattr("analysis.report.FIGURES", {"grid": FIGURES["grid"], "momentum": broken})
+    monkeypatch.setattr("analysis.report.FIGURES", {"grid": FIGURES["grid"], "tokens": broken})
     written = write_report(results, tmp_path)
     assert [path.name for path in written.figures] == ["grid.png"]
     for page in (written.html, written.markdown, written.json):
-        assert "The figure momentum could not be drawn" in page.read_text()
+        assert "The figure tokens could not be drawn" in page.read_text()
 
 
 def test_a_full_disk_is_one_line(
@@ -223,65 +288,48 @@ def page(written: Written, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with Page(chromium, tmp_path_factory.mktemp("profile")) as page:
         page.resize(1200, 900)
         page.open(written.html.as_uri())
-        page.wait_for("document.querySelectorAll('#chart-curves .scatterlayer .trace').length >= 3")
+        page.wait_for("document.querySelectorAll('#chart .scatterlayer .trace').length >= 3")
         yield page
 
 
 # The tests that follow share one page, in this order.
 
 
-def test_in_a_browser_the_page_draws_its_charts_without_errors_or_requests(page: Page) -> None:
-    assert page.evaluate("document.querySelectorAll('#chart-finals .scatterlayer .trace').length") >= 3
+def test_in_a_browser_the_page_draws_its_chart_without_errors_or_requests(page: Page) -> None:
     assert page.errors == []
     assert [url[:80] for url in page.requests if not url.startswith(("data:", "file:"))] == []
     assert sum(url.startswith("file:") for url in page.requests) == 1, "the page itself and nothing beside it"
 
 
 def test_the_switch_changes_what_the_curves_are_drawn_over(page: Page) -> None:
-    def axis() -> tuple[str, float]:
-        title = page.evaluate("document.querySelector('#chart-curves .xtitle').textContent")
-        return title, page.evaluate("document.getElementById('chart-curves').data.at(-1).x.at(-1)")
-
     seen = {}
-    for currency in ("steps", "tokens", "flops", "seconds"):
-        page.evaluate(f"document.querySelector('#currency [data-currency={currency}]').click()")
-        page.wait_for(f"document.querySelector('[data-currency={currency}]').getAttribute('aria-pressed') === 'true'")
-        seen[currency] = axis()
+    for currency in ("flops", "seconds", "steps"):
+        page.evaluate(f"document.querySelector('[data-currency={currency}]').click()")
+        title = page.evaluate("document.querySelector('#chart .xtitle').textContent")
+        seen[currency] = (title, page.evaluate("document.getElementById('chart').data.at(-1).x.at(-1)"))
+        assert page.evaluate("document.querySelector('[aria-pressed=true]').dataset.currency") == currency
     assert seen["steps"] == ("training steps", 400)
-    assert seen["tokens"] == ("training tokens", 400 * 1024)
     assert seen["flops"][0].startswith("model FLOPs")
-    assert seen["seconds"][0] == "training seconds"
-    assert len({value for _, value in seen.values()}) == 4
-    assert page.evaluate("document.querySelectorAll('#currency [aria-pressed=true]').length") == 1
-
-
-def test_a_click_on_an_arms_name_hides_and_shows_it(page: Page) -> None:
-    count = "document.getElementById('chart-curves').data.length"
-    before = page.evaluate(count)
-    page.evaluate("document.querySelector('#legend [data-arm=lion]').click()")
-    assert page.evaluate(count) < before
-    page.evaluate("document.querySelector('#legend [data-arm=lion]').click()")
-    assert page.evaluate(count) == before
+    assert seen["flops"][1] == pytest.approx(400 * 1024 * 6e6 * 1.05)
+    assert seen["seconds"][0].startswith("training seconds")
 
 
 def test_model_and_run_length_can_be_chosen(page: Page) -> None:
-    chosen = (
-        "(id, value) => { const select = document.getElementById(id); select.value = value; "
-        "select.dispatchEvent(new Event('change')); }"
-    )
-    first = page.evaluate("document.getElementById('chart-curves').data.at(-1).y.at(-1)")
-    page.evaluate(f"({chosen})('model', 'small')")
-    assert page.evaluate("document.getElementById('chart-curves').data.at(-1).y.at(-1)") != first
-    page.evaluate(f"({chosen})('horizon', '50')")
-    assert page.evaluate("document.querySelector('#horizon').value") == "50"
-    page.evaluate(f"({chosen})('model', 'tiny')")
+    def last() -> float:
+        return float(page.evaluate("document.getElementById('chart').data.at(-1).y.at(-1)"))
+
+    first = last()
+    for view in ("tiny, 50 steps", "small, 400 steps"):
+        page.evaluate(
+            "(name => { const s = document.getElementById('view'); s.value = name; s.dispatchEvent(new Event('change')) })"
+            f"('{view}')"
+        )
+        assert last() != first
 
 
 def test_tables_sort_by_value_both_ways(page: Page) -> None:
-    column = (
-        "[...document.querySelectorAll('[data-name=final-losses] tbody tr')].map(r => Number(r.cells[3].dataset.sort))"
-    )
-    head = "document.querySelectorAll('[data-name=final-losses] th')[3].click()"
+    column = "[...document.querySelectorAll('#final-losses-rows tbody tr')].map(r => Number(r.cells[3].textContent))"
+    head = "document.querySelectorAll('#final-losses-rows th')[3].click()"
     page.evaluate(head)
     values = page.evaluate(column)
     assert values == sorted(values)
@@ -290,18 +338,17 @@ def test_tables_sort_by_value_both_ways(page: Page) -> None:
     assert page.evaluate(column) == sorted(values, reverse=True)
 
 
-def test_a_number_leads_to_its_run_records(page: Page) -> None:
-    page.evaluate("document.getElementById('records-list').open = false")
-    page.evaluate("document.querySelector('a[href=\"#runs-sophiag-tiny-200\"]').click()")
-    page.wait_for("document.querySelectorAll('tr.hit').length === 3")
-    assert page.evaluate("document.getElementById('records-list').open")
+def test_a_row_leads_to_its_run_records(page: Page) -> None:
+    page.evaluate("document.querySelector('#final-losses-rows tbody a').click()")
+    page.wait_for("document.querySelector('tr:target') !== null")
+    assert "reporting" in page.evaluate("document.querySelector('tr:target').textContent")
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen(page: Page) -> None:
     page.resize(390, 844, phone=True)
     page.wait_for("innerWidth === 390")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    page.wait_for("document.querySelector('#chart-curves .main-svg').getBoundingClientRect().width <= 390")
+    page.wait_for("document.querySelector('#chart .main-svg').getBoundingClientRect().width <= 390")
     assert page.errors == []
 
 

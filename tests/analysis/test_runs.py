@@ -28,7 +28,7 @@ def test_every_evaluation_is_kept_and_train_lines_become_bin_means(tmp_path: Pat
     train = [line["loss"] for line in lines if line["kind"] == "train"]
     assert run.training["loss"][0] == pytest.approx(np.mean(train[:10]))
     assert run.training.steps[0] == 10
-    assert run.clipped_norm_share == 0.5
+    assert run.clipped_norm_share == 0.1
 
 
 def test_a_period_of_ten_does_not_bias_the_sample_of_train_lines(tmp_path: Path) -> None:

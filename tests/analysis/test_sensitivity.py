@@ -64,19 +64,6 @@ def test_an_ablation_is_paired_with_its_arm_at_the_seeds_that_both_have(writer: 
     assert one.time_ratio == pytest.approx(2.0)
 
 
-def test_p_values_are_corrected_over_all_ablations(writer: Writer) -> None:
-    for seed in (1, 2, 3):
-        writer.add(seed, 3.0)
-    for name, k, losses in (("k1", 1, (3.010, 3.011, 3.012)), ("k100", 100, (3.00, 3.02, 3.01))):
-        for seed, loss in enumerate(losses, start=1):
-            arm = writer.vary(name, "optimizer.hessian_interval")
-            writer.add(seed, loss, arm=arm, optimizer={"hessian_interval": k})
-    found = by_name(writer.study())
-    assert found["k1"].p < found["k100"].p
-    assert found["k1"].adjusted_p == pytest.approx(2 * found["k1"].p)
-    assert found["k100"].adjusted_p == pytest.approx(found["k100"].p)
-
-
 def test_one_seed_has_a_difference_and_no_interval(writer: Writer) -> None:
     writer.add(1, 3.0)
     writer.add(2, 3.1)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from analysis.figures import FIGURES, NothingToShow, save
+from analysis.figures import FIGURES, save
 from analysis.results import Results, analyse
 from analysis.runs import flatten
-from analysis.tables import TABLES, markdown
+from analysis.tables import TABLES
 from analysis.trials import load_study
 from studies.runner import run_study
 from studies.spec import STUDY_DIRECTORY, StudySpec, validate_spec
@@ -80,9 +80,8 @@ def test_every_ablation_is_a_row_with_its_setting_and_its_paired_difference(resu
     assert settings["sophiag_no_clip"] == "clip=false"
     for one in results.ablations:
         assert one.differences == pytest.approx([0.0] * one.runs, abs=1e-9), "the noise of a seed cancels"
-    text = markdown(TABLES["ablations"](results))
-    assert "| estimator=empirical_fisher |" in text
-    assert "| hessian_interval=100 |" in text
+    settings_shown = TABLES["ablations"](results).frame["with"].tolist()
+    assert {"estimator=empirical_fisher", "hessian_interval=100"} <= {*settings_shown}
 
 
 def test_the_grid_of_gamma_and_beta2_is_filled(results: Results) -> None:
@@ -100,7 +99,7 @@ def test_the_grid_of_gamma_and_beta2_is_filled(results: Results) -> None:
         if loss == loss
     }
     assert named <= filled
-    assert markdown(TABLES["grid"](results)).count("| 0.05 |") == 1
+    assert TABLES["grid"](results).frame["γ"].tolist().count("0.05") == 1
 
 
 def test_figures_of_the_ablations_are_drawn(results: Results, tmp_path: Path) -> None:
@@ -108,8 +107,6 @@ def test_figures_of_the_ablations_are_drawn(results: Results, tmp_path: Path) ->
         assert save(FIGURES[name](results), tmp_path / f"{name}.png").stat().st_size > 5000
     ks = {int(text.get_text()) for text in FIGURES["interval"](results).axes[0].get_xticklabels()}
     assert ks == {1, 10, 100}
-    with pytest.raises(NothingToShow, match="two models"):
-        FIGURES["size"](results)
 
 
 def test_the_json_report_has_the_ablations(results: Results) -> None:

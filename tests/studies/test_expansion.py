@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
@@ -18,7 +19,9 @@ def loss_of(trial: Trial) -> float:
     return 4.0 + rate**2 + 10 * (float(trial.values["optimizer.betas[0]"]) - 0.9) ** 2 + 1 / trial.horizon
 
 
-def to_the_end(spec: StudySpec, *, at_once: int = 1) -> tuple[Expansion, dict[str, Outcome]]:
+def to_the_end(
+    spec: StudySpec, *, at_once: int = 1, loss: Callable[[Trial], float] = loss_of
+) -> tuple[Expansion, dict[str, Outcome]]:
     outcomes: dict[str, Outcome] = {}
     for _ in range(500):
         current = expand(spec, outcomes)
@@ -28,7 +31,7 @@ def to_the_end(spec: StudySpec, *, at_once: int = 1) -> tuple[Expansion, dict[st
             return current, outcomes
         assert missing, "a plan that is not finished has something to run"
         for trial in missing[:at_once]:
-            outcomes[trial.name] = Outcome("completed", loss_of(trial))
+            outcomes[trial.name] = Outcome("completed", loss(trial))
     raise AssertionError("the study does not end")
 
 
@@ -138,13 +141,80 @@ def test_a_plan_depends_on_the_record_alone(spec: StudySpec) -> None:
 
 def test_a_search_waits_until_all_tuning_seeds_have_answered() -> None:
     values = small()
-    values["tuning"] |= {"seeds": [100, 101], "trials": 8, "retune": {"keys": ["optimizer.lr"], "trials": 4}}
+    values["tuning"] |= {"seeds": [100, 101], "trials": 10, "retune": {"keys": ["optimizer.lr"], "trials": 6}}
     spec = validate_spec(values, "small.yaml")
     first = [trial for trial in expand(spec, {}).trials if trial.arm == "adamw"]
     assert [trial.seed for trial in first] == [100, 101]
     assert len([t for t in expand(spec, {first[0].name: Outcome("completed", 4.0)}).trials if t.arm == "adamw"]) == 2
     both = {trial.name: Outcome("completed", 4.0) for trial in first}
     assert len([trial for trial in expand(spec, both).trials if trial.arm == "adamw"]) > 2
+
+
+def with_finalists() -> StudySpec:
+    values = small()
+    values["tuning"]["finalists"] = {"settings": 4, "seeds": [101, 102]}
+    return validate_spec(values, "small.yaml")
+
+
+def test_finalists_on_further_seeds_overrule_a_lucky_one() -> None:
+    def loss(trial: Trial) -> float:
+        """On seed 100, a rate that is worse on all others is the best; one diverges on seed 102 alone."""
+        rate = float(trial.values["optimizer.lr"])
+        if trial.seed == 102 and rate == 1e-3:
+            return math.inf
+        return loss_of(trial) - (1.0 if trial.seed == 100 and rate >= 4e-3 else 0.0)
+
+    finished, outcomes = to_the_end(with_finalists(), loss=loss)
+    search = [t for t in finished.trials if (t.arm, t.horizon, t.phase) == ("adamw", 50, "tuning")]
+    search = [trial for trial in search if trial.model == "gpt2_nano"]
+    assert min(search, key=lambda t: outcomes[t.name].loss).values["optimizer.lr"] == 4e-3
+    assert {t.values["optimizer.lr"] for t in finished.trials if t.phase == "reporting"} == {2e-3}
+    first = [trial for trial in search if trial.seed == 100]
+    ranked = sorted(first, key=lambda t: outcomes[t.name].loss)
+    assert [t.values for t in search if t.seed == 101] == [t.values for t in ranked[:4]], "the best four, each once"
+    lost = {t.name for t in search if t.seed == 102}
+    remaining = {name: outcome for name, outcome in outcomes.items() if name not in lost}
+    assert {t.name for t in expand(with_finalists(), remaining).missing(remaining)} == lost
+
+
+def test_finalists_count_in_the_budget_and_are_as_many_for_every_arm() -> None:
+    spec = with_finalists()
+    finished, _ = to_the_end(spec)
+    tuned = Counter((t.arm, t.model, t.horizon) for t in finished.trials if t.phase == "tuning")
+    assert {(cell[1:], count) for cell, count in tuned.items()} == {
+        (("gpt2_nano", 50), 6 + 4 * 2),
+        (("gpt2_nano", 25), 3 + 3 * 2),  # a re-tuning has three settings
+        (("gpt2_nano", 100), 3 + 3 * 2),
+        (("gpt2_micro", 50), 3 + 3 * 2),
+    }
+    assert tuned == finished.budgets
+    assert {cell[:3]: n for cell, n in expected_trials(spec).items() if cell[3] == "tuning"} == tuned
+
+
+def test_a_setting_that_diverged_in_the_search_is_no_finalist() -> None:
+    def loss(trial: Trial) -> float:
+        return math.inf if trial.seed == 100 and trial.values["optimizer.lr"] != 2e-3 else loss_of(trial)
+
+    finished, _ = to_the_end(with_finalists(), loss=loss)
+    assert {t.values["optimizer.lr"] for t in finished.trials if t.seed == 101} == {2e-3}
+
+
+def test_a_search_over_ranges_is_retuned_from_its_best_point() -> None:
+    values = small()
+    values["tuning"] |= {"method": "halton"}
+    for arm in values["arms"].values():
+        arm["search"] = {
+            "optimizer.lr": {"low": 5e-4, "high": 8e-3, "start": 5e-4},
+            "optimizer.betas[0]": {"low": 0.8, "high": 0.98, "scale": "linear"},
+        }
+    finished, _ = to_the_end(validate_spec(values, "small.yaml"))
+    first, *_ = (t for t in finished.trials if t.arm == "adamw")
+    assert first.values == {"optimizer.lr": 5e-4, "optimizer.betas[0]": 0.89}, "the start comes first"
+    best = next(t.values for t in finished.trials if (t.arm, t.phase, t.horizon) == ("adamw", "reporting", 50))
+    tuned = [t for t in finished.trials if (t.arm, t.phase, t.horizon) == ("adamw", "tuning", 100)]
+    rate = float(best["optimizer.lr"])
+    assert [float(t.values["optimizer.lr"]) for t in tuned] == pytest.approx([rate, rate / 2, rate * 2], rel=1e-3)
+    assert {t.values["optimizer.betas[0]"] for t in tuned} == {best["optimizer.betas[0]"]}
 
 
 def test_an_arm_without_a_search_is_reported_at_once() -> None:

@@ -191,7 +191,16 @@ def test_the_tables_are_what_the_analysis_reads(spec: StudySpec, places: Places)
     assert study.arms["adamw"].granted("gpt2_micro", 50) == 3
     assert all(trial.status == "completed" for trial in study.trials)
     assert [finding.title for finding in inspect(study) if finding.severity == "serious"] == []
-    assert analyse(study).headline("sophiag", "gpt2_nano", "steps", 1.0).claim.verdict == "undecided"
+    assert analyse(study).verdict("sophiag", "gpt2_nano").word == "not told apart"
+
+
+def test_the_recorded_budgets_include_finalists(places: Places) -> None:
+    values = small()
+    values["tuning"]["finalists"] = {"settings": 2, "seeds": [101, 102]}
+    assert run_study(validate_spec(values, "small.yaml"), places, FakeMachine(), log=silent).finished
+    study = load_study([places.records])
+    assert [study.arms["adamw"].granted("gpt2_nano", horizon) for horizon in (25, 50, 100)] == [7, 10, 7]
+    assert [finding.title for finding in inspect(study) if finding.guard == "budget"] == []
 
 
 def test_an_interrupted_study_lists_what_is_missing(spec: StudySpec, places: Places) -> None:
@@ -222,7 +231,7 @@ def test_more_trials_than_a_retuning_was_granted_are_found_in_the_records(spec: 
     own = curves.filter(pc.equal(curves["trial"], tuned.trial)).to_pylist()
     write_curves(places.records, [curves, curves_of("another", own)])
     found = [finding.title for finding in inspect(load_study([places.records])) if finding.guard == "budget"]
-    assert "gpt2_nano, 100 steps: more tuning trials than granted for Sophia-G" in found
+    assert "More tuning trials than granted: Sophia-G" in found
 
 
 def test_tables_are_small_and_hold_every_evaluation(spec: StudySpec, places: Places) -> None:
@@ -343,7 +352,7 @@ def test_the_time_left_is_told_from_what_trials_took(spec: StudySpec) -> None:
     current = expand(spec, {})
     pace = Pace()
     assert progress(spec, current, {}, pace).seconds_left is None
-    pace.note([current.trials[0]], 50.0, side_by_side=1)  # fifty steps: a second each
+    pace.note([current.trials[0]], 50.0)  # fifty steps: a second each
     told = progress(spec, current, {}, pace)
     assert told.seconds_left is not None
     assert told.seconds_left > 50 * 20

@@ -29,13 +29,21 @@ def change(values: dict[str, Any], path: str, value: Any) -> None:
         ("models/gpt2_nano/seeds", [1, 100], r"\[100\] are also tuning seeds"),
         ("models/gpt2_micro/like", "gpt2_mini", "expected a model listed before it"),
         ("models/gpt2_micro/arms", ["sophiag"], "including the baseline"),
-        ("tuning/seeds", [100, 101, 102, 103], "tuning.trials=6 is not a multiple of the 4 tuning seeds"),
+        ("tuning/seeds", [100, 101, 102, 103], "tuning: trials=6 is not a multiple of the 4 tuning seeds"),
         ("tuning/method", "halton", "needs low and high"),
+        (
+            "tuning/retune/trials",
+            2,
+            r"retune.trials=2 is less than the 3 trials of one round of adamw: .* 2 neighbours of 1",
+        ),
+        ("tuning/finalists", {"settings": 2, "seeds": [100]}, r"finalists.seeds: \[100\] are also in seeds"),
+        ("tuning/finalists", {"settings": 2, "seeds": [1, 101]}, r"gpt2_nano.seeds: \[1\] are also tuning seeds"),
         ("tuning/trials", 0, "tuning.trials=0: out of range; give a number above 0"),
         ("tuning/trials", 1.5, "tuning.trials=1.5: not a whole number"),
         ("arms/adamw/search/optimizer.lr", {"values": [1e-3], "widen": True}, "at least two values"),
         ("arms/adamw/search/optimizer.lr", {"values": [1e-3, 2e-3], "start": 3e-3}, "start=0.003 is not among"),
         ("arms/adamw/search/optimizer.lr", {"low": 1.0, "high": 0.5}, "low=1.0 is not below high=0.5"),
+        ("arms/adamw/search/optimizer.lr", {"low": 1.0, "high": 2.0, "start": 3.0}, "start=3.0 is not between low=1.0"),
         ("arms/adamw/horizons", [50], r"arms.adamw.horizons=\[50\]: the baseline must run at all horizons"),
         ("arms/sophiag/horizons", [50, 265], r"no model of sophiag has horizon \[265\]; choose from \[50, 100\]"),
         ("arms/sophiag/horizons", [100], r"arms.sophiag.horizons=\[100\]: gpt2_micro has none of them"),
@@ -56,6 +64,16 @@ def test_a_grid_larger_than_the_budget_is_refused() -> None:
     values["tuning"]["method"] = "grid"
     with pytest.raises(ConfigurationError, match=r"has 9 trials, more than tuning.trials=6"):
         validate_spec(values, "small.yaml")
+
+
+def test_a_coordinate_search_that_cannot_try_every_key_is_refused_unless_it_follows_at_once() -> None:
+    values = small()
+    values["tuning"]["trials"] = 4
+    message = "tuning.trials=4 is less than the 5 trials of one round of adamw: the start and 4 neighbours of 2 keys"
+    with pytest.raises(ConfigurationError, match=message):
+        validate_spec(values, "small.yaml")
+    values["tuning"]["follow"] = "at_once"
+    validate_spec(values, "small.yaml")
 
 
 def test_an_unknown_study_names_those_there_are(tmp_path: Path) -> None:
@@ -79,6 +97,40 @@ def test_every_study_in_the_repository_is_valid_and_so_is_each_first_trial(study
         config = compose([*trial.overrides, f"name={trial.name}"])
         assert config.train.steps == trial.horizon
         assert config.model.name == trial.model
+
+
+def test_every_searched_range_of_the_repositorys_studies_is_tried_on_both_halves() -> None:
+    """Also the floor of the curvature: far above 1e-12, where it matters."""
+    halves: dict[tuple[str, str, str], set[bool]] = {}
+    for spec in map(load_spec, sorted(path.stem for path in STUDY_DIRECTORY.glob("*.yaml"))):
+        if spec.tuning.method in ("random", "halton"):
+            for trial in expand(spec, {}).trials:
+                for key, value in trial.values.items():
+                    middle = spec.arms[trial.arm].search[key].ladder.values[2]
+                    halves.setdefault((spec.name, trial.arm, key), set()).add(value > middle)  # type: ignore[operator]
+    assert halves
+    assert [key for key, tried in halves.items() if tried != {False, True}] == []
+    floors = [
+        t.values.get("optimizer.eps", 0.0) for t in expand(load_spec("paper_125m"), {}).trials if "sophia" in t.arm
+    ]
+    assert sum(float(floor) >= 1e-8 for floor in floors) >= 2
+
+
+def test_the_papers_study_gives_every_arm_the_same_searched_shared_keys_and_trials() -> None:
+    spec = load_spec("paper_125m")
+    shared = {
+        "optimizer.lr",
+        "optimizer.betas[0]",
+        "optimizer.betas[1]",
+        "optimizer.weight_decay",
+        "schedule.warmup_share",
+    }
+    own = {"optimizer.gamma", "optimizer.eps"}
+    assert [{*arm.search} for arm in spec.arms.values()] == [shared, shared, shared | own, shared | own]
+    counts = expected_trials(spec)
+    assert len({counts[arm, "gpt2_small", 25000, "tuning"] for arm in spec.arms}) == 1
+    final = {compose([*t.overrides, "name=x"]).schedule.final_ratio for t in expand(spec, {}).trials[::16]}
+    assert final == {0.05}, "one schedule"
 
 
 def test_the_baseline_runs_at_all_horizons_and_the_others_where_the_study_says() -> None:

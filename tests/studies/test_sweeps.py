@@ -36,7 +36,10 @@ def test_the_ready_sweep_files_are_those_of_the_papers_study(tmp_path: Path) -> 
 
 def first_arguments(written: dict[str, Any]) -> list[str]:
     """What `wandb agent` starts for the first value of every parameter, written by its own functions."""
-    chosen = {"args": {key: {"value": space["values"][0]} for key, space in written["parameters"].items()}}
+    first = {
+        key: space["values"][0] if "values" in space else space["min"] for key, space in written["parameters"].items()
+    }
+    chosen = {"args": {key: {"value": value} for key, value in first.items()}}
     arguments = create_sweep_command_args(chosen)["args_no_hyphens"]
     interpreter = ["${env}", "${interpreter}", "${program}"]
     command = create_sweep_command(written["command"])
@@ -70,10 +73,15 @@ def test_ranges_become_distributions() -> None:
     values = small()
     values["tuning"]["method"] = "halton"
     for arm in values["arms"].values():
-        arm["search"] = {"optimizer.lr": {"low": 1e-4, "high": 1e-2}}
+        arm["search"] = {
+            "optimizer.lr": {"low": 1e-4, "high": 1e-2},
+            "optimizer.betas[0]": {"low": 0.9, "high": 0.98, "scale": "linear"},
+        }
     written = sweep(validate_spec(values, "small.yaml"), "adamw", "gpt2_nano")
     assert written["method"] == "random"
     assert written["parameters"]["optimizer.lr"] == {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}
+    betas = [f"[{first},0.95]" for first in (0.9, 0.92, 0.94, 0.96, 0.98)]
+    assert written["parameters"]["optimizer.betas"] == {"values": betas}, "an element cannot be overridden by itself"
 
 
 @pytest.mark.slow
@@ -87,7 +95,8 @@ def test_the_sweeps_of_every_study_are_what_wandb_takes(study: str, tmp_path: Pa
         assert written is not None
         assert set(written) == {"name", "program", "method", "metric", "run_cap", "parameters", "command"}
         assert written["method"] in ("grid", "random", "bayes")
-        assert all(set(space) == {"values"} and space["values"] for space in written["parameters"].values())
+        spaces = [set(space) for space in written["parameters"].values()]
+        assert all(space in ({"values"}, {"distribution", "min", "max"}) for space in spaces)
         assert wandb_server._validate_config_and_fill_distribution(written) == written
         assert compose(first_arguments(written)).tracker.name == "wandb"
 

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from studies.costs import costs, curvature_share
-from studies.overview import speeds_of
+from studies.overview import costs, curvature_share, speeds_of
 from studies.spec import StudySpec, validate_spec
 from tests.studies.small import small
 from training.compose import compose

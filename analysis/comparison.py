@@ -1,0 +1,451 @@
+"""Compare an arm with the baseline: final losses paired by seed, and the ratio of what both spend for one loss.
+
+**Contrasts.** Runs of one seed start from the same weights and see the same data, so final losses are compared as
+differences within a seed, with Student's t on the contrast's own seeds. Variances differ between arms and horizons by
+factors of thirty; none is pooled. All intervals on a model have one level, 1 - (1 - `level`) / m for m arms (Bonferroni),
+and a verdict says whether that interval excludes zero: the two cannot contradict each other.
+
+**Ratios.** An arm that ends at loss L after D tokens is D'/D times as fast, if the baseline needs D' tokens for L. Between the
+baseline's horizons its loss is a power law plus the interpolated deviations of the observed means from it, so that at a
+horizon the curve is the observed mean, and the interval agrees with the direct contrast there. The interval holds the ratios
+ρ that the contrast between the arm and the curve at ρD does not reject, with an allowance between horizons for what the curve
+misses (see `SelfTest`). Ratios outside the baseline's horizons are censored, not extrapolated.
+
+**The self-test.** The curve has to recognise the baseline: each horizon, left out of the fit, must come out at 1.00. Where it
+does not, or where fewer than four horizons leave nothing to test, there are no ratios.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, stats
+
+from analysis.powerlaw import PowerLaw, fit_power_law
+from analysis.runs import Currency, Origin
+
+Array = NDArray[np.float64]
+Difference = Literal["lower", "higher", "not told apart"]
+
+HORIZONS_NEEDED = 4  # a power law has three parameters
+PAPER_RATIO = 2  # the paper's claim
+_SELF_TEST_LEVEL = 0.05
+_ROUNDING = 1e-6  # nats, of the fit
+_GRID = 241
+_POWER = 0.8
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Final losses and costs of the runs of one arm at one horizon, one run per seed. Arrays have shape (n,)."""
+
+    arm: str
+    model: str
+    horizon: int  # steps
+    seeds: tuple[int, ...]
+    losses: Array  # final validation loss, nats; NaN for a run that diverged
+    tokens: Array
+    flops: Array
+    seconds: Array  # by the runs' own clocks
+    runs: tuple[Origin, ...] = ()
+    reference_seconds: float = math.nan  # of a run, by reference times; NaN without them
+
+    @property
+    def diverged(self) -> tuple[int, ...]:
+        """Seeds of runs without a final loss."""
+        return tuple(seed for seed, loss in zip(self.seeds, self.losses, strict=True) if not np.isfinite(loss))
+
+    @property
+    def mean(self) -> float:
+        """Mean final loss, nats; NaN if a run diverged."""
+        return float(self.losses.mean())
+
+    @property
+    def standard_deviation(self) -> float:
+        """Of the final loss over seeds, nats; NaN for one seed or if a run diverged."""
+        return float(self.losses.std(ddof=1)) if len(self.losses) > 1 else math.nan
+
+    def at(self, seeds: Sequence[int]) -> Endpoints:
+        """Return the endpoints at these seeds, in this order."""
+        index = [self.seeds.index(seed) for seed in seeds]
+        return replace(
+            self,
+            seeds=tuple(seeds),
+            losses=self.losses[index],
+            tokens=self.tokens[index],
+            flops=self.flops[index],
+            seconds=self.seconds[index],
+            runs=tuple(self.runs[i] for i in index) if self.runs else (),
+        )
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean difference with its two-sided confidence interval, nats."""
+
+    estimate: float
+    low: float
+    high: float
+    level: float
+
+    @property
+    def text(self) -> str:
+        """ "+0.188 [+0.166, +0.211]"."""
+        return f"{self.estimate:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def paired_interval(differences: Sequence[float] | Array, level: float) -> Interval | None:
+    """Return Student's t interval of a mean; None for fewer than two values.
+
+    Args:
+        differences: (n,) nats, one per seed.
+        level: confidence level, 0 < level < 1.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if len(values) < 2:
+        return None
+    mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
+    reach = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error
+    return Interval(mean, mean - reach, mean + reach, level)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Final losses of an arm minus the baseline's, paired by seed, each decayed over a schedule of its own."""
+
+    arm: str
+    model: str
+    horizon: int  # the arm's, steps
+    baseline_horizon: int
+    seeds: tuple[int, ...]
+    differences: Array = field(repr=False)  # (n,) nats
+    interval: Interval | None  # None for one seed
+    runs: tuple[Origin, ...] = field(repr=False, default=())
+
+    @property
+    def word(self) -> Difference:
+        """Whether the arm ends lower or higher than the baseline."""
+        if self.interval is None or self.interval.low <= 0 <= self.interval.high:
+            return "not told apart"
+        return "lower" if self.interval.estimate < 0 else "higher"
+
+    @property
+    def smallest_detectable(self) -> float:
+        """The true difference that so many seeds find four times in five, nats; infinite for one seed."""
+        if self.interval is None:
+            return math.inf
+        return smallest_detectable(float(self.differences.std(ddof=1)), len(self.seeds), self.interval.level)
+
+
+def smallest_detectable(standard_deviation: float, seeds: int, level: float) -> float:
+    """Return the true mean difference that a paired t test finds with 80 % power, in the unit of the deviation."""
+    critical = stats.t.ppf((1 + level) / 2, seeds - 1)
+
+    def lacking(shift: float) -> float:
+        return float(stats.nct.sf(critical, seeds - 1, shift)) - _POWER
+
+    upper = 2 * float(critical)
+    while lacking(upper) < 0:
+        upper *= 2
+    return float(optimize.brentq(lacking, 0.0, upper)) * standard_deviation / math.sqrt(seeds)
+
+
+def contrast(arm: Endpoints, baseline: Endpoints, level: float) -> Contrast | str:
+    """Return the paired contrast of two cells, or the reason why there is none."""
+    for end in (arm, baseline):
+        if end.diverged:
+            return f"{len(end.diverged)} of {len(end.seeds)} runs of {end.arm} diverged at {end.horizon:,} steps"
+    common = sorted({*arm.seeds} & {*baseline.seeds})
+    if not common:
+        return "no seed in common with the baseline"
+    ours, theirs = arm.at(common), baseline.at(common)
+    differences = ours.losses - theirs.losses
+    return Contrast(
+        arm=arm.arm,
+        model=arm.model,
+        horizon=arm.horizon,
+        baseline_horizon=baseline.horizon,
+        seeds=tuple(common),
+        differences=differences,
+        interval=paired_interval(differences, level),
+        runs=(*ours.runs, *theirs.runs),
+    )
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """Whether the curve recognises the baseline's own runs.
+
+    Each horizon in turn is predicted from the others, seed by seed. One joint test asks whether all the mean errors are zero:
+    the ANOVA-type statistic n·r̄ᵀr̄ / tr S with Box's degrees of freedom (Brunner, Dette & Munk 1997), which needs neither equal
+    variances nor more seeds than horizons.
+    """
+
+    passed: bool
+    p: float  # NaN if the test cannot be made
+    ratios: Mapping[int, float]  # by horizon: how many times as fast as itself; 1.00 is right
+    reason: str  # why there are no ratios; empty if passed
+    error: float = math.nan  # nats, the largest mean error of an inner horizon
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The baseline's final losses over its horizons, at the seeds that all horizons have."""
+
+    endpoints: tuple[Endpoints, ...]  # ascending in horizon
+    self_test: SelfTest
+    curve: PowerLaw | None = None  # None with too few horizons
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return self.endpoints[0].seeds
+
+    @property
+    def log_tokens(self) -> Array:
+        """(K,) of the horizons."""
+        return np.log([end.tokens.mean() for end in self.endpoints])
+
+    @property
+    def losses(self) -> Array:
+        """(n, K) by seed and horizon, nats."""
+        return np.stack([end.losses for end in self.endpoints], axis=1)
+
+
+def fit_baseline(endpoints: Sequence[Endpoints]) -> Baseline:
+    """Fit the baseline's curve and test it on the baseline itself.
+
+    A horizon with a diverged run is left out entirely: leaving out only the seed would bias the curve to lucky seeds.
+
+    Raises:
+        ValueError: no horizon without a diverged run.
+    """
+    ordered = sorted((end for end in endpoints if not end.diverged), key=lambda end: end.horizon)
+    if not ordered:
+        raise ValueError("the baseline diverged at every horizon: find hyper-parameters that train")
+    common = sorted(set.intersection(*({*end.seeds} for end in ordered)))
+    if len(ordered) < HORIZONS_NEEDED:
+        count = f"{len(ordered)} horizon{'s' if len(ordered) > 1 else ''}"
+        reason = f"the baseline has {count}; a curve that can be tested needs {HORIZONS_NEEDED}"
+        return Baseline(tuple(ordered), SelfTest(False, math.nan, {}, reason))
+    if len(common) < 2:
+        reason = "the baseline's horizons have fewer than two seeds in common"
+        return Baseline(tuple(ordered), SelfTest(False, math.nan, {}, reason))
+    cells = tuple(end.at(common) for end in ordered)
+    x, losses = np.log([end.tokens.mean() for end in cells]), np.stack([end.losses for end in cells], axis=1)
+    test = _self_test(x, losses, [end.horizon for end in cells])
+    return Baseline(cells, test, fit_power_law(x, losses.mean(axis=0)))
+
+
+def _self_test(x: Array, losses: Array, horizons: Sequence[int]) -> SelfTest:
+    """Predict each horizon from the others.
+
+    Args:
+        x: (K,) log tokens.
+        losses: (n, K) nats.
+    """
+    n, count = losses.shape
+    means = losses.mean(axis=0)
+    errors, ratios = np.empty_like(losses), {}
+    for k in range(count):
+        others = np.arange(count) != k
+        curve = fit_power_law(x[others], means[others])
+        weights = curve.weights(x[k])
+        deviations = losses[:, others] - means[others]
+        errors[:, k] = losses[:, k] - (curve.value(x[k]) + deviations @ weights)
+        ratios[horizons[k]] = math.exp(curve.inverse(means[k]) - x[k])
+    mean, covariance = errors.mean(axis=0), np.cov(errors, rowvar=False)
+    trace = float(np.trace(covariance))
+    inner = float(np.max(np.abs(mean[1:-1])))
+    if float(np.max(np.abs(mean))) < _ROUNDING:
+        p = 1.0
+    elif trace == 0:
+        p = 0.0
+    else:
+        freedom = trace**2 / float(np.sum(covariance**2))
+        p = float(stats.f.sf(n * float(mean @ mean) / trace, freedom, freedom * (n - 1)))
+    shown = ", ".join(f"{ratio:.2f} at {horizon:,}" for horizon, ratio in ratios.items())
+    reason = "" if p >= _SELF_TEST_LEVEL else (
+        f"the curve does not recognise the baseline: it finds it {shown} steps times as fast as itself (p = {p:.2g})"
+    )  # fmt: skip
+    return SelfTest(p >= _SELF_TEST_LEVEL, p, ratios, reason, inner)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast as the baseline an arm is, in one currency.
+
+    A censored end has the value at the end of the testable range; the true value is beyond it.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    level: float
+    censored: Literal["below", "above"] | None = None  # of the estimate
+    low_censored: bool = False
+    high_censored: bool = False
+
+    def per(self, price: float) -> Ratio:
+        """Return the ratio in a currency in which a token of the arm costs `price` times the baseline's."""
+        return replace(self, estimate=self.estimate / price, low=self.low / price, high=self.high / price)
+
+    def covers(self, value: float) -> bool:
+        return (self.low_censored or self.low <= value) and (self.high_censored or value <= self.high)
+
+    @property
+    def text(self) -> str:
+        """ "0.79 [0.76, 0.82]", with > and < where censored."""
+        mark = {"above": ">", "below": "<", None: ""}[self.censored]
+        low, high = "<" if self.low_censored else "", ">" if self.high_censored else ""
+        return f"{mark}{self.estimate:.2f} [{low}{self.low:.2f}, {high}{self.high:.2f}]"
+
+
+def ratio(arm: Endpoints, baseline: Baseline, level: float) -> Ratio | str:
+    """Return the ratio in tokens (and steps) of an arm at one horizon, or the reason why there is none."""
+    if baseline.curve is None or not baseline.self_test.passed:
+        return baseline.self_test.reason
+    if arm.diverged:
+        return f"{len(arm.diverged)} of {len(arm.seeds)} runs diverged"
+    common = [seed for seed in baseline.seeds if seed in arm.seeds]
+    if len(common) < 2:
+        return "fewer than two seeds in common with the baseline"
+    own = arm.at(common)
+    losses = baseline.losses[[baseline.seeds.index(seed) for seed in common]]
+    x = baseline.log_tokens
+    at = np.unique(np.concatenate([np.linspace(x[0], x[-1], _GRID), x]))
+    value, weights = _curve(baseline, at)
+    differences = own.losses[:, None] - (value + (losses - baseline.losses.mean(axis=0)) @ weights.T)  # (n, m)
+    mean = differences.mean(axis=0)
+    error = differences.std(axis=0, ddof=1) / math.sqrt(len(common))
+    reach = float(stats.t.ppf((1 + level) / 2, len(common) - 1)) * error + _allowance(baseline, at)
+    start = math.log(float(own.tokens.mean()))
+    estimate, censored = _zero(at, mean)
+    # The mean rises with the ratio, since the baseline's loss falls with its tokens.
+    low, low_censored = _end(at, mean + reach, from_above=True)
+    high, high_censored = _end(at, mean - reach, from_above=False)
+    return Ratio(
+        math.exp(estimate - start),
+        math.exp(min(low, estimate) - start),
+        math.exp(max(high, estimate) - start),
+        level,
+        censored,
+        low_censored,
+        high_censored,
+    )
+
+
+def _curve(baseline: Baseline, at: Array) -> tuple[Array, Array]:
+    """Return the baseline's loss at (m,) log tokens, and the (m, K) weights of the observed losses in it."""
+    curve, x = baseline.curve, baseline.log_tokens
+    assert curve is not None
+    unit = np.eye(len(x))
+    between = np.stack([np.interp(at, x, row) for row in unit], axis=1)  # (m, K) weights of interpolation
+    value = curve.value(at) + between @ curve.residuals
+    return value, curve.weights(at) + between @ (unit - curve.weights(x))
+
+
+def _allowance(baseline: Baseline, at: Array) -> Array:
+    """Return (m,) what the curve may miss between horizons, nats: the self-test's error, zero at the horizons.
+
+    A horizon left out doubles the gap around it; the error of an interpolated smooth function grows with the square of
+    the gap, so a quarter of that error is expected in the middle of a gap.
+    """
+    x = baseline.log_tokens
+    left = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(x) - 2)
+    share = (at - x[left]) / (x[left + 1] - x[left])
+    return np.asarray(baseline.self_test.error * share * (1 - share))
+
+
+def _zero(at: Array, mean: Array) -> tuple[float, Literal["below", "above"] | None]:
+    if mean[-1] < 0:
+        return float(at[-1]), "above"
+    if mean[0] > 0:
+        return float(at[0]), "below"
+    return _crossing(at, mean, int(np.argmax(mean >= 0))), None
+
+
+def _end(at: Array, excess: Array, *, from_above: bool) -> tuple[float, bool]:
+    """Return the outermost point that the test does not reject, and whether it is the end of the range.
+
+    Args:
+        excess: (m,) mean plus reach (the low end: rejected where it is negative), or mean minus reach (the high end:
+            rejected where it is positive).
+    """
+    kept = np.flatnonzero(excess >= 0 if from_above else excess <= 0)
+    if not len(kept):
+        return float(at[-1 if from_above else 0]), False
+    index = int(kept[0] if from_above else kept[-1])
+    if index == (0 if from_above else len(at) - 1):
+        return float(at[index]), True
+    return _crossing(at, excess, index if from_above else index + 1), False
+
+
+def _crossing(at: Array, values: Array, index: int) -> float:
+    """Return where `values` crosses zero between `index` - 1 and `index`."""
+    if index == 0 or values[index] == values[index - 1]:
+        return float(at[index])
+    share = values[index - 1] / (values[index - 1] - values[index])
+    return float(at[index - 1] + share * (at[index] - at[index - 1]))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One arm at one horizon of one model against the baseline."""
+
+    endpoints: Endpoints
+    same: Contrast | str  # against the baseline at the same horizon, or why not
+    half: Contrast | str  # against the baseline at twice the steps, the paper's rule
+    ratio: Ratio | str  # in steps
+    prices: Mapping[Currency, float]  # of a token of the arm over one of the baseline: flops, seconds (reference times)
+
+    def ratio_in(self, currency: Currency) -> Ratio | str:
+        """Return the ratio in a currency, or why there is none."""
+        if isinstance(self.ratio, str):
+            return self.ratio
+        price = self.prices.get(currency)
+        return "no reference times" if price is None else self.ratio.per(price)
+
+
+def compare(
+    cells: Sequence[Endpoints], baseline: Sequence[Endpoints], fitted: Baseline, level: float
+) -> list[Compared]:
+    """Compare an arm's cells on one model with the baseline's, ascending in horizon.
+
+    Args:
+        level: of the intervals, corrected for the number of arms.
+    """
+    reference = {end.horizon: end for end in baseline}
+    found = []
+    for end in sorted(cells, key=lambda one: one.horizon):
+        same = reference.get(end.horizon)
+        twice = reference.get(PAPER_RATIO * end.horizon)
+        found.append(
+            Compared(
+                endpoints=end,
+                same=contrast(end, same, level) if same else f"the baseline has no runs of {end.horizon:,} steps",
+                half=contrast(end, twice, level)
+                if twice
+                else f"the baseline has no runs of {PAPER_RATIO * end.horizon:,} steps",
+                ratio=ratio(end, fitted, level),
+                prices=_prices(end, same),
+            )
+        )
+    return found
+
+
+def _prices(arm: Endpoints, baseline: Endpoints | None) -> dict[Currency, float]:
+    """Return the costs of a token of the arm over the baseline's, at one horizon."""
+    if baseline is None:
+        return {}
+    prices: dict[Currency, float] = {"steps": 1.0, "tokens": 1.0}
+    flops = (float(np.mean(end.flops / end.tokens)) for end in (arm, baseline))
+    seconds = (end.reference_seconds / float(np.mean(end.tokens)) for end in (arm, baseline))
+    for currency, (ours, theirs) in (("flops", flops), ("seconds", seconds)):
+        if ours > 0 and theirs > 0 and math.isfinite(ours / theirs):
+            prices[currency] = ours / theirs  # type: ignore[index]
+    return prices
