@@ -552,7 +552,7 @@ def _trajectory(config: RunConfig, reference: str, steps: int = 20) -> Check:
     """Compare with one of our optimizers, given the keys that both have."""
     own = config.optimizer.model_dump()
     given = {**own, **(own.get("arguments") or {})}
-    other = compose([f"optimizer={reference}"]).optimizer
+    other: Any = compose([f"optimizer={reference}"]).optimizer
     shared = {key: given[key] for key in type(other).model_fields if key != "name" and given.get(key) is not None}
     if "betas" in shared:
         shared["betas"] = (*shared["betas"], *other.betas[len(shared["betas"]) :])[: len(other.betas)]  # signum has one
