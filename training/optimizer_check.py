@@ -7,6 +7,7 @@ drawn at random, so that it can be compared with itself or with another optimize
 from __future__ import annotations
 
 import copy
+import json
 import math
 import multiprocessing
 import statistics
@@ -177,8 +178,8 @@ def _on_two_ranks(overrides: Sequence[str], steps: int = 5) -> list[float]:
             process.start()
         for process in processes:
             process.join()
-        result = Path(directory, "losses.npy")
-        return [float(loss) for loss in np.load(result)] if result.is_file() else [math.nan] * steps
+        result = Path(directory, "losses.json")
+        return list(map(float, json.loads(result.read_text()))) if result.is_file() else [math.nan] * steps
 
 
 def _rank(rank: int, directory: str, overrides: list[str], steps: int) -> None:
@@ -187,7 +188,7 @@ def _rank(rank: int, directory: str, overrides: list[str], steps: int) -> None:
     torch.manual_seed(rank)  # ranks of a run do not share a generator
     losses = curve(configured(overrides), steps, Distributed(rank, rank, 2, torch.device("cpu"), joined=True))
     if rank == 0:
-        np.save(Path(directory, "losses.npy"), losses)
+        Path(directory, "losses.json").write_text(json.dumps(losses))
     dist.destroy_process_group()
 
 
