@@ -85,8 +85,8 @@ def test_ranges_become_distributions() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", ["smoke", "cpu_scale", "paper_125m"])
-def test_the_sweeps_of_every_study_are_what_wandb_takes(study: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("study", ["smoke", "paper_125m"])  # values, ranges
+def test_the_sweeps_of_a_study_are_what_wandb_takes(study: str, tmp_path: Path) -> None:
     """Keys and values of W&B's schema of sweeps, read by its own reader; and each first point is a valid run."""
     paths = write_sweeps(load_spec(study), tmp_path)
     assert paths
