@@ -140,10 +140,8 @@ def save(
 
     Args:
         root: the run's checkpoints/ directory.
-        step: updates made so far.
         pieces: this rank's part; over all ranks every element of every tensor exactly once.
         state: JSON values of rank 0, in the form of `RunState`.
-        distributed: the ranks that take part.
 
     Raises:
         OSError: on every rank, if the disk is full or not writable or the optimizer now keeps state that cannot be saved.
@@ -232,7 +230,6 @@ class Checkpoint:
     """An open checkpoint: full tensors, readable in part (a PieceReader), and the saved state.
 
     Args:
-        directory: checkpoints/step-…
         verify: check every file's hash against the manifest.
 
     Raises:
@@ -389,7 +386,6 @@ def newest_valid(
     """Return the newest checkpoint whose files all match their hashes, and one line for each newer one that was rejected.
 
     Args:
-        root: the run's checkpoints/ directory.
         fits: returns why an undamaged checkpoint cannot be used, or None if it can.
 
     Raises:

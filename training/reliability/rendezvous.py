@@ -73,12 +73,7 @@ def this_process() -> str:
 
 
 def difference(by_rank: Sequence[Mapping[str, Any]], processes: Sequence[str]) -> str | None:
-    """Describe the first key on which a rank differs from rank 0, with both values and the ranks; None if all agree.
-
-    Args:
-        by_rank: each rank's values by key.
-        processes: `this_process()` of each rank.
-    """
+    """Describe the first key on which a rank differs from rank 0, with both values and the ranks; None if all agree."""
     reference = by_rank[0]
     for key in sorted({key for values in by_rank for key in values}):
         odd = [rank for rank, values in enumerate(by_rank) if values.get(key) != reference.get(key)]
