@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,6 +35,7 @@ from training.records import (
     parse_line,
     require,
 )
+from training.records import flatten as flatten
 
 Currency = Literal["steps", "tokens", "flops", "seconds"]
 CURRENCIES: tuple[Currency, ...] = ("steps", "tokens", "flops", "seconds")
@@ -361,18 +362,6 @@ def _stride(count: int, wanted: int) -> int:
     while step % 2 == 0 or step % 5 == 0:
         step += 1
     return step
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists count as values."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{path}."))
-        else:
-            flat[path] = value
-    return flat
 
 
 def _read_leniently(content: bytes, path: Path) -> pa.Table:

@@ -30,7 +30,7 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from training.config import LAST_WITH_REMOVED, REMOVED, ConfigurationError, RunConfig, flat, whole
+from training.config import LAST_WITH_REMOVED, REMOVED, ConfigurationError, RunConfig, whole
 from training.config_files import CONFIG_DIRECTORY, read_text, read_yaml
 from training.mistakes import (
     OTHER_COMMANDS,
@@ -47,7 +47,7 @@ from training.mistakes import (
     shown,
     unquoted,
 )
-from training.records import CONFIG_FILE, ENVIRONMENT_FILE
+from training.records import CONFIG_FILE, ENVIRONMENT_FILE, flatten
 from training.secrets import redacted, secret_in
 
 # Hydra may instantiate its own plugins and those of its plugin packages (joblib, submitit), nothing else.
@@ -331,7 +331,7 @@ def refuse_choices_by_name(overrides: Sequence[str], primary: Primary) -> None:
     named = [override for override in overrides if override[:1] != "~" and choices_named(override)]
     if primary.is_record or not named:
         return
-    chosen = flat(compose_dictionary([override for override in overrides if override not in named], primary))
+    chosen = flatten(compose_dictionary([override for override in overrides if override not in named], primary))
     for override in named:
         if chosen.get(key_of(override)) != unquoted(override.partition("=")[2]):
             choices = either(choices_named(override))

@@ -689,17 +689,6 @@ class RunConfig(Section):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested values to dotted keys, as in overrides."""
-    flattened: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flattened |= flat(value, f"{prefix}{key}.")
-        else:
-            flattened[prefix + key] = value
-    return flattened
-
-
 def refuse_impossible_pairs(config: RunConfig) -> None:
     """Raise ValueError if strategy and optimizer cannot work together; the message says what to choose instead."""
     sharded_parameters = isinstance(config.strategy, FSDPConfig) or (

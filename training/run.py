@@ -19,8 +19,8 @@ from data.errors import DataError
 from data.files import sync_directory, why_not_written
 from data.manifest import Manifest
 from models import GPT2
-from training import hardware
-from training.config import ConfigurationError, ExternalConfig, RunConfig, flat, micro_batch_size
+from training import hardware, records
+from training.config import ConfigurationError, ExternalConfig, RunConfig, RunHeldError, micro_batch_size
 from training.corpus import open_corpus
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
@@ -31,7 +31,8 @@ from training.recording.ledger import CompilationClock, Ledger
 from training.recording.profiling import profiler
 from training.recording.recorder import Recorder
 from training.recording.terminal import Display
-from training.records import RecordError, RunRecord, Status
+from training.recording.trackers import build_tracker
+from training.records import RecordError, RunRecord, Status, flatten
 from training.reliability import checkpoints
 from training.reliability.checkpoints import Checkpoint, CheckpointError
 from training.reliability.guards import RanksDiffer
@@ -129,7 +130,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     given = config
     config, micro = distributed.on_all(lambda: _resolve_for_ranks(given, distributed))
     distributed.agree(
-        {"code": hardware.code_sha256()[:12]} | flat(config.shared_by_ranks()),
+        {"code": hardware.code_sha256()[:12]} | flatten(config.shared_by_ranks()),
         "start all ranks with the same code and configuration",
     )
     directory = Path(config.output_dir) / config.run_name
@@ -325,7 +326,12 @@ def _open_record(
     weights: InitialWeights,
     display: Display,
 ) -> Recorder:
-    """Open the record on rank 0: the first writes of a run."""
+    """Create or reopen the record on rank 0, in a directory that this process holds: the first writes of a run.
+
+    Raises:
+        RunHeldError: another process has started this run since the decision.
+        ConfigurationError: the directory cannot be written, or holds something that no run writes.
+    """
     directory = place.path
     environment = {
         "versions": hardware.versions(),
@@ -340,11 +346,24 @@ def _open_record(
             directory.mkdir(parents=True, exist_ok=True)
             sync_directory(directory.parent)
         place.take()
-        recorder = Recorder.open(config, place, decided, environment, display)
+        if decided.metrics_bytes is None:
+            if (directory / records.CONFIG_FILE).exists():
+                if not config.overwrite:
+                    raise RunHeldError(f"{directory} was just started by another process; rerun the command")
+                place.set_aside()
+            records.write_config(directory, config.model_dump(mode="json") | {"name": config.run_name})
+        if decided.metrics_bytes is None or not (directory / records.ENVIRONMENT_FILE).exists():
+            records.write_environment(directory, environment)
+        (directory / "checkpoints").mkdir(exist_ok=True)
+        (directory / records.SUMMARY_FILE).unlink(missing_ok=True)
+        metrics = records.MetricsWriter(directory, decided.metrics_bytes)
+        place.delete_replaced()
+        display.message(f"run directory {directory}")
+        tracker = build_tracker(config, directory, environment, display.message)
         distributed.mark(f"started {directory.absolute()}")
         if decided.checkpoint is not None and decided.metrics_bytes is not None:
             checkpoints.set_aside_newer(directory / "checkpoints", Checkpoint(decided.checkpoint, verify=False).step)
-        return recorder
+        return Recorder(place, display, metrics, tracker)
     except RecordError as error:
         raise ConfigurationError(str(error)) from error
     except OSError as error:
@@ -361,7 +380,14 @@ def _load(path: Path, strategy: Strategy, ledger: Ledger, distributed: Distribut
     Raises:
         ConfigurationError: it was saved by another model or optimizer, or a rank cannot read it.
     """
-    checkpoint = distributed.on_all(lambda: _reached(path))
+
+    def reached() -> Checkpoint:
+        try:
+            return Checkpoint(path, verify=False)
+        except CheckpointError as error:
+            raise ConfigurationError(f"{error}; put output_dir= on a file system that all nodes share") from error
+
+    checkpoint = distributed.on_all(reached)
     try:
         strategy.load(checkpoint)
     except (CheckpointError, ValueError) as error:
@@ -373,13 +399,6 @@ def _load(path: Path, strategy: Strategy, ledger: Ledger, distributed: Distribut
         elif name == f"rng.cuda.{distributed.rank}" and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint.tensor(name))
     return checkpoint.state.training
-
-
-def _reached(path: Path) -> Checkpoint:
-    try:
-        return Checkpoint(path, verify=False)
-    except CheckpointError as error:
-        raise ConfigurationError(f"{error}; put output_dir= on a file system that all nodes share") from error
 
 
 def _pieces(config: RunConfig, strategy: Strategy, rank: int) -> Iterator[Piece | NumberPiece]:

@@ -16,8 +16,9 @@ import yaml
 from pydantic import BaseModel
 
 from training import config
-from training.config import RunConfig, flat
+from training.config import RunConfig
 from training.mistakes import OTHER_COMMANDS, config_groups, group_options, sections_of, shown, tags_of
+from training.records import flatten
 
 USAGE = """\
 Train a GPT-2.
@@ -91,7 +92,7 @@ def _lines() -> dict[tuple[str, str], str]:
 
 def of_this_run(values: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, str]], dict[str, str]]:
     """Return value and meaning of each key of a composed configuration, and the meanings of the other choices' keys."""
-    given = flat(values)
+    given = flatten(values)
     for section, inside in values.items():  # mappings that are values, such as optimizer.arguments
         given |= {f"{section}.{key}": value for key, value in inside.items()} if isinstance(inside, Mapping) else {}
     own: dict[str, tuple[Any, str]] = {}

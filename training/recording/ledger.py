@@ -5,7 +5,6 @@ compilation are booked separately, so that comparisons of optimizers do not depe
 """
 
 import contextlib
-import functools
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -38,11 +37,10 @@ class CompilationClock:
         """Return this process's clock and hook it into torch.compile, again if torch._dynamo.reset() removed the hooks."""
         from torch._dynamo.callback import callback_handler
 
-        clock = _clock_of_the_process()
-        if clock._start not in callback_handler.start_callbacks:
-            callback_handler.register_start_callback(clock._start)
-            callback_handler.register_end_callback(clock._end)
-        return clock
+        if _CLOCK._start not in callback_handler.start_callbacks:
+            callback_handler.register_start_callback(_CLOCK._start)
+            callback_handler.register_end_callback(_CLOCK._end)
+        return _CLOCK
 
     def _start(self, *_: Any) -> None:
         self._started = time.perf_counter()
@@ -52,16 +50,13 @@ class CompilationClock:
         self.count += 1
 
 
-@functools.cache
-def _clock_of_the_process() -> CompilationClock:
-    return CompilationClock()
+_CLOCK = CompilationClock()  # of this process
 
 
 class Ledger:
     """Cumulative costs by kind. On CUDA, seconds are device time from events, which need no synchronisation.
 
     Args:
-        device: where the work runs.
         compilation: its seconds are booked as compilation instead of the kind during which they fell.
     """
 

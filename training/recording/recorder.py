@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from training import records
-from training.config import RunConfig, RunHeldError
 from training.recording.terminal import Display
-from training.recording.trackers import Tracker, build_tracker
+from training.recording.trackers import Tracker
 from training.records import MetricsWriter
-from training.reliability.resumption import Decision
 from training.reliability.run_directory import RunDirectory
 
 
@@ -24,38 +22,6 @@ class Recorder:
     metrics: MetricsWriter | None = None  # rank 0
     tracker: Tracker | None = None  # rank 0
     failure: str | None = None
-
-    @classmethod
-    def open(
-        cls,
-        config: RunConfig,
-        place: RunDirectory,
-        decision: Decision,
-        environment: Mapping[str, Any],
-        display: Display,
-    ) -> "Recorder":
-        """Create or reopen the record on rank 0, in a directory that this process holds. These are a run's first writes.
-
-        Raises:
-            RunHeldError: another process has started this run since the decision.
-            ConfigurationError: the run to be replaced holds something that no run writes.
-            OSError: the directory cannot be written.
-        """
-        directory = place.path
-        if decision.metrics_bytes is None:
-            if (directory / records.CONFIG_FILE).exists():
-                if not config.overwrite:
-                    raise RunHeldError(f"{directory} was just started by another process; rerun the command")
-                place.set_aside()
-            records.write_config(directory, config.model_dump(mode="json") | {"name": config.run_name})
-        if decision.metrics_bytes is None or not (directory / records.ENVIRONMENT_FILE).exists():
-            records.write_environment(directory, environment)
-        (directory / "checkpoints").mkdir(exist_ok=True)
-        (directory / records.SUMMARY_FILE).unlink(missing_ok=True)
-        metrics = MetricsWriter(directory, decision.metrics_bytes)
-        place.delete_replaced()
-        display.message(f"run directory {directory}")
-        return cls(place, display, metrics, build_tracker(config, directory, environment, display.message))
 
     def write(self, line: Mapping[str, Any]) -> None:
         if self.metrics is None or self.failure is not None:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
-from rich.text import Text
+from rich.table import Column
 
 SECONDS_BETWEEN_PLAIN_LINES = 15.0
 # Each control character except newline and tab, mapped to its visible symbol.
@@ -29,13 +29,6 @@ class SafeConsole(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
-
-
-class _Metrics(ProgressColumn):
-    """Loss, validation loss, tokens per second and, for Sophia, the unclipped fraction."""
-
-    def render(self, task: Task) -> Text:
-        return Text(task.fields.get("metrics", ""), style="cyan", no_wrap=True, overflow="ellipsis")
 
 
 def describe_step(line: Mapping[str, Any]) -> str:
@@ -58,9 +51,7 @@ class Display:
     """Progress of one run. Silent on all ranks except 0.
 
     Args:
-        steps: the run's length.
         done: steps made before this process started.
-        enabled: false on ranks other than 0.
     """
 
     def __init__(self, steps: int, done: int, *, enabled: bool) -> None:
@@ -75,11 +66,16 @@ class Display:
             self._progress = Progress(
                 BarColumn(bar_width=12),
                 MofNCompleteColumn(),
-                _Metrics(),
+                TextColumn(
+                    "{task.fields[metrics]}",
+                    style="cyan",
+                    markup=False,
+                    table_column=Column(no_wrap=True, overflow="ellipsis"),
+                ),
                 TimeRemainingColumn(elapsed_when_finished=True),
                 console=self._console,
             )
-            self._task = self._progress.add_task("", total=steps, completed=done)
+            self._task = self._progress.add_task("", total=steps, completed=done, metrics="")
             self._progress.start()
 
     def message(self, text: str) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from data.files import open_regular
 from training import records
 from training.compose import validate_recorded
-from training.config import ConfigurationError, RunConfig, flat
-from training.records import RecordError, RunRecord, Status
+from training.config import ConfigurationError, RunConfig
+from training.records import RecordError, RunRecord, Status, flatten
 from training.reliability import checkpoints
 from training.reliability.checkpoints import Checkpoint, CheckpointError
 from training.reliability.run_directory import refuse_to_replace, refuse_unnamed
@@ -189,8 +189,8 @@ def _same_run(config: RunConfig, directory: Path) -> RunConfig:
         ) from error
     if there.identity() == config.identity() and there.seed == config.seed:
         return there
-    here_values, there_values = flat(config.model_dump(mode="json")), flat(there.model_dump(mode="json"))
-    relevant = set(flat(config.identity())) | set(flat(there.identity())) | {"seed"}
+    here_values, there_values = flatten(config.model_dump(mode="json")), flatten(there.model_dump(mode="json"))
+    relevant = set(flatten(config.identity())) | set(flatten(there.identity())) | {"seed"}
     differing = sorted(key for key in relevant if here_values.get(key) != there_values.get(key))
     shown = ", ".join(f"{key}={there_values.get(key)} there and {here_values.get(key)} here" for key in differing[:4])
     raise ConfigurationError(

@@ -424,15 +424,8 @@ def test_the_lock_is_released_at_the_end_of_the_run_or_of_its_process(tmp_path: 
 
 
 def _race(overrides: list[str], barrier, codes) -> None:
-    from training import run
     from training.launching import command
 
-    original = run.Recorder.open
-
-    def together(*arguments, **named):
-        return original(*arguments, **named)
-
-    run.Recorder.open = together
     barrier.wait()
     codes.append(command.main(overrides))
 

@@ -78,7 +78,7 @@ class _Crash(BaseException):
 
 
 def _replace(place: RunDirectory) -> None:
-    """Replace a run up to the new one's first step, with the calls of Recorder.open."""
+    """Replace a run up to the new one's first step, with the calls of training/run.py."""
     place.set_aside()
     for name in ("config.yaml", "environment.json", "metrics.jsonl"):
         content = yaml.safe_dump({**CONFIG, "name": "new"}) if name == "config.yaml" else "new"
