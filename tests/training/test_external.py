@@ -156,14 +156,23 @@ def test_a_checkpoint_of_another_factory_is_refused_by_name(
     assert "has the state of optimizer=external optimizer.factory=mine:Mine; choose that" in said
 
 
-def test_an_argument_is_swept_like_any_key_and_names_the_runs(corpus: list[str], here: Path) -> None:
-    overrides = tiny(
-        corpus, here, *external(ARMS["mine"][0]), "train.steps=3", "optimizer.arguments.momenta=[0.9],[0.5]"
-    )
+SWEPT = {
+    "nadam": ("betas", "[0.9,0.98],[0.8,0.98]"),
+    "soap": ("precondition_frequency", "2,4"),
+    "adamwschedulefree": ("r", "0.5,1.0"),
+    "mine": ("momenta", "[0.9],[0.5]"),
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_argument_is_swept_like_any_key_and_names_the_runs(corpus: list[str], here: Path, arm: str) -> None:
+    key, values = SWEPT[arm]
+    overrides = tiny(corpus, here, *external(*ARMS[arm]), "train.steps=3", f"optimizer.arguments.{key}={values}")
     assert run(["-m", *(override for override in overrides if not override.startswith("name="))]) == 0
     runs = [load_run(path) for path in here.iterdir() if (path / "summary.json").is_file()]
-    assert sorted(one.config["optimizer"]["arguments"]["momenta"] for one in runs) == [[0.5], [0.9]]
-    assert all("-mine-" in one.name and one.completed for one in runs)
+    found = [one.config["optimizer"]["arguments"][key] for one in runs]
+    assert sorted(found) == sorted(yaml.safe_load(f"[{values}]"))
+    assert all(f"-{arm}-" in one.name and one.completed for one in runs)
 
 
 def test_a_search_space_names_elements_of_arguments(here: Path) -> None:

@@ -56,7 +56,8 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Tensor | Number]]:
     """Yield the tensors and numbers of an entry of a state by path, and what is needed to restore containers and strides."""
     if isinstance(value, Tensor):
         yield path, value.detach()
-        if not value.is_contiguous() and value.stride() == torch.empty_like(value, device="meta").stride():
+        whole = not isinstance(value, DTensor) and not value.is_contiguous()
+        if whole and value.stride() == torch.empty_like(value, device="meta").stride():
             yield from ((f"{path}/stride/{axis}", stride) for axis, stride in enumerate(value.stride()))
     elif isinstance(value, dict):
         yield f"{path}/dict", len(value)
@@ -85,9 +86,8 @@ def _value(parts: Mapping[str, Any]) -> Any:
         value = parts[""]
         if len(parts) == 1:
             return value
-        return value.new_empty_strided(value.shape, [parts[f"stride/{axis}"] for axis in range(value.dim())]).copy_(
-            value
-        )
+        strides = [parts[f"stride/{axis}"] for axis in range(value.dim())]
+        return value.new_empty_strided(value.shape, strides).copy_(value)
     members = _restored({path: leaf for path, leaf in parts.items() if path not in ("list", "tuple", "dict")})
     if "dict" in parts:
         return {name.removeprefix("="): member for name, member in members.items()}
