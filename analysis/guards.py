@@ -312,7 +312,8 @@ def _edges(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
     if not found:
         return []
     own = sum(edge.arm == study.baseline for edge in found)
-    title = f"{len(found)} reported values are at the edge of what was tried, {own} of them the baseline's"
+    title = f"{len(found)} reported values are at the edge of what was tried"
+    title += f", {own} of them the baseline's" if own else ""
     keys = {arm: dict.fromkeys(edge.key for edge in found if edge.arm == arm) for arm in (edge.arm for edge in found)}
     told = "; ".join(f"{label(arm)}: {', '.join(of_arm)}" for arm, of_arm in keys.items())
     detail = f"The optimum may lie outside; widen the search. {told}."

@@ -61,7 +61,9 @@ def _table(
     note: str = "",
     linked: str = "arm",
 ) -> Table:
-    return Table(name, title, pd.DataFrame([row for row, _ in rows]), tuple(run for _, run in rows), note, linked)
+    frame = pd.DataFrame([row for row, _ in rows])
+    frame = frame[[column for column in frame.columns if frame[column].any()]]  # without empty columns
+    return Table(name, title, frame, tuple(run for _, run in rows), note, linked)
 
 
 def markdown(table: Table, location: Path = Path()) -> str:
@@ -74,6 +76,7 @@ def markdown(table: Table, location: Path = Path()) -> str:
     aligned = ["right" if numeric else "left" for numeric in table.numeric]
     frame.columns = pd.Index([_in_row(column) for column in table.columns])
     text = frame.to_markdown(index=False, disable_numparse=True, colalign=aligned) if len(frame) else "None."
+    text = re.sub(r" {2,}", " ", re.sub(r"-{3,}", "---", text))  # padding is for the eyes of an editor
     return f"{heading}{text}\n" + (f"\n{escaping.markdown(table.note)}\n" if table.note else "")
 
 
@@ -102,6 +105,7 @@ def verdict(results: Results) -> Table:
     first = ["model", "arm", "steps", "loss (nats)", "sd", "seeds", f"minus {baseline} [interval]", "at half the steps"]
     columns = [*first, *(f"ratio in {CURRENCY_NAMES[c]}" for c in VERDICT_CURRENCIES), "verdict", "the paper's 2×"]
     frame = pd.DataFrame([row for row, _ in rows], columns=columns).fillna("")
+    frame = frame[[column for column in columns if not set(frame[column]) <= {"", NONE}]]
     untested: dict[str, dict[str, None]] = {}  # models by reason
     for one in results.verdicts:
         if one.not_tested:
@@ -109,10 +113,15 @@ def verdict(results: Results) -> Table:
     levels = dict.fromkeys(f"{100 * results.level(model):.3g}% on {model}" for model in results.baselines)
     note = (
         f"Final validation losses of fully decayed runs. Differences are paired by seed; intervals at {study.level:.0%} are "
-        f"corrected for the number of arms ({', '.join(levels) or 'none'}). At half the steps (in brackets), {baseline} has "
-        f"twice as many. A ratio of 1.25: {baseline} needs 1.25 times as much for the arm's loss; > and < mark what is "
-        f"outside {baseline}'s horizons; – means no ratio."
-    )  # fmt: skip
+        f"corrected for the number of arms ({', '.join(levels) or 'none'})."
+    )
+    if "at half the steps" in frame:
+        note += f" At half the steps (in brackets), {baseline} has twice as many."
+    if "ratio in steps" in frame:
+        note += (
+            f" A ratio of 1.25: {baseline} needs 1.25 times as much for the arm's loss; > and < mark what is outside "
+            f"{baseline}'s horizons; – means no ratio."
+        )
     if untested:
         reasons = ". ".join(f"{', '.join(models)}: {reason}" for reason, models in untested.items())
         note += f" The paper's claim is not tested. {reasons}."
@@ -302,6 +311,7 @@ def published(results: Results) -> Table:
     for one in reference.losses:
         groups.setdefault((one.source, one.size, one.chinchilla), []).append(one)
     rows: list[tuple[dict[str, str], Origin | None]] = []
+    told: set[str] = set()  # a source's flaws stand in its first row
     for (source, size, chinchilla), losses in groups.items():
         mine = [ours[key] for one in losses if (key := (one.model or "", one.arm)) in ours]
         steps = [f"{one.steps:,}" for one in losses if one.steps]
@@ -315,13 +325,14 @@ def published(results: Results) -> Table:
             else NONE,
             "result": ", ".join(f"{label(one.arm)} {one.loss:.3f}" for one in losses),
             "here": ", ".join(f"{label(end.arm)} {end.mean:.3f} ({end.horizon:,} steps)" for end in mine),
-            "flaws": reference.flaws.get(source, ""),
+            "flaws": "" if source in told else reference.flaws.get(source, ""),
         }
+        told.add(source)
         rows.append((row, mine[0].runs[0] if mine else None))
     for other in reference.others:
         row = {"source": other.source, "size": other.size, "length": "", "result": other.finding, "here": ""}
         rows.append((row | {"flaws": reference.flaws.get(other.source, "")}, None))
-    told = {row["source"] for row, _ in rows}
+        told.add(other.source)
     sources = "; ".join(f"{name}: {text.rstrip('.')}" for name, text in reference.sources.items() if name in told)
     return _table(
         "published",

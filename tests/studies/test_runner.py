@@ -191,7 +191,7 @@ def test_the_tables_are_what_the_analysis_reads(spec: StudySpec, places: Places)
     assert study.arms["adamw"].granted("gpt2_micro", 50) == 3
     assert all(trial.status == "completed" for trial in study.trials)
     assert [finding.title for finding in inspect(study) if finding.severity == "serious"] == []
-    assert analyse(study).headline("sophiag", "gpt2_nano", "steps", 1.0).claim.verdict == "undecided"
+    assert analyse(study).verdict("sophiag", "gpt2_nano").word == "not told apart"
 
 
 def test_the_recorded_budgets_include_finalists(places: Places) -> None:

@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def tiny(directory: Path) -> Path:
-    """Two arms, two horizons, three seeds; seconds in all."""
+    """Two arms, two horizons, two seeds; seconds in all."""
     study: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "study" / "smoke.yaml").read_text())
     study["name"] = "tiny"
     study["base"] = [one for one in study["base"] if not one.startswith("eval.")]
     study["base"] += ["eval.tokens=2048", "eval.interval=4", f"data.directory={directory / 'tokens'}"]
-    study["models"]["gpt2_nano"] |= {"horizons": [8, 16], "tune_at": 8}
-    study["tuning"] |= {"trials": 2, "follow": "at_once", "retune": {"keys": ["optimizer.lr"], "trials": 1}}
+    study["models"]["gpt2_nano"] |= {"horizons": [8, 16], "tune_at": 8, "seeds": [1, 2]}
+    study["tuning"] |= {"trials": 1, "follow": "at_once", "retune": None}
     study["ablations"]["sophiag_k1"] |= {"horizons": [16], "seeds": 1}
     path = directory / "tiny.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False))
@@ -58,7 +58,7 @@ def test_a_killed_study_resumes_and_writes_its_report(tmp_path: Path) -> None:
     trials = pd.read_csv(tmp_path / "results" / "tiny" / "trials.csv")
     assert {path.parent.name for path in before} <= {*trials[trials.status == "completed"].trial}
     results = json.loads((tmp_path / "results" / "tiny" / "report.json").read_text())
-    assert {one["currency"] for one in results["verdict"]} == {"steps", "flops", "seconds"}
+    assert [(one["arm"], one["paper_claim"]) for one in results["verdicts"]] == [("sophiag", "not tested")]
     assert {(one["arm"], one["horizon"]) for one in results["final_losses"]} == {
         ("adamw", 8),
         ("adamw", 16),
@@ -66,7 +66,7 @@ def test_a_killed_study_resumes_and_writes_its_report(tmp_path: Path) -> None:
         ("sophiag", 16),
         ("sophiag_k1", 16),
     }
-    assert all(len(one["seeds"]) == (1 if one["arm"] == "sophiag_k1" else 3) for one in results["final_losses"])
+    assert all(len(one["seeds"]) == (1 if one["arm"] == "sophiag_k1" else 2) for one in results["final_losses"])
     assert (tmp_path / "results" / "tiny" / "report.html").stat().st_size > 1e6
 
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
