@@ -278,20 +278,20 @@ def _settings(runs: Sequence[RecordedRun]) -> list[Setting]:
     ignored = (*INCIDENTAL, *TIMING, "seed", "seeds")
     values = [{k: v for k, v in flatten(run.config).items() if not is_under(k, ignored)} for run in runs]
     groups: dict[str, dict[int, RecordedRun]] = {}
-    of: dict[str, dict[str, object]] = {}
+    of: dict[str, tuple[str, dict[str, object]]] = {}
     for run, own in zip(runs, values, strict=True):
         key = repr(sorted(own.items()))
         groups.setdefault(key, {})[run.seed] = run
-        of[key] = own
+        of[key] = run.optimizer, own
     settings = []
     for key, by_seed in groups.items():
         optimizer = next(iter(by_seed.values())).optimizer
-        siblings = [own for own in of.values() if own.get("optimizer.name") == optimizer]
+        siblings = [own for name, own in of.values() if name == optimizer]
         differing = {name for own in siblings for name in own if len({repr(one.get(name)) for one in siblings}) > 1}
         shown = [
-            f"{name.removeprefix('optimizer.')}={short(of[key].get(name))}"
+            f"{name.removeprefix('optimizer.')}={short(of[key][1].get(name))}"
             for name in ("optimizer.lr", *sorted(differing - {"optimizer.lr"}))
-            if name in of[key] or name in differing
+            if name in of[key][1] or name in differing
         ]
         settings.append(Setting(optimizer, tuple(by_seed[seed] for seed in sorted(by_seed)), ", ".join(shown)))
     return settings

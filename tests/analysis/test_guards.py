@@ -348,7 +348,7 @@ def leave_changes_uncommitted(doctor: Doctor) -> None:
             move_the_arms_optimum_to_an_edge,
             "edge",
             "note",
-            "2 reported values are at the edge of what was tried, 0 of them the baseline's",
+            "2 reported values are at the edge of what was tried",
         ),
         (
             report_another_than_the_lowest,
