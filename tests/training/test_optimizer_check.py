@@ -24,6 +24,9 @@ FAULTS = {
 }
 
 
+TWO_RANKS, SPEED = optimizer_check._on_two_ranks, optimizer_check._speed
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes and a timing take most of the time; one test has them."""
@@ -65,11 +68,13 @@ def test_elementwise_updates_are_told_from_those_of_whole_matrices() -> None:
 
 
 def test_the_command_writes_the_table_as_json_and_fails_with_a_check(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.undo()  # with two ranks and the timing
-    monkeypatch.setattr(optimizer_check, "ROUNDS", 2)
-    assert main(["optimizer=adamw", "--json", str(tmp_path / "found.json")]) == 0
+    with pytest.MonkeyPatch.context() as patch:  # with two ranks and the timing
+        patch.setattr(optimizer_check, "_on_two_ranks", TWO_RANKS)
+        patch.setattr(optimizer_check, "_speed", SPEED)
+        patch.setattr(optimizer_check, "ROUNDS", 2)
+        assert main(["optimizer=adamw", "--json", str(tmp_path / "found.json")]) == 0
     found = {one["check"]: one for one in json.loads((tmp_path / "found.json").read_text())["checks"]}
     assert found["ranks"]["result"] == "pass"
     assert "times that of fused AdamW" in found["speed"]["found"]
