@@ -262,9 +262,9 @@ def test_overwriting_removes_all_of_the_previous_run(corpus: list[str], tmp_path
 
 
 def kill_when_the_metrics_are_created() -> None:
-    from training.recording import recorder
+    from training import records
 
-    recorder.MetricsWriter = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+    records.MetricsWriter = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_run_whose_replacement_was_killed_is_restored(
