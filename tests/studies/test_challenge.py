@@ -15,7 +15,7 @@ from scripts.study import main
 from studies.challenge import Challenger, challenger_of, prepare, with_challenger
 from studies.expansion import expand, expected_trials
 from studies.spec import StudySpec, load_spec
-from studies.store import Places
+from studies.store import Places, outcomes
 from training.config import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +98,12 @@ def test_an_optimizer_without_weight_decay_leaves_its_range_out(challenge: Study
     challenger = Challenger("torch.optim:NAdam", str(tmp_path / "space.yaml"), "mine", "{betas: [0.8, 0.9]}")
     (first, *_) = (one for one in expand(with_challenger(challenge, challenger), {}).trials if one.arm == "mine")
     assert {"optimizer.weight_decay=0", "optimizer.arguments={betas: [0.8, 0.9]}"} <= {*first.overrides}
+
+
+def test_the_committed_records_are_all_those_of_the_frozen_file(challenge: StudySpec) -> None:
+    records = ROOT / "results" / "challenge"
+    recorded = outcomes(Places(records / "no runs", records))
+    assert expand(challenge, recorded).finished, "the file or the code's trial names changed: run the baselines again"
 
 
 def test_baselines_without_complete_records_are_refused(tmp_path: Path, challenge: StudySpec) -> None:
