@@ -74,6 +74,10 @@ def with_challenger(spec: StudySpec, challenger: Challenger) -> StudySpec:
     arm = challenger.arm
     if arm in spec.arms or arm in spec.ablations:
         raise ConfigurationError(f"{_PREFIX}name={arm}: {spec.name} has an arm of this name; give another")
+    if not Path(challenger.search).is_file():
+        raise ConfigurationError(
+            f"{_PREFIX}search={challenger.search}: no such file; give one with a range for each key"
+        )
     search = read_yaml(Path(challenger.search))
     if not isinstance(search, Mapping):
         raise ConfigurationError(f"{challenger.search}: expected a range for each key, such as {_example(spec)}")

@@ -57,6 +57,7 @@ def test_the_protocol_tests_the_papers_claim_and_searches_the_same_keys_in_all_a
         ({"trials": 100}, "trials: it is part of the protocol"),
         ({"optimizer.lr": {"values": [1e-3, 2e-3]}}, "method=halton needs low and high"),
         ({"optimizer.arguments.blend": {"low": 2.0, "high": 1.0}}, "low=2.0 is not below high=1.0"),
+        ({"optimizer.arguments.betas[0]": {"low": 0.1, "high": 0.9}}, "optimizer.arguments.betas is no list"),
         ({"optimizer.arguments.blond": {"low": 0.1, "high": 1.0}}, "blond"),
     ],
 )
@@ -88,6 +89,8 @@ def test_what_the_command_line_lacks_is_named(given: list[str], words: str) -> N
 def test_a_name_that_an_arm_has_and_a_class_that_does_not_exist_are_refused(challenge: StudySpec) -> None:
     with pytest.raises(ConfigurationError, match="challenge has an arm of this name"):
         with_challenger(challenge, Challenger(FACTORY, MINE.search, name="adamw"))
+    with pytest.raises(ConfigurationError, match=r"challenger.search=nowhere.yaml: no such file"):
+        with_challenger(challenge, Challenger(FACTORY, "nowhere.yaml"))
     with pytest.raises(ConfigurationError, match="did you mean SignedAdam"):
         with_challenger(challenge, Challenger("examples.my_optimizer:SignedAdan", MINE.search))
 
