@@ -76,7 +76,7 @@ wheel: ## build the library's wheel into dist/, and train with it where torch is
 	.venv-wheel/bin/python -I examples/plain_loop.py --steps 20
 	rm -rf .venv-wheel
 
-results: setup ## reports, figures and the README's section from the records in results/cpu_scale and cpu_embeddings
+results: setup ## reports, figures and the README's section from the records in results/cpu_scale, cpu_embeddings and challenge
 	$(BIN)/python scripts/results.py
 
 lock: ## resolve pyproject.toml's version ranges into requirements.lock

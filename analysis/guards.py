@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any, Literal
 
 from scipy import special
@@ -98,7 +98,19 @@ class Difference:
 # The order of findings, strongest doubt first: serious ones about the baseline, since every verdict rests on it; then other
 # serious ones; then notes. Within each, by the guard that found them, in this order.
 GUARDS = (
-    *("baseline", "fairness", "shared", "schedule", "seeds", "budget", "tuning", "edge", "curve", "diverged"),
+    *(
+        "baseline",
+        "machine",
+        "fairness",
+        "shared",
+        "schedule",
+        "seeds",
+        "budget",
+        "tuning",
+        "edge",
+        "curve",
+        "diverged",
+    ),
     *("set aside", "records", "degenerate", "clipping", "clock", "code", "figure"),
 )
 
@@ -149,7 +161,19 @@ def _affects(key: str) -> Affects:
 def inspect(study: Study) -> list[Finding]:
     """Run every check on a study; the strongest doubts come first, as GUARDS says."""
     searches = tunings(study)
-    checks = (_damaged, _fairness, _shared, _decayed, _seeds, _diverged, _budgets, _set_aside, _degenerate, _clipping)
+    checks = (
+        _damaged,
+        _reproduced,
+        _fairness,
+        _shared,
+        _decayed,
+        _seeds,
+        _diverged,
+        _budgets,
+        _set_aside,
+        _degenerate,
+        _clipping,
+    )
     found = [finding for check in (*checks, _clock, _code) for finding in check(study)]
     found += _edges(study, searches) + _under_tuned(study, searches)
     return sorted(found, key=lambda finding: -finding.weight)
@@ -162,6 +186,24 @@ def _damaged(study: Study) -> list[Finding]:
     count = len(study.damaged)
     title = f"{count} damaged record{' is' if count == 1 else 's are'} left out"
     return [Finding("records", "serious", title, study.left_out)]
+
+
+def _reproduced(study: Study) -> list[Finding]:
+    """Reported runs whose rerun ends farther from the record than other seeds do."""
+    told, trials = [], []
+    for trial in study.reporting:
+        apart = study.reruns.get(trial.origin.name)
+        losses = [one.loss for one in study.reporting if _cell(one) == _cell(trial) and math.isfinite(one.loss)]
+        if apart is not None and len(losses) > 1 and apart > (spread := stdev(losses)):
+            told.append(f"{_where(_cell(trial))}: {apart:.2g} nats, where seeds differ by {spread:.2g}")
+            trials.append(trial)
+    if not told:
+        return []
+    title = f"The machine of the rerun does not reproduce the records: {told[0]}"
+    detail = (
+        f"{'; '.join(told)}. Runs made there cannot be compared with the records; look for other versions and threads."
+    )
+    return [_finding(study, "machine", "serious", title, detail, trials)]
 
 
 def _fairness(study: Study) -> list[Finding]:

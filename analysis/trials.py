@@ -6,6 +6,7 @@ are the optimizers and every run counts as reported.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from training.records import Form, RecordError, find_runs, read_mapping, require
 STUDY_FILE = "study.yaml"
 PLAN = "plan"  # its section with what was derived from the rest
 REFERENCE_TIMES_FILE = "reference_times.json"
+VERIFICATION_FILE = "verification.json"
 
 Role = Literal["arm", "ablation"]
 
@@ -106,6 +108,8 @@ class Study:
     set_aside: Mapping[str, int] = field(default_factory=dict)  # recorded trials no longer in the study file, by arm
     # Seeds recorded by each study whose results chose settings of this one; None without its tables.
     builds_on: Mapping[str, frozenset[int] | None] = field(default_factory=dict)
+    # Nats between the final losses of a recorded run and its rerun (`study.py verify`), by trial.
+    reruns: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def left_out(self) -> str:
@@ -291,7 +295,19 @@ def _from_tables(directory: Path, train_points: int) -> Study:
         set_aside=Counter(row.arm for row in recorded if row.phase == "set aside"),
         builds_on={name: _seeds(directory.resolve().parent / name) for name in spec.get("builds_on", [])},
         reference_times=ReferenceTimes.load(times) if times.is_file() else None,
+        reruns=_reruns(directory / VERIFICATION_FILE),
     )
+
+
+def _reruns(path: Path) -> dict[str, float]:
+    if not path.is_file():
+        return {}
+    try:
+        listed = [_ReadRerun.model_validate(one) for one in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, TypeError, ValueError) as error:
+        raise RecordError(f"{path} is damaged; remove it, or restore it") from error
+    apart = {one.trial: one.difference if one.final_difference is None else one.final_difference for one in listed}
+    return {trial: math.inf if value is None else value for trial, value in apart.items()}
 
 
 def _seeds(directory: Path) -> frozenset[int] | None:
@@ -351,6 +367,12 @@ class _ReadModel(Form):
 class _ReadTuning(Form):
     method: str
     trials: int
+
+
+class _ReadRerun(Form):
+    trial: str
+    difference: float | None  # null: infinite
+    final_difference: float | None = None
 
 
 class _ReadPlan(Form):

@@ -15,6 +15,9 @@
     python scripts/study.py report study=cpu_scale              HTML, Markdown, JSON
     python scripts/study.py sweep study=cpu_scale               W&B sweep files
 
+    python scripts/study.py run study=challenge challenger.factory=my_optimizer:Mine challenger.search=my_space.yaml
+                                                                your optimizer against recorded arms (docs/challenge.md)
+
 `study=` is a file in configs/study, or a path. Runs go to runs/<study>, tables and report to results/<study>.
 """
 
@@ -76,9 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = SafeConsole(stderr=options.command in ("run", "times", "verify"))
     try:
-        study, launcher, extras = split(options.overrides)
-        spec = load_spec(study)
+        own = [one for one in options.overrides if one.startswith("challenger.")]
+        study, launcher, extras = split([one for one in options.overrides if one not in own])
+        spec = baselines = load_spec(study)
         # pyarrow comes with these, which a mistake need not wait for.
+        if own:
+            from studies.challenge import challenger_of, prepare, with_challenger
+
+            spec = with_challenger(baselines, challenger_of(own))
         from studies.overview import plan_table, speeds_of, status_table
         from studies.store import Places, compact
         from studies.sweeps import write_sweeps
@@ -86,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         places = Places.of(spec.name, options.work, options.records)
         launching = functools.partial(launch_with, launcher=launcher, extras=extras)
         if options.command == "run":
+            if own:
+                prepare(baselines, spec, places, options.records, log_to(console))
             return run(spec, places, launching, side_by_side(launcher), options.hours, console)
         if options.command == "verify":
             return verify_records(places, options.trials, console, allow_code=ALLOW in extras)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from studies.search import Point, Search, best_of, coordinate_descent, quasi_random, replay, settled, start_point
 from studies.spec import AblationSpec, ArmSpec, Range, StudySpec, Value, points
 from training.compose import compose_dictionary
+from training.config import ConfigurationError
 
 Phase = Literal["tuning", "reporting"]
 Status = Literal["completed", "diverged"]
@@ -157,6 +158,9 @@ def value_overrides(values: Mapping[str, Value], defaults: Callable[[], Mapping[
     Args:
         values: by configuration key.
         defaults: returns the composed configuration; called only if there are list elements.
+
+    Raises:
+        ConfigurationError: an element of something that is no list there.
     """
     overrides = []
     lists: dict[str, list[Any]] = {}
@@ -169,7 +173,9 @@ def value_overrides(values: Mapping[str, Value], defaults: Callable[[], Mapping[
         if name not in lists:
             node: Any = defaults()
             for part in name.split("."):
-                node = node[part]
+                node = node.get(part) if isinstance(node, Mapping) else None
+            if not isinstance(node, list):
+                raise ConfigurationError(f"{key}: {name} is no list; give the list in the arm's overrides or arguments")
             lists[name] = list(node)
         lists[name][int(element["index"])] = value
     return overrides + [f"{name}=[{','.join(map(_written, items))}]" for name, items in lists.items()]

@@ -12,13 +12,12 @@ from typing import Any
 
 from analysis.runs import RecordedRun
 from analysis.trial_tables import TrialRow, read_trials
-from analysis.trials import RecordedTrial, Study
+from analysis.trials import VERIFICATION_FILE, RecordedTrial, Study
 from data.files import write_atomically
 from training.compose import without_removed
 from training.config import ConfigurationError
 from training.records import SUMMARY_FILE, RecordError, RunRecord, json_line, write_config
 
-VERIFICATION_FILE = "verification.json"
 TOLERANCE = 1e-3  # nats, on a machine of the same type
 
 _TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -37,6 +36,7 @@ class Verification:
     # nats, the largest difference between losses of the same kind and step; infinite if only one run has the line or a
     # finite loss in it, or if their statuses differ
     difference: float
+    final_difference: float  # nats, of the final validation losses
     recorded_on: str
     rerun_on: str
 
@@ -132,6 +132,7 @@ def compare(trial: RecordedTrial, again: Path) -> Verification:
         seed=trial.seed,
         lines=len(common),
         difference=max(_distance(recorded[key], repeated[key]) for key in common) if same_end else math.inf,
+        final_difference=_distance(_final(before.summary), _final(after.summary)) if same_end else math.inf,
         recorded_on=_machine(before.environment),
         rerun_on=_machine(after.environment),
     )
@@ -200,6 +201,11 @@ def _losses(record: RunRecord) -> dict[tuple[str, int], float]:
         loss = line.get("val_loss" if line["kind"] == "eval" else "loss")
         losses[str(line["kind"]), int(line["step"])] = math.nan if loss is None else float(loss)
     return losses
+
+
+def _final(summary: Mapping[str, Any] | None) -> float:
+    loss = (summary or {}).get("final_val_loss")
+    return math.nan if loss is None else float(loss)
 
 
 def _distance(one: float, other: float) -> float:

@@ -1,5 +1,6 @@
 """Each guard is triggered by a doctored record, and a sound study triggers none."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,22 @@ def doctor(tmp_path: Path) -> Doctor:
 
 def test_a_sound_study_triggers_no_guard(doctor: Doctor) -> None:
     assert doctor.write() == []
+
+
+@pytest.mark.parametrize(("apart", "found"), [(1e-4, []), (0.1, ["machine"]), (None, ["machine"])])
+def test_a_rerun_that_ends_farther_from_its_record_than_seeds_differ_is_serious(
+    doctor: Doctor, apart: float | None, found: list[str]
+) -> None:
+    doctor.write()
+    (trial,) = (
+        one
+        for one in load_study([doctor.directory]).reporting
+        if one.arm == "adamw" and (one.horizon, one.seed) == (100, 1)
+    )
+    rerun = {"trial": trial.origin.name, "difference": None, "final_difference": apart}
+    (doctor.directory / "verification.json").write_text(json.dumps([rerun]))
+    findings = inspect(load_study([doctor.directory]))
+    assert [one.guard for one in findings if one.severity == "serious"] == found
 
 
 def change_batch(doctor: Doctor) -> None:

@@ -83,7 +83,7 @@ def test_pandas_reads_both_tables_in_a_line_each_with_a_type_for_each_column(stu
     assert (trials.set_index("trial").final_val_loss - ends).abs().max() == 0
 
 
-@pytest.mark.parametrize("name", ["cpu_scale", "cpu_embeddings"])
+@pytest.mark.parametrize("name", ["cpu_scale", "cpu_embeddings", "challenge"])
 def test_committed_tables_are_whole_and_small(name: str) -> None:
     rows = read_trials(RESULTS / name)
     assert {row.trial for row in rows} == set(by_trial(read_curves(RESULTS / name)))

@@ -45,6 +45,7 @@ def test_the_largest_difference_counts_whatever_the_kind_of_line(tmp_path: Path)
     found = compare(kept, again)
     assert (found.trial, found.lines) == ("kept", 4), "lines that the record was thinned by do not count"
     assert found.difference == pytest.approx(TOLERANCE / 2)
+    assert found.final_difference == 0, "both summaries say 1.0"
     assert found.holds
     assert not unequal([found])
 

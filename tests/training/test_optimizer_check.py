@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.check_optimizer import main
+from scripts.check_optimizer import main, table_of
 from training import optimizer_check
 from training.optimizer_check import Check, check, configured, curve
 
@@ -50,6 +50,30 @@ def test_the_fault_of_a_broken_optimizer_is_named(name: str) -> None:
 @pytest.mark.parametrize("arm", ["adamw", "lion", "sophiag", "sophiah", "muon", "signum", "adahessian"])
 def test_the_projects_own_optimizers_pass(arm: str) -> None:
     assert failed([f"optimizer={arm}"], reference=arm if arm != "adahessian" else None) == {}
+
+
+@pytest.mark.parametrize("arm", ["nadamw", "ademamix", "soap", "schedulefree"])
+def test_the_packaged_arms_compose_and_learn(arm: str) -> None:
+    losses = curve(configured([f"optimizer={arm}", "optimizer.lr=5e-3"]), 12)
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_the_challenges_example_passes_and_is_adamw_without_its_blend() -> None:
+    mine = ["optimizer=external", "optimizer.factory=examples.my_optimizer:SignedAdam", "optimizer.lr=6e-4"]
+    assert failed([*mine, "optimizer.arguments.blend=0.0"], reference="adamw") == {}
+    assert failed([*mine, "optimizer.arguments.blend=1.0"], reference="adamw").keys() == {"like adamw"}
+
+
+def test_the_table_of_all_optimizers_names_what_did_not_pass() -> None:
+    checks = [
+        Check("weight decay", "fail", "it is coupled"),
+        Check("state", "pass", "8.0 bytes per parameter, float32 (m, v)"),
+        Check("elementwise", "pass", "yes: strategies single, ddp, fsdp and deepspeed"),
+        Check("speed", "note", "a step takes 3.75 times that of fused AdamW (2.1M parameters)"),
+    ]
+    _, _, row, _, remark = table_of({"mine": checks}).splitlines()
+    assert row == "| mine | 1 of 2 | 8.0 | single, ddp, fsdp and deepspeed | 4 |"
+    assert remark == "- mine, weight decay (fail): it is coupled"
 
 
 def test_a_sound_class_from_outside_passes() -> None:
