@@ -473,7 +473,7 @@ def test_a_clock_finding_says_where_reference_times_come_from(doctor: Doctor) ->
     (finding,) = doctor.write()
     assert "0.045 s (AdamW, tiny, 100 steps) to 0.0486 s (Sophia-G, tiny, 200 steps)" in finding.detail
     assert "study.py times study=small" in finding.detail
-    ReferenceTimes({}, "idle").save(doctor.directory / "reference_times.json")
+    ReferenceTimes(source="idle", seconds={}).save(doctor.directory / "reference_times.json")
     (finding,) = inspect(load_study([doctor.directory]))
     assert "study.py times" not in finding.detail
 
