@@ -36,8 +36,7 @@ class PowerLaw:
     @property
     def residuals(self) -> Array:
         """(K,) observed minus fitted losses, nats."""
-        residuals: Array = self.losses - self.value(self.log_tokens)
-        return residuals
+        return np.asarray(self.losses - self.value(self.log_tokens))
 
     def value(self, log_tokens: ArrayLike) -> Array:
         return np.asarray(self.floor + self.scale * self._decay(log_tokens))
@@ -57,20 +56,21 @@ class PowerLaw:
         """(P, K) J⁺ of the runs."""
         return np.asarray(np.linalg.pinv(self._gradient(self.log_tokens)))
 
+    def _distance(self, log_tokens: ArrayLike) -> Array:
+        return np.asarray(log_tokens, dtype=np.float64) - self.log_tokens.mean()
+
     def _decay(self, log_tokens: ArrayLike) -> Array:
-        distance = np.asarray(log_tokens, dtype=np.float64) - self.log_tokens.mean()
-        return np.asarray(np.exp(-self.exponent * distance))
+        return np.asarray(np.exp(-self.exponent * self._distance(log_tokens)))
 
     def _gradient(self, log_tokens: ArrayLike) -> Array:
         """Return (…, P) the derivative of the value by the parameters that are not at a bound."""
         decay = self._decay(log_tokens)
-        distance = np.asarray(log_tokens, dtype=np.float64) - self.log_tokens.mean()
-        columns = [decay]
-        if "floor" not in self.at_bound:
-            columns.append(np.ones_like(decay))
-        if "exponent" not in self.at_bound:
-            columns.append(-self.scale * distance * decay)
-        return np.stack(columns, axis=-1)
+        columns = {
+            "scale": decay,
+            "floor": np.ones_like(decay),
+            "exponent": -self.scale * self._distance(log_tokens) * decay,
+        }
+        return np.stack([column for name, column in columns.items() if name not in self.at_bound], axis=-1)
 
 
 def fit_power_law(log_tokens: Array, losses: Array) -> PowerLaw:
@@ -100,12 +100,7 @@ def fit_power_law(log_tokens: Array, losses: Array) -> PowerLaw:
     found = optimize.minimize_scalar(lambda value: float(solve(value)[0]), bounds=bracket, method="bounded")
     log_exponent = float(found.x)
     floor, scale = map(float, solve(log_exponent)[1:])
-    at_bound = tuple(
-        name
-        for name, reached in (
-            ("floor", floor == 0.0),
-            ("exponent", not grid[0] + 1e-3 < log_exponent < grid[-1] - 1e-3),
-        )
-        if reached
-    )
-    return PowerLaw(log_tokens, losses, floor, scale, math.exp(log_exponent), at_bound)
+    at_bound = ["floor"] if floor == 0.0 else []
+    if not grid[0] + 1e-3 < log_exponent < grid[-1] - 1e-3:
+        at_bound.append("exponent")
+    return PowerLaw(log_tokens, losses, floor, scale, math.exp(log_exponent), tuple(at_bound))

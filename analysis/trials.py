@@ -28,6 +28,7 @@ PLAN = "plan"  # its section with what was derived from the rest
 REFERENCE_TIMES_FILE = "reference_times.json"
 
 Role = Literal["arm", "ablation"]
+Cell = tuple[str, str, int]  # arm, model, horizon
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class RecordedTrial:
     values: Mapping[str, Any]  # hyper-parameters set by the search, by configuration key
     origin: Origin
     run: RecordedRun | None
+
+    @property
+    def cell(self) -> Cell:
+        return self.arm, self.model, self.horizon
 
     @property
     def status(self) -> str:
