@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -177,69 +178,53 @@ class Results:
 
     def as_json(self) -> dict[str, Any]:
         """Return JSON values; runs are named by their trial or, without a study, by their directory."""
-        return {
-            "study": self.study.name,
-            "baseline": self.study.baseline,
-            "level": self.study.level,
-            "seeds": list(self.study.seeds),
-            "verdicts": [
-                {
-                    "arm": one.arm,
-                    "model": one.model,
-                    "horizon": one.at.endpoints.horizon if one.at else None,
-                    "word": {currency: one.word_in(currency) for currency in VERDICT_CURRENCIES},
-                    "difference": _plain(one.at.same) if one.at else None,
-                    "ratio": {c: _plain(one.at.ratio_in(c)) for c in VERDICT_CURRENCIES} if one.at else None,
-                    "paper_claim": one.claim,
-                    "paper_claim_not_tested": one.not_tested,
-                    "paper_difference": _plain(one.paper.half) if one.paper else None,
-                    "sentence": one.sentence(self.study.baseline),
-                }
-                for one in self.verdicts
-            ],
-            "findings": _plain(self.findings),
-            "final_losses": [
-                {
-                    "arm": end.arm,
-                    "model": end.model,
-                    "horizon": end.horizon,
-                    "seeds": list(end.seeds),
-                    "losses": _plain(end.losses.tolist()),
-                    "mean": _plain(end.mean),
-                    "standard_deviation": _plain(end.standard_deviation),
-                    "runs": _plain(end.runs),
-                }
-                for end in self.endpoints()
-            ],
-            "compared": [
-                {
-                    "arm": one.endpoints.arm,
-                    "model": one.endpoints.model,
-                    "horizon": one.endpoints.horizon,
-                    "same": _plain(one.same),
-                    "half": _plain(one.half),
-                    "ratio": _plain(one.ratio),
-                    "prices": _plain(one.prices),
-                }
-                for one in self.compared
-            ],
-            "self_tests": {model: _plain(baseline.self_test) for model, baseline in self.baselines.items()},
-            "costs": _plain(self.costs),
-            "ablations": _plain(self.ablations),
-            "beta2_gamma_grid": None
-            if self.grid is None
-            else {
-                "gamma": _plain(self.grid.gammas),
-                "beta2": _plain(self.grid.betas),
-                "loss": _plain(self.grid.losses.tolist()),
-                "runs": [run.origin.name for run in self.grid.runs],
-            },
-        }
+        cell = ("arm", "model", "horizon")
+        return _plain(
+            {
+                "study": self.study.name,
+                "baseline": self.study.baseline,
+                "level": self.study.level,
+                "seeds": self.study.seeds,
+                "verdicts": [
+                    {
+                        "arm": one.arm,
+                        "model": one.model,
+                        "horizon": one.at.endpoints.horizon if one.at else None,
+                        "word": {currency: one.word_in(currency) for currency in VERDICT_CURRENCIES},
+                        "difference": one.at.same if one.at else None,
+                        "ratio": {c: one.at.ratio_in(c) for c in VERDICT_CURRENCIES} if one.at else None,
+                        "paper_claim": one.claim,
+                        "paper_claim_not_tested": one.not_tested,
+                        "paper_difference": one.paper.half if one.paper else None,
+                        "sentence": one.sentence(self.study.baseline),
+                    }
+                    for one in self.verdicts
+                ],
+                "findings": self.findings,
+                "final_losses": [
+                    _attributes(end, *cell, "seeds", "losses", "mean", "standard_deviation", "runs")
+                    for end in self.endpoints()
+                ],
+                "compared": [
+                    _attributes(one.endpoints, *cell) | _attributes(one, "same", "half", "ratio", "prices")
+                    for one in self.compared
+                ],
+                "self_tests": {model: baseline.self_test for model, baseline in self.baselines.items()},
+                "costs": self.costs,
+                "ablations": self.ablations,
+                "beta2_gamma_grid": self.grid
+                and {
+                    "gamma": self.grid.gammas,
+                    "beta2": self.grid.betas,
+                    "loss": self.grid.losses,
+                    "runs": [run.origin.name for run in self.grid.runs],
+                },
+            }
+        )
 
     def endpoints(self) -> list[Endpoints]:
         """Return every cell of reported runs, the baseline's first on each model."""
-        study = self.study
-        arms = [*study.arm_names(), *study.arm_names("ablation")]
+        study, arms = self.study, self.study.arm_names("arm", "ablation")
         return [end for model in study.models for arm in arms for end in study.endpoints(arm, model)]
 
 
@@ -269,22 +254,21 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
             findings.append(Finding("baseline", "serious", f"{model}: the baseline cannot be used", str(error)))
             continue
         level = corrected_level(study, model)
-        for arm in [*study.arm_names(), *study.arm_names("ablation")]:
+        horizons = {end.horizon for end in cells}
+        for arm in study.arm_names("arm", "ablation"):
             if arm == study.baseline:
                 continue
             own = compare(study.endpoints(arm, model), cells, baselines[model], level)
             compared += own
             if own and study.arms[arm].role == "arm":
-                verdicts.append(_verdict(arm, model, own, sizes.get(model, math.nan)))
-        if not baselines[model].self_test.passed:
-            findings.append(
-                Finding(
-                    "curve",
-                    "note",
-                    f"{model}: no ratios, only differences of loss",
-                    f"{baselines[model].self_test.reason[0].upper()}{baselines[model].self_test.reason[1:]}.",
-                )
+                verdicts.append(_verdict(own, horizons, sizes.get(model, math.nan)))
+        test = baselines[model].self_test
+        if not test.passed:
+            title, detail = (
+                f"{model}: no ratios, only differences of loss",
+                f"{test.reason[0].upper()}{test.reason[1:]}.",
             )
+            findings.append(Finding("curve", "note", title, detail))
     findings.sort(key=lambda finding: -finding.weight)
     return Results(
         study=study,
@@ -318,17 +302,14 @@ def corrected_level(study: Study, model: str) -> float:
     return 1 - (1 - study.level) / max(arms, 1)
 
 
-def _verdict(arm: str, model: str, own: Sequence[Compared], size: float) -> Verdict:
-    """Choose the horizons: the longest whose cells exist, whether or not their runs diverged."""
-    at = next((one for one in reversed(own) if one.prices), None)
-    paper = next((one for one in reversed(own) if not _absent(one.half)), None)
+def _verdict(own: Sequence[Compared], horizons: Collection[int], size: float) -> Verdict:
+    """Choose the arm's longest cells for which the baseline has cells, whether or not their runs diverged."""
+    arm, model = own[0].endpoints.arm, own[0].endpoints.model
+    at = next((one for one in reversed(own) if one.endpoints.horizon in horizons), None)
+    paper = next((one for one in reversed(own) if PAPER_RATIO * one.endpoints.horizon in horizons), None)
     told = paper or at
     tokens = float(told.endpoints.tokens.mean()) if told else math.nan
     return Verdict(arm, model, at, paper, tokens / size)
-
-
-def _absent(half: Contrast | str) -> bool:
-    return isinstance(half, str) and half.startswith("the baseline has no runs")
 
 
 def model_sizes(study: Study) -> dict[str, float]:
@@ -343,38 +324,39 @@ def model_sizes(study: Study) -> dict[str, float]:
 
 def _costs(study: Study) -> list[ArmCost]:
     costs = []
-    for model in study.models:
-        for arm in [*study.arm_names(), *study.arm_names("ablation")]:
-            runs = [run for run in study.runs(arm=arm, model=model) if run.summary]
-            if not runs:
-                continue
-            steps = sum(run.total("steps") for run in runs)
-            seconds = {kind: sum(_entry(run, kind, "seconds") for run in runs) for kind in TRAINING_KINDS}
-            flops = sum(run.total("flops") for run in runs)
-            shares = [run.clipped_norm_share for run in runs if math.isfinite(run.clipped_norm_share)]
-            total = sum(seconds.values()) or sum(run.total("seconds") for run in runs)
-            costs.append(
-                ArmCost(
-                    arm=arm,
-                    model=model,
-                    runs=len(runs),
-                    seconds_per_step=total / steps if steps else math.nan,
-                    seconds_by_kind={kind: value / steps if steps else math.nan for kind, value in seconds.items()},
-                    flops_per_token=flops / max(sum(run.total("tokens") for run in runs), 1.0),
-                    curvature_seconds_share=seconds["curvature"] / total if total else math.nan,
-                    curvature_flops_share=sum(_entry(run, "curvature", "flops") for run in runs) / flops
-                    if flops
-                    else math.nan,
-                    clipped_norm_share=float(np.mean(shares)) if shares else math.nan,
-                    peak_memory_bytes=max(float((run.summary or {}).get("peak_memory_bytes") or 0) for run in runs),
-                )
+    for model, arm in itertools.product(study.models, study.arm_names("arm", "ablation")):
+        runs = [run for run in study.runs(arm=arm, model=model) if run.summary]
+        if not runs:
+            continue
+        steps, tokens, flops, clock = (
+            sum(run.total(currency) for run in runs) for currency in ("steps", "tokens", "flops", "seconds")
+        )
+        seconds = {kind: _ledger_sum(runs, kind, "seconds") for kind in TRAINING_KINDS}
+        shares = [run.clipped_norm_share for run in runs if math.isfinite(run.clipped_norm_share)]
+        total = sum(seconds.values()) or clock
+        costs.append(
+            ArmCost(
+                arm=arm,
+                model=model,
+                runs=len(runs),
+                seconds_per_step=_over(total, steps),
+                seconds_by_kind={kind: _over(value, steps) for kind, value in seconds.items()},
+                flops_per_token=flops / max(tokens, 1.0),
+                curvature_seconds_share=_over(seconds["curvature"], total),
+                curvature_flops_share=_over(_ledger_sum(runs, "curvature", "flops"), flops),
+                clipped_norm_share=float(np.mean(shares)) if shares else math.nan,
+                peak_memory_bytes=max(float((run.summary or {}).get("peak_memory_bytes") or 0) for run in runs),
             )
+        )
     return costs
 
 
-def _entry(run: RecordedRun, kind: str, what: str) -> float:
-    ledger = (run.summary or {}).get("ledger") or {}
-    return float((ledger.get(kind) or {}).get(what, 0.0))
+def _ledger_sum(runs: Sequence[RecordedRun], kind: str, what: str) -> float:
+    return sum(run.ledger.get(kind, {}).get(what, 0.0) for run in runs)
+
+
+def _over(value: float, by: float) -> float:
+    return value / by if by else math.nan
 
 
 def write_json(results: Results, path: Path) -> None:
@@ -390,11 +372,15 @@ def significant(value: float, digits: int = 6) -> float:
     return float(value) if float(value).is_integer() else float(f"{value:.{digits}g}")
 
 
+def _attributes(of: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(of, name) for name in names}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Origin):
         return value.trial or value.path.as_posix()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return _plain(_attributes(value, *(field.name for field in dataclasses.fields(value))))
     if isinstance(value, Mapping):
         return {str(key): _plain(member) for key, member in value.items()}
     if isinstance(value, np.ndarray):
