@@ -100,12 +100,7 @@ class Interval:
 
 
 def paired_interval(differences: Sequence[float] | Array, level: float) -> Interval | None:
-    """Return Student's t interval of a mean; None for fewer than two values.
-
-    Args:
-        differences: (n,) nats, one per seed.
-        level: confidence level, 0 < level < 1.
-    """
+    """Return Student's t interval of the mean of (n,) differences in nats, one per seed; None for fewer than two."""
     values = np.asarray(differences, dtype=np.float64)
     if len(values) < 2:
         return None
@@ -220,9 +215,7 @@ def fit_baseline(endpoints: Sequence[Endpoints]) -> Baseline:
     """Fit the baseline's curve and test it on the baseline itself.
 
     A horizon with a diverged run is left out entirely: leaving out only the seed would bias the curve to lucky seeds.
-
-    Raises:
-        ValueError: no horizon without a diverged run.
+    Raises ValueError if none is left.
     """
     ordered = sorted((end for end in endpoints if not end.diverged), key=lambda end: end.horizon)
     if not ordered:
@@ -234,22 +227,16 @@ def fit_baseline(endpoints: Sequence[Endpoints]) -> Baseline:
         reason = f"the baseline has {count}; a curve that can be tested needs {HORIZONS_NEEDED}"
     elif len(common) < 2:
         reason = "the baseline's horizons have fewer than two seeds in common"
+    baseline = Baseline(tuple(ordered), SelfTest(False, math.nan, {}, reason))
     if reason:
-        return Baseline(tuple(ordered), SelfTest(False, math.nan, {}, reason))
-    cells = tuple(end.at(common) for end in ordered)
-    baseline = Baseline(cells, SelfTest(False, math.nan, {}, reason))
+        return baseline
+    baseline = replace(baseline, endpoints=tuple(end.at(common) for end in ordered))
+    curve = fit_power_law(baseline.log_tokens, baseline.losses.mean(axis=0))
+    return replace(baseline, self_test=_self_test(baseline), curve=curve)
+
+
+def _self_test(baseline: Baseline) -> SelfTest:
     x, losses = baseline.log_tokens, baseline.losses
-    test = _self_test(x, losses, [end.horizon for end in cells])
-    return Baseline(cells, test, fit_power_law(x, losses.mean(axis=0)))
-
-
-def _self_test(x: Array, losses: Array, horizons: Sequence[int]) -> SelfTest:
-    """Predict each horizon from the others.
-
-    Args:
-        x: (K,) log tokens.
-        losses: (n, K) nats.
-    """
     n, count = losses.shape
     means = losses.mean(axis=0)
     errors, ratios = np.empty_like(losses), {}
@@ -259,7 +246,7 @@ def _self_test(x: Array, losses: Array, horizons: Sequence[int]) -> SelfTest:
         weights = curve.weights(x[k])
         deviations = losses[:, others] - means[others]
         errors[:, k] = losses[:, k] - (curve.value(x[k]) + deviations @ weights)
-        ratios[horizons[k]] = math.exp(curve.inverse(means[k]) - x[k])
+        ratios[baseline.endpoints[k].horizon] = math.exp(curve.inverse(means[k]) - x[k])
     mean, covariance = errors.mean(axis=0), np.cov(errors, rowvar=False)
     trace = float(np.trace(covariance))
     inner = float(np.max(np.abs(mean[1:-1])))
@@ -365,11 +352,9 @@ def _allowance(baseline: Baseline, at: Array) -> Array:
 
 
 def _first(at: Array, excess: Array) -> tuple[float, bool]:
-    """Return the first point where the excess is not negative (the last point, if none), and whether the range begins there.
+    """Return the first point of (m,) `at` where (m,) `excess` reaches zero, and whether it does so from the beginning.
 
-    Args:
-        at: (m,) ascending.
-        excess: (m,) linear in between.
+    Where it never does, the last point.
     """
     kept = np.flatnonzero(excess >= 0)
     index = int(kept[0]) if len(kept) else len(at) - 1
@@ -400,11 +385,7 @@ class Compared:
 def compare(
     cells: Sequence[Endpoints], baseline: Sequence[Endpoints], fitted: Baseline, level: float
 ) -> list[Compared]:
-    """Compare an arm's cells on one model with the baseline's, ascending in horizon.
-
-    Args:
-        level: of the intervals, corrected for the number of arms.
-    """
+    """Compare an arm's cells on one model with the baseline's, ascending in horizon, by intervals of the given level."""
     reference = {end.horizon: end for end in baseline}
     found = []
     for end in sorted(cells, key=lambda one: one.horizon):

@@ -124,12 +124,7 @@ class Finding:
 
 
 def differences(runs: Sequence[RecordedRun], *, by_design: Iterable[str] = OPTIMIZER) -> list[Difference]:
-    """Return keys of configuration and environment in which the runs differ and should not.
-
-    Args:
-        runs: the compared runs.
-        by_design: keys (with all below them) that may differ, such as "optimizer" or "train.steps".
-    """
+    """Return keys of configuration and environment in which the runs differ, unless at or below a key of `by_design`."""
     ignored = (*INCIDENTAL, *by_design)
     flattened = {run.name: _comparable_values(run) for run in runs}
     keys = sorted({key for values in flattened.values() for key in values if not is_under(key, ignored)})

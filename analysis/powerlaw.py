@@ -74,12 +74,7 @@ class PowerLaw:
 
 
 def fit_power_law(log_tokens: Array, losses: Array) -> PowerLaw:
-    """Fit three parameters by least squares; floor and scale have an exact solution at each exponent.
-
-    Args:
-        log_tokens: (K,) at least three.
-        losses: (K,) nats.
-    """
+    """Fit (K >= 3,) losses in nats by least squares; floor and scale have an exact solution at each exponent."""
     if len(log_tokens) < 3:
         raise ValueError(f"{len(log_tokens)} points do not determine three parameters: give at least three")
     distance = log_tokens - log_tokens.mean()

@@ -229,14 +229,7 @@ class Results:
 
 
 def analyse(study: Study, *, against_baseline: bool = True) -> Results:
-    """Analyse a study.
-
-    Args:
-        against_baseline: if False, omit verdicts when the baseline has no run, for figures that need none.
-
-    Raises:
-        ValueError: the baseline has no finished reported run.
-    """
+    """Analyse a study. ValueError if the baseline has no finished reported run, unless `against_baseline` is False."""
     if against_baseline and not any(study.endpoints(study.baseline, model) for model in study.models):
         raise ValueError(_no_baseline(study))
     baselines: dict[str, Baseline] = {}

@@ -199,11 +199,7 @@ class RecordedRun:
 
 
 def load_runs(directories: Sequence[str | Path]) -> list[RecordedRun]:
-    """Load runs in the given order, as `load_each` does.
-
-    Raises:
-        RecordError: a record is damaged; the first such error.
-    """
+    """Load runs as `load_each` does. Raises the RecordError of the first damaged one."""
     runs = []
     for run in load_each(directories):
         if isinstance(run, RecordError):
@@ -213,13 +209,9 @@ def load_runs(directories: Sequence[str | Path]) -> list[RecordedRun]:
 
 
 def load_each(directories: Sequence[str | Path], *, train_points: int = 400) -> list[RecordedRun | RecordError]:
-    """Load runs in the given order; a damaged one yields its RecordError.
+    """Load run directories in the given order; a damaged one yields its RecordError.
 
-    Two metrics files are in memory at a time.
-
-    Args:
-        directories: run directories.
-        train_points: number of bins for a run's train lines; 0 keeps none.
+    `train_points` is the number of bins for a run's train lines; 0 keeps none. Two metrics files are in memory at a time.
     """
 
     def load(directory: str | Path) -> RecordedRun | RecordError:
@@ -233,11 +225,7 @@ def load_each(directories: Sequence[str | Path], *, train_points: int = 400) -> 
 
 
 def load_run(directory: str | Path, *, train_points: int = 400) -> RecordedRun:
-    """Load one run; see `load_each`.
-
-    Raises:
-        RecordError: the directory has no run record, or one of its files is damaged.
-    """
+    """Load one run. RecordError if the directory has no run record, or one of its files is damaged."""
     record = RunRecord.open(directory)
     path = record.metrics_path
     content = metrics_content(path)
@@ -251,8 +239,7 @@ def runs_of_rows(
 ) -> dict[str, RecordedRun]:
     """Return the runs in a study's tables by trial, without rows that have no summary.
 
-    Raises:
-        RecordError: a configuration lacks what the analysis needs, or the curves of a trial are missing.
+    Raises RecordError if a configuration lacks what the analysis needs, or the curves of a trial are missing.
     """
     trials, path = directory / TRIALS_FILE, directory / CURVES_FILE
     lines = by_trial(curves)
@@ -306,11 +293,7 @@ def _last_refresh(lines: pa.Table) -> dict[str, Any] | None:
 
 
 def _read_metrics(content: bytes, path: Path) -> pa.Table:
-    """Parse all eval lines of a metrics.jsonl and about _TRAIN_LINES train lines; absent values are null.
-
-    Raises:
-        RecordError: a line other than the last is damaged.
-    """
+    """Parse all eval lines of a metrics.jsonl and about _TRAIN_LINES train lines; absent values are null."""
     lines = content.split(b"\n")
     # A run killed while writing leaves a torn last line without a newline.
     lines.pop()
@@ -337,11 +320,7 @@ def _read_metrics(content: bytes, path: Path) -> pa.Table:
 
 
 def last_line(content: bytes, path: Path, kind: str) -> dict[str, Any] | None:
-    """Return the last complete line of a kind in a metrics.jsonl, without parsing the others; None if there is none.
-
-    Raises:
-        RecordError: the line is damaged.
-    """
+    """Return the last complete line of a kind in a metrics.jsonl, without parsing the others. RecordError if damaged."""
     content = content[: content.rfind(b"\n") + 1]
     at = max(content.rfind(f'{{"kind":{space}"{kind}"'.encode()) for space in ("", " "))
     if at < 0:

@@ -99,11 +99,7 @@ class _Study(Form):
 
 
 def checked(row: TrialRow) -> TrialRow:
-    """Return the row if it survives a round trip through trials.csv.
-
-    Raises:
-        RecordError: its record has something that trials.csv cannot represent.
-    """
+    """Return the row. RecordError if its record has something that trials.csv cannot represent."""
     if _row({key: _value(_text(value)) for key, value in _cells(row).items()}) != row:
         raise RecordError(f"{row.trial}: {TRIALS_FILE} cannot represent its record, for example a key with a dot")
     return row
@@ -122,11 +118,7 @@ def write_trials(directory: Path, rows: Sequence[TrialRow]) -> None:
 
 
 def read_trials(directory: Path) -> list[TrialRow]:
-    """Read the rows of trials.csv; an empty list without a file.
-
-    Raises:
-        RecordError: it cannot be read or is damaged; the message names the line.
-    """
+    """Read the rows of trials.csv; none without a file. RecordError, with the line, if it is damaged or unreadable."""
     path = directory / TRIALS_FILE
     content = _read(path)
     if content is None:
@@ -164,8 +156,7 @@ def read_trials(directory: Path) -> list[TrialRow]:
 def curves_of(trial: str, lines: Iterable[Mapping[str, Any]]) -> pa.Table:
     """Convert lines of metrics.jsonl to rows of curves.parquet; a hessian line gives one row per kind of parameters.
 
-    Raises:
-        RecordError: a value does not have its column's type.
+    Raises RecordError if a value does not have its column's type.
     """
     rows: list[Mapping[str, Any]] = []
     for line in lines:
@@ -186,11 +177,7 @@ def write_curves(directory: Path, tables: Sequence[pa.Table]) -> None:
 
 
 def read_curves(directory: Path) -> pa.Table:
-    """Read curves.parquet; an empty table without a file.
-
-    Raises:
-        RecordError: it cannot be read or is damaged.
-    """
+    """Read curves.parquet; an empty table without a file. RecordError if it is damaged or unreadable."""
     path = directory / CURVES_FILE
     content = _read(path)
     if content is None:
@@ -227,11 +214,7 @@ def _cells(row: TrialRow) -> dict[str, Any]:
 
 
 def _row(cells: Mapping[str, Any], line: int = 0) -> TrialRow:
-    """Build a row from values by column.
-
-    Raises:
-        ValueError: a value is missing or has the wrong type.
-    """
+    """Build a row from values by column. ValueError if one is missing or has the wrong type."""
     study = _Study.model_validate({name: cells[name] for name in (*_STUDY, "seed") if name in cells})
     parts: dict[str, dict[str, Any]] = {group: {} for group in ("study", "summary", "ledger", "config", "environment")}
     for name, value in cells.items():
@@ -296,11 +279,7 @@ def _text(value: Any) -> str:
 
 
 def _value(text: str) -> Any:
-    """Parse the text of a cell.
-
-    Raises:
-        ValueError: a quotation mark is not closed.
-    """
+    """Parse the text of a cell. ValueError if a quotation mark is not closed."""
     if text in _WORDS:
         return _WORDS[text]
     if text[0] == '"' or text in ("[]", "{}"):

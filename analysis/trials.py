@@ -207,9 +207,8 @@ class Study:
 def load_study(paths: Sequence[str | Path], *, baseline: str = "adamw", train_points: int = 400) -> Study:
     """Load a study directory, or run directories (or directories that contain some).
 
-    Raises:
-        FileNotFoundError: a path does not exist, or has neither a study nor a run.
-        RecordError: a file of the study is damaged, or the records of all bare runs are.
+    Raises FileNotFoundError if a path does not exist, or has neither a study nor a run; RecordError if a file of the study
+    or the records of all bare runs are damaged.
     """
     roots = [Path(path) for path in paths]
     if len(roots) == 1 and is_study(roots[0]):

@@ -56,11 +56,7 @@ class ReferenceTimes(Form):
 
     @classmethod
     def load(cls, path: Path) -> ReferenceTimes:
-        """Read a file written by `save`.
-
-        Raises:
-            RecordError: it cannot be read or is damaged.
-        """
+        """Read a file written by `save`. RecordError if it is missing, unreadable or damaged."""
         content = read_object(path, cls)
         if content is None:
             raise RecordError(f"{path} is missing")
