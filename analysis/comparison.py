@@ -404,10 +404,12 @@ def _prices(arm: Endpoints, baseline: Endpoints | None) -> dict[Currency, float]
     """Return the costs of a token of the arm over the baseline's, at one horizon."""
     if baseline is None:
         return {}
+    ours, theirs = (
+        {"flops": float(np.mean(end.flops / end.tokens)), "seconds": end.reference_seconds / float(np.mean(end.tokens))}
+        for end in (arm, baseline)
+    )
     prices: dict[Currency, float] = {"steps": 1.0, "tokens": 1.0}
-    flops = (float(np.mean(end.flops / end.tokens)) for end in (arm, baseline))
-    seconds = (end.reference_seconds / float(np.mean(end.tokens)) for end in (arm, baseline))
-    for currency, (ours, theirs) in (("flops", flops), ("seconds", seconds)):
-        if ours > 0 and theirs > 0 and math.isfinite(ours / theirs):
-            prices[currency] = ours / theirs  # type: ignore[index]
+    for currency in ("flops", "seconds"):
+        if 0 < ours[currency] < math.inf and 0 < theirs[currency] < math.inf:
+            prices[currency] = ours[currency] / theirs[currency]
     return prices

@@ -86,7 +86,12 @@ class Difference:
 
     key: str
     values: dict[str, Any]
-    affects: Affects
+
+    @property
+    def affects(self) -> Affects:
+        if self.key == FORWARD:
+            return "FLOPs and seconds"
+        return "seconds" if is_under(self.key, TIMING) else "loss"
 
     def __str__(self) -> str:
         runs_of: dict[str, list[str]] = {}
@@ -132,14 +137,8 @@ def differences(runs: Sequence[RecordedRun], *, by_design: Iterable[str] = OPTIM
     for key in keys:
         values = {run: flat.get(key) for run, flat in flattened.items() if key != FORWARD or key in flat}
         if len({repr(value) for value in values.values()}) > 1:
-            found.append(Difference(key, values, _affects(key)))
+            found.append(Difference(key, values))
     return found
-
-
-def _affects(key: str) -> Affects:
-    if key == FORWARD:
-        return "FLOPs and seconds"
-    return "seconds" if is_under(key, TIMING) else "loss"
 
 
 def inspect(study: Study) -> list[Finding]:
@@ -177,7 +176,7 @@ def _fairness(study: Study) -> Iterator[Finding]:
             values.setdefault(difference.key, {}).update(difference.values)
     trials = {trial.run.name: trial for trial in study.reporting if trial.run is not None}
     for affects, (what, consequence) in _UNFAIR.items():
-        found = [Difference(key, values[key], affects) for key in values if _affects(key) == affects]
+        found = [one for key in values if (one := Difference(key, values[key])).affects == affects]
         if found:
             title = f"Runs differ in {what}: {_some([one.key for one in found])}"
             detail = f"{'. '.join(map(str, found))}. {consequence}"

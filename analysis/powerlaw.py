@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -49,12 +48,7 @@ class PowerLaw:
     def weights(self, log_tokens: ArrayLike) -> Array:
         """Return (…, K) the derivative of the value at (…) log tokens by the K observed losses."""
         # Implicit function theorem at the least-squares optimum, Gauss-Newton form: g (JᵀJ)⁻¹ Jᵀ = g J⁺.
-        return self._gradient(log_tokens) @ self._pseudo_inverse
-
-    @cached_property
-    def _pseudo_inverse(self) -> Array:
-        """(P, K) J⁺ of the runs."""
-        return np.asarray(np.linalg.pinv(self._gradient(self.log_tokens)))
+        return np.asarray(self._gradient(log_tokens) @ np.linalg.pinv(self._gradient(self.log_tokens)))
 
     def _distance(self, log_tokens: ArrayLike) -> Array:
         return np.asarray(log_tokens, dtype=np.float64) - self.log_tokens.mean()

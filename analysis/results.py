@@ -23,13 +23,9 @@ from analysis.tuning import Tuning, tunings
 from analysis.wallclock import TRAINING_KINDS
 from data.files import write_atomically
 
-CURRENCY_NAMES: Mapping[Currency, str] = {
-    "steps": "steps",
-    "tokens": "tokens",
-    "flops": "compute",
-    "seconds": "wall-clock",
-}
-VERDICT_CURRENCIES: tuple[Currency, ...] = ("steps", "flops", "seconds")
+# The currencies of a verdict, with their names.
+CURRENCY_NAMES: Mapping[Currency, str] = {"steps": "steps", "flops": "compute", "seconds": "wall-clock"}
+VERDICT_CURRENCIES: tuple[Currency, ...] = tuple(CURRENCY_NAMES)
 
 # A shorter run says nothing about the paper's claim, which is about 100,000 steps at 390 tokens a parameter.
 CLAIM_STEPS = 1000
@@ -66,18 +62,17 @@ class Verdict:
         word = self.word
         if currency in ("steps", "tokens") or word == "no verdict" or self.at is None:
             return word
-        price = self.at.prices.get(currency)
+        price, ratio = self.at.prices.get(currency), self.at.ratio_in(currency)
         if price is None:
             return "no verdict"
-        ratio = self.at.ratio_in(currency)
-        if not isinstance(ratio, str):
-            if ratio.low > 1 and not ratio.low_censored:
-                return "faster"
-            if ratio.high < 1 and not ratio.high_censored:
-                return "slower"
-            return "not told apart"
-        agrees = price == 1 or (price > 1 and word == "slower") or (price < 1 and word == "faster")
-        return word if agrees else "no verdict"
+        if isinstance(ratio, str):
+            agrees = price == 1 or word == ("slower" if price > 1 else "faster")
+            return word if agrees else "no verdict"
+        if ratio.low > 1 and not ratio.low_censored:
+            return "faster"
+        if ratio.high < 1 and not ratio.high_censored:
+            return "slower"
+        return "not told apart"
 
     @property
     def claim(self) -> Claim:

@@ -370,12 +370,9 @@ def _bin_means(curve: Curve, points: int) -> Curve:
     starts, lasts = edges[:-1], edges[1:] - 1
 
     def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        if points == 0:
-            return values[:0]
-        known = ~np.isnan(values)
-        count = np.add.reduceat(known, starts, dtype=np.int64)
-        total = np.add.reduceat(np.where(known, values, 0.0), starts)
-        return np.divide(total, count, out=np.full(points, np.nan), where=count > 0)
+        with np.errstate(invalid="ignore"):  # a bin without values has no mean
+            count = np.add.reduceat(~np.isnan(values), starts, dtype=np.int64)
+            return np.asarray(np.add.reduceat(np.nan_to_num(values), starts) / count)
 
     return Curve(
         {name: values[lasts] if name in CURRENCIES else mean(values) for name, values in curve.columns.items()}

@@ -22,17 +22,18 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 from data.files import problem, read_regular, write_atomically
-from training.records import Environment, Form, RecordError, Summary
+from training.records import Environment, RecordError, Summary
 
 TRIALS_FILE = "trials.csv"
 CURVES_FILE = "curves.parquet"
@@ -41,6 +42,7 @@ Phase = Literal["tuning", "reporting", "set aside"]  # set aside: recorded, but 
 
 MISSING = "missing"  # the status of a planned trial that has not finished
 
+_GROUPS = ("study", "summary", "ledger", "config", "environment")  # of columns
 _STUDY = ("trial", "arm", "phase", "model", "horizon")
 _LEDGER = ("seconds", "flops", "tokens", "count")
 # The keys of a configuration without a dot. `name` has a column only if it is not the trial's.
@@ -73,7 +75,7 @@ CURVES_SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class TrialRow:
     """A row of trials.csv. An unfinished trial has no configuration, environment or summary."""
 
@@ -81,21 +83,12 @@ class TrialRow:
     arm: str
     phase: Phase
     model: str
-    horizon: int  # steps
+    horizon: Annotated[int, Field(gt=0)]  # steps
     seed: int
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] | None = None
     line: int = field(default=0, compare=False)  # line number in the file
-
-
-class _Study(Form):
-    trial: str
-    arm: str
-    phase: Phase
-    model: str
-    horizon: Annotated[int, Field(gt=0)]
-    seed: int
 
 
 def checked(row: TrialRow) -> TrialRow:
@@ -215,22 +208,21 @@ def _cells(row: TrialRow) -> dict[str, Any]:
 
 def _row(cells: Mapping[str, Any], line: int = 0) -> TrialRow:
     """Build a row from values by column. ValueError if one is missing or has the wrong type."""
-    study = _Study.model_validate({name: cells[name] for name in (*_STUDY, "seed") if name in cells})
-    parts: dict[str, dict[str, Any]] = {group: {} for group in ("study", "summary", "ledger", "config", "environment")}
+    row = TrialRow(**{name: cells[name] for name in (*_STUDY, "seed") if name in cells}, line=line)
+    if cells["status"] == MISSING:
+        return row
+    parts: dict[str, dict[str, Any]] = {group: {} for group in _GROUPS}
     for name, value in cells.items():
         parts[_group(name)][name] = value
     ledger: dict[str, dict[str, Any]] = {}
     for name, value in parts["ledger"].items():
         what, _, kind = name.partition(".")
         ledger.setdefault(kind, {})[what] = value
-    if cells["status"] == MISSING:
-        return TrialRow(**study.model_dump(), line=line)
-    return TrialRow(
-        **study.model_dump(),
-        config={"name": study.trial, **_tree(parts["config"])},
+    return replace(
+        row,
+        config={"name": row.trial, **_tree(parts["config"])},
         environment=_tree(parts["environment"]).get("environment", {}),
         summary=_tree(parts["summary"]) | ({"ledger": ledger} if ledger else {}),
-        line=line,
     )
 
 
@@ -294,7 +286,7 @@ def _value(text: str) -> Any:
 
 def _in_order(names: Iterable[str]) -> list[str]:
     """Sort columns in the order of the module's docstring, with sections of the configuration together."""
-    groups: dict[str, list[str]] = {group: [] for group in ("study", "summary", "ledger", "config", "environment")}
+    groups: dict[str, list[str]] = {group: [] for group in _GROUPS}
     for name in names:
         groups["study" if name == "seed" else _group(name)].append(name)
     sections = list(dict.fromkeys(name.partition(".")[0] for name in groups["config"]))

@@ -162,17 +162,10 @@ class Study:
         names = [name for role in roles or ("arm",) for name in present if self.arms[name].role == role]
         return sorted(names, key=lambda name: name != self.baseline)
 
-    def runs(
-        self, *, arm: str | None = None, model: str | None = None, phase: Phase = "reporting"
-    ) -> list[RecordedRun]:
-        return [
-            trial.run
-            for trial in self.trials
-            if trial.run is not None
-            and trial.phase == phase
-            and (arm is None or trial.arm == arm)
-            and (model is None or trial.model == model)
-        ]
+    def runs(self, *, arm: str | None = None, model: str | None = None) -> list[RecordedRun]:
+        """Return the reported runs, of one arm or all, on one model or all."""
+        found = [trial for trial in self.reporting if arm in (None, trial.arm) and model in (None, trial.model)]
+        return [trial.run for trial in found if trial.run is not None]
 
     def endpoints(self, arm: str, model: str) -> list[Endpoints]:
         """Return the endpoints of an arm's finished reported runs, one per horizon, ascending."""
@@ -291,11 +284,7 @@ def _from_tables(directory: Path, train_points: int) -> Study:
         arms=arms,
         trials=[
             RecordedTrial(
-                arm=row.arm,
-                phase=row.phase,
-                model=row.model,
-                horizon=row.horizon,
-                seed=row.seed,
+                *(row.arm, row.phase, row.model, row.horizon, row.seed),
                 values=_searched(row, spec),
                 origin=Origin(directory / TRIALS_FILE, row.trial, row.line),
                 run=runs.get(row.trial),
