@@ -428,9 +428,8 @@ def _clock(study: Study) -> Iterator[Finding]:
             told.append(f"{low:.3g} s ({_where(fast)}) to {high:.3g} s ({_where(slow)})")
     if told:
         advice = f"run `python scripts/study.py times study={study.name}`" if study.planned else "time the arms in turn"
-        remedy = (
-            "Use the reference times." if study.reference_times else f"For wall-clock, {advice} on the idle machine."
-        )
+        remedy = f"For wall-clock, {advice} on the idle machine."
+        remedy = "Use the reference times." if study.reference_times else remedy
         title = f"The machine drifted: the same forward and backward pass took up to {apart:.0%} longer"
         yield Finding("clock", "note", title, f"{'; '.join(told)}. Losses are not affected. {remedy}")
 

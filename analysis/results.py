@@ -111,7 +111,7 @@ class Verdict:
         words = {"faster": "is faster than", "slower": "is slower than", "not told apart": "is not told apart from"}
         text = (
             f"{subject} {words[self.word]} {label(baseline)}: after {steps} its final loss differs by "
-            f"{same.interval.text} nats ({len(same.seeds)} seeds, {_percent(same.interval.level)} interval)"
+            f"{same.interval.text} nats ({len(same.seeds)} seeds, {100 * same.interval.level:.3g}% interval)"
         )
         ratios = [
             f"{ratio.text} times as fast in {CURRENCY_NAMES[currency]}"
@@ -124,10 +124,6 @@ class Verdict:
             text += f"; a true difference of {same.smallest_detectable:.3f} nats would be found four times in five"
         why = f" ({self.not_tested})" if self.claim == "not tested" else ""
         return f"{text}. The paper's {PAPER_RATIO}×: {self.claim}{why}."
-
-
-def _percent(level: float) -> str:
-    return f"{100 * level:.3g}%"
 
 
 @dataclass(frozen=True)
@@ -252,11 +248,8 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
                 verdicts.append(_verdict(own, horizons, sizes.get(model, math.nan)))
         test = baselines[model].self_test
         if not test.passed:
-            title, detail = (
-                f"{model}: no ratios, only differences of loss",
-                f"{test.reason[0].upper()}{test.reason[1:]}.",
-            )
-            findings.append(Finding("curve", "note", title, detail))
+            title = f"{model}: no ratios, only differences of loss"
+            findings.append(Finding("curve", "note", title, f"{test.reason[0].upper()}{test.reason[1:]}."))
     findings.sort(key=lambda finding: -finding.weight)
     return Results(
         study=study,
@@ -302,12 +295,8 @@ def _verdict(own: Sequence[Compared], horizons: Collection[int], size: float) ->
 
 def model_sizes(study: Study) -> dict[str, float]:
     """Return the number of parameters of each model, from the records."""
-    sizes: dict[str, float] = {}
-    for trial in study.reporting:
-        summary = {} if trial.run is None else trial.run.summary or {}
-        if summary.get("parameters"):
-            sizes[trial.model] = float(summary["parameters"])
-    return sizes
+    runs = [(trial.model, trial.run) for trial in study.reporting if trial.run is not None]
+    return {model: float(size) for model, run in runs if (size := (run.summary or {}).get("parameters"))}
 
 
 def _costs(study: Study) -> list[ArmCost]:
