@@ -27,15 +27,7 @@ from pydantic import Field
 
 from analysis import escaping
 from analysis.trial_tables import CURVES_FILE, TRIALS_FILE, TrialRow, by_trial
-from training.records import (
-    CONFIG_FILE,
-    Form,
-    RecordError,
-    RunRecord,
-    metrics_content,
-    parse_line,
-    require,
-)
+from training.records import CONFIG_FILE, Form, RecordError, RunRecord, metrics_content, parse_line, require
 from training.records import flatten as flatten
 
 Currency = Literal["steps", "tokens", "flops", "seconds"]
