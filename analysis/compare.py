@@ -74,7 +74,7 @@ class ComparedArm:
 
     def crossing(self, target: float, currency: Currency) -> float | None:
         """Return the cost at which the curve first is at or below a loss (nats); None if it never is."""
-        return first_crossing(self.curve.axis(currency), self.curve["val_loss"], target)
+        return first_crossing(self.curve[currency], self.curve["val_loss"], target)
 
 
 def first_crossing(spent: NDArray[np.float64], loss: NDArray[np.float64], target: float) -> float | None:
@@ -186,7 +186,7 @@ class Comparison:
                 axis.fill_between(spent, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0)
             name = label(compared.arm) + (f" ({setting.values})" if self.is_sweep else "")
             axis.plot(
-                compared.curve.axis(currency),
+                compared.curve[currency],
                 compared.curve["val_loss"],
                 color=colour,
                 linewidth=2,
@@ -305,8 +305,8 @@ def _rank(setting: Setting) -> tuple[bool, int, float]:
 def _mean_curve(runs: Sequence[RecordedRun]) -> Curve:
     """Return the evaluations averaged over seeds, at the steps that all runs have."""
     curves = [run.evaluations for run in runs]
-    spent = {currency: seed_curves(curves, currency)[0] for currency in CURRENCIES}
-    return Curve(**spent, columns={"val_loss": seed_curves(curves, "steps")[1].mean(axis=0)})
+    spent: dict[str, NDArray[np.float64]] = {currency: seed_curves(curves, currency)[0] for currency in CURRENCIES}
+    return Curve({**spent, "val_loss": seed_curves(curves, "steps")[1].mean(axis=0)})
 
 
 def _paired(one: Setting, reference: Setting) -> tuple[float, ...]:

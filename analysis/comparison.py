@@ -100,12 +100,7 @@ class Interval:
 
 
 def paired_interval(differences: Sequence[float] | Array, level: float) -> Interval | None:
-    """Return Student's t interval of a mean; None for fewer than two values.
-
-    Args:
-        differences: (n,) nats, one per seed.
-        level: confidence level, 0 < level < 1.
-    """
+    """Return Student's t interval of the mean of (n,) differences in nats, one per seed; None for fewer than two."""
     values = np.asarray(differences, dtype=np.float64)
     if len(values) < 2:
         return None
@@ -220,34 +215,28 @@ def fit_baseline(endpoints: Sequence[Endpoints]) -> Baseline:
     """Fit the baseline's curve and test it on the baseline itself.
 
     A horizon with a diverged run is left out entirely: leaving out only the seed would bias the curve to lucky seeds.
-
-    Raises:
-        ValueError: no horizon without a diverged run.
+    Raises ValueError if none is left.
     """
     ordered = sorted((end for end in endpoints if not end.diverged), key=lambda end: end.horizon)
     if not ordered:
         raise ValueError("the baseline diverged at every horizon: find hyper-parameters that train")
     common = sorted(set.intersection(*({*end.seeds} for end in ordered)))
+    reason = ""
     if len(ordered) < HORIZONS_NEEDED:
         count = f"{len(ordered)} horizon{'s' if len(ordered) > 1 else ''}"
         reason = f"the baseline has {count}; a curve that can be tested needs {HORIZONS_NEEDED}"
-        return Baseline(tuple(ordered), SelfTest(False, math.nan, {}, reason))
-    if len(common) < 2:
+    elif len(common) < 2:
         reason = "the baseline's horizons have fewer than two seeds in common"
-        return Baseline(tuple(ordered), SelfTest(False, math.nan, {}, reason))
-    cells = tuple(end.at(common) for end in ordered)
-    x, losses = np.log([end.tokens.mean() for end in cells]), np.stack([end.losses for end in cells], axis=1)
-    test = _self_test(x, losses, [end.horizon for end in cells])
-    return Baseline(cells, test, fit_power_law(x, losses.mean(axis=0)))
+    baseline = Baseline(tuple(ordered), SelfTest(False, math.nan, {}, reason))
+    if reason:
+        return baseline
+    baseline = replace(baseline, endpoints=tuple(end.at(common) for end in ordered))
+    curve = fit_power_law(baseline.log_tokens, baseline.losses.mean(axis=0))
+    return replace(baseline, self_test=_self_test(baseline), curve=curve)
 
 
-def _self_test(x: Array, losses: Array, horizons: Sequence[int]) -> SelfTest:
-    """Predict each horizon from the others.
-
-    Args:
-        x: (K,) log tokens.
-        losses: (n, K) nats.
-    """
+def _self_test(baseline: Baseline) -> SelfTest:
+    x, losses = baseline.log_tokens, baseline.losses
     n, count = losses.shape
     means = losses.mean(axis=0)
     errors, ratios = np.empty_like(losses), {}
@@ -257,7 +246,7 @@ def _self_test(x: Array, losses: Array, horizons: Sequence[int]) -> SelfTest:
         weights = curve.weights(x[k])
         deviations = losses[:, others] - means[others]
         errors[:, k] = losses[:, k] - (curve.value(x[k]) + deviations @ weights)
-        ratios[horizons[k]] = math.exp(curve.inverse(means[k]) - x[k])
+        ratios[baseline.endpoints[k].horizon] = math.exp(curve.inverse(means[k]) - x[k])
     mean, covariance = errors.mean(axis=0), np.cov(errors, rowvar=False)
     trace = float(np.trace(covariance))
     inner = float(np.max(np.abs(mean[1:-1])))
@@ -324,14 +313,15 @@ def ratio(arm: Endpoints, baseline: Baseline, level: float) -> Ratio | str:
     error = differences.std(axis=0, ddof=1) / math.sqrt(len(common))
     reach = float(stats.t.ppf((1 + level) / 2, len(common) - 1)) * error + _allowance(baseline, at)
     start = math.log(float(own.tokens.mean()))
-    estimate, censored = _zero(at, mean)
     # The mean rises with the ratio, since the baseline's loss falls with its tokens.
-    low, low_censored = _end(at, mean + reach, from_above=True)
-    high, high_censored = _end(at, mean - reach, from_above=False)
+    censored: Literal["below", "above"] | None = "above" if mean[-1] < 0 else "below" if mean[0] > 0 else None
+    estimate = float(at[-1]) if censored == "above" else _first(at, mean)[0]
+    low, low_censored = _first(at, mean + reach)
+    high, high_censored = _first(-at[::-1], (reach - mean)[::-1])
     return Ratio(
         math.exp(estimate - start),
         math.exp(min(low, estimate) - start),
-        math.exp(max(high, estimate) - start),
+        math.exp(max(-high, estimate) - start),
         level,
         censored,
         low_censored,
@@ -361,36 +351,17 @@ def _allowance(baseline: Baseline, at: Array) -> Array:
     return np.asarray(baseline.self_test.error * share * (1 - share))
 
 
-def _zero(at: Array, mean: Array) -> tuple[float, Literal["below", "above"] | None]:
-    if mean[-1] < 0:
-        return float(at[-1]), "above"
-    if mean[0] > 0:
-        return float(at[0]), "below"
-    return _crossing(at, mean, int(np.argmax(mean >= 0))), None
+def _first(at: Array, excess: Array) -> tuple[float, bool]:
+    """Return the first point of (m,) `at` where (m,) `excess` reaches zero, and whether it does so from the beginning.
 
-
-def _end(at: Array, excess: Array, *, from_above: bool) -> tuple[float, bool]:
-    """Return the outermost point that the test does not reject, and whether it is the end of the range.
-
-    Args:
-        excess: (m,) mean plus reach (the low end: rejected where it is negative), or mean minus reach (the high end:
-            rejected where it is positive).
+    Where it never does, the last point.
     """
-    kept = np.flatnonzero(excess >= 0 if from_above else excess <= 0)
-    if not len(kept):
-        return float(at[-1 if from_above else 0]), False
-    index = int(kept[0] if from_above else kept[-1])
-    if index == (0 if from_above else len(at) - 1):
-        return float(at[index]), True
-    return _crossing(at, excess, index if from_above else index + 1), False
-
-
-def _crossing(at: Array, values: Array, index: int) -> float:
-    """Return where `values` crosses zero between `index` - 1 and `index`."""
-    if index == 0 or values[index] == values[index - 1]:
-        return float(at[index])
-    share = values[index - 1] / (values[index - 1] - values[index])
-    return float(at[index - 1] + share * (at[index] - at[index - 1]))
+    kept = np.flatnonzero(excess >= 0)
+    index = int(kept[0]) if len(kept) else len(at) - 1
+    if index == 0 or not len(kept):
+        return float(at[index]), index == 0
+    share = excess[index - 1] / (excess[index - 1] - excess[index])
+    return float(at[index - 1] + share * (at[index] - at[index - 1])), False
 
 
 @dataclass(frozen=True)
@@ -414,27 +385,18 @@ class Compared:
 def compare(
     cells: Sequence[Endpoints], baseline: Sequence[Endpoints], fitted: Baseline, level: float
 ) -> list[Compared]:
-    """Compare an arm's cells on one model with the baseline's, ascending in horizon.
-
-    Args:
-        level: of the intervals, corrected for the number of arms.
-    """
+    """Compare an arm's cells on one model with the baseline's, ascending in horizon, by intervals of the given level."""
     reference = {end.horizon: end for end in baseline}
     found = []
     for end in sorted(cells, key=lambda one: one.horizon):
-        same = reference.get(end.horizon)
-        twice = reference.get(PAPER_RATIO * end.horizon)
-        found.append(
-            Compared(
-                endpoints=end,
-                same=contrast(end, same, level) if same else f"the baseline has no runs of {end.horizon:,} steps",
-                half=contrast(end, twice, level)
-                if twice
-                else f"the baseline has no runs of {PAPER_RATIO * end.horizon:,} steps",
-                ratio=ratio(end, fitted, level),
-                prices=_prices(end, same),
-            )
+        same, half = (
+            contrast(end, reference[steps], level)
+            if steps in reference
+            else f"the baseline has no runs of {steps:,} steps"
+            for steps in (end.horizon, PAPER_RATIO * end.horizon)
         )
+        prices = _prices(end, reference.get(end.horizon))
+        found.append(Compared(end, same, half, ratio(end, fitted, level), prices))
     return found
 
 
@@ -442,10 +404,12 @@ def _prices(arm: Endpoints, baseline: Endpoints | None) -> dict[Currency, float]
     """Return the costs of a token of the arm over the baseline's, at one horizon."""
     if baseline is None:
         return {}
+    ours, theirs = (
+        {"flops": float(np.mean(end.flops / end.tokens)), "seconds": end.reference_seconds / float(np.mean(end.tokens))}
+        for end in (arm, baseline)
+    )
     prices: dict[Currency, float] = {"steps": 1.0, "tokens": 1.0}
-    flops = (float(np.mean(end.flops / end.tokens)) for end in (arm, baseline))
-    seconds = (end.reference_seconds / float(np.mean(end.tokens)) for end in (arm, baseline))
-    for currency, (ours, theirs) in (("flops", flops), ("seconds", seconds)):
-        if ours > 0 and theirs > 0 and math.isfinite(ours / theirs):
-            prices[currency] = ours / theirs  # type: ignore[index]
+    for currency in ("flops", "seconds"):
+        if 0 < ours[currency] < math.inf and 0 < theirs[currency] < math.inf:
+            prices[currency] = ours[currency] / theirs[currency]
     return prices

@@ -117,7 +117,7 @@ def seed_curves(curves: Sequence[Curve], currency: Currency) -> tuple[Array, Arr
     """Return (m,) the cost, averaged over seeds, and (n, m) the losses at common steps."""
     steps = sorted(set.intersection(*(set(curve.steps.tolist()) for curve in curves)))
     index = [np.searchsorted(curve.steps, steps) for curve in curves]
-    spent = np.mean([curve.axis(currency)[i] for curve, i in zip(curves, index, strict=True)], axis=0)
+    spent = np.mean([curve[currency][i] for curve, i in zip(curves, index, strict=True)], axis=0)
     losses = np.stack([curve["val_loss"][i] for curve, i in zip(curves, index, strict=True)])
     return spent, losses
 

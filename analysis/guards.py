@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, median, stdev
 from typing import Any, Literal
@@ -19,7 +19,8 @@ from scipy import special
 
 from analysis.colours import label
 from analysis.runs import Origin, RecordedRun, flatten
-from analysis.trials import RecordedTrial, Study, short
+from analysis.trial_tables import leaves
+from analysis.trials import Cell, RecordedTrial, Study, short
 from analysis.tuning import Tuning, edges, predicted_gain, tunings
 from analysis.wallclock import seconds_per_occurrence
 
@@ -85,7 +86,12 @@ class Difference:
 
     key: str
     values: dict[str, Any]
-    affects: Affects
+
+    @property
+    def affects(self) -> Affects:
+        if self.key == FORWARD:
+            return "FLOPs and seconds"
+        return "seconds" if is_under(self.key, TIMING) else "loss"
 
     def __str__(self) -> str:
         runs_of: dict[str, list[str]] = {}
@@ -135,12 +141,7 @@ class Finding:
 
 
 def differences(runs: Sequence[RecordedRun], *, by_design: Iterable[str] = OPTIMIZER) -> list[Difference]:
-    """Return keys of configuration and environment in which the runs differ and should not.
-
-    Args:
-        runs: the compared runs.
-        by_design: keys (with all below them) that may differ, such as "optimizer" or "train.steps".
-    """
+    """Return keys of configuration and environment in which the runs differ, unless at or below a key of `by_design`."""
     ignored = (*INCIDENTAL, *by_design)
     flattened = {run.name: _comparable_values(run) for run in runs}
     keys = sorted({key for values in flattened.values() for key in values if not is_under(key, ignored)})
@@ -148,14 +149,8 @@ def differences(runs: Sequence[RecordedRun], *, by_design: Iterable[str] = OPTIM
     for key in keys:
         values = {run: flat.get(key) for run, flat in flattened.items() if key != FORWARD or key in flat}
         if len({repr(value) for value in values.values()}) > 1:
-            found.append(Difference(key, values, _affects(key)))
+            found.append(Difference(key, values))
     return found
-
-
-def _affects(key: str) -> Affects:
-    if key == FORWARD:
-        return "FLOPs and seconds"
-    return "seconds" if is_under(key, TIMING) else "loss"
 
 
 def inspect(study: Study) -> list[Finding]:
@@ -175,38 +170,34 @@ def inspect(study: Study) -> list[Finding]:
         _clipping,
     )
     found = [finding for check in (*checks, _clock, _code) for finding in check(study)]
-    found += _edges(study, searches) + _under_tuned(study, searches)
+    found += [*_edges(study, searches), *_under_tuned(study, searches)]
     return sorted(found, key=lambda finding: -finding.weight)
 
 
-def _damaged(study: Study) -> list[Finding]:
+def _damaged(study: Study) -> Iterator[Finding]:
     """Records that cannot be read and are left out."""
-    if not study.damaged:
-        return []
-    count = len(study.damaged)
-    title = f"{count} damaged record{' is' if count == 1 else 's are'} left out"
-    return [Finding("records", "serious", title, study.left_out)]
+    if study.damaged:
+        count = len(study.damaged)
+        title = f"{count} damaged record{' is' if count == 1 else 's are'} left out"
+        yield Finding("records", "serious", title, study.left_out)
 
 
-def _reproduced(study: Study) -> list[Finding]:
+def _reproduced(study: Study) -> Iterator[Finding]:
     """Reported runs whose rerun ends farther from the record than other seeds do."""
     told, trials = [], []
     for trial in study.reporting:
         apart = study.reruns.get(trial.origin.name)
-        losses = [one.loss for one in study.reporting if _cell(one) == _cell(trial) and math.isfinite(one.loss)]
+        losses = [one.loss for one in study.reporting if one.cell == trial.cell and math.isfinite(one.loss)]
         if apart is not None and len(losses) > 1 and apart > (spread := stdev(losses)):
-            told.append(f"{_where(_cell(trial))}: {apart:.2g} nats, where seeds differ by {spread:.2g}")
+            told.append(f"{_where(trial.cell)}: {apart:.2g} nats, where seeds differ by {spread:.2g}")
             trials.append(trial)
-    if not told:
-        return []
-    title = f"The machine of the rerun does not reproduce the records: {told[0]}"
-    detail = (
-        f"{'; '.join(told)}. Runs made there cannot be compared with the records; look for other versions and threads."
-    )
-    return [_finding(study, "machine", "serious", title, detail, trials)]
+    if told:
+        title = f"The machine of the rerun does not reproduce the records: {told[0]}"
+        detail = "Runs made there cannot be compared with the records; look for other versions and threads."
+        yield _finding(study, "machine", "serious", title, f"{'; '.join(told)}. {detail}", trials)
 
 
-def _fairness(study: Study) -> list[Finding]:
+def _fairness(study: Study) -> Iterator[Finding]:
     """Differences other than the optimizer within a cell, and other than the horizon between cells of a model."""
     declared = tuple(sorted({key.split("[")[0] for arm in study.arms.values() for key in arm.search}))
     within = (*OPTIMIZER, *declared)
@@ -216,42 +207,38 @@ def _fairness(study: Study) -> list[Finding]:
         groups.setdefault((within, (trial.model, trial.horizon, trial.seed)), []).append(run)
         groups.setdefault((between, (trial.model,)), []).append(run)
     for name, arm in study.arms.items():
-        if arm.role == "ablation" and arm.of is not None:
-            varied = study.runs(arm=name) + study.runs(arm=arm.of)
-            groups[(*between, "model", *arm.varies), (name,)] = varied
+        if arm.of is not None:
+            groups[(*between, "model", *arm.varies), (name,)] = study.runs(arm=name) + study.runs(arm=arm.of)
     values: dict[str, dict[str, Any]] = {}
     for (allowed, _), runs in groups.items():
         for difference in differences(runs, by_design=allowed):
             values.setdefault(difference.key, {}).update(difference.values)
     trials = {trial.run.name: trial for trial in study.reporting if trial.run is not None}
-    findings = []
     for affects, (what, consequence) in _UNFAIR.items():
-        keys = [key for key in values if _affects(key) == affects]
-        differing = [trials[name] for name in dict.fromkeys(name for key in keys for name in values[key])]
-        if keys:
-            title = f"Runs differ in {what}: {_some(keys)}"
-            detail = f"{'. '.join(str(Difference(key, values[key], affects)) for key in keys)}. {consequence}"
+        found = [one for key in values if (one := Difference(key, values[key])).affects == affects]
+        if found:
+            title = f"Runs differ in {what}: {_some([one.key for one in found])}"
+            detail = f"{'. '.join(map(str, found))}. {consequence}"
+            names = dict.fromkeys(name for one in found for name in one.values)
             severity: Severity = "serious" if affects == "loss" else "note"
-            findings.append(_finding(study, "fairness", severity, title, detail, differing))
-    return findings
+            yield _finding(study, "fairness", severity, title, detail, [trials[name] for name in names])
 
 
-def _shared(study: Study) -> list[Finding]:
+def _shared(study: Study) -> Iterator[Finding]:
     """Hyper-parameters that several arms have, and that are neither equal nor searched in all of them."""
     optimizers = {trial.arm: run.optimizer for trial, run in _compared(study)}
     if len({*optimizers.values()}) < 2:  # settings of one optimizer are what is compared
-        return []
+        return
     declared = {key for arm in optimizers for key in study.arms[arm].search}
     tried: dict[tuple[str, str], set[str]] = {}  # by arm and key
     for trial in study.tuning:
         for key, value in trial.values.items():
             tried.setdefault((trial.arm, key), set()).add(short(value))
-    searched = {
-        cell for cell, points in tried.items() if len(points) > 1
-    }  # a space of which one point was tried is none
+    # A search that tried one value is none.
+    searched = {cell for cell, points in tried.items() if len(points) > 1}
     values: dict[tuple[str, str], dict[str, set[str]]] = {}  # by key and model, and arm
     for trial, run in _compared(study):
-        for key, value in (_DEFAULTS | _leaves(run.config)).items():
+        for key, value in (_DEFAULTS | leaves(run.config)).items():
             if (key in declared or is_under(key, OPTIMIZER)) and not is_under(key, OWN):
                 values.setdefault((key, trial.model), {}).setdefault(trial.arm, set()).add(short(value))
     unfair: dict[str, str] = {}
@@ -260,82 +247,73 @@ def _shared(study: Study) -> list[Finding]:
         unequal = any(not (a <= b or b <= a) for a, b in itertools.combinations(by_arm.values(), 2))
         # Equal rates are not fair either: that of one optimizer says nothing of another's.
         unequal |= key == "optimizer.lr" and len({optimizers[arm] for arm in by_arm}) > 1
-        if len(given) == len(by_arm) or (not given and not unequal):
+        if len(given) == len(by_arm) or not (given or unequal):
             continue
         given |= {arm: " and ".join(sorted(by_arm[arm])) for arm in by_arm if arm not in given}
-        told = (
-            f"{value} for {_labels(a for a in given if given[a] == value)}" for value in dict.fromkeys(given.values())
-        )
-        unfair.setdefault(key, f"{key}: {'; '.join(told)}.")
+        arms_by_value = {value: [arm for arm in given if given[arm] == value] for value in given.values()}
+        told = "; ".join(f"{value} for {_labels(arms)}" for value, arms in arms_by_value.items())
+        unfair.setdefault(key, f"{key}: {told}.")
     decisive = (*_DECISIVE, *(["optimizer.weight_decay"] if study.planned else []))
-    findings = []
     for severity in SEVERITIES:
         keys = [key for key in unfair if (key in decisive) == (severity == "serious")]
         if keys:
             detail = f"{' '.join(unfair[key] for key in keys)} What arms share must be equal or searched in all."
             title = f"Not tuned in every arm: {', '.join(keys)}"
-            findings.append(Finding("shared", severity, title, detail, baseline=True))
-    rates = [by_arm for (key, _), by_arm in values.items() if key == EMBEDDINGS_RATE]
-    single = [
-        arm for arm in optimizers if (arm, EMBEDDINGS_RATE) not in searched and {"1"} in (r.get(arm) for r in rates)
-    ]
-    if plain := [arm for arm in single if optimizers[arm] != "muon" and "muon" in optimizers.values()]:
-        title = f"Muon trains the embeddings by AdamW; their rate was not searched in {_labels(plain)}"
+            yield Finding("shared", severity, title, detail, baseline=True)
+    plain = {
+        arm for (key, _), by_arm in values.items() if key == EMBEDDINGS_RATE for arm in by_arm if by_arm[arm] == {"1"}
+    }
+    plain -= {arm for arm in optimizers if (arm, EMBEDDINGS_RATE) in searched or optimizers[arm] == "muon"}
+    if plain and "muon" in optimizers.values():
+        told = _labels(arm for arm in optimizers if arm in plain)
+        title = f"Muon trains the embeddings by AdamW; their rate was not searched in {told}"
         detail = f"Part of Muon's difference may be that of the embeddings: search {EMBEDDINGS_RATE} in every arm."
         baseline = optimizers.get(study.baseline) == "muon"
-        findings.append(Finding("shared", "serious", title, detail, baseline=baseline))
-    return findings
+        yield Finding("shared", "serious", title, detail, baseline=baseline)
 
 
-def _decayed(study: Study) -> list[Finding]:
-    constant = [
-        trial
-        for trial in study.reporting
-        if trial.run is not None and float(trial.run.config["schedule"].get("final_ratio", 0.0)) > 0.5
-    ]
-    if not constant:
-        return []
-    detail = "The comparison is of the ends of fully decayed runs; these end at more than half of the peak rate."
-    return [_finding(study, "schedule", "serious", "Runs whose learning rate does not decay", detail, constant)]
+def _decayed(study: Study) -> Iterator[Finding]:
+    ended = [(trial, trial.run.config["schedule"]) for trial in study.reporting if trial.run is not None]
+    if constant := [trial for trial, schedule in ended if float(schedule.get("final_ratio", 0.0)) > 0.5]:
+        title = "Runs whose learning rate does not decay"
+        detail = "The comparison is of the ends of fully decayed runs; these end at more than half of the peak rate."
+        yield _finding(study, "schedule", "serious", title, detail, constant)
 
 
-def _seeds(study: Study) -> list[Finding]:
-    findings = []
+def _seeds(study: Study) -> Iterator[Finding]:
     reported = {trial.seed for trial in study.reporting}
     advice = "Hyper-parameters chosen on a seed fit its noise; report on seeds that the search has not seen."
     if both := sorted({trial.seed for trial in study.tuning} & reported):
         title = f"Seeds used for tuning are reported: {', '.join(map(str, both))}"
-        findings.append(Finding("seeds", "serious", title, advice, baseline=True))
+        yield Finding("seeds", "serious", title, advice, baseline=True)
     known = {name: seeds for name, seeds in study.builds_on.items() if seeds is not None}
     if seen := sorted(frozenset().union(*known.values()) & reported):
         title = f"Reported seeds were used to choose settings: {', '.join(map(str, seen))}"
         detail = f"This study builds on {', '.join(known)}, which ran them. {advice}"
-        findings.append(Finding("seeds", "serious", title, detail, baseline=True))
+        yield Finding("seeds", "serious", title, detail, baseline=True)
     for name in sorted(study.builds_on.keys() - known.keys()):
         title = f"{name}, on which this study builds, has no tables"
         detail = "Whether the reported seeds chose settings there is not known; its directory belongs next to this one."
-        findings.append(Finding("seeds", "note", title, detail))
-    cells: dict[_Cell, list[RecordedTrial]] = {}
+        yield Finding("seeds", "note", title, detail)
+    cells: dict[Cell, list[RecordedTrial]] = {}
     for trial in study.reporting:
-        cells.setdefault(_cell(trial), []).append(trial)
+        cells.setdefault(trial.cell, []).append(trial)
     lacking: list[RecordedTrial] = []
     for members in cells.values():
         missing = [trial for trial in members if trial.status not in ("completed", "diverged")]
         # `under_way` lists the cells that have not started.
         lacking += missing if study.finished or len(missing) < len(members) else []
     if study.planned and lacking:
-        told = "; ".join(f"{_where(_cell(trial))}: seed {trial.seed} {trial.status}" for trial in lacking)
+        told = "; ".join(f"{_where(trial.cell)}: seed {trial.seed} {trial.status}" for trial in lacking)
         detail = f"The number of seeds was fixed beforehand; a verdict on fewer is provisional. {told}."
         title = f"Planned seeds have not ended: {_counted(trial.arm for trial in lacking)}"
-        findings.append(_finding(study, "seeds", "serious", title, detail, lacking))
+        yield _finding(study, "seeds", "serious", title, detail, lacking)
     if not study.planned and len({len(members) for members in cells.values()}) > 1:
         shown = "; ".join(f"{_where(cell)}: {len(cells[cell])}" for cell in sorted(cells))
-        findings.append(Finding("seeds", "note", "Cells have different numbers of seeds", shown))
-    return findings
+        yield Finding("seeds", "note", "Cells have different numbers of seeds", shown)
 
 
-def _diverged(study: Study) -> list[Finding]:
-    findings = []
+def _diverged(study: Study) -> Iterator[Finding]:
     kinds: tuple[tuple[str, str, str, Severity, str], ...] = (
         ("Reported runs", "reporting", "arm", "serious", "Their cells are undecided; they are not dropped."),
         ("Tuning runs", "tuning", "arm", "note", "Diverged trials count against the arm's budget."),
@@ -345,25 +323,26 @@ def _diverged(study: Study) -> list[Finding]:
         trials = [trial for trial in study.trials if trial.phase == phase and study.arms[trial.arm].role == role]
         if lost := [trial for trial in trials if trial.status == "diverged"]:
             title = f"{name} diverged: {_counted((t.arm for t in lost), [t.arm for t in trials])}"
-            findings.append(_finding(study, "diverged", severity, title, detail, lost))
-    return findings
+            yield _finding(study, "diverged", severity, title, detail, lost)
 
 
-def _edges(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
+def _edges(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
     found = edges(study, searches)
     if not found:
-        return []
+        return
     own = sum(edge.arm == study.baseline for edge in found)
+    keys: dict[str, dict[str, None]] = {}
+    for edge in found:
+        keys.setdefault(edge.arm, {})[edge.key] = None
+    told = "; ".join(f"{label(arm)}: {', '.join(of_arm)}" for arm, of_arm in keys.items())
     title = f"{len(found)} reported values are at the edge of what was tried"
     title += f", {own} of them the baseline's" if own else ""
-    keys = {arm: dict.fromkeys(edge.key for edge in found if edge.arm == arm) for arm in (edge.arm for edge in found)}
-    told = "; ".join(f"{label(arm)}: {', '.join(of_arm)}" for arm, of_arm in keys.items())
     detail = f"The optimum may lie outside; widen the search. {told}."
     detail += " An under-tuned baseline makes every other arm look good." if own else ""
-    return [Finding("edge", "serious" if own else "note", title, detail, baseline=own > 0)]
+    yield Finding("edge", "serious" if own else "note", title, detail, baseline=own > 0)
 
 
-def _budgets(study: Study) -> list[Finding]:
+def _budgets(study: Study) -> Iterator[Finding]:
     """Tuning trials must be equal for all arms on each model and horizon, and within the budget."""
     counts: dict[tuple[str, int], Counter[str]] = {}
     for trial in study.tuning:
@@ -373,17 +352,15 @@ def _budgets(study: Study) -> list[Finding]:
         counts.get((trial.model, trial.horizon), Counter())[trial.arm] += 0
     fewer = {cell: [arm for arm in n if n[arm] < max(n.values())] for cell, n in counts.items()}
     over = {cell: [a for a in n if 0 < (study.arms[a].granted(*cell) or math.inf) < n[a]] for cell, n in counts.items()}
-    findings = []
     for what, found in (("Fewer tuning trials than other arms", fewer), ("More tuning trials than granted", over)):
         arms = dict.fromkeys(arm for cell in sorted(found) for arm in found[cell])
         told = (f"{m}, {h:,} steps: {_counted(counts[m, h])}" for m, h in sorted(found) if found[m, h])
         if arms:
             title, detail = f"{what}: {_labels(arms)}", f"Trials: {'; '.join(told)}."
-            findings.append(Finding("budget", "serious", title, detail, baseline=study.baseline in arms))
-    return findings
+            yield Finding("budget", "serious", title, detail, baseline=study.baseline in arms)
 
 
-def _under_tuned(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
+def _under_tuned(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
     """Signs that an arm is under-tuned: a parabola in the learning rate, and any better recorded run."""
     lower, steep = "Tuning trials ended lower than the reported runs", "The learning rate looks under-tuned"
     meanings = {
@@ -391,32 +368,32 @@ def _under_tuned(study: Study, searches: Sequence[Tuning]) -> list[Finding]:
         steep: "A parabola through the best rate and its neighbours promises more: try rates in between.",
     }
     found: dict[str, list[tuple[str, Sequence[RecordedTrial]]]] = {lower: [], steep: []}
-    by_cell = {(search.arm, search.model, search.horizon): search for search in searches}
+    by_cell = {search.cell: search for search in searches}
     for arm, model in itertools.product(study.arm_names(), study.models):
         ends = [end for end in study.endpoints(arm, model) if not end.diverged]
         freedom = float(sum(len(end.seeds) - 1 for end in ends))
         squares = sum(float(end.losses.var()) * len(end.seeds) for end in ends)
         spread = math.sqrt(squares / freedom) if freedom else 0.0  # over seeds, pooled over horizons
         for end in ends:
-            where, reported = _where((arm, model, end.horizon)), float(end.losses.mean())
-            tried = [trial for trial in study.tuning if _cell(trial) == (arm, model, end.horizon)]
+            cell = (arm, model, end.horizon)
+            tried = [trial for trial in study.tuning if trial.cell == cell]
             # The luckiest of all tuning runs would be this far below the mean with a probability of one percent.
             luck = _quantile(0.01 / max(len(tried), 1), freedom) * spread * math.sqrt(1 + 1 / len(end.seeds))
-            if better := [trial for trial in tried if trial.loss < reported - max(luck, _MATTERS)]:
+            if better := [trial for trial in tried if trial.loss < end.mean - max(luck, _MATTERS)]:
                 best = min(trial.loss for trial in better)
-                found[lower].append((f"{where}: {best:.4f} against a reported mean of {reported:.4f} nats", better))
-            search = by_cell.get((arm, model, end.horizon))
+                told = f"{_where(cell)}: {best:.4f} against a reported mean of {end.mean:.4f} nats"
+                found[lower].append((told, better))
+            search = by_cell.get(cell)
             gain = predicted_gain(search, "optimizer.lr") if search else None
             if search and gain and gain > max(_quantile(0.01, freedom) * spread * math.sqrt(2), _MATTERS):
-                found[steep].append((f"{where}: {gain:.4f} nats, with {spread:.4f} between seeds", search.best.trials))
-    findings = []
+                told = f"{_where(cell)}: {gain:.4f} nats, with {spread:.4f} between seeds"
+                found[steep].append((told, search.best.trials))
     for what, cells in found.items():
-        trials = [trial for _, of_cell in cells for trial in of_cell]
         if cells:
+            trials = [trial for _, of_cell in cells for trial in of_cell]
             title = f"{what}: {_labels(dict.fromkeys(trial.arm for trial in trials))}"
             detail = f"{meanings[what]} {'; '.join(told for told, _ in cells)}."
-            findings.append(_finding(study, "tuning", "serious", title, detail, trials))
-    return findings
+            yield _finding(study, "tuning", "serious", title, detail, trials)
 
 
 def _quantile(tail: float, freedom: float) -> float:
@@ -424,48 +401,47 @@ def _quantile(tail: float, freedom: float) -> float:
     return -float(special.stdtrit(freedom, tail)) if freedom > 0 else 0.0
 
 
-def _set_aside(study: Study) -> list[Finding]:
+def _set_aside(study: Study) -> Iterator[Finding]:
     """Recorded trials that the study file no longer has: their results may have been seen, and tuned on."""
     if not study.set_aside:
-        return []
+        return
     unequal = len({study.set_aside.get(name, 0) for name, arm in study.arms.items() if arm.role == "arm"}) > 1
-    arms = [arm for arm, count in study.set_aside.items() for _ in range(count)]
-    title = f"Recorded trials were set aside: {_counted(arms)}"
+    title = f"Recorded trials were set aside: {_counted(Counter(study.set_aside).elements())}"
     detail = "The study file no longer has them; they come on top of the budgets"
     detail += ", and not by the same number for every arm." if unequal else "."
-    severity: Severity = "serious" if unequal else "note"
-    return [Finding("set aside", severity, title, detail, baseline=study.baseline in arms)]
+    baseline = study.baseline in study.set_aside
+    yield Finding("set aside", "serious" if unequal else "note", title, detail, baseline=baseline)
 
 
-def _degenerate(study: Study) -> list[Finding]:
+def _degenerate(study: Study) -> Iterator[Finding]:
     """Sophia is momentum-sign descent if every coordinate is clipped for longer than a refresh interval."""
     lost = []
     for trial in study.reporting:
-        if trial.run is None or not trial.run.optimizer.startswith("sophia") or len(trial.run.training) < 2:
+        if trial.run is None or not trial.run.optimizer.startswith("sophia"):
             continue
-        fraction, steps = trial.run.training["unclipped_fraction"], trial.run.training.steps
         interval = int(trial.run.config["optimizer"].get("hessian_interval", 10))
-        since: float | None = None
-        for zero, step in zip(fraction == 0, steps, strict=True):
-            since = (step if since is None else since) if zero else None
-            if since is not None and step - since > interval:
-                lost.append(trial)
-                break
-    if not lost:
-        return []
-    title = f"{len(lost)} Sophia runs had no unclipped coordinate for longer than a refresh interval"
-    detail = "There Sophia is momentum-sign descent: γ is too small, or the curvature estimate is broken."
-    return [_finding(study, "degenerate", "serious", title, detail, lost)]
+        clipped, steps = trial.run.training["unclipped_fraction"] == 0, trial.run.training.steps
+        stretches = [
+            [step for _, step in of]
+            for all_clipped, of in itertools.groupby(zip(clipped, steps, strict=True), key=lambda line: line[0])
+            if all_clipped
+        ]
+        if any(stretch[-1] - stretch[0] > interval for stretch in stretches):
+            lost.append(trial)
+    if lost:
+        title = f"{len(lost)} Sophia runs had no unclipped coordinate for longer than a refresh interval"
+        detail = "There Sophia is momentum-sign descent: γ is too small, or the curvature estimate is broken."
+        yield _finding(study, "degenerate", "serious", title, detail, lost)
 
 
-def _clipping(study: Study) -> list[Finding]:
+def _clipping(study: Study) -> Iterator[Finding]:
     shares: dict[tuple[str, str], list[float]] = {}
     for trial, run in _compared(study):
         if math.isfinite(run.clipped_norm_share):
             shares.setdefault((trial.model, trial.arm), []).append(run.clipped_norm_share)
     often = {cell: mean(each) for cell, each in shares.items() if mean(each) > _OFTEN_CLIPPED}
     if not often:
-        return []
+        return
     arms = dict.fromkeys(arm for _, arm in often)
     with_curvature = {trial.arm for trial, run in _compared(study) if "hessian_interval" in run.config["optimizer"]}
     curved = [arm for arm in arms if arm in with_curvature]
@@ -473,47 +449,39 @@ def _clipping(study: Study) -> list[Finding]:
     detail = "; ".join(f"{label(arm)}, {model}: {share:.0%}" for (model, arm), share in often.items()) + "."
     if curved:
         detail += f" The clip scales m and not h ({_labels(curved)}): for Sophia it acts like a larger γ."
-    return [Finding("clipping", "serious" if curved else "note", title, detail)]
+    yield Finding("clipping", "serious" if curved else "note", title, detail)
 
 
-def _clock(study: Study) -> list[Finding]:
+def _clock(study: Study) -> Iterator[Finding]:
     """The same forward and backward pass, clocked differently in different arms or horizons."""
-    clocks: dict[str, dict[_Cell, list[float]]] = {}
+    clocks: dict[str, dict[Cell, list[float]]] = {}
     for trial, run in _compared(study):
         if seconds := seconds_per_occurrence(run, "forward_backward"):
-            clocks.setdefault(trial.model, {}).setdefault(_cell(trial), []).append(seconds)
-    told, apart = [], [0.0]
+            clocks.setdefault(trial.model, {}).setdefault(trial.cell, []).append(seconds)
+    told, apart = [], 0.0
     for cells in clocks.values():
         medians = [(median(each), cell) for cell, each in cells.items()]
         (low, fast), (high, slow) = min(medians), max(medians)
         if high > (1 + _DRIFT) * low:
-            apart.append(high / low - 1)
+            apart = max(apart, high / low - 1)
             told.append(f"{low:.3g} s ({_where(fast)}) to {high:.3g} s ({_where(slow)})")
-    if not told:
-        return []
-    advice = f"run `python scripts/study.py times study={study.name}`" if study.planned else "time the arms in turn"
-    remedy = "Use the reference times." if study.reference_times else f"For wall-clock, {advice} on the idle machine."
-    title = f"The machine drifted: the same forward and backward pass took up to {max(apart):.0%} longer"
-    return [Finding("clock", "note", title, f"{'; '.join(told)}. Losses are not affected. {remedy}")]
+    if told:
+        advice = f"run `python scripts/study.py times study={study.name}`" if study.planned else "time the arms in turn"
+        remedy = f"For wall-clock, {advice} on the idle machine."
+        remedy = "Use the reference times." if study.reference_times else remedy
+        title = f"The machine drifted: the same forward and backward pass took up to {apart:.0%} longer"
+        yield Finding("clock", "note", title, f"{'; '.join(told)}. Losses are not affected. {remedy}")
 
 
-def _code(study: Study) -> list[Finding]:
-    commits: dict[str, list[Origin]] = {}
-    dirty = []
-    for trial in study.reporting:
-        git = {} if trial.run is None else trial.run.environment.get("git") or {}
-        if git.get("commit"):
-            commits.setdefault(str(git["commit"])[:10], []).append(trial.origin)
-        if git.get("dirty"):
-            dirty.append(trial.origin)
-    findings = []
+def _code(study: Study) -> Iterator[Finding]:
+    recorded = [(trial, trial.run.environment.get("git") or {}) for trial in study.reporting if trial.run is not None]
+    commits = Counter(str(git["commit"])[:10] for _, git in recorded if git.get("commit"))
     if len(commits) > 1:
-        shown = "; ".join(f"{commit}: {len(runs)} runs" for commit, runs in commits.items())
-        findings.append(Finding("code", "note", "The runs were made with different commits", shown))
-    if dirty:
+        shown = "; ".join(f"{commit}: {runs} runs" for commit, runs in commits.items())
+        yield Finding("code", "note", "The runs were made with different commits", shown)
+    if dirty := tuple(trial.origin for trial, git in recorded if git.get("dirty")):
         detail = "Their code cannot be checked out again."
-        findings.append(Finding("code", "note", f"{len(dirty)} runs had uncommitted changes", detail, tuple(dirty)))
-    return findings
+        yield Finding("code", "note", f"{len(dirty)} runs had uncommitted changes", detail, dirty)
 
 
 def _comparable_values(run: RecordedRun) -> dict[str, Any]:
@@ -532,7 +500,7 @@ def _curvature_forward(run: RecordedRun) -> str | None:
         keeps_graphs = run.config.get("strategy", {}).get("name") in ("ddp", "single")
         return "training's" if keeps_graphs and run.config["train"].get("shared_forward", True) else "their own"
     # The first pass of a warm start always has its own forward.
-    passes = summary.get("ledger", {}).get("curvature", {}).get("count", 0)
+    passes = run.ledger.get("curvature", {}).get("count", 0)
     own = passes - summary["shared_forwards"] - bool(optimizer.get("warm_start"))
     return "training's" if own <= 0 else "both" if summary["shared_forwards"] else "their own"
 
@@ -547,14 +515,7 @@ def _some(names: Sequence[str], limit: int = 3) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-_Cell = tuple[str, str, int]  # arm, model, horizon
-
-
-def _cell(trial: RecordedTrial) -> _Cell:
-    return trial.arm, trial.model, trial.horizon
-
-
-def _where(cell: _Cell) -> str:
+def _where(cell: Cell) -> str:
     return f"{label(cell[0])}, {cell[1]}, {cell[2]:,} steps"
 
 
@@ -569,13 +530,6 @@ def _finding(
 def _compared(study: Study) -> list[tuple[RecordedTrial, RecordedRun]]:
     """Return the reported trials with their runs, without ablations."""
     return [(trial, trial.run) for trial in study.reporting if trial.run and study.arms[trial.arm].role == "arm"]
-
-
-def _leaves(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten a configuration, with an entry for each member of a list, as search spaces name them."""
-    flat = flatten(config)
-    members = {f"{key}[{i}]": one for key, many in flat.items() if isinstance(many, list) for i, one in enumerate(many)}
-    return {key: value for key, value in flat.items() if not isinstance(value, list)} | members
 
 
 def _labels(arms: Iterable[str]) -> str:

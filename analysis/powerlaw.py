@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,8 +35,7 @@ class PowerLaw:
     @property
     def residuals(self) -> Array:
         """(K,) observed minus fitted losses, nats."""
-        residuals: Array = self.losses - self.value(self.log_tokens)
-        return residuals
+        return np.asarray(self.losses - self.value(self.log_tokens))
 
     def value(self, log_tokens: ArrayLike) -> Array:
         return np.asarray(self.floor + self.scale * self._decay(log_tokens))
@@ -50,36 +48,27 @@ class PowerLaw:
     def weights(self, log_tokens: ArrayLike) -> Array:
         """Return (…, K) the derivative of the value at (…) log tokens by the K observed losses."""
         # Implicit function theorem at the least-squares optimum, Gauss-Newton form: g (JᵀJ)⁻¹ Jᵀ = g J⁺.
-        return self._gradient(log_tokens) @ self._pseudo_inverse
+        return np.asarray(self._gradient(log_tokens) @ np.linalg.pinv(self._gradient(self.log_tokens)))
 
-    @cached_property
-    def _pseudo_inverse(self) -> Array:
-        """(P, K) J⁺ of the runs."""
-        return np.asarray(np.linalg.pinv(self._gradient(self.log_tokens)))
+    def _distance(self, log_tokens: ArrayLike) -> Array:
+        return np.asarray(log_tokens, dtype=np.float64) - self.log_tokens.mean()
 
     def _decay(self, log_tokens: ArrayLike) -> Array:
-        distance = np.asarray(log_tokens, dtype=np.float64) - self.log_tokens.mean()
-        return np.asarray(np.exp(-self.exponent * distance))
+        return np.asarray(np.exp(-self.exponent * self._distance(log_tokens)))
 
     def _gradient(self, log_tokens: ArrayLike) -> Array:
         """Return (…, P) the derivative of the value by the parameters that are not at a bound."""
         decay = self._decay(log_tokens)
-        distance = np.asarray(log_tokens, dtype=np.float64) - self.log_tokens.mean()
-        columns = [decay]
-        if "floor" not in self.at_bound:
-            columns.append(np.ones_like(decay))
-        if "exponent" not in self.at_bound:
-            columns.append(-self.scale * distance * decay)
-        return np.stack(columns, axis=-1)
+        columns = {
+            "scale": decay,
+            "floor": np.ones_like(decay),
+            "exponent": -self.scale * self._distance(log_tokens) * decay,
+        }
+        return np.stack([column for name, column in columns.items() if name not in self.at_bound], axis=-1)
 
 
 def fit_power_law(log_tokens: Array, losses: Array) -> PowerLaw:
-    """Fit three parameters by least squares; floor and scale have an exact solution at each exponent.
-
-    Args:
-        log_tokens: (K,) at least three.
-        losses: (K,) nats.
-    """
+    """Fit (K >= 3,) losses in nats by least squares; floor and scale have an exact solution at each exponent."""
     if len(log_tokens) < 3:
         raise ValueError(f"{len(log_tokens)} points do not determine three parameters: give at least three")
     distance = log_tokens - log_tokens.mean()
@@ -100,12 +89,7 @@ def fit_power_law(log_tokens: Array, losses: Array) -> PowerLaw:
     found = optimize.minimize_scalar(lambda value: float(solve(value)[0]), bounds=bracket, method="bounded")
     log_exponent = float(found.x)
     floor, scale = map(float, solve(log_exponent)[1:])
-    at_bound = tuple(
-        name
-        for name, reached in (
-            ("floor", floor == 0.0),
-            ("exponent", not grid[0] + 1e-3 < log_exponent < grid[-1] - 1e-3),
-        )
-        if reached
-    )
-    return PowerLaw(log_tokens, losses, floor, scale, math.exp(log_exponent), at_bound)
+    at_bound = ["floor"] if floor == 0.0 else []
+    if not grid[0] + 1e-3 < log_exponent < grid[-1] - 1e-3:
+        at_bound.append("exponent")
+    return PowerLaw(log_tokens, losses, floor, scale, math.exp(log_exponent), tuple(at_bound))

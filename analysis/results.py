@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +23,9 @@ from analysis.tuning import Tuning, tunings
 from analysis.wallclock import TRAINING_KINDS
 from data.files import write_atomically
 
-CURRENCY_NAMES: Mapping[Currency, str] = {
-    "steps": "steps",
-    "tokens": "tokens",
-    "flops": "compute",
-    "seconds": "wall-clock",
-}
-VERDICT_CURRENCIES: tuple[Currency, ...] = ("steps", "flops", "seconds")
+# The currencies of a verdict, with their names.
+CURRENCY_NAMES: Mapping[Currency, str] = {"steps": "steps", "flops": "compute", "seconds": "wall-clock"}
+VERDICT_CURRENCIES: tuple[Currency, ...] = tuple(CURRENCY_NAMES)
 
 # A shorter run says nothing about the paper's claim, which is about 100,000 steps at 390 tokens a parameter.
 CLAIM_STEPS = 1000
@@ -65,18 +62,17 @@ class Verdict:
         word = self.word
         if currency in ("steps", "tokens") or word == "no verdict" or self.at is None:
             return word
-        price = self.at.prices.get(currency)
+        price, ratio = self.at.prices.get(currency), self.at.ratio_in(currency)
         if price is None:
             return "no verdict"
-        ratio = self.at.ratio_in(currency)
-        if not isinstance(ratio, str):
-            if ratio.low > 1 and not ratio.low_censored:
-                return "faster"
-            if ratio.high < 1 and not ratio.high_censored:
-                return "slower"
-            return "not told apart"
-        agrees = price == 1 or (price > 1 and word == "slower") or (price < 1 and word == "faster")
-        return word if agrees else "no verdict"
+        if isinstance(ratio, str):
+            agrees = price == 1 or word == ("slower" if price > 1 else "faster")
+            return word if agrees else "no verdict"
+        if ratio.low > 1 and not ratio.low_censored:
+            return "faster"
+        if ratio.high < 1 and not ratio.high_censored:
+            return "slower"
+        return "not told apart"
 
     @property
     def claim(self) -> Claim:
@@ -115,7 +111,7 @@ class Verdict:
         words = {"faster": "is faster than", "slower": "is slower than", "not told apart": "is not told apart from"}
         text = (
             f"{subject} {words[self.word]} {label(baseline)}: after {steps} its final loss differs by "
-            f"{same.interval.text} nats ({len(same.seeds)} seeds, {_percent(same.interval.level)} interval)"
+            f"{same.interval.text} nats ({len(same.seeds)} seeds, {100 * same.interval.level:.3g}% interval)"
         )
         ratios = [
             f"{ratio.text} times as fast in {CURRENCY_NAMES[currency]}"
@@ -128,10 +124,6 @@ class Verdict:
             text += f"; a true difference of {same.smallest_detectable:.3f} nats would be found four times in five"
         why = f" ({self.not_tested})" if self.claim == "not tested" else ""
         return f"{text}. The paper's {PAPER_RATIO}×: {self.claim}{why}."
-
-
-def _percent(level: float) -> str:
-    return f"{100 * level:.3g}%"
 
 
 @dataclass(frozen=True)
@@ -177,81 +169,58 @@ class Results:
 
     def as_json(self) -> dict[str, Any]:
         """Return JSON values; runs are named by their trial or, without a study, by their directory."""
-        return {
-            "study": self.study.name,
-            "baseline": self.study.baseline,
-            "level": self.study.level,
-            "seeds": list(self.study.seeds),
-            "verdicts": [
-                {
-                    "arm": one.arm,
-                    "model": one.model,
-                    "horizon": one.at.endpoints.horizon if one.at else None,
-                    "word": {currency: one.word_in(currency) for currency in VERDICT_CURRENCIES},
-                    "difference": _plain(one.at.same) if one.at else None,
-                    "ratio": {c: _plain(one.at.ratio_in(c)) for c in VERDICT_CURRENCIES} if one.at else None,
-                    "paper_claim": one.claim,
-                    "paper_claim_not_tested": one.not_tested,
-                    "paper_difference": _plain(one.paper.half) if one.paper else None,
-                    "sentence": one.sentence(self.study.baseline),
-                }
-                for one in self.verdicts
-            ],
-            "findings": _plain(self.findings),
-            "final_losses": [
-                {
-                    "arm": end.arm,
-                    "model": end.model,
-                    "horizon": end.horizon,
-                    "seeds": list(end.seeds),
-                    "losses": _plain(end.losses.tolist()),
-                    "mean": _plain(end.mean),
-                    "standard_deviation": _plain(end.standard_deviation),
-                    "runs": _plain(end.runs),
-                }
-                for end in self.endpoints()
-            ],
-            "compared": [
-                {
-                    "arm": one.endpoints.arm,
-                    "model": one.endpoints.model,
-                    "horizon": one.endpoints.horizon,
-                    "same": _plain(one.same),
-                    "half": _plain(one.half),
-                    "ratio": _plain(one.ratio),
-                    "prices": _plain(one.prices),
-                }
-                for one in self.compared
-            ],
-            "self_tests": {model: _plain(baseline.self_test) for model, baseline in self.baselines.items()},
-            "costs": _plain(self.costs),
-            "ablations": _plain(self.ablations),
-            "beta2_gamma_grid": None
-            if self.grid is None
-            else {
-                "gamma": _plain(self.grid.gammas),
-                "beta2": _plain(self.grid.betas),
-                "loss": _plain(self.grid.losses.tolist()),
-                "runs": [run.origin.name for run in self.grid.runs],
-            },
-        }
+        cell = ("arm", "model", "horizon")
+        return _plain(
+            {
+                "study": self.study.name,
+                "baseline": self.study.baseline,
+                "level": self.study.level,
+                "seeds": self.study.seeds,
+                "verdicts": [
+                    {
+                        "arm": one.arm,
+                        "model": one.model,
+                        "horizon": one.at.endpoints.horizon if one.at else None,
+                        "word": {currency: one.word_in(currency) for currency in VERDICT_CURRENCIES},
+                        "difference": one.at.same if one.at else None,
+                        "ratio": {c: one.at.ratio_in(c) for c in VERDICT_CURRENCIES} if one.at else None,
+                        "paper_claim": one.claim,
+                        "paper_claim_not_tested": one.not_tested,
+                        "paper_difference": one.paper.half if one.paper else None,
+                        "sentence": one.sentence(self.study.baseline),
+                    }
+                    for one in self.verdicts
+                ],
+                "findings": self.findings,
+                "final_losses": [
+                    _attributes(end, *cell, "seeds", "losses", "mean", "standard_deviation", "runs")
+                    for end in self.endpoints()
+                ],
+                "compared": [
+                    _attributes(one.endpoints, *cell) | _attributes(one, "same", "half", "ratio", "prices")
+                    for one in self.compared
+                ],
+                "self_tests": {model: baseline.self_test for model, baseline in self.baselines.items()},
+                "costs": self.costs,
+                "ablations": self.ablations,
+                "beta2_gamma_grid": self.grid
+                and {
+                    "gamma": self.grid.gammas,
+                    "beta2": self.grid.betas,
+                    "loss": self.grid.losses,
+                    "runs": [run.origin.name for run in self.grid.runs],
+                },
+            }
+        )
 
     def endpoints(self) -> list[Endpoints]:
         """Return every cell of reported runs, the baseline's first on each model."""
-        study = self.study
-        arms = [*study.arm_names(), *study.arm_names("ablation")]
+        study, arms = self.study, self.study.arm_names("arm", "ablation")
         return [end for model in study.models for arm in arms for end in study.endpoints(arm, model)]
 
 
 def analyse(study: Study, *, against_baseline: bool = True) -> Results:
-    """Analyse a study.
-
-    Args:
-        against_baseline: if False, omit verdicts when the baseline has no run, for figures that need none.
-
-    Raises:
-        ValueError: the baseline has no finished reported run.
-    """
+    """Analyse a study. ValueError if the baseline has no finished reported run, unless `against_baseline` is False."""
     if against_baseline and not any(study.endpoints(study.baseline, model) for model in study.models):
         raise ValueError(_no_baseline(study))
     baselines: dict[str, Baseline] = {}
@@ -269,22 +238,18 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
             findings.append(Finding("baseline", "serious", f"{model}: the baseline cannot be used", str(error)))
             continue
         level = corrected_level(study, model)
-        for arm in [*study.arm_names(), *study.arm_names("ablation")]:
+        horizons = {end.horizon for end in cells}
+        for arm in study.arm_names("arm", "ablation"):
             if arm == study.baseline:
                 continue
             own = compare(study.endpoints(arm, model), cells, baselines[model], level)
             compared += own
             if own and study.arms[arm].role == "arm":
-                verdicts.append(_verdict(arm, model, own, sizes.get(model, math.nan)))
-        if not baselines[model].self_test.passed:
-            findings.append(
-                Finding(
-                    "curve",
-                    "note",
-                    f"{model}: no ratios, only differences of loss",
-                    f"{baselines[model].self_test.reason[0].upper()}{baselines[model].self_test.reason[1:]}.",
-                )
-            )
+                verdicts.append(_verdict(own, horizons, sizes.get(model, math.nan)))
+        test = baselines[model].self_test
+        if not test.passed:
+            title = f"{model}: no ratios, only differences of loss"
+            findings.append(Finding("curve", "note", title, f"{test.reason[0].upper()}{test.reason[1:]}."))
     findings.sort(key=lambda finding: -finding.weight)
     return Results(
         study=study,
@@ -318,63 +283,57 @@ def corrected_level(study: Study, model: str) -> float:
     return 1 - (1 - study.level) / max(arms, 1)
 
 
-def _verdict(arm: str, model: str, own: Sequence[Compared], size: float) -> Verdict:
-    """Choose the horizons: the longest whose cells exist, whether or not their runs diverged."""
-    at = next((one for one in reversed(own) if one.prices), None)
-    paper = next((one for one in reversed(own) if not _absent(one.half)), None)
+def _verdict(own: Sequence[Compared], horizons: Collection[int], size: float) -> Verdict:
+    """Choose the arm's longest cells for which the baseline has cells, whether or not their runs diverged."""
+    arm, model = own[0].endpoints.arm, own[0].endpoints.model
+    at = next((one for one in reversed(own) if one.endpoints.horizon in horizons), None)
+    paper = next((one for one in reversed(own) if PAPER_RATIO * one.endpoints.horizon in horizons), None)
     told = paper or at
     tokens = float(told.endpoints.tokens.mean()) if told else math.nan
     return Verdict(arm, model, at, paper, tokens / size)
 
 
-def _absent(half: Contrast | str) -> bool:
-    return isinstance(half, str) and half.startswith("the baseline has no runs")
-
-
 def model_sizes(study: Study) -> dict[str, float]:
     """Return the number of parameters of each model, from the records."""
-    sizes: dict[str, float] = {}
-    for trial in study.reporting:
-        summary = {} if trial.run is None else trial.run.summary or {}
-        if summary.get("parameters"):
-            sizes[trial.model] = float(summary["parameters"])
-    return sizes
+    runs = [(trial.model, trial.run) for trial in study.reporting if trial.run is not None]
+    return {model: float(size) for model, run in runs if (size := (run.summary or {}).get("parameters"))}
 
 
 def _costs(study: Study) -> list[ArmCost]:
     costs = []
-    for model in study.models:
-        for arm in [*study.arm_names(), *study.arm_names("ablation")]:
-            runs = [run for run in study.runs(arm=arm, model=model) if run.summary]
-            if not runs:
-                continue
-            steps = sum(run.total("steps") for run in runs)
-            seconds = {kind: sum(_entry(run, kind, "seconds") for run in runs) for kind in TRAINING_KINDS}
-            flops = sum(run.total("flops") for run in runs)
-            shares = [run.clipped_norm_share for run in runs if math.isfinite(run.clipped_norm_share)]
-            total = sum(seconds.values()) or sum(run.total("seconds") for run in runs)
-            costs.append(
-                ArmCost(
-                    arm=arm,
-                    model=model,
-                    runs=len(runs),
-                    seconds_per_step=total / steps if steps else math.nan,
-                    seconds_by_kind={kind: value / steps if steps else math.nan for kind, value in seconds.items()},
-                    flops_per_token=flops / max(sum(run.total("tokens") for run in runs), 1.0),
-                    curvature_seconds_share=seconds["curvature"] / total if total else math.nan,
-                    curvature_flops_share=sum(_entry(run, "curvature", "flops") for run in runs) / flops
-                    if flops
-                    else math.nan,
-                    clipped_norm_share=float(np.mean(shares)) if shares else math.nan,
-                    peak_memory_bytes=max(float((run.summary or {}).get("peak_memory_bytes") or 0) for run in runs),
-                )
+    for model, arm in itertools.product(study.models, study.arm_names("arm", "ablation")):
+        runs = [run for run in study.runs(arm=arm, model=model) if run.summary]
+        if not runs:
+            continue
+        steps, tokens, flops, clock = (
+            sum(run.total(currency) for run in runs) for currency in ("steps", "tokens", "flops", "seconds")
+        )
+        seconds = {kind: _ledger_sum(runs, kind, "seconds") for kind in TRAINING_KINDS}
+        shares = [run.clipped_norm_share for run in runs if math.isfinite(run.clipped_norm_share)]
+        total = sum(seconds.values()) or clock
+        costs.append(
+            ArmCost(
+                arm=arm,
+                model=model,
+                runs=len(runs),
+                seconds_per_step=_over(total, steps),
+                seconds_by_kind={kind: _over(value, steps) for kind, value in seconds.items()},
+                flops_per_token=flops / max(tokens, 1.0),
+                curvature_seconds_share=_over(seconds["curvature"], total),
+                curvature_flops_share=_over(_ledger_sum(runs, "curvature", "flops"), flops),
+                clipped_norm_share=float(np.mean(shares)) if shares else math.nan,
+                peak_memory_bytes=max(float((run.summary or {}).get("peak_memory_bytes") or 0) for run in runs),
             )
+        )
     return costs
 
 
-def _entry(run: RecordedRun, kind: str, what: str) -> float:
-    ledger = (run.summary or {}).get("ledger") or {}
-    return float((ledger.get(kind) or {}).get(what, 0.0))
+def _ledger_sum(runs: Sequence[RecordedRun], kind: str, what: str) -> float:
+    return sum(run.ledger.get(kind, {}).get(what, 0.0) for run in runs)
+
+
+def _over(value: float, by: float) -> float:
+    return value / by if by else math.nan
 
 
 def write_json(results: Results, path: Path) -> None:
@@ -390,11 +349,15 @@ def significant(value: float, digits: int = 6) -> float:
     return float(value) if float(value).is_integer() else float(f"{value:.{digits}g}")
 
 
+def _attributes(of: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(of, name) for name in names}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Origin):
         return value.trial or value.path.as_posix()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return _plain(_attributes(value, *(field.name for field in dataclasses.fields(value))))
     if isinstance(value, Mapping):
         return {str(key): _plain(member) for key, member in value.items()}
     if isinstance(value, np.ndarray):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import operator
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,31 +27,30 @@ from pydantic import Field
 
 from analysis import escaping
 from analysis.trial_tables import CURVES_FILE, TRIALS_FILE, TrialRow, by_trial
-from training.records import (
-    CONFIG_FILE,
-    Form,
-    RecordError,
-    RunRecord,
-    metrics_content,
-    parse_line,
-    require,
-)
+from training.records import CONFIG_FILE, Form, RecordError, RunRecord, metrics_content, parse_line, require
 from training.records import flatten as flatten
 
 Currency = Literal["steps", "tokens", "flops", "seconds"]
 CURRENCIES: tuple[Currency, ...] = ("steps", "tokens", "flops", "seconds")
 
 _COUNTERS = ("step", "tokens", "flops", "seconds")
-_TRAIN_COLUMNS = ("loss", "lr", "grad_norm", "clipped_norm", "tokens_per_second", "unclipped_fraction")
-_EVAL_COLUMNS = ("val_loss",)
+_COLUMNS = {
+    "train": ("loss", "lr", "grad_norm", "clipped_norm", "tokens_per_second", "unclipped_fraction"),
+    "eval": ("val_loss",),
+}
 # Train lines to read per run, several for each bin.
 _TRAIN_LINES = 2000
 _TRAIN_PREFIXES = (b'{"kind":"train"', b'{"kind": "train"')
 _SKIPPED_PREFIXES = (b'{"kind":"hessian"', b'{"kind": "hessian"', b'{"kind":"event"', b'{"kind": "event"')
 _SCHEMA = pa.schema(
-    [("kind", pa.string()), ("step", pa.int64())]
-    + [(name, pa.float64()) for name in ("tokens", "flops", "seconds", "val_loss", *_TRAIN_COLUMNS)]
-).set(2 + 4 + _TRAIN_COLUMNS.index("clipped_norm"), pa.field("clipped_norm", pa.bool_()))
+    [
+        ("kind", pa.string()),
+        ("step", pa.int64()),
+        ("clipped_norm", pa.bool_()),
+        *((name, pa.float64()) for name in ("tokens", "flops", "seconds", "val_loss", "loss", "lr", "grad_norm")),
+        *((name, pa.float64()) for name in ("tokens_per_second", "unclipped_fraction")),
+    ]
+)
 
 
 # The parts of a configuration that the analysis needs; it may be from an earlier version.
@@ -87,24 +87,17 @@ class _Config(Form):
 
 @dataclass(frozen=True)
 class Curve:
-    """The lines of one kind of one run, in order of step. All arrays have shape (n,).
+    """The lines of one kind of one run, in order of step.
 
-    `columns` holds `val_loss` (nats) for evaluations, or the fields of a train line for training. A value that was not
-    recorded, or not finite, is NaN.
+    Each column has shape (n,): the cumulative costs `steps`, `tokens`, `flops` and `seconds`, and `val_loss` (nats) of
+    evaluations, or the fields of train lines. A value that was not recorded, or not finite, is NaN.
     """
 
-    steps: NDArray[np.float64]
-    tokens: NDArray[np.float64]
-    flops: NDArray[np.float64]
-    seconds: NDArray[np.float64]
-    columns: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    columns: dict[str, NDArray[np.float64]]
 
-    def axis(self, currency: Currency) -> NDArray[np.float64]:
-        """Return (n,) the cumulative cost at each line, in the given currency."""
-        if currency not in CURRENCIES:
-            raise ValueError(f"unknown currency {currency!r}: choose one of {', '.join(CURRENCIES)}")
-        values: NDArray[np.float64] = getattr(self, currency)
-        return values
+    @property
+    def steps(self) -> NDArray[np.float64]:
+        return self["steps"]
 
     def __getitem__(self, column: str) -> NDArray[np.float64]:
         return self.columns[column]
@@ -189,32 +182,28 @@ class RecordedRun:
         if self.summary is not None and self.summary.get(currency) is not None:
             return float(self.summary[currency])
         lines = self.training if len(self.training) else self.evaluations
-        return float(lines.axis(currency)[-1]) if len(lines) else 0.0
+        return float(lines[currency][-1]) if len(lines) else 0.0
+
+    @property
+    def ledger(self) -> dict[str, dict[str, float]]:
+        """Tokens, FLOPs, seconds and count by kind of work; empty without a summary."""
+        return (self.summary or {}).get("ledger") or {}
 
 
-def load_runs(directories: Sequence[str | Path], *, train_points: int = 400, workers: int = 2) -> list[RecordedRun]:
-    """Load runs in the given order, as `load_each` does.
-
-    Raises:
-        RecordError: a record is damaged; the first such error.
-    """
-    loaded = load_each(directories, train_points=train_points, workers=workers)
-    if damaged := [error for error in loaded if isinstance(error, RecordError)]:
-        raise damaged[0]
-    return [run for run in loaded if isinstance(run, RecordedRun)]
+def load_runs(directories: Sequence[str | Path]) -> list[RecordedRun]:
+    """Load runs as `load_each` does. Raises the RecordError of the first damaged one."""
+    runs = []
+    for run in load_each(directories):
+        if isinstance(run, RecordError):
+            raise run
+        runs.append(run)
+    return runs
 
 
-def load_each(
-    directories: Sequence[str | Path], *, train_points: int = 400, workers: int = 2
-) -> list[RecordedRun | RecordError]:
-    """Load runs in the given order; a damaged one yields its RecordError.
+def load_each(directories: Sequence[str | Path], *, train_points: int = 400) -> list[RecordedRun | RecordError]:
+    """Load run directories in the given order; a damaged one yields its RecordError.
 
-    At most `workers` metrics files are in memory at a time.
-
-    Args:
-        directories: run directories.
-        train_points: number of bins for a run's train lines; 0 keeps none.
-        workers: threads (the parser releases the GIL).
+    `train_points` is the number of bins for a run's train lines; 0 keeps none. Two metrics files are in memory at a time.
     """
 
     def load(directory: str | Path) -> RecordedRun | RecordError:
@@ -223,27 +212,18 @@ def load_each(
         except RecordError as error:
             return error
 
-    with ThreadPoolExecutor(max_workers=workers) as pool:
+    with ThreadPoolExecutor(2) as pool:  # the parser releases the GIL
         return list(pool.map(load, directories))
 
 
 def load_run(directory: str | Path, *, train_points: int = 400) -> RecordedRun:
-    """Load one run; see `load_runs`.
-
-    Raises:
-        RecordError: the directory has no run record, or one of its files is damaged.
-    """
+    """Load one run. RecordError if the directory has no run record, or one of its files is damaged."""
     record = RunRecord.open(directory)
-    content = metrics_content(record.metrics_path)
-    return _run(
-        Origin(record.directory),
-        (record.config, record.environment, record.summary),
-        read_metrics(content, record.metrics_path),
-        last_line(content, record.metrics_path, "hessian"),
-        record.directory / CONFIG_FILE,
-        record.metrics_path,
-        train_points,
-    )
+    path = record.metrics_path
+    content = metrics_content(path)
+    lines, last_refresh = _read_metrics(content, path), last_line(content, path, "hessian")
+    config_place = record.directory / CONFIG_FILE
+    return _run(Origin(record.directory), record, lines, last_refresh, config_place, path, train_points)
 
 
 def runs_of_rows(
@@ -251,8 +231,7 @@ def runs_of_rows(
 ) -> dict[str, RecordedRun]:
     """Return the runs in a study's tables by trial, without rows that have no summary.
 
-    Raises:
-        RecordError: a configuration lacks what the analysis needs, or the curves of a trial are missing.
+    Raises RecordError if a configuration lacks what the analysis needs, or the curves of a trial are missing.
     """
     trials, path = directory / TRIALS_FILE, directory / CURVES_FILE
     lines = by_trial(curves)
@@ -262,40 +241,33 @@ def runs_of_rows(
             continue
         if row.trial not in lines:
             raise RecordError(f"{path} has no lines of {row.trial}, but {trials} has its row; restore both files")
-        own = lines[row.trial]
-        runs[row.trial] = _run(
-            Origin(trials, row.trial, row.line),
-            (row.config, row.environment, row.summary),
-            own,
-            _last_refresh(own),
-            f"{trials}:{row.line}",
-            path,
-            train_points,
-        )
+        own, place = lines[row.trial], f"{trials}:{row.line}"
+        origin = Origin(trials, row.trial, row.line)
+        runs[row.trial] = _run(origin, row, own, _last_refresh(own), place, path, train_points)
     return runs
 
 
 def _run(
     origin: Origin,
-    record: tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None],
+    record: RunRecord | TrialRow,
     lines: pa.Table,
     last_refresh: dict[str, Any] | None,
     config_place: Path | str,
     lines_place: Path,
     train_points: int,
 ) -> RecordedRun:
-    config, environment, summary = record
+    config = record.config
     require(_Config, config, config_place)
     if config["optimizer"].get("decay_embeddings") is True:  # as in records from before this key existed
         del config["optimizer"]["decay_embeddings"]
-    training = _curve(lines, "train", _TRAIN_COLUMNS, lines_place)
+    training = _curve(lines, "train", lines_place)
     clipped = training["clipped_norm"]
     return RecordedRun(
         origin=origin,
         config=config,
-        environment=environment,
-        summary=summary,
-        evaluations=_curve(lines, "eval", _EVAL_COLUMNS, lines_place),
+        environment=record.environment,
+        summary=record.summary,
+        evaluations=_curve(lines, "eval", lines_place),
         training=_bin_means(training, train_points),
         clipped_norm_share=float(np.nanmean(clipped)) if np.isfinite(clipped).any() else float("nan"),
         last_refresh=last_refresh,
@@ -312,15 +284,8 @@ def _last_refresh(lines: pa.Table) -> dict[str, Any] | None:
     return whole[-1] | {"by_kind": parts}
 
 
-def read_metrics(content: bytes, path: Path, *, train_lines: int = _TRAIN_LINES) -> pa.Table:
-    """Parse the train and eval lines of a metrics.jsonl into the columns of the record format; absent values are null.
-
-    Every eval line is read, and every n-th train line, about `train_lines` in all, so that a thousand long runs load in
-    seconds. n has no common factor with ten, so that the sample does not align with the curvature passes.
-
-    Raises:
-        RecordError: a line other than the last is damaged.
-    """
+def _read_metrics(content: bytes, path: Path) -> pa.Table:
+    """Parse all eval lines of a metrics.jsonl and about _TRAIN_LINES train lines; absent values are null."""
     lines = content.split(b"\n")
     # A run killed while writing leaves a torn last line without a newline.
     lines.pop()
@@ -329,7 +294,10 @@ def read_metrics(content: bytes, path: Path, *, train_lines: int = _TRAIN_LINES)
     # Lines with another beginning are parsed and filtered by kind.
     rest = itertools.compress(lines, map(operator.not_, is_train))
     others = [line for line in rest if line and not line.startswith(_SKIPPED_PREFIXES)]
-    chosen = b"\n".join((*others, *train[:: _stride(len(train), train_lines)], b""))
+    stride = max(1, -(-len(train) // _TRAIN_LINES))
+    while math.gcd(stride, 10) > 1:  # else the sample may align with the curvature passes
+        stride += 1
+    chosen = b"\n".join((*others, *train[::stride], b""))
     if not chosen.strip():
         return _SCHEMA.empty_table()
     try:
@@ -344,11 +312,7 @@ def read_metrics(content: bytes, path: Path, *, train_lines: int = _TRAIN_LINES)
 
 
 def last_line(content: bytes, path: Path, kind: str) -> dict[str, Any] | None:
-    """Return the last complete line of a kind in a metrics.jsonl, without parsing the others; None if there is none.
-
-    Raises:
-        RecordError: the line is damaged.
-    """
+    """Return the last complete line of a kind in a metrics.jsonl, without parsing the others. RecordError if damaged."""
     content = content[: content.rfind(b"\n") + 1]
     at = max(content.rfind(f'{{"kind":{space}"{kind}"'.encode()) for space in ("", " "))
     if at < 0:
@@ -356,58 +320,37 @@ def last_line(content: bytes, path: Path, kind: str) -> dict[str, Any] | None:
     return parse_line(content[at : content.index(b"\n", at)], path, content.count(b"\n", 0, at) + 1)
 
 
-def _stride(count: int, wanted: int) -> int:
-    """Return the smallest stride that takes at most about `wanted` of `count` and has no common factor with ten."""
-    step = max(1, -(-count // max(wanted, 1)))
-    while step % 2 == 0 or step % 5 == 0:
-        step += 1
-    return step
-
-
 def _read_leniently(content: bytes, path: Path) -> pa.Table:
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(io.BytesIO(content), start=1):
         if not line.strip():
             continue
-        row = parse_line(line, path, number)
-        for name in _SCHEMA.names:
-            if name != "kind" and not isinstance(row.get(name), (int, float, type(None))):
-                raise RecordError(f"{path}:{number}: {name} is {row[name]!r:.40}, expected a number")
-        clipped = row.get("clipped_norm")
-        rows.append(
-            {name: row.get(name) for name in _SCHEMA.names}
-            | {"clipped_norm": None if clipped is None else bool(clipped)}
-        )
+        row = {name: value for name, value in parse_line(line, path, number).items() if name in _SCHEMA.names}
+        for name, value in row.items():
+            if name != "kind" and not isinstance(value, (int, float, type(None))):
+                raise RecordError(f"{path}:{number}: {name} is {value!r:.40}, expected a number")
+        if row.get("clipped_norm") is not None:
+            row["clipped_norm"] = bool(row["clipped_norm"])
+        rows.append(row)
     try:
         return pa.Table.from_pylist(rows, schema=_SCHEMA)
     except (pa.ArrowException, OverflowError) as error:
         raise RecordError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
-def _curve(table: pa.Table, kind: str, columns: Sequence[str], path: Path) -> Curve:
-    lines = table.filter(pc.equal(table["kind"], kind)).select([*_COUNTERS, *columns])
+def _curve(table: pa.Table, kind: str, path: Path) -> Curve:
+    lines = table.filter(pc.equal(table["kind"], kind))
     if missing := [name for name in _COUNTERS if lines[name].null_count]:
         raise RecordError(f"{path} is damaged: a line of kind {kind!r} has no {missing[0]}")
-    values = {name: _float(lines[name]) for name in lines.column_names}
-    steps = values["step"]
-    if np.any(np.diff(steps) <= 0):
+    columns = {}
+    for name in (*_COUNTERS, *_COLUMNS[kind]):
+        values = pc.cast(lines[name], pa.float64()).to_numpy()
+        columns["steps" if name == "step" else name] = np.where(np.isinf(values), np.nan, values)
+    if np.any(np.diff(columns["steps"]) <= 0):
         # A resumed run may write a step again; the later line counts. Sort by step.
-        _, last_from_behind = np.unique(steps[::-1], return_index=True)
-        keep = len(steps) - 1 - last_from_behind
-        values = {name: column[keep] for name, column in values.items()}
-    return Curve(
-        steps=values["step"],
-        tokens=values["tokens"],
-        flops=values["flops"],
-        seconds=values["seconds"],
-        columns={name: values[name] for name in columns},
-    )
-
-
-def _float(column: pa.ChunkedArray) -> NDArray[np.float64]:
-    values = pc.cast(column, pa.float64()).to_numpy()
-    finite: NDArray[np.float64] = np.where(np.isinf(values), np.nan, values)
-    return finite
+        _, last_from_behind = np.unique(columns["steps"][::-1], return_index=True)
+        columns = {name: values[::-1][last_from_behind] for name, values in columns.items()}
+    return Curve(columns)
 
 
 def _bin_means(curve: Curve, points: int) -> Curve:
@@ -419,17 +362,10 @@ def _bin_means(curve: Curve, points: int) -> Curve:
     starts, lasts = edges[:-1], edges[1:] - 1
 
     def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        if points == 0:
-            return values[:0]
-        known = ~np.isnan(values)
-        count = np.add.reduceat(known, starts, dtype=np.int64)
-        total = np.add.reduceat(np.where(known, values, 0.0), starts)
-        return np.divide(total, count, out=np.full(points, np.nan), where=count > 0)
+        with np.errstate(invalid="ignore"):  # a bin without values has no mean
+            count = np.add.reduceat(~np.isnan(values), starts, dtype=np.int64)
+            return np.asarray(np.add.reduceat(np.nan_to_num(values), starts) / count)
 
     return Curve(
-        steps=curve.steps[lasts],
-        tokens=curve.tokens[lasts],
-        flops=curve.flops[lasts],
-        seconds=curve.seconds[lasts],
-        columns={name: mean(values) for name, values in curve.columns.items()},
+        {name: values[lasts] if name in CURRENCIES else mean(values) for name, values in curve.columns.items()}
     )

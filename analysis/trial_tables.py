@@ -22,17 +22,18 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 from data.files import problem, read_regular, write_atomically
-from training.records import Environment, Form, RecordError, Summary
+from training.records import Environment, RecordError, Summary
 
 TRIALS_FILE = "trials.csv"
 CURVES_FILE = "curves.parquet"
@@ -41,11 +42,11 @@ Phase = Literal["tuning", "reporting", "set aside"]  # set aside: recorded, but 
 
 MISSING = "missing"  # the status of a planned trial that has not finished
 
+_GROUPS = ("study", "summary", "ledger", "config", "environment")  # of columns
 _STUDY = ("trial", "arm", "phase", "model", "horizon")
 _LEDGER = ("seconds", "flops", "tokens", "count")
 # The keys of a configuration without a dot. `name` has a column only if it is not the trial's.
 _PLAIN_KEYS = ("name", "seed", "output_dir", "resume", "overwrite")
-_ENVIRONMENT = "environment."
 _PARTS = re.compile(r"[^.\[\]]+|\[\d+\]")
 _WORDS: Mapping[str, Any] = {"null": None, "True": True, "False": False}
 _LIMIT = 1 << 30  # maximum bytes of a table, a hundred times the size of a thousand trials
@@ -74,7 +75,7 @@ CURVES_SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class TrialRow:
     """A row of trials.csv. An unfinished trial has no configuration, environment or summary."""
 
@@ -82,34 +83,16 @@ class TrialRow:
     arm: str
     phase: Phase
     model: str
-    horizon: int  # steps
+    horizon: Annotated[int, Field(gt=0)]  # steps
     seed: int
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] | None = None
     line: int = field(default=0, compare=False)  # line number in the file
 
-    @property
-    def leaves(self) -> dict[str, Any]:
-        """Return the configuration by column: {"optimizer.betas[0]": 0.9, …}."""
-        return _leaves(self.config)
-
-
-class _Study(Form):
-    trial: str
-    arm: str
-    phase: Phase
-    model: str
-    horizon: Annotated[int, Field(gt=0)]
-    seed: int
-
 
 def checked(row: TrialRow) -> TrialRow:
-    """Return the row if it survives a round trip through trials.csv.
-
-    Raises:
-        RecordError: its record has something that trials.csv cannot represent.
-    """
+    """Return the row. RecordError if its record has something that trials.csv cannot represent."""
     if _row({key: _value(_text(value)) for key, value in _cells(row).items()}) != row:
         raise RecordError(f"{row.trial}: {TRIALS_FILE} cannot represent its record, for example a key with a dot")
     return row
@@ -128,11 +111,7 @@ def write_trials(directory: Path, rows: Sequence[TrialRow]) -> None:
 
 
 def read_trials(directory: Path) -> list[TrialRow]:
-    """Read the rows of trials.csv; an empty list without a file.
-
-    Raises:
-        RecordError: it cannot be read or is damaged; the message names the line.
-    """
+    """Read the rows of trials.csv; none without a file. RecordError, with the line, if it is damaged or unreadable."""
     path = directory / TRIALS_FILE
     content = _read(path)
     if content is None:
@@ -170,8 +149,7 @@ def read_trials(directory: Path) -> list[TrialRow]:
 def curves_of(trial: str, lines: Iterable[Mapping[str, Any]]) -> pa.Table:
     """Convert lines of metrics.jsonl to rows of curves.parquet; a hessian line gives one row per kind of parameters.
 
-    Raises:
-        RecordError: a value does not have its column's type.
+    Raises RecordError if a value does not have its column's type.
     """
     rows: list[Mapping[str, Any]] = []
     for line in lines:
@@ -192,11 +170,7 @@ def write_curves(directory: Path, tables: Sequence[pa.Table]) -> None:
 
 
 def read_curves(directory: Path) -> pa.Table:
-    """Read curves.parquet; an empty table without a file.
-
-    Raises:
-        RecordError: it cannot be read or is damaged.
-    """
+    """Read curves.parquet; an empty table without a file. RecordError if it is damaged or unreadable."""
     path = directory / CURVES_FILE
     content = _read(path)
     if content is None:
@@ -224,59 +198,47 @@ def _cells(row: TrialRow) -> dict[str, Any]:
     cells: dict[str, Any] = {name: getattr(row, name) for name in _STUDY}
     summary: dict[str, Any] = {"status": MISSING} if row.summary is None else dict(row.summary)
     ledger: dict[str, Any] = summary.pop("ledger", {}) or {}
-    cells |= _leaves(summary)
+    cells |= leaves(summary)
     for kind, entry in ledger.items():
         cells |= {f"{what}.{kind}": value for what, value in entry.items()}
     config = {key: value for key, value in row.config.items() if (key, value) != ("name", row.trial)}
-    cells |= {"seed": row.seed} | _leaves(config)
-    return cells | {f"{_ENVIRONMENT}{key}": value for key, value in _leaves(row.environment).items()}
+    cells |= {"seed": row.seed} | leaves(config)
+    return cells | (leaves({"environment": row.environment}) if row.environment else {})
 
 
 def _row(cells: Mapping[str, Any], line: int = 0) -> TrialRow:
-    """Build a row from values by column.
-
-    Raises:
-        ValueError: a value is missing or has the wrong type.
-    """
-    study = _Study.model_validate({name: cells[name] for name in (*_STUDY, "seed") if name in cells})
-    config: dict[str, Any] = {}
-    environment: dict[str, Any] = {}
-    summary: dict[str, Any] = {}
-    ledger: dict[str, dict[str, Any]] = {}
-    for name, value in cells.items():
-        head, _, rest = name.partition(".")
-        if name.startswith(_ENVIRONMENT):
-            environment[rest] = value
-        elif head in _LEDGER and rest:
-            ledger.setdefault(rest, {})[head] = value
-        elif rest or name in _PLAIN_KEYS:
-            config[name] = value
-        elif name not in _STUDY:
-            summary[name] = value
+    """Build a row from values by column. ValueError if one is missing or has the wrong type."""
+    row = TrialRow(**{name: cells[name] for name in (*_STUDY, "seed") if name in cells}, line=line)
     if cells["status"] == MISSING:
-        return TrialRow(**study.model_dump(), line=line)
-    return TrialRow(
-        **study.model_dump(),
-        config={"name": study.trial, **_tree(config)},
-        environment=_tree(environment),
-        summary=_tree(summary) | ({"ledger": ledger} if ledger else {}),
-        line=line,
+        return row
+    parts: dict[str, dict[str, Any]] = {group: {} for group in _GROUPS}
+    for name, value in cells.items():
+        parts[_group(name)][name] = value
+    ledger: dict[str, dict[str, Any]] = {}
+    for name, value in parts["ledger"].items():
+        what, _, kind = name.partition(".")
+        ledger.setdefault(kind, {})[what] = value
+    return replace(
+        row,
+        config={"name": row.trial, **_tree(parts["config"])},
+        environment=_tree(parts["environment"]).get("environment", {}),
+        summary=_tree(parts["summary"]) | ({"ledger": ledger} if ledger else {}),
     )
 
 
-def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    """{"a": {"b": [1, 2]}} -> {"a.b[0]": 1, "a.b[1]": 2}; an empty dict or list is a leaf."""
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """Return the values by column: {"a": {"b": [1, 2]}} -> {"a.b[0]": 1, "a.b[1]": 2}; an empty dict or list is a leaf."""
     if isinstance(tree, Mapping) and (tree or not path):
         members = {f"{path}.{key}" if path else str(key): value for key, value in tree.items()}
     elif isinstance(tree, (list, tuple)) and tree:
         members = {f"{path}[{index}]": value for index, value in enumerate(tree)}
     else:
         return {path: tree}
-    return {name: leaf for key, value in members.items() for name, leaf in _leaves(value, key).items()}
+    return {name: leaf for key, value in members.items() for name, leaf in leaves(value, key).items()}
 
 
 def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Invert `_leaves`."""
+    """Invert `leaves`."""
     root: dict[str | int, Any] = {}
     for path, value in leaves.items():
         *parents, last = (int(part[1:-1]) if part[0] == "[" else part for part in _PARTS.findall(path))
@@ -291,11 +253,9 @@ def _listed(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     members = {key: _listed(value) for key, value in node.items()}
-    return (
-        [members[index] for index in sorted(members)]
-        if members and all(isinstance(key, int) for key in members)
-        else members
-    )
+    if members and all(isinstance(key, int) for key in members):
+        return [members[index] for index in sorted(members)]
+    return members
 
 
 def _text(value: Any) -> str:
@@ -311,11 +271,7 @@ def _text(value: Any) -> str:
 
 
 def _value(text: str) -> Any:
-    """Parse the text of a cell.
-
-    Raises:
-        ValueError: a quotation mark is not closed.
-    """
+    """Parse the text of a cell. ValueError if a quotation mark is not closed."""
     if text in _WORDS:
         return _WORDS[text]
     if text[0] == '"' or text in ("[]", "{}"):
@@ -330,21 +286,25 @@ def _value(text: str) -> Any:
 
 def _in_order(names: Iterable[str]) -> list[str]:
     """Sort columns in the order of the module's docstring, with sections of the configuration together."""
-    groups: list[list[str]] = [[*_STUDY, "seed"], [], [], [], []]
+    groups: dict[str, list[str]] = {group: [] for group in _GROUPS}
     for name in names:
-        head, _, rest = name.partition(".")
-        if name.startswith(_ENVIRONMENT):
-            groups[4].append(name)
-        elif head in _LEDGER and rest:
-            groups[2].append(name)
-        elif rest or name in _PLAIN_KEYS:
-            groups[3] += [name] * (name != "seed")
-        elif name not in _STUDY:
-            groups[1].append(name)
-    sections = list(dict.fromkeys(name.partition(".")[0] for name in groups[3]))
-    groups[2].sort(key=lambda name: _LEDGER.index(name.partition(".")[0]))
-    groups[3].sort(key=lambda name: sections.index(name.partition(".")[0]))
-    return [name for group in groups for name in group]
+        groups["study" if name == "seed" else _group(name)].append(name)
+    sections = list(dict.fromkeys(name.partition(".")[0] for name in groups["config"]))
+    groups["config"].sort(key=lambda name: sections.index(name.partition(".")[0]))
+    groups["ledger"].sort(key=lambda name: _LEDGER.index(name.partition(".")[0]))
+    return [name for group in groups.values() for name in group]
+
+
+def _group(name: str) -> str:
+    """Return what a column is part of."""
+    head, _, rest = name.partition(".")
+    if name in _STUDY:
+        return "study"
+    if head in _LEDGER and rest:
+        return "ledger"
+    if head == "environment" and rest:
+        return "environment"
+    return "config" if rest or name in _PLAIN_KEYS else "summary"
 
 
 def _read(path: Path) -> bytes | None:

@@ -6,10 +6,11 @@ are the optimizers and every run counts as reported.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,7 +20,7 @@ from pydantic import Field, model_validator
 
 from analysis.comparison import Endpoints
 from analysis.runs import Origin, RecordedRun, flatten, load_each, runs_of_rows
-from analysis.trial_tables import MISSING, TRIALS_FILE, Phase, TrialRow, read_curves, read_trials
+from analysis.trial_tables import MISSING, TRIALS_FILE, Phase, TrialRow, leaves, read_curves, read_trials
 from analysis.wallclock import ReferenceTimes, training_seconds
 from training.records import Form, RecordError, find_runs, read_mapping, require
 
@@ -29,6 +30,7 @@ REFERENCE_TIMES_FILE = "reference_times.json"
 VERIFICATION_FILE = "verification.json"
 
 Role = Literal["arm", "ablation"]
+Cell = tuple[str, str, int]  # arm, model, horizon
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class RecordedTrial:
     run: RecordedRun | None
 
     @property
+    def cell(self) -> Cell:
+        return self.arm, self.model, self.horizon
+
+    @property
     def status(self) -> str:
         return MISSING if self.run is None else self.run.status
 
@@ -79,13 +85,12 @@ class RecordedTrial:
     @property
     def seconds(self) -> float:
         """Training seconds, whatever the run's status."""
-        return 0.0 if self.run is None else training_seconds(self.run)
+        return training_seconds(self.run) if self.run else 0.0
 
     @property
     def device_seconds(self) -> float:
         """Training seconds times the number of devices (ranks)."""
-        ranks = 1 if self.run is None else int(self.run.environment.get("world_size") or 1)
-        return self.seconds * ranks
+        return self.seconds * int(self.run.environment.get("world_size") or 1) if self.run else 0.0
 
 
 @dataclass(frozen=True)
@@ -136,9 +141,8 @@ class Study:
         of = "" if self.trials_at_most is None else f" of at most {self.trials_at_most:,}"
         reported = {trial.arm for trial in self.reporting if trial.run is not None}
         models = {model for arm in self.arms.values() for model, _ in arm.budgets} - {*self.models}
-        missing = sorted(models) + [
-            name for name, arm in self.arms.items() if arm.role == "arm" and name not in reported
-        ]
+        missing = sorted(models)
+        missing += [name for name, arm in self.arms.items() if arm.role == "arm" and name not in reported]
         ablations = sum(arm.role == "ablation" and name not in reported for name, arm in self.arms.items())
         missing += [f"{ablations} ablation{'s' if ablations > 1 else ''}"] if ablations else []
         text = f"The study is under way: {done:,}{of} trials are on record, and what is said here may change."
@@ -150,45 +154,58 @@ class Study:
         sizes: dict[str, float] = {}
         for trial in self.reporting:
             if trial.run is not None:
-                size = (trial.run.summary or {}).get("parameters") or _shape_size(trial.run)
+                shape = trial.run.config["model"]
+                size = (trial.run.summary or {}).get("parameters")
+                size = size or 12 * shape.get("n_layer", 0) * shape.get("n_embd", 0) ** 2
                 sizes[trial.model] = max(sizes.get(trial.model, 0.0), float(size))
         return sorted(sizes, key=lambda model: (sizes[model], model))
 
-    def arm_names(self, role: Role = "arm") -> list[str]:
-        """Return the arms of the role with reported runs, the baseline first, then in order of appearance."""
-        present = [trial.arm for trial in self.reporting if trial.run is not None]
-        names = [name for name in dict.fromkeys(present) if self.arms[name].role == role]
+    def arm_names(self, *roles: Role) -> list[str]:
+        """Return the arms (default) or those of the roles with reported runs, the baseline first, then as they appear."""
+        present = dict.fromkeys(trial.arm for trial in self.reporting if trial.run is not None)
+        names = [name for role in roles or ("arm",) for name in present if self.arms[name].role == role]
         return sorted(names, key=lambda name: name != self.baseline)
 
-    def runs(
-        self, *, arm: str | None = None, model: str | None = None, phase: Phase = "reporting"
-    ) -> list[RecordedRun]:
-        return [
-            trial.run
-            for trial in self.trials
-            if trial.run is not None
-            and trial.phase == phase
-            and (arm is None or trial.arm == arm)
-            and (model is None or trial.model == model)
-        ]
+    def runs(self, *, arm: str | None = None, model: str | None = None) -> list[RecordedRun]:
+        """Return the reported runs, of one arm or all, on one model or all."""
+        found = [trial for trial in self.reporting if arm in (None, trial.arm) and model in (None, trial.model)]
+        return [trial.run for trial in found if trial.run is not None]
 
     def endpoints(self, arm: str, model: str) -> list[Endpoints]:
         """Return the endpoints of an arm's finished reported runs, one per horizon, ascending."""
-        cells: dict[int, dict[int, RecordedRun]] = {}
-        for trial in self.reporting:
-            if trial.arm != arm or trial.model != model or trial.run is None:
-                continue
-            if trial.status in ("completed", "diverged"):
-                cells.setdefault(trial.horizon, {})[trial.seed] = trial.run
-        return [_endpoints(arm, model, horizon, cells[horizon], self.reference_times) for horizon in sorted(cells)]
+        runs = {
+            (trial.horizon, trial.seed): trial.run
+            for trial in self.reporting
+            if trial.run is not None
+            and (trial.arm, trial.model) == (arm, model)
+            and trial.status in ("completed", "diverged")
+        }
+        return [
+            self._endpoints(arm, model, horizon, {seed: runs[horizon, seed] for _, seed in cells})
+            for horizon, cells in itertools.groupby(sorted(runs), key=lambda cell: cell[0])
+        ]
+
+    def _endpoints(self, arm: str, model: str, horizon: int, by_seed: Mapping[int, RecordedRun]) -> Endpoints:
+        runs, times = by_seed.values(), self.reference_times
+        return Endpoints(
+            arm=arm,
+            model=model,
+            horizon=horizon,
+            seeds=tuple(by_seed),
+            losses=np.array([run.final_val_loss for run in runs]),
+            tokens=np.array([run.total("tokens") for run in runs]),
+            flops=np.array([run.total("flops") for run in runs]),
+            seconds=np.array([training_seconds(run) for run in runs]),
+            runs=tuple(run.origin for run in runs),
+            reference_seconds=float(np.mean([times.training_seconds(run, arm) for run in runs])) if times else math.nan,
+        )
 
 
 def load_study(paths: Sequence[str | Path], *, baseline: str = "adamw", train_points: int = 400) -> Study:
     """Load a study directory, or run directories (or directories that contain some).
 
-    Raises:
-        FileNotFoundError: a path does not exist, or has neither a study nor a run.
-        RecordError: a file of the study is damaged, or the records of all bare runs are.
+    Raises FileNotFoundError if a path does not exist, or has neither a study nor a run; RecordError if a file of the study
+    or the records of all bare runs are damaged.
     """
     roots = [Path(path) for path in paths]
     if len(roots) == 1 and is_study(roots[0]):
@@ -198,7 +215,9 @@ def load_study(paths: Sequence[str | Path], *, baseline: str = "adamw", train_po
         raise FileNotFoundError(
             f"no run record under {', '.join(map(str, roots))}: give a study directory, or run directories"
         )
-    runs, damaged = _sound(load_each(directories, train_points=train_points))
+    loaded = load_each(directories, train_points=train_points)
+    runs = [run for run in loaded if isinstance(run, RecordedRun)]
+    damaged = tuple(" ".join(str(error).split()) for error in loaded if isinstance(error, RecordError))
     study = replace(study_of_runs(runs, baseline=baseline), damaged=damaged)
     if not runs:
         raise RecordError(f"no run record can be read: {study.left_out}")
@@ -210,26 +229,19 @@ def is_study(directory: Path) -> bool:
     return (directory / TRIALS_FILE).is_file()
 
 
-def _sound(loaded: Iterable[RecordedRun | RecordError]) -> tuple[list[RecordedRun], tuple[str, ...]]:
-    """Split into runs, and a line about each damaged one."""
-    listed = list(loaded)
-    damaged = tuple(" ".join(str(error).split()) for error in listed if isinstance(error, RecordError))
-    return [run for run in listed if isinstance(run, RecordedRun)], damaged
-
-
-def study_of_runs(runs: Sequence[RecordedRun], *, baseline: str = "adamw", name: str = "runs") -> Study:
+def study_of_runs(runs: Sequence[RecordedRun], *, baseline: str = "adamw") -> Study:
     """Make a study of bare records: every run is reported, and the arms are the optimizers.
 
     If an optimizer has several runs of the same model, horizon and seed, the hyper-parameters that distinguish them
     become part of the arm's name.
     """
-    arms = arm_names(runs)
+    arms = _arm_names(runs)
     trials = [
         RecordedTrial(arm, "reporting", run.model, run.horizon, run.seed, values={}, origin=run.origin, run=run)
         for arm, run in zip(arms, runs, strict=True)
     ]
     return Study(
-        name=name,
+        name="runs",
         baseline=baseline,
         arms={arm: Arm(arm) for arm in dict.fromkeys(arms)},
         trials=trials,
@@ -238,7 +250,7 @@ def study_of_runs(runs: Sequence[RecordedRun], *, baseline: str = "adamw", name:
     )
 
 
-def arm_names(runs: Sequence[RecordedRun]) -> list[str]:
+def _arm_names(runs: Sequence[RecordedRun]) -> list[str]:
     """Name the arm of each run: its optimizer, with the values in which runs of one cell differ."""
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     own = [flatten(run.config["optimizer"]) for run in runs]
@@ -258,10 +270,11 @@ def arm_names(runs: Sequence[RecordedRun]) -> list[str]:
 
 def _from_tables(directory: Path, train_points: int) -> Study:
     path = directory / STUDY_FILE
-    spec = read_mapping(path)
-    if spec is None:
+    values = read_mapping(path)
+    if values is None:
         raise RecordError(f"{path} is missing; restore it next to {TRIALS_FILE}")
-    require(_Spec, spec, path)
+    require(_Spec, values, path)
+    spec = _Spec.model_validate(values)
     recorded = read_trials(directory)
     rows = [row for row in recorded if row.phase != "set aside"]
     arms = _arms(spec)
@@ -270,30 +283,26 @@ def _from_tables(directory: Path, train_points: int) -> Study:
     runs = runs_of_rows(rows, read_curves(directory), directory, train_points=train_points)
     times = directory / REFERENCE_TIMES_FILE
     return Study(
-        name=spec["name"],
-        baseline=spec["baseline"],
+        name=spec.name,
+        baseline=spec.baseline,
         arms=arms,
         trials=[
             RecordedTrial(
-                arm=row.arm,
-                phase=row.phase,
-                model=row.model,
-                horizon=row.horizon,
-                seed=row.seed,
+                *(row.arm, row.phase, row.model, row.horizon, row.seed),
                 values=_searched(row, spec),
                 origin=Origin(directory / TRIALS_FILE, row.trial, row.line),
                 run=runs.get(row.trial),
             )
             for row in rows
         ],
-        seeds=tuple(sorted({seed for model in spec["models"].values() for seed in model["seeds"]})),
-        level=float(spec.get("level", 0.95)),
-        description=spec.get("description", ""),
+        seeds=tuple(sorted({seed for model in spec.models.values() for seed in model.seeds})),
+        level=spec.level,
+        description=spec.description,
         finished=len(runs) == len(rows),
-        trials_at_most=spec.get(PLAN, {}).get("trials_at_most"),
+        trials_at_most=spec.plan.trials_at_most,
         directory=directory,
         set_aside=Counter(row.arm for row in recorded if row.phase == "set aside"),
-        builds_on={name: _seeds(directory.resolve().parent / name) for name in spec.get("builds_on", [])},
+        builds_on={name: _seeds(directory.resolve().parent / name) for name in spec.builds_on},
         reference_times=ReferenceTimes.load(times) if times.is_file() else None,
         reruns=_reruns(directory / VERIFICATION_FILE),
     )
@@ -315,39 +324,31 @@ def _seeds(directory: Path) -> frozenset[int] | None:
     return frozenset(row.seed for row in read_trials(directory) if row.summary) if is_study(directory) else None
 
 
-def _arms(spec: Mapping[str, Any]) -> dict[str, Arm]:
-    tuning, granted = spec["tuning"], spec.get(PLAN, {}).get("budgets", {})
-    arms = {
-        name: Arm(
+def _arms(spec: _Spec) -> dict[str, Arm]:
+    arms = {}
+    for name, arm in spec.arms.items():
+        granted = spec.plan.budgets.get(name, {})
+        arms[name] = Arm(
             name=name,
             # study.yaml omits the default scale of a range.
-            search={
-                key: {"scale": "log", **space} if "low" in space else space
-                for key, space in arm.get("search", {}).items()
-            },
-            budget=tuning["trials"] if arm.get("search") else None,
-            method=tuning["method"],
-            budgets={
-                (model, int(horizon)): trials
-                for model, by_horizon in granted.get(name, {}).items()
-                for horizon, trials in by_horizon.items()
-            },
+            search={key: {"scale": "log", **space} if "low" in space else space for key, space in arm.search.items()},
+            budget=spec.tuning.trials if arm.search else None,
+            method=spec.tuning.method,
+            budgets={(model, int(steps)): n for model, of_one in granted.items() for steps, n in of_one.items()},
         )
-        for name, arm in spec["arms"].items()
-    }
-    for name, ablation in spec.get("ablations", {}).items():
-        keys = [override.lstrip("+").split("=")[0] for override in ablation.get("overrides", [])]
-        keys += [key.split("[")[0] for key in ablation.get("values", {})]
-        arms[name] = Arm(name, role="ablation", of=ablation["of"], varies=tuple(dict.fromkeys(keys)))
+    for name, ablation in spec.ablations.items():
+        keys = [override.lstrip("+").split("=")[0] for override in ablation.overrides]
+        keys += [key.split("[")[0] for key in ablation.values]
+        arms[name] = Arm(name, role="ablation", of=ablation.of, varies=tuple(dict.fromkeys(keys)))
     return arms
 
 
-def _searched(row: TrialRow, spec: Mapping[str, Any]) -> dict[str, Any]:
+def _searched(row: TrialRow, spec: _Spec) -> dict[str, Any]:
     """Return the values set by the search of the trial's arm, or of the arm that it varies."""
-    ablation = spec.get("ablations", {}).get(row.arm, {})
-    keys = (*spec["arms"][ablation.get("of", row.arm)].get("search", {}), *ablation.get("values", {}))
-    leaves = row.leaves
-    return {key: leaves[key] for key in keys if key in leaves}
+    ablation = spec.ablations.get(row.arm)
+    keys = [*spec.arms[ablation.of if ablation else row.arm].search, *(ablation.values if ablation else ())]
+    values = leaves(row.config)
+    return {key: values[key] for key in keys if key in values}
 
 
 class _ReadArm(Form):
@@ -396,41 +397,10 @@ class _Spec(Form):
 
     @model_validator(mode="after")
     def _arms_are_known(self) -> Self:
-        if unknown := [
-            name for name in (self.baseline, *(one.of for one in self.ablations.values())) if name not in self.arms
-        ]:
+        named = (self.baseline, *(one.of for one in self.ablations.values()))
+        if unknown := [name for name in named if name not in self.arms]:
             raise ValueError(f"no such arm: {unknown[0]!r}")
         return self
-
-
-def _endpoints(
-    arm: str, model: str, horizon: int, by_seed: dict[int, RecordedRun], times: ReferenceTimes | None
-) -> Endpoints:
-    seeds = tuple(sorted(by_seed))
-    runs = [by_seed[seed] for seed in seeds]
-
-    modelled = [None if times is None else times.training_seconds(run, arm) for run in runs]
-
-    def column(values: Iterable[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return np.array(list(values), dtype=np.float64)
-
-    return Endpoints(
-        arm=arm,
-        model=model,
-        horizon=horizon,
-        seeds=seeds,
-        losses=column(run.final_val_loss for run in runs),
-        tokens=column(run.total("tokens") for run in runs),
-        flops=column(run.total("flops") for run in runs),
-        seconds=column(training_seconds(run) for run in runs),
-        runs=tuple(run.origin for run in runs),
-        reference_seconds=float(np.mean([math.nan if value is None else value for value in modelled])),
-    )
-
-
-def _shape_size(run: RecordedRun) -> float:
-    model = run.config["model"]
-    return 12.0 * model.get("n_layer", 0) * model.get("n_embd", 0) ** 2
 
 
 def short(value: Any) -> str:

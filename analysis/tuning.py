@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.trials import Arm, RecordedTrial, Study
+from analysis.trials import Arm, Cell, RecordedTrial, Study
 
 # A random or Halton point this close to the end of its range (in units of the range) counts as at the edge.
 _NEAR = 0.05
@@ -34,9 +34,7 @@ class Edge:
     key: str
     value: float
     side: str  # "lowest" or "highest"
-    inherited_from: str = (
-        ""  # the search that chose the value, as "64 steps", if the key was not searched at this horizon
-    )
+    inherited_from: str  # the search that chose the value, as "64 steps", if the key was not searched here
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,10 @@ class Tuning:
     horizon: int
     candidates: tuple[Candidate, ...]
     best: Candidate  # the reported setting; the lowest if there is no reported run
-    edges: tuple[Edge, ...]
+
+    @property
+    def cell(self) -> Cell:
+        return self.arm, self.model, self.horizon
 
     @property
     def diverged(self) -> int:
@@ -57,15 +58,17 @@ class Tuning:
 
 def tunings(study: Study) -> list[Tuning]:
     """Return the searches of a study, one for each arm, model and horizon with finished tuning trials."""
-    cells: dict[tuple[str, str, int], list[RecordedTrial]] = {}
+    cells: dict[Cell, list[RecordedTrial]] = {}
     for trial in study.tuning:
         if trial.run is not None and trial.status in ("completed", "diverged"):
-            cells.setdefault((trial.arm, trial.model, trial.horizon), []).append(trial)
-    chosen = {(trial.arm, trial.model, trial.horizon): trial.values for trial in study.reporting if trial.values}
-    return [
-        _tuning(study.arms[arm], model, horizon, trials, chosen.get((arm, model, horizon)))
-        for (arm, model, horizon), trials in sorted(cells.items())
-    ]
+            cells.setdefault(trial.cell, []).append(trial)
+    chosen = {trial.cell: trial.values for trial in study.reporting if trial.values}
+    found = []
+    for cell, trials in sorted(cells.items()):
+        settings = candidates(trials)
+        best = next((one for one in settings if one.values == chosen.get(cell)), settings[0])
+        found.append(Tuning(*cell, tuple(settings), best))
+    return found
 
 
 def edges(study: Study, searches: Sequence[Tuning]) -> list[Edge]:
@@ -75,27 +78,26 @@ def edges(study: Study, searches: Sequence[Tuning]) -> list[Edge]:
     another model. Before any reported run, the edges of the best settings count.
     """
     cells = {
-        (trial.arm, trial.model, trial.horizon): trial.values
-        for trial in study.reporting
-        if trial.values and study.arms[trial.arm].role == "arm"
-    } or {(search.arm, search.model, search.horizon): search.best.values for search in searches}
+        trial.cell: trial.values for trial in study.reporting if trial.values and study.arms[trial.arm].role == "arm"
+    } or {search.cell: search.best.values for search in searches}
     order = sorted(study.arms, key=lambda arm: arm != study.baseline)
     found = []
-    for (arm, model, horizon), values in sorted(
-        cells.items(), key=lambda cell: (order.index(cell[0][0]), *cell[0][1:])
-    ):
+    for cell in sorted(cells, key=lambda cell: (order.index(cell[0]), *cell[1:])):
+        arm, model, horizon = cell
         sources = sorted(
             (search for search in searches if search.arm == arm),
-            key=lambda one: ((one.model, one.horizon) != (model, horizon), one.model != model, -len(one.candidates)),
+            key=lambda one: (one.cell != cell, one.model != model, -len(one.candidates)),
         )
-        for key, value in values.items():
-            tried = ((one, explored(one.candidates, key)) for one in sources)
-            source = next((one for one, points in tried if len(points) > 1 and value in points), None)
-            if source is None or (side := _side(study.arms[arm], source.candidates, key, value)) is None:
-                continue
-            place = f"{source.horizon:,} steps" if source.horizon != horizon or source.model != model else ""
-            place = f"{source.model}, {place}" if source.model != model else place
-            found.append(Edge(arm, model, horizon, key, float(value), side, inherited_from=place))
+        for key, value in cells[cell].items():
+            for source in sources:
+                points = explored(source.candidates, key)
+                if len(points) < 2 or value not in points:
+                    continue
+                if side := _side(study.arms[arm], points, key, value):
+                    place = "" if source.model == model else f"{source.model}, "
+                    place = "" if source.cell == cell else f"{place}{source.horizon:,} steps"
+                    found.append(Edge(arm, model, horizon, key, float(value), side, place))
+                break
     return found
 
 
@@ -144,24 +146,8 @@ def predicted_gain(search: Tuning, key: str) -> float | None:
     return 0.0 if a <= 0 else max(0.0, float(losses[1] - (c - b * b / (4 * a))))
 
 
-def _tuning(
-    arm: Arm, model: str, horizon: int, trials: Sequence[RecordedTrial], chosen: Mapping[str, Any] | None
-) -> Tuning:
-    found = candidates(trials)
-    best = next((one for one in found if chosen is not None and dict(one.values) == dict(chosen)), found[0])
-    own = [
-        Edge(arm.name, model, horizon, key, float(value), side)
-        for key, value in sorted(best.values.items())
-        if (side := _side(arm, found, key, value)) is not None
-    ]
-    return Tuning(arm.name, model, horizon, tuple(found), best, tuple(own))
-
-
-def _side(arm: Arm, found: Sequence[Candidate], key: str, value: Any) -> str | None:
-    """Return whether the value is the "lowest" or "highest" that was tried; None inside."""
-    values = explored(found, key)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or len(values) < 2:
-        return None
+def _side(arm: Arm, values: Sequence[float], key: str, value: float) -> str | None:
+    """Return whether the value is the "lowest" or "highest" of those tried, ascending; None inside."""
     space = arm.search.get(key)
     if isinstance(space, Mapping) and "low" in space and "high" in space:
         low, high = float(space["low"]), float(space["high"])

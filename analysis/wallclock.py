@@ -7,11 +7,10 @@ Evaluation, checkpoints and compilation are separate: a run that evaluates more 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from analysis.runs import RecordedRun
 from data.files import write_atomically
@@ -24,61 +23,44 @@ SHARED_KINDS = ("forward_backward", "data")
 
 def training_seconds(run: RecordedRun) -> float:
     """Return the measured seconds of training: the ledger's training kinds, or the record's total without a ledger."""
-    ledger = _ledger(run)
-    if not ledger:
+    if not run.ledger:
         return run.total("seconds")
-    return float(sum(ledger.get(kind, {}).get("seconds", 0.0) for kind in TRAINING_KINDS))
+    return float(sum(run.ledger.get(kind, {}).get("seconds", 0.0) for kind in TRAINING_KINDS))
 
 
 def seconds_per_occurrence(run: RecordedRun, kind: str) -> float | None:
     """Return the mean measured seconds of one occurrence of a kind of work; None without any."""
-    entry = _ledger(run).get(kind, {})
-    return float(entry["seconds"]) / entry["count"] if entry.get("count") else None
+    entry = run.ledger.get(kind, {})
+    return entry["seconds"] / entry["count"] if entry.get("count") else None
 
 
-class _File(Form):
-    seconds: dict[str, dict[str, dict[str, float]]]
-    source: str
-
-
-@dataclass(frozen=True)
-class ReferenceTimes:
+class ReferenceTimes(Form):
     """Seconds for one occurrence of each kind of work, by model and arm, measured on an idle machine.
 
     `seconds[model][arm][kind]`; kinds that do not depend on the optimizer have the same number in every arm.
     """
 
-    seconds: Mapping[str, Mapping[str, Mapping[str, float]]]
     source: str
+    seconds: dict[str, dict[str, dict[str, float]]]
 
-    def training_seconds(self, run: RecordedRun, arm: str) -> float | None:
-        """Return the run's counts times the reference times; None if the model, arm or a kind was not measured."""
+    def training_seconds(self, run: RecordedRun, arm: str) -> float:
+        """Return the run's counts times the reference times; NaN if the model, arm or a kind was not measured."""
         costs = self.seconds.get(run.model, {}).get(arm)
-        ledger = _ledger(run)
-        if costs is None or not ledger:
-            return None
-        total = 0.0
-        for kind in TRAINING_KINDS:
-            count = ledger.get(kind, {}).get("count", 0)
-            if count and kind not in costs:
-                return None
-            total += count * costs.get(kind, 0.0)
-        return total
+        if costs is None or not run.ledger:
+            return math.nan
+        counts = {kind: run.ledger[kind]["count"] for kind in TRAINING_KINDS if kind in run.ledger}
+        return sum(count * costs.get(kind, math.nan) for kind, count in counts.items() if count)
 
     def save(self, path: Path) -> None:
-        write_atomically(path, json.dumps({"source": self.source, "seconds": self.seconds}, indent=2) + "\n")
+        write_atomically(path, json.dumps(self.model_dump(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> ReferenceTimes:
-        """Read a file written by `save`.
-
-        Raises:
-            RecordError: it cannot be read or is damaged.
-        """
-        content = read_object(path, _File)
+        """Read a file written by `save`. RecordError if it is missing, unreadable or damaged."""
+        content = read_object(path, cls)
         if content is None:
             raise RecordError(f"{path} is missing")
-        return cls(seconds=content["seconds"], source=content["source"])
+        return cls.model_validate(content)
 
 
 def reference_times(runs: Iterable[tuple[str, RecordedRun]], source: str) -> ReferenceTimes:
@@ -87,26 +69,14 @@ def reference_times(runs: Iterable[tuple[str, RecordedRun]], source: str) -> Ref
     A run's ledger gives the mean cost of each kind; the result is the median over the runs of a cell, or over all arms
     of a model for kinds that do not depend on the optimizer.
     """
-    costs: dict[str, dict[str, dict[str, list[float]]]] = {}
+    costs: dict[tuple[str, str, str], list[float]] = {}
     for arm, run in runs:
         for kind in TRAINING_KINDS:
             if (cost := seconds_per_occurrence(run, kind)) is not None:
-                costs.setdefault(run.model, {}).setdefault(arm, {}).setdefault(kind, []).append(cost)
-    result: dict[str, dict[str, dict[str, float]]] = {}
-    for model, arms in costs.items():
-        shared = {
-            kind: median(cost for by_kind in arms.values() for cost in by_kind.get(kind, []))
-            for kind in SHARED_KINDS
-            if any(kind in by_kind for by_kind in arms.values())
-        }
-        result[model] = {
-            arm: {kind: shared.get(kind, median(values)) for kind, values in by_kind.items()}
-            for arm, by_kind in arms.items()
-        }
-    return ReferenceTimes(result, source)
-
-
-def _ledger(run: RecordedRun) -> dict[str, dict[str, Any]]:
-    summary = run.summary or {}
-    ledger: dict[str, dict[str, Any]] = summary.get("ledger") or {}
-    return ledger
+                costs.setdefault((run.model, arm, kind), []).append(cost)
+    seconds: dict[str, dict[str, dict[str, float]]] = {}
+    for model, arm, kind in costs:
+        arms = {other for _, other, _ in costs} if kind in SHARED_KINDS else {arm}
+        cost = median(cost for other in arms for cost in costs.get((model, other, kind), []))
+        seconds.setdefault(model, {}).setdefault(arm, {})[kind] = cost
+    return ReferenceTimes(source=source, seconds=seconds)

@@ -136,7 +136,10 @@ def test_a_diverging_arm_does_not_set_the_scale_of_the_curves(results: Results) 
     limits = loss_limits(found, "adamw")
     far = {arm: curve.columns["val_loss"] + 20 for arm, (curve, *_) in found.items()}
     (curve, *_) = found["lion"]
-    assert loss_limits(found | {"wild": [replace(curve, columns={"val_loss": far["lion"]})]}, "adamw") == limits
+    assert (
+        loss_limits(found | {"wild": [replace(curve, columns=curve.columns | {"val_loss": far["lion"]})]}, "adamw")
+        == limits
+    )
 
 
 def test_sophias_relatives_without_gamma_or_k_are_left_out_of_its_grids(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Each guard is triggered by a doctored record, and a sound study triggers none."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,49 +112,18 @@ def test_a_rerun_that_ends_farther_from_its_record_than_seeds_differ_is_serious(
     assert [one.guard for one in findings if one.severity == "serious"] == found
 
 
-def change_batch(doctor: Doctor) -> None:
-    doctor.runs["sophiag", "reporting", 200, 2]["config"]["train.global_batch_size"] = 32
+def in_one_run(part: str, key: str, value: Any) -> Callable[[Doctor], None]:
+    """Change a value in the configuration or the environment of one reported run."""
 
+    def change(doctor: Doctor) -> None:
+        doctor.runs["adamw", "reporting", 200, 1].setdefault(part, {})[key] = value
 
-def change_clip(doctor: Doctor) -> None:
-    doctor.runs["adamw", "reporting", 100, 1]["config"]["train.grad_clip"] = 0.5
+    return change
 
 
 def change_schedule(doctor: Doctor) -> None:
     for seed in (1, 2, 3):
         doctor.runs["sophiag", "reporting", 200, seed]["config"]["schedule.final_ratio"] = 0.0
-
-
-def change_precision(doctor: Doctor) -> None:
-    doctor.runs["sophiag", "reporting", 200, 1]["config"]["train.precision"] = "bf16"
-
-
-def change_validation_set(doctor: Doctor) -> None:
-    doctor.runs["sophiag", "reporting", 200, 1]["config"]["eval.tokens"] = 1024
-
-
-def change_data(doctor: Doctor) -> None:
-    doctor.runs["adamw", "reporting", 200, 3]["environment"] = {"data_manifest_sha256": "e" * 64}
-
-
-def change_initial_weights(doctor: Doctor) -> None:
-    doctor.runs["adamw", "reporting", 200, 3]["environment"] = {"initial_weights_sha256": "e" * 64}
-
-
-def change_data_seed(doctor: Doctor) -> None:
-    doctor.runs["sophiag", "reporting", 200, 1]["config"]["seeds.data"] = 77
-
-
-def change_model(doctor: Doctor) -> None:
-    doctor.runs["sophiag", "reporting", 200, 1]["config"]["model.n_layer"] = 3
-
-
-def change_hardware(doctor: Doctor) -> None:
-    doctor.runs["sophiag", "reporting", 200, 1]["environment"] = {"hardware.cores": 64}
-
-
-def change_the_number_of_ranks(doctor: Doctor) -> None:
-    doctor.runs["sophiag", "reporting", 200, 1]["environment"] = {"world_size": 8}
 
 
 def make_a_forward_for_each_curvature_pass(doctor: Doctor) -> None:
@@ -202,22 +173,22 @@ def move_the_arms_optimum_to_an_edge(doctor: Doctor) -> None:
     report(doctor, "sophiag", 5e-4)
 
 
-def tune_the_baseline_less(doctor: Doctor) -> None:
-    del doctor.runs["adamw", "tuning", 200, 2e-3]
+def tune_less(doctor: Doctor, arm: str) -> None:
+    del doctor.runs[arm, "tuning", 200, 2e-3]
 
 
 def tune_the_arm_beyond_its_budget(doctor: Doctor) -> None:
     doctor.runs["sophiag", "tuning", 200, 3e-3] = {"final": 9.0, "config": {"optimizer.lr": 3e-3}}
 
 
-def report_the_baseline_with_other_than_its_best(doctor: Doctor) -> None:
+def report_other_than_the_best(doctor: Doctor, arm: str) -> None:
     for seed in (1, 2, 3):
-        doctor.runs["adamw", "reporting", 200, seed]["final"] += 0.03
+        doctor.runs[arm, "reporting", 200, seed]["final"] += 0.03
 
 
-def leave_a_gap_in_the_baselines_learning_rates(doctor: Doctor) -> None:
-    doctor.runs["adamw", "tuning", 200, 5e-4]["final"] -= 0.049  # almost as good: the optimum lies between
-    doctor.runs["adamw", "tuning", 200, 2e-3]["final"] += 0.2
+def leave_a_gap_in_the_learning_rates(doctor: Doctor, arm: str) -> None:
+    doctor.runs[arm, "tuning", 200, 5e-4]["final"] -= 0.049  # almost as good: the optimum lies between
+    doctor.runs[arm, "tuning", 200, 2e-3]["final"] += 0.2
 
 
 def report_another_than_the_lowest(doctor: Doctor) -> None:
@@ -265,23 +236,9 @@ def replace_sophia_by_muon(doctor: Doctor) -> None:
     doctor.runs = {("muon" if arm == "sophiag" else arm, *rest): run for (arm, *rest), run in doctor.runs.items()}
 
 
-def tune_the_arm_less(doctor: Doctor) -> None:
-    del doctor.runs["sophiag", "tuning", 200, 2e-3]
-
-
 def leave_the_arm_untuned_at_a_horizon(doctor: Doctor) -> None:
     for rate in RATES:
         del doctor.runs["sophiag", "tuning", 200, rate]
-
-
-def report_the_arm_with_other_than_its_best(doctor: Doctor) -> None:
-    for seed in (1, 2, 3):
-        doctor.runs["sophiag", "reporting", 200, seed]["final"] += 0.03
-
-
-def leave_a_gap_in_the_arms_learning_rates(doctor: Doctor) -> None:
-    doctor.runs["sophiag", "tuning", 200, 5e-4]["final"] -= 0.049
-    doctor.runs["sophiag", "tuning", 200, 2e-3]["final"] += 0.2
 
 
 def throw_a_search_away(doctor: Doctor) -> None:
@@ -294,16 +251,9 @@ def throw_the_same_number_of_trials_away(doctor: Doctor) -> None:
         doctor.runs[arm, "set aside", 100, 1e-3] = {"config": {"optimizer.lr": 1e-3}}
 
 
-def clip_the_baselines_gradient_in_half_of_the_steps(doctor: Doctor) -> None:
-    for seed in (1, 2, 3):
-        for horizon in (100, 200):
-            doctor.runs["adamw", "reporting", horizon, seed]["clipped_every"] = 2
-
-
-def clip_the_gradient_and_not_the_curvature(doctor: Doctor) -> None:
-    for seed in (1, 2, 3):
-        for horizon in (100, 200):
-            doctor.runs["sophiag", "reporting", horizon, seed]["clipped_every"] = 2
+def clip_the_gradient_in_half_of_the_steps(doctor: Doctor, arm: str) -> None:
+    for seed, horizon in itertools.product((1, 2, 3), (100, 200)):
+        doctor.runs[arm, "reporting", horizon, seed]["clipped_every"] = 2
 
 
 def slow_the_machine_for_one_arm(doctor: Doctor) -> None:
@@ -327,28 +277,30 @@ def clip_every_coordinate(doctor: Doctor) -> None:
     doctor.runs["sophiag", "reporting", 200, 1]["unclipped"] = 0.0
 
 
-def change_the_commit(doctor: Doctor) -> None:
-    doctor.runs["adamw", "reporting", 200, 1]["environment"] = {"git.commit": "f" * 40}
-
-
-def leave_changes_uncommitted(doctor: Doctor) -> None:
-    doctor.runs["adamw", "reporting", 200, 1]["environment"] = {"git.dirty": True}
-
-
 @pytest.mark.parametrize(
     ("change", "guard", "severity", "words"),
     [
-        (change_batch, "fairness", "serious", "train.global_batch_size"),
-        (change_clip, "fairness", "serious", "train.grad_clip"),
+        (in_one_run("config", "train.global_batch_size", 32), "fairness", "serious", "train.global_batch_size"),
+        (in_one_run("config", "train.grad_clip", 0.5), "fairness", "serious", "train.grad_clip"),
         (change_schedule, "fairness", "serious", "schedule.final_ratio"),
-        (change_precision, "fairness", "serious", "train.precision"),
-        (change_validation_set, "fairness", "serious", "eval.tokens"),
-        (change_data, "fairness", "serious", "environment.data_manifest_sha256"),
-        (change_initial_weights, "fairness", "serious", "environment.initial_weights_sha256"),
-        (change_data_seed, "fairness", "serious", "seeds.data"),
-        (change_model, "fairness", "serious", "model.n_layer"),
-        (change_hardware, "fairness", "note", "environment.hardware.cores"),
-        (change_the_number_of_ranks, "fairness", "note", "environment.world_size"),
+        (in_one_run("config", "train.precision", "bf16"), "fairness", "serious", "train.precision"),
+        (in_one_run("config", "eval.tokens", 1024), "fairness", "serious", "eval.tokens"),
+        (
+            in_one_run("environment", "data_manifest_sha256", "e"),
+            "fairness",
+            "serious",
+            "environment.data_manifest_sha256",
+        ),
+        (
+            in_one_run("environment", "initial_weights_sha256", "e"),
+            "fairness",
+            "serious",
+            "environment.initial_weights_sha256",
+        ),
+        (in_one_run("config", "seeds.data", 77), "fairness", "serious", "seeds.data"),
+        (in_one_run("config", "model.n_layer", 3), "fairness", "serious", "model.n_layer"),
+        (in_one_run("environment", "hardware.cores", 64), "fairness", "note", "environment.hardware.cores"),
+        (in_one_run("environment", "world_size", 8), "fairness", "note", "environment.world_size"),
         (make_a_forward_for_each_curvature_pass, "fairness", "note", "the price of a curvature pass"),
         (stop_decaying, "schedule", "serious", "does not decay"),
         (report_a_tuning_seed, "seeds", "serious", "Seeds used for tuning are reported: 100"),
@@ -373,14 +325,19 @@ def leave_changes_uncommitted(doctor: Doctor) -> None:
             "serious",
             "2 reported values are at the edge of what was tried, 2 of them the baseline's",
         ),
-        (tune_the_baseline_less, "budget", "serious", "Fewer tuning trials than other arms: AdamW"),
-        (tune_the_arm_less, "budget", "serious", "Fewer tuning trials than other arms: Sophia-G"),
+        (partial(tune_less, arm="adamw"), "budget", "serious", "Fewer tuning trials than other arms: AdamW"),
+        (partial(tune_less, arm="sophiag"), "budget", "serious", "Fewer tuning trials than other arms: Sophia-G"),
         (leave_the_arm_untuned_at_a_horizon, "budget", "serious", "Fewer tuning trials than other arms: Sophia-G"),
         (tune_the_arm_beyond_its_budget, "budget", "serious", "More tuning trials than granted: Sophia-G"),
-        (report_the_baseline_with_other_than_its_best, "tuning", "serious", "lower than the reported runs: AdamW"),
-        (report_the_arm_with_other_than_its_best, "tuning", "serious", "lower than the reported runs: Sophia-G"),
-        (leave_a_gap_in_the_baselines_learning_rates, "tuning", "serious", "looks under-tuned: AdamW"),
-        (leave_a_gap_in_the_arms_learning_rates, "tuning", "serious", "looks under-tuned: Sophia-G"),
+        (partial(report_other_than_the_best, arm="adamw"), "tuning", "serious", "lower than the reported runs: AdamW"),
+        (
+            partial(report_other_than_the_best, arm="sophiag"),
+            "tuning",
+            "serious",
+            "lower than the reported runs: Sophia-G",
+        ),
+        (partial(leave_a_gap_in_the_learning_rates, arm="adamw"), "tuning", "serious", "looks under-tuned: AdamW"),
+        (partial(leave_a_gap_in_the_learning_rates, arm="sophiag"), "tuning", "serious", "looks under-tuned: Sophia-G"),
         (give_the_embeddings_of_one_arm_a_rate_of_their_own, "shared", "serious", "optimizer.embedding_lr_ratio"),
         (search_the_embeddings_rate_in_one_arm, "shared", "serious", "optimizer.embedding_lr_ratio"),
         (declare_a_search_that_never_tries_a_second_value, "shared", "serious", "optimizer.embedding_lr_ratio"),
@@ -397,14 +354,24 @@ def leave_changes_uncommitted(doctor: Doctor) -> None:
             "note",
             "Recorded trials were set aside: AdamW 1, Sophia-G 1",
         ),
-        (clip_the_baselines_gradient_in_half_of_the_steps, "clipping", "note", "more than 30% of the steps"),
-        (clip_the_gradient_and_not_the_curvature, "clipping", "serious", "more than 30% of the steps"),
+        (
+            partial(clip_the_gradient_in_half_of_the_steps, arm="adamw"),
+            "clipping",
+            "note",
+            "more than 30% of the steps",
+        ),
+        (
+            partial(clip_the_gradient_in_half_of_the_steps, arm="sophiag"),
+            "clipping",
+            "serious",
+            "more than 30% of the steps",
+        ),
         (slow_the_machine_for_one_arm, "clock", "note", "took up to 8% longer"),
         (build_on_a_study_with_the_same_seeds, "seeds", "serious", "Reported seeds were used to choose settings: 3"),
         (build_on_a_study_without_tables, "seeds", "note", "other, on which this study builds, has no tables"),
         (clip_every_coordinate, "degenerate", "serious", "no unclipped coordinate"),
-        (change_the_commit, "code", "note", "different commits"),
-        (leave_changes_uncommitted, "code", "note", "uncommitted"),
+        (in_one_run("environment", "git.commit", "f"), "code", "note", "different commits"),
+        (in_one_run("environment", "git.dirty", True), "code", "note", "uncommitted"),
     ],
 )
 def test_a_doctored_record_triggers_its_guard(
@@ -473,7 +440,7 @@ def test_an_edge_is_inherited_where_its_key_is_not_searched_again(doctor: Doctor
 
 def test_a_parabola_compares_rates_on_the_seeds_that_they_share(doctor: Doctor) -> None:
     """The best setting ran again on a further seed, which is an easier one; its neighbours did not."""
-    leave_a_gap_in_the_baselines_learning_rates(doctor)
+    leave_a_gap_in_the_learning_rates(doctor, "adamw")
     gains = []
     for further in ({}, {("adamw", "tuning", 200, 101): {"seed": 101, "final": 2.0, "config": {"optimizer.lr": 1e-3}}}):
         doctor.runs |= further
@@ -490,7 +457,7 @@ def test_a_clock_finding_says_where_reference_times_come_from(doctor: Doctor) ->
     (finding,) = doctor.write()
     assert "0.045 s (AdamW, tiny, 100 steps) to 0.0486 s (Sophia-G, tiny, 200 steps)" in finding.detail
     assert "study.py times study=small" in finding.detail
-    ReferenceTimes({}, "idle").save(doctor.directory / "reference_times.json")
+    ReferenceTimes(source="idle", seconds={}).save(doctor.directory / "reference_times.json")
     (finding,) = inspect(load_study([doctor.directory]))
     assert "study.py times" not in finding.detail
 
@@ -544,11 +511,11 @@ def test_bare_runs_with_unequal_numbers_of_seeds_are_noted(tmp_path: Path) -> No
 
 
 def test_serious_findings_about_the_baseline_come_first_and_notes_last(doctor: Doctor) -> None:
-    change_the_commit(doctor)
+    in_one_run("environment", "git.commit", "f")(doctor)
     lose_a_seed(doctor)
-    report_the_arm_with_other_than_its_best(doctor)
+    report_other_than_the_best(doctor, "sophiag")
     move_the_baselines_optimum_to_an_edge(doctor)
-    clip_the_baselines_gradient_in_half_of_the_steps(doctor)
+    clip_the_gradient_in_half_of_the_steps(doctor, "adamw")
     findings = doctor.write()
     assert [finding.guard for finding in findings] == ["edge", "seeds", "tuning", "clipping", "code"]
     weights = [finding.weight for finding in findings]
