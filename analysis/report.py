@@ -81,7 +81,7 @@ class Curves:
     """Validation curves: a chart in the page, a picture in Markdown."""
 
     views: list[dict[str, Any]]
-    picture: Picture | None
+    picture: Block | None
 
 
 Block = Heading | Paragraph | Warnings | Table | Picture | Curves
@@ -94,7 +94,7 @@ class Written:
     html: Path
     markdown: Path
     json: Path
-    figures: tuple[Path, ...]
+    figures: tuple[Path, ...] = ()
 
 
 def write_report(results: Results, directory: Path) -> Written:
@@ -105,12 +105,11 @@ def write_report(results: Results, directory: Path) -> Written:
     Raises:
         RecordError: the directory cannot be written.
     """
+    written = Written(directory / "report.html", directory / "report.md", directory / "report.json")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         pictures, failed = draw_figures(results, directory / "figures")
         results = dataclasses.replace(results, findings=[*results.findings, *failed])
-        html, text, data = (directory / f"report.{suffix}" for suffix in ("html", "md", "json"))
-        written = Written(html, text, data, tuple(pictures))
         blocks = content(results, pictures)
         write_atomically(written.html, page(blocks, directory))
         write_atomically(written.markdown, markdown(blocks, directory))
@@ -118,7 +117,7 @@ def write_report(results: Results, directory: Path) -> Written:
     except OSError as error:
         reason = f"{error.strerror or error}; free space, or name another directory"
         raise RecordError(f"{directory}: the report cannot be written: {reason}") from error
-    return written
+    return dataclasses.replace(written, figures=tuple(pictures))
 
 
 def draw_figures(results: Results, directory: Path) -> tuple[list[Path], list[Finding]]:
@@ -138,25 +137,16 @@ def draw_figures(results: Results, directory: Path) -> tuple[list[Path], list[Fi
 
 
 def content(results: Results, pictures: Sequence[Path] = ()) -> list[Block]:
-    """Return the report as blocks.
+    """Return the report as blocks, with those of the PNG files that are named as in `FIGURES`."""
+    study = results.study
+    parts: dict[str, Block] = {f"figure {path.stem}": Picture(path) for path in pictures}
+    parts |= {name: table for name, make in tables.TABLES.items() if len(table := make(results))}
 
-    Args:
-        pictures: PNG files named as in `FIGURES`.
-    """
-    study, drawn = results.study, {path.stem: Picture(path) for path in pictures}
-
-    def section(title: str, name: str, *parts: str | Block | None) -> list[Block]:
+    def section(title: str, name: str, *named: str | Block) -> list[Block]:
         """Return the blocks that have content; a text names a table or a figure."""
-        found: list[Block | None] = []
-        for part in parts:
-            if not isinstance(part, str):
-                found.append(part)
-            elif part.startswith("figure "):
-                found.append(drawn.get(part.removeprefix("figure ")))
-            else:
-                found.append(tables.TABLES[part](results) or None)
-        shown = [block for block in found if block is not None]
-        return [Heading(title, name), *shown] if shown else []
+        shown = [parts.get(part) if isinstance(part, str) else part for part in named]
+        found = [block for block in shown if block is not None]
+        return [Heading(title, name), *found] if found else []
 
     views = _views(results)
     serious = sum(finding.severity == "serious" for finding in results.findings)
@@ -165,19 +155,22 @@ def content(results: Results, pictures: Sequence[Path] = ()) -> list[Block]:
     clean = Paragraph(
         "None: the arms differ only in the optimizer, were tuned with equal budgets, and every planned run finished."
     )
+    doubts: list[Block] = [
+        Paragraph("The strongest reasons to doubt what follows:"),
+        Warnings(results.findings[: max(_DOUBTS, serious)], brief=True),
+    ]
     return [
         Heading(_title(results)),
         *(Paragraph(text) for text in (study.description, _facts(results), study.under_way) if text),
         *section(
             f"How much faster than {label(study.baseline)}?",
             "the-verdict",
-            Paragraph("The strongest reasons to doubt what follows:") if results.findings else None,
-            Warnings(results.findings[: max(_DOUBTS, serious)], brief=True) if results.findings else None,
+            *(doubts if results.findings else []),
             *(leads or [nothing]),
             "verdict",
         ),
         *section("Warnings", "warnings", Warnings(results.findings) if results.findings else clean),
-        *section("Curves", "curves", Curves(views, drawn.get("curves")) if views else None, "figure tokens"),
+        *section("Curves", "curves", *([Curves(views, parts.get("figure curves"))] if views else []), "figure tokens"),
         *section("Every horizon", "horizons", "figure differences", "final-losses", "self-test"),
         *section("Cost", "cost", "times", "figure times", "figure norms"),
         *section(
@@ -189,11 +182,6 @@ def content(results: Results, pictures: Sequence[Path] = ()) -> list[Block]:
         *section("How it was measured", "method", *map(Paragraph, method(results))),
         *section("Run records", "records", "runs"),
     ]
-
-
-def render_html(results: Results, location: Path, pictures: Sequence[Path] = ()) -> str:
-    """Return the page of a report; links to run records are relative to the directory `location`."""
-    return page(content(results, pictures), location)
 
 
 def page(blocks: Sequence[Block], location: Path) -> str:
@@ -234,10 +222,8 @@ def markdown(blocks: Sequence[Block], location: Path) -> str:
                     parts.append(f"- **{kind}: {plain(one.title)}.**{detail}")
             case Table():
                 parts.append(tables.markdown(block, location).strip())
-            case Picture():
-                parts.append(f"![{plain(block.caption)}]({escaping.href(block.path, location)})")
-            case Curves(picture=Picture(path) as picture):
-                parts.append(f"![{plain(picture.caption)}]({escaping.href(path, location)})")
+            case (Picture() as picture) | Curves(picture=Picture() as picture):
+                parts.append(f"![{plain(picture.caption)}]({escaping.href(picture.path, location)})")
     return "\n\n".join(parts).replace("\n\n- **", "\n- **") + "\n"
 
 
@@ -260,9 +246,9 @@ def print_summary(results: Results, console: Console) -> None:
     for row in table.frame[columns].to_numpy().tolist():
         shown.add_row(*(Text(text, style=_STYLES.get(text, "")) for text in row))
     console.print(shown)
-    notes = [finding.title for finding in results.findings if finding.severity != "serious"]
-    for title in notes:
-        console.print(Text(f"Note: {title}", style="yellow"))
+    for finding in results.findings:
+        if finding.severity != "serious":
+            console.print(Text(f"Note: {finding.title}", style="yellow"))
     if not results.findings:
         console.print("[green]No warnings.[/]")
 
@@ -299,27 +285,25 @@ def _lead(results: Results, model: str) -> Paragraph:
     study, baseline = results.study, label(results.study.baseline)
     end = study.endpoints(study.baseline, model)[-1]
     words = {"faster": f"faster than {baseline}", "slower": f"slower than {baseline}"}
-    said: list[str] = []
+    said: dict[str, list[str]] = {word: [] for word in ("faster", "slower", "not told apart", "no verdict")}
     claims: dict[str, list[str]] = {}
-    for word in ("faster", "slower", "not told apart", "no verdict"):
-        arms = []
-        for one in results.verdicts:
-            if (one.model, one.word) != (model, word):
-                continue
-            claims.setdefault(one.claim, []).append(label(one.arm))
-            told, shown = one.at.same if one.at else "", label(one.arm)
-            if isinstance(told, Contrast) and told.interval:
-                where = "" if told.horizon == end.horizon else f", after {told.horizon:,}"
-                shown += f" ({told.interval.text}{where})"
-            arms.append(shown)
-        said += [f"{words.get(word, word)}: {', '.join(arms)}"] if arms else []
+    for one in sorted(results.verdicts, key=lambda one: [*said].index(one.word)):
+        if one.model != model:
+            continue
+        claims.setdefault(one.claim, []).append(label(one.arm))
+        same, shown = one.at.same if one.at else "", label(one.arm)
+        if isinstance(same, Contrast) and same.interval:
+            where = "" if same.horizon == end.horizon else f", after {same.horizon:,}"
+            shown += f" ({same.interval.text}{where})"
+        said[one.word].append(shown)
+    arms = "; ".join(f"{words.get(word, word)}: {', '.join(arms)}" for word, arms in said.items() if arms)
     claimed = ", ".join(f"{claim} ({', '.join(arms)})" if len(claims) > 1 else claim for claim, arms in claims.items())
     tokens, size = float(end.tokens.mean()), model_sizes(study).get(model, math.nan)
     scale = [f"{tokens / 1e6:,.3g}M tokens"]
     if math.isfinite(size):
         scale = [f"{size / 1e6:,.1f}M parameters", *scale, f"{tokens / size:.2g} tokens per parameter"]
     return Paragraph(
-        f"{'; '.join(said)}. The paper's 2×: {claimed}. Differences of final loss in nats, {len(end.seeds)} seeds, "
+        f"{arms}. The paper's 2×: {claimed}. Differences of final loss in nats, {len(end.seeds)} seeds, "
         f"{100 * results.level(model):.3g}% intervals.",
         f"{model}, after {end.horizon:,} steps ({', '.join(scale)})",
     )
@@ -330,20 +314,15 @@ def _views(results: Results) -> list[dict[str, Any]]:
     study, palette, views = results.study, colours(results.study.arm_names()), []
     for model in study.models:
         for horizon in sorted({run.horizon for run in study.runs(model=model)}, reverse=True):
-            found, curves = curves_at(study, model, horizon), []
+            curves, found = [], curves_at(study, model, horizon)
             for arm, runs in found.items():
                 steps, losses = seed_curves(runs, "steps")
                 keep = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _CURVE_POINTS)).astype(int))
-                curve = {
-                    "label": label(arm),
-                    "colour": palette[arm],
-                    "seeds": len(runs),
-                    "mean": losses.mean(axis=0)[keep],
-                }
-                curve |= {"low": losses.min(axis=0)[keep], "high": losses.max(axis=0)[keep]}
-                lists = {key: value if np.isscalar(value) else _rounded(value) for key, value in curve.items()}
                 costs = {currency: _rounded(seed_curves(runs, currency)[0][keep]) for currency in VERDICT_CURRENCIES}
-                curves.append(lists | {"x": costs})
+                curve: dict[str, Any] = {"label": label(arm), "colour": palette[arm], "seeds": len(runs), "x": costs}
+                for name, over_seeds in (("mean", np.mean), ("low", np.min), ("high", np.max)):
+                    curve[name] = _rounded(over_seeds(losses[:, keep], axis=0))
+                curves.append(curve)
             if curves:
                 name = f"{model}, {horizon:,} steps"
                 views.append({"name": name, "curves": curves, "range": _rounded(loss_limits(found, study.baseline))})

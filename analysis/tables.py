@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import escaping, tuning
+from analysis import escaping
 from analysis.colours import label
-from analysis.comparison import Compared, Contrast, Ratio
+from analysis.comparison import Compared, Contrast, Endpoints, Ratio
 from analysis.reference import PublishedLoss, load_reference
 from analysis.results import CURRENCY_NAMES, VERDICT_CURRENCIES, Results
-from analysis.runs import Origin
+from analysis.runs import Currency, Origin
 from analysis.trials import short
+from analysis.tuning import Edge, Tuning
+from analysis.tuning import edges as edges_of
 
 NONE = "–"
 _NUMBER = re.compile(r"[<>+-]? ?[\d.][\d,.]*(e[+-]?\d+)?%?( [\[(].*| of \d+.*)?|–|")
@@ -54,15 +56,16 @@ class Table:
         return list(zip(self.frame.to_numpy().tolist(), self.runs, strict=True))
 
 
+_Rows = Iterable[tuple[Mapping[str, str], Origin | None]]
+
+
 def _table(
-    name: str,
-    title: str,
-    rows: Sequence[tuple[Mapping[str, str], Origin | None]],
-    note: str = "",
-    linked: str = "arm",
+    name: str, title: str, rows: _Rows, note: str = "", linked: str = "arm", blank: Sequence[str] = ("",)
 ) -> Table:
-    frame = pd.DataFrame([row for row, _ in rows])
-    frame = frame[[column for column in frame.columns if frame[column].any()]]  # without empty columns
+    """Return a table of rows with their runs, without columns in which every cell is blank."""
+    rows = list(rows)
+    frame = pd.DataFrame([row for row, _ in rows]).fillna("")
+    frame = frame[[column for column in frame.columns if not frame[column].isin(blank).all()]]
     return Table(name, title, frame, tuple(run for _, run in rows), note, linked)
 
 
@@ -83,49 +86,46 @@ def markdown(table: Table, location: Path = Path()) -> str:
 def verdict(results: Results) -> Table:
     """Return the answer: each arm at the longest horizon that it shares with the baseline."""
     study, baseline = results.study, label(results.study.baseline)
+    minus, half = f"minus {baseline} [interval]", "at half the steps"
+    ratios = {currency: f"ratio in {CURRENCY_NAMES[currency]}" for currency in VERDICT_CURRENCIES}
+    empty = dict.fromkeys((minus, half, *ratios.values()), "")
     rows: list[tuple[dict[str, str], Origin | None]] = []
     for model in results.baselines:
         own = [one for one in results.verdicts if one.model == model]
         compared = {one.at.endpoints.horizon for one in own if one.at}
         ends = study.endpoints(study.baseline, model)
         for end in [end for end in ends if end.horizon in compared] or ends[-1:]:
-            row = {"model": model, "arm": baseline, "steps": f"{end.horizon:,}", **_losses(end)}
-            rows.append((row, end.runs[0]))
+            rows.append((_cell(end) | empty, end.runs[0]))
         for one in own:
-            row = {"model": model, "arm": label(one.arm)}
-            if one.at is not None:
-                row |= {"steps": f"{one.at.endpoints.horizon:,}", **_losses(one.at.endpoints)}
-                row[f"minus {baseline} [interval]"] = _difference(one.at.same)
+            at = one.at
+            row = _cell(at.endpoints) if at else {"model": model, "arm": label(one.arm)}
+            row |= empty | ({minus: _difference(at.same)} if at else {})
             if one.paper is not None:
-                row["at half the steps"] = _half(one.paper)
-            for currency in VERDICT_CURRENCIES:
-                row[f"ratio in {CURRENCY_NAMES[currency]}"] = _ratio(one.at.ratio_in(currency)) if one.at else NONE
+                row[half] = _difference(one.paper.half, f" ({one.paper.endpoints.horizon:,})")
+            row |= {column: _ratio(at.ratio_in(currency)) if at else NONE for currency, column in ratios.items()}
             row |= {"verdict": one.word, "the paper's 2×": one.claim}
-            rows.append((row, one.at.endpoints.runs[0] if one.at else None))
-    first = ["model", "arm", "steps", "loss (nats)", "sd", "seeds", f"minus {baseline} [interval]", "at half the steps"]
-    columns = [*first, *(f"ratio in {CURRENCY_NAMES[c]}" for c in VERDICT_CURRENCIES), "verdict", "the paper's 2×"]
-    frame = pd.DataFrame([row for row, _ in rows], columns=columns).fillna("")
-    frame = frame[[column for column in columns if not set(frame[column]) <= {"", NONE}]]
-    untested: dict[str, dict[str, None]] = {}  # models by reason
-    for one in results.verdicts:
-        if one.not_tested:
-            untested.setdefault(one.not_tested, {})[one.model] = None
+            rows.append((row, at.endpoints.runs[0] if at else None))
+    table = _table("verdict", "At the longest horizon", rows, blank=("", NONE))
     levels = dict.fromkeys(f"{100 * results.level(model):.3g}% on {model}" for model in results.baselines)
     note = (
         f"Final validation losses of fully decayed runs. Differences are paired by seed; intervals at {study.level:.0%} are "
         f"corrected for the number of arms ({', '.join(levels) or 'none'})."
     )
-    if "at half the steps" in frame:
+    if half in table.columns:
         note += f" At half the steps (in brackets), {baseline} has twice as many."
-    if "ratio in steps" in frame:
+    if ratios["steps"] in table.columns:
         note += (
             f" A ratio of 1.25: {baseline} needs 1.25 times as much for the arm's loss; > and < mark what is outside "
             f"{baseline}'s horizons; – means no ratio."
         )
+    untested: dict[str, dict[str, None]] = {}  # models by reason
+    for one in results.verdicts:
+        if one.not_tested:
+            untested.setdefault(one.not_tested, {})[one.model] = None
     if untested:
         reasons = ". ".join(f"{', '.join(models)}: {reason}" for reason, models in untested.items())
         note += f" The paper's claim is not tested. {reasons}."
-    return Table("verdict", "At the longest horizon", frame, tuple(run for _, run in rows), note, "arm")
+    return replace(table, note=note)
 
 
 def final_losses(results: Results) -> Table:
@@ -134,16 +134,16 @@ def final_losses(results: Results) -> Table:
     for end in results.endpoints():
         if results.study.arms[end.arm].role != "arm":
             continue
-        row = {"model": end.model, "arm": label(end.arm), "steps": f"{end.horizon:,}", **_losses(end)}
-        one = compared.get((end.arm, end.model, end.horizon))
-        row |= {
-            f"minus {baseline} [interval]": _difference(one.same) if one else "",
-            "would be found": _detectable(one.same) if one else "",
-            f"minus {baseline} at twice the steps": _difference(one.half) if one else "",
-            "ratio in steps": _ratio(one.ratio) if one else "",
-            "compute per token": _price(one, "flops") if one else "",
-            "wall-clock per token": _price(one, "seconds") if one else "",
-        }
+        row = _cell(end)
+        if one := compared.get((end.arm, end.model, end.horizon)):
+            row |= {
+                f"minus {baseline} [interval]": _difference(one.same),
+                "would be found": _detectable(one.same),
+                f"minus {baseline} at twice the steps": _difference(one.half),
+                "ratio in steps": _ratio(one.ratio),
+                "compute per token": _price(one, "flops"),
+                "wall-clock per token": _price(one, "seconds"),
+            }
         rows.append((row, end.runs[0]))
     return _table(
         "final-losses",
@@ -165,9 +165,9 @@ def self_test(results: Results) -> Table:
             "ratio at each horizon left out (steps)": shown or NONE,
             "p": _p(test.p),
             "ratios given": "yes" if test.passed else "no",
-            "why not": "" if test.passed else test.reason,
+            "why not": test.reason,
         }
-        rows.append((row, fitted.endpoints[0].runs[0] if fitted.endpoints[0].runs else None))
+        rows.append((row, fitted.endpoints[0].runs[0]))
     return _table(
         "self-test",
         f"Does the curve recognise {baseline}?",
@@ -181,8 +181,9 @@ def self_test(results: Results) -> Table:
 def costs(results: Results) -> Table:
     rows = []
     for one in results.costs:
-        row = {"model": one.model, "arm": label(one.arm), "ms a step": _finite(1e3 * one.seconds_per_step, ",.1f")}
-        row |= {kind.replace("_", "-"): _finite(1e3 * value, ",.1f") for kind, value in one.seconds_by_kind.items()}
+        seconds = {"ms a step": one.seconds_per_step, **one.seconds_by_kind}
+        row = {"model": one.model, "arm": label(one.arm)}
+        row |= {kind.replace("_", "-"): _finite(1e3 * value, ",.1f") for kind, value in seconds.items()}
         row |= {
             "curvature's share of time": _finite(one.curvature_seconds_share, ".1%"),
             "of FLOPs": _finite(one.curvature_flops_share, ".1%"),
@@ -253,10 +254,7 @@ def searches(results: Results) -> Table:
         trials = [trial for candidate in one.candidates for trial in candidate.trials]
         granted = results.study.arms[one.arm].granted(one.model, one.horizon)
         second = min((other.loss for other in one.candidates if other is not one.best), default=math.nan)
-        row = {
-            "model": one.model,
-            "arm": label(one.arm),
-            "steps": f"{one.horizon:,}",
+        row = _place(one) | {
             "trials": f"{len(trials)}" + (f" of {granted}" if granted else ""),
             "diverged": str(one.diverged),
             "device-seconds": f"{sum(trial.device_seconds for trial in trials):,.0f}",
@@ -277,11 +275,8 @@ def searches(results: Results) -> Table:
 def edges(results: Results) -> Table:
     first = {(one.arm, one.model, one.horizon): one.best.trials[0].origin for one in results.tunings if one.best.trials}
     rows = []
-    for edge in tuning.edges(results.study, results.tunings):
-        row = {
-            "model": edge.model,
-            "arm": label(edge.arm),
-            "steps": f"{edge.horizon:,}",
+    for edge in edges_of(results.study, results.tunings):
+        row = _place(edge) | {
             "key": edge.key,
             "value": short(edge.value),
             "of those tried": f"the {edge.side}",
@@ -311,28 +306,24 @@ def published(results: Results) -> Table:
     for one in reference.losses:
         groups.setdefault((one.source, one.size, one.chinchilla), []).append(one)
     rows: list[tuple[dict[str, str], Origin | None]] = []
-    told: set[str] = set()  # a source's flaws stand in its first row
     for (source, size, chinchilla), losses in groups.items():
         mine = [ours[key] for one in losses if (key := (one.model or "", one.arm)) in ours]
-        steps = [f"{one.steps:,}" for one in losses if one.steps]
+        steps = dict.fromkeys(f"{one.steps:,}" for one in losses if one.steps)
+        length = f"{' and '.join(steps)} steps" if steps else NONE
         row = {
             "source": source,
             "size": size,
-            "length": f"{chinchilla:g}× Chinchilla"
-            if chinchilla
-            else f"{' and '.join(dict.fromkeys(steps))} steps"
-            if steps
-            else NONE,
+            "length": f"{chinchilla:g}× Chinchilla" if chinchilla else length,
             "result": ", ".join(f"{label(one.arm)} {one.loss:.3f}" for one in losses),
             "here": ", ".join(f"{label(end.arm)} {end.mean:.3f} ({end.horizon:,} steps)" for end in mine),
-            "flaws": "" if source in told else reference.flaws.get(source, ""),
         }
-        told.add(source)
         rows.append((row, mine[0].runs[0] if mine else None))
     for other in reference.others:
-        row = {"source": other.source, "size": other.size, "length": "", "result": other.finding, "here": ""}
-        rows.append((row | {"flaws": reference.flaws.get(other.source, "")}, None))
-        told.add(other.source)
+        rows.append(({"source": other.source, "size": other.size, "result": other.finding}, None))
+    told: set[str] = set()
+    for row, _ in rows:  # a source's flaws stand in its first row
+        row["flaws"] = "" if row["source"] in told else reference.flaws.get(row["source"], "")
+        told.add(row["source"])
     sources = "; ".join(f"{name}: {text.rstrip('.')}" for name, text in reference.sources.items() if name in told)
     return _table(
         "published",
@@ -380,25 +371,23 @@ TABLES: Mapping[str, Callable[[Results], Table]] = {
 }
 
 
-def _losses(end: Any) -> dict[str, str]:
-    lost = len(end.diverged)
-    return {
-        "loss (nats)": f"{lost} of {len(end.seeds)} diverged" if lost else f"{end.mean:.4f}",
+def _place(one: Endpoints | Tuning | Edge) -> dict[str, str]:
+    return {"model": one.model, "arm": label(one.arm), "steps": f"{one.horizon:,}"}
+
+
+def _cell(end: Endpoints) -> dict[str, str]:
+    lost, seeds = len(end.diverged), len(end.seeds)
+    return _place(end) | {
+        "loss (nats)": f"{lost} of {seeds} diverged" if lost else f"{end.mean:.4f}",
         "sd": _loss(end.standard_deviation),
-        "seeds": str(len(end.seeds)),
+        "seeds": str(seeds),
     }
 
 
-def _difference(one: Contrast | str) -> str:
+def _difference(one: Contrast | str, suffix: str = "") -> str:
     if isinstance(one, str):
         return NONE
-    return one.interval.text if one.interval else f"{one.differences[0]:+.3f} (one seed)"
-
-
-def _half(one: Compared) -> str:
-    if isinstance(one.half, str):
-        return NONE
-    return f"{_difference(one.half)} ({one.half.horizon:,})"
+    return (one.interval.text if one.interval else f"{one.differences[0]:+.3f} (one seed)") + suffix
 
 
 def _detectable(one: Contrast | str) -> str:
@@ -407,7 +396,7 @@ def _detectable(one: Contrast | str) -> str:
     return f"{one.smallest_detectable:.3f}" if one.smallest_detectable < _TELLING else f"> {_TELLING:g}"
 
 
-def _price(one: Compared, currency: Any) -> str:
+def _price(one: Compared, currency: Currency) -> str:
     return f"{one.prices[currency]:.3f}" if currency in one.prices else NONE
 
 
@@ -436,9 +425,8 @@ def _space(space: Any) -> str:
         return short(space)
     if "values" in space:
         return ", ".join(map(short, space["values"]))
-    return f"{short(space.get('low'))} to {short(space.get('high'))}" + (
-        f", {space['scale']}" if "scale" in space else ""
-    )
+    scale = f", {space['scale']}" if "scale" in space else ""
+    return f"{short(space.get('low'))} to {short(space.get('high'))}{scale}"
 
 
 def _in_row(text: str) -> str:

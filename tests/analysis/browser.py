@@ -87,10 +87,6 @@ class Page:
     def resize(self, width: int, height: int, *, phone: bool = False) -> None:
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
 
-    def screenshot(self, path: Path, *, whole: bool = False) -> None:
-        answer = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(answer["data"]))
-
     def print_to_pdf(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.send("Page.printToPDF", printBackground=True)["data"]))
 

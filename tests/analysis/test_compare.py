@@ -36,7 +36,7 @@ def test_an_arm_that_never_reaches_the_baselines_loss_is_reported_as_not_reached
 
 def test_curvature_passes_count_in_flops_and_seconds(three_runs: list[Path]) -> None:
     comparison = compare_runs(three_runs)
-    sophia = next(one for one in comparison.others if one.arm == "sophiag")
+    sophia = next(one for one in comparison.arms if one.arm == "sophiag")
     share = {}
     for currency in ("steps", "flops", "seconds"):
         spent, own = (one.crossing(comparison.target, currency) for one in (sophia, comparison.baseline))
@@ -124,11 +124,11 @@ def sweep(tmp_path: Path) -> list[Path]:
 def test_each_optimizers_best_setting_of_a_sweep_is_compared_over_its_seeds(sweep: list[Path]) -> None:
     comparison = compare_runs(sweep)
     assert [one.arm for one in comparison.arms] == ["adamw", "lion"]
-    assert all(one.setting.values == "lr=0.003" and len(one.setting.runs) == 3 for one in comparison.arms)
+    assert all(one.values == "lr=0.003" and len(one.runs) == 3 for one in comparison.arms)
     assert comparison.target == pytest.approx(4.601)
-    (lion,) = comparison.others
-    assert lion.differences == pytest.approx([-0.1, -0.099, -0.098])
-    assert lion.difference == "-0.0990 ± 0.0025"  # t(97.5 %, 2) = 4.303, times 0.001 / √3
+    adamw, lion = comparison.arms
+    assert lion.differences(adamw) == pytest.approx([-0.1, -0.099, -0.098])
+    assert lion.difference(adamw) == "-0.0990 ± 0.0025"  # t(97.5 %, 2) = 4.303, times 0.001 / √3
     assert lion.crossing(comparison.target, "steps") is not None
     assert not comparison.warnings
     assert "chosen on the seeds shown" in text_of(comparison)
@@ -163,7 +163,7 @@ def test_a_setting_with_fewer_seeds_or_a_diverged_run_does_not_win(tmp_path: Pat
         run(4e-3, 1, 9.0, status="diverged"),
     ]
     comparison = compare_runs(runs)
-    assert comparison.baseline.setting.values == "lr=0.001"
+    assert comparison.baseline.values == "lr=0.001"
     assert [one.outcome for one in comparison.settings] == ["4.6000", "4.0000", "1 of 2 diverged"]
 
 

@@ -26,9 +26,9 @@ from analysis.report import (
     Written,
     content,
     print_summary,
-    render_html,
     write_report,
 )
+from analysis.report import page as render
 from analysis.results import Results, analyse
 from analysis.tables import TABLES, Table
 from analysis.trials import load_study
@@ -275,7 +275,7 @@ def test_a_text_that_looks_like_markup_stays_text(tmp_path: Path) -> None:
     spec = yaml.safe_load((study / "study.yaml").read_text())
     spec["description"] = "</script><script>alert(1)</script>"
     (study / "study.yaml").write_text(yaml.safe_dump(spec))
-    page = render_html(analyse(load_study([study])), study)
+    page = render(content(analyse(load_study([study]))), study)
     assert "<script>alert(1)" not in page
     assert "&lt;script&gt;alert(1)" in page
 
