@@ -42,7 +42,7 @@ Result = Literal["pass", "note", "fail"]
 SHAPE = GPT2Config(vocab_size=128, n_layer=2, n_head=2, n_embd=32, block_size=16, bias=True)
 BATCH = 8
 STEPS = 40  # of the check that the loss falls
-SAME = 1e-3  # nats per token: what micro-batches and ranks may change a loss by, through rounding
+SAME = 3e-3  # nats per token: what micro-batches and ranks may change a loss by, through rounding
 SINGLE = Distributed(0, 0, 1, torch.device("cpu"))
 # The model of the speed check: two million coordinates in a few tensors.
 SPEED_SHAPE = GPT2Config(vocab_size=2048, n_layer=2, n_head=2, n_embd=256, block_size=64, bias=True)
@@ -333,20 +333,26 @@ def _weight_decay(config: RunConfig) -> Check:
     if not config.optimizer.weight_decay:
         return Check("weight decay", "note", "optimizer.weight_decay=0: not measured")
     decay, rate = 1.0, config.optimizer.lr
-    ends = {}
-    for value in (0.0, decay):
-        optimizer = config.optimizer.model_copy(update={"weight_decay": value})
-        fed = Fed(config.model_copy(update={"optimizer": optimizer}))
-        start = {name: p for name, p in fed.weights().items() if p.dim() == 2 and "embedding" not in name}
-        fed.step(1)
-        ends[value] = torch.cat([fed.weights()[name].double().flatten() for name in start])
-    weights = torch.cat([p.double().flatten() for p in start.values()])
-    difference = ends[decay] - ends[0.0]
+    rivals = [
+        Fed(config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"weight_decay": value})}))
+        for value in (decay, 0.0)
+    ]
+    matrices = [name for name, p in rivals[0].parameters.items() if p.dim() == 2 and "embedding" not in name]
+    weights = torch.cat([rivals[0].parameters[name].detach().double().flatten() for name in matrices])
+    for step in (1, 2):  # some skip the first
+        for fed in rivals:
+            fed.step(step)
+        with_decay, without = (
+            torch.cat([fed.parameters[name].detach().double().flatten() for name in matrices]) for fed in rivals
+        )
+        difference = with_decay - without
+        if float(difference.norm()):
+            break
     coefficient = -float(difference @ weights / (weights @ weights))
     rest = float((difference + coefficient * weights).norm() / max(float(difference.norm()), 1e-30))
     if float(difference.norm()) == 0:
         return Check("weight decay", "fail", "it has no effect on the matrices")
-    if rest > 0.05:
+    if rest > 0.2:  # some decay the weights after the step
         return Check("weight decay", "fail", "it is coupled: it goes into the gradient, and is rescaled with it")
     share = coefficient / (rate * decay)
     if abs(share - 1) < 0.02:
