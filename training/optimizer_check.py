@@ -80,7 +80,7 @@ def check(overrides: Sequence[str], reference: str | None = None) -> Iterator[Ch
     yield _non_finite(config)
     yield _state(config)
     yield _elementwise(config)
-    if _has_curvature(config):
+    if config.optimizer.curvature is not None:
         yield from _curvature(config)
     yield _synchronizations(config)
     yield _speed(config)
@@ -197,10 +197,7 @@ def _checkpoint(config: RunConfig) -> Check:
     for step in range(1, 4):
         through.step(step)
     resumed.strategy.load(_Pieces(through.strategy.pieces()))
-    for step in range(4, 7):
-        through.step(step)
-        resumed.step(step)
-    part = _first_difference(through.weights(), resumed.weights())
+    part = _parted(through, resumed)
     if part is None:
         return Check("checkpoint", "pass", "a run resumed from the run's own checkpoint has the same bits")
     return Check("checkpoint", "fail", f"a run resumed from a checkpoint has other weights: {part}")
@@ -264,7 +261,8 @@ class Fed:
     def __init__(self, config: RunConfig, shape: GPT2Config = SHAPE, *, compile_step: bool = False) -> None:
         self.parameters = {name: nn.Parameter(p.detach().clone()) for name, p in _model(shape).items()}
         self.optimizers = build_optimizers(config.optimizer, compile_step=compile_step)(self.parameters)
-        self.interval = getattr(CurvaturePass.of(config.optimizer, 0, BATCH, BATCH), "interval", None)
+        curvature = config.optimizer.curvature
+        self.interval = None if curvature is None else curvature.hessian_interval
 
     def step(self, step: int, factor: float = 1.0, estimate_scale: float = 1.0) -> None:
         """Make step 1, 2, … with gradients, and estimates if due, that depend on the step alone."""
@@ -368,10 +366,7 @@ def _state_dict(config: RunConfig) -> Check:
         parameter.data.copy_(through.parameters[name].data)
     for source, target in zip(through.optimizers, resumed.optimizers, strict=True):
         target.load_state_dict(copy.deepcopy(source.state_dict()))
-    for step in (4, 5, 6):
-        through.step(step)
-        resumed.step(step)
-    part = _first_difference(through.weights(), resumed.weights())
+    part = _parted(through, resumed)
     if part is None:
         return Check("state_dict", "pass", "a round trip leaves every bit of the next steps")
     return Check("state_dict", "fail", f"after a round trip the next steps differ: {part}; state is lost")
@@ -448,10 +443,6 @@ def _elementwise(config: RunConfig) -> Check:
     return Check("elementwise", "note", "no, it needs whole matrices: strategies single and ddp")
 
 
-def _has_curvature(config: RunConfig) -> bool:
-    return CurvaturePass.of(config.optimizer, 0, BATCH, BATCH) is not None
-
-
 def _curvature(config: RunConfig) -> Iterator[Check]:
     """An optimizer that gets curvature estimates has to use them, keep them between refreshes, and scale them with N."""
     ends = []
@@ -483,8 +474,8 @@ def _curvature(config: RunConfig) -> Iterator[Check]:
     else:
         yield Check("curvature is kept", "pass", "only update_hessian changes it")
 
-    estimator = getattr(config.optimizer, "estimator", None)
-    if estimator not in ("gnb", "empirical_fisher"):
+    curvature = config.optimizer.curvature
+    if curvature is None or curvature.estimator not in ("gnb", "empirical_fisher"):
         return
     states = []
     for predictions, scale in ((100, 1.0), (400, 0.5)):  # N g² is the same
@@ -591,3 +582,11 @@ def _first_difference(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) 
         if not torch.equal(value, others[name]):
             return f"{name}, by up to {float((value - others[name]).abs().max()):.2g}"
     return None
+
+
+def _parted(through: Trainer | Fed, resumed: Trainer | Fed) -> str | None:
+    """Make the steps 4 to 6 with both, and return where their weights differ."""
+    for step in (4, 5, 6):
+        through.step(step)
+        resumed.step(step)
+    return _first_difference(through.weights(), resumed.weights())
