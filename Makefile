@@ -4,6 +4,8 @@ SLURM_TESTS ?= test
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
+# Containers often set it. The tests start hundreds of processes, and each would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The oldest torch of the library; pyproject.toml has the same.
 OLDEST = 2.6.0
@@ -56,7 +58,7 @@ test-gpu: setup ## the device-dependent tests, on CUDA
 	$(BIN)/python -m pytest -m gpu
 
 test-slurm: setup ## a sweep on a SLURM of one node, set up here (root; Debian: apt-get install slurm-wlm munge)
-	$(BIN)/python -m pytest -m slurm -ra -k "$(SLURM_TESTS)"
+	$(BIN)/python -m pytest tests/slurm -m slurm -ra -k "$(SLURM_TESTS)"
 
 test-oldest: ## the library's tests on the oldest torch that it supports (downloads gigabytes)
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest

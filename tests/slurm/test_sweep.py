@@ -21,8 +21,8 @@ from training.exits import EXIT_HELD
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).resolve().parents[2]
-# Steps, of a second at least in a sweep. SLURM announces the end of two minutes after 50 to 80 s: 40 s ahead, and up to
-# 30 s earlier, which is how often it looks. By then the ranks have started, and the long trial is in the middle.
+# Steps, of a second at least in a sweep until it resumes. SLURM announces the end of two minutes after 50 to 80 s: 40 s ahead,
+# and up to 30 s earlier, which is how often it looks. By then the ranks have started, and the long trial is in the middle.
 SHORT, LONG = 2, 90
 
 
