@@ -214,6 +214,8 @@ class GPT2(nn.Module):
         forward pass can be differentiated, the first with retain_graph=True.
         """
         torch._functorch.config.donated_buffer = False
+        # The backward pass of attention is such a function, and depends on nothing outside of it.
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
         for block in self.blocks:
             block.compile(*args, **kwargs)
         self.head.compile(*args, **kwargs)
