@@ -134,7 +134,7 @@ def prepared_step(config: RunConfig, shape: GPT2Config, distributed: Distributed
     with torch.device("meta"):
         model = GPT2(shape)
     optimizers = build_optimizers(config.optimizer, compile_step=bool(config.train.compile))
-    strategy.prepare(model, InitialWeights(config.model, shape, 0), optimizers)
+    strategy.prepare(model, InitialWeights(config.model, model, 0), optimizers)
     micro = micro_batch_size(config, distributed.world_size)
     rows = config.train.global_batch_size // distributed.world_size
     tokens = np.zeros((rows, config.train.sequence_length), dtype=np.int64)
