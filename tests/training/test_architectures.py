@@ -127,7 +127,7 @@ def test_labels_of_a_forward_of_their_own_give_the_same_curve(
 
 
 def test_hutchinson_differentiates_it_twice(corpus: list[str], tmp_path: Path) -> None:
-    overrides = ["optimizer=sophiah", "optimizer.estimator=hutchinson", "train.steps=2"]
+    overrides = ["optimizer=sophiah", "optimizer.estimator=hutchinson", "train.steps=3"]
     assert run(tiny(corpus, tmp_path, ROTARY, *overrides)) == 0
     (line,) = lines(tmp_path / "run", "hessian")
     assert line["by_kind"]["attention"]["hessian_norm"] > 0
