@@ -96,8 +96,8 @@ def _open(path: Path, device: torch.device | str, tokens: Path | None, allow_cod
     config = _config_of(checkpoint)
     if not (config.model.is_gpt2 or allow_code):
         raise ConfigurationError(
-            f"model.architecture={config.model.architecture}: {checkpoint.directory} names code to run and is no GPT-2, which "
-            "scripts/export.py and scripts/evaluate.py need; if you trust it, sample from it: scripts/sample.py --allow-code"
+            f"model.architecture={config.model.architecture}: {checkpoint.directory} is no GPT-2, so scripts/export.py and "
+            "scripts/evaluate.py cannot use it; if you trust the code that it names, scripts/sample.py runs it with --allow-code"
         )
     tokenizer = _tokenizer_of(config, run, tokens)
     model = _load(checkpoint, build_model(config.model, tokenizer.vocab_size))

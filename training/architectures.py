@@ -10,10 +10,11 @@ from models import GPT2, GPT2Config, LanguageModel
 from models.flops import Flops
 from training import factories
 from training.config import ConfigurationError, ModelConfig
+from training.mistakes import shown
 
-# Keys of a model that its architecture gets where it takes them. Without the optional ones it must work as by default.
+# Keys of a model that its architecture gets where it takes them; those of the second kind can be left at their defaults.
 _SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
-_OPTIONAL = ("bias", "dropout", "attention_layer_scaling")
+_OPTIONAL = {key: ModelConfig.model_fields[key].default for key in ("bias", "dropout", "attention_layer_scaling")}
 
 
 def model_shape(config: ModelConfig, vocab_size: int) -> GPT2Config:
@@ -55,17 +56,19 @@ def load(config: ModelConfig) -> Callable[..., Any]:
     """
     architecture = factories.load("model.architecture", config.architecture)
     keywords = _keywords(architecture, config, vocab_size=1)
-    for key in _OPTIONAL:
-        value, default = getattr(config, key), ModelConfig.model_fields[key].default
+    for key, default in _OPTIONAL.items():
+        value = getattr(config, key)
         if key not in keywords and value != default:
             raise ConfigurationError(
-                f"model.{key}={value}: {config.architecture} takes no {key}; give model.{key}={str(default).lower()}"
+                f"model.{key}={shown(value)}: {config.architecture} takes no {key}; give model.{key}={shown(default)}"
             )
     return architecture
 
 
 def _keywords(architecture: Callable[..., Any], config: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    given = {"vocab_size": vocab_size} | {key: getattr(config, key) for key in (*_SHAPE, *_OPTIONAL)}
+    named = factories.signature(architecture) or {}
+    optional = [key for key, default in _OPTIONAL.items() if key in named or getattr(config, key) != default]
+    given = {"vocab_size": vocab_size} | {key: getattr(config, key) for key in (*_SHAPE, *optional)}
     instead = {"vocab_size": "tokenizer="} | {key: f"model.{key}=" for key in (*_SHAPE, *_OPTIONAL)}
     where = f"model.architecture={config.architecture}"
     return factories.keywords(architecture, where, config.arguments, given, instead)

@@ -163,12 +163,13 @@ def test_it_is_sampled_only_with_leave_and_never_exported(
     rotary_run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     command = [str(rotary_run), "--prompt", "the light", "--tokens", "3"]
-    for code in (sample.main(command), export.main([str(rotary_run), str(tmp_path / "exported")])):
+    for main, arguments in (sample.main, command), (export.main, [str(rotary_run), str(tmp_path / "exported")]):
+        code = main(arguments)
         said = capsys.readouterr().err
         assert (code, said.count("\n")) == (2, 1)
         assert f"{ROTARY}: " in said
-        assert "is no GPT-2, which scripts/export.py and scripts/evaluate.py need" in said
-        assert "scripts/sample.py --allow-code" in said
+        assert "is no GPT-2, so scripts/export.py and scripts/evaluate.py cannot use it" in said
+        assert "scripts/sample.py runs it with --allow-code" in said
     assert not (tmp_path / "exported").exists()
     assert sample.main([*command, "--allow-code"]) == 0
     assert capsys.readouterr().out.startswith("the light")
