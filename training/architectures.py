@@ -43,7 +43,7 @@ def build_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
         raise ConfigurationError(
             f"{where}: calling it fails: {factories.said(error)}; correct it or model.arguments"
         ) from error
-    if problem := _problem(model):
+    if problem := _problem(model, vocab_size):
         raise ConfigurationError(f"{where}: {problem}")
     return model  # type: ignore[no-any-return]
 
@@ -74,18 +74,22 @@ def _keywords(architecture: Callable[..., Any], config: ModelConfig, vocab_size:
     return factories.keywords(architecture, where, config.arguments, given, instead)
 
 
-def _problem(model: Any) -> str | None:
+def _problem(model: Any, vocab_size: int) -> str | None:
     """Return what training needs of a model on the meta device and this one lacks, with the remedy; None if nothing."""
     if not isinstance(model, LanguageModel):
         return f"it returns a value of type {type(model).__name__}; return a models.LanguageModel"
+    if model.vocab_size != vocab_size:
+        return (
+            f"its model has vocab_size={model.vocab_size}; hand the given one, {vocab_size}, to LanguageModel.__init__"
+        )
     if not isinstance(getattr(model, "blocks", None), nn.ModuleList) or not len(model.blocks):
         return "its model has no blocks; keep its layers in a torch.nn.ModuleList of that name"
     try:
         output = model.output_weight
     except AttributeError as error:
         return f"its model has no output layer ({error}); name one token_embedding, or override output_weight"
-    if output.dim() != 2 or output.size(0) < model.vocab_size:
-        return f"output_weight has the shape {tuple(output.shape)}; give it at least {model.vocab_size} rows"
+    if output.dim() != 2 or output.size(0) < vocab_size:
+        return f"output_weight has the shape {tuple(output.shape)}; give it at least {vocab_size} rows"
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if names[id(parameter)] != name:

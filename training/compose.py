@@ -409,7 +409,9 @@ def refuse_foreign_code(values: Mapping[str, Any], overrides: Sequence[str]) -> 
         group, _, leaf = key.partition(".")
         section = values.get(group)
         named = section.get(leaf) if isinstance(section, Mapping) else None
-        if named in (None, "gpt2") or named == _given(key, overrides) or _given("allow_code", overrides) is True:
+        if not isinstance(named, str) or named == "gpt2":  # the project's model, or what validation refuses
+            continue
+        if named == _given(key, overrides) or _given("allow_code", overrides) is True:
             continue
         if named not in _own_code():
             raise ConfigurationError(

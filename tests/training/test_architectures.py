@@ -24,6 +24,7 @@ from training.compose import Primary, compose
 from training.config import ConfigurationError, RunConfig
 from training.exits import EXIT_PREEMPTED
 from training.launching.inputs import refuse_absent_inputs
+from training.optimizers import parameter_groups
 from training.records import RunRecord
 from training.strategies.precision import keep_norms_float32
 
@@ -68,6 +69,10 @@ class Short(Rotary):
     @property
     def output_weight(self):
         return self.token_embedding.weight[1:]
+
+class Swapped(Rotary):
+    def __init__(self, vocab_size, block_size, **shape):
+        super().__init__(vocab_size=block_size, block_size=vocab_size, **shape)
 
 class Wide(Rotary):
     def hidden(self, tokens):
@@ -211,6 +216,10 @@ REFUSED = {
         ["model.architecture=own_models:linear"],
         "a value of type Linear; return a models.LanguageModel",
     ),
+    "another vocabulary": (
+        ["model.architecture=own_models:Swapped"],
+        "its model has vocab_size=256; hand the given one, 61",
+    ),
     "no blocks": (["model.architecture=own_models:Flat"], "no blocks; keep its layers in a torch.nn.ModuleList"),
     "no output": (["model.architecture=own_models:Headless"], "no output layer"),
     "a short output": (
@@ -279,6 +288,12 @@ def test_records_of_gpt2_are_as_before_the_key_and_those_of_others_hold_it(rotar
     held: Any = RunRecord.open(rotary_run).config
     assert held["model"]["architecture"] == "examples.my_model:Rotary"
     assert RunConfig.model_validate(held).model.name == "rotary_nano"
+
+
+def test_the_models_kinds_decide_which_parameters_have_the_embeddings_rate() -> None:
+    kinds = {"unembed.weight": "embedding", "blocks.0.mixer.weight": "ssm"}
+    groups = parameter_groups({name: torch.ones(2, 2) for name in kinds}, 0.1, 1.0, 0.5, kind_of=kinds.__getitem__)
+    assert {group["names"][0]: group["lr"] for group in groups} == {"unembed.weight": 0.5, "blocks.0.mixer.weight": 1.0}
 
 
 def test_bf16_weights_of_an_rms_norm_are_computed_with_in_float32() -> None:
