@@ -20,7 +20,7 @@ from studies.store import Places
 from tests.training.reliability.test_resume import kill_before_recording
 from tests.training.runs import curve, lines, run, run_in_child, summary, tiny
 from training.architectures import build_model, forward_flops
-from training.compose import Primary, compose
+from training.compose import Primary, compose, compose_dictionary, validate
 from training.config import ConfigurationError, RunConfig
 from training.exits import EXIT_PREEMPTED
 from training.launching.inputs import refuse_absent_inputs
@@ -188,78 +188,67 @@ def test_the_planner_refuses_it() -> None:
         compose_for(overrides, cluster)
 
 
-REFUSED = {
-    "neither": (
-        ["model.architecture=rotary"],
-        "not gpt2, and not a module and a callable; give both, such as model.arch",
+def built(values: dict[str, Any], **given: Any) -> None:
+    model = validate(values | {"model": values["model"] | given}).model
+    forward_flops(model, build_model(model, 61), 8)
+
+
+@pytest.fixture(scope="module")
+def values() -> dict[str, Any]:
+    return compose_dictionary(["model=gpt2_nano", ROTARY])
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    (
+        {"architecture": "rotary"},
+        "not gpt2, and not a module and a callable; give both, such as model.architecture=examp",
     ),
-    "no such name": (["model.architecture=examples.my_model:Rotry"], "did you mean Rotary?"),
-    "an unknown argument": (
-        [ROTARY, "model.arguments.expand=2"],
-        "model.arguments.expand=2: no argument of examples.my_m",
+    ({"architecture": "examples.my_model:Rotry"}, "no Rotry in examples.my_model; did you mean Rotary?"),
+    (
+        {"arguments": {"expand": 2}},
+        "model.arguments.expand=2: no argument of examples.my_model:Rotary; did you mean expan",
     ),
-    "the run's argument": ([ROTARY, "model.arguments.n_embd=2"], "the run gives it; set model.n_embd="),
-    "a key without effect": ([ROTARY, "model.dropout=0.1"], "takes no dropout; give model.dropout=0.0"),
-    "arguments of GPT-2": (
-        ["model.arguments.expansion=2"],
-        "model.architecture=gpt2 takes no arguments; set the keys of",
+    ({"arguments": {"n_embd": 2}}, "model.arguments.n_embd=2: the run gives it; set model.n_embd="),
+    ({"dropout": 0.1}, "model.dropout=0.1: examples.my_model:Rotary takes no dropout; give model.dropout=0.0"),
+    (
+        {"architecture": "gpt2", "arguments": {"a": 2}},
+        "model.architecture=gpt2 takes no arguments; set the keys of its",
     ),
-    "weights of GPT-2": (
-        [ROTARY, "model.init_from=x"],
-        "GPT-2 weights, which model.architecture=examples.my_model:Rotary",
+    (
+        {"init_from": "x"},
+        "model.init_from=x: GPT-2 weights, which model.architecture=examples.my_model:Rotary cannot start",
     ),
-    "an error": (
-        ["model.architecture=own_models:broken"],
-        "calling it fails: RuntimeError: no thanks; correct it or model.",
-    ),
-    "another class": (
-        ["model.architecture=own_models:linear"],
-        "a value of type Linear; return a models.LanguageModel",
-    ),
-    "another vocabulary": (
-        ["model.architecture=own_models:Swapped"],
-        "its model has vocab_size=256; hand the given one, 61",
-    ),
-    "no blocks": (["model.architecture=own_models:Flat"], "no blocks; keep its layers in a torch.nn.ModuleList"),
-    "no output": (["model.architecture=own_models:Headless"], "no output layer"),
-    "a short output": (
-        ["model.architecture=own_models:Short"],
-        "output_weight has the shape (60, 64); give it at least 61",
-    ),
-    "two names": (
-        ["model.architecture=own_models:Tied"],
-        "output_embedding.weight and token_embedding.weight are one tensor",
-    ),
-    "a buffer": (
-        ["model.architecture=own_models:Buffered"],
-        "its buffer angles is lost on the meta device; compute it in",
-    ),
-    "no kind": (
-        ["model.architecture=own_models:Strange"],
-        "the parameter mixer.weight has no kind; expected a name such",
-    ),
-    "an unlisted kind": (
-        ["model.architecture=own_models:Unlisted"],
-        "returns 'ssm'; return one of kinds, embedding, atten",
-    ),
-    "hidden": (
-        ["model.architecture=own_models:Wide"],
-        "hidden returns the shape (1, 8, 128) for tokens of (1, 8); the out",
-    ),
+]
+LACKING = {
+    "broken": "calling it fails: RuntimeError: no thanks; correct it or model.arguments",
+    "linear": "it returns a value of type Linear; return a models.LanguageModel",
+    "Swapped": "its model has vocab_size=256; hand the given one, 61, to LanguageModel.__init__",
+    "Flat": "its model has no blocks; keep its layers in a torch.nn.ModuleList of that name",
+    "Headless": "its model has no output layer",
+    "Short": "output_weight has the shape (60, 64); give it at least 61 rows",
+    "Tied": "output_embedding.weight and token_embedding.weight are one tensor; keep one of them",
+    "Buffered": "the value of its buffer angles is lost on the meta device; compute it in the forward pass",
+    "Strange": "the parameter mixer.weight has no kind; expected a name such as",
+    "Unlisted": "parameter_kind('token_embedding.weight') returns 'ssm'; return one of kinds, embedding, attention, mlp, norm",
+    "Wide": "hidden returns the shape (1, 8, 128) for tokens of (1, 8); the output layer takes (1, 8, 64); correct it",
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_mistake_is_refused_in_one_line(case: str, here: Path) -> None:
-    overrides, message = REFUSED[case]
+@pytest.mark.parametrize(("given", "message"), MISTAKES)
+def test_a_mistake_is_refused_in_one_line(given: dict[str, Any], message: str, values: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        built(compose(["model=gpt2_nano", *overrides]))
+        built(values, **given)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def built(config: RunConfig) -> None:
-    forward_flops(config.model, build_model(config.model, 61), 8)
+@pytest.mark.parametrize("name", LACKING)
+def test_a_model_that_lacks_something_is_refused_in_one_line(name: str, here: Path, values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        built(values, architecture=f"own_models:{name}")
+    assert str(caught.value).startswith(f"model.architecture=own_models:{name}: ")
+    assert LACKING[name] in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_wrong_architecture_is_refused_before_the_ranks_start(corpus: list[str]) -> None:
