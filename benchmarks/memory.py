@@ -149,6 +149,7 @@ def _step(
     config: RunConfig, strategy: Strategy, batch: Batch, micro: int, curvature: CurvaturePass | None, number: int
 ) -> None:
     of_run = {"config": config, "strategy": strategy, "micro_batch_size": micro, "ledger": Ledger(strategy.device)}
+    of_run |= {"flops": strategy.model.flops(config.train.sequence_length)}
     run = cast(Run, SimpleNamespace(progress=lambda doing: None, state=SimpleNamespace(step=number - 1), **of_run))
     if curvature is not None:
         with torch.profiler.record_function("curvature"):

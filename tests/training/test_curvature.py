@@ -324,6 +324,7 @@ def one_forward(
         config=SimpleNamespace(train=train),
         micro_batch_size=micro_batch_size,
         ledger=Ledger(torch.device("cpu")),
+        flops=SHAPE.flops(LENGTH),
         state=SimpleNamespace(step=STEP - 1),
         progress=lambda doing: None,
     )
