@@ -49,16 +49,21 @@ def export(trained: TrainedModel, directory: Path, *, overwrite: bool = False) -
         directory: is created; may exist if it is empty, or if it holds only an export and `overwrite` is set.
 
     Raises:
-        ConfigurationError: the directory holds something else, or cannot be written.
+        ConfigurationError: the directory holds something else, or cannot be written, or the model is no GPT-2.
         ExportError: what transformers loads differs from the model.
     """
+    model = trained.model
+    if not isinstance(model, GPT2):
+        raise ConfigurationError(
+            f"model.architecture={trained.config.model.architecture}: transformers has no class for it here; export a GPT-2"
+        )
     place = directory.absolute()
     partial, replaced = (place.with_name(f".{place.name}.{os.getpid()}.{end}") for end in ("partial", "replaced"))
     try:
         _refuse_to_replace(directory, overwrite)
         partial.mkdir(parents=True)
-        _write(trained, partial)
-        difference = _compare(trained.model, trained.tokenizer, partial)
+        _write(trained, model, partial)
+        difference = _compare(model, trained.tokenizer, partial)
         for file in partial.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
@@ -95,19 +100,19 @@ def _refuse_to_replace(directory: Path, overwrite: bool) -> None:
         raise ConfigurationError(f"{directory} already holds an export; add --overwrite, or choose another directory")
 
 
-def _write(trained: TrainedModel, directory: Path) -> None:
+def _write(trained: TrainedModel, model: GPT2, directory: Path) -> None:
     from models.huggingface import to_huggingface
 
-    model = to_huggingface(trained.model)
-    model.generation_config.pad_token_id = trained.tokenizer.end_of_text  # generate() warns without one
-    model.save_pretrained(directory)
+    converted = to_huggingface(model)
+    converted.generation_config.pad_token_id = trained.tokenizer.end_of_text  # generate() warns without one
+    converted.save_pretrained(directory)
     shutil.copymode(directory / "config.json", directory / WEIGHTS_FILE)  # otherwise only its owner can read it
     (directory / TOKENIZER_FILE).write_text(trained.tokenizer.to_huggingface().to_str(pretty=True), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
-        "model_max_length": trained.model.config.block_size,
+        "model_max_length": model.block_size,
         "clean_up_tokenization_spaces": False,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

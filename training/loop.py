@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch, Batches, ValidationWindows, next_batch
-from models import GPT2Output
-from models.flops import evaluation_flops, forward_backward_flops
+from models import ModelOutput
+from models.flops import Flops
 from sophia.diagnostics import UnclippedAlarm
 from training.config import RunConfig
 from training.curvature import CurvaturePass
@@ -65,6 +65,7 @@ class Run:
     micro_batch_size: int
     eval_micro_batch_size: int
     parameters: int  # of the whole model
+    flops: Flops  # of its forward, per token
     write: Callable[[Line], None]  # rank 0: to the record, the display and the trackers; other ranks: no-op
     message: Callable[[str], None]  # rank 0: print a line
     save: Callable[[TrainingState], None]  # save a checkpoint; called on every rank
@@ -209,7 +210,7 @@ class Reporter:
 
 
 def forward_backward(
-    run: Run, batch: Batch, first: int = 0, forward: Callable[[Tensor, Tensor], GPT2Output] | None = None
+    run: Run, batch: Batch, first: int = 0, forward: Callable[[Tensor, Tensor], ModelOutput] | None = None
 ) -> Tensor:
     """Accumulate the gradient of the mean loss over the global batch, starting at this rank's sequence `first`.
 
@@ -245,7 +246,7 @@ def forward_backward_refresh(
     ledger, config = run.ledger, run.config.train
     length, predictions = config.sequence_length, config.global_batch_size * config.sequence_length
     share, done, held_back = curvature.run_within_training(strategy, batch, step, predictions, ledger)
-    flops = curvature.flops(strategy.model.config, length, shared_forward=True)
+    flops = curvature.flops(run.flops, length, shared_forward=True)
     ledger.add("curvature", curvature.tokens(length), flops)
     ledger.shared_forwards += 1
     rows = len(batch.tokens)
@@ -267,9 +268,9 @@ def train(run: Run) -> Status:
         RanksDiffer: the ranks' weights differ; these weights are not saved.
     """
     config, strategy, ledger, state = run.config, run.strategy, run.ledger, run.state
-    shape, length = strategy.model.config, config.train.sequence_length
+    length = config.train.sequence_length
     step_tokens = config.train.global_batch_size * length
-    step_flops = forward_backward_flops(shape, step_tokens, length)
+    step_flops = run.flops.forward_backward(step_tokens)
     reporter = Reporter(run)
     first = state.step + 1
     # At the start, or if the run was interrupted before this evaluation.
@@ -297,7 +298,7 @@ def train(run: Run) -> Status:
                 ledger.add("forward_backward", step_tokens, step_flops)
             else:
                 if curvature is not None:
-                    flops = curvature.flops(shape, length)
+                    flops = curvature.flops(run.flops, length)
                     with ledger.measure("curvature", curvature.tokens(length), flops):
                         held_back = curvature.run(strategy, batch, step)
                 with ledger.measure("forward_backward", step_tokens, step_flops):
@@ -372,7 +373,7 @@ def evaluate(run: Run) -> Verdict:
 
     The whole validation set may take longer than a cluster's grace period after its signal.
     """
-    ledger, state, config = run.ledger, run.state, run.config
+    ledger, state = run.ledger, run.state
     verdict = Verdict.GO_ON
 
     def interrupted(problem: str | None) -> bool:
@@ -386,7 +387,7 @@ def evaluate(run: Run) -> Verdict:
     if found is None:
         return verdict
     loss, tokens = found
-    ledger.add("evaluation", tokens, evaluation_flops(run.strategy.model.config, tokens, config.train.sequence_length))
+    ledger.add("evaluation", tokens, run.flops.evaluation(tokens))
     state.evaluated_step = state.step
     state.final_val_loss = loss
     if math.isfinite(loss) and (state.best_val_loss is None or loss < state.best_val_loss):

@@ -495,7 +495,7 @@ def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int
     section, _, leaf = key.rpartition(".")
     whole = key.partition("[")[0]
     field = field_at(whole.split("."))
-    if whole != key and whole.startswith("optimizer.arguments."):
+    if whole != key and whole.startswith(("optimizer.arguments.", "model.arguments.")):
         return f"; the list has no value yet; give all of it, '{whole}=[...]'"
     if whole != key and field is not None and not sections_of(field.annotation):
         return f"; {whole} is not a list; write {whole}=..."

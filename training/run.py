@@ -18,8 +18,8 @@ from data.dataset import TokenDataset
 from data.errors import DataError
 from data.files import sync_directory, why_not_written
 from data.manifest import Manifest
-from models import GPT2
 from training import hardware, records
+from training.architectures import build_model, forward_flops
 from training.config import ConfigurationError, ExternalConfig, RunConfig, RunHeldError, micro_batch_size
 from training.corpus import open_corpus
 from training.curvature import CurvaturePass
@@ -43,7 +43,7 @@ from training.reliability.watchdog import Watchdog
 from training.strategies import build_strategy
 from training.strategies.base import NumberPiece, Piece, Strategy
 from training.strategies.state import refuse_unsavable_state
-from training.weights import InitialWeights, model_shape
+from training.weights import InitialWeights
 
 EXIT_CODES: dict[Status, int] = {
     "completed": 0,
@@ -145,8 +145,9 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     tokens_directory, manifest = open_corpus(config, distributed)
     if decided.metrics_bytes is not None:
         distributed.on_main(lambda: check_tokens(directory, manifest.sha256))
-    shape = model_shape(config.model, manifest.vocab_size)
-    weights = distributed.on_all(lambda: InitialWeights(config.model, shape, config.seeds.model))
+    model = distributed.on_all(lambda: build_model(config.model, manifest.vocab_size))
+    flops = distributed.on_all(lambda: forward_flops(config.model, model, config.train.sequence_length))
+    weights = distributed.on_all(lambda: InitialWeights(config.model, model, config.seeds.model))
     training_set, validation_set = distributed.on_all(
         lambda: [TokenDataset(tokens_directory, split) for split in ("train", "validation")]
     )
@@ -166,10 +167,11 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
         hardware.make_deterministic()
     torch.manual_seed((config.seeds.model * world_size + rank) % 2**63)  # only dropout draws from this stream
     ledger = Ledger(distributed.device, CompilationClock.installed())
-    with torch.device("meta"):
-        model = GPT2(shape)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    strategy.prepare(model, weights, build_optimizers(config.optimizer, compile_step=bool(config.train.compile)))
+    compiled = bool(config.train.compile)
+    strategy.prepare(
+        model, weights, build_optimizers(config.optimizer, compile_step=compiled, kind_of=model.parameter_kind)
+    )
     state = TrainingState()
     if decided.checkpoint is not None:
         state = _load(decided.checkpoint, strategy, ledger, distributed)
@@ -223,6 +225,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
             micro_batch_size=micro,
             eval_micro_batch_size=config.eval.micro_batch_size or micro,
             parameters=parameters,
+            flops=flops,
             write=recorder.write,
             message=recorder.message,
             save=save,
@@ -402,9 +405,9 @@ def _load(path: Path, strategy: Strategy, ledger: Ledger, distributed: Distribut
 
 
 def _pieces(config: RunConfig, strategy: Strategy, rank: int) -> Iterator[Piece | NumberPiece]:
-    """Yield this rank's part of a checkpoint, with generator states if dropout or an optimizer from elsewhere may use them."""
+    """Yield this rank's part of a checkpoint, with generator states if dropout or code from elsewhere may use them."""
     yield from strategy.pieces()
-    if config.model.dropout > 0 or isinstance(config.optimizer, ExternalConfig):
+    if config.model.dropout > 0 or not config.model.is_gpt2 or isinstance(config.optimizer, ExternalConfig):
         states = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             states["cuda"] = torch.cuda.get_rng_state()

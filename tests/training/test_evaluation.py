@@ -13,6 +13,7 @@ import torch
 from data.batches import Batch
 from data.dataset import TokenDataset
 from models import GPT2
+from training.architectures import model_shape
 from training.config import RunConfig
 from training.corpus import open_corpus
 from training.distributed import Distributed
@@ -20,7 +21,6 @@ from training.evaluation import validation_loss
 from training.loop import TrainingState, evaluation_due
 from training.records import RunRecord
 from training.reliability.checkpoints import newest_valid
-from training.weights import model_shape
 
 Train = Callable[..., RunRecord]
 DROPOUT = ["model.dropout=0.4", "train.steps=6", "optimizer=adamw", "optimizer.lr=3e-3"]

@@ -8,11 +8,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from models import parameter_kind
 from sophia.diagnostics import DECADES, curvature_summary, curvature_sums
 from training.strategies.base import Strategy
-
-KINDS = ("embedding", "attention", "mlp", "norm")
 
 
 def describe_curvature(strategy: Strategy) -> dict[str, Any]:
@@ -21,14 +18,15 @@ def describe_curvature(strategy: Strategy) -> dict[str, Any]:
     Empty if the optimizer keeps no `hessian` and `exp_avg`.
     """
     sharded = strategy.shards_optimizer_state
-    sums = torch.zeros(len(KINDS), 4 + len(DECADES) + 1, dtype=torch.float64, device=strategy.device)
+    model = strategy.model
+    sums = torch.zeros(len(model.kinds), 4 + len(DECADES) + 1, dtype=torch.float64, device=strategy.device)
     for name, hessian, momentum in strategy.curvature_state():
         sharded |= isinstance(hessian, DTensor)
-        sums[KINDS.index(parameter_kind(name))] += curvature_sums(hessian, momentum)
+        sums[model.kinds.index(model.parameter_kind(name))] += curvature_sums(hessian, momentum)
     if sharded:
         strategy.distributed.all_reduce(sums)
     sums = sums.cpu()
     if not sums[:, 0].any():
         return {}
-    by_kind = {kind: curvature_summary(row) for kind, row in zip(KINDS, sums, strict=True) if row[0]}
+    by_kind = {kind: curvature_summary(row) for kind, row in zip(model.kinds, sums, strict=True) if row[0]}
     return {**curvature_summary(sums.sum(dim=0)), "decades": list(DECADES), "by_kind": by_kind}

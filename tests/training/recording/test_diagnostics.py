@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models import LanguageModel
 from training.recording.diagnostics import describe_curvature
 
 STATE = {  # name -> h, m
@@ -22,6 +23,7 @@ class Strategy:
     """A strategy that holds STATE; another rank holds the same, as its shards or as its copy."""
 
     device = torch.device("cpu")
+    model = LanguageModel(vocab_size=2, block_size=2)
 
     def __init__(self, *, shards_optimizer_state: bool) -> None:
         self.shards_optimizer_state = shards_optimizer_state
