@@ -111,7 +111,7 @@ def rows_of(own: Iterable[Key], choices: list[Choice], base: Mapping[str, Any]) 
         if key.name != key.tag:  # the choice sets it
             kind = kind_of(key.section.model_json_schema()["properties"][leaf])
             merged.setdefault((key.name, kind, key.meaning), []).append(key)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (name, kind, meaning), alike in merged.items():
         tags = {tag for key in alike for tag in key.tags}
         having = [one for one in choices if not tags or tag_of(one) in tags]
