@@ -43,11 +43,12 @@ def library(root: Path) -> str:
         "Everything that `import sophia` offers. [Sophia](../sophia.md) explains the method.",
         "",
     ]
-    for node in ast.parse((root / "sophia" / "__init__.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom):
-            module = ast.parse((root / f"{str(node.module).replace('.', '/')}.py").read_text(encoding="utf-8"))
-            lines += [f"## `{node.module}`", "", paragraph(ast.get_docstring(module) or ""), ""]
-            lines += [f"::: sophia.{name.name}\n" for name in node.names]
+    body = ast.parse((root / "sophia" / "__init__.py").read_text(encoding="utf-8")).body
+    exported = {str(node.module): node.names for node in body if isinstance(node, ast.ImportFrom)}
+    for module, names in sorted(exported.items(), key=lambda item: item[0] != "sophia.sophia"):
+        text = (root / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+        lines += [f"## `{module}`", "", paragraph(ast.get_docstring(ast.parse(text)) or ""), ""]
+        lines += [f"::: sophia.{name.name}\n" for name in names]
     return "\n".join(lines)
 
 
@@ -75,7 +76,7 @@ def configuration(root: Path) -> str:
             lines += [f"Default: `{section}={default}`.", ""]
             lines += table((f"`{section}=`", ""), ((f"`{one.name}`", escaped(one.comment)) for one in choices))
         own = [key for key in told if (key.name.partition(".")[0] if "." in key.name else "") == section]
-        lines += table(("key", "type", "default", "meaning"), rows_of(own, choices, base))
+        lines += table(("key", "default", "meaning", "type"), rows_of(own, choices, base))
     recipes = choices_of("experiment", files)
     lines += ["## `experiment`", "", "Recipes: several groups and keys at once.", ""]
     lines += table(("`experiment=`", ""), ((f"`{one.name}`", escaped(one.comment)) for one in recipes))
@@ -119,7 +120,7 @@ def rows_of(own: Iterable[Key], choices: list[Choice], base: Mapping[str, Any]) 
         if len(having) < len(choices):
             names = tags if tags <= {one.name for one in choices} else {one.name for one in having}
             said += f" With {', '.join(f'`{one}`' for one in sorted(names))}."
-        rows.append((f"`{name}`", kind, default_of(alike[0], having, base), said))
+        rows.append((f"`{name}`", default_of(alike[0], having, base), said, kind))
     return rows
 
 

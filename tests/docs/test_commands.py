@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.runs import corpus_overrides, write_corpus
+from tests.training.runs import prepare_corpus
 from training.compose import compose
 from training.launching import command
 from training.launching.sweep import check_trials, trials
@@ -106,8 +106,7 @@ def check_options(name: str, script: Any, options: argparse.Namespace) -> None:
 @pytest.mark.slow
 def test_the_tutorial_trains_compares_reports_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its commands in order, with fewer and shorter runs; `make setup` and `make demo` are README's."""
-    write_corpus(tmp_path)
-    tiny = [*corpus_overrides(tmp_path), "train.steps=2", "schedule.warmup_steps=1", "train.global_batch_size=2"]
+    tiny = [*prepare_corpus(tmp_path), "train.steps=2", "schedule.warmup_steps=1", "train.global_batch_size=2"]
     tiny += ["train.sequence_length=16", "eval.interval=2", "eval.tokens=64", "train.device=cpu"]
     lines = [line for _, block in blocks(ROOT / "docs" / "tutorial.md") for line in block if line.startswith("python ")]
     monkeypatch.chdir(tmp_path)
