@@ -107,7 +107,7 @@ def check_options(name: str, script: Any, options: argparse.Namespace) -> None:
 def test_the_tutorial_trains_compares_reports_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its commands in order, with fewer and shorter runs; `make setup` and `make demo` are README's."""
     tiny = [*prepare_corpus(tmp_path), "train.steps=2", "schedule.warmup_steps=1", "train.global_batch_size=2"]
-    tiny += ["train.sequence_length=16", "eval.interval=2", "eval.tokens=64", "train.device=cpu"]
+    tiny += ["train.sequence_length=16", "eval.interval=1", "eval.tokens=64", "train.device=cpu"]
     lines = [line for _, block in blocks(ROOT / "docs" / "tutorial.md") for line in block if line.startswith("python ")]
     monkeypatch.chdir(tmp_path)
     assert command.main([*tiny, "experiment=demo/sophiag", "output_dir=runs/demo", "name=sophiag"]) == 0  # of make demo

@@ -53,6 +53,11 @@ def test_the_page_of_records_names_every_column() -> None:
     assert [name for name in {*columns, *CURVES_SCHEMA.names} if f"`{name}`" not in page] == []
 
 
+def test_the_site_is_built_strictly() -> None:
+    assert "\nstrict: true\n" in (ROOT / "mkdocs.yml").read_text()
+    assert re.findall(r"bin/mkdocs (.*)", (ROOT / "Makefile").read_text()) == ["build"]  # --quiet disables strictness
+
+
 def test_every_page_is_in_the_navigation() -> None:
     named = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(named) == sorted(path.name for path in DOCS.glob("*.md"))
