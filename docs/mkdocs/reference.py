@@ -96,7 +96,7 @@ def choices_of(group: str, files: Mapping[Path, str]) -> list[Choice]:
     found = []
     for path, text in sorted(files.items()):
         if path.parts[0] == group:
-            values = yaml.safe_load(text) or {}
+            values: dict[str, Any] = yaml.safe_load(text) or {}
             top = re.match(r"((?:#.*\n)*)", text)
             said = [line.removeprefix("#").strip() for line in (top[0] if top else "").splitlines()]
             comment = " ".join(line for line in said if not line.startswith("@package"))
@@ -136,7 +136,7 @@ def default_of(key: Key, choices: list[Choice], base: Mapping[str, Any]) -> str:
     given: dict[str, list[str]] = {}
     for choice in choices:
         given.setdefault(value_text(value_at(choice.values, path[1:], key.default)), []).append(choice.name)
-    if len(given) > MOST_DEFAULTS or given == {f"`{one.name}`": [one.name] for one in choices}:
+    if len(given) > MOST_DEFAULTS or (len(given) > 1 and given == {f"`{one.name}`": [one.name] for one in choices}):
         return "the choice's"
     most, *others = sorted(given, key=lambda text: -len(given[text]))
     named = [f"{text} with {', '.join(given[text])}" for text in (most, *others)]
@@ -165,7 +165,10 @@ def plain(value: Any) -> str:
         return f"[{', '.join(map(plain, value))}]"
     if value is None:
         return "null"
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}$", r"\1…", text)  # a commit
 
 
 def kind_of(schema: Mapping[str, Any]) -> str:
