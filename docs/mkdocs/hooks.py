@@ -39,6 +39,7 @@ MOST_SHOWN = 200_000  # bytes; longer text is copied
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|/)([^()\s#]+)(#[^()\s]*)?(?=\))")
 FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 INCLUDE = re.compile(r"<!-- include: (\S+) (\w+)( first paragraph)? -->")
+LIST_AFTER_TEXT = re.compile(r"^((?![-*|#]|\d+\. |\s).+\n)(?=[-*] |1\. )", re.MULTILINE)
 CODE_WITH_PIPES = re.compile(r"`[^`\n]*\\\|[^`\n]*`")
 
 _uris: dict[Path, str] = {}  # where the site has a file or folder from outside docs/
@@ -82,9 +83,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     text = INCLUDE.sub(
         lambda found: moved(part(place / found[1], *found.groups()[1:]), place / found[1], place), markdown
     )
-    # In a table, GitHub needs pipes escaped in code too; Python-Markdown shows the backslash.
-    text = CODE_WITH_PIPES.sub(lambda found: found[0].replace("\\|", "|"), text)
-    return outside_code(text, lambda prose: LINK.sub(lambda found: site_link(found, place, page.file.src_uri), prose))
+
+    def changed(prose: str) -> str:
+        # GitHub needs pipes in a table's code escaped, where Python-Markdown shows the backslash, and Python-Markdown an empty
+        # line between a paragraph and its list.
+        prose = CODE_WITH_PIPES.sub(lambda found: found[0].replace("\\|", "|"), prose)
+        prose = LIST_AFTER_TEXT.sub(r"\1\n", prose)
+        return LINK.sub(lambda found: site_link(found, place, page.file.src_uri), prose)
+
+    return outside_code(text, changed)
 
 
 def linked(page: Path) -> list[Path]:
