@@ -7,10 +7,13 @@ STAMP  := $(VENV)/installed-$(shell cat requirements.lock pyproject.toml | cksum
 # Containers often set it. The tests start hundreds of processes, and each would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
+DOCS       := .venv-docs
+DOCS_STAMP := $(DOCS)/installed-$(shell cksum requirements-docs.lock | cut -d' ' -f1)
+
 # The oldest torch of the library; pyproject.toml has the same.
 OLDEST = 2.6.0
 
-.PHONY: setup demo test test-fast test-oldest lint bench bench-full test-gpu test-slurm test-faults test-mutants wheel results lock clean help
+.PHONY: setup demo test test-fast test-oldest lint docs bench bench-full test-gpu test-slurm test-faults test-mutants wheel results lock clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -40,6 +43,16 @@ lint: setup ## ruff (lint and format), mypy, and the rules of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
+
+# With --quiet, mkdocs would not count the warnings that its strict mode fails on.
+docs: $(DOCS_STAMP) ## the documentation site, into site/; broken links and missing references fail
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+
+$(DOCS_STAMP): requirements-docs.lock
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.lock
+	@rm -f $(DOCS)/installed-*
+	@touch $@
 
 bench: setup ## speed and memory: optimizer step, training step at 30M (ten minutes, on a quiet machine)
 	$(BIN)/python benchmarks/optimizer_step.py
@@ -81,12 +94,16 @@ wheel: ## build the library's wheel into dist/, and train with it where torch is
 results: setup ## reports, figures and the README's section from the records in results/cpu_scale, cpu_embeddings and challenge
 	$(BIN)/python scripts/results.py
 
-lock: ## resolve pyproject.toml's version ranges into requirements.lock
+lock: ## resolve pyproject.toml's version ranges into requirements.lock and requirements-docs.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet "torch~=2.13.0"
 	.venv-lock/bin/python -m pip install --quiet ".[train,evaluate,arms,dev]"
 	.venv-lock/bin/python -m pip freeze --exclude torch-sophia | sed -E 's/\+cpu$$//; /^(nvidia-[a-z0-9-]+-cu1|triton|cuda-)/d' > requirements.lock
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' | \
+	    .venv-lock/bin/python -m pip install --quiet -r /dev/stdin
+	.venv-lock/bin/python -m pip freeze > requirements-docs.lock
 	rm -rf .venv-lock
 
-clean: ## remove the virtual environment, runs and prepared tokens
-	rm -rf $(VENV) runs tokens
+clean: ## remove the virtual environments, the site, runs and prepared tokens
+	rm -rf $(VENV) $(DOCS) site runs tokens

@@ -3,7 +3,7 @@
 Hydra composes YAML groups into a plain dictionary (training/compose.py). `RunConfig.model_validate` turns it into the
 typed object below or fails. Nothing else reads a raw configuration.
 
-The string below a key is its documentation: --help and --cfg job show it (training/launching/help.py).
+The string below a key is its documentation: --help, --cfg job and the site show it (training/config_keys.py).
 """
 
 import hashlib
