@@ -487,7 +487,7 @@ class TrackerConfig(Section):
 
 
 class LocalLauncherConfig(Section):
-    """Ranks on this machine; a sweep runs its trials one after another."""
+    """Ranks on this machine, or on `nodes` machines that all run the same command; a sweep runs its trials in turn."""
 
     name: Literal["local"] = "local"
     """Where runs start: local, joblib, slurm or submitit."""
@@ -495,6 +495,19 @@ class LocalLauncherConfig(Section):
     """Ranks that train.py starts on this machine."""
     max_restarts: NonNegativeInt = 0
     """Restarts from the last checkpoint after a rank has died; with several ranks only."""
+    nodes: PositiveInt = 1
+    """Machines of the run; start the same command on each."""
+    head: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(:[0-9]{1,5})?$")] | None = None
+    """The machine where the ranks of several nodes meet, by name or address; its port is 29500 or as in node-1:29501."""
+
+    @model_validator(mode="after")
+    def _nodes_meet(self) -> Self:
+        if self.nodes > 1 and self.head is None:
+            raise ValueError(
+                f"launcher.head: missing with launcher.nodes={self.nodes}; name one of the machines, for example "
+                "launcher.head=node-1"
+            )
+        return self
 
 
 class JoblibLauncherConfig(Section):
