@@ -21,7 +21,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,6 +50,8 @@ _PLAIN_KEYS = ("name", "seed", "output_dir", "resume", "overwrite")
 _PARTS = re.compile(r"[^.\[\]]+|\[\d+\]")
 _WORDS: Mapping[str, Any] = {"null": None, "True": True, "False": False}
 _LIMIT = 1 << 30  # maximum bytes of a table, a hundred times the size of a thousand trials
+
+_OF_LINE = ("kind", "step", "tokens", "flops", "seconds", "held_back", "decades")  # not of one kind of parameters
 
 CURVES_SCHEMA = pa.schema(
     [
@@ -160,6 +162,22 @@ def curves_of(trial: str, lines: Iterable[Mapping[str, Any]]) -> pa.Table:
     except (pa.ArrowException, OverflowError) as error:
         told = " ".join(str(error).split())
         raise RecordError(f"{trial}: {CURVES_FILE} cannot represent its metrics: {told}") from error
+
+
+def lines_of(curves: pa.Table) -> Iterator[dict[str, Any]]:
+    """Invert `curves_of` for the rows of one trial: yield lines as in metrics.jsonl, with what the table keeps of them."""
+    line: dict[str, Any] | None = None
+    for row in curves.to_pylist():
+        values = {key: value for key, value in row.items() if value is not None and key not in ("trial", "parameters")}
+        if row["parameters"] not in (None, "all") and line is not None:
+            own = {key: value for key, value in values.items() if key not in _OF_LINE}
+            line.setdefault("by_kind", {})[row["parameters"]] = own
+            continue
+        if line is not None:
+            yield line
+        line = values
+    if line is not None:
+        yield line
 
 
 def write_curves(directory: Path, tables: Sequence[pa.Table]) -> None:

@@ -484,6 +484,8 @@ class TrackerConfig(Section):
     """W&B group; null: <model>-<data>."""
     tags: tuple[str, ...] = ()
     """W&B tags."""
+    artifacts: bool = False
+    """Upload the record and the last checkpoint as a W&B artifact when the run has completed."""
 
 
 class LocalLauncherConfig(Section):

@@ -155,11 +155,13 @@ def test_the_image_has_every_package_and_the_same_environment_as_apptainers() ->
     files = [(ROOT / "Dockerfile").read_text(), (CLUSTER / "sophia.def").read_text()]
     installed = [set(re.findall(r"no-install-recommends ([^\\\n]*)", text)[0].split()) for text in files]
     assert installed[0] - installed[1] == {"tini"}
-    assert all("requirements.lock" in text and "FROM debian:bookworm-slim" in text.replace("From:", "FROM") for text in files)
+    assert all(
+        "requirements.lock" in text and "FROM debian:bookworm-slim" in text.replace("From:", "FROM") for text in files
+    )
 
 
 def test_nodes_need_a_head_and_no_sweep(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigurationError, match="launcher.head: missing with launcher.nodes=2"):
+    with pytest.raises(ConfigurationError, match=r"launcher\.head: missing with launcher\.nodes=2"):
         compose(["launcher.nodes=2"])
     assert main(["-m", "launcher.nodes=2", "launcher.head=node-1", "seed=0,1"]) == EXIT_CONFIGURATION
     assert "launcher.head does not work with -m" in capsys.readouterr().err
