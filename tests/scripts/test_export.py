@@ -18,6 +18,7 @@ from downstream.inference import Sampling, TrainedModel, generate
 from models import GPT2, GPT2Config
 from models.huggingface import from_huggingface
 from scripts.export import main
+from training.config import ConfigurationError
 
 transformers = pytest.importorskip("transformers")
 
@@ -263,3 +264,57 @@ def test_a_run_that_may_not_be_read_is_named(
     code = main([str(tiny_run), str(tmp_path / "out")])
     (tiny_run / path).chmod(normal)
     assert str(tiny_run / path) in refused(code)
+
+
+def test_a_dry_run_shows_every_file_and_a_card_filled_from_the_record(
+    trained: TrainedModel, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "model"
+    assert main([str(tiny_run), str(directory), "--hub=me/tiny", "--dry-run", "--licence=cc0-1.0"]) == 0
+    shown = capsys.readouterr().out
+    for file in directory.iterdir():
+        assert f"{file.stat().st_size:>14,}  {file.name}\n" in shown
+    assert trained.run is not None
+    environment = trained.run.environment
+    loss = json.loads((tiny_run / "summary.json").read_text())["final_val_loss"]
+    for row in (
+        "license: cc0-1.0",
+        f"| data | text ({environment['data_manifest_sha256'][:12]}) |",
+        "| batch | 4 sequences of 32 tokens |",
+        f"| optimizer | {trained.config.optimizer.name} |",
+        f"| validation loss | {loss:.4f} nats per token",
+        f"| code | commit {environment['git']['commit']} |",
+    ):
+        assert row in shown
+
+
+def test_an_export_is_uploaded_whole_to_the_repository_that_was_named(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    sent: list[object] = []
+
+    class Hub:
+        def create_repo(self, name: str, **options: object) -> object:
+            sent.append((name, options))
+            return type("Repository", (str,), {"repo_id": name})(f"https://hub/{name}")
+
+        def upload_folder(self, **options: object) -> None:
+            sent.append(options)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert exporting.upload(exported, "me/tiny", private=True) == "https://hub/me/tiny"
+    assert sent == [
+        ("me/tiny", {"private": True, "exist_ok": True}),
+        {"folder_path": exported, "repo_id": "me/tiny", "commit_message": "step 3"},
+    ]
+
+
+def test_a_hub_that_cannot_be_used_is_one_line(
+    tiny_run: Path, exported: Path, tmp_path: Path, refused: Callable[[int], str]
+) -> None:
+    assert "--hub a/b/c: not a repository's name" in refused(main([str(tiny_run), str(tmp_path / "x"), "--hub=a/b/c"]))
+    assert "no effect without --hub" in refused(main([str(tiny_run), str(tmp_path / "x"), "--dry-run"]))
+    with pytest.raises(ConfigurationError, match="--hub me/tiny: not uploaded"):
+        exporting.upload(exported, "me/tiny", private=False)
