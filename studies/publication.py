@@ -171,7 +171,7 @@ def _curves(references: list[str], curvature: bool) -> Iterator[Any]:
     """The panels of reported runs: curves over each cost, unclipped fraction, k."""
     import wandb_workspaces.reports.v2 as wr
 
-    by_arm = {"groupby": wr.Config("arm"), "groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}
+    by_arm: dict[str, Any] = {"groupby": wr.Config("arm"), "groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}
     for axis, unit in {"tokens": "", "step": "", "flops": "model FLOPs", "seconds": "training seconds"}.items():
         title = f"Validation loss over {unit or axis}"
         yield wr.LinePlot(title=title, x=axis, y=["val/loss", *references], title_y="nats per token", **by_arm)

@@ -460,6 +460,8 @@ class CheckpointConfig(Section):
     """Also keep checkpoints at multiples of this many steps; null: none."""
     keep_best: bool = True
     """Also keep the checkpoint with the lowest validation loss."""
+    export_at: tuple[PositiveInt, ...] = ()
+    """Steps after which the run also exports Hugging Face weights, to <run>/exports/step-…."""
 
 
 class GuardsConfig(Section):

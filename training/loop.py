@@ -319,7 +319,7 @@ def train(run: Run) -> Status:
             run.profiler_step()
             last = step == config.train.steps
             interval = config.checkpoint.interval
-            unsaved |= interval is not None and step % interval == 0
+            unsaved |= (interval is not None and step % interval == 0) or step in config.checkpoint.export_at
             evaluates = evaluation_due(run)
 
             if evaluates or last or unsaved or reporter.diverged:

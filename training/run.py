@@ -25,6 +25,7 @@ from training.corpus import open_corpus
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
 from training.exits import EXIT_DIVERGED, EXIT_FAILED, EXIT_PREEMPTED
+from training.exports import Exports
 from training.loop import NotSaved, Run, TrainingState, train
 from training.optimizers import build_optimizers
 from training.recording.ledger import CompilationClock, Ledger
@@ -184,6 +185,15 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
         recorder.message(f"resuming from {decided.checkpoint} at step {state.step}")
         recorder.write({"kind": "event", "event": "resumed", "step": state.step, "world_size": world_size})
 
+    def report_export(line: str, step: int) -> None:
+        recorder.write({"kind": "event", "event": "export", "step": step, "reason": line})
+        recorder.message(line)
+
+    exports = Exports(
+        directory, config.checkpoint.export_at if distributed.is_main else (), tokens_directory, report_export
+    )
+    exports.start()  # those that were interrupted
+
     def save(current: TrainingState) -> None:
         saved = {
             "training": asdict(current),
@@ -197,8 +207,11 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
         root, keeping = directory / "checkpoints", config.checkpoint
         checkpoints.save(root, current.step, _pieces(config, strategy, rank), saved, distributed)
         if distributed.is_main:
+            exports.start()
             with contextlib.suppress(OSError):  # retried after the next save
-                checkpoints.prune(root, keeping.keep, keeping.keep_every, keep_best=keeping.keep_best)
+                checkpoints.prune(
+                    root, keeping.keep, keeping.keep_every, keep_best=keeping.keep_best, needed=exports.unfinished
+                )
 
     def report_hang(line: str) -> None:
         recorder.write({"kind": "event", "event": "hang", "step": run.state.step, "reason": line})
@@ -234,11 +247,11 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
             saved_step=state.step,
         )
         stop.begin()
-        status = _train(run, watchdog, recorder)
+        status = _train(run, watchdog, recorder, exports)
     return Outcome(status, directory, state.final_val_loss)
 
 
-def _train(run: Run, watchdog: Watchdog, recorder: Recorder) -> Status:
+def _train(run: Run, watchdog: Watchdog, recorder: Recorder, exports: Exports) -> Status:
     """Run the loop and finish the record, however the loop ends."""
     status: Status = "failed"
     try:
@@ -252,6 +265,7 @@ def _train(run: Run, watchdog: Watchdog, recorder: Recorder) -> Status:
     finally:
         if status == "diverged":
             recorder.write({"kind": "event", "event": "diverged", "step": run.state.step, "reason": run.reason})
+        exports.finish(run.stop_requested if status == "completed" else lambda: True)
         recorder.finish(summarize(run, status, run.reason))
         recorder.message(closing_line(run, status, recorder.place.path))
     return status

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,14 @@ from safetensors import SafetensorError
 from data.tokenizers import END_OF_TEXT, gpt2
 from downstream import export as exporting
 from downstream.export import ExportError, export
-from downstream.inference import Sampling, TrainedModel, generate
+from downstream.inference import Sampling, TrainedModel, generate, open_trained
 from models import GPT2, GPT2Config
 from models.huggingface import from_huggingface
 from scripts.export import main
 from training.config import ConfigurationError
+from training.exports import Exports
+from training.launching import command
+from training.records import RunRecord
 
 transformers = pytest.importorskip("transformers")
 
@@ -318,3 +322,24 @@ def test_a_hub_that_cannot_be_used_is_one_line(
     assert "no effect without --hub" in refused(main([str(tiny_run), str(tmp_path / "x"), "--dry-run"]))
     with pytest.raises(ConfigurationError, match="--hub me/tiny: not uploaded"):
         exporting.upload(exported, "me/tiny", private=False)
+
+
+def test_a_run_exports_at_the_chosen_steps_and_keeps_an_interrupted_export_for_its_resumption(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    chosen = ["name=exporting", f"output_dir={tmp_path}", "checkpoint.export_at=[2]", "checkpoint.interval=null"]
+    assert command.main(["--config-path", str(tiny_run), *chosen]) == 0
+    run, export = tmp_path / "exporting", tmp_path / "exporting" / "exports" / "step-00000002"
+    assert (json.loads((export / "training.json").read_text())["step"], loaded(export).config.model_type) == (2, "gpt2")
+    _, weights = from_huggingface(export)
+    for name, parameter in open_trained(run / "checkpoints" / "step-00000002").model.named_parameters():
+        torch.testing.assert_close(weights[name], parameter, atol=0, rtol=0)
+    events = [line for line in RunRecord.open(run).metrics("event") if line["event"] == "export"]
+    assert [(line["step"], line["reason"]) for line in events] == [(2, f"exported {export}")]
+
+    shutil.rmtree(export)
+    reported: list[str] = []
+    exports = Exports(run, [2], Path("tokens"), lambda line, step: reported.append(line))
+    exports.start()
+    exports.finish(lambda: True)
+    assert (list((run / "exports").iterdir()), exports.unfinished, reported) == ([], {2}, [])

@@ -84,7 +84,7 @@ def start_ranks(config: RunConfig) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     ranks, nodes = config.launcher.nproc_per_node, getattr(config.launcher, "nodes", 1)
-    head = getattr(config.launcher, "head", None) if nodes > 1 else "localhost:0"
+    head = str(getattr(config.launcher, "head", None)) if nodes > 1 else "localhost:0"
     if failure := descriptors_failure(ranks):
         raise ConfigurationError(f"launcher.nproc_per_node={ranks}: {failure}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))

@@ -151,7 +151,7 @@ def test_skypilot_recovers_a_saved_run_and_its_command_is_valid() -> None:
 def test_the_image_has_every_package_and_the_same_environment_as_apptainers() -> None:
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["root_packages"]
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert {*packages, "configs", "train.py", "results/reference.json"} <= kept
+    assert {*packages, "configs", "train.py", "requirements.lock", "results/reference.json"} <= kept
     files = [(ROOT / "Dockerfile").read_text(), (CLUSTER / "sophia.def").read_text()]
     installed = [set(re.findall(r"no-install-recommends ([^\\\n]*)", text)[0].split()) for text in files]
     assert installed[0] - installed[1] == {"tini"}
