@@ -37,7 +37,7 @@ WORKDIR /opt/sophia
 COPY . .
 ARG COMMIT=
 ENV SOPHIA_COMMIT=$COMMIT
-USER sophia
+USER 1000
 VOLUME /data
 ENTRYPOINT ["tini", "--"]
 CMD ["python", "train.py", "--help"]

@@ -66,6 +66,7 @@ CURVES_SCHEMA = pa.schema(
         ("skipped", pa.bool_()),
         ("val_loss", pa.float64()),
         ("val_tokens", pa.int64()),
+        ("val_bits_per_byte", pa.float64()),
         ("parameters", pa.string()),  # of a hessian row: all, or those of one kind
         *((name, pa.float64()) for name in ("hessian_norm", "momentum_norm", "positive_fraction", "gamma")),
         ("held_back", pa.bool_()),
@@ -75,6 +76,9 @@ CURVES_SCHEMA = pa.schema(
         ("reason", pa.string()),
     ]
 )
+
+
+_LATER = ("val_bits_per_byte",)  # columns that tables of earlier versions lack
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
@@ -195,6 +199,9 @@ def read_curves(directory: Path) -> pa.Table:
         return CURVES_SCHEMA.empty_table()
     try:
         table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+        for name in _LATER:
+            if name not in table.column_names:
+                table = table.append_column(name, pa.nulls(len(table), CURVES_SCHEMA.field(name).type))
         return table.select(CURVES_SCHEMA.names).cast(CURVES_SCHEMA)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise RecordError(f"{path} is damaged: {' '.join(str(error).split())}; restore the file") from error

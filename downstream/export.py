@@ -127,13 +127,15 @@ def describe(trained: TrainedModel) -> dict[str, Any]:
     identity["data"].pop("paths", None)
     if identity["model"]["init_from"] is not None:
         identity["model"]["init_from"] = Path(identity["model"]["init_from"]).name
-    losses = {} if trained.run is None else {line["step"]: line["val_loss"] for line in trained.run.metrics("eval")}
+    evaluated = {} if trained.run is None else {line["step"]: line for line in trained.run.metrics("eval")}
+    line = evaluated.get(trained.step, {})
     environment = {} if trained.run is None else trained.run.environment
     return {
         "run": config.run_name,
         "step": trained.step,
         "tokens": trained.step * config.train.global_batch_size * config.train.sequence_length,
-        "val_loss": losses.get(trained.step),
+        "val_loss": line.get("val_loss"),
+        "val_bits_per_byte": line.get("val_bits_per_byte"),
         "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
         "seed": config.seed,
         "config": identity,
@@ -155,7 +157,9 @@ def _model_card(described: dict[str, Any]) -> str:
         "batch": f"{config['train']['global_batch_size']} sequences of {config['train']['sequence_length']} tokens",
         "optimizer": config["optimizer"]["name"],
         "its settings": ", ".join(f"{key} {value}" for key, value in optimizer.items()),
-        "validation loss": "not evaluated at this step" if loss is None else f"{loss:.4f} nats per token",
+        "validation loss": "not evaluated at this step"
+        if loss is None
+        else f"{loss:.4f} nats per token" + _if(", {:.4f} bits per byte", described["val_bits_per_byte"]),
         "seed": described["seed"],
         "code": _if("commit {}", described["git_commit"]) or "commit unknown",
         "licence": described["licence"],

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data.batches import Batches, ValidationWindows
@@ -18,12 +19,14 @@ from data.dataset import TokenDataset
 from data.errors import DataError
 from data.files import sync_directory, why_not_written
 from data.manifest import Manifest
+from data.tokenizers import open_tokenizer
 from models import GPT2
 from training import hardware, records
 from training.config import ConfigurationError, ExternalConfig, RunConfig, RunHeldError, micro_batch_size
 from training.corpus import open_corpus
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
+from training.evaluation import bits_per_byte
 from training.exits import EXIT_DIVERGED, EXIT_FAILED, EXIT_PREEMPTED
 from training.exports import Exports
 from training.loop import NotSaved, Run, TrainingState, train
@@ -152,6 +155,9 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
         lambda: [TokenDataset(tokens_directory, split) for split in ("train", "validation")]
     )
     length, rank, world_size = config.train.sequence_length, distributed.rank, distributed.world_size
+    token_bytes, without_bytes = distributed.broadcast_object(
+        distributed.on_main(lambda: _token_bytes(manifest, tokens_directory))
+    )
     batches = Batches(
         training_set,
         config.seeds.data,
@@ -179,6 +185,8 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     recorder = distributed.on_main(
         lambda: _open_record(config, place, decided, distributed, manifest, weights, display)
     ) or Recorder(place, display)
+    if without_bytes is not None:
+        recorder.message(f"no bits per byte: {without_bytes}")
     for line in decided.rejected:
         recorder.message(f"checkpoint skipped: {line}")
     if decided.checkpoint is not None:
@@ -236,6 +244,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
             micro_batch_size=micro,
             eval_micro_batch_size=config.eval.micro_batch_size or micro,
             parameters=parameters,
+            token_bytes=token_bytes,
             write=recorder.write,
             message=recorder.message,
             save=save,
@@ -297,6 +306,7 @@ def summarize(run: Run, status: Status, reason: str | None) -> dict[str, Any]:
         "status": status,
         "reason": reason,
         "final_val_loss": state.final_val_loss,
+        "final_val_bits_per_byte": bits_per_byte(state.final_val_loss, state.val_bytes_per_token),
         "best_val_loss": state.best_val_loss,
         "steps": state.step,
         "tokens": state.step * config.train.global_batch_size * config.train.sequence_length,
@@ -311,6 +321,14 @@ def summarize(run: Run, status: Status, reason: str | None) -> dict[str, Any]:
         "estimates_held_back": state.estimates_held_back,
         "loss_spikes": state.loss_spikes,
     }
+
+
+def _token_bytes(manifest: Manifest, directory: Path) -> tuple[np.ndarray | None, str | None]:
+    """Return the bytes of each token, or None and the reason: a run needs no tokenizer, and may lack it."""
+    try:
+        return open_tokenizer(manifest.tokenizer, directory).byte_lengths, None
+    except DataError as error:
+        return None, str(error)
 
 
 def _decide(config: RunConfig, place: RunDirectory, distributed: Distributed) -> Decision:
