@@ -144,7 +144,7 @@ def test_evaluation_is_due_at_the_start_every_interval_and_at_the_end_and_once_a
 
 
 def test_the_best_and_the_final_validation_loss_are_kept_apart(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    series = iter([(5.0, 100), (3.0, 100), (4.0, 100)])
+    series = iter([(5.0, 100, 400), (3.0, 100, 400), (4.0, 100, 400)])
     monkeypatch.setattr("training.loop.validation_loss", lambda *_: next(series))
     record = train("run", "optimizer=adamw", "train.steps=4", "eval.interval=2")
     assert record.summary is not None
@@ -154,7 +154,7 @@ def test_the_best_and_the_final_validation_loss_are_kept_apart(train: Train, mon
 def test_a_validation_loss_of_nan_ends_the_run_and_is_never_the_best(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    series = iter([(5.0, 100), (float("nan"), 100)])
+    series = iter([(5.0, 100, 400), (float("nan"), 100, 400)])
     monkeypatch.setattr("training.loop.validation_loss", lambda *_: next(series))
     record = train("run", "optimizer=adamw", "train.steps=4", "eval.interval=2", expect=3)
     assert record.summary is not None
