@@ -71,7 +71,9 @@ class Run:
     message: Callable[[str], None]  # rank 0: print a line
     save: Callable[[TrainingState], None]  # save a checkpoint; called on every rank
     stop_requested: Callable[[], bool]  # whether this rank got a stop signal
-    token_bytes: np.ndarray | None = None  # (vocab_size,) the bytes of text of each id; None if the tokenizer is missing
+    token_bytes: np.ndarray | None = (
+        None  # (vocab_size,) the bytes of text of each id; None if the tokenizer is missing
+    )
     failure: Callable[[], str | None] = lambda: None  # why this rank can no longer record, if so
     progress: Callable[[str], None] = lambda doing: None  # report progress to the watchdog
     profiler_step: Callable[[], None] = lambda: None
