@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,6 +164,22 @@ def test_the_report_page_has_the_papers_panels_for_each_size_beside_published_lo
     assert any(str(title).startswith("AdamW's steps over the arm's") for title in titles)
     curve = next(panel for panel in panels if panel.get("chartTitle") == "Validation loss over tokens")
     assert {"val/loss", "reference/paper/adamw", "reference/paper/sophiag"} <= set(curve["metrics"])
+
+
+def test_a_page_replaces_the_one_of_the_same_title(
+    study: Path, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wandb_workspaces.reports.v2 import Report
+
+    page = publication.report_page(results, [], compose(["tracker=wandb"]).tracker, None)
+    saved: list[str] = []
+    addresses = {page.title: "https://wandb/page--earlier"}
+    monkeypatch.setattr(publication, "report_url", lambda entity, project, title: addresses.get(title))
+    monkeypatch.setattr(Report, "from_url", lambda url: SimpleNamespace(id=url.rpartition("--")[2]))
+    monkeypatch.setattr(Report, "save", lambda self: saved.append(self.id))
+    monkeypatch.setattr(Report, "url", property(lambda self: f"saved {self.id}"))
+    assert publication._save(page, ("me", "sophia")) == "saved earlier"
+    assert saved == ["earlier"]
 
 
 def test_publishing_elsewhere_than_to_wandb_is_refused(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
