@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -103,6 +104,7 @@ def start_ranks(config: RunConfig) -> int:
         signals_to_handle="",  # our handlers are installed earlier than torch's and cover SIGHUP
         shutdown_timeout=SAVING_SECONDS,
     )
+    shield_resource_tracker()
     # torch does not report how signalled ranks end.
     codes = multiprocessing.get_context("spawn").Array("i", [NOT_STARTED] * ranks, lock=False)
 
@@ -131,6 +133,17 @@ def start_ranks(config: RunConfig) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return max(results.values(), default=0)
+
+
+def shield_resource_tracker() -> None:
+    """Start multiprocessing's helper process with stop signals blocked.
+
+    srun sends a signal to all processes of a step. The helper handles only SIGINT and SIGTERM, and its death would cost a
+    traceback for each of its resources.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals())
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def code_of_stopped_ranks(signalled: signal.Signals, codes: Sequence[int]) -> int:
