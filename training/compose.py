@@ -343,9 +343,9 @@ def refuse_choices_by_name(overrides: Sequence[str], primary: Primary) -> None:
 
 
 def with_local_launcher(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace a record's cluster launcher by ranks on this machine: a record lacks Hydra's settings of the launcher."""
+    """Replace a record's launcher of other machines by ranks on this one: a record lacks Hydra's settings of a cluster."""
     launcher = values.get("launcher")
-    if isinstance(launcher, Mapping) and launcher.get("name") not in ("local", "joblib"):
+    if isinstance(launcher, Mapping) and (launcher.get("name") not in ("local", "joblib") or launcher.get("head")):
         values["launcher"] = {"name": "local", "nproc_per_node": launcher.get("nproc_per_node", 1)}
     return values
 

@@ -524,6 +524,8 @@ class CheckpointConfig(Section):
     """Also keep checkpoints at multiples of this many steps; null: none."""
     keep_best: bool = True
     """Also keep the checkpoint with the lowest validation loss."""
+    export_at: tuple[PositiveInt, ...] = ()
+    """Steps after which the run also exports Hugging Face weights, to <run>/exports/step-…."""
 
 
 class GuardsConfig(Section):
@@ -548,10 +550,12 @@ class TrackerConfig(Section):
     """W&B group; null: <model>-<data>."""
     tags: tuple[str, ...] = ()
     """W&B tags."""
+    artifacts: bool = False
+    """Upload the record and the last checkpoint as a W&B artifact when the run has completed."""
 
 
 class LocalLauncherConfig(Section):
-    """Ranks on this machine; a sweep runs its trials one after another."""
+    """Ranks on this machine, or on `nodes` machines that all run the same command; a sweep runs its trials in turn."""
 
     name: Literal["local"] = "local"
     """Where runs start: local, joblib, slurm or submitit."""
@@ -559,6 +563,19 @@ class LocalLauncherConfig(Section):
     """Ranks that train.py starts on this machine."""
     max_restarts: NonNegativeInt = 0
     """Restarts from the last checkpoint after a rank has died; with several ranks only."""
+    nodes: PositiveInt = 1
+    """Machines of the run; start the same command on each."""
+    head: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(:[0-9]{1,5})?$")] | None = None
+    """The machine where the ranks of several nodes meet, by name or address; its port is 29500 or as in node-1:29501."""
+
+    @model_validator(mode="after")
+    def _nodes_meet(self) -> Self:
+        if self.nodes > 1 and self.head is None:
+            raise ValueError(
+                f"launcher.head: missing with launcher.nodes={self.nodes}; name one of the machines, for example "
+                "launcher.head=node-1"
+            )
+        return self
 
 
 class JoblibLauncherConfig(Section):
@@ -694,6 +711,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"schedule.warmup_steps={self.schedule.warmup_steps} is not less than train.steps={self.train.steps}; "
                 "choose fewer warm-up steps"
+            )
+        if self.checkpoint.export_at and not self.model.is_gpt2:
+            raise ValueError(
+                f"checkpoint.export_at={list(self.checkpoint.export_at)}: transformers has no class for "
+                f"model.architecture={self.model.architecture}; leave checkpoint.export_at out"
             )
         refuse_impossible_pairs(self)
         ranks = self.launcher.nproc_per_node * getattr(self.launcher, "nodes", 1)

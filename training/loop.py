@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from models.flops import Flops
 from sophia.diagnostics import UnclippedAlarm
 from training.config import RunConfig
 from training.curvature import CurvaturePass
-from training.evaluation import validation_loss
+from training.evaluation import bits_per_byte, validation_loss
 from training.recording.diagnostics import describe_curvature
 from training.recording.ledger import Ledger
 from training.records import Status
@@ -44,6 +45,7 @@ class TrainingState:
     evaluated_step: int = -1  # the step of the last evaluation; 0 is the start
     best_val_loss: float | None = None
     final_val_loss: float | None = None
+    val_bytes_per_token: float | None = None  # of the validation set; None if the tokenizer is missing
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     estimates_held_back: int = 0
@@ -70,6 +72,9 @@ class Run:
     message: Callable[[str], None]  # rank 0: print a line
     save: Callable[[TrainingState], None]  # save a checkpoint; called on every rank
     stop_requested: Callable[[], bool]  # whether this rank got a stop signal
+    token_bytes: np.ndarray | None = (
+        None  # (vocab_size,) the bytes of text of each id; None if the tokenizer is missing
+    )
     failure: Callable[[], str | None] = lambda: None  # why this rank can no longer record, if so
     progress: Callable[[str], None] = lambda doing: None  # report progress to the watchdog
     profiler_step: Callable[[], None] = lambda: None
@@ -320,7 +325,7 @@ def train(run: Run) -> Status:
             run.profiler_step()
             last = step == config.train.steps
             interval = config.checkpoint.interval
-            unsaved |= interval is not None and step % interval == 0
+            unsaved |= (interval is not None and step % interval == 0) or step in config.checkpoint.export_at
             evaluates = evaluation_due(run)
 
             if evaluates or last or unsaved or reporter.diverged:
@@ -383,16 +388,22 @@ def evaluate(run: Run) -> Verdict:
 
     run.progress(f"evaluating after step {state.step}")
     with ledger.measure("evaluation", part=True), run.strategy.evaluating():
-        found = validation_loss(run.strategy, run.validation, run.eval_micro_batch_size, run.progress, interrupted)
+        found = validation_loss(
+            run.strategy, run.validation, run.eval_micro_batch_size, run.progress, interrupted, run.token_bytes
+        )
     if found is None:
         return verdict
-    loss, tokens = found
+    loss, tokens, size = found
     ledger.add("evaluation", tokens, run.flops.evaluation(tokens))
     state.evaluated_step = state.step
     state.final_val_loss = loss
     if math.isfinite(loss) and (state.best_val_loss is None or loss < state.best_val_loss):
         state.best_val_loss = loss
-    run.write({"kind": "eval", **position(run), "val_loss": loss, "val_tokens": tokens})
+    line: dict[str, Any] = {"kind": "eval", **position(run), "val_loss": loss, "val_tokens": tokens}
+    if size:
+        state.val_bytes_per_token = size / tokens
+        line["val_bits_per_byte"] = bits_per_byte(loss, state.val_bytes_per_token)
+    run.write(line)
     return Verdict.GO_ON
 
 

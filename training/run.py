@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data.batches import Batches, ValidationWindows
@@ -18,13 +19,16 @@ from data.dataset import TokenDataset
 from data.errors import DataError
 from data.files import sync_directory, why_not_written
 from data.manifest import Manifest
+from data.tokenizers import open_tokenizer
 from training import hardware, records
 from training.architectures import build_model, forward_flops
 from training.config import ConfigurationError, ExternalConfig, RunConfig, RunHeldError, micro_batch_size
 from training.corpus import open_corpus
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
+from training.evaluation import bits_per_byte
 from training.exits import EXIT_DIVERGED, EXIT_FAILED, EXIT_PREEMPTED
+from training.exports import Exports
 from training.loop import NotSaved, Run, TrainingState, train
 from training.optimizers import build_optimizers
 from training.recording.ledger import CompilationClock, Ledger
@@ -152,6 +156,9 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
         lambda: [TokenDataset(tokens_directory, split) for split in ("train", "validation")]
     )
     length, rank, world_size = config.train.sequence_length, distributed.rank, distributed.world_size
+    token_bytes, without_bytes = distributed.broadcast_object(
+        distributed.on_main(lambda: _token_bytes(manifest, tokens_directory))
+    )
     batches = Batches(
         training_set,
         config.seeds.data,
@@ -180,11 +187,22 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     recorder = distributed.on_main(
         lambda: _open_record(config, place, decided, distributed, manifest, weights, display)
     ) or Recorder(place, display)
+    if without_bytes is not None:
+        recorder.message(f"no bits per byte: {without_bytes}")
     for line in decided.rejected:
         recorder.message(f"checkpoint skipped: {line}")
     if decided.checkpoint is not None:
         recorder.message(f"resuming from {decided.checkpoint} at step {state.step}")
         recorder.write({"kind": "event", "event": "resumed", "step": state.step, "world_size": world_size})
+
+    def report_export(line: str, step: int) -> None:
+        recorder.write({"kind": "event", "event": "export", "step": step, "reason": line})
+        recorder.message(line)
+
+    exports = Exports(
+        directory, config.checkpoint.export_at if distributed.is_main else (), tokens_directory, report_export
+    )
+    exports.start()  # those that were interrupted
 
     def save(current: TrainingState) -> None:
         saved = {
@@ -199,8 +217,11 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
         root, keeping = directory / "checkpoints", config.checkpoint
         checkpoints.save(root, current.step, _pieces(config, strategy, rank), saved, distributed)
         if distributed.is_main:
+            exports.start()
             with contextlib.suppress(OSError):  # retried after the next save
-                checkpoints.prune(root, keeping.keep, keeping.keep_every, keep_best=keeping.keep_best)
+                checkpoints.prune(
+                    root, keeping.keep, keeping.keep_every, keep_best=keeping.keep_best, needed=exports.unfinished
+                )
 
     def report_hang(line: str) -> None:
         recorder.write({"kind": "event", "event": "hang", "step": run.state.step, "reason": line})
@@ -226,6 +247,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
             eval_micro_batch_size=config.eval.micro_batch_size or micro,
             parameters=parameters,
             flops=flops,
+            token_bytes=token_bytes,
             write=recorder.write,
             message=recorder.message,
             save=save,
@@ -237,11 +259,11 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
             saved_step=state.step,
         )
         stop.begin()
-        status = _train(run, watchdog, recorder)
+        status = _train(run, watchdog, recorder, exports)
     return Outcome(status, directory, state.final_val_loss)
 
 
-def _train(run: Run, watchdog: Watchdog, recorder: Recorder) -> Status:
+def _train(run: Run, watchdog: Watchdog, recorder: Recorder, exports: Exports) -> Status:
     """Run the loop and finish the record, however the loop ends."""
     status: Status = "failed"
     try:
@@ -255,6 +277,7 @@ def _train(run: Run, watchdog: Watchdog, recorder: Recorder) -> Status:
     finally:
         if status == "diverged":
             recorder.write({"kind": "event", "event": "diverged", "step": run.state.step, "reason": run.reason})
+        exports.finish(run.stop_requested if status == "completed" else lambda: True)
         recorder.finish(summarize(run, status, run.reason))
         recorder.message(closing_line(run, status, recorder.place.path))
     return status
@@ -286,6 +309,7 @@ def summarize(run: Run, status: Status, reason: str | None) -> dict[str, Any]:
         "status": status,
         "reason": reason,
         "final_val_loss": state.final_val_loss,
+        "final_val_bits_per_byte": bits_per_byte(state.final_val_loss, state.val_bytes_per_token),
         "best_val_loss": state.best_val_loss,
         "steps": state.step,
         "tokens": state.step * config.train.global_batch_size * config.train.sequence_length,
@@ -300,6 +324,14 @@ def summarize(run: Run, status: Status, reason: str | None) -> dict[str, Any]:
         "estimates_held_back": state.estimates_held_back,
         "loss_spikes": state.loss_spikes,
     }
+
+
+def _token_bytes(manifest: Manifest, directory: Path) -> tuple[np.ndarray | None, str | None]:
+    """Return the bytes of each token, or None and the reason: a run needs no tokenizer, and may lack it."""
+    try:
+        return open_tokenizer(manifest.tokenizer, directory).byte_lengths, None
+    except DataError as error:
+        return None, str(error)
 
 
 def _decide(config: RunConfig, place: RunDirectory, distributed: Distributed) -> Decision:

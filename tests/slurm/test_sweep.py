@@ -122,7 +122,7 @@ def assert_resumed(directory: Path) -> None:
 def test_the_sbatch_script_requeues_its_run_at_the_time_limit(tmp_path: Path, slurm: None) -> None:
     corpus = prepare_corpus(tmp_path)
     limits = ["--nodes=1", "--gpus-per-node=0", "--time=2", "--signal=B:USR1@40", f"--output={tmp_path}/log"]
-    script = str(ROOT / "scripts" / "multinode" / "slurm.sbatch")
+    script = str(ROOT / "scripts" / "cluster" / "slurm.sbatch")
     steps = 10000  # more than fit into the first minute
     command = ["sbatch", "--parsable", *limits, script, *overrides(tmp_path, corpus), f"train.steps={steps}"]
     submitted = run(command, RANKS="2", PYTHON=sys.executable)

@@ -242,6 +242,12 @@ def test_a_mistake_is_refused_in_one_line(given: dict[str, Any], message: str, v
     assert "\n" not in str(caught.value)
 
 
+def test_exports_during_a_run_are_refused(values: dict[str, Any]) -> None:
+    exporting = values | {"checkpoint": values["checkpoint"] | {"export_at": [2]}}
+    with pytest.raises(ConfigurationError, match=r"checkpoint.export_at=\[2\]: transformers has no class for"):
+        validate(exporting)
+
+
 @pytest.mark.parametrize("name", LACKING)
 def test_a_model_that_lacks_something_is_refused_in_one_line(name: str, here: Path, values: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError) as caught:
