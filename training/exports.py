@@ -88,4 +88,5 @@ class Exports:
             del self._running[step]
             self._left.discard(step)
             export = self._run / EXPORTS / f"step-{step:08d}"
-            self._report(f"exported {export}" if process.returncode == 0 else f"{export} failed: {said[-1]}", step)
+            # Ranks that were restarted may have left a process that made the same export.
+            self._report(f"exported {export}" if export.is_dir() else f"{export} failed: {said[-1]}", step)
