@@ -102,9 +102,9 @@ class LossHead(nn.Module):
     ) -> Losses:
         """Compute the requested losses in chunks; they can be differentiated once.
 
-        With both losses, call `sampled_loss_sum.backward(retain_graph=True)` before `loss_sum.backward()`. Labels cost
-        almost nothing if they are drawn at exactly the positions that have targets; otherwise they need a softmax of
-        their own.
+        With both losses, labels must be drawn at exactly the positions that have targets, since both share one softmax:
+        otherwise the labels' loss and its gradient are NaN, for which the host does not wait. Call
+        `sampled_loss_sum.backward(retain_graph=True)` before `loss_sum.backward()`.
         """
         if targets is None and uniforms is None:
             return None, None
@@ -113,12 +113,11 @@ class LossHead(nn.Module):
             targets = targets.flatten()
         if uniforms is not None:
             uniforms = uniforms.flatten()
-        if targets is not None and uniforms is not None and not torch.equal(targets == IGNORED, uniforms < 0):
-            drawn = (uniforms >= 0).nonzero()[:, 0]
-            loss_sum, _ = self._losses(hidden, weight, targets, None)
-            _, sampled_loss_sum = self._losses(hidden[drawn], weight, None, uniforms[drawn])
-            return loss_sum, sampled_loss_sum
-        return self._losses(hidden, weight, targets, uniforms)
+        loss_sum, sampled_loss_sum = self._losses(hidden, weight, targets, uniforms)
+        if targets is not None and uniforms is not None:
+            differ = ((targets == IGNORED) != (uniforms < 0)).any()
+            sampled_loss_sum = sampled_loss_sum * torch.where(differ, torch.nan, 1.0)
+        return loss_sum, sampled_loss_sum
 
     def _losses(self, hidden: Tensor, weight: Tensor, targets: Tensor | None, uniforms: Tensor | None) -> Losses:
         device = hidden.device.type

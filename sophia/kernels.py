@@ -140,11 +140,12 @@ def apply(
 def _widened(value: Scalar, device: torch.device) -> Scalar:
     """Return a tensor hyper-parameter in float64, on the CPU or the kernels' own device; a float as it is.
 
-    With the precision of a Python float, all forms compute with the same numbers. MPS lacks float64 and keeps the dtype.
+    With the precision of a Python number, all forms compute with the same numbers, and a number and a tensor share a
+    compiled kernel. MPS lacks float64 and keeps the dtype.
     """
     if not isinstance(value, Tensor):
         return value
-    if value.is_floating_point() and value.device.type != "mps":
+    if value.device.type != "mps":
         value = value.double()
     return value if value.device.type == "cpu" else value.to(device, non_blocking=True)
 

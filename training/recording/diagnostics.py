@@ -1,11 +1,12 @@
 """Curvature statistics in a run's record: norms, share of positive entries and log-scale histogram, by kind of parameter.
 
-All of them are sums over elements and additive over shards: one reduction and one synchronization per refresh.
+All of them are sums over elements and additive over shards: one reduction per refresh.
 """
 
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from models import parameter_kind
@@ -15,11 +16,8 @@ from training.strategies.base import Strategy
 KINDS = ("embedding", "attention", "mlp", "norm")
 
 
-def describe_curvature(strategy: Strategy) -> dict[str, Any]:
-    """Return norms of h and m, share of positive entries and decade histogram of h, in total and by kind of parameter.
-
-    Empty if the optimizer keeps no `hessian` and `exp_avg`.
-    """
+def curvature_sums_by_kind(strategy: Strategy) -> Tensor:
+    """(kinds, sums) float64 on the device: `curvature_sums` of each kind of parameter, over all ranks."""
     sharded = strategy.shards_optimizer_state
     sums = torch.zeros(len(KINDS), 4 + len(DECADES) + 1, dtype=torch.float64, device=strategy.device)
     for name, hessian, momentum in strategy.curvature_state():
@@ -27,7 +25,16 @@ def describe_curvature(strategy: Strategy) -> dict[str, Any]:
         sums[KINDS.index(parameter_kind(name))] += curvature_sums(hessian, momentum)
     if sharded:
         strategy.distributed.all_reduce(sums)
-    sums = sums.cpu()
+    return sums
+
+
+def describe_curvature(
+    sums: Tensor,  # (kinds, sums) float64 on the CPU
+) -> dict[str, Any]:
+    """Return norms of h and m, share of positive entries and decade histogram of h, in total and by kind of parameter.
+
+    Empty if the optimizer keeps no `hessian` and `exp_avg`.
+    """
     if not sums[:, 0].any():
         return {}
     by_kind = {kind: curvature_summary(row) for kind, row in zip(KINDS, sums, strict=True) if row[0]}
