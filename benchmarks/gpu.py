@@ -81,7 +81,11 @@ class Plan:
     def run_overrides(self) -> list[str]:
         """The overrides of the run: the paper's recipe, fewer and smaller batches of the sample corpus."""
         given = ["experiment=paper/125m_sophiag", "name=run", f"output_dir={self.scratch}", "tracker=none"]
-        given += [f"data.directory={self.scratch}/tokens", "checkpoint.interval=null", f"train.device={self.device.type}"]
+        given += [
+            f"data.directory={self.scratch}/tokens",
+            "checkpoint.interval=null",
+            f"train.device={self.device.type}",
+        ]
         if self.rehearsal:
             given += ["model=gpt2_nano", "data=text", f"data.paths=[{ROOT}/README.md]", "tokenizer=bpe"]
             given += ["tokenizer.vocab_size=300", "train.steps=4", "train.global_batch_size=4", "eval.tokens=256"]
@@ -204,7 +208,11 @@ def curvature_pass(plan: Plan, overrides: list[str]) -> dict[str, float]:
     settings = ["model=gpt2_nano", "train.sequence_length=32", "train.compile=false"]
     if not plan.rehearsal:
         settings = ["model=gpt2_small", "train.sequence_length=1024"]
-    settings += [f"train.global_batch_size={size}", f"train.micro_batch_size={micro}", f"train.device={plan.device.type}"]
+    settings += [
+        f"train.global_batch_size={size}",
+        f"train.micro_batch_size={micro}",
+        f"train.device={plan.device.type}",
+    ]
     config = resolve(compose([*settings, *overrides]), plan.device)
     strategy = build_strategy(config, Distributed(0, 0, 1, plan.device))
     shape = model_shape(config.model, 300 if plan.rehearsal else 50257)
@@ -363,6 +371,7 @@ def main() -> int:
     chosen = arguments.only.split(",")
     if unknown := set(chosen) - PARTS.keys():
         parser.error(f"--only {', '.join(sorted(unknown))}: expected some of {', '.join(PARTS)}")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # the usual check would touch CUDA here
     if not arguments.rehearse and not torch.cuda.is_available():
         parser.error("no CUDA device; --rehearse runs every part at a tiny size on a CPU")
@@ -498,7 +507,16 @@ def training_lines(size: str, found: Mapping[str, Any], machine: Mapping[str, An
                 f"{row['first_step_seconds']:.0f}",
             )
         )
-    header = ("", "median ms", "tokens/s", "here is faster by", "of measured rate", "of datasheet", "peak GB", "first step s")
+    header = (
+        "",
+        "median ms",
+        "tokens/s",
+        "here is faster by",
+        "of measured rate",
+        "of datasheet",
+        "peak GB",
+        "first step s",
+    )
     yield from page.table(header, rows)
 
 
@@ -530,7 +548,9 @@ def run_lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "![loss](loss.svg)"
     yield ""
-    yield from page.table(("step", "validation loss"), [(str(step), f"{loss:.4f}") for step, loss in found["validation"]])
+    yield from page.table(
+        ("step", "validation loss"), [(str(step), f"{loss:.4f}") for step, loss in found["validation"]]
+    )
 
 
 if __name__ == "__main__":

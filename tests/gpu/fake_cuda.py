@@ -47,7 +47,8 @@ def place() -> str:
         frame = frame.f_back  # type: ignore[assignment]
     if frame is None:
         return "outside of the product"
-    return f"{Path(frame.f_code.co_filename).relative_to(ROOT)} {frame.f_code.co_qualname}"
+    function = frame.f_code.co_qualname.partition(".<locals>")[0]
+    return f"{Path(frame.f_code.co_filename).relative_to(ROOT)} {function}"
 
 
 class Devices(TorchDispatchMode):
@@ -154,9 +155,11 @@ def runs_on_cuda(func: Any) -> bool:
 @contextmanager
 def fake_cuda() -> Iterator[None]:
     """Make tensors on CUDA, and autocast for it, work without a GPU; they have no values."""
-    available = mock.patch("torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-    bf16 = mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True)
-    generators = mock.patch("torch.random.fork_rng", lambda *_, **__: nullcontext())
+    available = mock.patch(
+        "torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available", return_value=False
+    )
+    bf16 = mock.patch("torch.cuda.is_bf16_supported", return_value=True)
+    generators = mock.patch("torch.random.fork_rng", return_value=nullcontext())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with _device_guard(), available, bf16, generators, fake, Devices():
         yield
@@ -166,7 +169,9 @@ def fake_cuda() -> Iterator[None]:
 def _device_guard() -> Iterator[None]:
     """Lend CUDA the device guard of meta, which does nothing, if this torch has none for CUDA."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    guards = (ctypes.c_void_p * (DEVICE_TYPES[META.type] + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    guards = (ctypes.c_void_p * (DEVICE_TYPES[META.type] + 1)).in_dll(
+        library, "_ZN3c104impl26device_guard_impl_registryE"
+    )
     cuda, before = DEVICE_TYPES[DEVICE.type], guards[DEVICE_TYPES[DEVICE.type]]
     guards[cuda] = before or guards[DEVICE_TYPES[META.type]]
     try:

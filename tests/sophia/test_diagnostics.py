@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from sophia import SophiaG, UnclippedAlarm, diagnostics, curvature_summary, curvature_sums, gauss_newton_bartlett
+from sophia import SophiaG, UnclippedAlarm, curvature_summary, curvature_sums, diagnostics, gauss_newton_bartlett
 from sophia.diagnostics import DECADES
 
 
