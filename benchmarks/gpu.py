@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import multiprocessing
 import os
 import re
@@ -87,7 +88,7 @@ class Plan:
             f"train.device={self.device.type}",
         ]
         if self.rehearsal:
-            given += ["model=gpt2_nano", "data=text", f"data.paths=[{ROOT}/README.md]", "tokenizer=bpe"]
+            given += ["model=gpt2_nano", "data=text", f"data.paths=[{self.scratch}/corpus.jsonl]", "tokenizer=bpe"]
             given += ["tokenizer.vocab_size=300", "train.steps=4", "train.global_batch_size=4", "eval.tokens=256"]
             given += ["train.micro_batch_size=2", "train.sequence_length=32", "train.compile=false", "eval.interval=2"]
             return [*given, "schedule.warmup_steps=1"]
@@ -274,6 +275,8 @@ def paper_run(plan: Plan) -> dict[str, Any]:
     from training.launching.command import main as train
     from training.records import RunRecord
 
+    if plan.rehearsal:
+        prepare_text(plan)
     code = train(plan.run_overrides())
     record = RunRecord.open(plan.scratch / "run")
     lines = list(record.metrics("train"))
@@ -287,6 +290,19 @@ def paper_run(plan: Plan) -> dict[str, Any]:
         "tokens_per_second": [line["tokens_per_second"] for line in lines],
         "validation": [[line["step"], line["val_loss"]] for line in record.metrics("eval")],
     }
+
+
+def prepare_text(plan: Plan) -> None:
+    """Write and prepare the rehearsal's corpus, paragraphs of the README; the sample corpus prepares itself."""
+    from data import prepare
+    from training.compose import compose
+    from training.corpus import source_of, token_directory_of, tokenizer_of
+
+    paragraphs = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")
+    documents = "".join(json.dumps({"text": paragraph}) + "\n" for paragraph in paragraphs)
+    (plan.scratch / "corpus.jsonl").write_text(documents, encoding="utf-8")
+    config = compose(plan.run_overrides())
+    prepare(source_of(config), tokenizer_of(config), token_directory_of(config), workers=1)
 
 
 def sample(plan: Plan) -> dict[str, Any]:
@@ -328,6 +344,8 @@ def reason(error: BaseException) -> str:
 
 def _part(name: str, plan: Plan, answer: Connection) -> None:
     os.setsid()  # what it starts is killed with it
+    if plan.rehearsal:
+        torch.set_num_threads(1)  # tiny tensors
     try:
         answer.send(("done", PARTS[name](plan)))
     except SkippedError as skipped:
