@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import signal
 import statistics
@@ -27,7 +29,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -40,10 +42,24 @@ from benchmarks import optimizer_step, page
 from benchmarks.calibration import datasheet_rate, matrix_product_rate
 from benchmarks.record import provenance
 from benchmarks.training_step import HESSIAN_INTERVAL, SHAPES, Arm, Shape, Worker, held_memory
+from data import prepare
 from data.batches import Batch
 from data.files import write_atomically, write_json
 from models import GPT2, GPT2Config
 from models.flops import forward_backward_flops
+from training.compose import compose
+from training.corpus import source_of, token_directory_of, tokenizer_of
+from training.curvature import CurvaturePass
+from training.distributed import Distributed
+from training.launching import command
+from training.loop import Run, forward_backward, forward_backward_refresh
+from training.optimizers import build_optimizers
+from training.recording.diagnostics import curvature_sums_by_kind
+from training.recording.ledger import Ledger
+from training.records import RunRecord
+from training.run import resolve
+from training.strategies import build_strategy
+from training.weights import InitialWeights, model_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "benchmarks" / "gpu"
@@ -194,17 +210,6 @@ def curvature(plan: Plan) -> dict[str, Any]:
 
 
 def curvature_pass(plan: Plan, overrides: list[str]) -> dict[str, float]:
-    from training.compose import compose
-    from training.curvature import CurvaturePass
-    from training.distributed import Distributed
-    from training.loop import Run, forward_backward, forward_backward_refresh
-    from training.optimizers import build_optimizers
-    from training.recording.diagnostics import curvature_sums_by_kind
-    from training.recording.ledger import Ledger
-    from training.run import resolve
-    from training.strategies import build_strategy
-    from training.weights import InitialWeights, model_shape
-
     size, micro = (8, 4) if plan.rehearsal else (60, 12)
     settings = ["model=gpt2_nano", "train.sequence_length=32", "train.compile=false"]
     if not plan.rehearsal:
@@ -272,12 +277,9 @@ def curvature_pass(plan: Plan, overrides: list[str]) -> dict[str, float]:
 
 def paper_run(plan: Plan) -> dict[str, Any]:
     """The paper's 125M Sophia-G recipe for 300 steps, with reduced batch on the sample corpus."""
-    from training.launching.command import main as train
-    from training.records import RunRecord
-
     if plan.rehearsal:
         prepare_text(plan)
-    code = train(plan.run_overrides())
+    code = command.main(plan.run_overrides())
     record = RunRecord.open(plan.scratch / "run")
     lines = list(record.metrics("train"))
     return {
@@ -294,10 +296,6 @@ def paper_run(plan: Plan) -> dict[str, Any]:
 
 def prepare_text(plan: Plan) -> None:
     """Write and prepare the rehearsal's corpus, paragraphs of the README; the sample corpus prepares itself."""
-    from data import prepare
-    from training.compose import compose
-    from training.corpus import source_of, token_directory_of, tokenizer_of
-
     paragraphs = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")
     documents = "".join(json.dumps({"text": paragraph}) + "\n" for paragraph in paragraphs)
     (plan.scratch / "corpus.jsonl").write_text(documents, encoding="utf-8")
@@ -310,14 +308,18 @@ def sample(plan: Plan) -> dict[str, Any]:
     if not (plan.scratch / "run").is_dir():
         raise SkippedError("there is no run to sample from")
     tokens = 8 if plan.rehearsal else 200
-    command = [sys.executable, "scripts/sample.py", str(plan.scratch / "run"), "--prompt", "It was"]
+    script = str(ROOT / "scripts" / "sample.py")
+    arguments = [str(plan.scratch / "run"), "--prompt", "It was", "--tokens", str(tokens), "--device", plan.device.type]
+    sys.argv = [script, *arguments]
+    text = io.StringIO()
     began = time.perf_counter()
-    done = subprocess.run(
-        [*command, "--tokens", str(tokens), "--device", plan.device.type], cwd=ROOT, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return {"seconds": time.perf_counter() - began, "tokens": tokens, "text": done.stdout}
+    try:
+        with redirect_stdout(text):
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:
+        if ended.code:
+            raise RuntimeError(f"scripts/sample.py ended with code {ended.code}") from ended
+    return {"seconds": time.perf_counter() - began, "tokens": tokens, "text": text.getvalue()}
 
 
 PARTS: dict[str, Callable[[Plan], dict[str, Any]]] = {
@@ -397,6 +399,8 @@ def main() -> int:
     lacking = missing()
     if lacking:
         print(f"not installed: {', '.join(lacking)}; what needs it will fail (make setup, make wheels)")
+    import models.huggingface  # noqa: F401  # once, before the parts are forked
+
     deadline = time.monotonic() + 60 * arguments.minutes
     scratch = Path(tempfile.mkdtemp(prefix="bench-gpu-"))
     device = torch.device("cpu") if arguments.rehearse else torch.device("cuda", 0)
@@ -404,6 +408,7 @@ def main() -> int:
     record: dict[str, Any] = {"rehearsal": plan.rehearsal, "minutes": arguments.minutes, "parts": {}, "skipped": {}}
     record["skipped"] = {name: "not chosen" for name in PARTS if name not in chosen and name != "machine"}
     folder: Path | None = None
+    found: Any
     try:
         for name in PARTS:
             if name != "machine" and name not in chosen:
@@ -491,7 +496,7 @@ def lines(record: Mapping[str, Any]) -> Iterator[str]:
         yield from run_lines(found)
         yield ""
     if found := parts.get("sample"):
-        yield f"## `scripts/sample.py`, {found['tokens']} tokens in {found['seconds']:.1f} s with the start"
+        yield f"## `scripts/sample.py`, {found['tokens']} tokens in {found['seconds']:.1f} s"
         yield ""
         yield from (f"    {line}" for line in found["text"].strip().splitlines())
         yield ""

@@ -114,7 +114,7 @@ class LossHead(nn.Module):
         if uniforms is not None:
             uniforms = uniforms.flatten()
         loss_sum, sampled_loss_sum = self._losses(hidden, weight, targets, uniforms)
-        if targets is not None and uniforms is not None:
+        if targets is not None and uniforms is not None and sampled_loss_sum is not None:
             differ = ((targets == IGNORED) != (uniforms < 0)).any()
             sampled_loss_sum = sampled_loss_sum * torch.where(differ, torch.nan, 1.0)
         return loss_sum, sampled_loss_sum

@@ -49,7 +49,7 @@ def _counts(
 def _counts_by_comparison(numbers: Tensor, bins: int) -> Tensor:
     """`_counts` for GPUs: bincount waits for the device, and in scatter_add_ all threads add to the same few addresses."""
     each = torch.arange(bins, dtype=numbers.dtype, device=numbers.device)[:, None]
-    return torch.stack([(piece == each).sum(dim=1) for piece in numbers.split(_PIECE)]).sum(dim=0)
+    return torch.stack([(piece == each).sum(dim=1) for piece in torch.split(numbers, _PIECE)]).sum(dim=0)
 
 
 def _square_sum(values: Tensor) -> Tensor:
@@ -57,7 +57,8 @@ def _square_sum(values: Tensor) -> Tensor:
     if values.numel() == 0:
         return values.new_zeros((), dtype=torch.float64)
     largest = torch.linalg.vector_norm(values, torch.inf).clamp_min(torch.finfo(values.dtype).tiny)
-    return (values / largest).square().sum().double() * largest.double().square()
+    square_sum: Tensor = (values / largest).square().sum().double() * largest.double().square()
+    return square_sum
 
 
 def curvature_summary(sums: Tensor) -> dict[str, Any]:
