@@ -314,15 +314,28 @@ def draw(
 ) -> Tensor:  # (N,) int64
     """Search the cumulative sum over blocks of the vocabulary first, then inside the chosen block."""
     masses = torch.cat(block_masses(logits, shift), dim=1)
-    cumulative = masses.cumsum(dim=-1)
+    cumulative = running_sum(masses)
     threshold = uniforms[:, None] * cumulative[:, -1:]
     block = _first_above(cumulative, masses, threshold)
     before = (cumulative - masses).gather(1, block)
     columns = block * BLOCK + torch.arange(BLOCK, device=logits.device)
     inside = logits.gather(1, columns.clamp(max=logits.size(1) - 1)).float()
     probabilities = torch.where(columns < logits.size(1), (inside - shift[:, None]).exp(), 0)
-    column = _first_above(probabilities.cumsum(dim=-1), probabilities, threshold - before)
+    column = _first_above(running_sum(probabilities), probabilities, threshold - before)
     return torch.where(uniforms < 0, IGNORED, (block * BLOCK + column)[:, 0])
+
+
+def running_sum(
+    values: Tensor,  # (N, K) floating
+) -> Tensor:  # (N, K)
+    """values.cumsum(dim=-1), which torch refuses on CUDA under deterministic algorithms; there, sums over 1, 2, 4, … places."""
+    if values.device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        return values.cumsum(dim=-1)
+    places = 1
+    while places < values.size(1):
+        values = values + F.pad(values[:, :-places], (places, 0))
+        places *= 2
+    return values
 
 
 def _first_above(cumulative: Tensor, mass: Tensor, threshold: Tensor) -> Tensor:

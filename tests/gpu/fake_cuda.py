@@ -2,7 +2,7 @@
 
 torch's FakeTensorMode runs the code and raises for an operation on two devices. `Watch` raises for what else only a GPU
 would show: the host waiting for the device, float64 of the size of weights or activations, tensors computed on the CPU,
-and operators without a CUDA kernel.
+and operators without a CUDA kernel or, under deterministic algorithms, without a deterministic one.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ FEW = 256
 aten = torch.ops.aten
 READS = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)
 SIZED_BY_VALUES = (aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.bincount.default)
+#: What torch refuses on CUDA under deterministic algorithms, of floating-point tensors.
+NEVER_DETERMINISTIC = (aten.cumsum.default, aten.histc.default, aten.kthvalue.default, aten.put_.default)
 ARRIVING = (aten.lift_fresh.default, aten._pin_memory.default, aten.detach.default)
 
 
@@ -99,6 +101,8 @@ class Watch(TorchDispatchMode):
             self._pinned.append(args[0].clone())
             return self._pinned[-1]
         result = func(*args, **kwargs)
+        if on_device and func in NEVER_DETERMINISTIC and torch.are_deterministic_algorithms_enabled():
+            raise Fault(f"{place()}: {func} has no deterministic kernel")
         if on_device and not runs_on_cuda(func):
             raise Fault(f"{place()}: {func} has no CUDA kernel")
         for tensor in tree_leaves(result):

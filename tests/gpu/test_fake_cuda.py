@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch
-from models import GPT2
+from models import GPT2, head
 from tests.gpu.fake_cuda import DEVICE, Fault, fake_cuda, watched
 from training.compose import compose
 from training.curvature import CurvaturePass
@@ -123,6 +123,26 @@ def test_a_run_on_cuda_waits_for_the_device_only_where_it_is_listed(arm: str) ->
     assert kinds == ["eval", *refreshed, "train", "train", "eval"]
     without = {place for place in waits if not refreshes and ("refresh" in place or "curvature" in place)}
     assert waited == waits.keys() - without
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_a_deterministic_run_uses_no_operator_that_torch_refuses() -> None:
+    kinds, _ = run(*ARMS["GNB within the training forward"])
+    assert "hessian" in kinds
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_a_planted_operator_without_a_deterministic_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "running_sum", lambda values: values.cumsum(dim=-1))
+    with pytest.raises(Fault, match="no deterministic kernel"):
+        run(*ARMS["GNB within the training forward"])
 
 
 @pytest.mark.parametrize(

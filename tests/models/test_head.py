@@ -1,4 +1,6 @@
 from functools import partial
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from models.head import (
     log_normalizer,
     plain_losses,
     rows_per_chunk,
+    running_sum,
     sample_labels,
 )
 
@@ -266,6 +269,17 @@ class TestSampling:
     def test_rounding_of_the_cumulative_sum_draws_no_token_without_probability(self) -> None:
         cumulative, mass = torch.tensor([[0.5, 0.5000001, 1.0]]), torch.tensor([[0.5, 0.0, 0.5]])
         assert _first_above(cumulative, mass, torch.tensor([[0.5]])).item() == 2
+
+    def test_the_sums_that_a_deterministic_gpu_takes_are_the_cumulative_ones(self) -> None:
+        values = torch.rand(3, 393, generator=torch.Generator().manual_seed(0))
+        on_a_gpu = SimpleNamespace(type="cuda")
+        torch.use_deterministic_algorithms(True)
+        try:
+            with mock.patch.object(Tensor, "device", on_a_gpu):
+                sums = running_sum(values)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        torch.testing.assert_close(sums, values.double().cumsum(dim=-1).float())
 
     def test_logits_far_from_zero_draw_the_labels_of_logits_near_it(self) -> None:
         generator = torch.Generator().manual_seed(0)
