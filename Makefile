@@ -4,6 +4,11 @@ SLURM_TESTS ?= test
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
+# Containers often set it. The tests start hundreds of processes, and each would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
+DOCS       := .venv-docs
+DOCS_STAMP := $(DOCS)/installed-$(shell cksum requirements-docs.lock | cut -d' ' -f1)
 
 # A folder made by `make wheels` replaces the network.
 ifneq ($(wildcard wheels/*.whl),)
@@ -14,7 +19,7 @@ endif
 # The oldest torch of the library; pyproject.toml has the same.
 OLDEST = 2.6.0
 
-.PHONY: setup demo test test-fast test-oldest lint bench bench-full bench-gpu wheels test-gpu test-slurm test-faults test-mutants wheel results lock clean help
+.PHONY: setup demo test test-fast test-oldest lint docs bench bench-full bench-gpu wheels test-gpu test-slurm test-faults test-mutants wheel results lock clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -45,6 +50,16 @@ lint: setup ## ruff (lint and format), mypy, and the rules of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
 
+# With --quiet, mkdocs would not count the warnings that its strict mode fails on.
+docs: $(DOCS_STAMP) ## the documentation site, into site/; broken links and missing references fail
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+
+$(DOCS_STAMP): requirements-docs.lock
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.lock
+	@rm -f $(DOCS)/installed-*
+	@touch $@
+
 bench: setup ## speed and memory: optimizer step, training step at 30M (ten minutes, on a quiet machine)
 	$(BIN)/python benchmarks/optimizer_step.py
 	$(BIN)/python benchmarks/training_step.py
@@ -68,7 +83,7 @@ test-gpu: setup ## the device-dependent tests, on CUDA
 	$(BIN)/python -m pytest -m gpu
 
 test-slurm: setup ## a sweep on a SLURM of one node, set up here (root; Debian: apt-get install slurm-wlm munge)
-	$(BIN)/python -m pytest -m slurm -ra -k "$(SLURM_TESTS)"
+	$(BIN)/python -m pytest tests/slurm -m slurm -ra -k "$(SLURM_TESTS)"
 
 test-oldest: ## the library's tests on the oldest torch that it supports (downloads gigabytes)
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
@@ -91,12 +106,16 @@ wheel: ## build the library's wheel into dist/, and train with it where torch is
 results: setup ## reports, figures and the README's section from the records in results/cpu_scale, cpu_embeddings and challenge
 	$(BIN)/python scripts/results.py
 
-lock: ## resolve pyproject.toml's version ranges into requirements.lock
+lock: ## resolve pyproject.toml's version ranges into requirements.lock and requirements-docs.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet "torch~=2.13.0"
 	.venv-lock/bin/python -m pip install --quiet ".[train,evaluate,arms,dev]"
 	.venv-lock/bin/python -m pip freeze --exclude torch-sophia | sed -E 's/\+cpu$$//; /^(nvidia-[a-z0-9-]+-cu1|triton|cuda-)/d' > requirements.lock
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' | \
+	    .venv-lock/bin/python -m pip install --quiet -r /dev/stdin
+	.venv-lock/bin/python -m pip freeze > requirements-docs.lock
 	rm -rf .venv-lock
 
-clean: ## remove the virtual environment, runs and prepared tokens
-	rm -rf $(VENV) runs tokens
+clean: ## remove the virtual environments, the site, runs and prepared tokens
+	rm -rf $(VENV) $(DOCS) site runs tokens

@@ -54,6 +54,7 @@ class Endpoints:
     seconds: Array  # by the runs' own clocks
     runs: tuple[Origin, ...] = ()
     reference_seconds: float = math.nan  # of a run, by reference times; NaN without them
+    bits_per_byte: float = math.nan  # mean final validation loss in another unit; NaN if a record lacks it
 
     @property
     def diverged(self) -> tuple[int, ...]:

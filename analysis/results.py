@@ -193,7 +193,7 @@ class Results:
                 ],
                 "findings": self.findings,
                 "final_losses": [
-                    _attributes(end, *cell, "seeds", "losses", "mean", "standard_deviation", "runs")
+                    _attributes(end, *cell, "seeds", "losses", "mean", "bits_per_byte", "standard_deviation", "runs")
                     for end in self.endpoints()
                 ],
                 "compared": [

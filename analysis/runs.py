@@ -177,6 +177,12 @@ class RecordedRun:
         value = (self.summary or {}).get("final_val_loss")
         return float(value) if value is not None else float(self.evaluations["val_loss"][-1])
 
+    @property
+    def bits_per_byte(self) -> float:
+        """Final validation loss in bits per byte of text; NaN if the run did not complete, or its record lacks it."""
+        value = (self.summary or {}).get("final_val_bits_per_byte") if self.completed else None
+        return float("nan") if value is None else float(value)
+
     def total(self, currency: Currency) -> float:
         """Return the run's total cost: steps, training tokens, model FLOPs (with curvature) or training seconds."""
         if self.summary is not None and self.summary.get(currency) is not None:

@@ -379,6 +379,7 @@ def _cell(end: Endpoints) -> dict[str, str]:
     lost, seeds = len(end.diverged), len(end.seeds)
     return _place(end) | {
         "loss (nats)": f"{lost} of {seeds} diverged" if lost else f"{end.mean:.4f}",
+        "bits per byte": f"{end.bits_per_byte:.4f}" if math.isfinite(end.bits_per_byte) else "",
         "sd": _loss(end.standard_deviation),
         "seeds": str(seeds),
     }

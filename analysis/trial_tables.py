@@ -21,7 +21,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,6 +51,8 @@ _PARTS = re.compile(r"[^.\[\]]+|\[\d+\]")
 _WORDS: Mapping[str, Any] = {"null": None, "True": True, "False": False}
 _LIMIT = 1 << 30  # maximum bytes of a table, a hundred times the size of a thousand trials
 
+_OF_LINE = ("kind", "step", "tokens", "flops", "seconds", "held_back", "decades")  # not of one kind of parameters
+
 CURVES_SCHEMA = pa.schema(
     [
         pa.field("trial", pa.string(), nullable=False),
@@ -64,6 +66,7 @@ CURVES_SCHEMA = pa.schema(
         ("skipped", pa.bool_()),
         ("val_loss", pa.float64()),
         ("val_tokens", pa.int64()),
+        ("val_bits_per_byte", pa.float64()),
         ("parameters", pa.string()),  # of a hessian row: all, or those of one kind
         *((name, pa.float64()) for name in ("hessian_norm", "momentum_norm", "positive_fraction", "gamma")),
         ("held_back", pa.bool_()),
@@ -73,6 +76,9 @@ CURVES_SCHEMA = pa.schema(
         ("reason", pa.string()),
     ]
 )
+
+
+_LATER = ("val_bits_per_byte",)  # columns that tables of earlier versions lack
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
@@ -162,6 +168,22 @@ def curves_of(trial: str, lines: Iterable[Mapping[str, Any]]) -> pa.Table:
         raise RecordError(f"{trial}: {CURVES_FILE} cannot represent its metrics: {told}") from error
 
 
+def lines_of(curves: pa.Table) -> Iterator[dict[str, Any]]:
+    """Invert `curves_of` for the rows of one trial: yield lines as in metrics.jsonl, with what the table keeps of them."""
+    line: dict[str, Any] | None = None
+    for row in curves.to_pylist():
+        values = {key: value for key, value in row.items() if value is not None and key not in ("trial", "parameters")}
+        if row["parameters"] not in (None, "all") and line is not None:
+            own = {key: value for key, value in values.items() if key not in _OF_LINE}
+            line.setdefault("by_kind", {})[row["parameters"]] = own
+            continue
+        if line is not None:
+            yield line
+        line = values
+    if line is not None:
+        yield line
+
+
 def write_curves(directory: Path, tables: Sequence[pa.Table]) -> None:
     """Write curves.parquet."""
     content = io.BytesIO()
@@ -177,6 +199,9 @@ def read_curves(directory: Path) -> pa.Table:
         return CURVES_SCHEMA.empty_table()
     try:
         table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+        for name in _LATER:
+            if name not in table.column_names:
+                table = table.append_column(name, pa.nulls(len(table), CURVES_SCHEMA.field(name).type))
         return table.select(CURVES_SCHEMA.names).cast(CURVES_SCHEMA)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise RecordError(f"{path} is damaged: {' '.join(str(error).split())}; restore the file") from error

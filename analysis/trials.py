@@ -197,6 +197,7 @@ class Study:
             flops=np.array([run.total("flops") for run in runs]),
             seconds=np.array([training_seconds(run) for run in runs]),
             runs=tuple(run.origin for run in runs),
+            bits_per_byte=float(np.mean([run.bits_per_byte for run in runs])),
             reference_seconds=float(np.mean([times.training_seconds(run, arm) for run in runs])) if times else math.nan,
         )
 

@@ -45,8 +45,8 @@ from benchmarks.training_step import HESSIAN_INTERVAL, SHAPES, Arm, Shape, Worke
 from data import prepare
 from data.batches import Batch
 from data.files import write_atomically, write_json
-from models import GPT2, GPT2Config
-from models.flops import forward_backward_flops
+from models import GPT2Config
+from training.architectures import build_model
 from training.compose import compose
 from training.corpus import source_of, token_directory_of, tokenizer_of
 from training.curvature import CurvaturePass
@@ -59,7 +59,7 @@ from training.recording.ledger import Ledger
 from training.records import RunRecord
 from training.run import resolve
 from training.strategies import build_strategy
-from training.weights import InitialWeights, model_shape
+from training.weights import InitialWeights
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "benchmarks" / "gpu"
@@ -188,7 +188,7 @@ def training(plan: Plan, size: str) -> dict[str, Any]:
     return {
         "batch_size": shape.batch_size,
         "sequence_length": config.block_size,
-        "flops": forward_backward_flops(config, shape.tokens, config.block_size),
+        "flops": config.flops(config.block_size).forward_backward(shape.tokens),
         "tokens": shape.tokens,
         "arms": rows,
         "skipped": skipped,
@@ -221,10 +221,9 @@ def curvature_pass(plan: Plan, overrides: list[str]) -> dict[str, float]:
     ]
     config = resolve(compose([*settings, *overrides]), plan.device)
     strategy = build_strategy(config, Distributed(0, 0, 1, plan.device))
-    shape = model_shape(config.model, 300 if plan.rehearsal else 50257)
-    with torch.device("meta"):
-        model = GPT2(shape)
-    weights = InitialWeights(config.model, shape, 0)
+    vocab_size = 300 if plan.rehearsal else 50257
+    model = build_model(config.model, vocab_size)
+    weights = InitialWeights(config.model, model, 0)
     strategy.prepare(model, weights, build_optimizers(config.optimizer, compile_step=bool(config.train.compile)))
     shared = config.train.shared_forward
     refresh = CurvaturePass.of(config.optimizer, 0, size, micro, shared_forward=shared)
@@ -240,12 +239,13 @@ def curvature_pass(plan: Plan, overrides: list[str]) -> dict[str, float]:
         micro_batch_size=micro,
         eval_micro_batch_size=micro,
         parameters=0,
+        flops=model.flops(config.train.sequence_length),
         write=lambda line: None,
         message=lambda line: None,
         save=lambda state: None,
         stop_requested=lambda: False,
     )
-    drawn = np.random.default_rng(0).integers(0, shape.vocab_size, (size, config.train.sequence_length + 1))
+    drawn = np.random.default_rng(0).integers(0, vocab_size, (size, config.train.sequence_length + 1))
     batch = Batch(drawn[:, :-1].copy(), drawn[:, 1:].copy(), np.arange(size))
 
     def step() -> None:

@@ -134,7 +134,7 @@ def prepared_step(config: RunConfig, shape: GPT2Config, distributed: Distributed
     with torch.device("meta"):
         model = GPT2(shape)
     optimizers = build_optimizers(config.optimizer, compile_step=bool(config.train.compile))
-    strategy.prepare(model, InitialWeights(config.model, shape, 0), optimizers)
+    strategy.prepare(model, InitialWeights(config.model, model, 0), optimizers)
     micro = micro_batch_size(config, distributed.world_size)
     rows = config.train.global_batch_size // distributed.world_size
     tokens = np.zeros((rows, config.train.sequence_length), dtype=np.int64)
@@ -149,6 +149,7 @@ def _step(
     config: RunConfig, strategy: Strategy, batch: Batch, micro: int, curvature: CurvaturePass | None, number: int
 ) -> None:
     of_run = {"config": config, "strategy": strategy, "micro_batch_size": micro, "ledger": Ledger(strategy.device)}
+    of_run |= {"flops": strategy.model.flops(config.train.sequence_length)}
     run = cast(Run, SimpleNamespace(progress=lambda doing: None, state=SimpleNamespace(step=number - 1), **of_run))
     if curvature is not None:
         with torch.profiler.record_function("curvature"):

@@ -39,7 +39,6 @@ from analysis.trials import study_of_runs
 from benchmarks.data_pipeline import prepare_here, repeated_sample
 from benchmarks.record import provenance, write_results
 from models import GPT2, GPT2Config
-from models.flops import forward_backward_flops, parameter_count
 from sophia import SophiaG
 from training import hardware
 from training.compose import compose
@@ -90,7 +89,7 @@ def training_step(config: GPT2Config, sequences: int, device: torch.device) -> C
         clip_and_step([optimizer], 1.0)
         optimizer.zero_grad()
 
-    return Case("", float(forward_backward_flops(config, tokens.numel(), config.block_size)), call)
+    return Case("", float(config.flops(config.block_size).forward_backward(tokens.numel())), call)
 
 
 @contextmanager
@@ -111,7 +110,7 @@ def optimizer_steps(device: torch.device) -> Iterator[list[Case]]:
             p.grad = torch.full_like(p, 1e-3)
         optimizer = SophiaG(params, lr=1e-6)
         optimizer.update_hessian(num_predictions=1)
-        count = parameter_count(config)
+        count = config.parameter_count()
         cases.append(Case(f"{count / 1e6:.0f}M", count, optimizer.step))
     yield cases
 

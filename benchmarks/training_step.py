@@ -35,7 +35,6 @@ from benchmarks.calibration import datasheet_rate, matrix_product_rate
 from benchmarks.plain_gpt2 import PlainGPT2
 from benchmarks.record import provenance, verdict, write_results
 from models import GPT2, GPT2Config
-from models.flops import forward_backward_flops
 from sophia import SophiaG
 from sophia.random import normals_like
 from training.hardware import keep_memory_mapped
@@ -426,7 +425,8 @@ def measure(size: str, rounds: int, device: torch.device) -> dict[str, Any]:
     results["memory"] = measure_memory(size, str(device))
     results["matrix_product_rate"] = {"bf16": bf16, "fp32": fp32, "bf16_datasheet": datasheet_rate(device)}
     # Time of a step's products alone, at the measured rate.
-    results["flops"] = forward_backward_flops(SHAPES[size].config, SHAPES[size].tokens, SHAPES[size].config.block_size)
+    shape = SHAPES[size]
+    results["flops"] = shape.config.flops(shape.config.block_size).forward_backward(shape.tokens)
     results["products_alone_seconds"] = results["flops"] / bf16
     return results
 

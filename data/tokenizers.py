@@ -100,6 +100,14 @@ class Tokenizer:
     def info(self) -> TokenizerInfo:
         return TokenizerInfo(self.name, self.vocab_size, self.end_of_text, self.sha256)
 
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """How many bytes of text each id is, (vocab_size,) int64; none for the end of text."""
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for token, rank in self._ranks.items():
+            lengths[rank] = len(token)
+        return lengths
+
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, (n,) uint32. Special tokens written in the text are treated as ordinary characters."""
         pieces = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(repaired(text))]

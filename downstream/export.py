@@ -3,9 +3,10 @@
     config.json, generation_config.json   the architecture, and the token that ends a text
     model.safetensors                     float32, the vocabulary without its padding
     tokenizer.json, tokenizer_config.json the run's tokenizer, GPT-2's or a trained one
-    training.json, README.md              its run and step, for machines and for people
+    training.json, README.md              its run and step, for machines and for people (the Hub's model card)
 
-The directory is written under a temporary name, loaded, compared with the model, and renamed.
+The directory is written under a temporary name, loaded, compared with the model, and renamed. `upload` sends it to the
+Hugging Face Hub.
 """
 
 import json
@@ -19,11 +20,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from data.files import entries, sync_directory
+from data.files import entries, read_json, sync_directory
 from data.tokenizers import END_OF_TEXT, TOKENIZER_FILE, Tokenizer
 from downstream.inference import TrainedModel
 from models import GPT2
 from training.config import ConfigurationError
+from training.secrets import redacted
 
 TRAINING_FILE = "training.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -32,6 +34,7 @@ OWN_NAMES = {
     r"(generation_|tokenizer_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json": None,
     r"tokenizer\.json|training\.json|README\.md": None,
 }
+LICENCE = "mit"  # the project's
 TOLERANCE = 1e-5  # of the largest logit
 # Letters, digits, contractions, runs of white space and characters of two, three and four bytes.
 PROBE_TEXT = "It's the 1st of May,\n\n  isn't it?\tNaïve – 中文 🙂 <- (x += 1);  \r\n"
@@ -41,24 +44,30 @@ class ExportError(RuntimeError):
     """The exported directory does not reproduce the model's logits or the tokenizer's ids; it is removed."""
 
 
-def export(trained: TrainedModel, directory: Path, *, overwrite: bool = False) -> float:
+def export(trained: TrainedModel, directory: Path, *, overwrite: bool = False, licence: str = LICENCE) -> float:
     """Write the model and its tokenizer to `directory`; return the largest difference between their logits.
 
     Args:
         trained: the model, on the CPU.
         directory: is created; may exist if it is empty, or if it holds only an export and `overwrite` is set.
+        licence: of the weights, as the Hub's identifier.
 
     Raises:
-        ConfigurationError: the directory holds something else, or cannot be written.
+        ConfigurationError: the directory holds something else, or cannot be written, or the model is no GPT-2.
         ExportError: what transformers loads differs from the model.
     """
+    model = trained.model
+    if not isinstance(model, GPT2):
+        raise ConfigurationError(
+            f"model.architecture={trained.config.model.architecture}: transformers has no class for it here; export a GPT-2"
+        )
     place = directory.absolute()
     partial, replaced = (place.with_name(f".{place.name}.{os.getpid()}.{end}") for end in ("partial", "replaced"))
     try:
         _refuse_to_replace(directory, overwrite)
         partial.mkdir(parents=True)
-        _write(trained, partial)
-        difference = _compare(trained.model, trained.tokenizer, partial)
+        _write(trained, model, partial, licence)
+        difference = _compare(model, trained.tokenizer, partial)
         for file in partial.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
@@ -95,23 +104,23 @@ def _refuse_to_replace(directory: Path, overwrite: bool) -> None:
         raise ConfigurationError(f"{directory} already holds an export; add --overwrite, or choose another directory")
 
 
-def _write(trained: TrainedModel, directory: Path) -> None:
+def _write(trained: TrainedModel, model: GPT2, directory: Path, licence: str) -> None:
     from models.huggingface import to_huggingface
 
-    model = to_huggingface(trained.model)
-    model.generation_config.pad_token_id = trained.tokenizer.end_of_text  # generate() warns without one
-    model.save_pretrained(directory)
+    converted = to_huggingface(model)
+    converted.generation_config.pad_token_id = trained.tokenizer.end_of_text  # generate() warns without one
+    converted.save_pretrained(directory)
     shutil.copymode(directory / "config.json", directory / WEIGHTS_FILE)  # otherwise only its owner can read it
     (directory / TOKENIZER_FILE).write_text(trained.tokenizer.to_huggingface().to_str(pretty=True), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
-        "model_max_length": trained.model.config.block_size,
+        "model_max_length": model.block_size,
         "clean_up_tokenization_spaces": False,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    described = describe(trained)
+    described = describe(trained) | {"licence": licence}
     (directory / TRAINING_FILE).write_text(json.dumps(described, indent=2) + "\n")
     (directory / "README.md").write_text(_model_card(described), encoding="utf-8")
 
@@ -123,13 +132,15 @@ def describe(trained: TrainedModel) -> dict[str, Any]:
     identity["data"].pop("paths", None)
     if identity["model"]["init_from"] is not None:
         identity["model"]["init_from"] = Path(identity["model"]["init_from"]).name
-    losses = {} if trained.run is None else {line["step"]: line["val_loss"] for line in trained.run.metrics("eval")}
+    evaluated = {} if trained.run is None else {line["step"]: line for line in trained.run.metrics("eval")}
+    line = evaluated.get(trained.step, {})
     environment = {} if trained.run is None else trained.run.environment
     return {
         "run": config.run_name,
         "step": trained.step,
         "tokens": trained.step * config.train.global_batch_size * config.train.sequence_length,
-        "val_loss": losses.get(trained.step),
+        "val_loss": line.get("val_loss"),
+        "val_bits_per_byte": line.get("val_bits_per_byte"),
         "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
         "seed": config.seed,
         "config": identity,
@@ -139,25 +150,70 @@ def describe(trained: TrainedModel) -> dict[str, Any]:
 
 
 def _model_card(described: dict[str, Any]) -> str:
+    """Return the Hub's card: everything in it is from the record."""
     config, loss = described["config"], described["val_loss"]
+    optimizer = {key: value for key, value in config["optimizer"].items() if key != "name"}
     rows = {
         "model": f"{config['model']['name']}, {described['parameters']:,} parameters",
         "context": f"{config['model']['block_size']} tokens",
         "tokenizer": config["tokenizer"]["name"],
-        "data": config["data"]["name"],
-        "optimizer": config["optimizer"]["name"],
+        "data": config["data"]["name"] + _if(" ({:.12})", described["data_manifest_sha256"]),
         "trained for": f"{described['step']:,} of {config['train']['steps']:,} steps, {described['tokens']:,} tokens",
-        "validation loss": "not evaluated at this step" if loss is None else f"{loss:.4f} nats per token",
+        "batch": f"{config['train']['global_batch_size']} sequences of {config['train']['sequence_length']} tokens",
+        "optimizer": config["optimizer"]["name"],
+        "its settings": ", ".join(f"{key} {value}" for key, value in optimizer.items()),
+        "validation loss": "not evaluated at this step"
+        if loss is None
+        else f"{loss:.4f} nats per token" + _if(", {:.4f} bits per byte", described["val_bits_per_byte"]),
+        "seed": described["seed"],
+        "code": _if("commit {}", described["git_commit"]) or "commit unknown",
+        "licence": described["licence"],
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nlicense: {described['licence']}\n---\n\n"
         f"# {described['run']}\n\n| | |\n| --- | --- |\n{table}\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "tokenizer = AutoTokenizer.from_pretrained(directory)\n"
         "model = AutoModelForCausalLM.from_pretrained(directory)\n```\n\n"
         f"A text starts after `{END_OF_TEXT}` and ends with it. `{TRAINING_FILE}` has the whole configuration.\n"
     )
+
+
+def _if(text: str, value: Any) -> str:
+    return "" if value is None else text.format(value)
+
+
+def refuse_hub_name(name: str) -> None:
+    """Raise ConfigurationError if the Hub cannot have a repository of this name. Needs no network."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigurationError(f"--hub {name}: not a repository's name ({error}); give <user>/<model>") from error
+
+
+def upload(directory: Path, name: str, *, private: bool) -> str:
+    """Upload an export to the Hub's repository `name`, which is created if needed; return its address.
+
+    Raises:
+        ConfigurationError: the Hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        repository = api.create_repo(name, private=private, exist_ok=True)
+        step = read_json(directory / TRAINING_FILE, 1 << 20)["step"]
+        api.upload_folder(folder_path=directory, repo_id=repository.repo_id, commit_message=f"step {step}")
+    except Exception as error:  # no network, no token, a refusal: exceptions of several libraries
+        reason = redacted(" ".join(str(error).split()))
+        raise ConfigurationError(
+            f"--hub {name}: not uploaded ({type(error).__name__}: {reason}); {directory} is complete: log in with "
+            f"`hf auth login`, then rerun with --overwrite, or `hf upload {name} {directory}`"
+        ) from error
+    return str(repository)
 
 
 @contextmanager

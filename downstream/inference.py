@@ -20,14 +20,14 @@ from data.errors import DataError
 from data.files import cannot_use
 from data.manifest import load_manifest
 from data.tokenizers import Tokenizer, gpt2, open_tokenizer
-from models import GPT2, GPT2Config
+from models import LanguageModel
+from training.architectures import build_model
 from training.compose import validate_recorded
 from training.config import ConfigurationError, RunConfig
 from training.corpus import token_directory_of
 from training.records import CONFIG_FILE, RecordError, RunRecord
 from training.reliability.checkpoints import MANIFEST_FILE, Checkpoint, CheckpointError, newest_valid
 from training.reliability.run_directory import refuse_absent
-from training.weights import model_shape
 
 #: The errors of opening a run and using its model; each message is one line for the user.
 OPENING_ERRORS = (ConfigurationError, RecordError, CheckpointError, DataError)
@@ -37,7 +37,7 @@ OPENING_ERRORS = (ConfigurationError, RecordError, CheckpointError, DataError)
 class TrainedModel:
     """A model from a checkpoint, with everything needed to use it."""
 
-    model: GPT2  # float32, in evaluation mode, without gradients
+    model: LanguageModel  # float32, in evaluation mode, without gradients
     tokenizer: Tokenizer
     config: RunConfig  # of the run that trained it
     checkpoint: Path
@@ -57,7 +57,9 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def open_trained(path: Path, *, device: torch.device | str = "cpu", tokens: Path | None = None) -> TrainedModel:
+def open_trained(
+    path: Path, *, device: torch.device | str = "cpu", tokens: Path | None = None, allow_code: bool = False
+) -> TrainedModel:
     """The model of a run's newest valid checkpoint, or of the given checkpoint.
 
     Args:
@@ -65,20 +67,21 @@ def open_trained(path: Path, *, device: torch.device | str = "cpu", tokens: Path
         device: the device of the weights.
         tokens: the run's token directory, for its trained tokenizer, if it has moved from the path in the run's
             configuration. GPT-2's own tokenizer needs none.
+        allow_code: whether to import the architecture that the checkpoint names, if it is no GPT-2.
 
     Raises:
-        ConfigurationError: there is no such directory, or its configuration is not valid.
+        ConfigurationError: there is no such directory, its configuration is not valid, or it names code to run.
         RecordError: the directory is not a run record.
         CheckpointError: no checkpoint is valid, or the given one is damaged.
         DataError: the tokenizer is missing or is not the run's, or a file cannot be read.
     """
     try:
-        return _open(path, device, tokens)
+        return _open(path, device, tokens, allow_code)
     except OSError as error:
         raise cannot_use(error, path) from error
 
 
-def _open(path: Path, device: torch.device | str, tokens: Path | None) -> TrainedModel:
+def _open(path: Path, device: torch.device | str, tokens: Path | None, allow_code: bool) -> TrainedModel:
     refuse_absent(path)
     run = _run_of(path)
     passed_over: list[str] = []
@@ -91,8 +94,13 @@ def _open(path: Path, device: torch.device | str, tokens: Path | None) -> Traine
     else:
         checkpoint = Checkpoint(path)
     config = _config_of(checkpoint)
+    if not (config.model.is_gpt2 or allow_code):
+        raise ConfigurationError(
+            f"model.architecture={config.model.architecture}: {checkpoint.directory} is no GPT-2, so scripts/export.py and "
+            "scripts/evaluate.py cannot use it; if you trust the code that it names, scripts/sample.py runs it with --allow-code"
+        )
     tokenizer = _tokenizer_of(config, run, tokens)
-    model = _load(checkpoint, model_shape(config.model, tokenizer.vocab_size))
+    model = _load(checkpoint, build_model(config.model, tokenizer.vocab_size))
     return TrainedModel(
         model.to(device), tokenizer, config, checkpoint.directory, checkpoint.step, run, tuple(passed_over)
     )
@@ -133,9 +141,7 @@ def _tokenizer_of(config: RunConfig, run: RunRecord | None, tokens: Path | None)
     return open_tokenizer(manifest.tokenizer, directory)
 
 
-def _load(checkpoint: Checkpoint, shape: GPT2Config) -> GPT2:
-    with torch.device("meta"):
-        model = GPT2(shape)
+def _load(checkpoint: Checkpoint, model: LanguageModel) -> LanguageModel:
     weights = {}
     for name, parameter in model.named_parameters():
         found = checkpoint.shape(f"model.{name}")
@@ -192,7 +198,7 @@ def next_token_distribution(
 
 
 def generate(
-    model: GPT2,
+    model: LanguageModel,
     prompt: Sequence[int],  # ids, at least one; only the last block_size matter
     length: int,  # tokens to draw
     sampling: Sampling,
@@ -211,7 +217,7 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     context = [int(token) for token in prompt]
     for _ in range(length):
-        distribution = next_token_distribution(_next_logits(model, context[-model.config.block_size :]), sampling)
+        distribution = next_token_distribution(_next_logits(model, context[-model.block_size :]), sampling)
         token = int(distribution.multinomial(1, generator=generator))
         if token == end_of_text:
             return
@@ -220,9 +226,9 @@ def generate(
 
 
 @torch.inference_mode()
-def _next_logits(model: GPT2, context: Sequence[int]) -> Tensor:
+def _next_logits(model: LanguageModel, context: Sequence[int]) -> Tensor:
     """(vocab_size,) float32 on the CPU: the logits of the token after the context, without padding rows."""
-    weight = model.token_embedding.weight[: model.config.vocab_size]
+    weight = model.output_weight[: model.vocab_size]
     hidden = model.hidden(torch.tensor([context], device=weight.device))
     return F.linear(hidden[0, -1], weight).float().cpu()
 

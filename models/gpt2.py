@@ -4,26 +4,18 @@ Tied embeddings, learned positions, pre-norm blocks, tanh GELU. The vocabulary i
 head's matrix products; the padding is excluded from the softmax, is never sampled and receives no gradient.
 """
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
 
 import torch
-import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import causal_attention
-from models.head import LossHead, plain_losses
-
-ParameterKind = Literal["embedding", "attention", "mlp", "norm"]
-INITIAL_STD = 0.02
+from models.flops import Flops
+from models.language_model import INITIAL_STD, LanguageModel
 
 
 @dataclass(frozen=True)
@@ -56,12 +48,22 @@ class GPT2Config:
         """Rows of the token embedding: vocab_size rounded up to a multiple of vocab_multiple."""
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
 
+    def parameter_count(self, *, embeddings: bool = True) -> int:
+        """Number of parameters, including the token embedding's padding rows; without any embeddings if so asked."""
+        width = self.n_embd
+        block = 12 * width**2 + 2 * width  # matrices and norm scales
+        norm = width
+        if self.bias:
+            block += 9 * width + 2 * width  # biases of qkv, out, up and down, and norm offsets
+            norm += width
+        outside = self.n_layer * block + norm
+        return outside + (self.padded_vocab_size + self.block_size) * width if embeddings else outside
 
-class GPT2Output(NamedTuple):
-    """Sums over positions, not means: callers divide by counts over all micro-batches and ranks."""
-
-    loss_sum: Tensor | None  # () float32, cross entropy over positions with target != -100
-    sampled_loss_sum: Tensor | None  # () float32, cross entropy of labels drawn from the softmax where uniforms >= 0
+    def flops(self, sequence_length: int) -> Flops:
+        """Forward FLOPs per token: 2 · 12 d² in the linear layers of a block, 2 · 2 T d in its attention, 2 V d in the head."""
+        blocks = 2 * self.n_layer * 12 * self.n_embd**2
+        attention = 4 * self.n_layer * sequence_length * self.n_embd
+        return Flops(trunk=blocks + attention, head=2 * self.padded_vocab_size * self.n_embd)
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -128,44 +130,29 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(recomputed(self.mlp_norm, x)))
 
 
-class GPT2(nn.Module):
-    """The model with its loss: forward(tokens, targets, uniforms) -> GPT2Output.
+class GPT2(LanguageModel):
+    """The model with its loss: forward(tokens, targets, uniforms) -> ModelOutput.
 
     On a real device, the model is initialised with seed 0. On the meta device, call `to_empty` and then
-    `initialize(seed)`. The ModuleList `blocks` holds the blocks, which are called as modules so that `fully_shard` can
-    wrap each. `compile()` compiles each block and the passes inside the loss head in place.
+    `initialize(seed)`. `compile()` compiles each block and the passes inside the loss head in place.
     """
 
     def __init__(self, config: GPT2Config) -> None:
-        super().__init__()
+        super().__init__(config.vocab_size, config.block_size)
         self.config = config
         self.token_embedding = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.head = LossHead(config.vocab_size)
-        self.attention: Literal["sdpa", "math"] = "sdpa"
         if not self.token_embedding.weight.is_meta:
             self.initialize(0)
 
-    def forward(
-        self,
-        tokens: Tensor,  # (B, T) int64
-        targets: Tensor | None = None,  # (B, T) int64, -100 for no target
-        uniforms: Tensor | None = None,  # (B, T) float32 in [0, 1), negative to draw no label
-    ) -> GPT2Output:
-        """Cross entropy of the targets, if given, and of labels drawn with the uniforms, if given.
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, d): the trunk's output after the final norm.
 
         Raises ValueError for sequences longer than block_size.
         """
-        hidden, weight = self.hidden(tokens), self.token_embedding.weight
-        if self.attention == "math":
-            return GPT2Output(*plain_losses(hidden, weight, targets, uniforms, self.config.vocab_size))
-        return GPT2Output(*self.head(hidden, weight, targets, uniforms))
-
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, d): the trunk's output after the final norm."""
         length = tokens.size(1)
         if length > self.config.block_size:
             raise ValueError(
@@ -173,95 +160,19 @@ class GPT2(nn.Module):
             )
         positions = torch.arange(length, device=tokens.device)
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
-        if not torch.compiler.is_compiling():
-            torch._dynamo.maybe_mark_dynamic(x, 0)  # compile once, for any batch size
-        if self.attention == "math":
-            with sdpa_kernel(SDPBackend.MATH):
-                for block in self.blocks:
-                    x = block(x)
-        else:
-            for block in self.blocks:
-                x = block(x)
-        return self.final_norm(x)
-
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """() float32: the mean cross entropy over positions with target != -100."""
-        loss_sum = self(tokens, targets).loss_sum
-        return loss_sum / (targets != -100).sum()
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, vocab_size) float32."""
-        return F.linear(self.hidden(tokens), self.token_embedding.weight)[..., : self.config.vocab_size].float()
-
-    @contextmanager
-    def maths_attention(self) -> Iterator[None]:
-        """Run eagerly with the math attention kernel and the plain loss head, which can be differentiated twice.
-
-        Flash and memory-efficient attention, torch.compile and the chunked head have no double backward.
-        """
-        before = self.attention
-        self.attention = "math"
-        try:
-            with torch.compiler.set_stance("force_eager"):
-                yield
-        finally:
-            self.attention = before
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile each block and the passes inside the loss head in place, with torch.compile's arguments.
-
-        All blocks share one compiled graph. Turns off donated buffers for the whole process, so that both losses of one
-        forward pass can be differentiated, the first with retain_graph=True.
-        """
-        torch._functorch.config.donated_buffer = False
-        for block in self.blocks:
-            block.compile(*args, **kwargs)
-        self.head.compile(*args, **kwargs)
-
-    @torch.no_grad()
-    def initialize(self, seed: int) -> None:
-        """Initialise like GPT-2; each tensor is a pure function of (seed, its name) on any device and sharding.
-
-        Normal with standard deviation 0.02, or 0.02 / sqrt(2 n_layer) for the two projections into the residual
-        stream. Biases and the embedding's padding rows are zero, norms one.
-        """
-        for name, parameter in self.named_parameters():
-            initial = self.initial_tensor(name, parameter.shape, seed).to(parameter.dtype)
-            if isinstance(parameter, DTensor):
-                # Each rank generated the whole tensor and keeps its shard, without communication.
-                sharded = distribute_tensor(initial, parameter.device_mesh, parameter.placements, src_data_rank=None)
-                parameter.to_local().copy_(sharded.to_local())
-            else:
-                parameter.copy_(initial)
+        return self.final_norm(self.through_blocks(x))
 
     def initial_tensor(self, name: str, shape: torch.Size, seed: int) -> Tensor:
-        if name.endswith("bias"):
-            return torch.zeros(shape)
-        if parameter_kind(name) == "norm":
-            return torch.ones(shape)
-        residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-        std = INITIAL_STD / math.sqrt(2 * self.config.n_layer) if residual else INITIAL_STD
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        initial = torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
+        """GPT-2's initialisation; the token embedding's padding rows are zero."""
+        initial = super().initial_tensor(name, shape, seed)
         if name == "token_embedding.weight":
             initial[self.config.vocab_size :] = 0
         return initial
 
+    def initial_std(self, name: str) -> float:
+        """0.02, or 0.02 / sqrt(2 n_layer) for the two projections into the residual stream."""
+        residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+        return INITIAL_STD / math.sqrt(2 * self.config.n_layer) if residual else INITIAL_STD
 
-def parameter_kind(name: str) -> ParameterKind:
-    """The part of the model that a parameter belongs to, from its name in `GPT2.named_parameters()`.
-
-    Raises ValueError for an unknown name.
-    """
-    parts = name.split(".")
-    rules: dict[ParameterKind, Callable[[str], bool]] = {
-        "norm": lambda part: part.endswith("norm"),
-        "embedding": lambda part: part.endswith("embedding"),
-        "attention": lambda part: part == "attention",
-        "mlp": lambda part: part == "mlp",
-    }
-    for kind, matches in rules.items():
-        if any(matches(part) for part in parts):
-            return kind
-    raise ValueError(f"{name!r} is not a parameter of GPT2; expected a name such as blocks.0.attention.qkv.weight")
+    def flops(self, sequence_length: int) -> Flops:
+        return self.config.flops(sequence_length)

@@ -233,11 +233,12 @@ class _ChunkedLosses(torch.autograd.Function):
                 d_hidden[part] = torch.mm(logits, narrow_weight) * share
                 scaled = (narrow_hidden[part] * share).to(dtype)
                 if d_weight is None:
-                    d_weight = torch.mm(logits.t(), scaled).float()
+                    d_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+                    d_weight.copy_(_weight_gradient(logits, scaled))
                 elif dtype == torch.float32:
                     d_weight.addmm_(logits.t(), scaled)
                 else:
-                    head.passes.add_(d_weight, torch.mm(logits.t(), scaled))
+                    head.passes.add_(d_weight, _weight_gradient(logits, scaled))
 
         if differentiable:
             if d_weight is None:  # no rows
@@ -274,6 +275,16 @@ class _ChunkedLosses(torch.autograd.Function):
             return (None,) * 7
         hidden_dtype, weight_dtype = ctx.dtypes
         return None, d_hidden.to(hidden_dtype), d_weight.to(weight_dtype), None, None, None, None
+
+
+def _weight_gradient(
+    logits: Tensor,  # (N, V) their gradients
+    hidden: Tensor,  # (N, d)
+) -> Tensor:  # (V, d), the transposed view of a product on CPUs
+    # bf16 products on CPUs copy an operand that they have to transpose: the hidden states are the smaller one.
+    if logits.device.type == "cpu" and logits.dtype == torch.bfloat16:
+        return torch.mm(hidden.t().contiguous(), logits).t()
+    return torch.mm(logits.t(), hidden)
 
 
 def _relabelled(

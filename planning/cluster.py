@@ -148,6 +148,11 @@ def compose_for(overrides: Sequence[str], cluster: ClusterConfig) -> tuple[RunCo
     if train.get("compile", "auto") == "auto":
         train["compile"] = True
     config = validate(values)
+    if not config.model.is_gpt2:
+        raise ConfigurationError(
+            f"model.architecture={config.model.architecture}: the planner knows the memory of GPT-2 only; train a few steps, "
+            "whose summary.json has peak_memory_bytes, or plan a GPT-2 of the same size"
+        )
     if config.strategy.name == "single" and cluster.gpus > 1:
         raise ConfigurationError(f"strategy=single does not work with cluster.gpus={cluster.gpus}; choose strategy=ddp")
     return config, notes

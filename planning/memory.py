@@ -21,7 +21,6 @@ from typing import Literal, cast, get_args
 import torch
 
 from models import GPT2, GPT2Config
-from models.flops import parameter_count
 from models.head import EAGER_ROWS, rows_per_chunk
 from training.config import (
     ConfigurationError,
@@ -111,7 +110,7 @@ def engine_has_bf16_weights(config: RunConfig) -> bool:
 
 def _state_sizes(optimizer: OptimizerConfig, shape: GPT2Config) -> tuple[int, int]:
     """Return the float32 numbers of the whole model's optimizer state, and those of h."""
-    size = parameter_count(shape)
+    size = shape.parameter_count()
     if isinstance(optimizer, ExternalConfig):
         return round(measured_state(optimizer.model_dump_json(), shape) * size), 0
     numbers, of_curvature = STATE.get(optimizer.name, STATE["adamw"])
@@ -187,9 +186,9 @@ class _Step:
         self.zero = strategy if isinstance(strategy, DeepSpeedConfig) else None
         self.bf16_weights = engine_has_bf16_weights(config)
         self.weight_bytes = BFLOAT16 if self.bf16_weights else FLOAT32  # of a block in the forward
-        self.parameters = parameter_count(shape)
+        self.parameters = shape.parameter_count()
         self.embedding = FLOAT32 * shape.padded_vocab_size * shape.n_embd  # its gradient is not sharded
-        self.block = (parameter_count(shape, embeddings=False) - shape.n_embd * (1 + shape.bias)) // shape.n_layer
+        self.block = (shape.parameter_count(embeddings=False) - shape.n_embd * (1 + shape.bias)) // shape.n_layer
         self.root = self.parameters - shape.n_layer * self.block  # embeddings and final norm
         self.model = FLOAT32 * self.parameters
         self.shard = self.model // (world_size if self.fsdp or self.zero else 1)

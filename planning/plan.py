@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from models import GPT2Config
-from models.flops import attention_flops_per_token, block_flops_per_token, forward_backward_flops, parameter_count
+from models.flops import Flops
 from planning.cluster import OPTIMIZERS, ClusterConfig
 from planning.memory import Memory, Phase, curvature_of, engine_has_bf16_weights, planned_memory
+from training.architectures import model_shape
 from training.compose import compose_dictionary, validate
 from training.config import (
     ConfigurationError,
@@ -37,7 +38,6 @@ from training.strategies.communication import (
     fsdp_traffic,
     zero_traffic,
 )
-from training.weights import model_shape
 
 GPT2_VOCABULARY = 50257
 MOST_GPUS = 4096
@@ -165,11 +165,11 @@ def plan_run(
         config=config,
         cluster=cluster,
         shape=shape,
-        parameters=parameter_count(shape),
+        parameters=shape.parameter_count(),
         micro_batch_size=micro,
         micro_batches=config.train.global_batch_size // (micro * cluster.gpus),
         tokens=config.train.steps * step_tokens(config),
-        training_flops_per_step=forward_backward_flops(shape, step_tokens(config), config.train.sequence_length),
+        training_flops_per_step=shape.flops(config.train.sequence_length).forward_backward(step_tokens(config)),
         optimizers=tuple(plans),
         refused=refused,
         remedies=() if own.fits else tuple(remedies(config, shape, cluster)),
@@ -206,10 +206,10 @@ def plan_optimizer(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig)
     seconds = step_seconds(config, shape, cluster, traffic)
     hours = config.train.steps * seconds.total / 3600
     length = config.train.sequence_length
-    flops = forward_backward_flops(shape, step_tokens(config), length)
+    flops = shape.flops(length).forward_backward(step_tokens(config))
     curvature = curvature_of(config, cluster.gpus)
     if curvature is not None:
-        flops += _curvature_flops(curvature, shape, length) // curvature.interval
+        flops += _curvature_flops(curvature, shape.flops(length), length) // curvature.interval
     return OptimizerPlan(
         optimizer=config.optimizer.name,
         estimator=getattr(config.optimizer, "estimator", None),
@@ -230,8 +230,8 @@ def step_tokens(config: RunConfig) -> int:
     return config.train.global_batch_size * config.train.sequence_length
 
 
-def _curvature_flops(curvature: CurvaturePass, shape: GPT2Config, length: int) -> int:
-    return curvature.flops(shape, length, shared_forward=curvature.within_training)
+def _curvature_flops(curvature: CurvaturePass, forward: Flops, length: int) -> int:
+    return curvature.flops(forward, length, shared_forward=curvature.within_training)
 
 
 def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, traffic: PlannedTraffic) -> StepSeconds:
@@ -240,21 +240,20 @@ def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, t
     peak = cluster.bf16_tflops if config.train.precision == "bf16" else cluster.fp32_tflops
     rate = peak * 1e12 * cluster.utilisation
     tokens = step_tokens(config) // world_size  # per rank
-    recomputed = 0
-    if getattr(config.strategy, "activation_checkpointing", False):
-        recomputed = block_flops_per_token(shape) + attention_flops_per_token(shape, length)
-    compute = (forward_backward_flops(shape, tokens, length) + tokens * recomputed) / rate
+    forward = shape.flops(length)
+    recomputed = forward.trunk if getattr(config.strategy, "activation_checkpointing", False) else 0
+    compute = (forward.forward_backward(tokens) + tokens * recomputed) / rate
     curvature_seconds = 0.0
     curvature = curvature_of(config, world_size)
     sharded = not isinstance(config.strategy, DDPConfig)
-    mine = parameter_count(shape) // (world_size if sharded else 1)
+    mine = shape.parameter_count() // (world_size if sharded else 1)
     memory_rate = cluster.memory_bandwidth * 1e9 * cluster.bandwidth_utilisation
     if curvature is not None:
         rows = -(-curvature.sequences // world_size)  # the largest share; ranks with less wait
         share = rows * world_size / curvature.sequences
         exact = curvature.estimator == "hutchinson_differences"
         rate_of_pass = cluster.fp32_tflops * 1e12 * cluster.utilisation if exact else rate
-        work = _curvature_flops(curvature, shape, length) / world_size * share
+        work = _curvature_flops(curvature, forward, length) / world_size * share
         if curvature.estimator != "hutchinson":
             work += rows * length * recomputed
         one = max(work / rate_of_pass, sum(traffic.curvature_pass.values()) / cluster.link_bandwidth)
@@ -283,7 +282,7 @@ def planned_traffic(config: RunConfig, shape: GPT2Config, world_size: int) -> Pl
     if curvature is None:
         return PlannedTraffic(step, {})
     if curvature.estimator == "hutchinson":
-        products = all_reduce_bytes(FLOAT32 * parameter_count(shape), world_size)
+        products = all_reduce_bytes(FLOAT32 * shape.parameter_count(), world_size)
         return PlannedTraffic(step, {"all-reduce of products": products})
     passes = 2 if curvature.estimator == "hutchinson_differences" else 1
     rows = -(-curvature.sequences // world_size)
@@ -292,7 +291,7 @@ def planned_traffic(config: RunConfig, shape: GPT2Config, world_size: int) -> Pl
 
 
 def _traffic(config: RunConfig, shape: GPT2Config, world_size: int, micro_batches: int) -> dict[str, int]:
-    size = parameter_count(shape)
+    size = shape.parameter_count()
     weight_bytes = BFLOAT16 if engine_has_bf16_weights(config) else FLOAT32
     match config.strategy:
         case DDPConfig():

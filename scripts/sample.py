@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first sample; later samples use the next seeds (0)")
     parser.add_argument("--samples", type=int, default=1, help="number of texts (1)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--allow-code", action="store_true", help="run the code that a model of your own names")
     parser.add_argument("--token-directory", type=Path, help="the run's prepared tokens, if they have moved")
     options = parser.parse_args(arguments)
     try:
@@ -80,10 +81,11 @@ def sample(options: argparse.Namespace) -> int:
     from downstream.inference import Sampling, as_text, choose_device, generate, open_trained
 
     sampling = Sampling(options.temperature, options.top_k or None, options.top_p)
-    trained = open_trained(options.run, device=choose_device(options.device), tokens=options.token_directory)
+    device, tokens = choose_device(options.device), options.token_directory
+    trained = open_trained(options.run, device=device, tokens=tokens, allow_code=options.allow_code)
     for line in trained.passed_over:
         print(printable(f"checkpoint skipped: {line}"), file=sys.stderr)
-    tokenizer, context = trained.tokenizer, trained.model.config.block_size
+    tokenizer, context = trained.tokenizer, trained.model.block_size
     prompt = [int(token) for token in tokenizer.encode(options.prompt)]
     if len(prompt) > context:
         print(

@@ -76,7 +76,8 @@ class AdaHessian(CurvatureOptimizer):
         eps: ε, added to √v̂.
         weight_decay: λ, decoupled weight decay, multiplied by η.
         hessian_interval: k, the number of steps between curvature estimates.
-        foreach, compile: the implementation of the step, as in `Sophia`.
+        foreach: as in `Sophia`.
+        compile: as in `Sophia`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.

@@ -45,7 +45,8 @@ class Lion(ElementwiseOptimizer):
         lr: η, a float or a 0-D tensor; a third to a tenth of AdamW's.
         betas: (β1, β2), the interpolation in the update and the decay rate of the momentum.
         weight_decay: λ, decoupled weight decay, multiplied by η.
-        foreach, compile: the implementation of the step, as in `Sophia`.
+        foreach: as in `Sophia`.
+        compile: as in `Sophia`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.

@@ -162,7 +162,7 @@ class Sophia(CurvatureOptimizer):
         hessian_power: p, the power of the curvature. Below 1, Sophia approaches a method of first order (Shin et al. 2025
             report that 0.8 to 0.9 does better than 0.5 in pretraining).
         hessian_scale: c, in the unit of h^(1-p).
-        foreach: use torch._foreach_* operations on all tensors at once.
+        foreach: use `torch._foreach_*` operations on all tensors at once.
         compile: use compiled kernels, except for tensors too small to pay off. Default: from a million parameters on, if
             there is a compiler. False: eager, on accelerators foreach. All implementations give the same numbers.
 

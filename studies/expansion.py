@@ -264,7 +264,7 @@ def _tuned(
 
 def _trial(spec: StudySpec, arm: str, phase: Phase, model: str, horizon: int, seed: int, values: Point) -> Trial:
     common = common_overrides(spec, spec.arms[arm], model)
-    chosen = value_overrides(values, lambda: _composed(tuple(common)))
+    chosen = value_overrides(values, lambda: composed(tuple(common)))
     overrides = (*common, *chosen, f"train.steps={horizon}", f"seed={seed}")
     return Trial(arm, phase, model, horizon, seed, values, overrides)
 
@@ -295,7 +295,7 @@ def _merged(overrides: Sequence[str], later: Sequence[str]) -> list[str]:
 
 
 @functools.lru_cache(maxsize=256)
-def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
+def composed(overrides: tuple[str, ...]) -> dict[str, Any]:
     return compose_dictionary(overrides)
 
 

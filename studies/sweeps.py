@@ -6,9 +6,8 @@ from typing import Any
 import yaml
 
 from data.files import write_atomically
-from studies.expansion import ELEMENT, common_overrides, value_overrides
+from studies.expansion import ELEMENT, common_overrides, composed, value_overrides
 from studies.spec import Choices, Range, Space, StudySpec, points
-from training.compose import compose_dictionary
 
 _METHODS = {"grid": "grid", "random": "random", "halton": "random", "coordinate": "bayes"}
 
@@ -37,7 +36,7 @@ def sweep(spec: StudySpec, arm: str, model: str) -> dict[str, Any]:
         else:
             parameters[key] = _parameter(space)
     for name, elements in lists.items():
-        written = [value_overrides(one, lambda: compose_dictionary(fixed)) for one in points(elements)]
+        written = [value_overrides(one, lambda: composed(tuple(fixed))) for one in points(elements)]
         parameters[name] = {"values": [overrides[0].partition("=")[2] for overrides in written]}
     return {
         "name": f"{spec.name}: {arm} on {model}, {horizon} steps",

@@ -36,10 +36,10 @@ SLOW |= {f"tests/studies/test_{name}.py" for name in ("ablations", "runner", "sm
 SLOW |= {"tests/sophia/test_distributed.py", "tests/analysis/test_report.py", "tests/sophia/test_package.py"}
 SLOW |= {"tests/benchmarks/test_memory.py", "tests/benchmarks/test_reading.py", "tests/gpu/test_fake_cuda.py"}
 SLOW |= {f"tests/training/test_{name}.py" for name in ("distributed", "fast_paths", "hardware", "paper_recipes", "run")}
-SLOW |= {f"tests/training/test_{name}.py" for name in ("external", "optimizer_check")}
+SLOW |= {f"tests/training/test_{name}.py" for name in ("architectures", "external", "optimizer_check")}
 SLOW |= {
     f"tests/training/launching/test_{name}.py"
-    for name in ("environment", "help", "jobs", "launched_jobs", "lifeline", "limits", "mistakes", "ranks")
+    for name in ("engines", "environment", "help", "jobs", "launched_jobs", "lifeline", "limits", "mistakes", "ranks")
 }
 SLOW |= {
     f"tests/training/reliability/test_{name}.py"

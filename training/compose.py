@@ -70,8 +70,10 @@ READABLE_VARIABLES = frozenset(
 _SYNTAX = re.compile(r"""[\\'"()\[\]{}$,]""")
 # An override that Hydra can read without quotes. Calling its parser is slow.
 _PLAIN = re.compile(r"\+{0,2}[a-zA-Z]\w*(\.\w+)*=[\w./+-]+", re.ASCII)
-# Arguments of a factory have any names, and records lack allow_code; Hydra adds a key only with plus signs.
-_ADDED = re.compile(r"(optimizer\.arguments(\.[\w.]+)?|allow_code)=", re.ASCII)
+# Arguments of a factory have any names, and files of models and records lack keys; Hydra adds a key only with plus signs.
+_ADDED = re.compile(r"((optimizer|model)\.arguments(\.[\w.]+)?|model\.architecture|allow_code)=", re.ASCII)
+# The keys that name code to import.
+CODE_KEYS = ("optimizer.factory", "model.architecture")
 # An element of a list, as in optimizer.betas[0]=0.9.
 _ELEMENT = re.compile(r"^(\+{0,2}[\w.]+)\[(\d+)\]=")
 
@@ -244,7 +246,7 @@ def compose_dictionary(overrides: Sequence[str], primary: Primary = PROJECT) -> 
             config = hydra_compose(primary.name, hydra_overrides(primary, overrides), return_hydra_config=True)
             check_hydra(config, overrides)
             values = resolved(config)
-            refuse_foreign_factory(values, overrides)
+            refuse_foreign_code(values, overrides)
             return with_local_launcher(without_removed(values)) if primary.is_record else values
     finally:
         GlobalHydra.instance().clear()
@@ -341,9 +343,9 @@ def refuse_choices_by_name(overrides: Sequence[str], primary: Primary) -> None:
 
 
 def with_local_launcher(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace a record's cluster launcher by ranks on this machine: a record lacks Hydra's settings of the launcher."""
+    """Replace a record's launcher of other machines by ranks on this one: a record lacks Hydra's settings of a cluster."""
     launcher = values.get("launcher")
-    if isinstance(launcher, Mapping) and launcher.get("name") not in ("local", "joblib"):
+    if isinstance(launcher, Mapping) and (launcher.get("name") not in ("local", "joblib") or launcher.get("head")):
         values["launcher"] = {"name": "local", "nproc_per_node": launcher.get("nproc_per_node", 1)}
     return values
 
@@ -397,21 +399,25 @@ def check_hydra(config: DictConfig, overrides: Sequence[str]) -> None:
         )
 
 
-def refuse_foreign_factory(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Refuse an `optimizer.factory`, which names code to run, unless one who may run code here has given it.
+def refuse_foreign_code(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse a key that names code to run, such as `optimizer.factory`, unless one who may run code here has given it.
 
     These are the overrides (of the command line, or of a study file named there) and the project's own files. Any other
     file needs allow_code=true among the overrides.
     """
-    optimizer = values.get("optimizer")
-    factory = optimizer.get("factory") if isinstance(optimizer, Mapping) else None
-    if factory is None or factory == _given("optimizer.factory", overrides) or _given("allow_code", overrides) is True:
-        return
-    if factory not in _own_factories():
-        raise ConfigurationError(
-            f"optimizer.factory={shown(factory)}: names code to run, in a file from outside configs/; if you trust it, give "
-            "allow_code=true on the command line"
-        )
+    for key in CODE_KEYS:
+        group, _, leaf = key.partition(".")
+        section = values.get(group)
+        named = section.get(leaf) if isinstance(section, Mapping) else None
+        if not isinstance(named, str) or named == "gpt2":  # the project's model, or what validation refuses
+            continue
+        if named == _given(key, overrides) or _given("allow_code", overrides) is True:
+            continue
+        if named not in _own_code():
+            raise ConfigurationError(
+                f"{key}={shown(named)}: names code to run, in a file from outside configs/; if you trust it, give "
+                "allow_code=true on the command line"
+            )
 
 
 def _given(key: str, overrides: Sequence[str]) -> Any:
@@ -421,10 +427,11 @@ def _given(key: str, overrides: Sequence[str]) -> Any:
 
 
 @functools.cache
-def _own_factories() -> frozenset[Any]:
-    """Return the factories that the project's files name."""
+def _own_code() -> frozenset[Any]:
+    """Return the code that the project's files name."""
     leaves = (leaf for file in CONFIG_DIRECTORY.rglob("*.yaml") for leaf in _leaves(read_yaml(file), ""))
-    return frozenset(value for key, value in leaves if key.rpartition(".")[2] == "factory")
+    names = {key.partition(".")[2] for key in CODE_KEYS}
+    return frozenset(value for key, value in leaves if key.rpartition(".")[2] in names)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 Hydra composes YAML groups into a plain dictionary (training/compose.py). `RunConfig.model_validate` turns it into the
 typed object below or fails. Nothing else reads a raw configuration.
 
-The string below a key is its documentation: --help and --cfg job show it (training/launching/help.py).
+The string below a key is its documentation: --help, --cfg job and the site show it (training/config_keys.py).
 """
 
 import hashlib
@@ -13,7 +13,17 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 
 def whole(value: Any) -> Any:
@@ -52,11 +62,24 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# <module>:<callable>, code to import.
+FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+
+
+def callable_of(factory: str) -> str:
+    """Return the callable's own name: NAdam for torch.optim:NAdam."""
+    return factory.rpartition(":")[2].rpartition(".")[2]
+
+
 class ModelConfig(Section):
-    """GPT-2's shape; the vocabulary is the tokenizer's. `init_from` is a directory of Hugging Face GPT-2 weights."""
+    """A model's shape; the vocabulary is the tokenizer's. `init_from` is a directory of Hugging Face GPT-2 weights."""
 
     name: Name
     """Model name, part of the default run name."""
+    architecture: str = "gpt2"
+    """gpt2, or <module>:<callable> that builds a model of your own, such as examples.my_model:Rotary."""
+    arguments: dict[str, JsonValue] = {}
+    """Keyword arguments of an architecture of your own besides the keys of the shape; lists become tuples."""
     n_layer: PositiveInt
     """Transformer blocks."""
     n_head: PositiveInt
@@ -73,6 +96,49 @@ class ModelConfig(Section):
     """Also divide the attention logits of layer i by i + 1 (a stability trick of the paper)."""
     init_from: str | None = None
     """Directory of Hugging Face GPT-2 weights to start from; null: random weights from seeds.model."""
+
+    @property
+    def is_gpt2(self) -> bool:
+        """Whether the model is GPT-2, not one that `architecture` names."""
+        return self.architecture == "gpt2"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_after_its_architecture(cls, values: Any) -> Any:
+        """Call gpt2_micro of my_model:Mine mine_micro: its records must not pass for GPT-2's."""
+        if not isinstance(values, Mapping):
+            return values
+        name, architecture = values.get("name"), values.get("architecture")
+        if not (isinstance(name, str) and isinstance(architecture, str) and FACTORY.fullmatch(architecture)):
+            return values
+        return {**values, "name": re.sub("^gpt2", callable_of(architecture).lower(), name)}
+
+    @model_serializer(mode="wrap")
+    def _as_recorded(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `architecture` and `arguments` of a GPT-2, as in records from before these keys existed."""
+        values: dict[str, Any] = serialize(self)
+        if self.is_gpt2:
+            values = {key: value for key, value in values.items() if key not in ("architecture", "arguments")}
+        return values
+
+    @model_validator(mode="after")
+    def _architecture_is_known(self) -> Self:
+        if not self.is_gpt2 and not FACTORY.fullmatch(self.architecture):
+            raise ValueError(
+                f"model.architecture={self.architecture[:200]!r}: not gpt2, and not a module and a callable; give both, such "
+                "as model.architecture=examples.my_model:Rotary"
+            )
+        if self.is_gpt2 and self.arguments:
+            raise ValueError(
+                f"model.arguments.{next(iter(self.arguments))}: model.architecture=gpt2 takes no arguments; set the keys of its "
+                "shape, such as model.n_layer="
+            )
+        if not self.is_gpt2 and self.init_from is not None:
+            raise ValueError(
+                f"model.init_from={self.init_from}: GPT-2 weights, which model.architecture={self.architecture} cannot start "
+                "from; choose model.init_from=null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -337,7 +403,7 @@ class ExternalConfig(OptimizerSettings):
     @property
     def label(self) -> str:
         """The callable's name in lower case: nadam for torch.optim:NAdam."""
-        return self.factory.rpartition(":")[2].rpartition(".")[2].lower()
+        return callable_of(self.factory).lower()
 
     @property
     def curvature(self) -> CurvatureSettings | None:
@@ -350,8 +416,6 @@ class ExternalConfig(OptimizerSettings):
             batch_fraction=self.batch_fraction,
         )
 
-
-FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 OptimizerConfig = Annotated[
     AdamWConfig | LionConfig | SignumConfig | MuonConfig | SophiaConfig | AdaHessianConfig | ExternalConfig,
@@ -460,6 +524,8 @@ class CheckpointConfig(Section):
     """Also keep checkpoints at multiples of this many steps; null: none."""
     keep_best: bool = True
     """Also keep the checkpoint with the lowest validation loss."""
+    export_at: tuple[PositiveInt, ...] = ()
+    """Steps after which the run also exports Hugging Face weights, to <run>/exports/step-…."""
 
 
 class GuardsConfig(Section):
@@ -484,10 +550,12 @@ class TrackerConfig(Section):
     """W&B group; null: <model>-<data>."""
     tags: tuple[str, ...] = ()
     """W&B tags."""
+    artifacts: bool = False
+    """Upload the record and the last checkpoint as a W&B artifact when the run has completed."""
 
 
 class LocalLauncherConfig(Section):
-    """Ranks on this machine; a sweep runs its trials one after another."""
+    """Ranks on this machine, or on `nodes` machines that all run the same command; a sweep runs its trials in turn."""
 
     name: Literal["local"] = "local"
     """Where runs start: local, joblib, slurm or submitit."""
@@ -495,6 +563,19 @@ class LocalLauncherConfig(Section):
     """Ranks that train.py starts on this machine."""
     max_restarts: NonNegativeInt = 0
     """Restarts from the last checkpoint after a rank has died; with several ranks only."""
+    nodes: PositiveInt = 1
+    """Machines of the run; start the same command on each."""
+    head: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(:[0-9]{1,5})?$")] | None = None
+    """The machine where the ranks of several nodes meet, by name or address; its port is 29500 or as in node-1:29501."""
+
+    @model_validator(mode="after")
+    def _nodes_meet(self) -> Self:
+        if self.nodes > 1 and self.head is None:
+            raise ValueError(
+                f"launcher.head: missing with launcher.nodes={self.nodes}; name one of the machines, for example "
+                "launcher.head=node-1"
+            )
+        return self
 
 
 class JoblibLauncherConfig(Section):
@@ -592,7 +673,7 @@ class RunConfig(Section):
     overwrite: bool = False
     """Replace an existing run of the same name."""
     allow_code: Annotated[bool, Field(exclude=True)] = False  # not recorded: a record cannot vouch for itself
-    """Run an optimizer.factory that a configuration from elsewhere names; counts on the command line only."""
+    """Run the code that a configuration from elsewhere names; counts on the command line only."""
     seeds: SeedsConfig
     model: ModelConfig
     data: DataConfig
@@ -630,6 +711,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"schedule.warmup_steps={self.schedule.warmup_steps} is not less than train.steps={self.train.steps}; "
                 "choose fewer warm-up steps"
+            )
+        if self.checkpoint.export_at and not self.model.is_gpt2:
+            raise ValueError(
+                f"checkpoint.export_at={list(self.checkpoint.export_at)}: transformers has no class for "
+                f"model.architecture={self.model.architecture}; leave checkpoint.export_at out"
             )
         refuse_impossible_pairs(self)
         ranks = self.launcher.nproc_per_node * getattr(self.launcher, "nodes", 1)

@@ -20,13 +20,7 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch
-from models import GPT2Config
-from models.flops import (
-    forward_backward_flops,
-    gauss_newton_bartlett_flops,
-    hutchinson_differences_flops,
-    hutchinson_exact_flops,
-)
+from models.flops import Flops
 from sophia import random, refresh_due
 from training.config import CurvatureSettings, OptimizerSettings
 from training.hardware import to_device
@@ -280,18 +274,18 @@ class CurvaturePass:
         """Return the number of tokens in a refresh, over all ranks."""
         return self.sequences * sequence_length
 
-    def flops(self, shape: GPT2Config, sequence_length: int, *, shared_forward: bool = False) -> int:
-        """Return the model FLOPs of a refresh over all ranks, including its own forwards."""
+    def flops(self, forward: Flops, sequence_length: int, *, shared_forward: bool = False) -> int:
+        """Return the model FLOPs of a refresh over all ranks, including its own forwards, from those of a forward."""
         tokens = self.tokens(sequence_length)
         if shared_forward:
-            return gauss_newton_bartlett_flops(shape, tokens, sequence_length, own_forward=False)
+            return forward.gauss_newton_bartlett(tokens, own_forward=False)
         match self.estimator:
             case "hutchinson":
-                return hutchinson_exact_flops(shape, tokens, sequence_length)
+                return forward.hutchinson_exact(tokens)
             case "hutchinson_differences":
-                return hutchinson_differences_flops(shape, tokens, sequence_length)
+                return forward.hutchinson_differences(tokens)
             case _:
-                return forward_backward_flops(shape, tokens, sequence_length)
+                return forward.forward_backward(tokens)
 
 
 def _part_of(batch: Batch, rows: range, real: int, device: torch.device) -> CurvatureSlice:

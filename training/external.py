@@ -3,24 +3,17 @@
 Whether the configuration may name a factory at all is decided when it is composed (training/compose.py).
 """
 
-import contextlib
-import difflib
-import importlib
 import inspect
-import os
-import pkgutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from training import factories
 from training.config import ConfigurationError, ExternalConfig
-from training.mistakes import shown
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 # What the run gives the factory itself, and the key to set instead.
 _GIVEN = {
     "lr": "optimizer.lr=",
@@ -38,17 +31,7 @@ def load(settings: ExternalConfig) -> Callable[..., Any]:
             arguments, or it is a class of an optimizer that the loop cannot step. One line.
     """
     where = f"optimizer.factory={settings.factory}"
-    module_name, _, path = settings.factory.partition(":")
-    found: Any = _module(module_name, where)
-    owner = module_name
-    for name in path.split("."):
-        if not hasattr(found, name):
-            near = difflib.get_close_matches(name, [one for one in dir(found) if one[0] != "_"], n=1, cutoff=0.6)
-            remedy = f"did you mean {near[0]}?" if near else "give the name of a class or function"
-            raise ConfigurationError(f"{where}: no {name} in {owner}; {remedy}")
-        found, owner = getattr(found, name), f"{owner}.{name}"
-    if not callable(found):
-        raise ConfigurationError(f"{where}: it is of type {type(found).__name__}; give a class or function")
+    found = factories.load("optimizer.factory", settings.factory)
     if isinstance(found, type):
         _refuse_class(found, where)
     _keywords(found, settings, where)
@@ -77,14 +60,14 @@ def build(settings: ExternalConfig, groups: list[dict[str, Any]], parameters: Ma
         optimizer = factory(*given, **keywords)
     except Exception as error:
         raise ConfigurationError(
-            f"{where}: calling it fails: {_said(error)}; correct it or optimizer.arguments"
+            f"{where}: calling it fails: {factories.said(error)}; correct it or optimizer.arguments"
         ) from error
     if not isinstance(optimizer, Optimizer):
         raise ConfigurationError(
             f"{where}: it returns a value of type {type(optimizer).__name__}; return a torch.optim.Optimizer"
         )
     _refuse_class(type(optimizer), where)
-    if settings.weight_decay and "weight_decay" not in (_signature(factory) or {}) | optimizer.defaults:
+    if settings.weight_decay and "weight_decay" not in (factories.signature(factory) or {}) | optimizer.defaults:
         raise ConfigurationError(
             f"optimizer.weight_decay={settings.weight_decay:g}: {settings.factory} takes no weight_decay; give "
             "optimizer.weight_decay=0"
@@ -102,96 +85,27 @@ def has_evaluation_mode(optimizer: Optimizer) -> bool:
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
-def _module(name: str, where: str) -> Any:
-    with _current_directory_first():
-        importlib.invalidate_caches()
-        try:
-            return importlib.import_module(name)
-        except (Exception, SystemExit) as error:
-            missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
-            if not missing or not f"{name}.".startswith(f"{missing}."):
-                raise ConfigurationError(f"{where}: importing {name} fails: {_said(error)}; correct it") from error
-            package, _, leaf = missing.rpartition(".")
-            path = getattr(sys.modules.get(package), "__path__", None) if package else None
-            names = [one.name for one in pkgutil.iter_modules(path)] if path or not package else []
-            near = difflib.get_close_matches(leaf, names, n=1, cutoff=0.7)
-            remedy = "install it, or start in the directory that holds it"
-            if near:
-                remedy = f"did you mean {f'{package}.' if package else ''}{near[0]}?"
-            raise ConfigurationError(f"{where}: no module {missing}; {remedy}") from error
-
-
-@contextlib.contextmanager
-def _current_directory_first() -> Iterator[None]:
-    directory = os.getcwd()
-    sys.path.insert(0, directory)
-    try:
-        yield
-    finally:
-        sys.path.remove(directory)
-
-
-def _signature(factory: Any) -> dict[str, inspect.Parameter] | None:
-    """Return a callable's parameters; None if Python cannot tell."""
-    try:
-        return dict(inspect.signature(factory).parameters)
-    except (TypeError, ValueError):
-        return None
-
-
 def _parameters_of(factory: Callable[..., Any]) -> tuple[str, bool]:
     """Return the name of the first parameter, which takes the groups, and whether there is `named_parameters`."""
-    signature = _signature(factory) or {}
+    signature = factories.signature(factory) or {}
     first = next((name for name, one in signature.items() if one.kind in _POSITIONAL), "")
     return first, "named_parameters" in signature
 
 
 def _keywords(factory: Callable[..., Any], settings: ExternalConfig, where: str) -> dict[str, Any]:
-    """Return the factory's keyword arguments: those configured, and lr, weight_decay and k where its signature takes them.
-
-    Raises:
-        ConfigurationError: an argument is unknown, is the run's to give, or is missing.
-    """
-    signature = _signature(factory)
+    """Return the factory's keyword arguments: those configured, and lr, weight_decay and k where its signature takes them."""
     first, _ = _parameters_of(factory)
-    names = [name for name, one in (signature or {}).items() if one.kind not in _VARIADIC and name != first]
-    kinds = {one.kind for one in (signature or {}).values()}
-    takes_any = signature is None or inspect.Parameter.VAR_KEYWORD in kinds
-    own = [name for name in names if name not in _GIVEN]
-    for name, value in settings.arguments.items():
-        given = f"optimizer.arguments.{name}={shown(value)}"
-        if name in _GIVEN or name == first:
-            raise ConfigurationError(f"{given}: the run gives it; set {_GIVEN.get(name, 'optimizer.groups=')}")
-        near = difflib.get_close_matches(name, own, n=1, cutoff=0.75)
-        if name not in own and (near or not takes_any):
-            meant = f"did you mean {near[0]}? It" if near else "it"
-            raise ConfigurationError(
-                f"{given}: no argument of {settings.factory}; {meant} takes {', '.join(own) or 'none'}"
-            )
-    run = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    keywords = {name: value for name, value in run.items() if name in names or takes_any}
-    if settings.estimator is not None and "hessian_interval" in names:
-        keywords["hessian_interval"] = settings.hessian_interval
-    keywords |= {name: _tuples(value) for name, value in settings.arguments.items()}
-    without_default = [name for name in own if signature and signature[name].default is inspect.Parameter.empty]
-    if missing := [name for name in without_default if name not in keywords]:
-        raise ConfigurationError(
-            f"{where}: its argument {missing[0]} is missing; give optimizer.arguments.{missing[0]}="
-        )
-    return keywords
-
-
-def _tuples(value: Any) -> Any:
-    """YAML has lists where Python's signatures expect tuples."""
-    if isinstance(value, Mapping):
-        return {key: _tuples(member) for key, member in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+    given: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.estimator is not None and "hessian_interval" in (factories.signature(factory) or {}):
+        given["hessian_interval"] = settings.hessian_interval
+    instead = {first: "optimizer.groups="} | _GIVEN
+    return factories.keywords(factory, where, settings.arguments, given, instead)
 
 
 def _refuse_class(kind: type, where: str) -> None:
     """Refuse classes whose step evaluates the loss itself: here, a step comes after the gradients."""
-    step = _signature(getattr(kind, "step", None)) or {}
-    needed = [name for name, one in step.items() if one.default is one.empty and one.kind not in _VARIADIC][1:]
+    step = factories.signature(getattr(kind, "step", None)) or {}
+    needed = [name for name, one in step.items() if one.default is one.empty and one.kind not in factories.VARIADIC][1:]
     if needed or (hasattr(kind, "first_step") and hasattr(kind, "second_step")):
         how = f"its step needs {needed[0]}" if needed else "it has first_step and second_step"
         raise ConfigurationError(
@@ -203,7 +117,7 @@ def _refuse_class(kind: type, where: str) -> None:
 def _refuse_without_curvature(kind: type, settings: ExternalConfig, where: str) -> None:
     needed = "num_predictions" if settings.estimator in ("gnb", "empirical_fisher") else "estimates"
     update = getattr(kind, "update_hessian", None)
-    if update is None or needed not in (_signature(update) or {}):
+    if update is None or needed not in (factories.signature(update) or {}):
         raise ConfigurationError(
             f"optimizer.estimator={settings.estimator}: {where.partition('=')[2]} has no update_hessian({needed}=...); add "
             "it, or give optimizer.estimator=null"
@@ -235,7 +149,3 @@ def _name_groups(optimizer: Optimizer, parameters: Mapping[str, Tensor], setting
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise ConfigurationError(f"{where}: {wrong[0]}{more} {problem}; put each parameter into one group")
-
-
-def _said(error: BaseException) -> str:
-    return shown(f"{type(error).__name__}: {' '.join(str(error).split())}")

@@ -160,7 +160,8 @@ def code_sha256() -> str:
 def git_state() -> dict[str, Any]:
     """Return the commit of the code and whether the working tree differs from it; nulls outside a repository.
 
-    results/ does not count: a study adds its records there while it runs.
+    results/ does not count: a study adds its records there while it runs. A container image has no repository, but names
+    the commit that it was built from.
     """
     root = Path(__file__).resolve().parent.parent
 
@@ -172,7 +173,8 @@ def git_state() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     status = git("status", "--porcelain", "--", ".", ":!results")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+    commit = git("rev-parse", "HEAD") or os.environ.get("SOPHIA_COMMIT") or None
+    return {"commit": commit, "dirty": None if status is None else bool(status)}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -17,16 +17,17 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data.batches import Batch, Batches, ValidationWindows, next_batch
-from models import GPT2Output
-from models.flops import evaluation_flops, forward_backward_flops
+from models import ModelOutput
+from models.flops import Flops
 from sophia.diagnostics import UnclippedAlarm
 from training.config import RunConfig
 from training.curvature import CurvaturePass
-from training.evaluation import validation_loss
+from training.evaluation import bits_per_byte, validation_loss
 from training.hardware import to_device
 from training.recording.diagnostics import curvature_sums_by_kind, describe_curvature
 from training.recording.ledger import Ledger
@@ -46,6 +47,7 @@ class TrainingState:
     evaluated_step: int = -1  # the step of the last evaluation; 0 is the start
     best_val_loss: float | None = None
     final_val_loss: float | None = None
+    val_bytes_per_token: float | None = None  # of the validation set; None if the tokenizer is missing
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     estimates_held_back: int = 0
@@ -67,10 +69,14 @@ class Run:
     micro_batch_size: int
     eval_micro_batch_size: int
     parameters: int  # of the whole model
+    flops: Flops  # of its forward, per token
     write: Callable[[Line], None]  # rank 0: to the record, the display and the trackers; other ranks: no-op
     message: Callable[[str], None]  # rank 0: print a line
     save: Callable[[TrainingState], None]  # save a checkpoint; called on every rank
     stop_requested: Callable[[], bool]  # whether this rank got a stop signal
+    token_bytes: np.ndarray | None = (
+        None  # (vocab_size,) the bytes of text of each id; None if the tokenizer is missing
+    )
     failure: Callable[[], str | None] = lambda: None  # why this rank can no longer record, if so
     progress: Callable[[str], None] = lambda doing: None  # report progress to the watchdog
     profiler_step: Callable[[], None] = lambda: None
@@ -181,7 +187,7 @@ class Reporter:
             "seconds": run.ledger.seconds,
             "held_back": held_back,
         }
-        run.write(line | describe_curvature(report.numbers[:, 1:]))
+        run.write(line | describe_curvature(report.numbers[:, 1:], run.strategy.model.kinds))
 
     def _write_step(self, report: _Report, lr: float) -> None:
         run = self._run
@@ -238,7 +244,7 @@ class Reporter:
 
 
 def forward_backward(
-    run: Run, batch: Batch, first: int = 0, forward: Callable[[Tensor, Tensor], GPT2Output] | None = None
+    run: Run, batch: Batch, first: int = 0, forward: Callable[[Tensor, Tensor], ModelOutput] | None = None
 ) -> Tensor:
     """Accumulate the gradient of the mean loss over the global batch, starting at this rank's sequence `first`.
 
@@ -273,7 +279,7 @@ def forward_backward_refresh(
     ledger, config = run.ledger, run.config.train
     length, predictions = config.sequence_length, config.global_batch_size * config.sequence_length
     share, done, held_back = curvature.run_within_training(strategy, batch, step, predictions, ledger)
-    flops = curvature.flops(strategy.model.config, length, shared_forward=True)
+    flops = curvature.flops(run.flops, length, shared_forward=True)
     ledger.add("curvature", curvature.tokens(length), flops)
     ledger.shared_forwards += 1
     rows = len(batch.tokens)
@@ -295,9 +301,9 @@ def train(run: Run) -> Status:
         RanksDiffer: the ranks' weights differ; these weights are not saved.
     """
     config, strategy, ledger, state = run.config, run.strategy, run.ledger, run.state
-    shape, length = strategy.model.config, config.train.sequence_length
+    length = config.train.sequence_length
     step_tokens = config.train.global_batch_size * length
-    step_flops = forward_backward_flops(shape, step_tokens, length)
+    step_flops = run.flops.forward_backward(step_tokens)
     reporter = Reporter(run)
     first = state.step + 1
     # At the start, or if the run was interrupted before this evaluation.
@@ -325,7 +331,7 @@ def train(run: Run) -> Status:
                 ledger.add("forward_backward", step_tokens, step_flops)
             else:
                 if curvature is not None:
-                    flops = curvature.flops(shape, length)
+                    flops = curvature.flops(run.flops, length)
                     with ledger.measure("curvature", curvature.tokens(length), flops):
                         held_back = curvature.run(strategy, batch, step)
                 with ledger.measure("forward_backward", step_tokens, step_flops):
@@ -346,7 +352,7 @@ def train(run: Run) -> Status:
             run.profiler_step()
             last = step == config.train.steps
             interval = config.checkpoint.interval
-            unsaved |= interval is not None and step % interval == 0
+            unsaved |= (interval is not None and step % interval == 0) or step in config.checkpoint.export_at
             evaluates = evaluation_due(run)
 
             if evaluates or last or unsaved or reporter.diverged:
@@ -399,7 +405,7 @@ def evaluate(run: Run) -> Verdict:
 
     The whole validation set may take longer than a cluster's grace period after its signal.
     """
-    ledger, state, config = run.ledger, run.state, run.config
+    ledger, state = run.ledger, run.state
     verdict = Verdict.GO_ON
 
     def interrupted(problem: str | None) -> bool:
@@ -409,16 +415,22 @@ def evaluate(run: Run) -> Verdict:
 
     run.progress(f"evaluating after step {state.step}")
     with ledger.measure("evaluation", part=True), run.strategy.evaluating():
-        found = validation_loss(run.strategy, run.validation, run.eval_micro_batch_size, run.progress, interrupted)
+        found = validation_loss(
+            run.strategy, run.validation, run.eval_micro_batch_size, run.progress, interrupted, run.token_bytes
+        )
     if found is None:
         return verdict
-    loss, tokens = found
-    ledger.add("evaluation", tokens, evaluation_flops(run.strategy.model.config, tokens, config.train.sequence_length))
+    loss, tokens, size = found
+    ledger.add("evaluation", tokens, run.flops.evaluation(tokens))
     state.evaluated_step = state.step
     state.final_val_loss = loss
     if math.isfinite(loss) and (state.best_val_loss is None or loss < state.best_val_loss):
         state.best_val_loss = loss
-    run.write({"kind": "eval", **position(run), "val_loss": loss, "val_tokens": tokens})
+    line: dict[str, Any] = {"kind": "eval", **position(run), "val_loss": loss, "val_tokens": tokens}
+    if size:
+        state.val_bytes_per_token = size / tokens
+        line["val_bits_per_byte"] = bits_per_byte(loss, state.val_bytes_per_token)
+    run.write(line)
     return Verdict.GO_ON
 
 

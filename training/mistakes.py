@@ -6,7 +6,7 @@ import shlex
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import pydantic
 from hydra.errors import OverrideParseException
@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from training.config import RunConfig
 from training.config_files import CONFIG_DIRECTORY, read_yaml
+from training.config_keys import sections_of, tags_of
 from training.secrets import redacted
 
 # Hydra's messages about a composition and OmegaConf's about a value, with ours.
@@ -429,17 +430,6 @@ def _found(location: Sequence[int | str]) -> tuple[str, FieldInfo | None]:
     return key, field
 
 
-def sections_of(annotation: Any) -> tuple[type[BaseModel], ...]:
-    """Return the model class of a field, or those of its union; none for a plain value."""
-    return tuple(a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel))
-
-
-def tags_of(model: type[BaseModel]) -> tuple[Any, ...]:
-    """Return the names, or kinds, that select the model in its union."""
-    field = model.model_fields.get("kind") or model.model_fields.get("name")
-    return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
-
-
 def known_keys(values: Mapping[str, Any] | None = None) -> set[str]:
     """Return every dotted key that a configuration may have; with `values`, a configuration with the same choices."""
 
@@ -495,7 +485,7 @@ def did_you_mean_key(key: str, values: Mapping[str, Any], location: Sequence[int
     section, _, leaf = key.rpartition(".")
     whole = key.partition("[")[0]
     field = field_at(whole.split("."))
-    if whole != key and whole.startswith("optimizer.arguments."):
+    if whole != key and whole.startswith(("optimizer.arguments.", "model.arguments.")):
         return f"; the list has no value yet; give all of it, '{whole}=[...]'"
     if whole != key and field is not None and not sections_of(field.annotation):
         return f"; {whole} is not a list; write {whole}=..."

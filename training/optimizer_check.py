@@ -104,7 +104,7 @@ class Trainer:
         self._clip, self._micro = config.train.grad_clip, micro
         with torch.device("meta"):
             model = GPT2(SHAPE)
-        weights = InitialWeights(config.model, SHAPE, 0)
+        weights = InitialWeights(config.model, model, 0)
         self.strategy.prepare(model, weights, build_optimizers(config.optimizer, compile_step=False))
 
     def step(self, step: int, factor: float = 1.0, *, poison: bool = False) -> tuple[float, StepStatistics]:

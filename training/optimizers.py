@@ -24,6 +24,7 @@ from training.config import (
 from training.strategies.state import numbers_of
 
 Named = Mapping[str, Tensor]
+KindOf = Callable[[str], str]  # a parameter's kind by its name, as LanguageModel.parameter_kind
 
 
 def parameter_groups(
@@ -34,6 +35,7 @@ def parameter_groups(
     *,
     decay_embeddings: bool = True,
     matrices_apart: bool = False,
+    kind_of: KindOf = parameter_kind,
 ) -> list[dict[str, Any]]:
     """Group the parameters, each in exactly one group: matrices get weight decay, biases and norms none.
 
@@ -45,17 +47,18 @@ def parameter_groups(
             matrices.
         decay_embeddings: whether token and position embeddings get weight decay.
         matrices_apart: hidden matrices get a group of their own, with "matrices": True.
+        kind_of: a parameter's kind by its name.
     """
     if len({id(p) for p in parameters.values()}) != len(parameters):
         raise ValueError("a parameter has several names and would be updated several times")
     groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        embeds = parameter_kind(name) == "embedding"
+        embeds = kind_of(name) == "embedding"
         apart = embedding_lr_ratio != 1 and embeds
         decays = parameter.dim() >= 2 and (decay_embeddings or not embeds)
         rate = lr * embedding_lr_ratio if apart else lr
         settings = {"weight_decay": weight_decay if decays else 0.0, "lr": rate, "initial_lr": rate}
-        if matrix := matrices_apart and is_hidden_matrix(name, parameter):
+        if matrix := matrices_apart and is_hidden_matrix(name, parameter, kind_of):
             settings["matrices"] = True
         group = groups.setdefault((apart, not decays, matrix), {"params": [], "names": [], **settings})
         group["params"].append(parameter)
@@ -63,20 +66,23 @@ def parameter_groups(
     return [groups[key] for key in sorted(groups)]
 
 
-def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    return parameter.dim() == 2 and parameter_kind(name) != "embedding"
+def is_hidden_matrix(name: str, parameter: Tensor, kind_of: KindOf = parameter_kind) -> bool:
+    return parameter.dim() == 2 and kind_of(name) != "embedding"
 
 
-def build_optimizers(config: OptimizerConfig, *, compile_step: bool) -> Callable[[Named], list[Optimizer]]:
+def build_optimizers(
+    config: OptimizerConfig, *, compile_step: bool, kind_of: KindOf = parameter_kind
+) -> Callable[[Named], list[Optimizer]]:
     """Return a function that builds the run's optimizers from named parameters; each group has an `initial_lr`.
 
     Args:
         config: the validated `optimizer` section.
         compile_step: whether the optimizers of `sophia` may compile their update.
+        kind_of: the model's `parameter_kind`.
     """
 
     def build(parameters: Named) -> list[Optimizer]:
-        optimizers = _construct(config, parameters, compile_step=compile_step)
+        optimizers = _construct(config, parameters, compile_step=compile_step, kind_of=kind_of)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["initial"] = numbers_of(group)  # a checkpoint saves what the optimizer has changed since
         return optimizers
@@ -84,13 +90,14 @@ def build_optimizers(config: OptimizerConfig, *, compile_step: bool) -> Callable
     return build
 
 
-def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool) -> list[Optimizer]:
+def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool, kind_of: KindOf) -> list[Optimizer]:
     grouped = partial(
         parameter_groups,
         weight_decay=config.weight_decay,
         lr=config.lr,
         embedding_lr_ratio=config.embedding_lr_ratio,
         decay_embeddings=config.decay_embeddings,
+        kind_of=kind_of,
     )
     form = None if compile_step else False  # None: compile if it pays off
     match config:
@@ -128,7 +135,7 @@ def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool
                 )
             ]
         case MuonConfig():
-            hidden = {name: p for name, p in parameters.items() if is_hidden_matrix(name, p)}
+            hidden = {name: p for name, p in parameters.items() if is_hidden_matrix(name, p, kind_of)}
             rest = {name: p for name, p in parameters.items() if name not in hidden}
             muon = torch.optim.Muon(
                 grouped(hidden),

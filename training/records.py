@@ -95,6 +95,7 @@ class _Entry(Form):
 class Summary(Form):
     status: Status
     final_val_loss: float | None = None
+    final_val_bits_per_byte: float | None = None
     best_val_loss: float | None = None
     steps: int | None = None
     tokens: float | None = None

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data.batches import Batches, ValidationWindows
@@ -18,13 +19,16 @@ from data.dataset import TokenDataset
 from data.errors import DataError
 from data.files import sync_directory, why_not_written
 from data.manifest import Manifest
-from models import GPT2
+from data.tokenizers import open_tokenizer
 from training import hardware, records
+from training.architectures import build_model, forward_flops
 from training.config import ConfigurationError, ExternalConfig, RunConfig, RunHeldError, micro_batch_size
 from training.corpus import open_corpus
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
+from training.evaluation import bits_per_byte
 from training.exits import EXIT_DIVERGED, EXIT_FAILED, EXIT_PREEMPTED
+from training.exports import Exports
 from training.loop import NotSaved, Run, TrainingState, train
 from training.optimizers import build_optimizers
 from training.recording.ledger import CompilationClock, Ledger
@@ -43,7 +47,7 @@ from training.reliability.watchdog import Watchdog
 from training.strategies import build_strategy
 from training.strategies.base import NumberPiece, Piece, Strategy
 from training.strategies.state import refuse_unsavable_state
-from training.weights import InitialWeights, model_shape
+from training.weights import InitialWeights
 
 EXIT_CODES: dict[Status, int] = {
     "completed": 0,
@@ -145,12 +149,16 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     tokens_directory, manifest = open_corpus(config, distributed)
     if decided.metrics_bytes is not None:
         distributed.on_main(lambda: check_tokens(directory, manifest.sha256))
-    shape = model_shape(config.model, manifest.vocab_size)
-    weights = distributed.on_all(lambda: InitialWeights(config.model, shape, config.seeds.model))
+    model = distributed.on_all(lambda: build_model(config.model, manifest.vocab_size))
+    flops = distributed.on_all(lambda: forward_flops(config.model, model, config.train.sequence_length))
+    weights = distributed.on_all(lambda: InitialWeights(config.model, model, config.seeds.model))
     training_set, validation_set = distributed.on_all(
         lambda: [TokenDataset(tokens_directory, split) for split in ("train", "validation")]
     )
     length, rank, world_size = config.train.sequence_length, distributed.rank, distributed.world_size
+    token_bytes, without_bytes = distributed.broadcast_object(
+        distributed.on_main(lambda: _token_bytes(manifest, tokens_directory))
+    )
     batches = Batches(
         training_set,
         config.seeds.data,
@@ -166,10 +174,11 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
         hardware.make_deterministic()
     torch.manual_seed((config.seeds.model * world_size + rank) % 2**63)  # only dropout draws from this stream
     ledger = Ledger(distributed.device, CompilationClock.installed())
-    with torch.device("meta"):
-        model = GPT2(shape)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    strategy.prepare(model, weights, build_optimizers(config.optimizer, compile_step=bool(config.train.compile)))
+    compiled = bool(config.train.compile)
+    strategy.prepare(
+        model, weights, build_optimizers(config.optimizer, compile_step=compiled, kind_of=model.parameter_kind)
+    )
     state = TrainingState()
     if decided.checkpoint is not None:
         state = _load(decided.checkpoint, strategy, ledger, distributed)
@@ -178,11 +187,22 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     recorder = distributed.on_main(
         lambda: _open_record(config, place, decided, distributed, manifest, weights, display)
     ) or Recorder(place, display)
+    if without_bytes is not None:
+        recorder.message(f"no bits per byte: {without_bytes}")
     for line in decided.rejected:
         recorder.message(f"checkpoint skipped: {line}")
     if decided.checkpoint is not None:
         recorder.message(f"resuming from {decided.checkpoint} at step {state.step}")
         recorder.write({"kind": "event", "event": "resumed", "step": state.step, "world_size": world_size})
+
+    def report_export(line: str, step: int) -> None:
+        recorder.write({"kind": "event", "event": "export", "step": step, "reason": line})
+        recorder.message(line)
+
+    exports = Exports(
+        directory, config.checkpoint.export_at if distributed.is_main else (), tokens_directory, report_export
+    )
+    exports.start()  # those that were interrupted
 
     def save(current: TrainingState) -> None:
         saved = {
@@ -197,8 +217,11 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
         root, keeping = directory / "checkpoints", config.checkpoint
         checkpoints.save(root, current.step, _pieces(config, strategy, rank), saved, distributed)
         if distributed.is_main:
+            exports.start()
             with contextlib.suppress(OSError):  # retried after the next save
-                checkpoints.prune(root, keeping.keep, keeping.keep_every, keep_best=keeping.keep_best)
+                checkpoints.prune(
+                    root, keeping.keep, keeping.keep_every, keep_best=keeping.keep_best, needed=exports.unfinished
+                )
 
     def report_hang(line: str) -> None:
         recorder.write({"kind": "event", "event": "hang", "step": run.state.step, "reason": line})
@@ -223,6 +246,8 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
             micro_batch_size=micro,
             eval_micro_batch_size=config.eval.micro_batch_size or micro,
             parameters=parameters,
+            flops=flops,
+            token_bytes=token_bytes,
             write=recorder.write,
             message=recorder.message,
             save=save,
@@ -234,11 +259,11 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
             saved_step=state.step,
         )
         stop.begin()
-        status = _train(run, watchdog, recorder)
+        status = _train(run, watchdog, recorder, exports)
     return Outcome(status, directory, state.final_val_loss)
 
 
-def _train(run: Run, watchdog: Watchdog, recorder: Recorder) -> Status:
+def _train(run: Run, watchdog: Watchdog, recorder: Recorder, exports: Exports) -> Status:
     """Run the loop and finish the record, however the loop ends."""
     status: Status = "failed"
     try:
@@ -252,6 +277,7 @@ def _train(run: Run, watchdog: Watchdog, recorder: Recorder) -> Status:
     finally:
         if status == "diverged":
             recorder.write({"kind": "event", "event": "diverged", "step": run.state.step, "reason": run.reason})
+        exports.finish(run.stop_requested if status == "completed" else lambda: True)
         recorder.finish(summarize(run, status, run.reason))
         recorder.message(closing_line(run, status, recorder.place.path))
     return status
@@ -283,6 +309,7 @@ def summarize(run: Run, status: Status, reason: str | None) -> dict[str, Any]:
         "status": status,
         "reason": reason,
         "final_val_loss": state.final_val_loss,
+        "final_val_bits_per_byte": bits_per_byte(state.final_val_loss, state.val_bytes_per_token),
         "best_val_loss": state.best_val_loss,
         "steps": state.step,
         "tokens": state.step * config.train.global_batch_size * config.train.sequence_length,
@@ -297,6 +324,14 @@ def summarize(run: Run, status: Status, reason: str | None) -> dict[str, Any]:
         "estimates_held_back": state.estimates_held_back,
         "loss_spikes": state.loss_spikes,
     }
+
+
+def _token_bytes(manifest: Manifest, directory: Path) -> tuple[np.ndarray | None, str | None]:
+    """Return the bytes of each token, or None and the reason: a run needs no tokenizer, and may lack it."""
+    try:
+        return open_tokenizer(manifest.tokenizer, directory).byte_lengths, None
+    except DataError as error:
+        return None, str(error)
 
 
 def _decide(config: RunConfig, place: RunDirectory, distributed: Distributed) -> Decision:
@@ -402,9 +437,9 @@ def _load(path: Path, strategy: Strategy, ledger: Ledger, distributed: Distribut
 
 
 def _pieces(config: RunConfig, strategy: Strategy, rank: int) -> Iterator[Piece | NumberPiece]:
-    """Yield this rank's part of a checkpoint, with generator states if dropout or an optimizer from elsewhere may use them."""
+    """Yield this rank's part of a checkpoint, with generator states if dropout or code from elsewhere may use them."""
     yield from strategy.pieces()
-    if config.model.dropout > 0 or isinstance(config.optimizer, ExternalConfig):
+    if config.model.dropout > 0 or not config.model.is_gpt2 or isinstance(config.optimizer, ExternalConfig):
         states = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             states["cuda"] = torch.cuda.get_rng_state()

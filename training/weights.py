@@ -1,4 +1,4 @@
-"""A run's initial weights: GPT-2's initialisation from a seed, or weights from a Hugging Face directory."""
+"""A run's initial weights: the model's initialisation from a seed, or weights from a Hugging Face directory."""
 
 import hashlib
 from collections.abc import Iterator
@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from models import GPT2, GPT2Config
+from models import GPT2, LanguageModel
 from training.config import ConfigurationError, ModelConfig
-
-
-def model_shape(config: ModelConfig, vocab_size: int) -> GPT2Config:
-    """Return the configured model shape with the tokenizer's vocabulary."""
-    return GPT2Config(vocab_size, **config.model_dump(exclude={"name", "init_from"}))
 
 
 class InitialWeights:
@@ -22,21 +17,22 @@ class InitialWeights:
 
     Args:
         config: the model's configuration; `init_from` names a directory of Hugging Face GPT-2 weights.
-        shape: the model's shape.
+        model: the model, not sharded yet.
         seed: determines the weights if `init_from` is not set.
 
     Raises:
         ConfigurationError: the directory has no readable GPT-2, or one of another shape.
     """
 
-    def __init__(self, config: ModelConfig, shape: GPT2Config, seed: int) -> None:
+    def __init__(self, config: ModelConfig, model: LanguageModel, seed: int) -> None:
         self._seed = seed
-        with torch.device("meta"):
-            self._model = GPT2(shape)  # for names and full shapes: the run's own model may be sharded
+        self._initial_tensor = model.initial_tensor
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._loaded: dict[str, Tensor] | None = None
         if config.init_from is not None:
             from models.huggingface import from_huggingface
 
+            assert isinstance(model, GPT2)
             try:
                 given, self._loaded = from_huggingface(config.init_from)
             except ValueError as error:
@@ -44,9 +40,9 @@ class InitialWeights:
                     f"model.init_from={config.init_from}: {error}; give a directory of GPT-2 weights"
                 ) from error
             differing = {
-                key: (value, getattr(shape, key))
+                key: (value, getattr(model.config, key))
                 for key, value in asdict(given).items()
-                if value != getattr(shape, key) and key != "dropout"
+                if value != getattr(model.config, key) and key != "dropout"
             }
             if differing:
                 listed = ", ".join(f"{key} {there} there and {here} here" for key, (there, here) in differing.items())
@@ -57,14 +53,14 @@ class InitialWeights:
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full float32 tensor on the CPU) of each parameter, one at a time, in the model's order."""
-        for name, parameter in self._model.named_parameters():
+        for name, shape in self._shapes.items():
             if self._loaded is None:
-                yield name, self._model.initial_tensor(name, parameter.shape, self._seed)
+                yield name, self._initial_tensor(name, shape, self._seed)
             else:
                 yield name, self._loaded[name].float()
 
     @torch.no_grad()
-    def apply(self, model: GPT2) -> None:
+    def apply(self, model: LanguageModel) -> None:
         """Copy the weights into the model's parameters; a sharded parameter (DTensor) gets its shard."""
         parameters = dict(model.named_parameters())
         for name, full in self.tensors():

@@ -48,6 +48,19 @@ def written(results: Results) -> Written:
     return write_report(results, results.study.directory)
 
 
+def test_bits_per_byte_stand_beside_nats_where_the_records_have_them(results: Results) -> None:
+    assert "bits per byte" not in TABLES["final-losses"](results).columns
+    study = results.study
+    trials = [
+        replace(one, run=replace(one.run, summary={**(one.run.summary or {}), "final_val_bits_per_byte": 1.25}))
+        if one.run
+        else one
+        for one in study.trials
+    ]
+    shown = TABLES["final-losses"](replace(results, study=replace(study, trials=trials)))
+    assert "1.2500" in set(shown.frame["bits per byte"])
+
+
 class Collector(HTMLParser):
     """Links, anchors and sources of a page."""
 

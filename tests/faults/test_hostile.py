@@ -52,12 +52,12 @@ def test_the_snapshot_of_a_hub_cache_is_read_although_its_files_are_links(tmp_pa
 
 
 def test_a_model_that_cannot_be_begun_from_is_a_configuration_error(tmp_path: Path) -> None:
-    from models import GPT2Config
+    from training.architectures import build_model
     from training.weights import InitialWeights
 
     config = compose(["model=gpt2_nano", f"model.init_from={tmp_path}"])
     with pytest.raises(ConfigurationError, match=r"model\.init_from=.*no config\.json"):
-        InitialWeights(config.model, GPT2Config(vocab_size=300, n_layer=2, n_head=2, n_embd=64, block_size=256), 0)
+        InitialWeights(config.model, build_model(config.model, 300), 0)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

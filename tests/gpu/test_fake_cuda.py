@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch
-from models import GPT2, head
+from models import head
 from tests.gpu.fake_cuda import DEVICE, Fault, fake_cuda, watched
+from training.architectures import build_model
 from training.compose import compose
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
@@ -22,7 +23,7 @@ from training.optimizers import build_optimizers
 from training.recording.ledger import Ledger
 from training.strategies import build_strategy
 from training.strategies.ddp import DDP
-from training.weights import InitialWeights, model_shape
+from training.weights import InitialWeights
 
 #: Every place where the host waits for the device, and what the fake device has it read there.
 WAITS = {
@@ -85,10 +86,8 @@ def run(*overrides: str, waits: dict[str, float] = WAITS) -> tuple[list[str], se
     config = compose([*SETTINGS, *overrides])
     distributed = Distributed(0, 0, 1, DEVICE)
     kinds: list[str] = []
-    shape = model_shape(config.model, 61)
-    with torch.device("meta"):
-        model = GPT2(shape)
-    weights = InitialWeights(config.model, shape, config.seeds.model)
+    model = build_model(config.model, 61)
+    weights = InitialWeights(config.model, model, config.seeds.model)
     with fake_cuda():
         strategy = build_strategy(config, distributed)
         strategy.prepare(model, weights, build_optimizers(config.optimizer, compile_step=False))
@@ -104,6 +103,7 @@ def run(*overrides: str, waits: dict[str, float] = WAITS) -> tuple[list[str], se
             micro_batch_size=4,
             eval_micro_batch_size=8,
             parameters=0,
+            flops=model.flops(config.train.sequence_length),
             write=lambda line: kinds.append(line["kind"]),
             message=lambda line: None,
             save=lambda state: None,

@@ -4,19 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import GPT2, GPT2Config
-from models import flops as flops_module
-from models.flops import (
-    attention_flops_per_token,
-    block_flops_per_token,
-    evaluation_flops,
-    forward_backward_flops,
-    forward_flops_per_token,
-    gauss_newton_bartlett_flops,
-    head_flops_per_token,
-    hutchinson_differences_flops,
-    hutchinson_exact_flops,
-)
+from examples.my_model import Rotary
+from models import GPT2, GPT2Config, LanguageModel
 
 CONFIGS = [
     GPT2Config(300, 3, 2, 32, 16),
@@ -43,19 +32,18 @@ class TestAgainstTorchsCounter:
     def test_forward(self, config: GPT2Config) -> None:
         model, tokens, count = self.model_and_tokens(config)
         with torch.no_grad():
-            assert counted(lambda: model(tokens, tokens)) == evaluation_flops(config, count, config.block_size)
+            assert counted(lambda: model(tokens, tokens)) == config.flops(config.block_size).evaluation(count)
 
     def test_forward_and_backward_through_the_chunked_head(self, config: GPT2Config) -> None:
         model, tokens, count = self.model_and_tokens(config)
-        expected = forward_backward_flops(config, count, config.block_size)
+        flops = config.flops(config.block_size)
         with model.maths_attention():
-            assert counted(lambda: model.loss(tokens, tokens).backward()) == expected
-        trunk = forward_backward_flops(config, count, config.block_size) - 3 * count * head_flops_per_token(config)
-        assert counted(lambda: model.hidden(tokens).sum().backward()) == trunk
+            assert counted(lambda: model.loss(tokens, tokens).backward()) == flops.forward_backward(count)
+        assert counted(lambda: model.hidden(tokens).sum().backward()) == 3 * count * flops.trunk
         weight = model.token_embedding.weight
         hidden = torch.empty(*tokens.shape, config.n_embd, device="meta", requires_grad=True)
         head = counted(lambda: model.head(hidden, weight, tokens, None)[0].backward())
-        assert head == 3 * count * head_flops_per_token(config)
+        assert head == 3 * count * flops.head
 
     def test_hessian_vector_product(self, config: GPT2Config) -> None:
         model, tokens, count = self.model_and_tokens(config)
@@ -66,7 +54,7 @@ class TestAgainstTorchsCounter:
                 gradient = torch.autograd.grad(model.loss(tokens, tokens), parameters, create_graph=True)
                 torch.autograd.grad(gradient, parameters, grad_outputs=[torch.empty_like(p) for p in parameters])
 
-        assert counted(product) == hutchinson_exact_flops(config, count, config.block_size)
+        assert counted(product) == config.flops(config.block_size).hutchinson_exact(count)
 
 
 def test_labels_drawn_in_the_training_forward_cost_a_backward_through_the_trunk() -> None:
@@ -82,24 +70,37 @@ def test_labels_drawn_in_the_training_forward_cost_a_backward_through_the_trunk(
             output.loss_sum.backward()
 
     extra = counted(lambda: train(torch.rand(2, 16))) - counted(lambda: train(None))
-    assert extra == gauss_newton_bartlett_flops(config, 32, 16, own_forward=False)
+    assert extra == config.flops(16).gauss_newton_bartlett(32, own_forward=False)
 
 
-def test_the_parts_add_up_and_scale_with_tokens() -> None:
-    config = GPT2Config()
-    parts = block_flops_per_token(config) + attention_flops_per_token(config, 512) + head_flops_per_token(config)
-    assert forward_flops_per_token(config, 512) == parts
-    assert evaluation_flops(config, 1000, 512) == 1000 * parts
-    assert forward_backward_flops(config, 1000, 512) == gauss_newton_bartlett_flops(config, 1000, 512) == 3000 * parts
-    assert hutchinson_differences_flops(config, 1000, 512) == 6000 * parts
+def test_passes_are_multiples_of_a_forward_and_scale_with_tokens() -> None:
+    flops = GPT2Config().flops(512)
+    assert flops == (12 * (2 * 12 * 768**2 + 4 * 512 * 768), 2 * 50304 * 768)
+    assert flops.evaluation(1000) == 1000 * sum(flops)
+    assert flops.forward_backward(1000) == flops.gauss_newton_bartlett(1000) == 3000 * sum(flops)
+    assert flops.hutchinson_differences(1000) == 6000 * sum(flops)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_count_in_a_model_without_a_formula_is_the_formula_of_gpt2(device: str) -> None:
+    with torch.device(device):
+        model = GPT2(CONFIGS[2])
+    assert LanguageModel.flops(model, 24) == model.flops(24)
+
+
+def test_the_count_in_a_model_of_ones_own_is_two_per_weight_and_attention() -> None:
+    with torch.device("meta"):
+        model = Rotary(vocab_size=300, n_layer=3, n_head=2, n_embd=32, block_size=64)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2)
+    assert model.flops(48) == (2 * matrices + 3 * 4 * 48 * 32, 2 * 300 * 32)
 
 
 def test_gpt2_small_has_its_published_size_and_about_six_flops_a_parameter() -> None:
     config = GPT2Config(bias=True)
     with torch.device("meta"):
         total = sum(p.numel() for p in GPT2(config).parameters())
-    assert flops_module.parameter_count(config) == total
+    assert config.parameter_count() == total
     assert total - (config.padded_vocab_size - config.vocab_size) * 768 == 124_439_808
     matrices = total - config.block_size * 768
-    without_attention = forward_flops_per_token(config, 1024) - attention_flops_per_token(config, 1024)
+    without_attention = sum(config.flops(0))
     assert 3 * without_attention == pytest.approx(6 * matrices, rel=0.002)

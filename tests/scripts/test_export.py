@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,14 @@ from safetensors import SafetensorError
 from data.tokenizers import END_OF_TEXT, gpt2
 from downstream import export as exporting
 from downstream.export import ExportError, export
-from downstream.inference import Sampling, TrainedModel, generate
+from downstream.inference import Sampling, TrainedModel, generate, open_trained
 from models import GPT2, GPT2Config
 from models.huggingface import from_huggingface
 from scripts.export import main
+from training.config import ConfigurationError
+from training.exports import Exports
+from training.launching import command
+from training.records import RunRecord
 
 transformers = pytest.importorskip("transformers")
 
@@ -263,3 +268,78 @@ def test_a_run_that_may_not_be_read_is_named(
     code = main([str(tiny_run), str(tmp_path / "out")])
     (tiny_run / path).chmod(normal)
     assert str(tiny_run / path) in refused(code)
+
+
+def test_a_dry_run_shows_every_file_and_a_card_filled_from_the_record(
+    trained: TrainedModel, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "model"
+    assert main([str(tiny_run), str(directory), "--hub=me/tiny", "--dry-run", "--licence=cc0-1.0"]) == 0
+    shown = capsys.readouterr().out
+    for file in directory.iterdir():
+        assert f"{file.stat().st_size:>14,}  {file.name}\n" in shown
+    assert trained.run is not None
+    environment = trained.run.environment
+    loss = json.loads((tiny_run / "summary.json").read_text())["final_val_loss"]
+    for row in (
+        "license: cc0-1.0",
+        f"| data | text ({environment['data_manifest_sha256'][:12]}) |",
+        "| batch | 4 sequences of 32 tokens |",
+        f"| optimizer | {trained.config.optimizer.name} |",
+        f"| validation loss | {loss:.4f} nats per token",
+        f"| code | commit {environment['git']['commit']} |",
+    ):
+        assert row in shown
+
+
+def test_an_export_is_uploaded_whole_to_the_repository_that_was_named(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    sent: list[object] = []
+
+    class Hub:
+        def create_repo(self, name: str, **options: object) -> object:
+            sent.append((name, options))
+            return type("Repository", (str,), {"repo_id": name})(f"https://hub/{name}")
+
+        def upload_folder(self, **options: object) -> None:
+            sent.append(options)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert exporting.upload(exported, "me/tiny", private=True) == "https://hub/me/tiny"
+    assert sent == [
+        ("me/tiny", {"private": True, "exist_ok": True}),
+        {"folder_path": exported, "repo_id": "me/tiny", "commit_message": "step 3"},
+    ]
+
+
+def test_a_hub_that_cannot_be_used_is_one_line(
+    tiny_run: Path, exported: Path, tmp_path: Path, refused: Callable[[int], str]
+) -> None:
+    assert "--hub a/b/c: not a repository's name" in refused(main([str(tiny_run), str(tmp_path / "x"), "--hub=a/b/c"]))
+    assert "no effect without --hub" in refused(main([str(tiny_run), str(tmp_path / "x"), "--dry-run"]))
+    with pytest.raises(ConfigurationError, match="--hub me/tiny: not uploaded"):
+        exporting.upload(exported, "me/tiny", private=False)
+
+
+def test_a_run_exports_at_the_chosen_steps_and_keeps_an_interrupted_export_for_its_resumption(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    chosen = ["name=exporting", f"output_dir={tmp_path}", "checkpoint.export_at=[2]", "checkpoint.interval=null"]
+    assert command.main(["--config-path", str(tiny_run), *chosen]) == 0
+    run, export = tmp_path / "exporting", tmp_path / "exporting" / "exports" / "step-00000002"
+    assert (json.loads((export / "training.json").read_text())["step"], loaded(export).config.model_type) == (2, "gpt2")
+    _, weights = from_huggingface(export)
+    for name, parameter in open_trained(run / "checkpoints" / "step-00000002").model.named_parameters():
+        torch.testing.assert_close(weights[name], parameter, atol=0, rtol=0)
+    events = [line for line in RunRecord.open(run).metrics("event") if line["event"] == "export"]
+    assert [(line["step"], line["reason"]) for line in events] == [(2, f"exported {export}")]
+
+    shutil.rmtree(export)
+    reported: list[str] = []
+    exports = Exports(run, [2], Path("tokens"), lambda line, step: reported.append(line))
+    exports.start()
+    exports.finish(lambda: True)
+    assert (list((run / "exports").iterdir()), exports.unfinished, reported) == ([], {2}, [])

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from models.flops import forward_backward_flops
 from planning.plan import planned_shape
 from scripts.plan import main
 from training.compose import compose
@@ -45,7 +44,7 @@ def test_the_plan_of_a_sharded_run_stands_in_tables_and_in_json(tmp_path: Path) 
     assert written["config"]["train"]["global_batch_size"] == 512
     assert "cluster" not in written["config"]
     shape = planned_shape(compose(["model=gpt2_small"]))
-    assert written["training_flops_per_step"] == forward_backward_flops(shape, 512 * 1024, 1024)
+    assert written["training_flops_per_step"] == shape.flops(1024).forward_backward(512 * 1024)
 
 
 @pytest.mark.parametrize(

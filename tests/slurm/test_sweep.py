@@ -21,8 +21,8 @@ from training.exits import EXIT_HELD
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).resolve().parents[2]
-# Steps, of a second at least in a sweep. SLURM announces the end of two minutes after 50 to 80 s: 40 s ahead, and up to
-# 30 s earlier, which is how often it looks. By then the ranks have started, and the long trial is in the middle.
+# Steps, of a second at least in a sweep until it resumes. SLURM announces the end of two minutes after 50 to 80 s: 40 s ahead,
+# and up to 30 s earlier, which is how often it looks. By then the ranks have started, and the long trial is in the middle.
 SHORT, LONG = 2, 90
 
 
@@ -122,7 +122,7 @@ def assert_resumed(directory: Path) -> None:
 def test_the_sbatch_script_requeues_its_run_at_the_time_limit(tmp_path: Path, slurm: None) -> None:
     corpus = prepare_corpus(tmp_path)
     limits = ["--nodes=1", "--gpus-per-node=0", "--time=2", "--signal=B:USR1@40", f"--output={tmp_path}/log"]
-    script = str(ROOT / "scripts" / "multinode" / "slurm.sbatch")
+    script = str(ROOT / "scripts" / "cluster" / "slurm.sbatch")
     steps = 10000  # more than fit into the first minute
     command = ["sbatch", "--parsable", *limits, script, *overrides(tmp_path, corpus), f"train.steps={steps}"]
     submitted = run(command, RANKS="2", PYTHON=sys.executable)

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from scripts.study import main
 from studies.expansion import expected_trials
 from studies.spec import load_spec
 
@@ -34,7 +35,7 @@ def tiny(directory: Path) -> Path:
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_study_resumes_and_writes_its_report(tmp_path: Path) -> None:
+def test_a_killed_study_resumes_and_writes_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = tiny(tmp_path)
     command = [sys.executable, "scripts/study.py", "run", f"study={study}"]
     command += ["--work", str(tmp_path / "runs"), "--records", str(tmp_path / "results")]
@@ -52,8 +53,7 @@ def test_a_killed_study_resumes_and_writes_its_report(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob(ended)}
     assert len(before) < sum(expected_trials(load_spec(study)).values())
 
-    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr
+    assert main(command[2:]) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was done is not done again"
     trials = pd.read_csv(tmp_path / "results" / "tiny" / "trials.csv")
     assert {path.parent.name for path in before} <= {*trials[trials.status == "completed"].trial}
@@ -69,14 +69,9 @@ def test_a_killed_study_resumes_and_writes_its_report(tmp_path: Path) -> None:
     assert all(len(one["seeds"]) == (1 if one["arm"] == "sophiag_k1" else 2) for one in results["final_losses"])
     assert (tmp_path / "results" / "tiny" / "report.html").stat().st_size > 1e6
 
-    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0
-    assert "0 trials finished" in again.stderr
-
-    command[2] = "verify"
-    verified = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert verified.returncode == 0, verified.stderr
-    assert "2 runs match their records" in verified.stderr
+    capsys.readouterr()
+    assert main(["verify", *command[3:]]) == 0
+    assert "2 runs match their records" in capsys.readouterr().err
     (lines,) = [json.loads((tmp_path / "results" / "tiny" / "verification.json").read_text())]
     assert {(one["arm"], one["steps"]) for one in lines} == {("adamw", 8), ("sophiag", 8)}
     assert all(one["lines"] >= 4 and one["difference"] < 1e-3 for one in lines)

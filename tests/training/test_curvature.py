@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sophia
 from data.batches import Batch
-from models import GPT2, GPT2Config, GPT2Output
+from models import GPT2, GPT2Config, ModelOutput
 from training.config import SophiaConfig
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
@@ -161,7 +161,7 @@ def test_central_differences_move_the_weights_a_thousandth_of_their_norm_along_t
     seen: list[Tensor] = []
     original = made.forward
 
-    def forward(*arguments: Any) -> GPT2Output:
+    def forward(*arguments: Any) -> ModelOutput:
         seen.append(flat(made.weights()) - here)
         return original(*arguments)
 
@@ -324,6 +324,7 @@ def one_forward(
         config=SimpleNamespace(train=train),
         micro_batch_size=micro_batch_size,
         ledger=Ledger(torch.device("cpu")),
+        flops=SHAPE.flops(LENGTH),
         state=SimpleNamespace(step=STEP - 1),
         progress=lambda doing: None,
     )
@@ -372,7 +373,7 @@ def test_a_forward_is_shared_only_where_labels_are_all_that_is_needed(estimator:
 
 def test_a_shared_forward_is_billed_a_backward_through_the_trunk() -> None:
     curvature = CurvaturePass(CONFIG, SEED, BATCH, BATCH, shared_forward=True)
-    own = curvature.flops(SHAPE, LENGTH)
-    shared = curvature.flops(SHAPE, LENGTH, shared_forward=True)
+    own = curvature.flops(SHAPE.flops(LENGTH), LENGTH)
+    shared = curvature.flops(SHAPE.flops(LENGTH), LENGTH, shared_forward=True)
     head = 2 * SHAPE.padded_vocab_size * SHAPE.n_embd * curvature.sequences * LENGTH
     assert shared == (own / 3 - head) * 2

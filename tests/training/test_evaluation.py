@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,15 +14,20 @@ import torch
 
 from data.batches import Batch
 from data.dataset import TokenDataset
+from data.manifest import load_manifest
+from data.tokenizers import TOKENIZER_FILE, load_tokenizer
 from models import GPT2
+from tests.training.runs import prepare_corpus
+from training.architectures import model_shape
+from training.compose import compose
 from training.config import RunConfig
-from training.corpus import open_corpus
+from training.corpus import open_corpus, token_directory_of
 from training.distributed import Distributed
-from training.evaluation import validation_loss
+from training.evaluation import bits_per_byte, validation_loss
 from training.loop import TrainingState, evaluation_due
 from training.records import RunRecord
 from training.reliability.checkpoints import newest_valid
-from training.weights import model_shape
+from training.run import _token_bytes
 
 Train = Callable[..., RunRecord]
 DROPOUT = ["model.dropout=0.4", "train.steps=6", "optimizer=adamw", "optimizer.lr=3e-3"]
@@ -62,6 +69,33 @@ def test_the_validation_loss_is_the_mean_over_the_validation_tokens_without_drop
     assert abs(expected - loss_of_a_plain_model(record, "validation", 992)) > 1e-4
 
 
+def test_bits_per_byte_count_the_bytes_of_the_predicted_text(train: Train) -> None:
+    record = train("bits", "optimizer=adamw", "train.steps=3", "eval.tokens=1000", "eval.micro_batch_size=5")
+    directory, manifest = open_corpus(
+        RunConfig.model_validate(record.config), Distributed(0, 0, 1, torch.device("cpu"))
+    )
+    stream = np.zeros((1, 1001), np.int64)
+    TokenDataset(directory, "validation").read(np.array([0]), stream[:, :-1], stream[:, 1:])
+    text = load_tokenizer(directory).decode_bytes(stream[0, 1:][stream[0, 1:] != manifest.tokenizer.end_of_text])
+    first, last = record.metrics("eval")
+    for line in (first, last):
+        assert line["val_bits_per_byte"] == pytest.approx(line["val_loss"] * 1000 / math.log(2) / len(text), rel=1e-12)
+    assert record.summary is not None
+    assert record.summary["final_val_bits_per_byte"] == last["val_bits_per_byte"]
+
+
+def test_a_run_without_its_tokenizer_has_no_bits_per_byte(tmp_path: Path) -> None:
+    corpus = prepare_corpus(tmp_path)
+    config = compose(corpus)
+    manifest = load_manifest(token_directory_of(config))
+    assert _token_bytes(manifest, token_directory_of(config))[1] is None
+    (token_directory_of(config) / TOKENIZER_FILE).unlink()
+    lengths, reason = _token_bytes(manifest, token_directory_of(config))
+    assert lengths is None
+    assert "cannot be read" in str(reason)
+    assert bits_per_byte(3.0, None) is None
+
+
 def test_evaluation_leaves_the_training_with_dropout_as_it_was(train: Train) -> None:
     often, once = (train(f"every{n}", *DROPOUT, f"eval.interval={n}") for n in (2, 100))
     assert losses(often) == losses(once)
@@ -90,7 +124,7 @@ def test_dropout_is_off_in_an_evaluation_and_on_after_it_however_it_ends(*, inte
     )
     windows = SimpleNamespace(batches=lambda size: iter([Batch(row, row, row[0])]), forwards=lambda size: 1)
     found = validation_loss(cast(Any, strategy), cast(Any, windows), 1, said.append, lambda problem: interrupted)
-    assert found == (None if interrupted else (3.0, 2))
+    assert found == (None if interrupted else (3.0, 2, 0))
     assert modes == ([] if interrupted else [False])
     assert said == ([] if interrupted else ["evaluating, forward 0"])
     assert model.training
@@ -110,7 +144,7 @@ def test_evaluation_is_due_at_the_start_every_interval_and_at_the_end_and_once_a
 
 
 def test_the_best_and_the_final_validation_loss_are_kept_apart(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    series = iter([(5.0, 100), (3.0, 100), (4.0, 100)])
+    series = iter([(5.0, 100, 400), (3.0, 100, 400), (4.0, 100, 400)])
     monkeypatch.setattr("training.loop.validation_loss", lambda *_: next(series))
     record = train("run", "optimizer=adamw", "train.steps=4", "eval.interval=2")
     assert record.summary is not None
@@ -120,7 +154,7 @@ def test_the_best_and_the_final_validation_loss_are_kept_apart(train: Train, mon
 def test_a_validation_loss_of_nan_ends_the_run_and_is_never_the_best(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    series = iter([(5.0, 100), (float("nan"), 100)])
+    series = iter([(5.0, 100, 400), (float("nan"), 100, 400)])
     monkeypatch.setattr("training.loop.validation_loss", lambda *_: next(series))
     record = train("run", "optimizer=adamw", "train.steps=4", "eval.interval=2", expect=3)
     assert record.summary is not None

@@ -364,11 +364,11 @@ def test_the_projects_own_files_may_name_code(here: Path, monkeypatch: pytest.Mo
     (here / "optimizer" / "arm.yaml").write_text("factory: mine:Mine\n")
     values = {"optimizer": {"factory": "mine:Mine"}}
     with pytest.raises(ConfigurationError, match="names code to run"):
-        composing.refuse_foreign_factory(values, [])
+        composing.refuse_foreign_code(values, [])
     monkeypatch.setattr(composing, "CONFIG_DIRECTORY", here)
-    composing._own_factories.cache_clear()
-    composing.refuse_foreign_factory(values, [])
-    composing._own_factories.cache_clear()
+    composing._own_code.cache_clear()
+    composing.refuse_foreign_code(values, [])
+    composing._own_code.cache_clear()
 
 
 def test_a_record_is_rerun_only_if_the_command_line_allows_its_code(

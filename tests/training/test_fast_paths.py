@@ -18,7 +18,7 @@ from training.loop import Reporter
 from training.recording.ledger import CompilationClock
 from training.run import execute
 
-STEPS = 200
+STEPS = 120
 WARM = 10  # steps after which nothing may be compiled any more: two refreshes and an evaluation have been seen
 # A gamma at which a tenth of the coordinates is unclipped, as the paper advises: pure sign descent at a high rate
 # doubles any rounding every few steps.

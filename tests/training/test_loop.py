@@ -15,6 +15,7 @@ import training.loop
 from data.batches import Batches
 from data.dataset import TokenDataset
 from models import GPT2
+from training.architectures import model_shape
 from training.config import RunConfig
 from training.corpus import open_corpus
 from training.distributed import Distributed
@@ -22,7 +23,6 @@ from training.records import RunRecord
 from training.reliability.checkpoints import newest_valid
 from training.strategies.base import StepStatistics
 from training.strategies.ddp import DDP
-from training.weights import model_shape
 
 Train = Callable[..., RunRecord]
 #: Of 12 steps with a warm-up of four, as shares of the peak: linear, then half a cosine from 1 to 0.05.

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 
-def wandb_records(run_directory: Path) -> list[Any]:
+def wandb_records(run_directory: Path, run_id: str = "*") -> list[Any]:
     """The records of a finished offline run, once W&B's service has written the last of them, `exit`."""
-    (path,) = run_directory.glob("wandb/offline-run-*/run-*.wandb")
+    (path,) = run_directory.glob(f"wandb/offline-run-*/run-{run_id}.wandb")
     deadline = time.monotonic() + 60
     records = _parsed(path)
     while not any(record.HasField("exit") for record in records):
@@ -34,11 +34,11 @@ def _parsed(path: Path) -> list[Any]:
     return parsed
 
 
-def wandb_rows(run_directory: Path) -> list[dict[str, Any]]:
+def wandb_rows(run_directory: Path, run_id: str = "*") -> list[dict[str, Any]]:
     """The history rows of an offline run."""
     return [
         {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-        for record in wandb_records(run_directory)
+        for record in wandb_records(run_directory, run_id)
         if record.HasField("history")
     ]
 

@@ -1,23 +1,17 @@
 """The text of --help and --cfg job: every key of a configuration with its value and meaning.
 
-The meaning of a key is the string below it in training/config.py, read from the source because no run needs it.
+The meanings are those of training/config_keys.py.
 """
 
-import ast
-import functools
-import inspect
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
-from training import config
-from training.config import RunConfig
-from training.mistakes import OTHER_COMMANDS, config_groups, group_options, sections_of, shown, tags_of
+from training.config_keys import Key, keys
+from training.mistakes import OTHER_COMMANDS, config_groups, group_options, shown
 from training.records import flatten
 
 USAGE = """\
@@ -32,62 +26,6 @@ Train a GPT-2.
 
 Lists go in quotes: 'optimizer.betas=[0.9,0.95]'."""
 LONGEST_KEY = 36  # characters of key=value; longer ones have their meaning on the next line
-
-
-class Key(NamedTuple):
-    """A configuration key, which all or only some choices of its group have."""
-
-    name: str  # dotted, as on the command line
-    meaning: str
-    default: Any  # PydanticUndefined if the key is required; configs/ may set another value
-    tag: str  # the key that distinguishes the choices, such as optimizer.name; "" if all choices have this key
-    tags: tuple[str, ...]  # the tag's values in the choices that have this key
-
-
-def keys(
-    model: type[BaseModel] = RunConfig, prefix: str = "", tag: str = "", tags: tuple[str, ...] = ()
-) -> Iterator[Key]:
-    """Yield every key of every choice, in the order of training/config.py."""
-    for name, field in model.model_fields.items():
-        sections = sections_of(field.annotation)
-        if not sections:
-            yield Key(prefix + name, meaning(model, name), field.get_default(call_default_factory=True), tag, tags)
-        for section in sections:
-            if field.discriminator is None:
-                yield from keys(section, f"{prefix}{name}.", tag, tags)
-            else:
-                told_by = f"{prefix}{name}.{field.discriminator}"
-                yield from keys(section, f"{prefix}{name}.", told_by, tags_of(section))
-
-
-def meaning(model: type[BaseModel], key: str) -> str:
-    """Return the string below a key of a section.
-
-    Raises:
-        KeyError: the key has none.
-    """
-    for owner in model.__mro__:
-        if key in inspect.get_annotations(owner):
-            return _lines()[owner.__name__, key]
-    raise KeyError(key)
-
-
-@functools.cache
-def _lines() -> dict[tuple[str, str], str]:
-    """Map (class, key) to the string that follows the key in the source."""
-    found: dict[tuple[str, str], str] = {}
-    for node in ast.parse(Path(config.__file__).read_text(encoding="utf-8")).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for key, line in zip(node.body, node.body[1:], strict=False):
-            if (
-                isinstance(key, ast.AnnAssign)
-                and isinstance(key.target, ast.Name)
-                and isinstance(line, ast.Expr)
-                and isinstance(line.value, ast.Constant)
-            ):
-                found[node.name, key.target.id] = str(line.value.value)
-    return found
 
 
 def of_this_run(values: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, str]], dict[str, str]]:

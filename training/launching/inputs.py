@@ -13,15 +13,19 @@ from training.records import CONFIG_FILE
 
 
 def refuse_absent_inputs(config: RunConfig) -> None:
-    """Refuse a run whose optimizer, checkpoint, weights or tokens do not exist, unless the run may have started before.
+    """Refuse a run whose optimizer, model, checkpoint, weights or tokens do not exist, unless it may have started before.
 
-    Raises ConfigurationError for `optimizer.factory` and the paths in `resume` and `model.init_from`, DataError for the
-    corpus or its tokens.
+    Raises ConfigurationError for `optimizer.factory`, `model.architecture` and the paths in `resume` and `model.init_from`,
+    DataError for the corpus or its tokens.
     """
     if isinstance(config.optimizer, ExternalConfig):
-        from training.external import load  # imports torch
+        from training import external  # imports torch
 
-        load(config.optimizer)
+        external.load(config.optimizer)
+    if not config.model.is_gpt2:
+        from training import architectures
+
+        architectures.load(config.model)
     if _may_have_started(config):
         return
     if config.resume not in ("auto", "never") and not os.path.exists(config.resume):

@@ -1,4 +1,4 @@
-"""Start a run in this process, in ranks on this machine (torch's elastic launch), or as a task of a SLURM job.
+"""Start a run in this process, in ranks on this machine and others (torch's elastic launch), or as a task of a SLURM job.
 
 The configuration is composed and validated once, in the parent; the ranks receive plain values.
 """
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -26,6 +27,9 @@ from training.reliability.signals import handled_signals, say
 NOT_STARTED = -1  # not an exit code: the rank has not started the run
 #: Ranks that were asked to stop may take this long to save a checkpoint; then they are killed.
 SAVING_SECONDS = 300
+#: Nodes of one run may start this far apart.
+JOINING_SECONDS = 600
+PORT = 29500
 #: A preempted task waits this long for SLURM to end it; then it exits.
 REQUEUE_SECONDS = 120
 
@@ -38,7 +42,7 @@ def start(config: RunConfig) -> int:
         from training.launching.inputs import refuse_absent_inputs  # imports numpy
 
         refuse_absent_inputs(config)
-        if config.launcher.nproc_per_node > 1:
+        if config.launcher.nproc_per_node > 1 or getattr(config.launcher, "nodes", 1) > 1:
             return start_ranks(config)
     from training.run import execute
 
@@ -69,33 +73,38 @@ def refuse_absent_slurm(launcher: Mapping[str, Any]) -> None:
 def start_ranks(config: RunConfig) -> int:
     """Start `launcher.nproc_per_node` ranks of the run on this machine and wait. Returns the exit code of the run.
 
-    If a rank dies, the others are stopped; with `launcher.max_restarts` all restart from the last checkpoint. A stop
-    signal is passed on, and the ranks have `SAVING_SECONDS` to save.
+    With `launcher.nodes`, the ranks meet those of the other nodes at `launcher.head`, and the code is this node's. If a rank
+    dies, the others are stopped; with `launcher.max_restarts` all restart from the last checkpoint. A stop signal is passed
+    on, the ranks of all nodes agree on it, and have `SAVING_SECONDS` to save.
 
     Raises ConfigurationError if this process may not open enough files.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    ranks = config.launcher.nproc_per_node
+    ranks, nodes = config.launcher.nproc_per_node, getattr(config.launcher, "nodes", 1)
+    head = str(getattr(config.launcher, "head", None)) if nodes > 1 else "localhost:0"
     if failure := descriptors_failure(ranks):
         raise ConfigurationError(f"launcher.nproc_per_node={ranks}: {failure}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=nodes,
+        max_nodes=nodes,
         nproc_per_node=ranks,
         run_id=config.run_name,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=head if ":" in head else f"{head}:{PORT}",
+        rdzv_configs={"read_timeout": JOINING_SECONDS, "join_timeout": JOINING_SECONDS} if nodes > 1 else {},
         max_restarts=getattr(config.launcher, "max_restarts", 0),
         monitor_interval=0.5,
         start_method="spawn",
         signals_to_handle="",  # our handlers are installed earlier than torch's and cover SIGHUP
         shutdown_timeout=SAVING_SECONDS,
     )
+    shield_resource_tracker()
     # torch does not report how signalled ranks end.
     codes = multiprocessing.get_context("spawn").Array("i", [NOT_STARTED] * ranks, lock=False)
 
@@ -116,11 +125,25 @@ def start_ranks(config: RunConfig) -> int:
         return EXIT_FAILED
     except SignalException as error:
         return code_of_stopped_ranks(error.sigval, list(codes))
+    except RendezvousError as error:
+        say(f"error: the {nodes} nodes did not meet at launcher.head={head}: {' '.join(str(error).split())}")
+        return EXIT_FAILED
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return max(results.values(), default=0)
+
+
+def shield_resource_tracker() -> None:
+    """Start multiprocessing's helper process with stop signals blocked.
+
+    srun sends a signal to all processes of a step. The helper handles only SIGINT and SIGTERM, and its death would cost a
+    traceback for each of its resources.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals())
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def code_of_stopped_ranks(signalled: signal.Signals, codes: Sequence[int]) -> int:

@@ -50,6 +50,11 @@ def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
             "-m under torchrun: every rank would run the whole sweep; use launcher.nproc_per_node=N instead"
         )
     configs = check_trials(trials(overrides, primary), primary)
+    if any(config.launcher.name == "local" and getattr(config.launcher, "head", None) for config in configs):
+        raise ConfigurationError(
+            "launcher.head does not work with -m, which would run the sweep on every node; start one run at a time, or "
+            "choose launcher=slurm"
+        )
     overrides = hydra_overrides(primary, overrides)
     hydra = start_hydra(primary)
     try:

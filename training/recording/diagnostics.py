@@ -3,26 +3,25 @@
 All of them are sums over elements and additive over shards: one reduction per refresh.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from models import parameter_kind
 from sophia.diagnostics import DECADES, curvature_summary, curvature_sums
 from training.strategies.base import Strategy
-
-KINDS = ("embedding", "attention", "mlp", "norm")
 
 
 def curvature_sums_by_kind(strategy: Strategy) -> Tensor:
     """(kinds, sums) float64 on the device: `curvature_sums` of each kind of parameter, over all ranks."""
     sharded = strategy.shards_optimizer_state
-    sums = torch.zeros(len(KINDS), 4 + len(DECADES) + 1, dtype=torch.float64, device=strategy.device)
+    model = strategy.model
+    sums = torch.zeros(len(model.kinds), 4 + len(DECADES) + 1, dtype=torch.float64, device=strategy.device)
     for name, hessian, momentum in strategy.curvature_state():
         sharded |= isinstance(hessian, DTensor)
-        sums[KINDS.index(parameter_kind(name))] += curvature_sums(hessian, momentum)
+        sums[model.kinds.index(model.parameter_kind(name))] += curvature_sums(hessian, momentum)
     if sharded:
         strategy.distributed.all_reduce(sums)
     return sums
@@ -30,6 +29,7 @@ def curvature_sums_by_kind(strategy: Strategy) -> Tensor:
 
 def describe_curvature(
     sums: Tensor,  # (kinds, sums) float64 on the CPU
+    kinds: Sequence[str],
 ) -> dict[str, Any]:
     """Return norms of h and m, share of positive entries and decade histogram of h, in total and by kind of parameter.
 
@@ -37,5 +37,5 @@ def describe_curvature(
     """
     if not sums[:, 0].any():
         return {}
-    by_kind = {kind: curvature_summary(row) for kind, row in zip(KINDS, sums, strict=True) if row[0]}
+    by_kind = {kind: curvature_summary(row) for kind, row in zip(kinds, sums, strict=True) if row[0]}
     return {**curvature_summary(sums.sum(dim=0)), "decades": list(DECADES), "by_kind": by_kind}

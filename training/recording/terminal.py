@@ -106,7 +106,9 @@ class Display:
     def evaluation(self, line: Mapping[str, Any]) -> None:
         value = line["val_loss"]
         self._validation = f"val {value:.4f}" if value is not None else "val not finite"
-        self.message(f"step {line['step']}/{self._steps}  {self._validation}")
+        bits = line.get("val_bits_per_byte")
+        suffix = "" if bits is None else f" ({bits:.4f} bits per byte)"
+        self.message(f"step {line['step']}/{self._steps}  {self._validation}{suffix}")
 
     def close(self) -> None:
         try:

@@ -12,10 +12,12 @@ import queue
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from training.config import RunConfig
+from training.config import RunConfig, TrackerConfig
+from training.records import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, SUMMARY_FILE
 from training.secrets import redacted
 
 AXES = ("step", "tokens", "flops", "seconds")
@@ -27,6 +29,7 @@ MOST_WAITING = 10_000
 INIT_SECONDS = 30.0
 # How long a run waits at its end for what is still to be sent; a preempted run must exit soon.
 FINISH_SECONDS, PREEMPTED_SECONDS = 60.0, 5.0
+ARTIFACT_SECONDS = 3600.0  # instead of FINISH_SECONDS, for a checkpoint of gigabytes
 
 
 class Tracker(ABC):
@@ -49,10 +52,14 @@ class BackgroundTracker(Tracker):
         build: creates the tracker, in the thread.
         name: for the warning.
         warn: called once, with one line that says why the tracker was dropped.
+        patience: seconds that `finish` waits; by default FINISH_SECONDS.
     """
 
-    def __init__(self, build: Callable[[], Tracker], name: str, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, build: Callable[[], Tracker], name: str, warn: Callable[[str], None], patience: float | None = None
+    ) -> None:
         self._build = build
+        self._patience = patience
         self._name = name
         self._warn = warn
         self._waiting: queue.Queue[tuple[str, Mapping[str, Any]]] = queue.Queue(MOST_WAITING)
@@ -77,7 +84,7 @@ class BackgroundTracker(Tracker):
         except queue.Full:
             self._give_up(f"is {MOST_WAITING} lines behind")
             return
-        seconds = PREEMPTED_SECONDS if summary["status"] == "preempted" else FINISH_SECONDS
+        seconds = PREEMPTED_SECONDS if summary["status"] == "preempted" else self._patience or FINISH_SECONDS
         self._thread.join(seconds)
         if self._thread.is_alive():
             self._give_up(f"has not finished after {seconds:.0f} s")
@@ -118,69 +125,99 @@ def scalars(line: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def published_losses(config: RunConfig) -> dict[str, float]:
-    """Return the final losses published for the run's model and corpus, by mirrored name (`reference/paper/adamw`).
+def published_losses(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the final losses published for a configuration's model and corpus, by mirrored name (`reference/paper/adamw`).
 
     results/reference.json has losses of our models on OpenWebText with GPT-2's tokenizer only. Empty for any other corpus
     or model, and in an installation without that file.
     """
-    if (config.data.name, config.tokenizer.name) != ("openwebtext", "gpt2") or not REFERENCE_FILE.is_file():
+    if (values["data"]["name"], values["tokenizer"]["name"]) != ("openwebtext", "gpt2") or not REFERENCE_FILE.is_file():
         return {}
     published = json.loads(REFERENCE_FILE.read_text(encoding="utf-8"))["final_losses"]
     return {
         f"reference/{one['source'].replace(' ', '_')}/{one['arm']}": one["loss"]
         for one in published
-        if one["model"] == config.model.name
+        if one["model"] == values["model"]["name"]
     }
 
 
-def wandb_config(config: RunConfig) -> dict[str, Any]:
-    """Return the configuration as in the record, with each beta of the optimizer also as a number.
+@dataclass(frozen=True)
+class WandbRun:
+    """How W&B shows a run. Runs of the same identity are one W&B run, which a second start continues."""
 
-    Parallel-coordinates panels take numbers, not lists.
-    """
-    values = config.model_dump(mode="json")
-    for place, beta in enumerate(values["optimizer"].get("betas") or (), start=1):
-        values["optimizer"][f"beta{place}"] = beta
-    return values
+    name: str
+    identity: str
+    group: str
+    job_type: str
+    tags: tuple[str, ...]
+    config: Mapping[str, Any]  # of a record; anything else besides
+
+    @classmethod
+    def of(cls, config: RunConfig, environment: Mapping[str, Any]) -> Self:
+        return cls(
+            name=config.run_name,
+            identity=f"{config.run_name}/{config.identity_hash()}/{environment['initial_weights_sha256']}",
+            group=config.tracker.group or f"{config.model.name}-{config.data.name}",
+            job_type=config.optimizer.label,
+            tags=(config.optimizer.label, config.model.name, *config.tracker.tags),
+            config=config.model_dump(mode="json"),
+        )
+
+    @property
+    def id(self) -> str:
+        return hashlib.sha256(self.identity.encode()).hexdigest()[:16]
+
+    @property
+    def shown_config(self) -> dict[str, Any]:
+        """The configuration with each beta of the optimizer also as a number: parallel coordinates take no lists."""
+        values = dict(self.config)
+        if optimizer := values.get("optimizer"):
+            betas = enumerate(optimizer.get("betas") or (), start=1)
+            values["optimizer"] = {**optimizer, **{f"beta{place}": beta for place, beta in betas}}
+        return values
 
 
 class WandbTracker(Tracker):
     """Weights & Biases: online with a key, offline without one.
 
-    Group `<model>-<data>`, job type the optimizer. Each row has step, tokens, flops and seconds, so any of them can be the
-    x axis; `tokens` is the default. The W&B id is derived from the run, so that a resumed run continues its curve; in a
-    sweep the agent assigns it. Rows of evaluations also have published losses, as flat lines.
+    Each row has step, tokens, flops and seconds, so any of them can be the x axis; `tokens` is the default. The W&B id is
+    derived from the run's identity; in a sweep the agent assigns it. Rows of evaluations also have published losses, as flat
+    lines.
+
+    Args:
+        directory: holds W&B's files, in wandb/.
+        warn: called with a line if W&B cannot be reached.
+        record: the run directory to upload as an artifact when a run has completed; None for none.
     """
 
     def __init__(
-        self, config: RunConfig, directory: Path, environment: Mapping[str, Any], warn: Callable[[str], None]
+        self,
+        run: WandbRun,
+        settings: TrackerConfig,
+        directory: Path,
+        warn: Callable[[str], None],
+        record: Path | None = None,
     ) -> None:
         import wandb
 
-        identity = f"{config.run_name}/{config.identity_hash()}/{environment['initial_weights_sha256']}"
+        self._record = record
         chosen = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         # A sweep's agent passes project and id in the environment.
         own: dict[str, Any] = {}
         if not os.environ.get("WANDB_SWEEP_ID"):
-            own = {
-                "project": config.tracker.project,
-                "entity": config.tracker.entity,
-                "id": hashlib.sha256(identity.encode()).hexdigest()[:16],
-                "resume": "allow",
-            }
-        self._published = published_losses(config)
+            own = {"project": settings.project, "entity": settings.entity, "id": run.id, "resume": "allow"}
+        self._published = published_losses(run.config) if "data" in run.config else {}
 
         def start(mode: str) -> Any:
             return wandb.init(
                 **own,
-                group=config.tracker.group or f"{config.model.name}-{config.data.name}",
-                job_type=config.optimizer.label,
-                tags=[config.optimizer.label, config.model.name, *config.tracker.tags],
-                name=config.run_name,
+                group=run.group,
+                job_type=run.job_type,
+                tags=list(run.tags),
+                name=run.name,
                 mode=mode,  # type: ignore[arg-type]
                 dir=str(directory),
-                config=wandb_config(config),
+                config=run.shown_config,
                 settings=wandb.Settings(console="off", init_timeout=INIT_SECONDS),
             )
 
@@ -201,20 +238,48 @@ class WandbTracker(Tracker):
             self._run.define_metric(f"{prefix}/*", step_metric="tokens")
         self._run.define_metric("val/loss", step_metric="tokens", summary="min")
 
-    def log(self, line: Mapping[str, Any]) -> None:
-        if line["kind"] == "event":
+    @property
+    def destination(self) -> tuple[str, str] | None:
+        """Entity and project of an online run; None offline."""
+        return None if self._run.offline else (self._run.entity, self._run.project)
+
+    def log(self, line: Mapping[str, Any], row: int | None = None) -> None:
+        """Log a line. With `row`, its number in the run, a row that W&B already has is not logged again."""
+        if line["kind"] == "event" or (row is not None and row < self._run.starting_step):
             return
         published = self._published if line["kind"] == "eval" else {}
-        self._run.log({axis: line[axis] for axis in AXES if axis in line} | scalars(line) | published)
+        self._run.log({axis: line[axis] for axis in AXES if axis in line} | scalars(line) | published, step=row)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         for key, value in summary.items():
             if isinstance(value, (int, float, str)):
                 self._run.summary[key] = value
+        if self._record is not None and summary["status"] == "completed":
+            self._log_artifact(self._record, summary)
         self._run.finish(exit_code=0 if summary["status"] == "completed" else 1)
+
+    def _log_artifact(self, record: Path, summary: Mapping[str, Any]) -> None:
+        """Upload the record and its last checkpoint, laid out as a run directory, which every command of ours takes."""
+        import wandb
+
+        numbers = {key: value for key, value in summary.items() if isinstance(value, (int, float, str))}
+        artifact = wandb.Artifact(f"run-{self._run.id}", type="model", metadata=numbers)
+        for name in (CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, SUMMARY_FILE):
+            artifact.add_file(str(record / name), name=name, policy="immutable")
+        checkpoint = f"checkpoints/step-{summary['steps']:08d}"
+        artifact.add_dir(str(record / checkpoint), name=checkpoint, policy="immutable")
+        self._run.log_artifact(artifact, aliases=["latest", f"step-{summary['steps']}"])
 
     def abandon(self) -> None:
         _end_service()
+
+
+def report_url(entity: str, project: str, title: str) -> str | None:
+    """Return the address of a project's W&B report by its title; None if there is none."""
+    import wandb
+
+    found = (report.url for report in wandb.Api().reports(f"{entity}/{project}") if report.display_name == title)
+    return next(found, None)
 
 
 def _end_service() -> None:
@@ -265,7 +330,12 @@ def build_tracker(
     """Build the configured tracker; None for tracker=none. A tracker that cannot start is a warning."""
     match config.tracker.name:
         case "wandb":
-            return BackgroundTracker(lambda: WandbTracker(config, directory, environment, warn), "wandb", warn)
+            settings = config.tracker
+            record, patience = (directory, ARTIFACT_SECONDS) if settings.artifacts else (None, None)
+            run = WandbRun.of(config, environment)
+            return BackgroundTracker(
+                lambda: WandbTracker(run, settings, directory, warn, record), "wandb", warn, patience
+            )
         case "tensorboard":
             return BackgroundTracker(lambda: TensorBoardTracker(directory), "tensorboard", warn)
     return None

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -431,17 +431,21 @@ def _to_delete(path: Path) -> Path:
     return path.with_name(f".{path.name}.discarded")
 
 
-def prune(root: Path, keep: int, keep_every: int | None = None, *, keep_best: bool = False) -> None:
+def prune(
+    root: Path, keep: int, keep_every: int | None = None, *, keep_best: bool = False, needed: Collection[int] = ()
+) -> None:
     """Delete checkpoints that need not be kept, and the leftovers of unfinished saves and deletions.
 
     Keeps the newest, even if damaged; the newest that opens; the newest `keep` good ones (the step before the save was not
-    skipped); those at multiples of `keep_every`; and with `keep_best` the one with the lowest validation loss. A damaged
-    checkpoint never displaces a sound one: `keep` counts only those whose files exist with the right sizes.
+    skipped); those at multiples of `keep_every` and at the steps `needed`; and with `keep_best` the one with the lowest
+    validation loss. A damaged checkpoint never displaces a sound one: `keep` counts only those whose files exist with the
+    right sizes.
     """
     for leftover in (*root.glob(".step-*.partial"), *root.glob(".step-*.discarded")):
         shutil.rmtree(leftover, ignore_errors=True)
     found = available(root)
     passing = [path for path in found if keep_every is None or step_of(path) % keep_every]
+    passing = [path for path in passing if step_of(path) not in needed]
     states: dict[Path, RunState] = {}  # of the sound ones
     for path in passing:
         with contextlib.suppress(CheckpointError):

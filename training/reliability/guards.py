@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from models import GPT2
 from training.strategies.base import Strategy
 from training.strategies.state import state_tensors
 
@@ -68,14 +67,12 @@ class RanksDiffer(RuntimeError):
 
 def replicated_tensors(strategy: Strategy) -> Iterator[tuple[str, Tensor]]:
     """Yield what every rank holds in full, by name: weights, and optimizer state unless it is sharded."""
-    with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in GPT2(strategy.model.config).named_parameters()}
     parameters = strategy.parameters()
     if not strategy.shards_optimizer_state:
         yield from state_tensors(parameters, strategy.optimizers)
         return
     for name, parameter in parameters.items():
-        if not isinstance(parameter, DTensor) and parameter.shape == shapes[name]:
+        if not isinstance(parameter, DTensor) and parameter.numel() > 0:  # ZeRO 3 leaves sharded parameters empty
             yield f"model.{name}", parameter.detach()
 
 

@@ -32,6 +32,7 @@ _HIDDEN: dict[str, str | None] = {r"\.lock|\.replaced|\.discarded-\w+|\..+\.part
 OWN_NAMES: dict[str, str | None] = {
     r"config\.yaml|environment\.json|summary\.json|metrics(\.cut-\d+)?\.jsonl": None,
     "checkpoints": r"(superseded-)?step-\d{8,}|\.step-\d{8,}\.(partial|discarded)",
+    "exports": r"step-\d{8,}|\.step-\d{8,}\.\d+\.(partial|replaced)",
     "stacks": r"rank-\d{5}\.txt",
     "profile": r"trace\.json|table\.txt|\..+\.partial",
     "tensorboard|wandb": None,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from models import GPT2, GPT2Output
+from models import LanguageModel, ModelOutput
 from sophia.random import normals_like
 from training.distributed import Distributed
 from training.external import has_evaluation_mode
@@ -104,7 +104,7 @@ class Strategy(ABC):
         compile_model: compile the model in place.
     """
 
-    model: GPT2
+    model: LanguageModel
     optimizers: list[Optimizer]
 
     def __init__(self, distributed: Distributed, *, bf16: bool, compile_model: bool) -> None:
@@ -117,7 +117,7 @@ class Strategy(ABC):
     @abstractmethod
     def prepare(
         self,
-        model: GPT2,  # on the meta device
+        model: LanguageModel,  # on the meta device
         weights: InitialWeights,
         build_optimizers: Callable[[Mapping[str, Tensor]], list[Optimizer]],
     ) -> None:
@@ -127,7 +127,7 @@ class Strategy(ABC):
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
 
     @abstractmethod
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> GPT2Output:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> ModelOutput:
         """Return the model's losses, in the run's precision, through the engine's hooks."""
 
     @abstractmethod
@@ -298,7 +298,7 @@ class KeepsGraphs(Strategy):
     @abstractmethod
     def forward_locally(
         self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None
-    ) -> GPT2Output:
+    ) -> ModelOutput:
         """`forward` without the engine's hooks: gradients stay on this rank until `reduce_gradients`."""
 
     @abstractmethod

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from models import GPT2, GPT2Output
+from models import LanguageModel, ModelOutput
 from training.strategies.base import KeepsGraphs, NumberPiece, Piece, PieceReader, StepStatistics
 from training.strategies.communication import ddp_traffic
 from training.strategies.gradients import clip_and_step, unclipped, update_hessian
@@ -25,7 +25,7 @@ class DDP(KeepsGraphs):
 
     def prepare(
         self,
-        model: GPT2,
+        model: LanguageModel,
         weights: InitialWeights,
         build_optimizers: Callable[[Mapping[str, Tensor]], list[Optimizer]],
     ) -> None:
@@ -41,7 +41,7 @@ class DDP(KeepsGraphs):
                 self.model, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> GPT2Output:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> ModelOutput:
         # Without gradients there is nothing to reduce: evaluation goes past the wrapper.
         module = self._wrapped if torch.is_grad_enabled() else self.model
         with self.autocast():
@@ -58,7 +58,7 @@ class DDP(KeepsGraphs):
 
     def forward_locally(
         self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None
-    ) -> GPT2Output:
+    ) -> ModelOutput:
         # DDP's hooks do not run in a backward unless a forward of the wrapper has armed them.
         with self.autocast():
             return self.model(tokens, targets, uniforms)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from models import GPT2, GPT2Output
+from models import LanguageModel, ModelOutput
 from sophia.random import normals
 from training.config import DeepSpeedConfig
 from training.distributed import Distributed
@@ -124,7 +124,7 @@ class DeepSpeed(Strategy):
 
     def prepare(
         self,
-        model: GPT2,
+        model: LanguageModel,
         weights: InitialWeights,
         build_optimizers: Callable[[Mapping[str, Tensor]], list[Optimizer]],
     ) -> None:
@@ -132,6 +132,7 @@ class DeepSpeed(Strategy):
 
         self.distributed.ensure_group()
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._width = model.output_weight.size(1)
         optimizer = self._build_optimizer(build_optimizers)
         self._materialize(model, weights)
         for group in optimizer.param_groups:
@@ -139,7 +140,7 @@ class DeepSpeed(Strategy):
         self._set_up_forward(model)
         self._client = EngineOptimizer(optimizer)
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self._client, config=self._engine_configuration(model)
+            model=model, optimizer=self._client, config=self._engine_configuration()
         )
         self.model = model
         self.optimizers = [optimizer]
@@ -155,7 +156,7 @@ class DeepSpeed(Strategy):
         (optimizer,) = build_optimizers(stand_ins)
         return optimizer
 
-    def _materialize(self, model: GPT2, weights: InitialWeights) -> None:
+    def _materialize(self, model: LanguageModel, weights: InitialWeights) -> None:
         """Put the weights into the model, at stage 3 one tensor at a time, so that no rank ever holds the whole model."""
         import deepspeed
 
@@ -165,15 +166,17 @@ class DeepSpeed(Strategy):
             owner = model.get_submodule(owner_name)
             owner.register_parameter(leaf, nn.Parameter(whole.to(self.device, dtype)))
             if self._config.zero_stage == 3 and not any(p.is_meta for p in owner.parameters(recurse=False)):
-                deepspeed.zero.Init(module=owner, config_dict_or_path=self._engine_configuration(model), dtype=dtype)
+                deepspeed.zero.Init(module=owner, config_dict_or_path=self._engine_configuration(), dtype=dtype)
 
-    def _set_up_forward(self, model: GPT2) -> None:
+    def _set_up_forward(self, model: LanguageModel) -> None:
         """Enable autocast inside the engine, which disables an outer one, and register the head's use of the embedding."""
         import deepspeed
 
         forward = model.forward
 
-        def under_autocast(tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> GPT2Output:
+        def under_autocast(
+            tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None
+        ) -> ModelOutput:
             with self.autocast():
                 return forward(tokens, targets, uniforms)
 
@@ -187,13 +190,13 @@ class DeepSpeed(Strategy):
                 model.compile()
         model.forward = under_autocast  # type: ignore[method-assign]
         if self._config.zero_stage == 3:
-            deepspeed.zero.register_external_parameter(model, model.token_embedding.weight)
+            deepspeed.zero.register_external_parameter(model, model.output_weight)
 
-    def _engine_configuration(self, model: GPT2) -> dict[str, Any]:
+    def _engine_configuration(self) -> dict[str, Any]:
         zero: dict[str, Any] = {
             "stage": self._config.zero_stage,
             "memory_efficient_linear": False,  # it would replace torch.nn.functional.linear for the whole process
-            "stage3_param_persistence_threshold": 10 * model.config.n_embd,  # norms and biases stay gathered
+            "stage3_param_persistence_threshold": 10 * self._width,  # norms and biases stay gathered
         }
         if self._config.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
@@ -211,8 +214,8 @@ class DeepSpeed(Strategy):
             "steps_per_print": None,
         }
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> GPT2Output:
-        output: GPT2Output = self._engine(tokens, targets, uniforms)
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> ModelOutput:
+        output: ModelOutput = self._engine(tokens, targets, uniforms)
         return output
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
@@ -449,7 +452,7 @@ class DeepSpeed(Strategy):
 
 
 def _layout(
-    engine: Any, model: GPT2, shapes: Mapping[str, tuple[int, ...]], distributed: Distributed
+    engine: Any, model: LanguageModel, shapes: Mapping[str, tuple[int, ...]], distributed: Distributed
 ) -> tuple[list[Tensor], dict[str, Fragment]]:
     """Return the engine's flat float32 partitions on this rank, and each parameter's fragment."""
     parameters: dict[str, Any] = dict(model.named_parameters())  # with attributes set by the engine

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from models import GPT2, GPT2Output
+from models import LanguageModel, ModelOutput
 from training.config import FSDPConfig
 from training.distributed import Distributed
 from training.strategies.base import NumberPiece, Piece, PieceReader, StepStatistics, Strategy
@@ -54,7 +54,7 @@ class FSDP(Strategy):
 
     def prepare(
         self,
-        model: GPT2,
+        model: LanguageModel,
         weights: InitialWeights,
         build_optimizers: Callable[[Mapping[str, Tensor]], list[Optimizer]],
     ) -> None:
@@ -89,9 +89,9 @@ class FSDP(Strategy):
         self._parameters = dict(self.model.named_parameters())
         self.optimizers = build_optimizers(self._parameters)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> GPT2Output:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> ModelOutput:
         with self.autocast():
-            output: GPT2Output = self.model(tokens, targets, uniforms)
+            output: ModelOutput = self.model(tokens, targets, uniforms)
         if not torch.is_grad_enabled():
             self._sharded.reshard()  # no backward will release the root's gathered weights
         return output

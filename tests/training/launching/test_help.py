@@ -7,9 +7,10 @@ import yaml
 
 from training.compose import compose_dictionary
 from training.config import RunConfig
+from training.config_keys import keys, sections_of
 from training.launching import command
-from training.launching.help import annotated, help_text, keys
-from training.mistakes import config_groups, group_options, known_keys, sections_of
+from training.launching.help import annotated, help_text
+from training.mistakes import config_groups, group_options, known_keys
 
 
 def leaves() -> set[str]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models import LanguageModel
 from training.recording.diagnostics import curvature_sums_by_kind, describe_curvature
 
 STATE = {  # name -> h, m
@@ -22,6 +23,7 @@ class Strategy:
     """A strategy that holds STATE; another rank holds the same, as its shards or as its copy."""
 
     device = torch.device("cpu")
+    model = LanguageModel(vocab_size=2, block_size=2)
 
     def __init__(self, *, shards_optimizer_state: bool) -> None:
         self.shards_optimizer_state = shards_optimizer_state
@@ -32,7 +34,8 @@ class Strategy:
 
 
 def described(*, sharded: bool) -> dict[str, Any]:
-    return describe_curvature(curvature_sums_by_kind(Strategy(shards_optimizer_state=sharded)))  # type: ignore[arg-type]
+    strategy: Any = Strategy(shards_optimizer_state=sharded)
+    return describe_curvature(curvature_sums_by_kind(strategy), strategy.model.kinds)
 
 
 def test_norms_and_shares_are_those_of_the_kinds_and_of_all() -> None:

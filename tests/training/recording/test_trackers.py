@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
+from analysis.results import Results, analyse
+from analysis.trial_tables import by_trial, lines_of, read_curves, read_trials
+from analysis.trials import load_study
+from scripts.publish import main as publish
+from studies import publication
+from tests.analysis.synthetic import write_study
 from tests.training.runs import curve, lines, run, run_in_child, summary, tiny
 from tests.training.wandb_files import wandb_records, wandb_rows, wandb_values
 from training.compose import compose
@@ -59,7 +68,8 @@ def test_wandb_has_the_published_losses_as_flat_lines_over_the_whole_run(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = compose(["model=gpt2_medium", "data=openwebtext", "tokenizer=gpt2"])
-    tracker = trackers.WandbTracker(config, tmp_path, {"initial_weights_sha256": "0"}, pytest.fail)
+    run = trackers.WandbRun.of(config, {"initial_weights_sha256": "0"})
+    tracker = trackers.WandbTracker(run, config.tracker, tmp_path, pytest.fail)
     for step in range(3):
         axes = {"step": step, "tokens": 100 * step, "flops": step, "seconds": 1.0 * step}
         if step:
@@ -80,8 +90,105 @@ def test_wandb_has_the_published_losses_as_flat_lines_over_the_whole_run(
     ["model=gpt2_small data=sample", "model=gpt2_small data=openwebtext tokenizer=bpe tokenizer.vocab_size=999"],
 )
 def test_a_run_on_another_corpus_has_no_published_losses(override: str) -> None:
-    assert trackers.published_losses(compose(["model=gpt2_small", "data=openwebtext", "tokenizer=gpt2"]))
-    assert trackers.published_losses(compose(override.split())) == {}
+    of_the_paper, other = ["model=gpt2_small", "data=openwebtext", "tokenizer=gpt2"], override.split()
+    assert trackers.published_losses(compose(of_the_paper).model_dump())
+    assert trackers.published_losses(compose(other).model_dump()) == {}
+
+
+def test_a_completed_run_with_artifacts_uploads_a_run_directory(corpus: list[str], tmp_path: Path) -> None:
+    steps = ["train.steps=4", "eval.interval=4", "checkpoint.interval=2"]
+    assert run(tiny(corpus, tmp_path, "tracker=wandb", "tracker.artifacts=true", *steps)) == 0
+    logged = [record.request.log_artifact.artifact for record in wandb_records(tmp_path / "run")]
+    logged += [record.artifact for record in wandb_records(tmp_path / "run") if record.HasField("artifact")]
+    (artifact,) = [one for one in logged if one.name]
+    assert (artifact.type, list(artifact.aliases)) == ("model", ["latest", "step-4"])
+    assert json.loads(artifact.metadata)["final_val_loss"] == summary(tmp_path / "run")["final_val_loss"]
+    files = {entry.path for entry in artifact.manifest.contents}
+    whole = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert files == {path for path in whole if not path.startswith(("wandb/", ".", "checkpoints/step-00000002"))}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study(tmp_path_factory.mktemp("studies") / "small", models={"tiny": 1e6})
+
+
+@pytest.fixture(scope="module")
+def results(study: Path) -> Results:
+    return analyse(load_study([study]))
+
+
+def test_a_study_is_published_as_runs_with_its_curves_and_again_as_the_same_runs(
+    study: Path, results: Results, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(publication, "analyse", lambda study: results)
+    rows = [row for row in read_trials(study) if row.arm == "sophiag" and row.phase == "reporting"][:2]
+    monkeypatch.setattr(publication, "read_trials", lambda directory: rows)
+    for _ in range(2):
+        assert publish([str(study), "tracker=wandb", "tracker.tags=[cpu]"]) == 0
+        assert "3 runs: wandb sync" in capsys.readouterr().out
+        assert len(list(study.glob("wandb/offline-run-*"))) == 3
+    settings = compose(["tracker=wandb", "tracker.tags=[cpu]"]).tracker
+    curves = by_trial(read_curves(study))
+    for row in rows:
+        described = publication.of_trial("synthetic", row, curves[row.trial], settings)
+        (begun,) = [one.run for one in wandb_records(study, described.id) if one.HasField("run")]
+        assert (begun.run_group, begun.job_type) == (f"synthetic-{row.model}", "sophiag")
+        assert {"synthetic", "reporting", "cpu"} <= set(begun.tags)
+        found = [{k: v for k, v in line.items() if k[0] != "_"} for line in wandb_rows(study, described.id)]
+        lines_of_trial = [line for line in lines_of(curves[row.trial]) if line["kind"] != "event"]
+        assert found == [
+            {axis: line[axis] for axis in trackers.AXES if axis in line} | scalars(line) for line in lines_of_trial
+        ]
+
+
+def test_the_report_page_has_the_papers_panels_for_each_size_beside_published_losses(
+    study: Path, results: Results
+) -> None:
+    of_the_paper = {"data": {"name": "openwebtext"}, "tokenizer": {"name": "gpt2"}}
+    rows = [replace(row, config={**row.config, **of_the_paper}) for row in read_trials(study)]
+    for row in rows:
+        row.config["model"] = {**row.config["model"], "name": "gpt2_small"}
+    page = publication.report_page(results, rows, compose(["tracker=wandb"]).tracker, None)
+    blocks = page._to_model().spec.model_dump(mode="json", by_alias=True, exclude_none=True)["blocks"]
+    panels = [
+        panel["config"]
+        for block in blocks
+        for panel in block.get("metadata", {}).get("panelBankSectionConfig", {}).get("panels", [])
+    ]
+    titles = {panel.get("chartTitle") for panel in panels}
+    for title in ("over tokens", "over step", "over model FLOPs", "over training seconds"):
+        assert f"Validation loss {title}" in titles
+    assert {"Unclipped fraction", "Final loss over γ and β2", "Searches"} <= titles
+    assert any(str(title).startswith("Final loss over k") for title in titles)
+    assert any(str(title).startswith("AdamW's steps over the arm's") for title in titles)
+    curve = next(panel for panel in panels if panel.get("chartTitle") == "Validation loss over tokens")
+    assert {"val/loss", "reference/paper/adamw", "reference/paper/sophiag"} <= set(curve["metrics"])
+
+
+def test_a_page_replaces_the_one_of_the_same_title(
+    study: Path, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wandb_workspaces.reports.v2 import Report
+
+    page = publication.report_page(results, [], compose(["tracker=wandb"]).tracker, None)
+    saved: list[str] = []
+    addresses = {page.title: "https://wandb/page--earlier"}
+    monkeypatch.setattr(publication, "report_url", lambda entity, project, title: addresses.get(title))
+    monkeypatch.setattr(Report, "from_url", lambda url: SimpleNamespace(id=url.rpartition("--")[2]))
+    monkeypatch.setattr(Report, "save", lambda self: saved.append(self.id))
+    monkeypatch.setattr(Report, "url", property(lambda self: f"saved {self.id}"))
+    assert publication._save(page, ("me", "sophia")) == "saved earlier"
+    assert saved == ["earlier"]
+
+
+def test_publishing_elsewhere_than_to_wandb_is_refused(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for overrides, said in (
+        ([], "tracker=none: only W&B"),
+        (["optimizer.lr=1"], "optimizer.lr=1: expected tracker=wandb"),
+    ):
+        assert publish([str(study), *overrides]) == 2
+        assert said in capsys.readouterr().err
 
 
 def as_an_agent_does(parameters: Path) -> None:

@@ -239,7 +239,7 @@ def test_an_infinite_loss_ends_as_diverged(corpus: list[str], tmp_path: Path) ->
 
 
 def lose_validation() -> None:
-    loop.validation_loss = lambda *_: (math.nan, 256)
+    loop.validation_loss = lambda *_: (math.nan, 256, 1024)
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_also_right_after_a_resume(

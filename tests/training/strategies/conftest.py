@@ -28,6 +28,7 @@ PAIRS = {
     "zero3×2": ["adamw", "sophiag", "sophiah, differences"],
 }
 POISONED = ["ddp", "fsdp", "zero1", "zero3"]  # and zero2 under differences
+OWN_MODEL = ["ddp", "fsdp", "zero3"]  # a replica of it, its blocks as shards, and a head that gathers the output layer
 MOVES = (("fsdp", 6), ("zero2", 9), ("ddp", 12))  # strategy on two ranks, steps after which it is stopped
 MOVED_STEPS = 15
 #: Shares of a batch of 8: one rank has no part of the estimate, the ranks' parts differ, the whole batch.
@@ -102,6 +103,8 @@ def launch(directory: Path) -> None:
     ranks.run(job(moved(corpus, directory, "undisturbed", "strategy=single")))
     ranks.run(job(moved(corpus, directory, "moved", "strategy=single"), stop=3))
 
+    rotary = "model.architecture=examples.my_model:Rotary"
+    ranks.run(job(small(corpus, directory, "own-model-single", "strategy=single", rotary)))
     for share in SHARES:
         own = ["strategy=single", "train.shared_forward=false", f"optimizer.batch_fraction={share}"]
         ranks.run(job(small(corpus, directory, f"share-{share}-single", *own)))
@@ -123,6 +126,8 @@ def launch(directory: Path) -> None:
     differences = [*ranks.KINDS["zero2"], "optimizer.estimator=hutchinson_differences"]
     runs["poisoned differences"] = job(small(corpus, directory, "poisoned-differences", *differences), poison=[8])
     runs["dropout"] = job(small(corpus, directory, "dropout", "strategy=ddp", "model.dropout=0.1", "train.steps=2"))
+    for kind in OWN_MODEL:
+        runs[f"own model {kind}"] = job(small(corpus, directory, f"own-model-{kind}", *ranks.KINDS[kind], rotary))
     for name, variant in VARIANTS.items():
         runs[name] = job(small(corpus, directory, name, *variant))
     for share in SHARES:

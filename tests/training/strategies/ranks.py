@@ -117,7 +117,7 @@ def build(kind: str, *overrides: str) -> tuple[Strategy, RunConfig]:
     with torch.device("meta"):
         model = GPT2(SHAPE)
     strategy.prepare(
-        model, InitialWeights(config.model, SHAPE, 0), build_optimizers(config.optimizer, compile_step=False)
+        model, InitialWeights(config.model, model, 0), build_optimizers(config.optimizer, compile_step=False)
     )
     return strategy, config
 

@@ -13,6 +13,7 @@ from tests.training.runs import lines, summary
 from tests.training.strategies import parity, ranks
 from tests.training.strategies.conftest import (
     MOVED_STEPS,
+    OWN_MODEL,
     PAIRS,
     POISONED,
     SHARES,
@@ -151,6 +152,15 @@ def test_recomputation_gathering_and_offload_do_not_change_the_curve(two_ranks: 
     for line, expected in zip(trained(run), trained(plain), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
     assert parity.relative_difference(parity.curvature(run), parity.curvature(plain)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", OWN_MODEL)
+def test_a_model_that_is_no_gpt2_has_the_single_process_curve_on_two_ranks(two_ranks: Launch, kind: str) -> None:
+    assert two_ranks.status(f"own model {kind}") == "completed"
+    run, single = two_ranks.directory / f"own-model-{kind}", two_ranks.directory / "own-model-single"
+    for line, expected in zip(trained(run), trained(single), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    assert parity.relative_difference(parity.curvature(run), parity.curvature(single)) < 1e-5
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -1,0 +1,167 @@
+"""Each engine starts a saved run again, ends a refused one, and runs a command that train.py accepts."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from training.compose import compose
+from training.config import ConfigurationError, LocalLauncherConfig
+from training.exits import EXIT_CONFIGURATION, EXIT_DIVERGED, EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED
+from training.launching.command import main
+from training.launching.ranks import SAVING_SECONDS
+
+ROOT = Path(__file__).resolve().parents[3]
+CLUSTER = ROOT / "scripts" / "cluster"
+SRUN = """#!/usr/bin/env bash
+printf '%s\\n' "$@" >"$0.arguments"
+trap 'exit 75' USR1
+for _ in $(seq "${WAIT:-0}"); do sleep 0.05; done
+exit "${CODE:-0}"
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ]; then printf 'node-1\\nnode-2\\n'; else echo "$@" >>"$0.requeued"; fi
+"""
+
+
+def start_batch(directory: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """Start slurm.sbatch with commands in place of SLURM's."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (directory / name).write_text(text)
+        (directory / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "50007", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node-[1-2]"}
+    job |= {"SLURM_SUBMIT_DIR": str(directory), "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "96"}
+    path = {"PATH": f"{directory}:{os.environ['PATH']}"}
+    command = ["bash", str(CLUSTER / "slurm.sbatch"), "seed=1", "name=a b"]
+    return subprocess.Popen(command, env=job | path | environment, stderr=subprocess.DEVNULL)
+
+
+def batch(directory: Path, **environment: str) -> tuple[list[str], bool]:
+    """Run slurm.sbatch; return srun's arguments, and whether the job was requeued."""
+    code = start_batch(directory, **environment).wait(20)
+    assert code == int(environment.get("CODE", 0))
+    return (directory / "srun.arguments").read_text().splitlines(), (directory / "scontrol.requeued").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [
+        (0, 0, False),
+        (EXIT_FAILED, 0, True),
+        (EXIT_FAILED, 20, False),
+        (EXIT_CONFIGURATION, 0, False),
+        (EXIT_DIVERGED, 0, False),
+        (EXIT_HELD, 0, False),
+        (EXIT_PREEMPTED, 0, True),
+        (137, 19, True),
+    ],
+)
+def test_the_sbatch_script_requeues_a_saved_or_failed_run_and_no_other(
+    tmp_path: Path, code: int, restarts: int, requeued: bool
+) -> None:
+    assert batch(tmp_path, CODE=str(code), SLURM_RESTART_COUNT=str(restarts))[1] is requeued
+
+
+@pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_the_sbatch_script_requeues_at_its_time_limit_and_not_after_scancel(
+    tmp_path: Path, number: signal.Signals, requeued: bool
+) -> None:
+    script = start_batch(tmp_path, WAIT="400" if requeued else "10", CODE=str(EXIT_PREEMPTED), SLURM_RESTART_COUNT="99")
+    until = time.monotonic() + 20
+    while not (tmp_path / "srun.arguments").exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    time.sleep(0.1)  # the traps are set right after srun has started
+    script.send_signal(number)
+    assert script.wait(20) == EXIT_PREEMPTED
+    assert (tmp_path / "scontrol.requeued").exists() is requeued
+
+
+def test_the_sbatch_script_gives_each_node_its_cpus_and_a_valid_command(tmp_path: Path) -> None:
+    arguments, _ = batch(tmp_path)
+    assert "--cpus-per-task=96" in arguments
+    overrides = arguments[arguments.index("train.py") + 1 :]
+    assert overrides[-1] == "name=a b"
+    launcher = compose([*overrides[:-1], "train.global_batch_size=16"]).launcher
+    assert isinstance(launcher, LocalLauncherConfig)
+    assert (launcher.nodes, launcher.nproc_per_node, launcher.head) == (2, 8, "node-1:30007")
+
+
+def test_the_sbatch_script_runs_in_apptainer_or_pyxis(tmp_path: Path) -> None:
+    mounts = f"{tmp_path}:{tmp_path},/data:/data"
+    arguments, _ = batch(tmp_path, IMAGE="sophia.sif", MOUNTS="/data")
+    start = arguments.index("apptainer")
+    assert arguments[start : arguments.index("train.py")] == shlex.split(
+        f"apptainer exec --nv --bind {mounts} --pwd {tmp_path} sophia.sif python"
+    )
+    arguments, _ = batch(tmp_path, IMAGE="registry/sophia:1", MOUNTS="/data")
+    assert {f"--container-mounts={mounts}", "--container-image=registry/sophia:1"} <= set(arguments)
+
+
+def jobset() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The specifications of the set's job and of its pods."""
+    _, found = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
+    job = found["spec"]["replicatedJobs"][0]["template"]["spec"]
+    return job, job["template"]["spec"]
+
+
+def test_kubernetes_restarts_a_saved_run_and_fails_a_refused_or_diverged_one() -> None:
+    job, pod = jobset()
+    by_code = {
+        code: rule["action"]
+        for rule in job["podFailurePolicy"]["rules"]
+        for code in rule.get("onExitCodes", {}).get("values", ())
+    }
+    assert by_code == {EXIT_CONFIGURATION: "FailJob", EXIT_DIVERGED: "FailJob", EXIT_PREEMPTED: "Ignore"}
+    assert pod["terminationGracePeriodSeconds"] > SAVING_SECONDS
+
+
+def test_the_command_of_kubernetes_is_valid() -> None:
+    job, pod = jobset()
+    python, script, *overrides = pod["containers"][0]["args"]
+    assert (python, script) == ("python", "train.py")
+    config = compose(overrides)
+    assert isinstance(config.launcher, LocalLauncherConfig)
+    assert config.launcher.nodes == job["parallelism"] == job["completions"]
+    mount = pod["containers"][0]["volumeMounts"][0]["mountPath"]
+    assert config.output_dir.startswith(mount)
+
+
+def test_skypilot_recovers_a_saved_run_and_its_command_is_valid() -> None:
+    task = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text())
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [EXIT_PREEMPTED]
+    shell = f"set -f; python() {{ printf '%s\\n' \"$@\"; }}; {task['run'].replace('exec .venv/bin/python', 'python')}"
+    nodes = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "8", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    said = subprocess.run(["bash", "-c", shell], env={**os.environ, **nodes, **task["envs"]}, capture_output=True)
+    config = compose(said.stdout.decode().splitlines()[1:])
+    assert isinstance(config.launcher, LocalLauncherConfig)
+    assert (config.launcher.nodes, config.launcher.head) == (2, "10.0.0.1")
+
+
+def test_the_image_has_every_package_and_the_same_environment_as_apptainers() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["root_packages"]
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert {*packages, "configs", "train.py", "requirements.lock", "results/reference.json"} <= kept
+    files = [(ROOT / "Dockerfile").read_text(), (CLUSTER / "sophia.def").read_text()]
+    installed = [set(re.findall(r"no-install-recommends ([^\\\n]*)", text)[0].split()) for text in files]
+    assert installed[0] - installed[1] == {"tini"}
+    assert all(
+        "requirements.lock" in text and "FROM debian:bookworm-slim" in text.replace("From:", "FROM") for text in files
+    )
+
+
+def test_nodes_need_a_head_and_no_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigurationError, match=r"launcher\.head: missing with launcher\.nodes=2"):
+        compose(["launcher.nodes=2"])
+    assert main(["-m", "launcher.nodes=2", "launcher.head=node-1", "seed=0,1"]) == EXIT_CONFIGURATION
+    assert "launcher.head does not work with -m" in capsys.readouterr().err
