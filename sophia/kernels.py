@@ -104,6 +104,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def scalar_on(device: torch.device, scalar: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Copy a 0-D tensor to the device of the kernels. Only a copy to the CPU waits: it would be read before it arrives."""
+    return scalar.to(device, dtype, non_blocking=device.type != "cpu")
+
+
 def apply(
     rule: Rule,
     tensors: Sequence[Sequence[Tensor]],  # for each tensor argument of the rule, one tensor per parameter
@@ -147,7 +152,7 @@ def _widened(value: Scalar, device: torch.device) -> Scalar:
         return value
     if value.device.type != "mps":
         value = value.double()
-    return value if value.device.type == "cpu" else value.to(device, non_blocking=True)
+    return value if value.device.type == "cpu" else scalar_on(device, value)
 
 
 def _by_signature(rows: Iterable[Row]) -> list[list[Row]]:
@@ -356,7 +361,7 @@ class TensorList:
         if isinstance(other, TensorList):
             return other.tensors
         if isinstance(other, Tensor):  # torch._foreach_* take a tensor only in the dtype and on the device of the list
-            return other.to(device=self.tensors[0].device, dtype=self.dtype, non_blocking=True)
+            return scalar_on(self.tensors[0].device, other, self.dtype)
         return other
 
     @classmethod

@@ -33,6 +33,8 @@ FEW = 256
 aten = torch.ops.aten
 READS = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)
 SIZED_BY_VALUES = (aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.bincount.default)
+#: Where a copy to the CPU is asynchronous, since its event is waited for before it is read.
+AWAITED = ("training/loop.py Reporter._queue",)
 #: What torch refuses on CUDA under deterministic algorithms, of floating-point tensors.
 NEVER_DETERMINISTIC = (aten.cumsum.default, aten.histc.default, aten.kthvalue.default, aten.put_.default)
 ARRIVING = (aten.lift_fresh.default, aten._pin_memory.default, aten.detach.default)
@@ -124,6 +126,9 @@ class Watch(TorchDispatchMode):
             return
         if not non_blocking:
             self.wait(f"a copy from {source.device} to {target}")
+        elif target.type == "cpu":
+            if place() not in AWAITED:
+                raise Fault(f"{place()}: a copy to the CPU may be read before it has arrived")
         elif source.device.type == "cpu" and source.numel() > 1 and not any(source is t for t in self._pinned):
             self.wait("a copy from memory that is not pinned")
 

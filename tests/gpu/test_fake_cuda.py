@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.batches import Batch
 from models import head
+from sophia import SophiaG
 from tests.gpu.fake_cuda import DEVICE, Fault, fake_cuda, watched
 from training.architectures import build_model
 from training.compose import compose
@@ -132,6 +133,22 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def test_an_optimizer_of_parameters_on_the_cpu_waits_for_what_the_device_computes() -> None:
+    """Offloaded optimizers: N, the scale and the flag of an overflow come from the device."""
+    waits = {"sophia/kernels.py scalar_on": 0.0}
+    with fake_cuda():
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        parameter.grad = torch.zeros(1)
+        optimizer: Any = SophiaG([parameter], compile=False)
+        one = torch.ones((), device=DEVICE)
+        with watched(waits) as watch:
+            optimizer.found_inf = one
+            optimizer.update_hessian(num_predictions=one.long())
+            optimizer.grad_scale = one
+            optimizer.step()
+    assert watch.waited == waits.keys()
+
+
 @pytest.mark.usefixtures("deterministic")
 def test_a_deterministic_run_uses_no_operator_that_torch_refuses() -> None:
     kinds, _ = run(*ARMS["GNB within the training forward"])
@@ -155,6 +172,7 @@ def test_a_planted_operator_without_a_deterministic_kernel_is_found(monkeypatch:
         (lambda loss: loss.expand(3).nonzero(), "waits for the device"),
         (lambda loss: torch.equal(loss, loss), "waits for the device"),
         (lambda loss: torch.from_numpy(HOST).to(loss.device, non_blocking=True), "waits for the device"),
+        (lambda loss: loss.to("cpu", non_blocking=True), "before it has arrived"),
         (lambda loss: loss + torch.from_numpy(HOST), "on the same device"),
         (lambda loss: torch.zeros(8) + 1, "computes on the CPU"),
         (lambda loss: loss.expand(1000).double(), "float64"),
@@ -168,6 +186,7 @@ def test_a_planted_operator_without_a_deterministic_kernel_is_found(monkeypatch:
         "nonzero",
         "equal",
         "pageable",
+        "early",
         "mixed",
         "on the CPU",
         "float64",
