@@ -10,10 +10,16 @@ unexport PYTHONDONTWRITEBYTECODE
 DOCS       := .venv-docs
 DOCS_STAMP := $(DOCS)/installed-$(shell cksum requirements-docs.lock | cut -d' ' -f1)
 
+# A folder made by `make wheels` replaces the network.
+ifneq ($(wildcard wheels/*.whl),)
+export PIP_NO_INDEX = 1
+export PIP_FIND_LINKS = $(CURDIR)/wheels
+endif
+
 # The oldest torch of the library; pyproject.toml has the same.
 OLDEST = 2.6.0
 
-.PHONY: setup demo test test-fast test-oldest lint docs bench bench-full test-gpu test-slurm test-faults test-mutants wheel results lock clean help
+.PHONY: setup demo test test-fast test-oldest lint docs bench bench-full bench-gpu wheels test-gpu test-slurm test-faults test-mutants wheel results lock clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -66,6 +72,12 @@ bench-full: bench ## bench, and the 124M model, data, scaling, planned against m
 	$(BIN)/python benchmarks/reading.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/page.py
+
+bench-gpu: setup ## what depends on the device, on one GPU: tests, speed, memory, a run (ten minutes)
+	$(BIN)/python benchmarks/gpu.py
+
+wheels: ## fill wheels/ with all that make setup installs, for a machine without network (gigabytes)
+	$(PYTHON) -m pip wheel --quiet --wheel-dir wheels -r requirements.lock hatchling editables
 
 test-gpu: setup ## the device-dependent tests, on CUDA
 	$(BIN)/python -m pytest -m gpu

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -31,10 +32,12 @@ DATASHEET = {
 }
 
 
-def matrix_product_rate(dtype: torch.dtype, device: torch.device, seconds: float = 1.0) -> float:
+def matrix_product_rate(
+    dtype: torch.dtype, device: torch.device, seconds: float = 1.0, sizes: Sequence[int] | None = None
+) -> float:
     """FLOP/s of the fastest of a few square products, each repeated for about `seconds`; a multiply-add counts as two."""
     best = 0.0
-    for size in SIZES[device.type]:
+    for size in sizes or SIZES[device.type]:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         torch.mm(a, b, out=out)

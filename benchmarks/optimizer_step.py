@@ -35,6 +35,7 @@ from sophia import Lion, SophiaG, SophiaH
 OUTPUT = Path(__file__).resolve().parents[1] / "results" / "benchmarks" / "optimizer_step.json"
 
 MODELS = {
+    "tiny": GPT2Config(vocab_size=16, n_layer=1, n_head=1, n_embd=8, block_size=8),  # to try this file; not compiled
     "30m": GPT2Config(n_layer=6, n_head=6, n_embd=384),
     "124m": GPT2Config(),
     "355m": GPT2Config(n_layer=24, n_head=16, n_embd=1024),

@@ -61,6 +61,8 @@ def optimizer_step(record: dict[str, Any]) -> Iterator[str]:
         judged = ("", "") if target is None else (f"≤ {target:.2f}", verdict(row["ratio"] <= target))
         rows.append((name, f"{1e3 * row['median_seconds']:.1f}", f"{row['ratio']:.2f}", *judged))
     yield from table(("", "median ms", "ratio", "target", ""), rows)
+    if "cold_start" not in record:
+        return
     cold, target = record["cold_start"], record["targets"]["cold start, seconds"]
     yield ""
     yield (
@@ -158,8 +160,9 @@ def reading(record: dict[str, Any]) -> Iterator[str]:
 
 def where(record: dict[str, Any]) -> str:
     described = record["hardware"]
-    device = described["cpu"] if described["device"] == "cpu" else described["device"]
-    return f"{device}, {described['threads']} threads"
+    if described["device"] != "cpu":
+        return str(described["gpu"])
+    return f"{described['cpu']}, {described['threads']} threads"
 
 
 if __name__ == "__main__":

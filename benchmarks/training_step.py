@@ -79,6 +79,7 @@ class Arm:
     kept: bool = False  # keep memory mapped between steps
     sophia: bool = False  # Sophia-G and its curvature passes instead of AdamW
     every: int = 1  # runs in every n-th round
+    transformers: bool = False  # with plain: the library's GPT2LMHeadModel
 
 
 BASELINE = "plain"
@@ -112,6 +113,21 @@ CURVATURE_TARGETS = {
 # An arm's process: reads an action's name from a line, performs it, answers with a line.
 
 
+class TransformersGPT2(torch.nn.Module):
+    """transformers' GPT2LMHeadModel with its usual loss."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        from models.huggingface import to_huggingface  # seconds of imports
+
+        self.model = to_huggingface(GPT2(config))
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """(B, T) and (B, T) int64 -> () the mean cross entropy."""
+        logits = self.model(tokens).logits
+        return torch.nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+
+
 class Worker:
     """One arm's model and optimizer, and the timed actions."""
 
@@ -119,7 +135,8 @@ class Worker:
         torch.manual_seed(0)
         self.shape, self.arm, self.device = shape, arm, device
         config = shape.config
-        self.model = (PlainGPT2(config) if arm.plain else GPT2(config)).to(device)
+        kind = TransformersGPT2 if arm.transformers else PlainGPT2 if arm.plain else GPT2
+        self.model = kind(config).to(device)
         if arm.compiled:
             self.model.compile()
         parameters = list(self.model.parameters())
@@ -138,7 +155,7 @@ class Worker:
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """The part's contribution to the batch's mean loss."""
         with self.autocast():
-            if isinstance(self.model, PlainGPT2):
+            if not isinstance(self.model, GPT2):
                 return self.model(tokens, targets) * (len(tokens) / self.shape.batch_size)
             return self.model(tokens, targets).loss_sum / self.shape.tokens
 

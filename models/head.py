@@ -102,9 +102,9 @@ class LossHead(nn.Module):
     ) -> Losses:
         """Compute the requested losses in chunks; they can be differentiated once.
 
-        With both losses, call `sampled_loss_sum.backward(retain_graph=True)` before `loss_sum.backward()`. Labels cost
-        almost nothing if they are drawn at exactly the positions that have targets; otherwise they need a softmax of
-        their own.
+        With both losses, labels must be drawn at exactly the positions that have targets, since both share one softmax:
+        otherwise the labels' loss and its gradient are NaN, for which the host does not wait. Call
+        `sampled_loss_sum.backward(retain_graph=True)` before `loss_sum.backward()`.
         """
         if targets is None and uniforms is None:
             return None, None
@@ -113,12 +113,11 @@ class LossHead(nn.Module):
             targets = targets.flatten()
         if uniforms is not None:
             uniforms = uniforms.flatten()
-        if targets is not None and uniforms is not None and not torch.equal(targets == IGNORED, uniforms < 0):
-            drawn = (uniforms >= 0).nonzero()[:, 0]
-            loss_sum, _ = self._losses(hidden, weight, targets, None)
-            _, sampled_loss_sum = self._losses(hidden[drawn], weight, None, uniforms[drawn])
-            return loss_sum, sampled_loss_sum
-        return self._losses(hidden, weight, targets, uniforms)
+        loss_sum, sampled_loss_sum = self._losses(hidden, weight, targets, uniforms)
+        if targets is not None and uniforms is not None and sampled_loss_sum is not None:
+            differ = ((targets == IGNORED) != (uniforms < 0)).any()
+            sampled_loss_sum = sampled_loss_sum * torch.where(differ, torch.nan, 1.0)
+        return loss_sum, sampled_loss_sum
 
     def _losses(self, hidden: Tensor, weight: Tensor, targets: Tensor | None, uniforms: Tensor | None) -> Losses:
         device = hidden.device.type
@@ -326,15 +325,28 @@ def draw(
 ) -> Tensor:  # (N,) int64
     """Search the cumulative sum over blocks of the vocabulary first, then inside the chosen block."""
     masses = torch.cat(block_masses(logits, shift), dim=1)
-    cumulative = masses.cumsum(dim=-1)
+    cumulative = running_sum(masses)
     threshold = uniforms[:, None] * cumulative[:, -1:]
     block = _first_above(cumulative, masses, threshold)
     before = (cumulative - masses).gather(1, block)
     columns = block * BLOCK + torch.arange(BLOCK, device=logits.device)
     inside = logits.gather(1, columns.clamp(max=logits.size(1) - 1)).float()
     probabilities = torch.where(columns < logits.size(1), (inside - shift[:, None]).exp(), 0)
-    column = _first_above(probabilities.cumsum(dim=-1), probabilities, threshold - before)
+    column = _first_above(running_sum(probabilities), probabilities, threshold - before)
     return torch.where(uniforms < 0, IGNORED, (block * BLOCK + column)[:, 0])
+
+
+def running_sum(
+    values: Tensor,  # (N, K) floating
+) -> Tensor:  # (N, K)
+    """values.cumsum(dim=-1), which torch refuses on CUDA under deterministic algorithms; there, sums over 1, 2, 4, … places."""
+    if values.device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        return values.cumsum(dim=-1)
+    places = 1
+    while places < values.size(1):
+        values = values + F.pad(values[:, :-places], (places, 0))
+        places *= 2
+    return values
 
 
 def _first_above(cumulative: Tensor, mass: Tensor, threshold: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
-from sophia.kernels import Form, local
+from sophia.kernels import Form, local, scalar_on
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -142,13 +142,13 @@ class ElementwiseOptimizer(Optimizer):
         return state
 
     def _amp(self, device: torch.device) -> Amp:
-        """Return the attributes on a device, without synchronizing."""
+        """Return the attributes on a device, without synchronizing unless it is the CPU."""
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if grad_scale is not None:
-            grad_scale = local(grad_scale).to(device, non_blocking=True)
+            grad_scale = scalar_on(device, local(grad_scale))
         if found_inf is not None:  # GradScaler sums the flags of several devices
-            found_inf = (local(found_inf) > 0).to(device, non_blocking=True)
+            found_inf = scalar_on(device, local(found_inf) > 0)
             found_inf = found_inf.to(torch.float32 if device.type == "mps" else torch.float64)
         return Amp(grad_scale, found_inf)
 

@@ -104,6 +104,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def scalar_on(device: torch.device, scalar: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Copy a 0-D tensor to the device of the kernels. Only a copy to the CPU waits: it would be read before it arrives."""
+    return scalar.to(device, dtype, non_blocking=device.type != "cpu")
+
+
 def apply(
     rule: Rule,
     tensors: Sequence[Sequence[Tensor]],  # for each tensor argument of the rule, one tensor per parameter
@@ -140,13 +145,14 @@ def apply(
 def _widened(value: Scalar, device: torch.device) -> Scalar:
     """Return a tensor hyper-parameter in float64, on the CPU or the kernels' own device; a float as it is.
 
-    With the precision of a Python float, all forms compute with the same numbers. MPS lacks float64 and keeps the dtype.
+    With the precision of a Python number, all forms compute with the same numbers, and a number and a tensor share a
+    compiled kernel. MPS lacks float64 and keeps the dtype.
     """
     if not isinstance(value, Tensor):
         return value
-    if value.is_floating_point() and value.device.type != "mps":
+    if value.device.type != "mps":
         value = value.double()
-    return value if value.device.type == "cpu" else value.to(device, non_blocking=True)
+    return value if value.device.type == "cpu" else scalar_on(device, value)
 
 
 def _by_signature(rows: Iterable[Row]) -> list[list[Row]]:
@@ -355,7 +361,7 @@ class TensorList:
         if isinstance(other, TensorList):
             return other.tensors
         if isinstance(other, Tensor):  # torch._foreach_* take a tensor only in the dtype and on the device of the list
-            return other.to(device=self.tensors[0].device, dtype=self.dtype, non_blocking=True)
+            return scalar_on(self.tensors[0].device, other, self.dtype)
         return other
 
     @classmethod

@@ -34,7 +34,7 @@ SLOW |= {
 }
 SLOW |= {f"tests/studies/test_{name}.py" for name in ("ablations", "runner", "smoke", "sweeps", "verify")}
 SLOW |= {"tests/sophia/test_distributed.py", "tests/analysis/test_report.py", "tests/sophia/test_package.py"}
-SLOW |= {"tests/benchmarks/test_memory.py", "tests/benchmarks/test_reading.py"}
+SLOW |= {"tests/benchmarks/test_memory.py", "tests/benchmarks/test_reading.py", "tests/gpu/test_fake_cuda.py"}
 SLOW |= {f"tests/training/test_{name}.py" for name in ("distributed", "fast_paths", "hardware", "paper_recipes", "run")}
 SLOW |= {f"tests/training/test_{name}.py" for name in ("architectures", "external", "optimizer_check")}
 SLOW |= {

@@ -23,6 +23,7 @@ from data.batches import Batch
 from models.flops import Flops
 from sophia import random, refresh_due
 from training.config import CurvatureSettings, OptimizerSettings
+from training.hardware import to_device
 from training.recording.ledger import Ledger
 from training.strategies.base import KeepsGraphs, Strategy
 from training.strategies.communication import FLOAT32, all_reduce_bytes
@@ -158,7 +159,7 @@ class CurvaturePass:
         return share, sum(len(part.tokens) for part in parts), skipped
 
     @staticmethod
-    def _fold(strategy: KeepsGraphs, num_predictions: int) -> Tensor:
+    def _fold(strategy: KeepsGraphs, num_predictions: Tensor) -> Tensor:
         strategy.reduce_gradients()
         skipped = strategy.update_hessian(num_predictions=num_predictions)
         strategy.zero_grad()
@@ -186,11 +187,12 @@ class CurvaturePass:
         """Return the number of sequences of the slice on this rank."""
         return len(range(strategy.distributed.rank, self.sequences, strategy.distributed.world_size))
 
-    def _count_predictions(self, strategy: Strategy, slices: list[CurvatureSlice]) -> int:
+    def _count_predictions(self, strategy: Strategy, slices: list[CurvatureSlice]) -> Tensor:
+        """() int64 on the device: N over all ranks. The host does not wait for it."""
         local = torch.zeros((), dtype=torch.int64, device=strategy.device)
         for part in slices:
             local += (part.positions >= 0).sum()
-        return int(strategy.distributed.all_reduce(local).item())
+        return strategy.distributed.all_reduce(local)
 
     def _sampled_loss(self, step: int) -> "Callable[[Strategy, CurvatureSlice], Tensor]":
         """Return a function that sums the losses of sampled labels over a micro-batch."""
@@ -209,7 +211,7 @@ class CurvaturePass:
         strategy: Strategy,
         slices: list[CurvatureSlice],
         loss: Callable[[Strategy, CurvatureSlice], Tensor],
-        num_predictions: int,
+        num_predictions: Tensor,
     ) -> None:
         """Leave the gradient of the mean loss over all ranks' predictions in `.grad`."""
         for index, part in enumerate(slices):
@@ -217,7 +219,7 @@ class CurvaturePass:
                 strategy.backward(loss(strategy, part) / num_predictions)
 
     def _product(
-        self, strategy: Strategy, slices: list[CurvatureSlice], step: int, num_predictions: int
+        self, strategy: Strategy, slices: list[CurvatureSlice], step: int, num_predictions: Tensor
     ) -> list[Tensor]:
         """Return u ⊙ (∇²L u), by double backward through the whole model on every rank and a sum over the ranks."""
         parameters = list(strategy.parameters().values())
@@ -235,7 +237,7 @@ class CurvaturePass:
         return products
 
     def _differences(
-        self, strategy: Strategy, slices: list[CurvatureSlice], step: int, num_predictions: int
+        self, strategy: Strategy, slices: list[CurvatureSlice], step: int, num_predictions: Tensor
     ) -> list[Tensor]:
         """Return u ⊙ (∇L(θ + δu) − ∇L(θ − δu)) / 2δ with the same dropout masks; θ is restored from a copy."""
         noise = strategy.normals(self._seed, step)
@@ -295,7 +297,7 @@ def _part_of(batch: Batch, rows: range, real: int, device: torch.device) -> Curv
     if rows.stop > real:
         targets, positions = (np.where(row[:, None] < real, a, b) for a, b in ((targets, -100), (positions, -1)))
     arrays = (batch.tokens[taken], targets, positions)
-    return CurvatureSlice(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+    return CurvatureSlice(*(to_device(array, device) for array in arrays))
 
 
 def _training_loss(strategy: Strategy, part: CurvatureSlice) -> Tensor:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from data.batches import ValidationWindows, next_batch
+from training.hardware import to_device
 from training.strategies.base import Strategy
 
 
@@ -40,8 +41,8 @@ def validation_loss(
             return None
         assert batch is not None
         progress(f"evaluating, forward {number}")
-        tokens = torch.from_numpy(batch.tokens).to(strategy.device)
-        targets = torch.from_numpy(batch.targets).to(strategy.device)
+        tokens = to_device(batch.tokens, strategy.device)
+        targets = to_device(batch.targets, strategy.device)
         loss_sum = strategy.forward(tokens, targets).loss_sum
         assert loss_sum is not None
         total[:2] += torch.stack((loss_sum.double(), (targets >= 0).sum().double()))

@@ -14,7 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from training.config import ConfigurationError, TrainConfig
 from training.reliability.compiler_cache import drop_unfinished
@@ -74,6 +76,17 @@ def resolve_compile(train: TrainConfig, *, warn: bool) -> bool:
     if warn:
         log.warning("torch.compile does not work here (%s); running without it", failure)
     return False
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy a batch to the device without waiting for it.
+
+    From memory that is not pinned, a copy of more than a few kilobytes would wait for all work queued on the GPU.
+    """
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def make_deterministic() -> None:

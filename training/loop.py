@@ -11,6 +11,7 @@ same place.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -27,7 +28,8 @@ from sophia.diagnostics import UnclippedAlarm
 from training.config import RunConfig
 from training.curvature import CurvaturePass
 from training.evaluation import bits_per_byte, validation_loss
-from training.recording.diagnostics import describe_curvature
+from training.hardware import to_device
+from training.recording.diagnostics import curvature_sums_by_kind, describe_curvature
 from training.recording.ledger import Ledger
 from training.records import Status
 from training.reliability.guards import LossSpikes, compare_ranks
@@ -98,25 +100,25 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True)
 class _Report:
-    """A step whose numbers may not have arrived from the device yet."""
+    """Numbers of a step or a refresh that may not have arrived from the device yet."""
 
-    step: int
-    lr: float
-    numbers: Tensor  # (5,) float64: loss, gradient norm, clipped, skipped, unclipped fraction (-1: none)
+    numbers: Tensor
     arrived: torch.cuda.Event | None
+    step: int
     tokens: int
     flops: int
+    write: Callable[["_Report"], None]
 
 
 class Reporter:
-    """Writes train lines, on CUDA one step late, so that reading the loss never stalls the device.
+    """Writes train and hessian lines, on CUDA one step late, so that reading their numbers never stalls the device.
 
     All ranks see the same numbers, so they agree on `diverged` without communication.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._pending: list[_Report] = []
+        self._pending: deque[_Report] = deque()
         self._on_cuda = run.strategy.device.type == "cuda"
         self._behind = int(self._on_cuda)  # reports that may be pending
         self._seconds = run.ledger.seconds
@@ -131,7 +133,6 @@ class Reporter:
 
     def step(self, step: int, lr: float, loss: Tensor, statistics: StepStatistics) -> None:
         """Queue a step. `loss` is the mean loss over the global batch, before the update."""
-        run = self._run
         fraction = statistics.unclipped_fraction
         numbers = torch.stack(
             [
@@ -142,27 +143,55 @@ class Reporter:
                 fraction.double() if fraction is not None else loss.new_full((), -1.0, dtype=torch.float64),
             ]
         )
-        arrived = None
-        if self._on_cuda:
-            numbers = numbers.to("cpu", non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        tokens = step * run.config.train.global_batch_size * run.config.train.sequence_length
-        self._pending.append(_Report(step, lr, numbers, arrived, tokens, run.ledger.flops))
-        if len(self._pending) > self._behind:
-            self._write(self._pending.pop(0))
+        self._queue(step, step, numbers, lambda report: self._write_step(report, lr))
+
+    def refresh(self, step: int, held_back: Tensor) -> None:
+        """Queue a curvature pass: its hessian line has h right before the step of the same number uses it."""
+        numbers = curvature_sums_by_kind(self._run.strategy)
+        numbers = torch.cat((held_back.to(numbers).expand(len(numbers), 1), numbers), dim=1)
+        self._queue(step, step - 1, numbers, self._write_refresh)
 
     def flush(self) -> None:
         """Write the pending reports. Synchronizes the device."""
         while self._pending:
-            self._write(self._pending.pop(0))
+            self._write_next()
 
-    def _write(self, report: _Report) -> None:
-        run = self._run
+    def _queue(self, step: int, done: int, numbers: Tensor, write: Callable[[_Report], None]) -> None:
+        """Write a report after `done` updates, or on CUDA the one before it."""
+        run, arrived = self._run, None
+        if self._on_cuda:
+            numbers = numbers.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._pending.append(_Report(numbers, arrived, step, tokens_after(run, done), run.ledger.flops, write))
+        if len(self._pending) > self._behind:
+            self._write_next()
+
+    def _write_next(self) -> None:
+        report = self._pending.popleft()
         if report.arrived is not None:
             report.arrived.synchronize()
+        self._run.ledger.settle()
+        report.write(report)
+
+    def _write_refresh(self, report: _Report) -> None:
+        run, held_back = self._run, bool(report.numbers[0, 0])
+        if held_back:
+            run.state.estimates_held_back += 1
+            run.message(f"step {report.step}: non-finite curvature estimate skipped")
+        line = {
+            "kind": "hessian",
+            "step": report.step,
+            "tokens": report.tokens,
+            "flops": report.flops,
+            "seconds": run.ledger.seconds,
+            "held_back": held_back,
+        }
+        run.write(line | describe_curvature(report.numbers[:, 1:], run.strategy.model.kinds))
+
+    def _write_step(self, report: _Report, lr: float) -> None:
+        run = self._run
         loss, norm, clipped, skipped, fraction = report.numbers.tolist()
-        run.ledger.settle()
         seconds = run.ledger.seconds
         elapsed, self._seconds = max(seconds - self._seconds, 1e-9), seconds
         line: dict[str, Any] = {
@@ -172,7 +201,7 @@ class Reporter:
             "flops": report.flops,
             "seconds": seconds,
             "loss": loss,
-            "lr": report.lr,
+            "lr": lr,
             "grad_norm": norm,
             "clipped_norm": bool(clipped),
             "tokens_per_second": run.config.train.global_batch_size * run.config.train.sequence_length / elapsed,
@@ -227,8 +256,7 @@ def forward_backward(
     """
     strategy, size = run.strategy, run.micro_batch_size
     forward = forward or strategy.forward
-    tokens = torch.from_numpy(batch.tokens).to(strategy.device, non_blocking=True)
-    targets = torch.from_numpy(batch.targets).to(strategy.device, non_blocking=True)
+    tokens, targets = to_device(batch.tokens, strategy.device), to_device(batch.targets, strategy.device)
     predictions = run.config.train.global_batch_size * run.config.train.sequence_length
     share = torch.zeros((), device=strategy.device)
     for start in range(first, len(tokens), size):
@@ -310,8 +338,7 @@ def train(run: Run) -> Status:
                     loss = forward_backward(run, batch)
             if curvature is not None:
                 ledger.bytes_communicated += curvature.bytes_communicated(strategy)
-                reporter.flush()
-                write_curvature(run, step, held_back)
+                reporter.refresh(step, held_back)
             ledger.bytes_communicated += strategy.bytes_communicated(len(batch.tokens) // run.micro_batch_size)
 
             with ledger.measure("optimizer"):
@@ -428,17 +455,13 @@ def save(run: Run) -> None:
     run.saved_step = run.state.step
 
 
-def write_curvature(run: Run, step: int, held_back: Tensor) -> None:
-    """Write a hessian line: h right before the step of the same number uses it."""
-    numbers = describe_curvature(run.strategy)
-    if held_back:
-        run.state.estimates_held_back += 1
-        run.message(f"step {step}: non-finite curvature estimate skipped")
-    run.write({"kind": "hessian", **position(run), "step": step, "held_back": bool(held_back), **numbers})
-
-
 def position(run: Run) -> dict[str, Any]:
     """Return the run's position on each axis: steps, training tokens, FLOPs, training seconds."""
     run.ledger.settle()
-    tokens = run.state.step * run.config.train.global_batch_size * run.config.train.sequence_length
+    tokens = tokens_after(run, run.state.step)
     return {"step": run.state.step, "tokens": tokens, "flops": run.ledger.flops, "seconds": run.ledger.seconds}
+
+
+def tokens_after(run: Run, steps: int) -> int:
+    """Return the number of training tokens of so many updates."""
+    return steps * run.config.train.global_batch_size * run.config.train.sequence_length

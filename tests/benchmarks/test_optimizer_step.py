@@ -7,18 +7,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks import optimizer_step
-from models.gpt2 import GPT2Config
 
 
 def test_the_table_is_written_with_ratios_targets_and_hardware(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny = GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16, block_size=8)
-    monkeypatch.setitem(optimizer_step.MODELS, "30m", tiny)
     cold = {"empty_cache_seconds": 3.0, "full_cache_seconds": 1.0}
     monkeypatch.setattr(optimizer_step, "measure_cold_start", lambda device: cold)
     output = tmp_path / "results" / "optimizer_step.json"
-    arguments = ["--model", "30m", "--rounds", "3", "--slow", "--device", "cpu", "--output", str(output)]
+    arguments = ["--model", "tiny", "--rounds", "3", "--slow", "--device", "cpu", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["optimizer_step.py", *arguments])
     assert optimizer_step.main() == 0
     results = json.loads(output.read_text())

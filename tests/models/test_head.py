@@ -1,4 +1,6 @@
 from functools import partial
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from models.head import (
     log_normalizer,
     plain_losses,
     rows_per_chunk,
+    running_sum,
     sample_labels,
 )
 
@@ -52,7 +55,7 @@ class TestChunkedLosses:
         hidden, weight, all_targets, all_uniforms = inputs(rows, seed)
         all_targets[:, [i for i in ignored if i < rows]] = IGNORED
         all_uniforms[:, 0] = 0  # the smallest that draws a label
-        all_uniforms[:, [i for i in undrawn if i < rows]] = -1
+        all_uniforms[:, [i for i in (ignored if asked == "both" else undrawn) if i < rows]] = -1
         targets = all_targets if asked != "labels" else None
         uniforms = all_uniforms if asked != "targets" else None
         with pytest.MonkeyPatch.context() as patch:
@@ -97,13 +100,25 @@ class TestChunkedLosses:
             gradients(sampled_loss_sum, hidden)
 
     def test_a_batch_without_a_label_to_draw_has_a_sampled_loss_of_zero(self) -> None:
-        hidden, weight, targets, uniforms = inputs(30)
-        loss_sum, sampled_loss_sum = LossHead(VOCAB_SIZE)(hidden, weight, targets, torch.full_like(uniforms, -1))
-        assert loss_sum > 0
+        hidden, weight, _, uniforms = inputs(30)
+        _, sampled_loss_sum = LossHead(VOCAB_SIZE)(hidden, weight, None, torch.full_like(uniforms, -1))
         assert sampled_loss_sum == 0
         gradient_of_hidden, gradient_of_weight = gradients(sampled_loss_sum, hidden, weight)
         assert not gradient_of_hidden.any()
         assert not gradient_of_weight.any()
+
+    @pytest.mark.parametrize("change", ["a target without a label", "a label without a target"])
+    def test_labels_at_other_positions_than_the_targets_have_no_finite_loss_or_gradient(self, change: str) -> None:
+        hidden, weight, targets, uniforms = inputs(30)
+        if change == "a target without a label":
+            uniforms[0, 3] = -1
+        else:
+            targets[0, 3] = IGNORED
+        loss_sum, sampled_loss_sum = LossHead(VOCAB_SIZE)(hidden, weight, targets, uniforms)
+        torch.testing.assert_close(loss_sum, plain_losses(hidden, weight, targets, None, VOCAB_SIZE)[0])
+        assert sampled_loss_sum.isnan()
+        assert all(gradient.isnan().any() for gradient in gradients(sampled_loss_sum, hidden, weight))
+        assert all(gradient.isfinite().all() for gradient in gradients(loss_sum, hidden, weight))
 
     def test_without_gradients_the_losses_are_the_same_and_none_are_computed(self) -> None:
         hidden, weight, targets, uniforms = inputs(30)
@@ -254,6 +269,17 @@ class TestSampling:
     def test_rounding_of_the_cumulative_sum_draws_no_token_without_probability(self) -> None:
         cumulative, mass = torch.tensor([[0.5, 0.5000001, 1.0]]), torch.tensor([[0.5, 0.0, 0.5]])
         assert _first_above(cumulative, mass, torch.tensor([[0.5]])).item() == 2
+
+    def test_the_sums_that_a_deterministic_gpu_takes_are_the_cumulative_ones(self) -> None:
+        values = torch.rand(3, 393, generator=torch.Generator().manual_seed(0))
+        on_a_gpu = SimpleNamespace(type="cuda")
+        torch.use_deterministic_algorithms(True)
+        try:
+            with mock.patch.object(Tensor, "device", on_a_gpu):
+                sums = running_sum(values)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        torch.testing.assert_close(sums, values.double().cumsum(dim=-1).float())
 
     def test_logits_far_from_zero_draw_the_labels_of_logits_near_it(self) -> None:
         generator = torch.Generator().manual_seed(0)

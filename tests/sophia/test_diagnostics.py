@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from sophia import SophiaG, UnclippedAlarm, curvature_summary, curvature_sums, gauss_newton_bartlett
+from sophia import SophiaG, UnclippedAlarm, curvature_summary, curvature_sums, diagnostics, gauss_newton_bartlett
 from sophia.diagnostics import DECADES
 
 
@@ -17,7 +17,15 @@ def test_every_positive_entry_is_counted_in_its_decade() -> None:
     assert {decade: count for decade, count in counts.items() if count} == expected
 
 
-def test_norms_are_summed_in_float64() -> None:
+def test_a_gpu_counts_what_a_cpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnostics, "_PIECE", 7)
+    numbers = torch.tensor([*range(5), 3, 3, 0, 4, 4, 4, 1, 0, 3, 3], dtype=torch.float32)
+    assert torch.equal(diagnostics._counts_by_comparison(numbers, 6), diagnostics._counts(numbers, 6))
+
+
+def test_norms_neither_underflow_nor_overflow() -> None:
+    huge = torch.full((4, 2), 1e30)
+    assert curvature_summary(curvature_sums(huge, huge))["momentum_norm"] == pytest.approx(math.sqrt(8) * 1e30)
     h, m = torch.full((4, 2), 1e-30), torch.tensor([3.0, 4.0])
     found = curvature_summary(curvature_sums(h, torch.zeros_like(h)) + curvature_sums(-m, m))
     assert curvature_summary(curvature_sums(h, h))["hessian_norm"] == pytest.approx(math.sqrt(8) * 1e-30)

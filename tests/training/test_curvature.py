@@ -203,7 +203,7 @@ class Captured(NamedTuple):
     """What a rank hands to the optimizer for its part of an estimate."""
 
     local_count: int  # predictions of this rank
-    num_predictions: int | None
+    num_predictions: int
     gradients: list[Tensor]  # what the sum over the ranks is made of
     sequences: int | None  # done within training
 
@@ -214,7 +214,7 @@ def part_of_rank(
     """The pass of one rank alone: what the others would add to N is added, nothing to the gradients."""
     made = strategy(rank, world_size, config)
     counts: list[int] = []
-    taken: list[tuple[int | None, list[Tensor]]] = []
+    taken: list[tuple[int, list[Tensor]]] = []
 
     def all_reduce(self: Distributed, tensor: Tensor, *operation: object) -> Tensor:
         if tensor.dtype == torch.int64:
@@ -222,10 +222,10 @@ def part_of_rank(
             tensor.fill_(3 * LENGTH)
         return tensor
 
-    def update_hessian(*, num_predictions: int | None = None, estimates: object = None) -> Tensor:
+    def update_hessian(*, num_predictions: Tensor, estimates: object = None) -> Tensor:
         # An engine that averages has its gradients multiplied beforehand; `reduce_gradients` has divided them.
         scale = 1 if shared else world_size
-        taken.append((num_predictions, [p.grad / scale for p in made.model.parameters() if p.grad is not None]))
+        taken.append((int(num_predictions), [p.grad / scale for p in made.model.parameters() if p.grad is not None]))
         return torch.zeros(())
 
     curvature = CurvaturePass(config, SEED, BATCH, 2, shared_forward=shared)

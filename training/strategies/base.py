@@ -143,9 +143,11 @@ class Strategy(ABC):
 
     @abstractmethod
     def update_hessian(
-        self, *, num_predictions: int | None = None, estimates: Sequence[Tensor] | None = None
+        self, *, num_predictions: int | Tensor | None = None, estimates: Sequence[Tensor] | None = None
     ) -> Tensor:
         """Fold an estimate into h: from the gradients and N, or from one tensor per parameter, in the parameters' order.
+
+        N is an integer, or a 0-D tensor on the device, which is not read back to the host.
 
         The tensors are whole, or have the form of `normals`. Estimates that are not finite, or whose N g² would not be,
         are skipped. `zero_grad` clears the gradients afterwards.

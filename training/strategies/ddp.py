@@ -80,7 +80,7 @@ class DDP(KeepsGraphs):
                 torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
 
     def update_hessian(
-        self, *, num_predictions: int | None = None, estimates: Sequence[Tensor] | None = None
+        self, *, num_predictions: int | Tensor | None = None, estimates: Sequence[Tensor] | None = None
     ) -> Tensor:
         return update_hessian(self.optimizers, self.parameters().values(), num_predictions, estimates)
 

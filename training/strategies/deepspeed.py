@@ -225,7 +225,7 @@ class DeepSpeed(Strategy):
         self._engine.backward(loss * self.distributed.world_size)  # the engine averages, but the shares must be summed
 
     def update_hessian(
-        self, *, num_predictions: int | None = None, estimates: Sequence[Tensor] | None = None
+        self, *, num_predictions: int | Tensor | None = None, estimates: Sequence[Tensor] | None = None
     ) -> Tensor:
         optimizer: Any = self._client.inner
         if estimates is None:
@@ -263,7 +263,7 @@ class DeepSpeed(Strategy):
         limit: float = float("inf"),
         *,
         loss: Tensor | None = None,
-        predictions: int | None = None,
+        predictions: int | Tensor | None = None,
     ) -> StepStatistics:
         """Reduce the gradients and call the action once per partition, with clip and skip in its kernel.
 
@@ -290,7 +290,7 @@ class DeepSpeed(Strategy):
             self._client.action = self._client.inner.step
         return self._statistics(limit, loss, predictions)
 
-    def _statistics(self, limit: float, loss: Tensor | None, predictions: int | None) -> StepStatistics:
+    def _statistics(self, limit: float, loss: Tensor | None, predictions: int | Tensor | None) -> StepStatistics:
         """Return the statistics of the last reduced gradients over all ranks. They are skipped if they, the loss or
         N ‖g‖², the bound of an estimate from N predictions, are not finite."""
         norm = torch.as_tensor(self._engine.optimizer._global_grad_norm, device=self.device, dtype=torch.float32)

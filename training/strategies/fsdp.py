@@ -105,7 +105,7 @@ class FSDP(Strategy):
         loss.backward()
 
     def update_hessian(
-        self, *, num_predictions: int | None = None, estimates: Sequence[Tensor] | None = None
+        self, *, num_predictions: int | Tensor | None = None, estimates: Sequence[Tensor] | None = None
     ) -> Tensor:
         return update_hessian(self.optimizers, self._parameters.values(), num_predictions, estimates)
 

@@ -60,7 +60,7 @@ def unclipped(optimizers: Sequence[Optimizer]) -> Tensor | None:
 def update_hessian(
     optimizers: Sequence[Optimizer],
     parameters: Iterable[Tensor],
-    num_predictions: int | None,
+    num_predictions: int | Tensor | None,
     estimates: Sequence[Tensor] | None,
 ) -> Tensor:
     """Call the optimizer's `update_hessian`. A non-finite estimate is skipped, on the device if the optimizer can.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models import LanguageModel
-from training.recording.diagnostics import describe_curvature
+from training.recording.diagnostics import curvature_sums_by_kind, describe_curvature
 
 STATE = {  # name -> h, m
     "token_embedding.weight": (torch.tensor([[3e-14, 2e-12], [0.0, -5.0]]), torch.tensor([[1.0, 2.0], [3.0, 0.0]])),
@@ -34,7 +34,8 @@ class Strategy:
 
 
 def described(*, sharded: bool) -> dict[str, Any]:
-    return describe_curvature(Strategy(shards_optimizer_state=sharded))  # type: ignore[arg-type]
+    strategy: Any = Strategy(shards_optimizer_state=sharded)
+    return describe_curvature(curvature_sums_by_kind(strategy), strategy.model.kinds)
 
 
 def test_norms_and_shares_are_those_of_the_kinds_and_of_all() -> None:
