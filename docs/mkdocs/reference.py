@@ -20,8 +20,12 @@ COMMANDS = {
     "Train": ("train.py", "scripts/prepare_data.py", "scripts/plan.py"),
     "Compare": ("scripts/compare.py", "scripts/study.py", "scripts/report.py", "scripts/plot.py"),
     "Optimizers": ("scripts/check_optimizer.py",),
-    "Use a trained model": ("scripts/sample.py", "scripts/export.py", "scripts/evaluate.py"),
-    "Several machines": ("scripts/multinode/torchrun.sh", "scripts/multinode/slurm.sbatch"),
+    "Use a trained model": ("scripts/sample.py", "scripts/export.py", "scripts/evaluate.py", "scripts/publish.py"),
+    "Several machines": (
+        "scripts/cluster/slurm.sbatch",
+        "scripts/cluster/skypilot.yaml",
+        "scripts/cluster/kubernetes.yaml",
+    ),
 }
 MOST_DEFAULTS = 4  # different values of one key that its row lists; more are the choices' own
 

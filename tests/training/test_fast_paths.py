@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from models import gpt2
-from models.head import plain_losses
+from models.head import LossHead, plain_losses
 from tests.training.runs import lines, tiny
 from training.compose import compose
 from training.loop import Reporter
@@ -82,7 +82,7 @@ def test_the_curve_with_every_fast_path_is_the_curve_with_none(
     def full_logits(self: Any, hidden: Any, weight: Any, targets: Any, uniforms: Any) -> Any:
         return plain_losses(hidden, weight, targets, uniforms, self.vocab_size)
 
-    monkeypatch.setattr(gpt2.LossHead, "forward", full_logits)
+    monkeypatch.setattr(LossHead, "forward", full_logits)
     given = [*SETTINGS, f"train.precision={precision}", "train.compile=false", "train.shared_forward=false"]
     assert execute(compose(tiny(corpus, tmp_path, *given))).status == "completed"
     slow = lines(tmp_path / "run", "train")
