@@ -67,6 +67,7 @@ STILL_REFUSED = {
     ("data=text",),  # the choice, which needs data.paths
     ("name=my run",),  # quoted, and no valid name
     ("data.paths=['/tmp/jörg']",),  # quoted, and a key of data=text alone
+    ("launcher.nodes=2",),  # which needs launcher.head
 }
 
 
