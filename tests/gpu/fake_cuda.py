@@ -113,12 +113,14 @@ class Watch(TorchDispatchMode):
         return result
 
     def _read(self, func: Any, args: Any) -> Any:
-        if all(tensor.device.type == "cpu" for tensor in args):
+        if all(tensor.device.type == "cpu" for tensor in args):  # what it waited for was the copy
             try:
                 return func(*args)  # of a constant
             except DataDependentOutputException:
-                pass
-        value, dtype = self.wait(str(func)), args[0].dtype
+                value = self.wait(str(func)) if place() in self._waits else 1.0
+        else:
+            value = self.wait(str(func))
+        dtype = args[0].dtype
         return float(value) if dtype.is_floating_point else bool(value) if dtype == torch.bool else int(value)
 
     def _copy(self, source: Tensor, target: torch.device, non_blocking: bool) -> None:

@@ -19,7 +19,7 @@ from training.architectures import build_model
 from training.compose import compose
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
-from training.loop import Run, train
+from training.loop import Run, TrainingState, train
 from training.optimizers import build_optimizers
 from training.recording.ledger import Ledger
 from training.strategies import build_strategy
@@ -82,7 +82,7 @@ class Tokens:
         return iter([self._batch] * 2)
 
 
-def run(*overrides: str, waits: dict[str, float] = WAITS) -> tuple[list[str], set[str]]:
+def run(*overrides: str, waits: dict[str, float] = WAITS, evaluated: bool = False) -> tuple[list[str], set[str]]:
     """Train for two steps. Returns the kinds of the record's lines but events, and where the host waited."""
     config = compose([*SETTINGS, *overrides])
     distributed = Distributed(0, 0, 1, DEVICE)
@@ -109,6 +109,7 @@ def run(*overrides: str, waits: dict[str, float] = WAITS) -> tuple[list[str], se
             message=lambda line: None,
             save=lambda state: None,
             stop_requested=lambda: False,
+            state=TrainingState(evaluated_step=0 if evaluated else -1),
         )
         with watched(waits) as watch:
             assert train(run) == "completed"
@@ -159,7 +160,7 @@ def test_a_deterministic_run_uses_no_operator_that_torch_refuses() -> None:
 def test_a_planted_operator_without_a_deterministic_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "running_sum", lambda values: values.cumsum(dim=-1))
     with pytest.raises(Fault, match="no deterministic kernel"):
-        run(*ARMS["GNB within the training forward"])
+        run(*ARMS["GNB within the training forward"], evaluated=True)
 
 
 @pytest.mark.parametrize(
@@ -202,4 +203,4 @@ def test_a_planted_fault_is_found(plant: Callable[[Tensor], Any], found: str, mo
 
     monkeypatch.setattr(DDP, "backward", planted)
     with pytest.raises((Fault, RuntimeError), match=found):
-        run("optimizer=adamw")
+        run("optimizer=adamw", evaluated=True)
