@@ -205,8 +205,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"architecture": "examples.my_model:Rotry"}, "no Rotry in examples.my_model; did you mean Rotary?"),
     (
-        {"arguments": {"expand": 2}},
-        "model.arguments.expand=2: no argument of examples.my_model:Rotary; it takes expansion",
+        {"arguments": {"expansions": 2}},
+        "no argument of examples.my_model:Rotary; did you mean expansion? It takes expansion",
     ),
     ({"arguments": {"n_embd": 2}}, "model.arguments.n_embd=2: the run gives it; set model.n_embd="),
     ({"dropout": 0.1}, "model.dropout=0.1: examples.my_model:Rotary takes no dropout; give model.dropout=0.0"),
