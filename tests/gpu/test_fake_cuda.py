@@ -52,12 +52,10 @@ CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ARMS = {
     "AdamW": ["optimizer=adamw"],
     "Lion": ["optimizer=lion"],
-    "Signum": ["optimizer=signum"],
     "Muon": ["optimizer=muon"],
     "AdaHessian": ["optimizer=adahessian", *REFRESH],
     "GNB within the training forward": ["optimizer=sophiag", *REFRESH],
     "GNB with its own forward": ["optimizer=sophiag", "train.shared_forward=false", *REFRESH],
-    "empirical Fisher": ["optimizer=sophiag", "optimizer.estimator=empirical_fisher", *REFRESH],
     "Hutchinson": ["optimizer=sophiah", *REFRESH],
     "central differences": ["optimizer=sophiah", "optimizer.estimator=hutchinson_differences", *REFRESH],
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.slurm.cluster import missing
 from tests.training.runs import Session, before, kill_self, lines, run, run_in_child, summary
 from training.config import ConfigurationError
 from training.exits import EXIT_HELD
@@ -78,6 +79,7 @@ def test_a_parallel_sweep_saves_its_trials_when_the_terminal_closes(
     assert not (tmp_path / "adamw-2").exists()
 
 
+@pytest.mark.skipif(missing() is None, reason="make test-slurm shows it on a SLURM")
 def test_jobs_of_two_tasks_save_at_the_time_limit_and_resume(tiny: list[str], tmp_path: Path, said: Path) -> None:
     """What launcher=slurm does, through submitit's local executor; on a real SLURM: make test-slurm."""
     sweep = ["-m", "launcher=submitit", "launcher.nproc_per_node=2", *tiny, NAMES, f"output_dir={tmp_path}"]
