@@ -112,9 +112,10 @@ def test_every_integer_may_be_written_as_a_whole_float_and_is_an_integer(key: st
     *sections, last = key.split(".")
     values = copy.deepcopy(composed(*CHOSEN.get(key, CHOSEN.get(sections[0] if sections else "", []))))
     section = functools.reduce(lambda node, name: node[name], sections, values)
-    section[last] = number
+    listed = isinstance(section[last], list)  # of integers
+    section[last] = [number] if listed else number
     integer = validate(values)
-    section[last] = float(number)
+    section[last] = [float(number)] if listed else float(number)
     assert repr(validate(values)) == repr(integer)
     assert validate(values).run_name == integer.run_name
 
