@@ -38,8 +38,8 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup ## AdamW, Lion and Sophia-G on the embedded corpus: a table and a plot
 	$(BIN)/python scripts/demo.py
 
-test: setup ## the test suite, on four workers because many tests wait
-	$(BIN)/python -m pytest -n 4 --dist worksteal -m "not gpu and not slurm and not faults"
+test: setup ## the test suite, on three workers because many tests wait
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not gpu and not slurm and not faults"
 
 test-fast: setup ## the quick tests of every package: under 90 seconds
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not slurm and not faults"

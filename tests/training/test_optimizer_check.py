@@ -47,7 +47,7 @@ def test_the_fault_of_a_broken_optimizer_is_named(name: str) -> None:
     assert said in found[where]
 
 
-@pytest.mark.parametrize("arm", ["adamw", "lion", "sophiag", "sophiah", "muon", "signum", "adahessian"])
+@pytest.mark.parametrize("arm", ["lion", "sophiag", "muon", "adahessian"])
 def test_the_projects_own_optimizers_pass(arm: str) -> None:
     assert failed([f"optimizer={arm}"], reference=arm if arm != "adahessian" else None) == {}
 

@@ -101,7 +101,7 @@ def test_a_completed_run_with_artifacts_uploads_a_run_directory(corpus: list[str
     logged = [record.request.log_artifact.artifact for record in wandb_records(tmp_path / "run")]
     logged += [record.artifact for record in wandb_records(tmp_path / "run") if record.HasField("artifact")]
     (artifact,) = [one for one in logged if one.name]
-    assert (artifact.type, list(artifact.aliases)) == ("model", ["latest", "step-4"])
+    assert (artifact.type, sorted(artifact.aliases)) == ("model", ["latest", "step-4"])
     assert json.loads(artifact.metadata)["final_val_loss"] == summary(tmp_path / "run")["final_val_loss"]
     files = {entry.path for entry in artifact.manifest.contents}
     whole = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file()}

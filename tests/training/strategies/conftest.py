@@ -28,7 +28,7 @@ PAIRS = {
     "zero3×2": ["adamw", "sophiag", "sophiah, differences"],
 }
 POISONED = ["ddp", "fsdp", "zero1", "zero3"]  # and zero2 under differences
-OWN_MODEL = ["ddp", "fsdp", "zero3"]  # a replica of it, its blocks as shards, and a head that gathers the output layer
+OWN_MODEL = ["ddp", "zero3"]  # a replica of it, and shards with a head that gathers the output layer
 MOVES = (("fsdp", 6), ("zero2", 9), ("ddp", 12))  # strategy on two ranks, steps after which it is stopped
 MOVED_STEPS = 15
 #: Shares of a batch of 8: one rank has no part of the estimate, the ranks' parts differ, the whole batch.
