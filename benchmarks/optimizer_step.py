@@ -62,6 +62,7 @@ def arms(params: list[Tensor], slow: bool) -> dict[str, Callable[[], object]]:
     scale, held = torch.tensor(1.25, device=device), torch.tensor(0.0, device=device)
     adamw = torch.optim.AdamW(params, lr=1e-6, fused=True)
     sophia, lion = SophiaG(params, lr=1e-6, compile=True), Lion(params, lr=1e-6, compile=True)
+    powered = SophiaG(params, lr=1e-6, hessian_power=0.75, hessian_scale=1e-3, compile=True)
     gradients = [p.grad for p in params]
 
     def as_in_training(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
@@ -76,6 +77,7 @@ def arms(params: list[Tensor], slow: bool) -> dict[str, Callable[[], object]]:
     result: dict[str, Callable[[], object]] = {
         "AdamW, fused": adamw.step,
         "Sophia": sophia.step,
+        "Sophia, hessian_power = 0.75": powered.step,
         "Lion": lion.step,
         "update_hessian, GNB": lambda: sophia.update_hessian(num_predictions=1000),
         "update_hessian, estimates": lambda: sophia.update_hessian(estimates=gradients),
