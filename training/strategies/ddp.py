@@ -37,9 +37,7 @@ class DDP(KeepsGraphs):
         self._wrapped: nn.Module = self.model
         if self.distributed.world_size > 1:
             device_ids = [self.device] if self.device.type == "cuda" else None
-            self._wrapped = DistributedDataParallel(
-                self.model, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
-            )
+            self._wrapped = DistributedDataParallel(self.model, device_ids=device_ids, gradient_as_bucket_view=True)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, uniforms: Tensor | None = None) -> ModelOutput:
         # Without gradients there is nothing to reduce: evaluation goes past the wrapper.
