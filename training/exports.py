@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO
 
+from training.records import checkpoint_name
+
 EXPORTS = "exports"
 #: How long a run waits at its end for exports that are still being made.
 FINISH_SECONDS = 900.0
@@ -47,10 +49,7 @@ class Exports:
         """Start those exports whose checkpoints have been saved and that have not been made, and report those that ended."""
         self._reap()
         for step in sorted(self._left - self._running.keys()):
-            checkpoint, export = (
-                self._run / "checkpoints" / f"step-{step:08d}",
-                self._run / EXPORTS / f"step-{step:08d}",
-            )
+            checkpoint, export = self._run / "checkpoints" / checkpoint_name(step), self._export(step)
             if export.is_dir():
                 self._left.discard(step)
             elif checkpoint.is_dir():
@@ -78,6 +77,9 @@ class Exports:
             errors.close()
         self._running.clear()
 
+    def _export(self, step: int) -> Path:
+        return self._run / EXPORTS / checkpoint_name(step)
+
     def _reap(self) -> None:
         for step, (process, errors) in list(self._running.items()):
             if process.poll() is None:
@@ -87,6 +89,6 @@ class Exports:
             errors.close()
             del self._running[step]
             self._left.discard(step)
-            export = self._run / EXPORTS / f"step-{step:08d}"
+            export = self._export(step)
             # Ranks that were restarted may have left a process that made the same export.
             self._report(f"exported {export}" if export.is_dir() else f"{export} failed: {said[-1]}", step)

@@ -46,6 +46,11 @@ class RecordError(RuntimeError):
     """A run record that is missing, damaged or another run's. The message names the file."""
 
 
+def checkpoint_name(step: int) -> str:
+    """Name a checkpoint's directory in `<run>/checkpoints`, and an export's in `<run>/exports`."""
+    return f"step-{step:08d}"
+
+
 def json_line(values: Mapping[str, Any]) -> str:
     """One strict JSON object; NaN and infinities, which JSON lacks, become null."""
     return json.dumps(_json_value(values), separators=(",", ":"), allow_nan=False)

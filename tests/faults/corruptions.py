@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.records import checkpoint_name
 from training.reliability.checkpoints import (
     MANIFEST_FILE,
     Checkpoint,
     CheckpointError,
-    checkpoint_name,
     manifest_text,
     newest_valid,
 )

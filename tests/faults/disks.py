@@ -17,6 +17,7 @@ from typing import Any
 from tests.faults.kills import INTERVAL, compare, overrides_of
 from tests.faults.sittings import Sitting, completed
 from tests.training.runs import lines, summary
+from training.records import checkpoint_name
 from training.reliability import checkpoints
 
 STEPS = 60
@@ -93,7 +94,7 @@ def full_while_logging(corpus: Sequence[str], scratch: Path) -> dict[str, Any]:
         directory = disk / "run"
         command = overrides_of(corpus, disk, "run", STEPS)
         sitting = Sitting(command, scratch / "log")
-        sitting.wait_until(lambda: (directory / "checkpoints" / checkpoints.checkpoint_name(2 * INTERVAL)).exists())
+        sitting.wait_until(lambda: (directory / "checkpoints" / checkpoint_name(2 * INTERVAL)).exists())
         filler = fill(disk)
         (code,) = sitting.wait()
         faults = _faults_of_failure(code, sitting.said(), directory, "No space left on device")
@@ -132,7 +133,7 @@ def _resumed(
 ) -> dict[str, Any]:
     make_room(disk, 64 * 1024)
     said = completed(command, scratch / "log")
-    if f"resuming from {directory}/checkpoints/{checkpoints.checkpoint_name(last)} at step {last}" not in said:
+    if f"resuming from {directory}/checkpoints/{checkpoint_name(last)} at step {last}" not in said:
         faults.append(f"the run did not go on from step {last}: {said}")
     difference, found = compare(directory, scratch / "undisturbed", STEPS)
     if difference:

@@ -24,7 +24,8 @@ from models import GPT2, GPT2Config
 from models.huggingface import from_huggingface, to_huggingface
 from tests.data.token_directory import write_token_directory
 from tests.faults.corruptions import STEPS, write_checkpoints
-from training.reliability.checkpoints import Checkpoint, CheckpointError, checkpoint_name, manifest_text
+from training.records import checkpoint_name
+from training.reliability.checkpoints import Checkpoint, CheckpointError, manifest_text
 
 REFUSALS = (CheckpointError, DataError, ValueError)
 

@@ -20,6 +20,7 @@ import torch
 
 from tests.faults.sittings import Sitting, completed
 from tests.training.runs import CLOCKED, curve, lines, summary, tiny
+from training.records import checkpoint_name
 from training.reliability import checkpoints
 from training.reliability.checkpoints import Checkpoint
 
@@ -187,7 +188,7 @@ def compare(directory: Path, undisturbed: Path, steps: int) -> tuple[float, list
     difference = 0.0
     for ours, theirs in zip(curve(directory), curve(undisturbed), strict=False):
         difference = max(difference, _difference(ours, theirs))
-    final = checkpoints.checkpoint_name(steps)
+    final = checkpoint_name(steps)
     ours, theirs = (Checkpoint(root / "checkpoints" / final) for root in (directory, undisturbed))
     if set(ours.names()) != set(theirs.names()):
         faults.append("the final checkpoints hold other tensors")

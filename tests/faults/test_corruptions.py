@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.faults.corruptions import DAMAGES, STEPS, corrupt, write_checkpoints
-from training.reliability.checkpoints import Checkpoint, CheckpointError, checkpoint_name
+from training.records import checkpoint_name
+from training.reliability.checkpoints import Checkpoint, CheckpointError
 
 
 def test_no_random_damage_is_loaded_silently_and_the_newest_whole_checkpoint_is_used(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from training.config import RunConfig, TrackerConfig
-from training.records import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, SUMMARY_FILE
+from training.records import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, SUMMARY_FILE, checkpoint_name
 from training.secrets import redacted
 
 AXES = ("step", "tokens", "flops", "seconds")
@@ -266,7 +266,7 @@ class WandbTracker(Tracker):
         artifact = wandb.Artifact(f"run-{self._run.id}", type="model", metadata=numbers)
         for name in (CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, SUMMARY_FILE):
             artifact.add_file(str(record / name), name=name, policy="immutable")
-        checkpoint = f"checkpoints/step-{summary['steps']:08d}"
+        checkpoint = f"checkpoints/{checkpoint_name(summary['steps'])}"
         artifact.add_dir(str(record / checkpoint), name=checkpoint, policy="immutable")
         self._run.log_artifact(artifact, aliases=["latest", f"step-{summary['steps']}"])
 

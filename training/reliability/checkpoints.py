@@ -31,7 +31,7 @@ from training.config import ConfigurationError
 from training.distributed import Distributed
 from training.loop import TrainingState
 from training.recording.ledger import Entry, Kind
-from training.records import Form
+from training.records import Form, checkpoint_name
 from training.strategies.base import SAVED_DTYPES, Number, NumberPiece, Piece
 
 MANIFEST_FILE = "manifest.json"
@@ -123,10 +123,6 @@ class _Manifest(Form):
     step: _Count
     files: dict[str, _File]
     state: Annotated[RunState, Field(strict=False)]
-
-
-def checkpoint_name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def save(
