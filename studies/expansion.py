@@ -15,7 +15,7 @@ from operator import itemgetter
 from typing import Any, Literal
 
 from studies.search import Point, Search, best_of, coordinate_descent, quasi_random, replay, settled, start_point
-from studies.spec import AblationSpec, ArmSpec, Range, StudySpec, Value, points
+from studies.spec import AblationSpec, ArmSpec, FinalistsSpec, Range, StudySpec, Value, points
 from training.compose import compose_dictionary
 from training.config import ConfigurationError
 
@@ -106,14 +106,15 @@ def expand(spec: StudySpec, outcomes: Outcomes) -> Expansion:
                     continue
                 best[arm, model, horizon] = found
                 if horizon in spec.horizons(arm, model):
-                    trials += [_trial(spec, arm, "reporting", model, horizon, seed, found) for seed in model_spec.seeds]
+                    seeds = spec.seeds(arm, model)
+                    trials += [_trial(spec, arm, "reporting", model, horizon, seed, found) for seed in seeds]
     for name, ablation in spec.ablations.items():
         for horizon in ablation.horizons:
             values = best.get((ablation.of, ablation.model, horizon))
             if values is None:
                 waiting = True
                 continue
-            seeds = spec.models[ablation.model].seeds[: ablation.seeds]
+            seeds = spec.seeds(ablation.of, ablation.model)[: ablation.seeds]
             trials += [_ablation_trial(spec, name, ablation, horizon, seed, values) for seed in seeds]
     ordered = sorted(trials, key=functools.partial(_place, spec))
     finished = not waiting and all(trial.name in outcomes for trial in ordered)
@@ -123,16 +124,16 @@ def expand(spec: StudySpec, outcomes: Outcomes) -> Expansion:
 def expected_trials(spec: StudySpec) -> dict[Cell, int]:
     """Return the maximum number of trials by arm, model, horizon and phase."""
     counts: dict[Cell, int] = {}
-    for model, model_spec in spec.models.items():
+    for model in spec.models:
         for arm in spec.arms_on(model):
-            for horizon in {model_spec.tune_at, *spec.horizons(arm, model)}:
+            for horizon in {spec.models[model].tune_at, *spec.horizons(arm, model)}:
                 budget = _budget(spec, arm, model, horizon)
                 if budget:
                     counts[arm, model, horizon, "tuning"] = budget
             for horizon in spec.horizons(arm, model):
-                counts[arm, model, horizon, "reporting"] = len(model_spec.seeds)
+                counts[arm, model, horizon, "reporting"] = len(spec.seeds(arm, model))
     for name, ablation in spec.ablations.items():
-        seeds = spec.models[ablation.model].seeds[: ablation.seeds]
+        seeds = spec.seeds(ablation.of, ablation.model)[: ablation.seeds]
         for horizon in ablation.horizons:
             counts[name, ablation.model, horizon, "reporting"] = len(seeds)
     return counts
@@ -202,7 +203,7 @@ def _search_for(
         return None
     if not settings:
         return settled(start)
-    full = horizon == model_spec.tune_at and model_spec.like is None
+    full = _is_full_search(spec, model, horizon)
     return coordinate_descent(
         space,
         start,
@@ -215,17 +216,27 @@ def _search_for(
 
 def _settings(spec: StudySpec, arm: str, model: str, horizon: int) -> int:
     """Return how many settings a search may try: the same for all arms with something to search."""
-    model_spec, tuning, space = spec.models[model], spec.tuning, spec.arms[arm].search
-    if space and horizon == model_spec.tune_at and model_spec.like is None:
+    tuning, space = spec.tuning, spec.arms[arm].search
+    if space and _is_full_search(spec, model, horizon):
         return tuning.trials // len(tuning.seeds)
     if tuning.retune is None or not any(key in space for key in tuning.retune.keys):
         return 0
     return tuning.retune.trials // len(tuning.seeds)
 
 
+def _is_full_search(spec: StudySpec, model: str, horizon: int) -> bool:
+    """Return False for a re-tuning, which starts from the result of another search."""
+    return horizon == spec.models[model].tune_at and spec.models[model].like is None
+
+
+def _finalists(spec: StudySpec, model: str, horizon: int) -> FinalistsSpec | None:
+    finalists = spec.tuning.finalists
+    return finalists if finalists and (finalists.retune or _is_full_search(spec, model, horizon)) else None
+
+
 def _budget(spec: StudySpec, arm: str, model: str, horizon: int) -> int:
     """Return the maximum number of tuning trials, finalists included."""
-    settings, finalists = _settings(spec, arm, model, horizon), spec.tuning.finalists
+    settings, finalists = _settings(spec, arm, model, horizon), _finalists(spec, model, horizon)
     again = min(settings, finalists.settings) * len(finalists.seeds) if finalists else 0
     return settings * len(spec.tuning.seeds) + again
 
@@ -249,7 +260,8 @@ def _tuned(
     tuning = spec.tuning
     found = replay(search, lambda point: loss_of(point, tuning.seeds))
     trials = [trial for point in found.asked for trial in trials_of(point, tuning.seeds)]
-    if found.best is None or tuning.finalists is None:
+    finalists = _finalists(spec, model, horizon)
+    if found.best is None or finalists is None:
         return found.best, trials
     losses = [(loss_of(point, tuning.seeds), point) for point in found.asked]
     ranked = sorted(
@@ -257,9 +269,9 @@ def _tuned(
     )
     if not ranked:  # nothing was searched, or all diverged
         return found.best, trials
-    finalists, seeds = [point for _, point in ranked[: tuning.finalists.settings]], tuning.finalists.seeds
-    best = replay(best_of(finalists), lambda point: loss_of(point, seeds)).best
-    return best, trials + [trial for point in finalists for trial in trials_of(point, seeds)]
+    chosen = [point for _, point in ranked[: finalists.settings]]
+    best = replay(best_of(chosen), lambda point: loss_of(point, finalists.seeds)).best
+    return best, trials + [trial for point in chosen for trial in trials_of(point, finalists.seeds)]
 
 
 def _trial(spec: StudySpec, arm: str, phase: Phase, model: str, horizon: int, seed: int, values: Point) -> Trial:

@@ -145,12 +145,14 @@ def _whole_numbers(values: Any) -> Any:
 class ArmSpec(Section):
     """One arm: its overrides, and its search spaces by configuration key.
 
-    `horizons` restricts an arm to some of its models' horizons, to save the cost of longer runs.
+    `horizons` restricts an arm to some of its models' horizons, and `seeds` to the first of their reporting seeds, to
+    save cost.
     """
 
     overrides: tuple[str, ...]
     search: Annotated[dict[Key, Space], BeforeValidator(_whole_numbers)] = {}
     horizons: tuple[PositiveInt, ...] = ()
+    seeds: PositiveInt | None = None  # number of each model's reporting seeds; default: all
 
 
 class AblationSpec(Section):
@@ -217,6 +219,7 @@ class FinalistsSpec(Section):
 
     settings: Annotated[int, Field(ge=2)]
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+    retune: bool = True  # those of a re-tuning as well; false: only those of the full search
 
 
 class TuningSpec(Section):
@@ -290,6 +293,10 @@ class StudySpec(Section):
             where = f"arms.{name}.horizons={list(arm.horizons)}"
             if arm.horizons and name == self.baseline:
                 raise ValueError(f"{where}: the baseline must run at all horizons; remove this key")
+            if arm.seeds and name == self.baseline:
+                raise ValueError(
+                    f"arms.{name}.seeds={arm.seeds}: the baseline must run with all seeds; remove this key"
+                )
             on = [model for model in self.models if name in self.arms_on(model)]
             choices = sorted({horizon for model in on for horizon in self.models[model].challenged_at})
             unknown = [horizon for horizon in arm.horizons if horizon not in choices]
@@ -368,6 +375,10 @@ class StudySpec(Section):
         """Return the arms that run on a model, the baseline first."""
         names = self.models[model].arms or tuple(self.arms)
         return sorted(names, key=lambda arm: arm != self.baseline)
+
+    def seeds(self, arm: str, model: str) -> tuple[int, ...]:
+        """Return the reporting seeds of an arm on a model."""
+        return self.models[model].seeds[: self.arms[arm].seeds]
 
     def horizons(self, arm: str, model: str) -> tuple[int, ...]:
         """Return the reported horizons of an arm on a model, ascending."""

@@ -200,6 +200,9 @@ def _changed(before: StudySpec, after: StudySpec) -> str:
     for model, spec in before.models.items():
         if model in after.models and after.models[model].seeds != spec.seeds:
             return f"models.{model}.seeds changed from {list(spec.seeds)} to {list(after.models[model].seeds)}"
+    for name, arm in before.arms.items():
+        if name in after.arms and after.arms[name].seeds != arm.seeds:
+            return f"arms.{name}.seeds changed from {arm.seeds or 'all'} to {after.arms[name].seeds or 'all'}"
     if after.level != before.level:
         return f"level changed from {before.level:g} to {after.level:g}"
     return "" if after.baseline == before.baseline else f"baseline changed from {before.baseline} to {after.baseline}"

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 # malloc.h
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
+_MADV_HUGEPAGE = 14  # mman.h
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 PACKAGES = ("torch", "numpy", "transformers", "datasets", "tiktoken", "tokenizers", "deepspeed", "hydra-core", "wandb")
 
@@ -96,22 +98,50 @@ def make_deterministic() -> None:
 
 
 def keep_memory_mapped() -> bool:
-    """Keep freed memory mapped and request huge pages, for training on a CPU. Call it before the first large tensor.
+    """Keep freed memory mapped, in huge pages, for training on a CPU. Call it before the first large tensor.
 
     glibc returns large blocks to the kernel as soon as they are freed. A training step allocates the same gigabytes each
-    time, and the kernel clears every page again: a tenth to a quarter of a step's time. The price is a resident set that
+    time, and the kernel clears every page again: a tenth to a quarter of a step's time. In a virtual machine, pages of
+    4 KB cost as much again, since each look-up of an address is one of the host too. The price is a resident set that
     never shrinks. Returns whether it took effect: it needs glibc, and does nothing if the process preloads another
     allocator (jemalloc, tcmalloc). With a GPU it is harmless and of little use.
     """
     if not sys.platform.startswith("linux") or os.environ.get("LD_PRELOAD"):
         return False
-    # Read by torch's CPU allocator at its first large block: madvise(MADV_HUGEPAGE).
+    # For blocks of 2 MB and more, wherever they are. Read by torch's CPU allocator at its first one.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    # -1: never trim. Without mmap, blocks of every size come from the heap.
+    kept = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+    if kept and _overcommits():
+        _advise_heap(os.sysconf("SC_PHYS_PAGES") // 2 * _PAGE)
+    return kept
+
+
+def _overcommits() -> bool:
+    """Whether address space that is never touched is free (anything but vm.overcommit_memory=2)."""
+    try:
+        return Path("/proc/sys/vm/overcommit_memory").read_text().strip() != "2"
+    except OSError:
+        return False
+
+
+def _advise_heap(size: int) -> None:
+    """Grow the heap by `size` bytes of address space and ask for huge pages there, for small blocks as well.
+
+    The heap's top keeps the advice when the block is freed. Later growth has none.
+    """
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    address = libc.malloc(ctypes.c_size_t(size))
+    if address is None:
+        return
+    first = -(-address // _PAGE) * _PAGE
+    libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(address + size - first), _MADV_HUGEPAGE)
+    libc.free(ctypes.c_void_p(address))
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -150,9 +150,9 @@ def test_a_search_waits_until_all_tuning_seeds_have_answered() -> None:
     assert len([trial for trial in expand(spec, both).trials if trial.arm == "adamw"]) > 2
 
 
-def with_finalists() -> StudySpec:
+def with_finalists(**options: bool) -> StudySpec:
     values = small()
-    values["tuning"]["finalists"] = {"settings": 4, "seeds": [101, 102]}
+    values["tuning"]["finalists"] = {"settings": 4, "seeds": [101, 102], **options}
     return validate_spec(values, "small.yaml")
 
 
@@ -177,15 +177,17 @@ def test_finalists_on_further_seeds_overrule_a_lucky_one() -> None:
     assert {t.name for t in expand(with_finalists(), remaining).missing(remaining)} == lost
 
 
-def test_finalists_count_in_the_budget_and_are_as_many_for_every_arm() -> None:
-    spec = with_finalists()
+@pytest.mark.parametrize("retune", [True, False])
+def test_finalists_count_in_the_budget_and_are_as_many_for_every_arm(retune: bool) -> None:
+    spec = with_finalists(retune=retune)
     finished, _ = to_the_end(spec)
     tuned = Counter((t.arm, t.model, t.horizon) for t in finished.trials if t.phase == "tuning")
+    retuning = 3 + (3 * 2 if retune else 0)  # three settings
     assert {(cell[1:], count) for cell, count in tuned.items()} == {
         (("gpt2_nano", 50), 6 + 4 * 2),
-        (("gpt2_nano", 25), 3 + 3 * 2),  # a re-tuning has three settings
-        (("gpt2_nano", 100), 3 + 3 * 2),
-        (("gpt2_micro", 50), 3 + 3 * 2),
+        (("gpt2_nano", 25), retuning),
+        (("gpt2_nano", 100), retuning),
+        (("gpt2_micro", 50), retuning),
     }
     assert tuned == finished.budgets
     assert {cell[:3]: n for cell, n in expected_trials(spec).items() if cell[3] == "tuning"} == tuned

@@ -116,10 +116,12 @@ def test_every_searched_range_of_the_repositorys_studies_is_tried_on_both_halves
     assert sum(float(floor) >= 1e-8 for floor in floors) >= 2
 
 
-def test_the_papers_study_gives_every_arm_the_same_searched_shared_keys_and_trials() -> None:
-    spec = load_spec("paper_125m")
+@pytest.mark.parametrize(("study", "model"), [("paper_125m", "gpt2_small"), ("paper_355m", "gpt2_medium")])
+def test_the_papers_studies_give_every_arm_the_same_searched_shared_keys_and_trials(study: str, model: str) -> None:
+    spec = load_spec(study)
     shared = {
         "optimizer.lr",
+        "optimizer.embedding_lr_ratio",
         "optimizer.betas[0]",
         "optimizer.betas[1]",
         "optimizer.weight_decay",
@@ -128,7 +130,7 @@ def test_the_papers_study_gives_every_arm_the_same_searched_shared_keys_and_tria
     own = {"optimizer.gamma", "optimizer.eps"}
     assert [{*arm.search} for arm in spec.arms.values()] == [shared, shared, shared | own, shared | own]
     counts = expected_trials(spec)
-    assert len({counts[arm, "gpt2_small", 25000, "tuning"] for arm in spec.arms}) == 1
+    assert len({counts[arm, model, 25000, "tuning"] for arm in spec.arms}) == 1
     final = {compose([*t.overrides, "name=x"]).schedule.final_ratio for t in expand(spec, {}).trials[::16]}
     assert final == {0.05}, "one schedule"
 
