@@ -19,7 +19,7 @@ endif
 # The oldest torch of the library; pyproject.toml has the same.
 OLDEST = 2.6.0
 
-.PHONY: setup demo test test-fast test-oldest lint docs bench bench-full bench-gpu wheels test-gpu test-slurm test-faults test-mutants wheel results lock clean help
+.PHONY: setup demo test test-fast test-oldest lint docs bench bench-full bench-small bench-gpu wheels test-gpu test-slurm test-faults test-mutants wheel results lock clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -71,6 +71,10 @@ bench-full: bench ## bench, and the 124M model, data, scaling, planned against m
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/reading.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/page.py
+
+bench-small: setup ## whole runs of small models, against an earlier commit (a quarter of an hour)
+	$(BIN)/python benchmarks/small_models.py
 	$(BIN)/python benchmarks/page.py
 
 bench-gpu: setup ## what depends on the device, on one GPU: tests, speed, memory, a run (ten minutes)

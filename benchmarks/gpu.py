@@ -157,9 +157,9 @@ def training(plan: Plan, size: str) -> dict[str, Any]:
     """The training step against the plain compiled model and transformers: time, utilisation and peak memory."""
     compiled, shape = not plan.rehearsal, plan.shape(size)
     arms = {
-        "here": Arm(plain=False, compiled=compiled),
-        "plain": Arm(plain=True, compiled=compiled),
-        "transformers": Arm(plain=True, compiled=compiled, transformers=True),
+        "here": Arm("here", compiled=compiled),
+        "plain": Arm("plain", compiled=compiled),
+        "transformers": Arm("transformers", compiled=compiled),
     }
     workers: dict[str, Worker] = {}
     rows: dict[str, dict[str, Any]] = {}

@@ -6,6 +6,7 @@ python benchmarks/page.py
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ def tables(results: Path) -> str:
         ("optimizer_step", optimizer_step),
         ("training_step_30m", training_step),
         ("training_step_124m", training_step),
+        ("small_models", small_models),
         ("data", data),
         ("scaling", scaling),
         ("reading", reading),
@@ -114,6 +116,27 @@ def training_step(record: dict[str, Any]) -> Iterator[str]:
         for limit in [targets["curvature"][name]]
     ]
     yield from table(("curvature pass, every 10 steps", "share of a step", "target", ""), passes)
+
+
+def small_models(record: dict[str, Any]) -> Iterator[str]:
+    yield f"### Whole runs of small models, {record['steps']} steps with evaluations ({where(record)})"
+    yield ""
+    rows, targets = [], record["targets"]
+    for model, found in record["models"].items():
+        medians = {
+            tree: {key: statistics.median(run[key] for run in runs) for key in ("seconds", "start")}
+            for tree, runs in record["runs"][model].items()
+        }
+        faster, overhead = found["speed_up"], found["overhead"]
+        rows.append(
+            [
+                *(model, f"{medians['before']['seconds']:.1f}", f"{medians['here']['seconds']:.1f}"),
+                *(f"{medians['here']['start']:.1f}", f"{faster:.2f}", verdict(faster >= targets["speed_up"])),
+                *(f"{overhead:.1%}", verdict(overhead < targets["overhead"])),
+            ]
+        )
+    header = [f"{record['against']}, s", "here, s", "of these start-up, s", "faster by", f"≥ {targets['speed_up']}"]
+    yield from table(["", *header, "the framework's own share", f"< {targets['overhead']:.0%}"], rows)
 
 
 def data(record: dict[str, Any]) -> Iterator[str]:

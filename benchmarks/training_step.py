@@ -6,7 +6,10 @@
 
 Each arm runs in its own process, since memory allocation is a property of a process. The arms take turns, one step each,
 round after round; only one runs at a time. Ratios are of medians. A step is forward, backward, clip, optimizer and
-clearing the gradients. The arms "here" are this framework's model and step; "plain" is benchmarks/plain_gpt2.py.
+clearing the gradients. The arms "here" are this framework's model and step; "plain" is benchmarks/plain_gpt2.py;
+"transformers" and "litgpt" are the models of these libraries with the loss of their own training code, compiled. litgpt is
+left out unless it is installed (pip install --no-deps litgpt lightning lightning-utilities pytorch-lightning torchmetrics
+jsonargparse docstring-parser typeshed-client importlib-resources; its own version limits do not fit those here).
 Utilisation is model FLOPs over the step's time, relative to the measured rate of large products. Prints tables and writes
 them, with the hardware, to results/benchmarks/training_step_<size>.json.
 """
@@ -23,8 +26,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -73,25 +77,30 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Arm:
-    plain: bool
+    model: Literal["here", "plain", "transformers", "litgpt"]
     compiled: bool = True
     bf16: bool = True
     kept: bool = False  # keep memory mapped between steps
     sophia: bool = False  # Sophia-G and its curvature passes instead of AdamW
     every: int = 1  # runs in every n-th round
-    transformers: bool = False  # with plain: the library's GPT2LMHeadModel
+
+    @property
+    def plain(self) -> bool:
+        return self.model != "here"
 
 
 BASELINE = "plain"
 HERE = "here"
-ARMS = {
-    BASELINE: Arm(plain=True),
-    "plain, memory kept": Arm(plain=True, kept=True),
-    "plain, uncompiled": Arm(plain=True, compiled=False, every=3),
-    "plain, uncompiled, fp32": Arm(plain=True, compiled=False, bf16=False, every=3),
-    HERE: Arm(plain=False, kept=True),
-    "here, default allocator": Arm(plain=False),
-    "here, Sophia-G": Arm(plain=False, kept=True, sophia=True),
+ARMS: dict[str, Arm] = {
+    BASELINE: Arm("plain"),
+    "plain, memory kept": Arm("plain", kept=True),
+    "plain, uncompiled": Arm("plain", compiled=False, every=3),
+    "plain, uncompiled, fp32": Arm("plain", compiled=False, bf16=False, every=3),
+    "transformers": Arm("transformers"),
+    **({"litgpt": Arm("litgpt")} if find_spec("litgpt") else {}),
+    HERE: Arm("here", kept=True),
+    "here, default allocator": Arm("here"),
+    "here, Sophia-G": Arm("here", kept=True, sophia=True),
 }
 
 #: Smallest speed-up of "here" over other arms, by size.
@@ -128,6 +137,35 @@ class TransformersGPT2(torch.nn.Module):
         return torch.nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
 
 
+class LitGPT(torch.nn.Module):
+    """litgpt's GPT, with GPT-2's layers but for the positions, which are none, and the loss of its pretraining script."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        from litgpt.config import Config
+        from litgpt.model import GPT
+
+        shape = {
+            name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "vocab_size", "bias")
+        }
+        layers = {"norm_class_name": "LayerNorm", "mlp_class_name": "GptNeoxMLP", "gelu_approximate": "tanh"}
+        positions = {"rotary_percentage": 0.0, "parallel_residual": False}
+        self.model = GPT(
+            Config(name="gpt2", padded_vocab_size=config.padded_vocab_size, **shape, **layers, **positions)
+        )
+        self.model.lm_head.weight = self.model.transformer.wte.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """(B, T) and (B, T) int64 -> () the mean cross entropy."""
+        from litgpt.utils import chunked_cross_entropy
+
+        loss: Tensor = chunked_cross_entropy(self.model(tokens), targets)
+        return loss
+
+
+MODELS = {"here": GPT2, "plain": PlainGPT2, "transformers": TransformersGPT2, "litgpt": LitGPT}
+
+
 class Worker:
     """One arm's model and optimizer, and the timed actions."""
 
@@ -135,8 +173,7 @@ class Worker:
         torch.manual_seed(0)
         self.shape, self.arm, self.device = shape, arm, device
         config = shape.config
-        kind = TransformersGPT2 if arm.transformers else PlainGPT2 if arm.plain else GPT2
-        self.model = kind(config).to(device)
+        self.model = MODELS[arm.model](config).to(device)
         if arm.compiled:
             self.model.compile()
         parameters = list(self.model.parameters())
