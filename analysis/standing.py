@@ -1,13 +1,14 @@
-"""A study's result as a section of a page: one sentence, one table, its limits, and what others found."""
+"""A study's result as a section of a page (one sentence, one table, its limits, what others found), or as a row of a table."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from analysis import escaping, tables
-from analysis.results import Results, model_sizes
+from analysis.results import Results, Verdict, model_sizes
 
 _DOUBTS = 2
 
@@ -23,17 +24,10 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
     if not verdicts:
         raise ValueError(f"{directory} has no verdict on {arm!r}; choose one of {', '.join(study.arms)}")
     reported, tuning = (sum(trial.run is not None for trial in trials) for trials in (study.reporting, study.tuning))
-    sizes, scales = model_sizes(study), []
-    for one in verdicts:
-        end = one.at.endpoints if one.at else study.endpoints(arm, one.model)[-1]
-        tokens, size = float(end.tokens.mean()), sizes.get(one.model, math.nan)
-        scales.append(
-            f"{size / 1e6:.1f}M parameters, {end.horizon:,} steps, {tokens / 1e6:.1f}M tokens, {tokens / size:.2g} tokens "
-            "per parameter"
-        )
+    scale = "; ".join(_scale(results, one) for one in verdicts)
     limits = [
-        f"Scale: {'; '.join(scales)}. The paper's smallest model has 125M parameters, 100,000 steps, 390 tokens per "
-        "parameter. Short runs favour short averages (β1, β2) and leave little time to estimate the curvature.",
+        f"Scale: {scale}. The paper's smallest model has 125M parameters, 100,000 steps, 390 tokens per parameter. Short runs "
+        "favour short averages (β1, β2) and leave little time to estimate the curvature.",
         *(escaping.markdown(f"{one.title}. {one.detail}") for one in results.findings[:_DOUBTS]),
     ]
     parts = [
@@ -47,6 +41,36 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
         _body(tables.published(results)),
     ]
     return "\n\n".join(part.strip() for part in parts)
+
+
+def overview(studies: Sequence[tuple[Results, Path]], page: Path, arm: str) -> str:
+    """Return one table of all studies as Markdown, with links relative to `page`: question, scale, answer on `arm`, doubts."""
+    lines = ["| study | question | scale | answer | how sure |", "|:---|:---|:---|:---|:---|"]
+    for results, directory in studies:
+        study, verdicts = results.study, [one for one in results.verdicts if one.arm == arm]
+        serious = sum(one.severity == "serious" for one in results.findings)
+        seeds = sorted({len(end.seeds) for one in verdicts for end in study.endpoints(arm, one.model)})
+        cells = [
+            f"[{study.name}]({escaping.href(directory, page.parent)}/README.md)",
+            study.description,
+            "; ".join(_scale(results, one) for one in verdicts),
+            " ".join(one.sentence(study.baseline) for one in verdicts),
+            " to ".join(str(count) for count in sorted({*seeds[:1], *seeds[-1:]}))
+            + f" seeds; serious doubts of the report: {serious or 'none'}"
+            + (f". {study.under_way}" if study.under_way else ""),
+        ]
+        lines.append("| " + " | ".join([cells[0], *map(escaping.markdown, cells[1:])]) + " |")
+    return "\n".join(lines)
+
+
+def _scale(results: Results, verdict: Verdict) -> str:
+    study = results.study
+    end = verdict.at.endpoints if verdict.at else study.endpoints(verdict.arm, verdict.model)[-1]
+    tokens, size = float(end.tokens.mean()), model_sizes(study).get(verdict.model, math.nan)
+    return (
+        f"{size / 1e6:.1f}M parameters, {end.horizon:,} steps, {tokens / 1e6:.1f}M tokens, {tokens / size:.2g} tokens per "
+        "parameter"
+    )
 
 
 def _body(table: tables.Table) -> str:

@@ -1,4 +1,4 @@
-"""Rebuild the reports of committed studies, and README's section of results, from their records (make results).
+"""Rebuild the reports of committed studies, README's section of results and the table of studies (make results).
 
 python scripts/results.py                                             results/cpu_embeddings, cpu_scale, challenge; README.md
 python scripts/results.py results/smoke --page some/page.md --arm lion
@@ -17,7 +17,7 @@ if __name__ == "__main__":
 from analysis.pages import write_part
 from analysis.report import print_summary, write_report
 from analysis.results import analyse
-from analysis.standing import section
+from analysis.standing import overview, section
 from analysis.trials import load_study
 from training.launching.command import refuse
 from training.recording.terminal import SafeConsole
@@ -33,17 +33,23 @@ def main(arguments: list[str] | None = None) -> int:
         "studies", nargs="*", type=Path, default=STUDIES, help="their directories; the first is the page's"
     )
     parser.add_argument("--page", type=Path, default=ROOT / "README.md", help="the page with the part `results`")
+    parser.add_argument("--table", type=Path, help="the page with the part `studies` (default: results/README.md)")
     parser.add_argument("--arm", default="sophiag", help="the arm whose verdict is the page's first sentence")
     options = parser.parse_args(arguments)
     console = SafeConsole()
+    table = options.table or (ROOT / "results" / "README.md" if options.studies == STUDIES else None)
+    analysed = []
     try:
         for directory in options.studies:
             results = analyse(load_study([directory]))
+            analysed.append((results, directory))
             written = write_report(results, directory)
             if directory == options.studies[0]:
                 write_part(options.page, "results", section(results, directory, options.page, options.arm))
             print_summary(results, console)
             console.print(f"report: {written.html}", highlight=False)
+        if table is not None:
+            write_part(table, "studies", overview(analysed, table, options.arm))
     except (OSError, RecordError, ValueError) as error:
         return refuse(error)
     console.print(f"page: {options.page}", highlight=False)

@@ -6,6 +6,7 @@
     python scripts/study.py run study=cpu_scale tracker=wandb   mirror the runs to W&B
     python scripts/study.py plan study=cpu_scale                trials, steps and tokens
     python scripts/study.py plan study=cpu_scale --speed gpt2_micro=26000 gpt2_mini=10500     and hours
+    python scripts/study.py rehearse study=paper_125m data=sample      every part of it, in minutes, with a tiny model
     python scripts/study.py status study=cpu_scale              progress
     python scripts/study.py times study=cpu_scale               reference times, on an idle machine
     python scripts/study.py compact study=cpu_scale             add finished runs to the tables while the study runs
@@ -59,7 +60,9 @@ ALLOW = "allow_code=true"  # verify: records name the code of an external optimi
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "plan", "status", "compact", "times", "verify", "report", "sweep"))
+    parser.add_argument(
+        "command", choices=("run", "plan", "rehearse", "status", "compact", "times", "verify", "report", "sweep")
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="study=…, hydra/launcher=…, tracker=…")
     parser.add_argument("--hours", type=float, help="start no trial after this many hours")
     parser.add_argument("--work", type=Path, default=Path("runs"), help="parent directory of the runs (default: runs)")
@@ -77,10 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--start", type=float, default=10.0, help="plan: seconds to start and compile a run")
     options = parser.parse_args(arguments)
-    console = SafeConsole(stderr=options.command in ("run", "times", "verify"))
+    console = SafeConsole(stderr=options.command in ("run", "rehearse", "times", "verify"))
     try:
         own = [one for one in options.overrides if one.startswith("challenger.")]
-        study, launcher, extras = split([one for one in options.overrides if one not in own])
+        rehearse = options.command == "rehearse"
+        study, launcher, extras = split([one for one in options.overrides if one not in own], any_key=rehearse)
         spec = baselines = load_spec(study)
         # pyarrow comes with these, which a mistake need not wait for.
         if own:
@@ -88,13 +92,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             spec = with_challenger(baselines, challenger_of(own))
         from studies.overview import plan_table, speeds_of, status_table
+        from studies.rehearsal import rehearsal
         from studies.store import Places, compact
         from studies.sweeps import write_sweeps
 
+        if rehearse:
+            spec, extras, options.records = rehearsal(spec, extras), [], options.work / "rehearsals"
         places = Places.of(spec.name, options.work, options.records)
         launching = functools.partial(launch_with, launcher=launcher, extras=extras)
-        if options.command == "run":
-            if own:
+        if options.command in ("run", "rehearse"):
+            if own and not rehearse:
                 prepare(baselines, spec, places, options.records, log_to(console))
             return run(spec, places, launching, side_by_side(launcher), options.hours, console)
         if options.command == "verify":
@@ -123,8 +130,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def split(overrides: Sequence[str]) -> tuple[str, list[str], list[str]]:
+def split(overrides: Sequence[str], *, any_key: bool = False) -> tuple[str, list[str], list[str]]:
     """Split into the study's name, the launcher's overrides and the overrides of every run.
+
+    Args:
+        any_key: also overrides that change the curves, for a rehearsal.
 
     Raises:
         ConfigurationError: no study=, or an override that belongs in the study file.
@@ -140,7 +150,7 @@ def split(overrides: Sequence[str]) -> tuple[str, list[str], list[str]]:
             study = value
         elif key.startswith("hydra"):
             launcher.append(override)
-        elif override == ALLOW or any(key == one or key.startswith(f"{one}.") for one in RUN_TIME):
+        elif any_key or override == ALLOW or any(key == one or key.startswith(f"{one}.") for one in RUN_TIME):
             extras.append(override)
         else:
             raise ConfigurationError(f"{override}: this override changes the runs; put it in the study file")

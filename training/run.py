@@ -189,6 +189,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     ) or Recorder(place, display)
     if without_bytes is not None:
         recorder.message(f"no bits per byte: {without_bytes}")
+    recorder.message(opening_line(config, parameters, manifest.vocab_size, distributed))
     for line in decided.rejected:
         recorder.message(f"checkpoint skipped: {line}")
     if decided.checkpoint is not None:
@@ -283,6 +284,17 @@ def _train(run: Run, watchdog: Watchdog, recorder: Recorder, exports: Exports) -
     return status
 
 
+def opening_line(config: RunConfig, parameters: int, vocab_size: int, distributed: Distributed) -> str:
+    """Return what a run will do, in one line."""
+    train, tokens = config.train, config.train.global_batch_size * config.train.sequence_length
+    where = [f"{distributed.world_size} ranks"] if distributed.world_size > 1 else []
+    where += [distributed.device.type, train.precision, *(["compiled"] if train.compile else [])]
+    return (
+        f"{config.model.name}, {parameters / 1e6:.1f}M parameters, on {config.data.name} (vocabulary {vocab_size:,}): "
+        f"{train.steps:,} steps of {tokens:,} tokens with {config.optimizer.name}; {', '.join(where)}"
+    )
+
+
 def closing_line(run: Run, status: Status, directory: Path) -> str:
     """Return a run's last message: how it ended, why, and what to do."""
     loss = "-" if run.state.final_val_loss is None else f"{run.state.final_val_loss:.4f}"
@@ -290,6 +302,8 @@ def closing_line(run: Run, status: Status, directory: Path) -> str:
     if run.reason is not None:
         line = f"{line}\n{run.reason}"
     match status:
+        case "completed":
+            return f"{line}\npicture: python scripts/plot.py curves {directory}\ntext: python scripts/sample.py {directory}"
         case "preempted":
             return f"{line}\nrerun the same command to resume"
         case "failed":

@@ -28,9 +28,10 @@ def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A study, and a page whose section has been made from it."""
     directory = tmp_path_factory.mktemp("rebuilt")
     study = write_study(directory / "results" / "synthetic", models={"tiny": 1e6})
-    page = directory / "README.md"
+    page, table = directory / "README.md", directory / "results" / "README.md"
     page.write_text(PAGE)
-    assert rebuild([str(study), "--page", str(page)]) == 0
+    table.write_text(PAGE.replace("results:", "studies:"))
+    assert rebuild([str(study), "--page", str(page), "--table", str(table)]) == 0
     return study, page
 
 
@@ -51,6 +52,19 @@ def test_the_section_says_what_the_records_say(rebuilt: tuple[Path, Path]) -> No
     assert "Scale: 1.0M parameters, 400 steps, 0.4M tokens, 0.41 tokens per parameter" in text
     for link in re.findall(r"\]\(([^)]+)\)", text):
         assert (page.parent / link).is_file() or link.endswith("README.md"), link
+
+
+def test_the_table_of_studies_has_scale_answer_and_doubts(rebuilt: tuple[Path, Path]) -> None:
+    study, _ = rebuilt
+    results = analyse(load_study([study]))
+    serious = sum(one.severity == "serious" for one in results.findings)
+    (row,) = [
+        line for line in (study.parent / "README.md").read_text().splitlines() if line.startswith("| [synthetic]")
+    ]
+    assert row.startswith("| [synthetic](synthetic/README.md) |")
+    assert "1.0M parameters, 400 steps" in row
+    assert results.verdict("sophiag", "tiny").sentence("adamw") in row
+    assert row.endswith(f"seeds; serious doubts of the report: {serious or 'none'} |")
 
 
 def test_published_results_stand_beside_with_their_flaws(rebuilt: tuple[Path, Path]) -> None:

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -22,7 +21,7 @@ from training.config import ConfigurationError, RankRefusedError, RunConfig, Slu
 from training.exits import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_PREEMPTED, EXIT_RANK_LOST, refuse
 from training.launching.lifeline import die_with_launcher
 from training.launching.limits import descriptors_failure
-from training.reliability.signals import handled_signals, say
+from training.reliability.signals import handled_signals, say, shield_resource_tracker
 
 NOT_STARTED = -1  # not an exit code: the rank has not started the run
 #: Ranks that were asked to stop may take this long to save a checkpoint; then they are killed.
@@ -133,17 +132,6 @@ def start_ranks(config: RunConfig) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return max(results.values(), default=0)
-
-
-def shield_resource_tracker() -> None:
-    """Start multiprocessing's helper process with stop signals blocked.
-
-    srun sends a signal to all processes of a step. The helper handles only SIGINT and SIGTERM, and its death would cost a
-    traceback for each of its resources.
-    """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals())
-    resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def code_of_stopped_ranks(signalled: signal.Signals, codes: Sequence[int]) -> int:

@@ -12,7 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 from rich.table import Column
 
+from data.progress import duration
+
 SECONDS_BETWEEN_PLAIN_LINES = 15.0
+SECONDS_TO_THE_FIRST_ESTIMATE = 3.0  # of the time left
 # Each control character except newline and tab, mapped to its visible symbol.
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 _PICTURES |= dict.fromkeys(range(128, 160), 0xFFFD)
@@ -58,8 +61,8 @@ class Display:
         self._enabled = enabled
         self._steps = steps
         self._console = Console(stderr=True)
-        self._last_plain = 0.0
-        self._started, self._first = time.monotonic(), done
+        self._next_plain = 0.0
+        self._began: tuple[float, int] | None = None  # when this process's first step, which may compile, ended
         self._validation = ""
         self._progress: Progress | None = None
         if enabled and self._console.is_terminal:
@@ -90,18 +93,18 @@ class Display:
     def step(self, line: Mapping[str, Any]) -> None:
         if not self._enabled:
             return
+        now, step = time.monotonic(), line["step"]
+        text = f"step {step}/{self._steps}  {describe_step(line)}"
         if self._progress is not None:
             metrics = "  ".join(filter(None, (self._validation, describe_step(line))))
-            self._progress.update(self._task, completed=line["step"], metrics=metrics)
-        elif line["step"] in (1, self._steps) or time.monotonic() - self._last_plain > SECONDS_BETWEEN_PLAIN_LINES:
-            self._last_plain = time.monotonic()
-            self.message(f"step {line['step']}/{self._steps}  {describe_step(line)}  {self._time_left(line['step'])}")
-
-    def _time_left(self, step: int) -> str:
-        elapsed = time.monotonic() - self._started
-        left = elapsed / max(1, step - self._first) * (self._steps - step)
-        hours, rest = divmod(round(left), 3600)
-        return f"{hours}:{rest // 60:02d}:{rest % 60:02d} left"
+            self._progress.update(self._task, completed=step, metrics=metrics)
+        elif self._began is None:
+            self._began, self._next_plain = (now, step), now + SECONDS_TO_THE_FIRST_ESTIMATE
+            self.message(text)
+        elif step == self._steps or now > self._next_plain:
+            self._next_plain = now + SECONDS_BETWEEN_PLAIN_LINES
+            began, first = self._began
+            self.message(f"{text}  {duration((now - began) / (step - first) * (self._steps - step))} left")
 
     def evaluation(self, line: Mapping[str, Any]) -> None:
         value = line["val_loss"]

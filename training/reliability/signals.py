@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -63,6 +64,18 @@ def listening(notice: Callable[[int], None]) -> Iterator[None]:
         listener.join()
         os.close(reading)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def shield_resource_tracker() -> None:
+    """Start multiprocessing's helper process with stop signals blocked, and leave this thread's signals as they are.
+
+    srun sends a signal to all processes of a step. The helper handles only SIGINT and SIGTERM, and its death would cost a
+    traceback for each of its resources. Where Python starts it by itself, both end up unblocked in that thread, and then
+    in its children.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals())
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class StopSignals:
@@ -149,6 +162,7 @@ def passed_on_to_workers(launcher: str, exit_code: int) -> Iterator[None]:
         stopped.append(number)
         say(f"{name}: the trials finish their step and save; a second signal ends them immediately")
 
+    shield_resource_tracker()
     with listening(notice):
         yield
 

@@ -102,17 +102,6 @@ def test_the_rank_that_failed_is_named_and_not_one_that_lost_it(failures: dict, 
     assert expected in describe_failure(SimpleNamespace(failures=failures))
 
 
-def test_a_signal_to_all_processes_of_a_step_leaves_the_resource_tracker_alive() -> None:
-    code = (
-        "import os, signal, time; from multiprocessing import resource_tracker as own; "
-        "from training.launching.ranks import shield_resource_tracker; shield_resource_tracker(); "
-        "tracker = own._resource_tracker; pid = tracker._pid; [os.kill(pid, n) for n in (signal.SIGUSR1, signal.SIGHUP)]; "
-        "time.sleep(0.3); assert os.waitpid(pid, os.WNOHANG) == (0, 0); tracker._stop()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 @pytest.fixture
 def store() -> dist.TCPStore:
     return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)

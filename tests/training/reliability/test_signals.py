@@ -6,6 +6,7 @@ import os
 import runpy
 import select
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -19,6 +20,8 @@ from tests.training.runs import before, curve, lines, run, run_in_child, signal_
 from training.exits import EXIT_PREEMPTED
 from training.launching import command
 from training.reliability.signals import STOP_SIGNALS
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def stop_in_step(step: int, number: int) -> None:
@@ -218,8 +221,6 @@ def test_previous_handlers_are_restored_after_a_run(corpus: list[str], tmp_path:
 
 def signal_the_group_while_a_child_works(step: int, number: int, report: Path) -> None:
     """Signal the process group, as a terminal does, while a child (such as a compiler) works."""
-    import subprocess
-
     from training import loop
 
     def signalled() -> None:
@@ -298,3 +299,30 @@ def test_a_run_is_saved_when_its_terminal_closes(corpus: list[str], tmp_path: Pa
     saved = summary(tmp_path / "run")
     assert saved["status"] == "preempted"
     assert (tmp_path / "run" / "checkpoints" / f"step-{saved['steps']:08d}").is_dir()
+
+
+def test_a_signal_to_all_processes_of_a_step_leaves_the_resource_tracker_alive() -> None:
+    code = (
+        "import os, signal, time; from multiprocessing import resource_tracker as own; "
+        "from training.reliability.signals import shield_resource_tracker; shield_resource_tracker(); "
+        "tracker = own._resource_tracker; pid = tracker._pid; [os.kill(pid, n) for n in (signal.SIGUSR1, signal.SIGHUP)]; "
+        "time.sleep(0.3); assert os.waitpid(pid, os.WNOHANG) == (0, 0); tracker._stop()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+WORKERS = """
+import signal
+from joblib import Parallel, delayed
+from training.reliability.signals import passed_on_to_workers
+with passed_on_to_workers("joblib", 75):
+    masks = Parallel(n_jobs=2)(delayed(signal.pthread_sigmask)(signal.SIG_BLOCK, ()) for _ in range(2))
+print(all({signal.SIGTERM, signal.SIGINT} <= mask for mask in masks))
+"""
+
+
+def test_a_sweeps_idle_worker_keeps_signals_pending() -> None:
+    """If it died, joblib would kill the others, which are about to save."""
+    done = subprocess.run([sys.executable, "-c", WORKERS], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
