@@ -20,7 +20,15 @@ def test_jobs_run_sequentially_each_with_its_own_overrides(corpus: list[str], tm
     codes = launch([[*common, "name=a", "optimizer=adamw"], [*common, "name=b", "optimizer=lion", "train.steps=1"]])
     assert codes == [0, 0]
     assert (tmp_path / "a" / "summary.json").is_file()
-    assert "completed at step 1" in (tmp_path / "b.log").read_text()
+    lines = (tmp_path / "b.log").read_text().splitlines()
+    assert lines[0] == f"run directory {tmp_path / 'b'}"
+    assert lines[1].startswith("gpt2_nano, 0.1M parameters, on ")
+    assert lines[1].endswith(": 1 steps of 32 tokens with lion; cpu, fp32")
+    assert lines[-3].startswith("completed at step 1, validation loss ")
+    assert lines[-2:] == [
+        f"picture: python scripts/plot.py curves {tmp_path / 'b'}",
+        f"text: python scripts/sample.py {tmp_path / 'b'}",
+    ]
 
 
 def test_a_job_that_is_refused_or_fails_does_not_end_the_others(tmp_path: Path) -> None:
