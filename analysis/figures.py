@@ -108,7 +108,8 @@ def loss_limits(found: Mapping[str, Sequence[Curve]], baseline: str) -> tuple[fl
     high = median_low(high for _, high in late.values())
     if baseline in late:
         high = max(high, late[baseline][1])
-    return low - 0.06 * (high - low), high
+    spread = (high - low) or 0.1  # runs of a few steps may have one point
+    return low - 0.06 * spread, low + spread
 
 
 def seed_curves(curves: Sequence[Curve], currency: Currency) -> tuple[Array, Array]:

@@ -88,13 +88,14 @@ def speeds_of(spec: StudySpec, given: Sequence[str]) -> dict[str, float]:
 def plan_table(spec: StudySpec, speeds: Mapping[str, float], start_seconds: float) -> Table:
     """Return the maximum trials, steps and tokens of each arm and model, with hours if a speed is given."""
     table = _table(f"{spec.name}: at most", "model", "arm")
-    columns = ["tuning trials", "reported runs", "steps", "M tokens", *(["hours"] if speeds else [])]
+    planned = costs(spec, speeds, start_seconds)
+    unit, scale = ("B", 1e9) if any(cost.tokens >= 1e11 for cost in planned.values()) else ("M", 1e6)
+    columns = ["tuning trials", "reported runs", "steps", f"{unit} tokens", *(["hours"] if speeds else [])]
     for column in columns:
         table.add_column(column, justify="right")
-    planned = costs(spec, speeds, start_seconds)
     for (model, arm), cost in planned.items():
         hours = [] if not speeds else ["" if cost.seconds is None else f"{cost.seconds / 3600:,.2f}"]
-        numbers = str(cost.tuning), str(cost.reporting), f"{cost.steps:,}", f"{cost.tokens / 1e6:,.1f}"
+        numbers = str(cost.tuning), str(cost.reporting), f"{cost.steps:,}", f"{cost.tokens / scale:,.1f}"
         table.add_row(Text(model), Text(arm), *numbers, *hours)
     trials = sum(cost.tuning + cost.reporting for cost in planned.values())
     table.caption = f"{trials:,} trials, {sum(cost.tokens for cost in planned.values()):.3g} tokens"
