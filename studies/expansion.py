@@ -126,7 +126,7 @@ def expected_trials(spec: StudySpec) -> dict[Cell, int]:
     counts: dict[Cell, int] = {}
     for model in spec.models:
         for arm in spec.arms_on(model):
-            for horizon in {spec.models[model].tune_at, *spec.horizons(arm, model)}:
+            for horizon in sorted({spec.models[model].tune_at, *spec.horizons(arm, model)}):
                 budget = _budget(spec, arm, model, horizon)
                 if budget:
                     counts[arm, model, horizon, "tuning"] = budget
