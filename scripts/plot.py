@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -30,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="a file (.png, .svg, .pdf), or a directory for `all`")
     parser.add_argument("--table", action="store_true", help="print the table of this name as Markdown")
     parser.add_argument(
-        "--baseline", default="adamw", help="for runs without a study: the arm to compare the others with (adamw)"
+        "--baseline",
+        help="for runs without a study: the arm to compare the others with (adamw; without one, the first arm)",
     )
     options = parser.parse_args(arguments)
     known = TABLES if options.table else {**FIGURES, "all": None}
@@ -39,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"{options.name}: no such {'table' if options.table else 'figure'}; choose one of {', '.join(known)}"
         )
     try:
-        study = load_study(options.paths, baseline=options.baseline)
+        study = load_study(options.paths, baseline=options.baseline or "adamw")
+        if options.baseline is None and not study.planned and study.baseline not in study.arms:
+            study = replace(study, baseline=next(iter(study.arms)))
         results = analyse(study, against_baseline=False)
         if options.table:
             print(printable(markdown(TABLES[options.name](results))), end="")

@@ -166,3 +166,13 @@ def test_names_with_dollar_signs_are_drawn_as_they_are_written(tmp_path: Path) -
     pictures, failed = draw_figures(analyse(load_study([study])), tmp_path / "figures")
     assert not failed
     assert len(pictures) > 8
+
+
+def test_a_single_run_has_a_curve_without_a_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the last line of a run says; a baseline that is named must be there."""
+    write_run(tmp_path / "runs" / "one", optimizer="sophiag")
+    picture = tmp_path / "curves.png"
+    assert plot(["curves", str(tmp_path / "runs" / "one"), "--output", str(picture)]) == 0
+    assert picture.stat().st_size > 1000
+    assert plot(["curves", str(tmp_path / "runs" / "one"), "--baseline", "adamw"]) != 0
+    assert "no reported runs of the baseline" in capsys.readouterr().err
