@@ -6,7 +6,6 @@ python benchmarks/page.py
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -121,20 +120,15 @@ def training_step(record: dict[str, Any]) -> Iterator[str]:
 def small_models(record: dict[str, Any]) -> Iterator[str]:
     yield f"### Whole runs of small models, {record['steps']} steps with evaluations ({where(record)})"
     yield ""
-    rows, targets = [], record["targets"]
-    for model, found in record["models"].items():
-        medians = {
-            tree: {key: statistics.median(run[key] for run in runs) for key in ("seconds", "start")}
-            for tree, runs in record["runs"][model].items()
-        }
-        faster, overhead = found["speed_up"], found["overhead"]
-        rows.append(
-            [
-                *(model, f"{medians['before']['seconds']:.1f}", f"{medians['here']['seconds']:.1f}"),
-                *(f"{medians['here']['start']:.1f}", f"{faster:.2f}", verdict(faster >= targets["speed_up"])),
-                *(f"{overhead:.1%}", verdict(overhead < targets["overhead"])),
-            ]
+    targets = record["targets"]
+    rows = [
+        (
+            *(model, f"{row['before']:.1f}", f"{row['here']:.1f}", f"{row['start']:.1f}", f"{row['speed_up']:.2f}"),
+            *(verdict(row["speed_up"] >= targets["speed_up"]), f"{row['overhead']:.1%}"),
+            verdict(row["overhead"] < targets["overhead"]),
         )
+        for model, row in record["models"].items()
+    ]
     header = [f"{record['against']}, s", "here, s", "of these start-up, s", "faster by", f"≥ {targets['speed_up']}"]
     yield from table(["", *header, "the framework's own share", f"< {targets['overhead']:.0%}"], rows)
 

@@ -111,13 +111,14 @@ def keep_memory_mapped() -> bool:
     # For blocks of 2 MB and more, wherever they are. Read by torch's CPU allocator at its first one.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        mallopt = libc.mallopt
     except (OSError, AttributeError):
         return False
     # -1: never trim. Without mmap, blocks of every size come from the heap.
     kept = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
     if kept and _overcommits():
-        _advise_heap(os.sysconf("SC_PHYS_PAGES") // 2 * _PAGE)
+        _advise_heap(libc, os.sysconf("SC_PHYS_PAGES") // 2 * _PAGE)
     return kept
 
 
@@ -129,12 +130,11 @@ def _overcommits() -> bool:
         return False
 
 
-def _advise_heap(size: int) -> None:
+def _advise_heap(libc: ctypes.CDLL, size: int) -> None:
     """Grow the heap by `size` bytes of address space and ask for huge pages there, for small blocks as well.
 
     The heap's top keeps the advice when the block is freed. Later growth has none.
     """
-    libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
     address = libc.malloc(ctypes.c_size_t(size))
     if address is None:

@@ -93,18 +93,21 @@ class Display:
     def step(self, line: Mapping[str, Any]) -> None:
         if not self._enabled:
             return
-        now, step = time.monotonic(), line["step"]
-        text = f"step {step}/{self._steps}  {describe_step(line)}"
+        step = line["step"]
         if self._progress is not None:
             metrics = "  ".join(filter(None, (self._validation, describe_step(line))))
             self._progress.update(self._task, completed=step, metrics=metrics)
-        elif self._began is None:
+            return
+        now, left = time.monotonic(), ""
+        if self._began is None:
             self._began, self._next_plain = (now, step), now + SECONDS_TO_THE_FIRST_ESTIMATE
-            self.message(text)
         elif step == self._steps or now > self._next_plain:
             self._next_plain = now + SECONDS_BETWEEN_PLAIN_LINES
             began, first = self._began
-            self.message(f"{text}  {duration((now - began) / (step - first) * (self._steps - step))} left")
+            left = f"  {duration((now - began) / (step - first) * (self._steps - step))} left"
+        else:
+            return
+        self.message(f"step {step}/{self._steps}  {describe_step(line)}{left}")
 
     def evaluation(self, line: Mapping[str, Any]) -> None:
         value = line["val_loss"]
