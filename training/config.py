@@ -295,6 +295,8 @@ class MuonConfig(OptimizerSettings):
 
 
 Estimator = Literal["gnb", "hutchinson", "hutchinson_differences", "empirical_fisher"]
+# Their estimate is N g²: update_hessian gets N, with g in .grad. It gets the estimates of the others.
+SQUARED_GRADIENTS: tuple[Estimator, ...] = ("gnb", "empirical_fisher")
 
 
 class CurvatureSettings(OptimizerSettings):

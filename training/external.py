@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from training import factories
-from training.config import ConfigurationError, ExternalConfig
+from training.config import SQUARED_GRADIENTS, ConfigurationError, ExternalConfig
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 # What the run gives the factory itself, and the key to set instead.
@@ -115,7 +115,7 @@ def _refuse_class(kind: type, where: str) -> None:
 
 
 def _refuse_without_curvature(kind: type, settings: ExternalConfig, where: str) -> None:
-    needed = "num_predictions" if settings.estimator in ("gnb", "empirical_fisher") else "estimates"
+    needed = "num_predictions" if settings.estimator in SQUARED_GRADIENTS else "estimates"
     update = getattr(kind, "update_hessian", None)
     if update is None or needed not in (factories.signature(update) or {}):
         raise ConfigurationError(

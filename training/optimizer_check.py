@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data.batches import Batch
 from models import GPT2, GPT2Config
 from training.compose import compose
-from training.config import RunConfig
+from training.config import SQUARED_GRADIENTS, RunConfig
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
 from training.optimizers import build_optimizers
@@ -263,17 +263,27 @@ class Fed:
         self.optimizers = build_optimizers(config.optimizer, compile_step=compile_step)(self.parameters)
         curvature = config.optimizer.curvature
         self.interval = None if curvature is None else curvature.hessian_interval
+        self._squares = curvature is not None and curvature.estimator in SQUARED_GRADIENTS
 
     def step(self, step: int, factor: float = 1.0, estimate_scale: float = 1.0) -> None:
         """Make step 1, 2, … with gradients, and estimates if due, that depend on the step alone."""
         if self.interval is not None and (step - 1) % self.interval == 0:
-            estimates = [estimate_scale * value.abs() for value in self.drawn(1_000_000 + step)]
-            update_hessian(self.optimizers, self.parameters.values(), None, estimates)
+            self.refresh(1_000_000 + step, estimate_scale)
         for parameter, value in zip(self.parameters.values(), self.drawn(step), strict=True):
             parameter.grad = 1e-2 * value
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = group["initial_lr"] * factor
         clip_and_step(self.optimizers, None)
+
+    def refresh(self, key: int, scale: float = 1.0) -> None:
+        """Fold estimates of a scale that depend on the key alone, given as the run's estimator gives them."""
+        estimates = [scale * value.abs() for value in self.drawn(key)]
+        if not self._squares:
+            update_hessian(self.optimizers, self.parameters.values(), None, estimates)
+            return
+        for parameter, estimate in zip(self.parameters.values(), estimates, strict=True):
+            parameter.grad = estimate.sqrt()
+        update_hessian(self.optimizers, self.parameters.values(), 1, None)
 
     def drawn(self, key: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(key)
@@ -458,9 +468,9 @@ def _curvature(config: RunConfig) -> Iterator[Check]:
 
     fed = Fed(config)
     fed.step(1)
-    update_hessian(fed.optimizers, fed.parameters.values(), None, [v.abs() for v in fed.drawn(7)])
+    fed.refresh(7)
     before = {name: value.clone() for name, value in fed.states() if isinstance(value, Tensor)}
-    update_hessian(fed.optimizers, fed.parameters.values(), None, [100 * v.abs() for v in fed.drawn(8)])
+    fed.refresh(8, scale=100)
     of_curvature = [n for n, v in fed.states() if isinstance(v, Tensor) and not torch.equal(v, before[n])]
     kept = {name: value.clone() for name, value in fed.states() if name in of_curvature}
     for step in range(2, 2 + max(1, (fed.interval or 2) - 1)):
@@ -475,7 +485,7 @@ def _curvature(config: RunConfig) -> Iterator[Check]:
         yield Check("curvature is kept", "pass", "only update_hessian changes it")
 
     curvature = config.optimizer.curvature
-    if curvature is None or curvature.estimator not in ("gnb", "empirical_fisher"):
+    if curvature is None or curvature.estimator not in SQUARED_GRADIENTS:
         return
     states = []
     for predictions, scale in ((100, 1.0), (400, 0.5)):  # N g² is the same

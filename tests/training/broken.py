@@ -28,6 +28,13 @@ class SquaredTrainingGradient(SophiaG):
         return super().step(closure)
 
 
+class PredictionsAlone(SophiaG):
+    """Sound: the run's estimator gives no estimates."""
+
+    def update_hessian(self, num_predictions: Any) -> None:  # type: ignore[override]
+        super().update_hessian(num_predictions)
+
+
 class Descent(torch.optim.Optimizer):
     """Gradient descent with momentum: the sound base of the faults below."""
 

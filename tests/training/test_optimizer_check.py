@@ -81,6 +81,12 @@ def test_a_sound_class_from_outside_passes() -> None:
     assert failed(factory) == {}
 
 
+def test_an_optimizer_that_takes_predictions_alone_passes() -> None:
+    """Its estimator needs no more."""
+    factory = ["optimizer=external", "optimizer.factory=tests.training.broken:PredictionsAlone"]
+    assert failed([*factory, *CURVATURE]) == {}
+
+
 def test_a_wrong_copy_parts_from_the_reference_at_a_named_step_and_tensor() -> None:
     found = failed(["optimizer=signum", "optimizer.lr=6e-4", "optimizer.weight_decay=0.2"], reference="lion")
     assert found["like lion"].startswith("it parts from lion at step 2 in token_embedding.weight, by ")

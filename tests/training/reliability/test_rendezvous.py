@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch.distributed as dist
@@ -46,6 +47,24 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@contextmanager
+def beating(server: dist.TCPStore, attempt: str) -> Iterator[None]:
+    """Beat as the process that holds rank 1."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(0.02):
+            dist.PrefixStore(attempt, server).add(beats_key(1), 1)
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        heart.join()
+
+
 def attempt_of(server: dist.TCPStore) -> rendezvous.Attempt:
     return rendezvous.Attempt(*json.loads(server.get(rendezvous.NEWEST)))
 
@@ -81,33 +100,15 @@ def test_a_second_process_for_a_living_rank_is_refused_and_the_holder_is_named(
     name = first.result()
     assert leader.result() == name
     second = join(1)
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(0.02):
-            dist.PrefixStore(name, server).add(beats_key(1), 1)
-
-    heart = threading.Thread(target=beat)
-    heart.start()
-    try:
-        with pytest.raises(RankRefusedError, match=r"rank 1 is process \d+ on .* already; end it"):
-            second.result()
-    finally:
-        stop.set()
-        heart.join()
+    with beating(server, name), pytest.raises(RankRefusedError, match=r"rank 1 is process \d+ on .* already; end it"):
+        second.result()
 
 
-def test_only_one_of_two_processes_gets_a_rank(
-    join: Join, server: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    leader = join(0)
-    wait_for(lambda: server.check([rendezvous.NEWEST]))
-    monkeypatch.setattr(rendezvous, "LIMIT", 5.0)  # seconds that the one without a place waits
-    monkeypatch.setattr(rendezvous, "GRACE", 0.0)
-    rivals = [join(1), join(1)]
-    errors = [future.exception() for future in rivals]
-    assert sum(error is None for error in errors) == 1
-    assert leader.exception() is None
+def test_only_one_of_two_processes_gets_a_rank(join: Join, server: dist.TCPStore) -> None:
+    leader, rivals = join(0), [join(1), join(1)]
+    with beating(server, leader.result()):
+        errors = [future.exception() for future in rivals]
+    assert sorted(map(type, errors), key=str) == [type(None), RankRefusedError]
 
 
 def test_a_second_rank_0_ends_the_first_and_the_others_follow_it(join: Join, server: dist.TCPStore) -> None:
