@@ -1,4 +1,4 @@
-"""Optimizers that are not what they say, each with one fault, for the tests of `check_optimizer`."""
+"""Optimizers for the tests of `check_optimizer`: each has one fault, but Descent and PredictionsAlone are sound."""
 
 from __future__ import annotations
 
