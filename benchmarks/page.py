@@ -1,4 +1,4 @@
-"""Write the tables of docs/performance.md from the records in results/benchmarks.
+"""Write the tables of docs/performance.md and README's lines on speed from the records in results/benchmarks.
 
 python benchmarks/page.py
 """
@@ -11,17 +11,68 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.figures import save
 from analysis.pages import write_part
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
+README = ROOT / "README.md"
 RESULTS = ROOT / "results" / "benchmarks"
-PART = "benchmarks"
+FIGURE = RESULTS / "training_step.png"
+PART, SPEED_PART = "benchmarks", "speed"
+#: The compiled models beside ours, by the names of their arms.
+PEERS = {
+    "transformers": "transformers' GPT2LMHeadModel",
+    "litgpt": "litgpt's GPT",
+    "plain": "a plain GPT-2 as in nanoGPT",
+}
 
 
 def main() -> int:
     write_part(PAGE, PART, tables(RESULTS))
+    record = json.loads((RESULTS / "training_step_30m.json").read_text(encoding="utf-8"))
+    write_part(README, SPEED_PART, speed(record))
+    draw_speed(record, FIGURE)
     return 0
+
+
+def peers(record: dict[str, Any]) -> dict[str, float]:
+    """Return the seconds of a step by label, ours first; an arm that was not installed is left out."""
+    group = next(group for group in record["groups"] if "plain" in group)
+    seconds = {label: group[name]["median_seconds"] for name, label in PEERS.items() if name in group}
+    return {"here": group["here"]["median_seconds"], **seconds}
+
+
+def speed(record: dict[str, Any]) -> str:
+    """README's lines: how many times as long a step of the others takes."""
+    here, *others = peers(record).items()
+    listed = [f"{label} {seconds / here[1]:.1f}" for label, seconds in others]
+    times = " and ".join([", ".join(listed[:-1]), listed[-1]] if len(listed) > 1 else listed)
+    return (
+        f"A training step of a GPT-2 of 30M parameters takes {here[1]:.2f} s here ({where(record)}, bf16, AdamW). All compiled, "
+        f"on the same machine in turn, {times} times as long ([how it is measured](docs/performance.md)).\n\n"
+        f"![Tokens per second of a training step, here and with others' models]({FIGURE.relative_to(ROOT)})"
+    )
+
+
+def draw_speed(record: dict[str, Any], path: Path) -> None:
+    """Write bars of tokens per second."""
+    import matplotlib.pyplot as plt
+
+    from benchmarks.training_step import SHAPES
+
+    seconds, tokens = peers(record), SHAPES[record["size"]].tokens
+    figure, axis = plt.subplots(figsize=(7, 0.5 + 0.4 * len(seconds)), layout="constrained")
+    rates = [tokens / value for value in seconds.values()]
+    colours = ["#c2342b", *["#8a8f98"] * (len(rates) - 1)]
+    bars = axis.barh(["this framework", *list(seconds)[1:]], rates, color=colours, height=0.65)
+    axis.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.12 * max(rates))
+    axis.set_xlabel("tokens per second, 30M parameters, compiled, bf16")
+    axis.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+    plt.close(figure)
 
 
 def tables(results: Path) -> str:

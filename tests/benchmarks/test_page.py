@@ -8,6 +8,16 @@ from benchmarks import page
 
 def test_the_page_is_made_from_the_committed_records() -> None:
     assert page.tables(page.RESULTS).strip() in page.PAGE.read_text()
+    record = json.loads((page.RESULTS / "training_step_30m.json").read_text())
+    assert page.speed(record) in page.README.read_text()
+
+
+def test_readmes_line_names_the_arms_that_were_measured() -> None:
+    group = {"here": {"median_seconds": 2.0}, "plain": {"median_seconds": 3.0}, "transformers": {"median_seconds": 5.0}}
+    record = {"groups": [{"here": {"median_seconds": 9.0}}, group], "hardware": {"device": "cuda", "gpu": "H100"}}
+    line = page.speed(record).splitlines()[0]
+    assert line.startswith("A training step of a GPT-2 of 30M parameters takes 2.00 s here (H100, bf16, AdamW).")
+    assert "transformers' GPT2LMHeadModel 2.5 and a plain GPT-2 as in nanoGPT 1.5 times as long" in line
 
 
 def test_a_missed_target_is_marked(tmp_path: Path) -> None:
