@@ -45,12 +45,12 @@ def peers(record: dict[str, Any]) -> dict[str, float]:
 
 def speed(record: dict[str, Any]) -> str:
     """README's lines: how many times as long a step of the others takes."""
-    here, *others = peers(record).items()
-    listed = [f"{label} {seconds / here[1]:.1f}" for label, seconds in others]
-    times = " and ".join([", ".join(listed[:-1]), listed[-1]] if len(listed) > 1 else listed)
+    (_, here), (first, seconds), *others = peers(record).items()
+    listed = [f"{first} takes {seconds / here:.1f}", *(f"{label} {seconds / here:.1f}" for label, seconds in others)]
+    times = ", ".join(listed[:-1]) + f" and {listed[-1]}" if others else listed[0]
     return (
-        f"A training step of a GPT-2 of 30M parameters takes {here[1]:.2f} s here ({where(record)}, bf16, AdamW). All compiled, "
-        f"on the same machine in turn, {times} times as long ([how it is measured](docs/performance.md)).\n\n"
+        f"A training step of a GPT-2 of 30M parameters takes {here:.2f} s here ({where(record)}, bf16, AdamW). Compiled as well, and "
+        f"measured in turn on the same machine, {times} times as long ([how it is measured](docs/performance.md)).\n\n"
         f"![Tokens per second of a training step, here and with others' models]({FIGURE.relative_to(ROOT)})"
     )
 

@@ -29,11 +29,13 @@ def curvature_sums(
     """Return the number of entries, the number of positive entries of h, Σh², Σm², and positive entries per decade."""
     hessian, exp_avg = local(hessian), local(exp_avg)
     positive = hessian > 0
-    decades = torch.log10(hessian.where(positive, 1.0)).floor().clamp(DECADES[0] - 1, DECADES[-1]) - (DECADES[0] - 1)
+    decades = torch.log10(hessian).floor().clamp(DECADES[0] - 1, DECADES[-1]) - (DECADES[0] - 1)  # NaN if negative
     bins = len(DECADES) + 1
     histogram = _counts(decades.where(positive, bins).flatten(), bins + 1)[:-1]
     count = torch.full((), hessian.numel(), dtype=torch.float64, device=hessian.device)
-    totals = torch.stack((count, positive.sum().double(), _square_sum(hessian), _square_sum(exp_avg)))
+    # In float32 the square of 1e-23 underflows to zero.
+    hessian_norm, momentum_norm = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (hessian, exp_avg))
+    totals = torch.stack((count, histogram.sum().double(), hessian_norm.square(), momentum_norm.square()))
     return torch.cat((totals, histogram.double()))
 
 
@@ -42,7 +44,7 @@ def _counts(
     bins: int,
 ) -> Tensor:  # (bins,) int64: how often each occurs
     if numbers.device.type == "cpu":
-        return torch.bincount(numbers.long(), minlength=bins)
+        return torch.bincount(numbers.int(), minlength=bins)
     return _counts_by_comparison(numbers, bins)
 
 
@@ -50,15 +52,6 @@ def _counts_by_comparison(numbers: Tensor, bins: int) -> Tensor:
     """`_counts` for GPUs: bincount waits for the device, and in scatter_add_ all threads add to the same few addresses."""
     each = torch.arange(bins, dtype=numbers.dtype, device=numbers.device)[:, None]
     return torch.stack([(piece == each).sum(dim=1) for piece in torch.split(numbers, _PIECE)]).sum(dim=0)
-
-
-def _square_sum(values: Tensor) -> Tensor:
-    """() float64: Σx². In float32 the square of 1e-23 underflows to zero, so squares are relative to the largest value."""
-    if values.numel() == 0:
-        return values.new_zeros((), dtype=torch.float64)
-    largest = torch.linalg.vector_norm(values, torch.inf).clamp_min(torch.finfo(values.dtype).tiny)
-    square_sum: Tensor = (values / largest).square().sum().double() * largest.double().square()
-    return square_sum
 
 
 def curvature_summary(sums: Tensor) -> dict[str, Any]:

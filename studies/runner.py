@@ -97,9 +97,11 @@ def _sit(
         batch = ready[: at_once or len(ready)]
         for trial in batch:
             log(f"{_describe(trial)}: started ({progress(spec, current, known, pace).text})")
+        resumed = any(places.run(trial).exists() for trial in batch)
         started = time.monotonic()
         codes = launch([job(spec, trial, places) for trial in batch])
-        pace.note(batch, time.monotonic() - started)
+        if not resumed:  # an earlier sitting has made a part of its steps
+            pace.note(batch, time.monotonic() - started)
         interrupted = False
         for trial, code in zip(batch, codes, strict=True):
             outcome = read_outcome(places.run(trial))

@@ -348,6 +348,23 @@ def test_trackers_are_told_study_phase_and_arm(spec: StudySpec, places: Places) 
     assert any(override.startswith("tracker.tags=") and '"tuning"' in override for override in overrides)
 
 
+def test_a_resumed_trial_does_not_set_the_pace(spec: StudySpec, places: Places) -> None:
+    """An earlier sitting made most of its steps."""
+    first = expand(spec, {}).trials[0]
+    places.run(first).mkdir(parents=True)
+    lines: list[str] = []
+
+    def launch(jobs: Sequence[Sequence[str]]) -> list[int]:
+        if not machine.ran:
+            places.run(first).rmdir()
+        return machine(jobs)
+
+    machine = FakeMachine(stop_after=2)
+    run_study(spec, places, launch, log=lines.append)
+    started = [line for line in lines if "started (" in line]
+    assert ["left)" in line for line in started] == [False, False, True]
+
+
 def test_the_time_left_is_told_from_what_trials_took(spec: StudySpec) -> None:
     current = expand(spec, {})
     pace = Pace()
