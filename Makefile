@@ -73,7 +73,7 @@ bench-full: bench ## bench, and the 124M model, data, scaling, planned against m
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/page.py
 
-bench-small: setup ## whole runs of small models, against an earlier commit (a quarter of an hour)
+bench-small: setup ## whole runs of small models, against an earlier commit (25 minutes)
 	$(BIN)/python benchmarks/small_models.py
 	$(BIN)/python benchmarks/page.py
 

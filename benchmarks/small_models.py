@@ -1,6 +1,6 @@
 """Whole runs of small models on a CPU: seconds of `train.py` from start to end, against another commit of this repository.
 
-    python benchmarks/small_models.py                        gpt2_micro and gpt2_mini: a quarter of an hour on two cores
+    python benchmarks/small_models.py                        gpt2_micro and gpt2_mini: 25 minutes on two cores
     python benchmarks/small_models.py --against HEAD~1       default: the last commit before small models were looked at
 
 A run has 500 steps of 16 sequences of 256 tokens, a vocabulary of 4,096, Sophia-G, and an evaluation of 65,536 tokens
