@@ -37,6 +37,7 @@ def test_a_circle_is_an_error() -> None:
         architecture.without_shortcuts({"a": {"b"}, "b": {"a"}})
 
 
+@pytest.mark.slow
 def test_the_analysis_needs_neither_torch_nor_hydra_nor_wandb() -> None:
     code = "import sys, analysis.report, analysis.compare; print({'torch', 'hydra', 'wandb'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

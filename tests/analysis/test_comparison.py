@@ -133,6 +133,7 @@ def test_the_self_test_finds_a_bend_and_passes_a_power_law() -> None:
     assert "does not recognise the baseline" in str(ratio(arm_cell(1.2), bent, 0.95))
 
 
+@pytest.mark.slow
 def test_the_self_test_rejects_at_its_stated_rate() -> None:
     rejected = np.mean([not fit_baseline(baseline_cells(seeds=3, key=key)).self_test.passed for key in range(300)])
     assert 0.01 < rejected < 0.10  # four standard errors around 0.05
@@ -144,6 +145,7 @@ def test_three_horizons_give_no_ratio() -> None:
     assert ratio(arm_cell(1.2), few, 0.95) == "the baseline has 3 horizons; a curve that can be tested needs 4"
 
 
+@pytest.mark.slow
 def test_no_ratio_is_given_where_adamw_does_not_come_out_as_fast_as_itself(cpu_scale: Results) -> None:
     """12.6M parameters, 16 to 128 steps: the first version called AdamW 0.84 times as fast as itself at 32 steps."""
     test = cpu_scale.baselines["gpt2_30m"].self_test

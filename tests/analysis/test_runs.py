@@ -154,6 +154,7 @@ def test_runs_are_found_at_any_depth_and_nothing_else(tmp_path: Path) -> None:
         find_runs([tmp_path / "nowhere"])
 
 
+@pytest.mark.slow
 def test_a_hundred_runs_of_ten_thousand_lines_load_at_the_rate_of_a_thousand_in_twenty_seconds(tmp_path: Path) -> None:
     first = write_run(tmp_path / "run0", optimizer="sophiag", steps=9_700, evaluations=100)
     assert len((first / "metrics.jsonl").read_text().splitlines()) >= 9_900

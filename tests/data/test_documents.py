@@ -18,6 +18,7 @@ texts = st.lists(
 ).map("".join)
 
 
+@pytest.mark.slow
 def test_the_sample_is_cut_into_documents_of_about_two_thousand_words_at_paragraph_ends() -> None:
     parts_of = {"austen.txt.xz": 6, "shakespeare.txt.xz": 38, "sotu.txt.xz": 249}
     for file in SampleSource().fetch(print).files:
@@ -69,6 +70,7 @@ def test_where_the_stream_is_chunked_makes_no_difference(text: str, cuts: list[i
 
 
 @pytest.mark.parametrize("unit", ["x", " ", "\n", "word ", "line of words\n"])
+@pytest.mark.slow
 def test_text_without_paragraphs_is_cut_in_bounded_memory(unit: str) -> None:
     chunk = unit * (100_000 // len(unit))
     tracemalloc.start()

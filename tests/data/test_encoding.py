@@ -95,6 +95,7 @@ def test_texts_of_any_script_and_length_are_encoded_as_one_by_one(text: str) -> 
     assert DocumentEncoder(gpt2()).encode(documents).tolist() == expected(gpt2(), documents)
 
 
+@pytest.mark.slow
 def test_the_cache_stays_bounded() -> None:
     generator = np.random.default_rng(0)
     encoder = DocumentEncoder(gpt2())

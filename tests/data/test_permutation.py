@@ -31,6 +31,7 @@ def test_the_order_is_frozen() -> None:
 
 
 @pytest.mark.parametrize("n", [30, 64, 100])
+@pytest.mark.slow
 def test_orders_of_many_seeds_are_uniform_over_places(n: int) -> None:
     first = np.array([permute(np.array([0, 1]), n, seed, 0) for seed in range(60 * n)])
     for column in first.T:

@@ -263,6 +263,7 @@ def test_readers_give_text_or_a_named_error_for_any_bytes(tmp_path: Path, name: 
     assert str(path) in message
 
 
+@pytest.mark.slow
 def test_a_text_of_a_hundred_megabytes_is_streamed(tmp_path: Path) -> None:
     path = tmp_path / "one_line.txt"
     with path.open("wb") as file:

@@ -15,6 +15,7 @@ def test_the_classifier_separates_the_spirals(estimator: str) -> None:
     assert classifier.main(["--estimator", estimator, "--steps", "150"]) > 0.95
 
 
+@pytest.mark.slow
 def test_the_trainer_learns_with_the_callback() -> None:
     from examples import huggingface_trainer
 

@@ -23,6 +23,7 @@ def test_each_planted_bug_has_one_place_and_tests_that_exist() -> None:
             assert f"def {name}(" in (ROOT / file).read_text(), test
 
 
+@pytest.mark.slow
 def test_each_explained_survivor_is_a_change_that_exists() -> None:
     explained = json.loads(Path(__file__).with_name("survivors.json").read_text())
     made = {(m.file, m.old, m.new) for file in {one["file"] for one in explained} for m in mutants_of(ROOT, file)}

@@ -58,6 +58,7 @@ def gnb_draws(problem, count: int = DRAWS, step0: int = 0) -> Tensor:  # (count,
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 def test_gauss_newton_bartlett_is_unbiased_with_the_variance_of_theory(problem) -> None:
     """Through the optimizer: E ĥ is the Gauss-Newton diagonal G, Var ĥ = 2G² + (1/N²) Σ (E s⁴ - 3 (E s²)²)."""
     n = len(problem.targets)

@@ -81,6 +81,7 @@ shapes = st.lists(st.sampled_from([(), (1,), (3,), (2, 3), (1, 4, 2), (0, 3), (5
 
 @given(hyper=hyperparameters, shapes=shapes, seed=st.integers(0, 2**31), gnb=st.booleans(), foreach=st.booleans())
 @settings(max_examples=60, deadline=None)
+@pytest.mark.slow
 def test_fifty_steps_equal_the_formulas(
     hyper: dict, shapes: list[tuple[int, ...]], seed: int, gnb: bool, foreach: bool
 ) -> None:

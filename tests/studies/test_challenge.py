@@ -134,6 +134,7 @@ def tiny(directory: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_challenge_runs_the_challenger_alone_and_reports_it_against_the_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
