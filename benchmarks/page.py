@@ -49,8 +49,8 @@ def speed(record: dict[str, Any]) -> str:
     listed = [f"{first} takes {seconds / here:.1f}", *(f"{label} {seconds / here:.1f}" for label, seconds in others)]
     times = ", ".join(listed[:-1]) + f" and {listed[-1]}" if others else listed[0]
     return (
-        f"A training step of a GPT-2 of 30M parameters takes {here:.2f} s here ({where(record)}, bf16, AdamW). Compiled as well, and "
-        f"measured in turn on the same machine, {times} times as long ([how it is measured](docs/performance.md)).\n\n"
+        f"A training step of a GPT-2 of 30M parameters takes {here:.2f} s here ({where(record)}, bf16, AdamW). Compiled as well, "
+        f"and measured in turn on the same machine, {times} times as long ([how it is measured](docs/performance.md)).\n\n"
         f"![Tokens per second of a training step, here and with others' models]({FIGURE.relative_to(ROOT)})"
     )
 

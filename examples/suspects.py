@@ -1,6 +1,6 @@
 """Optimizers for the question why Sophia falls behind: each changes one thing that is under suspicion.
 
-They are external optimizers (`optimizer.factory=studies.suspects:SophiaOnKind`), whose groups have the parameters' names.
+They are external optimizers (`optimizer.factory=examples.suspects:SophiaOnKind`), whose groups have the parameters' names.
 """
 
 from collections.abc import Callable, Iterator

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from examples.suspects import SophiaOnKind, SophiaWithoutStaleRows
 from models import GPT2, GPT2Config, parameter_kind
 from sophia import Sophia
-from studies.suspects import SophiaOnKind, SophiaWithoutStaleRows
 from training.optimizers import parameter_groups
 
 SHAPE = GPT2Config(vocab_size=61, n_layer=1, n_head=2, n_embd=16, block_size=12)
