@@ -40,7 +40,7 @@ def peers(record: dict[str, Any]) -> dict[str, float]:
     """Return the seconds of a step by label, ours first; an arm that was not installed is left out."""
     group = next(group for group in record["groups"] if "plain" in group)
     seconds = {label: group[name]["median_seconds"] for name, label in PEERS.items() if name in group}
-    return {"here": group["here"]["median_seconds"], **seconds}
+    return {"this framework": group["here"]["median_seconds"], **seconds}
 
 
 def speed(record: dict[str, Any]) -> str:
@@ -65,7 +65,7 @@ def draw_speed(record: dict[str, Any], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 0.5 + 0.4 * len(seconds)), layout="constrained")
     rates = [tokens / value for value in seconds.values()]
     colours = ["#c2342b", *["#8a8f98"] * (len(rates) - 1)]
-    bars = axis.barh(["this framework", *list(seconds)[1:]], rates, color=colours, height=0.65)
+    bars = axis.barh(list(seconds), rates, color=colours, height=0.65)
     axis.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.12 * max(rates))

@@ -101,13 +101,13 @@ class SophiaWithoutStaleRows(Sophia):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         assert closure is None
-        stale = []
-        for group in self.param_groups:
-            for name, parameter in zip(group["names"], group["params"], strict=True):
-                if parameter_kind(name) == "embedding" and "exp_avg" in self.state[parameter]:
-                    momentum = self.state[parameter]["exp_avg"].lerp(parameter.grad, 1 - group["betas"][0])
-                    rows = parameter.grad.norm(dim=1) < momentum.norm(dim=1)
-                    stale.append((parameter, rows, parameter[rows]))
+        before = [
+            (parameter, parameter.clone())
+            for group in self.param_groups
+            for name, parameter in zip(group["names"], group["params"], strict=True)
+            if parameter_kind(name) == "embedding"
+        ]
         super().step()
-        for parameter, rows, before in stale:
-            parameter[rows] = before
+        for parameter, rows in before:
+            stale = parameter.grad.norm(dim=1) < self.state[parameter]["exp_avg"].norm(dim=1)
+            parameter[stale] = rows[stale]
