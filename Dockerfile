@@ -17,8 +17,11 @@ RUN apt-get update \
     && useradd --uid 1000 --create-home sophia \
     && install -d -o sophia -g sophia /data
 
+# pyxis gives a container the host's driver only where NVIDIA's two variables are set.
 ENV PATH=/opt/venv/bin:$PATH \
-    PYTHONUNBUFFERED=1
+    PYTHONUNBUFFERED=1 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 # cuda: the wheels of PyPI; cpu: those of PyTorch's index, a tenth of the size.
 ARG DEVICE=cuda

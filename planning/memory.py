@@ -103,7 +103,7 @@ def reduction_bucket_bytes(config: RunConfig) -> int:
 
 def engine_has_bf16_weights(config: RunConfig) -> bool:
     """Return whether FSDP2 gathers the blocks, or ZeRO keeps the forward's weights, in bf16 (training/strategies)."""
-    exact = getattr(config.optimizer, "estimator", None) == "hutchinson_differences"
+    exact = config.estimator == "hutchinson_differences"
     stage = getattr(config.strategy, "zero_stage", 0)
     return config.train.precision == "bf16" and not exact and (stage > 1 or isinstance(config.strategy, FSDPConfig))
 

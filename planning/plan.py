@@ -212,8 +212,8 @@ def plan_optimizer(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig)
         flops += _curvature_flops(curvature, shape.flops(length), length) // curvature.interval
     return OptimizerPlan(
         optimizer=config.optimizer.name,
-        estimator=getattr(config.optimizer, "estimator", None),
-        hessian_interval=getattr(config.optimizer, "hessian_interval", None),
+        estimator=config.estimator,
+        hessian_interval=curvature.interval if curvature else None,
         memory=memory,
         peak_bytes=totals[phase],
         peak_phase=phase,

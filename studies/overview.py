@@ -26,6 +26,7 @@ class Cost:
     steps: int = 0
     tokens: int = 0
     seconds: float | None = 0.0  # None if the model's speed is not given
+    unknown_evaluations: bool = False  # eval.tokens=null: the size of the validation split is not known here
 
 
 def costs(spec: StudySpec, speeds: Mapping[str, float], start_seconds: float) -> dict[tuple[str, str], Cost]:
@@ -48,6 +49,7 @@ def costs(spec: StudySpec, speeds: Mapping[str, float], start_seconds: float) ->
         else:
             cost.reporting += count
         tokens = horizon * config.train.global_batch_size * config.train.sequence_length
+        cost.unknown_evaluations = config.eval.tokens is None
         cost.steps += count * horizon
         cost.tokens += count * tokens
         speed = speeds.get(model)
@@ -104,6 +106,8 @@ def plan_table(spec: StudySpec, speeds: Mapping[str, float], start_seconds: floa
         table.caption += f", {sum(known) / 3600:.1f} hours" + (
             "" if len(known) == len(planned) else " where speeds are given"
         )
+        if any(cost.unknown_evaluations for cost in planned.values()):
+            table.caption += ", evaluations not counted (eval.tokens=null)"
     return table
 
 

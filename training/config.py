@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -56,6 +56,10 @@ class RunHeldError(ConfigurationError):
 
 class RankRefusedError(ConfigurationError):
     """Only this rank is refused, and it prints the message itself."""
+
+
+class RanksNotMetError(RankRefusedError):
+    """The ranks did not meet, or lost each other before all were there. The same command may succeed."""
 
 
 class Section(BaseModel):
@@ -591,6 +595,8 @@ class JoblibLauncherConfig(Section):
     """Ranks per trial."""
     max_restarts: NonNegativeInt = 0
     """Restarts from the last checkpoint after a rank has died; with several ranks only."""
+    nodes: ClassVar[int] = 1
+    head: ClassVar[str | None] = None
 
 
 # These are written into the job script.
@@ -720,7 +726,7 @@ class RunConfig(Section):
                 f"model.architecture={self.model.architecture}; leave checkpoint.export_at out"
             )
         refuse_impossible_pairs(self)
-        ranks = self.launcher.nproc_per_node * getattr(self.launcher, "nodes", 1)
+        ranks = self.launcher.nproc_per_node * self.launcher.nodes
         if ranks > 1:
             if self.strategy.name == "single":
                 raise ValueError(
@@ -736,6 +742,11 @@ class RunConfig(Section):
         if self.name is not None:
             return self.name
         return f"{self.model.name}-{self.data.name}-{self.optimizer.label}-{self.identity_hash()[:8]}-s{self.seed}"
+
+    @property
+    def estimator(self) -> str | None:
+        """The curvature estimator, None without one."""
+        return self.optimizer.curvature.estimator if self.optimizer.curvature else None
 
     def identity(self) -> dict[str, Any]:
         """Return the keys that determine the curve, except the seed. Equal identity and seed mean the same run."""
@@ -782,11 +793,10 @@ def refuse_impossible_pairs(config: RunConfig) -> None:
     sharded_parameters = isinstance(config.strategy, FSDPConfig) or (
         isinstance(config.strategy, DeepSpeedConfig) and config.strategy.zero_stage == 3
     )
-    estimator = getattr(config.optimizer, "estimator", None)
     where: str = config.strategy.name
     if isinstance(config.strategy, DeepSpeedConfig):
         where = f"deepspeed strategy.zero_stage={config.strategy.zero_stage}"
-    if estimator == "hutchinson" and sharded_parameters:
+    if config.estimator == "hutchinson" and sharded_parameters:
         raise ValueError(
             f"optimizer.estimator=hutchinson does not work with strategy={where}: double backward fails on sharded "
             "parameters; choose optimizer.estimator=hutchinson_differences or gnb, or strategy=ddp"

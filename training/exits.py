@@ -18,8 +18,11 @@ EXIT_HELD = 77  # another process has the run directory
 
 
 def refuse(error: Exception) -> int:
-    """Print one line per node on standard error. Returns EXIT_HELD for a held run directory, else EXIT_CONFIGURATION."""
-    from training.config import RankRefusedError, RunHeldError
+    """Print one line per node on standard error. Returns the exit code.
+
+    EXIT_HELD for a held run directory, EXIT_FAILED where the ranks did not meet, else EXIT_CONFIGURATION.
+    """
+    from training.config import RankRefusedError, RanksNotMetError, RunHeldError
     from training.recording.terminal import printable
     from training.secrets import redacted
 
@@ -32,4 +35,6 @@ def refuse(error: Exception) -> int:
     if file:
         with contextlib.suppress(OSError), open(file, "w") as message:
             json.dump({"message": line, "timestamp": int(time.time())}, message)
-    return EXIT_HELD if isinstance(error, RunHeldError) else EXIT_CONFIGURATION
+    if isinstance(error, RunHeldError):
+        return EXIT_HELD
+    return EXIT_FAILED if isinstance(error, RanksNotMetError) else EXIT_CONFIGURATION

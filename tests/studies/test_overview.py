@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from studies.overview import costs, curvature_share, speeds_of
+from studies.overview import costs, curvature_share, plan_table, speeds_of
 from studies.spec import StudySpec, validate_spec
 from tests.studies.small import small
 from training.compose import compose
@@ -41,6 +41,14 @@ def test_a_model_of_unknown_speed_has_no_hours() -> None:
     found = costs(spec(), {"gpt2_nano": 1000.0}, start_seconds=0.0)
     assert found["gpt2_micro", "adamw"].seconds is None
     assert found["gpt2_micro", "adamw"].steps == 50 * (3 + 2)
+
+
+@pytest.mark.parametrize(("tokens", "said"), [("null", True), ("3000", False)])
+def test_the_hours_say_when_they_lack_the_evaluations(tokens: str, said: bool) -> None:
+    values = small()
+    values["base"] += [f"eval.tokens={tokens}"]
+    caption = plan_table(validate_spec(values, "small.yaml"), {"gpt2_nano": 1000.0}, 0.0).caption
+    assert (", evaluations not counted (eval.tokens=null)" in str(caption)) is said
 
 
 @pytest.mark.parametrize(

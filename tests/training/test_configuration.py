@@ -150,11 +150,11 @@ def test_an_element_of_a_list_is_set_by_the_notation_of_studies_and_messages() -
     assert trials(["optimizer.betas[0]=0.8,0.9"]) == [["optimizer.betas.0=0.8"], ["optimizer.betas.0=0.9"]]
 
 
-def test_the_command_line_may_set_one_shell_command_of_a_job_and_a_file_no_other(tmp_path: Path) -> None:
+def test_the_command_line_may_set_one_shell_command_of_a_job_and_a_file_none(tmp_path: Path) -> None:
     given = ["launcher=slurm", "launcher.setup[0]='module load x'"]
     config = compose(given)
     assert isinstance(config.launcher, SlurmLauncherConfig)
-    assert config.launcher.setup == ("module load x",)
+    assert config.launcher.setup[0] == "module load x"
     (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\nlauncher: {setup: [one, two]}\n")
     with pytest.raises(ConfigurationError, match=r"launcher\.setup=\[two\]: a file may not set a job's shell commands"):
         compose(given, Primary("mine", tmp_path))

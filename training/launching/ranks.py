@@ -4,10 +4,12 @@ The configuration is composed and validated once, in the parent; the ranks recei
 """
 
 import contextlib
+import ipaddress
 import logging
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,7 +43,7 @@ def start(config: RunConfig) -> int:
         from training.launching.inputs import refuse_absent_inputs  # imports numpy
 
         refuse_absent_inputs(config)
-        if config.launcher.nproc_per_node > 1 or getattr(config.launcher, "nodes", 1) > 1:
+        if config.launcher.nproc_per_node * config.launcher.nodes > 1:
             return start_ranks(config)
     from training.run import execute
 
@@ -83,8 +85,10 @@ def start_ranks(config: RunConfig) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    ranks, nodes = config.launcher.nproc_per_node, getattr(config.launcher, "nodes", 1)
-    head = str(getattr(config.launcher, "head", None)) if nodes > 1 else "localhost:0"
+    launcher = config.launcher
+    assert not isinstance(launcher, SlurmLauncherConfig)
+    ranks, nodes = launcher.nproc_per_node, launcher.nodes
+    head = str(launcher.head) if nodes > 1 else "localhost:0"
     if failure := descriptors_failure(ranks):
         raise ConfigurationError(f"launcher.nproc_per_node={ranks}: {failure}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
@@ -96,8 +100,9 @@ def start_ranks(config: RunConfig) -> int:
         run_id=config.run_name,
         rdzv_backend="c10d",
         rdzv_endpoint=head if ":" in head else f"{head}:{PORT}",
+        local_addr=address_towards(head) if nodes > 1 else None,
         rdzv_configs={"read_timeout": JOINING_SECONDS, "join_timeout": JOINING_SECONDS} if nodes > 1 else {},
-        max_restarts=getattr(config.launcher, "max_restarts", 0),
+        max_restarts=launcher.max_restarts,
         monitor_interval=0.5,
         start_method="spawn",
         signals_to_handle="",  # our handlers are installed earlier than torch's and cover SIGHUP
@@ -132,6 +137,20 @@ def start_ranks(config: RunConfig) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return max(results.values(), default=0)
+
+
+def address_towards(head: str) -> str | None:
+    """Return this machine's address on the way to `head` (host:port or host); None if that is a loopback address or unknown.
+
+    With None, torch announces the machine's full name, which other machines may not resolve.
+    """
+    with contextlib.suppress(OSError):
+        family, kind, _, _, where = socket.getaddrinfo(head.partition(":")[0], PORT, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(where)  # sends nothing
+            address: str = probe.getsockname()[0]
+        return None if ipaddress.ip_address(address).is_loopback else address
+    return None
 
 
 def code_of_stopped_ranks(signalled: signal.Signals, codes: Sequence[int]) -> int:

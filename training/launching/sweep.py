@@ -25,7 +25,7 @@ from training.compose import (
     with_local_launcher,
     worded_errors,
 )
-from training.config import ConfigurationError, RunConfig
+from training.config import ConfigurationError, LocalLauncherConfig, RunConfig
 from training.exits import EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED, refuse
 from training.launching.lifeline import die_with_launcher
 from training.launching.ranks import in_job, refuse_absent_slurm, start
@@ -50,7 +50,7 @@ def sweep(overrides: Sequence[str], primary: Primary = PROJECT) -> int:
             "-m under torchrun: every rank would run the whole sweep; use launcher.nproc_per_node=N instead"
         )
     configs = check_trials(trials(overrides, primary), primary)
-    if any(config.launcher.name == "local" and getattr(config.launcher, "head", None) for config in configs):
+    if any(isinstance(config.launcher, LocalLauncherConfig) and config.launcher.head for config in configs):
         raise ConfigurationError(
             "launcher.head does not work with -m, which would run the sweep on every node; start one run at a time, or "
             "choose launcher=slurm"

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
 
-from training.config import ConfigurationError, RankRefusedError
+from training.config import ConfigurationError, RankRefusedError, RanksNotMetError
 from training.reliability.heartbeat import beats_key
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Attempt(NamedTuple):
 
     name: str
     world_size: int
-    state: Literal["open", "closed", "refused"]
+    state: Literal["open", "closed", "refused", "late"]  # late: refused because ranks were missing
     reason: str = ""
 
     def claim(self, rank: int) -> str:
@@ -52,8 +52,9 @@ def meet(rank: int, world_size: int, facts: Mapping[str, Any]) -> tuple[dist.Sto
         facts: JSON values on which the ranks must agree before they can communicate.
 
     Raises:
-        ConfigurationError: on all ranks, if one did not arrive in time or has other facts.
-        RankRefusedError: another process holds this rank's place, or the store cannot be reached.
+        ConfigurationError: on all ranks, if one has other facts.
+        RanksNotMetError: on all ranks, if one did not arrive in time; also if the store cannot be reached.
+        RankRefusedError: another process holds this rank's place or port.
     """
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise ConfigurationError(f"WORLD_SIZE={world_size}: {missing[0]} is not set; set it to where rank 0 listens")
@@ -63,7 +64,7 @@ def meet(rank: int, world_size: int, facts: Mapping[str, Any]) -> tuple[dist.Sto
     try:
         return store, _lead(store, world_size, claim) if rank == 0 else _follow(store, rank, claim)
     except dist.DistError as error:
-        raise RankRefusedError(
+        raise RanksNotMetError(
             f"rank {rank} lost the store at {address()} before all ranks were there; start all ranks again"
         ) from error
 
@@ -125,7 +126,8 @@ def _lead(store: dist.Store, world_size: int, claim: str) -> str:
         if found := difference([c["facts"] for c in claims], [c["process"] for c in claims]):
             raise ConfigurationError(f"{found}; start all ranks alike")
     except ConfigurationError as error:
-        decided = json.dumps(attempt._replace(state="refused", reason=str(error)))
+        state: Literal["late", "refused"] = "late" if isinstance(error, RanksNotMetError) else "refused"
+        decided = json.dumps(attempt._replace(state=state, reason=str(error)))
         if store.compare_set(NEWEST, opened, decided).decode() == decided:
             _wait_for_readers(store, attempt)
         raise
@@ -168,9 +170,9 @@ def _follow(store: dist.Store, rank: int, claim: str) -> str:
             mine = store.check([attempt.claim(rank)]) and store.get(attempt.claim(rank)).decode() == claim
             if mine and attempt.state == "closed":
                 return attempt.name
-            if mine and attempt.state == "refused":
+            if mine and attempt.state in ("refused", "late"):
                 store.add(f"{attempt.name}/read", 1)
-                raise ConfigurationError(attempt.reason)
+                raise (RanksNotMetError if attempt.state == "late" else ConfigurationError)(attempt.reason)
             count = dist.PrefixStore(attempt.name, store).add(beats_key(rank), 0)
             if attempt == seen and not mine and count > beats:
                 raise RankRefusedError(
@@ -195,7 +197,7 @@ class _Waiting:
     """A polling pause that logs what it waits for every `SPEAK` seconds.
 
     Raises:
-        RankRefusedError: after `seconds`.
+        RanksNotMetError: after `seconds`.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -205,7 +207,7 @@ class _Waiting:
     def pause(self, what: str) -> None:
         now = time.monotonic()
         if now - self._began > self._seconds:
-            raise RankRefusedError(
+            raise RanksNotMetError(
                 f"{what}: gave up after {now - self._began:.0f} s; start the same command for all ranks"
             )
         if now - self._spoke > SPEAK:

@@ -9,7 +9,7 @@ def build_strategy(config: RunConfig, distributed: Distributed) -> Strategy:
     """Build the strategy named by `strategy=`. An engine is imported only if chosen."""
     bf16, compile_model = config.train.precision == "bf16", config.train.compile is True
     # A central difference moves the weights by less than bf16 resolves.
-    needs_float32 = getattr(config.optimizer, "estimator", None) == "hutchinson_differences"
+    needs_float32 = config.estimator == "hutchinson_differences"
     match config.strategy:
         case DDPConfig():
             from training.strategies.ddp import DDP

@@ -89,12 +89,18 @@ def test_the_sbatch_script_requeues_at_its_time_limit_and_not_after_scancel(
 
 def test_the_sbatch_script_gives_each_node_its_cpus_and_a_valid_command(tmp_path: Path) -> None:
     arguments, _ = batch(tmp_path)
-    assert "--cpus-per-task=96" in arguments
+    assert {"--cpus-per-task=96", "--kill-on-bad-exit=0", "train.device=cuda"} <= set(arguments)
     overrides = arguments[arguments.index("train.py") + 1 :]
     assert overrides[-1] == "name=a b"
     launcher = compose([*overrides[:-1], "train.global_batch_size=16"]).launcher
     assert isinstance(launcher, LocalLauncherConfig)
     assert (launcher.nodes, launcher.nproc_per_node, launcher.head) == (2, 8, "node-1:30007")
+
+
+def test_the_sbatch_script_leaves_the_device_of_nodes_without_gpus(tmp_path: Path) -> None:
+    arguments, _ = batch(tmp_path, SLURM_GPUS_ON_NODE="0", RANKS="2")
+    assert "launcher.nproc_per_node=2" in arguments
+    assert "train.device=cuda" not in arguments
 
 
 def test_the_sbatch_script_runs_in_apptainer_or_pyxis(tmp_path: Path) -> None:
@@ -124,6 +130,8 @@ def test_kubernetes_restarts_a_saved_run_and_fails_a_refused_or_diverged_one() -
     }
     assert by_code == {EXIT_CONFIGURATION: "FailJob", EXIT_DIVERGED: "FailJob", EXIT_PREEMPTED: "Ignore"}
     assert pod["terminationGracePeriodSeconds"] > SAVING_SECONDS
+    # A dead rank ends those of all pods, with codes of their own: the set restarts, not a pod.
+    assert job["backoffLimit"] == 0
 
 
 def test_the_command_of_kubernetes_is_valid() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from tests.training.dying import begin_as, dying_rank, rank_under_a_terminal_tha
 from tests.training.runs import curve, lines, run, run_in_child, summary
 from training.compose import compose
 from training.exits import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_PREEMPTED, EXIT_RANK_LOST
-from training.launching.ranks import NOT_STARTED, code_of_stopped_ranks, describe_failure, start_ranks
+from training.launching.ranks import NOT_STARTED, address_towards, code_of_stopped_ranks, describe_failure, start_ranks
 from training.reliability import heartbeat
 from training.reliability.heartbeat import Heartbeat
 
@@ -187,3 +188,20 @@ def test_a_rank_that_left_in_good_order_is_not_reported(store: dist.TCPStore, mo
     time.sleep(0.8)
     slow.stop()
     assert left == []
+
+
+def test_a_machine_announces_the_address_from_which_it_reaches_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Probe(socket.socket):
+        def connect(self, where: object) -> None:
+            assert where == ("10.0.0.1", 29500)
+
+        def getsockname(self) -> tuple[str, int]:
+            return "10.0.0.7", 40001
+
+    monkeypatch.setattr(socket, "socket", Probe)
+    assert address_towards("10.0.0.1:77") == address_towards("10.0.0.1") == "10.0.0.7"
+
+
+@pytest.mark.parametrize("head", ["localhost", "127.0.0.1:29501", "no-such-host.invalid"])
+def test_a_loopback_address_is_not_announced(head: str) -> None:
+    assert address_towards(head) is None

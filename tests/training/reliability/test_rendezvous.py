@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import pytest
 import torch.distributed as dist
 
-from training.config import ConfigurationError, RankRefusedError
+from training.config import ConfigurationError, RankRefusedError, RanksNotMetError
+from training.exits import EXIT_CONFIGURATION, EXIT_FAILED, refuse
 from training.reliability import rendezvous
 from training.reliability.heartbeat import beats_key
 from training.reliability.rendezvous import difference, meet
@@ -141,7 +142,7 @@ def test_a_missing_rank_is_named_on_all_after_the_limit(
     monkeypatch.setattr(rendezvous, "LIMIT", 3.0)
     monkeypatch.setattr(rendezvous, "SPEAK", 0.1)
     for future in [join(0, 4), join(2, 4)]:
-        with pytest.raises(ConfigurationError, match=r"rank 0 waits for rank 1, 3 of 4: gave up after \d+ s"):
+        with pytest.raises(RanksNotMetError, match=r"rank 0 waits for rank 1, 3 of 4: gave up after \d+ s"):
             future.result()
     assert "rank 0 waits for rank 1, 3 of 4" in caplog.text
 
@@ -153,7 +154,7 @@ def test_a_rank_without_a_store_reports_it(
     monkeypatch.setattr(rendezvous, limit, 0.2)
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(limit == "AGENT_LIMIT"))
-    with pytest.raises(ConfigurationError, match=rf"rank 1 waits for {listener} to listen at 127\.0\.0\.1:1: gave up"):
+    with pytest.raises(RanksNotMetError, match=rf"rank 1 waits for {listener} to listen at 127\.0\.0\.1:1: gave up"):
         join(1).result()
 
 
@@ -165,8 +166,14 @@ def test_a_store_that_ends_before_all_are_there_is_one_line(join: Join, monkeypa
     wait_for(lambda: served[0].check(["begun/claim/1"]))
     served.clear()
     gc.collect()
-    with pytest.raises(RankRefusedError, match="rank 1 lost the store at"):
+    with pytest.raises(RanksNotMetError, match="rank 1 lost the store at"):
         waiting.result()
+
+
+def test_ranks_that_did_not_meet_are_a_failure_and_a_mistake_is_not() -> None:
+    """An engine restarts the first and ends the second."""
+    assert refuse(RanksNotMetError("rank 0 waits for rank 1")) == EXIT_FAILED
+    assert refuse(RankRefusedError("rank 1 is process 7 already")) == EXIT_CONFIGURATION
 
 
 def test_a_port_that_is_taken_is_a_configuration_error(
