@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
+from analysis.colours import label
 from analysis.powerlaw import PowerLaw, fit_power_law
 from analysis.runs import Currency, Origin
 
@@ -49,9 +50,8 @@ class Endpoints:
     horizon: int  # steps
     seeds: tuple[int, ...]
     losses: Array  # final validation loss, nats; NaN for a run that diverged
-    tokens: Array
+    tokens: Array  # of a run to its horizon, also where it diverged earlier
     flops: Array
-    seconds: Array  # by the runs' own clocks
     runs: tuple[Origin, ...] = ()
     reference_seconds: float = math.nan  # of a run, by reference times; NaN without them
     bits_per_byte: float = math.nan  # mean final validation loss in another unit; NaN if a record lacks it
@@ -80,7 +80,6 @@ class Endpoints:
             losses=self.losses[index],
             tokens=self.tokens[index],
             flops=self.flops[index],
-            seconds=self.seconds[index],
             runs=tuple(self.runs[i] for i in index) if self.runs else (),
         )
 
@@ -151,11 +150,16 @@ def smallest_detectable(standard_deviation: float, seeds: int, level: float) -> 
     return float(optimize.brentq(lacking, 0.0, upper)) * standard_deviation / math.sqrt(seeds)
 
 
+class ArmDiverged(str):
+    """Why there is no contrast: runs of the arm diverged, and none of the baseline's."""
+
+
 def contrast(arm: Endpoints, baseline: Endpoints, level: float) -> Contrast | str:
     """Return the paired contrast of two cells, or the reason why there is none."""
-    for end in (arm, baseline):
+    for end, reason in ((baseline, str), (arm, ArmDiverged)):
         if end.diverged:
-            return f"{len(end.diverged)} of {len(end.seeds)} runs of {end.arm} diverged at {end.horizon:,} steps"
+            lost = f"{len(end.diverged)} of {len(end.seeds)} runs of {label(end.arm)}"
+            return reason(f"{lost} diverged at {end.horizon:,} steps")
     common = sorted({*arm.seeds} & {*baseline.seeds})
     if not common:
         return "no seed in common with the baseline"

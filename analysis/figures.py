@@ -69,12 +69,17 @@ def validation_curves(results: Results) -> Figure:
     figure, axes = panels(models, "training steps", "validation loss (nats)")
     palette = colours(study.arm_names())
     for axis, model in zip(axes, models, strict=True):
-        found = curves_at(study, model, study.endpoints(study.baseline, model)[-1].horizon)
+        horizon = study.endpoints(study.baseline, model)[-1].horizon
+        found = curves_at(study, model, horizon)
+        lost = {end.arm: end for arm in found for end in study.endpoints(arm, model) if end.horizon == horizon}
         for arm, curves in found.items():
             steps, losses = seed_curves(curves, "steps")
+            name = _label(arm)
+            if arm in lost and (diverged := len(lost[arm].diverged)):
+                name += f" ({diverged} of {len(lost[arm].seeds)} diverged)"
             low, high = np.nanmin(losses, axis=0), np.nanmax(losses, axis=0)
             axis.fill_between(steps, low, high, color=palette[arm], alpha=0.15, lw=0)
-            axis.plot(steps, np.nanmean(losses, axis=0), color=palette[arm], linewidth=1.8, label=_label(arm))
+            axis.plot(steps, np.nanmean(losses, axis=0), color=palette[arm], linewidth=1.8, label=name)
         axis.set_ylim(*loss_limits(found, study.baseline))
         axis.set_xlim(left=0)
         for published in load_reference().of(model):
@@ -85,10 +90,11 @@ def validation_curves(results: Results) -> Figure:
 
 
 def curves_at(study: Study, model: str, horizon: int) -> dict[str, list[Curve]]:
-    """Return the evaluations of each arm's reported runs of one model and horizon."""
+    """Return the evaluations of each arm's reported runs of one model and horizon: of those that ended, if any did."""
     found: dict[str, list[Curve]] = {}
     for arm in study.arm_names():
         runs = [run for run in study.runs(arm=arm, model=model) if run.horizon == horizon and len(run.evaluations)]
+        runs = [run for run in runs if run.status != "diverged"] or runs
         if runs and np.isfinite(seed_curves([run.evaluations for run in runs], "steps")[1]).any():
             found[arm] = [run.evaluations for run in runs]
     return found
@@ -158,14 +164,16 @@ def loss_against_tokens(results: Results) -> Figure:
 
 
 def final_differences(results: Results) -> Figure:
-    """Final loss minus the baseline's at the same steps, paired by seed: seeds, mean and interval, per arm and horizon."""
+    """Final loss minus the baseline's, after the same and after half the steps: seeds, mean and interval of each arm."""
     study = results.study
     palette = colours(study.arm_names())
     models: dict[str, list[_Row]] = {}
     for one in results.compared:
-        if study.arms[one.endpoints.arm].role == "arm" and not isinstance(one.same, str):
-            name = f"{label(one.same.arm)}, {one.same.horizon:,} steps"
-            models.setdefault(one.same.model, []).append((name, one.same, palette[one.same.arm]))
+        for found in (one.same, one.half) if study.arms[one.endpoints.arm].role == "arm" else ():
+            if isinstance(found, Contrast):
+                against = f" against {found.baseline_horizon:,}" if found is one.half else ""
+                name = f"{label(found.arm)}, {found.horizon:,}{against} steps"
+                models.setdefault(found.model, []).append((name, found, palette[found.arm]))
     if not models:
         raise NothingToShow("no arm and the baseline have finished runs at common steps and seeds")
     titles = [f"{model}, {100 * results.level(model):.3g}% intervals" for model in models]
@@ -356,13 +364,13 @@ def step_times(results: Results) -> Figure:
 
 
 def learning_rate_stability(results: Results) -> Figure:
-    """Final loss against the learning rate, with and without the attention trick; diverged runs are at the top."""
+    """Final loss against the learning rate, all else equal, with and without the attention trick; × marks divergence."""
     series = {key: losses for key, losses in _losses_by_rate(results.study).items() if len(losses) >= 3}
     if not series:
         raise NothingToShow("stability against the learning rate needs an arm with at least three learning rates")
     arms_in = Counter(cell for _, cell, _ in series)
     cells = [cell for cell in arms_in if arms_in[cell] == max(arms_in.values())][-3:]
-    xlabel, ylabel = "peak learning rate (×: every run diverged)", "best final validation loss (nats)"
+    xlabel, ylabel = "peak learning rate (×: every run diverged)", "final validation loss (nats)"
     figure, axes = panels(cells, xlabel, ylabel, height=3.8, fontsize=9)
     palette = colours(arm for arm, _, _ in series)
     for axis, cell in zip(axes, cells, strict=True):
@@ -462,8 +470,8 @@ def _log_ticks(axis: Axes, at: Sequence[float] | Array | pd.Index[Any], names: S
 def _losses_by_rate(study: Study) -> dict[tuple[str, str, bool], pd.Series[float]]:
     """Return final loss by ascending learning rate, for each (optimizer, model and horizon, attention trick).
 
-    Each loss is the best setting's mean over seeds, NaN if all diverged. Tuning runs are preferred, because reported runs
-    have a single rate. Ablations count only if they vary the rate or the trick.
+    Each loss is the mean over seeds of the setting that was tried at the most rates, NaN if all diverged. Tuning runs are
+    preferred, because reported runs have a single rate. Ablations count only if they vary the rate or the trick.
     """
     rate, trick = "optimizer.lr", "model.attention_layer_scaling"
     rows = []
@@ -481,8 +489,10 @@ def _losses_by_rate(study: Study) -> dict[tuple[str, str, bool], pd.Series[float
     best = {}
     for series, group in frame.groupby("series", sort=False):
         phase = "tuning" if "tuning" in set(group["phase"]) else "reporting"
-        seeds = group[group["phase"] == phase].groupby(["rate", "rest"])["loss"]
-        best[series] = seeds.agg(lambda losses: losses.mean(skipna=False)).groupby("rate").min()
+        of_phase = group[group["phase"] == phase]
+        rates = of_phase.groupby("rest", sort=False)["rate"].nunique()
+        seeds = of_phase[of_phase["rest"] == rates.idxmax()].groupby("rate")["loss"]
+        best[series] = seeds.agg(lambda losses: losses.mean(skipna=False))
     return cast("dict[tuple[str, str, bool], pd.Series[float]]", best)
 
 

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from analysis import escaping, tables
 from analysis.colours import colours, label
-from analysis.comparison import Contrast
+from analysis.comparison import Contrast, Endpoints
 from analysis.figures import FIGURES, NothingToShow, curves_at, loss_limits, save, seed_curves
 from analysis.guards import Finding
 from analysis.results import CURRENCY_NAMES, VERDICT_CURRENCIES, Results, model_sizes, significant, write_json
@@ -32,7 +32,7 @@ from training.records import RecordError
 
 _CURVE_POINTS = 150  # per curve of the page; a screen cannot show more
 _DOUBTS = 3  # at least so many warnings are named above the verdict, and all serious ones
-_TERMINAL = ("model", "arm", "steps", "loss (nats)", "ratio in steps", "verdict", "the paper's 2×")
+_TERMINAL = ("model", "arm", "steps", "loss (nats)", "at half the steps", "ratio in steps", "verdict", "the paper's 2×")
 _STYLES = {"faster": "green", "slower": "red", "seen": "green"}
 
 
@@ -121,13 +121,16 @@ def write_report(results: Results, directory: Path) -> Written:
 
 
 def draw_figures(results: Results, directory: Path) -> tuple[list[Path], list[Finding]]:
-    """Write every figure for which there is data. A figure that fails gives a warning and does not stop the report."""
+    """Write every figure for which there is data, and remove an earlier picture of the others.
+
+    A figure that fails gives a warning and does not stop the report.
+    """
     pictures, failed = [], []
     for name, draw in FIGURES.items():
         try:
             pictures.append(save(draw(results), directory / f"{name}.png"))
         except NothingToShow:
-            continue
+            (directory / f"{name}.png").unlink(missing_ok=True)
         except (OSError, RecordError):
             raise
         except Exception as error:
@@ -256,24 +259,29 @@ def print_summary(results: Results, console: Console) -> None:
 def method(results: Results) -> list[str]:
     """Describe the method in prose."""
     study, baseline = results.study, label(results.study.baseline)
-    counts = sorted({len(end.seeds) for end in results.endpoints() if study.arms[end.arm].role == "arm"})
+    ends = [end for end in results.endpoints() if study.arms[end.arm].role == "arm"]
     fixed = f" ({', '.join(map(str, study.seeds))}), fixed before the first run" if study.planned else ""
     times = study.reference_times
+    others = sorted({key for arm in study.arms.values() for key in arm.search if not key.startswith("optimizer.")})
+    searched = f", and in {', '.join(others)}, which every arm searched for itself" if others else ""
     return [
         "All arms use the same training loop, model, data, batches, gradient clip and schedule shape. They differ in the "
-        "optimizer and its hyper-parameters; a warning above lists any other difference. Runs of one seed start from the "
-        "same weights and see the same data in the same order under every optimizer. The validation set is fixed and the "
-        "same for all.",
-        f"Final losses of fully decayed runs are compared, paired by seed, at {_range(counts)} seeds{fixed}. Crossings of "
+        f"optimizer and its hyper-parameters{searched}; a warning above lists any other difference. Runs of one seed start "
+        "from the same weights and see the same data in the same order under every optimizer. The validation set is fixed "
+        "and the same for all.",
+        f"Final losses of fully decayed runs are compared, paired by seed, at {_seeds(ends)}{fixed}. Crossings of "
         "curves are not evidence, because the schedule decays the loss. Each difference has Student's t interval from its "
-        "own seeds; nothing is pooled, since variances differ between arms and horizons. The level of all intervals on a "
+        "own seeds; nothing is pooled, since variances differ between arms and horizons. Intervals hold for the settings "
+        "that the searches found; the noise of the searches is in none of them. The level of all intervals on a "
         "model is corrected (Bonferroni) for its number of arms. An arm is 'faster' or 'slower' if the interval at the same "
         "number of steps excludes zero, otherwise 'not told apart'. In compute and wall-clock, the ratio decides.",
-        f"The paper's claim: an arm with half the steps ends at or below {baseline}. It is 'seen' if the interval of that "
-        "difference is below zero, else 'not seen at this scale', and 'not tested' by short or small runs.",
+        f"The paper's claim: an arm with half the steps ends below {baseline}. It is 'seen' if the interval of that difference "
+        "is below zero, else 'not seen at this scale', also if the arm diverged, and 'not tested' by short or small runs. An "
+        "arm that is exactly twice as fast would not be told apart, and counts as not seen.",
         f"A ratio is what {baseline} needs for the arm's final loss, divided by what the arm needed. It comes from a curve "
         f"through {baseline}'s final losses and is given only if the curve recognises {baseline} itself. Losses outside "
-        f"{baseline}'s horizons are censored, not extrapolated.",
+        f"{baseline}'s horizons are censored, not extrapolated. So the verdict's ratios are those of the arm's longest "
+        f"horizon of which {baseline} has the double.",
         "Compute counts model FLOPs with curvature passes and without recomputation. Wall-clock uses reference times, "
         "counts of each kind of work times its cost on an idle machine "
         f"({times.source if times else 'none here: measure them with study.py times'}); the runs' own clocks are a diagnostic.",
@@ -287,23 +295,30 @@ def _lead(results: Results, model: str) -> Paragraph:
     words = {"faster": f"faster than {baseline}", "slower": f"slower than {baseline}"}
     said: dict[str, list[str]] = {word: [] for word in ("faster", "slower", "not told apart", "no verdict")}
     claims: dict[str, list[str]] = {}
+    seeds: list[Endpoints] = []
     for one in sorted(results.verdicts, key=lambda one: [*said].index(one.word)):
         if one.model != model:
             continue
-        claims.setdefault(one.claim, []).append(label(one.arm))
         same, shown = one.at.same if one.at else "", label(one.arm)
+        half = one.paper.half if one.paper and not one.not_tested else ""
+        tested = shown
+        if isinstance(half, Contrast) and half.interval:
+            tested += f" ({half.interval.text}, {half.horizon:,} steps against {half.baseline_horizon:,})"
+        claims.setdefault(one.claim, []).append(tested)
+        seeds += [one.at.endpoints] if one.at else []
         if isinstance(same, Contrast) and same.interval:
             where = "" if same.horizon == end.horizon else f", after {same.horizon:,}"
             shown += f" ({same.interval.text}{where})"
         said[one.word].append(shown)
     arms = "; ".join(f"{words.get(word, word)}: {', '.join(arms)}" for word, arms in said.items() if arms)
-    claimed = ", ".join(f"{claim} ({', '.join(arms)})" if len(claims) > 1 else claim for claim, arms in claims.items())
+    untold = [*claims] == ["not tested"]
+    claimed = "not tested" if untold else "; ".join(f"{claim}: {', '.join(arms)}" for claim, arms in claims.items())
     tokens, size = float(end.tokens.mean()), model_sizes(study).get(model, math.nan)
     scale = [f"{tokens / 1e6:,.3g}M tokens"]
     if math.isfinite(size):
         scale = [f"{size / 1e6:,.1f}M parameters", *scale, f"{tokens / size:.2g} tokens per parameter"]
     return Paragraph(
-        f"{arms}. The paper's 2×: {claimed}. Differences of final loss in nats, {len(end.seeds)} seeds, "
+        f"{arms}. The paper's 2×: {claimed}. Differences of final loss in nats, {_seeds(seeds)}, "
         f"{100 * results.level(model):.3g}% intervals.",
         f"{model}, after {end.horizon:,} steps ({', '.join(scale)})",
     )
@@ -346,8 +361,13 @@ def _facts(results: Results) -> str:
     horizons = sorted({trial.horizon for trial in study.reporting})
     return (
         f"{reported:,} reported runs{f', {tuning:,} tuning runs' if tuning else ''}; {', '.join(study.models)}; "
-        f"{_range(horizons)} steps; {len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}."
+        f"{_range(horizons)} steps; {_seeds(results.endpoints())}."
     )
+
+
+def _seeds(ends: Sequence[Endpoints]) -> str:
+    counts = sorted({len(end.seeds) for end in ends})
+    return f"{_range(counts)} seed{'' if counts == [1] else 's'}"
 
 
 def _range(numbers: Sequence[int]) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,17 @@ from typing import Any, Literal
 import numpy as np
 
 from analysis.colours import label
-from analysis.comparison import PAPER_RATIO, Baseline, Compared, Contrast, Endpoints, compare, fit_baseline
+from analysis.comparison import (
+    PAPER_RATIO,
+    ArmDiverged,
+    Baseline,
+    Compared,
+    Contrast,
+    Endpoints,
+    Ratio,
+    compare,
+    fit_baseline,
+)
 from analysis.guards import Finding, inspect
 from analysis.runs import Currency, Origin, RecordedRun
 from analysis.sensitivity import Ablation, Grid, ablations, sensitivity_grid
@@ -40,7 +50,8 @@ class Verdict:
     """What a study says about one arm on one model.
 
     The horizons are chosen by the design, not by the losses: `at` is the longest at which the arm and the baseline both have
-    runs, `paper` the longest of the arm for which the baseline has twice the steps.
+    runs, `paper` the longest of the arm for which the baseline has twice the steps. Ratios are those of `paper`, if there is
+    one, because at the baseline's longest horizon none above 1 can be measured.
     """
 
     arm: str
@@ -59,10 +70,10 @@ class Verdict:
 
     def word_in(self, currency: Currency) -> Word:
         """Return the verdict in a currency: where an arm pays more for a step, "faster" needs a ratio that outweighs it."""
-        word = self.word
-        if currency in ("steps", "tokens") or word == "no verdict" or self.at is None:
+        word, rated = self.word, self.rated
+        if currency in ("steps", "tokens") or word == "no verdict" or rated is None:
             return word
-        price, ratio = self.at.prices.get(currency), self.at.ratio_in(currency)
+        price, ratio = rated.prices.get(currency), rated.ratio_in(currency)
         if price is None:
             return "no verdict"
         if isinstance(ratio, str):
@@ -72,25 +83,31 @@ class Verdict:
             return "faster"
         if ratio.high < 1 and not ratio.high_censored:
             return "slower"
-        return "not told apart"
+        return "not told apart" if ratio.covers(1.0) and ratio.low <= 1 <= ratio.high else "no verdict"
+
+    @property
+    def rated(self) -> Compared | None:
+        """The arm's cell whose ratios are given."""
+        return self.paper or self.at
 
     @property
     def claim(self) -> Claim:
-        """The paper's claim: after half the steps the arm ends at or below the baseline."""
+        """The paper's claim: after half the steps the arm ends below the baseline. Runs that diverge do not."""
         if self.not_tested:
             return "not tested"
         assert self.paper is not None
-        assert isinstance(self.paper.half, Contrast)
-        return "seen" if self.paper.half.word == "lower" else "not seen at this scale"
+        half = self.paper.half
+        return "seen" if isinstance(half, Contrast) and half.word == "lower" else "not seen at this scale"
 
     @property
     def not_tested(self) -> str:
         """Why the runs do not test the claim; empty if they do."""
         if self.paper is None:
             return f"no runs of the arm have a baseline of {PAPER_RATIO} times their steps"
-        if isinstance(self.paper.half, str):
-            return self.paper.half
-        if self.paper.half.interval is None:
+        half = self.paper.half
+        if isinstance(half, str) and not isinstance(half, ArmDiverged):
+            return half
+        if isinstance(half, Contrast) and half.interval is None:
             return "one seed"
         if self.paper.endpoints.horizon < CLAIM_STEPS:
             return f"{self.paper.endpoints.horizon:,} steps are too short; {CLAIM_STEPS:,} are the least"
@@ -100,11 +117,12 @@ class Verdict:
         return ""
 
     def sentence(self, baseline: str) -> str:
-        """Return the verdict as a sentence."""
+        """Return the verdict and what it says of the paper's claim, in sentences."""
         subject = f"{label(self.arm)} on {self.model}"
+        claim = "" if self.not_tested else f" {self._claimed(label(baseline))}"
         if self.at is None or isinstance(self.at.same, str):
             reason = "no horizon in common" if self.at is None else self.at.same
-            return f"{subject}: no verdict ({reason})."
+            return f"{subject}: no verdict ({reason}).{claim}"
         same, steps = self.at.same, f"{self.at.same.horizon:,} steps"
         if same.interval is None:
             return f"{subject}: no verdict (one seed); the final loss differs by {same.differences[0]:+.3f} nats after {steps}."
@@ -113,17 +131,33 @@ class Verdict:
             f"{subject} {words[self.word]} {label(baseline)}: after {steps} its final loss differs by "
             f"{same.interval.text} nats ({len(same.seeds)} seeds, {100 * same.interval.level:.3g}% interval)"
         )
+        assert self.rated is not None
         ratios = [
             f"{ratio.text} times as fast in {CURRENCY_NAMES[currency]}"
             for currency in VERDICT_CURRENCIES
-            if not isinstance(ratio := self.at.ratio_in(currency), str)
+            if isinstance(ratio := self.rated.ratio_in(currency), Ratio)
         ]
         if ratios:
-            text += f"; {', '.join(ratios)}"
+            horizon = self.rated.endpoints.horizon
+            text += f"; {f'over {horizon:,} steps ' if horizon != same.horizon else ''}it is {', '.join(ratios)}"
         elif self.word == "not told apart":
             text += f"; a true difference of {same.smallest_detectable:.3f} nats would be found four times in five"
-        why = f" ({self.not_tested})" if self.claim == "not tested" else ""
-        return f"{text}. The paper's {PAPER_RATIO}×: {self.claim}{why}."
+        return f"{text}. {self._claimed(label(baseline))}"
+
+    def _claimed(self, baseline: str) -> str:
+        text = f"The paper's {PAPER_RATIO}×: {self.claim}"
+        if self.not_tested:
+            return f"{text} ({self.not_tested})."
+        assert self.paper is not None
+        half = self.paper.half
+        if isinstance(half, str):
+            return f"{text} ({half})."
+        assert half.interval is not None
+        apart = ", not told apart from zero" if half.word == "not told apart" else ""
+        return (
+            f"{text}: after {half.horizon:,} steps its loss differs from {baseline}'s after {half.baseline_horizon:,} by "
+            f"{half.interval.text} nats{apart}."
+        )
 
 
 @dataclass(frozen=True)
@@ -183,7 +217,8 @@ class Results:
                         "horizon": one.at.endpoints.horizon if one.at else None,
                         "word": {currency: one.word_in(currency) for currency in VERDICT_CURRENCIES},
                         "difference": one.at.same if one.at else None,
-                        "ratio": {c: one.at.ratio_in(c) for c in VERDICT_CURRENCIES} if one.at else None,
+                        "ratio_horizon": one.rated.endpoints.horizon if one.rated else None,
+                        "ratio": {c: one.rated.ratio_in(c) for c in VERDICT_CURRENCIES} if one.rated else None,
                         "paper_claim": one.claim,
                         "paper_claim_not_tested": one.not_tested,
                         "paper_difference": one.paper.half if one.paper else None,
@@ -250,6 +285,8 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
         if not test.passed:
             title = f"{model}: no ratios, only differences of loss"
             findings.append(Finding("curve", "note", title, f"{test.reason[0].upper()}{test.reason[1:]}."))
+    searches = tunings(study)
+    findings += _within_noise_of_search(verdicts, searches, study)
     findings.sort(key=lambda finding: -finding.weight)
     return Results(
         study=study,
@@ -257,11 +294,32 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
         verdicts=verdicts,
         compared=compared,
         baselines=baselines,
-        tunings=tunings(study),
+        tunings=searches,
         costs=_costs(study),
         ablations=ablations(study),
         grid=sensitivity_grid(study),
     )
+
+
+def _within_noise_of_search(verdicts: Sequence[Verdict], searches: Sequence[Tuning], study: Study) -> Iterator[Finding]:
+    """Differences that other random points of the two searches might undo."""
+    noise = {
+        (one.arm, one.model): one.noise
+        for one in searches
+        if study.arms[one.arm].method in ("random", "halton") and math.isfinite(one.noise)
+    }
+    told = []
+    for one in verdicts:
+        own, baselines = noise.get((one.arm, one.model)), noise.get((study.baseline, one.model))
+        same = one.at.same if one.at else ""
+        if own is None or baselines is None or one.word == "no verdict" or not isinstance(same, Contrast):
+            continue
+        if abs(difference := float(same.differences.mean())) < 2 * math.hypot(own, baselines):
+            told.append(f"{label(one.arm)} on {one.model} ({difference:+.3f} against {math.hypot(own, baselines):.3f})")
+    if told:
+        title = "Differences within twice the noise of the searches"
+        detail = "Other points of the same searches might change their sign. Nats, each against one standard deviation"
+        yield Finding("tuning", "note", title, f"{detail}: {'; '.join(told)}.")
 
 
 def _no_baseline(study: Study) -> str:

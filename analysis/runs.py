@@ -300,10 +300,7 @@ def _read_metrics(content: bytes, path: Path) -> pa.Table:
     # Lines with another beginning are parsed and filtered by kind.
     rest = itertools.compress(lines, map(operator.not_, is_train))
     others = [line for line in rest if line and not line.startswith(_SKIPPED_PREFIXES)]
-    stride = max(1, -(-len(train) // _TRAIN_LINES))
-    while math.gcd(stride, 10) > 1:  # else the sample may align with the curvature passes
-        stride += 1
-    chosen = b"\n".join((*others, *train[::stride], b""))
+    chosen = b"\n".join((*others, *train[:: unaligned_stride(len(train), _TRAIN_LINES)], b""))
     if not chosen.strip():
         return _SCHEMA.empty_table()
     try:
@@ -315,6 +312,14 @@ def _read_metrics(content: bytes, path: Path) -> pa.Table:
     except pa.ArrowInvalid:
         # NaN and Infinity, which Python writes but JSON lacks, and numbers instead of flags.
         return _read_leniently(content[: content.rfind(b"\n") + 1], path)
+
+
+def unaligned_stride(count: int, limit: int) -> int:
+    """Return the smallest stride that keeps at most `limit` of `count` lines and does not align with refreshes of h."""
+    stride = max(1, -(-count // limit))
+    while math.gcd(stride, 10) > 1:
+        stride += 1
+    return stride
 
 
 def last_line(content: bytes, path: Path, kind: str) -> dict[str, Any] | None:

@@ -113,7 +113,7 @@ def power_by_seeds() -> pd.DataFrame:
 
 def _cell(arm: str, steps: int, losses: Array) -> Endpoints:
     tokens = np.full(len(losses), steps * _TOKENS_PER_STEP)
-    return Endpoints(arm, "simulated", steps, tuple(range(len(losses))), losses, tokens, tokens, tokens)
+    return Endpoints(arm, "simulated", steps, tuple(range(len(losses))), losses, tokens, tokens)
 
 
 def _covers(one: Contrast | str, truth: float) -> bool:

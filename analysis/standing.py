@@ -25,10 +25,11 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
         raise ValueError(f"{directory} has no verdict on {arm!r}; choose one of {', '.join(study.arms)}")
     reported, tuning = (sum(trial.run is not None for trial in trials) for trials in (study.reporting, study.tuning))
     scale = "; ".join(_scale(results, one) for one in verdicts)
+    serious = sum(one.severity == "serious" for one in results.findings)
     limits = [
         f"Scale: {scale}. The paper's smallest model has 125M parameters, 100,000 steps, 390 tokens per parameter. Short runs "
         "favour short averages (β1, β2) and leave little time to estimate the curvature.",
-        *(escaping.markdown(f"{one.title}. {one.detail}") for one in results.findings[:_DOUBTS]),
+        *(escaping.markdown(f"{one.title}. {one.detail}") for one in results.findings[: max(_DOUBTS, serious)]),
     ]
     parts = [
         *([escaping.markdown(study.under_way)] if study.under_way else []),

@@ -102,7 +102,11 @@ def verdict(results: Results) -> Table:
             row |= empty | ({minus: _difference(at.same)} if at else {})
             if one.paper is not None:
                 row[half] = _difference(one.paper.half, f" ({one.paper.endpoints.horizon:,})")
-            row |= {column: _ratio(at.ratio_in(currency)) if at else NONE for currency, column in ratios.items()}
+            rated = one.rated
+            of = f" ({rated.endpoints.horizon:,})" if rated and rated is not at else ""
+            row |= {
+                column: _ratio(rated.ratio_in(currency), of) if rated else NONE for currency, column in ratios.items()
+            }
             row |= {"verdict": one.word, "the paper's 2×": one.claim}
             rows.append((row, at.endpoints.runs[0] if at else None))
     table = _table("verdict", "At the longest horizon", rows, blank=("", NONE))
@@ -112,7 +116,7 @@ def verdict(results: Results) -> Table:
         f"corrected for the number of arms ({', '.join(levels) or 'none'})."
     )
     if half in table.columns:
-        note += f" At half the steps (in brackets), {baseline} has twice as many."
+        note += f" At half the steps, {baseline} has twice as many. In brackets: the arm's steps."
     if ratios["steps"] in table.columns:
         note += (
             f" A ratio of 1.25: {baseline} needs 1.25 times as much for the arm's loss; > and < mark what is outside "
@@ -253,7 +257,9 @@ def searches(results: Results) -> Table:
     for one in results.tunings:
         trials = [trial for candidate in one.candidates for trial in candidate.trials]
         granted = results.study.arms[one.arm].granted(one.model, one.horizon)
-        second = min((other.loss for other in one.candidates if other is not one.best), default=math.nan)
+        rivals = [other for other in one.candidates if other is not one.best and other.finalist == one.best.finalist]
+        second = min((other.loss for other in rivals), default=math.nan)
+        noise = one.noise if results.study.arms[one.arm].method in ("random", "halton") else math.nan
         row = _place(one) | {
             "trials": f"{len(trials)}" + (f" of {granted}" if granted else ""),
             "diverged": str(one.diverged),
@@ -261,14 +267,18 @@ def searches(results: Results) -> Table:
             "chosen values": _values(one.best.values),
             "loss": _loss(one.best.loss),
             "the next, more by": _finite(second - one.best.loss, "+.4f"),
+            "noise of the search": _finite(noise, ".4f"),
         }
         rows.append((row, one.best.trials[0].origin if one.best.trials else None))
     return _table(
         "tuning",
         "Tuning",
         rows,
-        "On seeds apart from those reported, with the same number of trials for every arm.",
+        "On seeds apart from those reported, with the same number of trials for every arm. If the best settings ran on further "
+        "seeds, the losses are those of these seeds, which decided. The noise of a search is the standard deviation of its "
+        "lowest loss, had it drawn other points (nats, a bootstrap over the settings). It is in no interval.",
         linked="chosen values",
+        blank=("", NONE),
     )
 
 
@@ -401,8 +411,8 @@ def _price(one: Compared, currency: Currency) -> str:
     return f"{one.prices[currency]:.3f}" if currency in one.prices else NONE
 
 
-def _ratio(one: Ratio | str) -> str:
-    return NONE if isinstance(one, str) else one.text
+def _ratio(one: Ratio | str, suffix: str = "") -> str:
+    return NONE if isinstance(one, str) else one.text + suffix
 
 
 def _finite(value: float, form: str) -> str:

@@ -187,18 +187,20 @@ class Study:
 
     def _endpoints(self, arm: str, model: str, horizon: int, by_seed: Mapping[int, RecordedRun]) -> Endpoints:
         runs, times = by_seed.values(), self.reference_times
+        share = np.array([horizon / max(run.total("steps"), 1) for run in runs])  # 1 unless the run diverged
         return Endpoints(
             arm=arm,
             model=model,
             horizon=horizon,
             seeds=tuple(by_seed),
             losses=np.array([run.final_val_loss for run in runs]),
-            tokens=np.array([run.total("tokens") for run in runs]),
-            flops=np.array([run.total("flops") for run in runs]),
-            seconds=np.array([training_seconds(run) for run in runs]),
+            tokens=share * [run.total("tokens") for run in runs],
+            flops=share * [run.total("flops") for run in runs],
             runs=tuple(run.origin for run in runs),
             bits_per_byte=float(np.mean([run.bits_per_byte for run in runs])),
-            reference_seconds=float(np.mean([times.training_seconds(run, arm) for run in runs])) if times else math.nan,
+            reference_seconds=(
+                float(np.mean(share * [times.training_seconds(run, arm) for run in runs])) if times else math.nan
+            ),
         )
 
 

@@ -20,8 +20,9 @@ class Candidate:
     """One setting of the searched hyper-parameters, over its seeds."""
 
     values: Mapping[str, Any]
-    loss: float  # mean final validation loss, nats; infinite unless all of its runs completed
+    loss: float  # mean final validation loss over the deciding seeds, nats; infinite unless all of its runs completed
     trials: tuple[RecordedTrial, ...]
+    finalist: bool = False  # it ran on seeds that others did not, which then decide
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,28 @@ class Tuning:
     @property
     def cell(self) -> Cell:
         return self.arm, self.model, self.horizon
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every key was searched, and not only those of a re-tuning."""
+        keys = {key for candidate in self.candidates for key in candidate.values}
+        return all(len({repr(one.values.get(key)) for one in self.candidates}) > 1 for key in keys)
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the lowest loss, nats, had the search drawn other points: a bootstrap over its settings.
+
+        For random and Halton search, on the seeds of all settings. NaN for fewer than three settings or a re-tuning.
+        """
+        shared = set.intersection(*({trial.seed for trial in one.trials} for one in self.candidates))
+        losses = [np.mean([t.loss for t in one.trials if t.seed in shared]) for one in self.candidates if shared]
+        ended = np.sort([loss for loss in losses if np.isfinite(loss)])
+        if not self.is_full or len(ended) < 3:
+            return math.nan
+        n = len(ended)
+        above = (np.arange(n, -1, -1) / n) ** n  # the chance that no draw is among the i lowest
+        chance = above[:-1] - above[1:]  # that the lowest draw is the i-th
+        return float(np.sqrt(chance @ ended**2 - (chance @ ended) ** 2))
 
     @property
     def diverged(self) -> int:
@@ -93,7 +116,7 @@ def edges(study: Study, searches: Sequence[Tuning]) -> list[Edge]:
                 points = explored(source.candidates, key)
                 if len(points) < 2 or value not in points:
                     continue
-                if side := _side(study.arms[arm], points, key, value):
+                if side := _side(study.arms[arm], points, key, value, full=source.is_full):
                     place = "" if source.model == model else f"{source.model}, "
                     place = "" if source.cell == cell else f"{place}{source.horizon:,} steps"
                     found.append(Edge(arm, model, horizon, key, float(value), side, place))
@@ -102,16 +125,22 @@ def edges(study: Study, searches: Sequence[Tuning]) -> list[Edge]:
 
 
 def candidates(trials: Sequence[RecordedTrial]) -> list[Candidate]:
-    """Group trials with the same values, best first."""
+    """Group trials with the same values, best first.
+
+    If some settings ran on further seeds, they come first, and these seeds alone decide between them: the search chose them
+    on the others.
+    """
     groups: dict[str, list[RecordedTrial]] = {}
     for trial in trials:
         groups.setdefault(repr(sorted(trial.values.items())), []).append(trial)
     found = []
+    of_all = set.intersection(*({trial.seed for trial in members} for members in groups.values())) if groups else set()
     for members in groups.values():
-        losses = [trial.loss for trial in members]
+        further = [trial.loss for trial in members if trial.seed not in of_all]
+        losses = further or [trial.loss for trial in members]
         loss = float(np.mean(losses)) if np.all(np.isfinite(losses)) else math.inf
-        found.append(Candidate(members[0].values, loss, tuple(members)))
-    return sorted(found, key=lambda candidate: candidate.loss)
+        found.append(Candidate(members[0].values, loss, tuple(members), bool(further)))
+    return sorted(found, key=lambda candidate: (not candidate.finalist, candidate.loss))
 
 
 def explored(found: Sequence[Candidate], key: str) -> list[float]:
@@ -146,10 +175,13 @@ def predicted_gain(search: Tuning, key: str) -> float | None:
     return 0.0 if a <= 0 else max(0.0, float(losses[1] - (c - b * b / (4 * a))))
 
 
-def _side(arm: Arm, values: Sequence[float], key: str, value: float) -> str | None:
-    """Return whether the value is the "lowest" or "highest" of those tried, ascending; None inside."""
+def _side(arm: Arm, values: Sequence[float], key: str, value: float, *, full: bool) -> str | None:
+    """Return whether the value is the "lowest" or "highest" of those tried, ascending; None inside.
+
+    The points of a full search over ranges leave a gap at the ends of each; a re-tuning tries steps.
+    """
     space = arm.search.get(key)
-    if isinstance(space, Mapping) and "low" in space and "high" in space:
+    if full and isinstance(space, Mapping) and "low" in space and "high" in space:
         low, high = float(space["low"]), float(space["high"])
         if space.get("scale") == "log":
             low, high, value = math.log(low), math.log(high), math.log(value)

@@ -75,6 +75,7 @@ def of_trial(study: str, row: TrialRow, curve: pa.Table, settings: TrackerConfig
     """Describe a trial: job type the arm; study, arm, size, phase and horizon also as keys of the configuration."""
     content = hashlib.sha256(json.dumps(curve.to_pylist(), sort_keys=True).encode()).hexdigest()
     of_study = {"study": study, "arm": row.arm, "size": row.model, "phase": row.phase, "horizon": row.horizon}
+    of_study["cell"] = f"{label(row.arm)}, {row.horizon:,} steps"
     return WandbRun(
         name=row.trial,
         identity=f"{study}/{row.trial}/{content}",
@@ -106,8 +107,11 @@ def comparison(results: Results) -> dict[str, Any]:
             continue
         if isinstance(one.at.same, Contrast) and one.at.same.interval is not None:
             values |= _interval(f"difference/{name}", one.at.same.interval)
+        if one.paper and isinstance(one.paper.half, Contrast) and one.paper.half.interval is not None:
+            values |= _interval(f"difference_at_half_the_steps/{name}", one.paper.half.interval)
         for currency in VERDICT_CURRENCIES:
-            if isinstance(ratio := one.at.ratio_in(currency), Ratio):
+            ratio = one.rated.ratio_in(currency) if one.rated else ""
+            if isinstance(ratio, Ratio) and ratio.censored is None:  # a bar cannot say "more than"
                 values |= _interval(f"speedup_{CURRENCY_NAMES[currency]}/{name}", ratio)
     return values
 
@@ -156,10 +160,10 @@ def report_page(
     for model in study.models:
         of_model = [row for row in rows if row.model == model]
         references = list(dict.fromkeys(name for row in of_model for name in published_losses(row.config)))
-        curvature = any("hessian_interval" in row.config["optimizer"] for row in of_model)
+        intervals = {k for row in of_model if (k := row.config["optimizer"].get("hessian_interval"))}
         of = f"Config('size') = '{model}' and Config('phase') = "
-        blocks += [wr.H2(model), grid(model, f"{of}'reporting'", _curves(references, curvature))]
-        if curvature:
+        blocks += [wr.H2(model), grid(model, f"{of}'reporting'", _curves(references, len(intervals)))]
+        if intervals:
             blocks.append(grid(f"{model}, searches", f"{of}'tuning'", _grid()))
     title = f"{study.name}: {results.study.baseline} and {len(study.arms) - 1} other arms"
     return wr.Report(
@@ -167,16 +171,17 @@ def report_page(
     )
 
 
-def _curves(references: list[str], curvature: bool) -> Iterator[Any]:
-    """The panels of reported runs: curves over each cost, unclipped fraction, k."""
+def _curves(references: list[str], intervals: int) -> Iterator[Any]:
+    """The panels of reported runs: curves of each arm and horizon over each cost, unclipped fraction, k if it varies."""
     import wandb_workspaces.reports.v2 as wr
 
-    by_arm: dict[str, Any] = {"groupby": wr.Config("arm"), "groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}
+    by_cell: dict[str, Any] = {"groupby": wr.Config("cell"), "groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}
     for axis, unit in {"tokens": "", "step": "", "flops": "model FLOPs", "seconds": "training seconds"}.items():
         title = f"Validation loss over {unit or axis}"
-        yield wr.LinePlot(title=title, x=axis, y=["val/loss", *references], title_y="nats per token", **by_arm)
-    if curvature:
-        yield wr.LinePlot(title="Unclipped fraction", x="tokens", y=["train/unclipped_fraction"], **by_arm)
+        yield wr.LinePlot(title=title, x=axis, y=["val/loss", *references], title_y="nats per token", **by_cell)
+    if intervals:
+        yield wr.LinePlot(title="Unclipped fraction", x="tokens", y=["train/unclipped_fraction"], **by_cell)
+    if intervals > 1:
         k, loss = wr.Config("optimizer.hessian_interval"), wr.SummaryMetric("final_val_loss")
         yield wr.ScatterPlot(title="Final loss over k, steps between curvature estimates", x=k, y=loss, log_x=True)
 

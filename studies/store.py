@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
+from analysis.runs import unaligned_stride
 from analysis.trial_tables import (
     TrialRow,
     checked,
@@ -138,8 +139,7 @@ def thinned(lines: Iterable[dict[str, Any]], phase: str) -> list[dict[str, Any]]
     for kind, limit in (("train", _TRAIN_LINES[phase]), ("hessian", _HESSIAN_LINES[phase])):
         of_kind = [index for index, line in enumerate(listed) if line["kind"] == kind]
         if limit and of_kind:
-            step = max(1, -(-len(of_kind) // limit))
-            kept.update(of_kind[::-1][::step])
+            kept.update(of_kind[::-1][:: unaligned_stride(len(of_kind), limit)])
     return [listed[index] for index in sorted(kept)]
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from analysis.comparison import (
+    ArmDiverged,
     Baseline,
     Compared,
     Contrast,
@@ -43,7 +44,7 @@ def cell(
     values = np.asarray(losses, dtype=float)
     tokens = np.full(len(values), horizon * TOKENS_PER_STEP)
     seeds = tuple(range(len(values)))
-    return Endpoints(arm, "tiny", horizon, seeds, values, tokens, cost * tokens, tokens, reference_seconds=seconds)
+    return Endpoints(arm, "tiny", horizon, seeds, values, tokens, cost * tokens, reference_seconds=seconds)
 
 
 def baseline_cells(seeds: int = 4, scale: float = 0.002, key: int = 0, bend: float = 0.0) -> list[Endpoints]:
@@ -99,7 +100,7 @@ def test_pairs_are_made_by_seed_and_only_common_seeds_count() -> None:
 
 def test_a_diverged_run_leaves_no_contrast() -> None:
     lost = cell("sophiag", 4000, [3.0, np.nan, 3.0, 3.0])
-    assert contrast(lost, baseline_cells()[2], 0.95) == "1 of 4 runs of sophiag diverged at 4,000 steps"
+    assert contrast(lost, baseline_cells()[2], 0.95) == "1 of 4 runs of Sophia-G diverged at 4,000 steps"
 
 
 @pytest.mark.parametrize(("seeds", "arms"), [(2, 3), (3, 6), (5, 1)])
@@ -217,12 +218,8 @@ def test_wall_clock_rests_on_reference_times_at_the_horizon_and_not_on_the_runs_
     place = ("sophiag", "gpt2_mini", 128)
     one = next(c for c in cpu_scale.compared if (c.endpoints.arm, c.endpoints.model, c.endpoints.horizon) == place)
     assert one.prices["seconds"] == pytest.approx(price)
-    slower = replace(one.endpoints, seconds=10 * one.endpoints.seconds)
-    baseline_ends = study.endpoints("adamw", "gpt2_mini")
-    (again,) = compare([slower], baseline_ends, cpu_scale.baselines["gpt2_mini"], 0.95)
-    assert again.prices == one.prices
-    without = [replace(end, reference_seconds=math.nan) for end in baseline_ends]
-    (none,) = compare([slower], without, cpu_scale.baselines["gpt2_mini"], 0.95)
+    without = [replace(end, reference_seconds=math.nan) for end in study.endpoints("adamw", "gpt2_mini")]
+    (none,) = compare([one.endpoints], without, cpu_scale.baselines["gpt2_mini"], 0.95)
     assert none.ratio_in("seconds") == "no reference times"
 
 
@@ -284,6 +281,43 @@ def test_a_short_study_does_not_test_the_papers_claim_whatever_it_finds(
 ) -> None:
     pair = compared(0.0, steps=steps, half=half)
     assert Verdict("sophiag", "tiny", pair, pair, tokens_per_parameter).claim == claim
+
+
+def test_a_censored_ratio_that_cannot_outweigh_its_price_is_no_verdict() -> None:
+    """At the baseline's longest horizon a faster arm's ratio is censored at 1, so any price above 1 would outweigh it."""
+    censored = Ratio(1.0, 1.0, 1.0, 0.95, "above", high_censored=True)
+    at = compared(-0.1, censored, price=1.05)
+    assert Verdict("sophiag", "tiny", at, None, 20.0).word_in("flops") == "no verdict"
+    paper = compared(-0.1, Ratio(2.0, 1.8, 2.0, 0.95, "above", high_censored=True), price=1.05, half=-0.05)
+    told = Verdict("sophiag", "tiny", at, paper, 20.0)
+    assert told.word_in("flops") == "faster"
+    assert "it is >2.00 [1.80, >2.00] times as fast in steps" in told.sentence("adamw")
+
+
+@pytest.mark.parametrize(("half", "end"), [(-0.1, "] nats."), (0.0, "] nats, not told apart from zero.")])
+def test_the_claim_has_its_number_also_where_other_runs_diverged(half: float, end: str) -> None:
+    paper = compared(0.0, steps=1000, half=half)
+    lost = replace(paper, same=ArmDiverged("1 of 3 runs of Sophia-G diverged at 8,000 steps"))
+    one = Verdict("sophiag", "tiny", lost, paper, 20.0)
+    assert one.word == "no verdict"
+    claim = "seen" if half < 0 else "not seen at this scale"
+    said = f"The paper's 2×: {claim}: after 1,000 steps its loss differs from AdamW's after 2,000 by {half:+.3f} ["
+    assert said in one.sentence("adamw")
+    assert one.sentence("adamw").endswith(end)
+
+
+def test_an_arm_that_diverges_has_not_reached_the_claim_and_a_baseline_that_diverges_leaves_it_untested() -> None:
+    arm, reference = arm_cell(1.0), baseline_cells()
+    diverged, healthy = replace(arm, losses=np.full(len(arm.seeds), np.nan)), reference[-1]
+    for own, theirs, claim in (
+        (diverged, healthy, "not seen at this scale"),
+        (diverged, replace(healthy, losses=np.full(len(healthy.seeds), np.nan)), "not tested"),
+        (arm, replace(healthy, losses=np.full(len(healthy.seeds), np.nan)), "not tested"),
+    ):
+        paper = replace(compared(0.0), half=contrast(own, theirs, 0.95))
+        one = Verdict("sophiag", "tiny", paper, paper, 20.0)
+        assert one.claim == claim
+        assert "runs of" in one.sentence("adamw").split("The paper's 2×: ")[1]
 
 
 def test_all_currencies_and_thresholds_are_one_comparison_and_the_family_is_the_arms(cpu_scale: Results) -> None:

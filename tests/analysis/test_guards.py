@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from analysis.guards import Finding, differences, inspect
@@ -436,6 +438,48 @@ def test_an_edge_is_inherited_where_its_key_is_not_searched_again(doctor: Doctor
         ("sophiag", 200, "100 steps"),
     ]
     assert {(row.key, row.value, row.side) for row in rows} == {("optimizer.weight_decay", 0.4, "highest")}
+
+
+def test_a_rate_tuned_again_is_at_an_edge_if_it_is_the_lowest_tried_there(doctor: Doctor) -> None:
+    """Between the ends of the range of the full search, which a re-tuning does not explore."""
+    doctor.study["tuning"] = {"method": "halton", "trials": 6}
+    doctor.study["arms"]["adamw"]["search"] = {
+        "optimizer.lr": {"low": 1e-5, "high": 1e-1},
+        "optimizer.weight_decay": {"low": 0.01, "high": 1.0},
+    }
+    doctor.configure("adamw", optimizer__lr=1e-3, optimizer__weight_decay=0.1)
+    for key in [key for key in doctor.runs if key[:2] == ("adamw", "tuning")]:
+        del doctor.runs[key]
+    for horizon, points in {100: [(1e-3, 0.1), (3e-3, 0.2), (3e-4, 0.05)], 200: [(1e-3, 0.1), (2e-3, 0.1)]}.items():
+        for rate, decay in points:
+            values = {"optimizer.lr": rate, "optimizer.weight_decay": decay}
+            final = power_law(horizon * 1024) + (0.0 if rate == 1e-3 else 0.05)
+            doctor.runs["adamw", "tuning", horizon, rate] = {"final": final, "config": values}
+    doctor.write()
+    study = load_study([doctor.directory])
+    found = [(row.horizon, row.key, row.side) for row in edges(study, tunings(study)) if row.arm == "adamw"]
+    assert found == [(200, "optimizer.lr", "lowest")]
+
+
+def test_the_finalists_seeds_decide_and_the_searchs_do_not(doctor: Doctor) -> None:
+    trials = [
+        (1e-3, 100, 3.00), (1e-3, 101, 3.20), (1e-3, 102, 3.22),
+        (2e-3, 100, 3.02), (2e-3, 101, 3.10), (2e-3, 102, 3.12),
+        (4e-3, 100, 3.05),
+    ]  # fmt: skip
+    for key in [key for key in doctor.runs if key[0] == "adamw"]:
+        del doctor.runs[key]
+    for rate, seed, final in trials:
+        run = {"seed": seed, "final": final, "config": {"optimizer.lr": rate}}
+        doctor.runs["adamw", "tuning", 100, (rate, seed)] = run
+    doctor.write()
+    search = next(one for one in tunings(load_study([doctor.directory])) if one.arm == "adamw")
+    assert [one.values["optimizer.lr"] for one in search.candidates] == [2e-3, 1e-3, 4e-3]
+    assert [round(one.loss, 6) for one in search.candidates] == [3.11, 3.21, 3.05]
+    assert search.best is search.candidates[0]
+    # The lowest of three draws with replacement from 3.00, 3.02, 3.05 has these chances: 19/27, 7/27, 1/27.
+    chance, losses = np.array([19, 7, 1]) / 27, np.array([3.00, 3.02, 3.05])
+    assert search.noise == pytest.approx(math.sqrt(chance @ losses**2 - (chance @ losses) ** 2))
 
 
 def test_a_parabola_compares_rates_on_the_seeds_that_they_share(doctor: Doctor) -> None:

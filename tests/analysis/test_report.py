@@ -16,7 +16,7 @@ from rich.console import Console
 
 from analysis import escaping
 from analysis.comparison import Contrast, Interval
-from analysis.figures import FIGURES
+from analysis.figures import FIGURES, NothingToShow
 from analysis.guards import Finding
 from analysis.report import (
     Heading,
@@ -147,7 +147,7 @@ def test_one_table_has_the_verdict_in_one_cell(results: Results) -> None:
     sophia = table.frame.iloc[2]
     assert sophia["minus AdamW [interval]"] == results.verdict("sophiag", "tiny").at.same.interval.text  # type: ignore
     assert sophia["at half the steps"].endswith("(200)")
-    assert sophia["ratio in steps"].startswith(">1.00"), "faster at the baseline's longest horizon: censored"
+    assert sophia["ratio in steps"].endswith("] (200)"), "at the baseline's longest horizon it would be censored"
 
 
 def test_ablations_have_plain_intervals_and_say_so(results: Results) -> None:
@@ -196,14 +196,21 @@ def test_the_command_writes_all_formats_and_names_its_errors(
     assert "nowhere" in capsys.readouterr().err
 
 
-def test_a_figure_that_fails_is_a_warning_in_the_report(
+def test_a_figure_that_fails_is_a_warning_in_the_report_and_a_picture_without_data_is_removed(
     results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(results: Results) -> None:
         raise KeyError("betas")
 
-    monkeypatch.setattr("analysis.report.FIGURES", {"grid": FIGURES["grid"], "tokens": broken})
+    def empty(results: Results) -> None:
+        raise NothingToShow("no such run")
+
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "norms.png").write_text("of an earlier report")
+    figures = {"grid": FIGURES["grid"], "tokens": broken, "norms": empty}
+    monkeypatch.setattr("analysis.report.FIGURES", figures)
     written = write_report(results, tmp_path)
+    assert not (tmp_path / "figures" / "norms.png").exists()
     assert [path.name for path in written.figures] == ["grid.png"]
     for page in (written.html, written.markdown, written.json):
         assert "The figure tokens could not be drawn" in page.read_text()

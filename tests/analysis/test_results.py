@@ -12,7 +12,7 @@ from analysis.comparison import Contrast, Ratio
 from analysis.results import Results, analyse, write_json
 from analysis.runs import load_run
 from analysis.trials import load_study, study_of_runs
-from tests.analysis.synthetic import noise, power_law, write_run, write_study
+from tests.analysis.synthetic import TOKENS_PER_STEP, noise, power_law, write_run, write_study
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,20 @@ def test_a_diverged_run_leaves_no_verdict_at_the_horizon_that_the_design_chose(t
     assert one.at is not None
     assert one.at.endpoints.horizon == 200
     assert one.word == "no verdict"
-    assert one.sentence("adamw") == "Sophia-G on tiny: no verdict (1 of 2 runs of sophiag diverged at 200 steps)."
+    assert one.sentence("adamw") == "Sophia-G on tiny: no verdict (1 of 2 runs of Sophia-G diverged at 200 steps)."
+
+
+def test_a_diverged_run_counts_with_the_tokens_of_a_whole_one(tmp_path: Path) -> None:
+    """Else the scale of a study would depend on how early its runs diverge."""
+    for seed, status in ((1, "completed"), (2, "diverged")):
+        run = write_run(tmp_path / f"s{seed}", seed=seed, steps=100, status=status, train_lines=False)
+        if status == "diverged":
+            summary = json.loads((run / "summary.json").read_text())
+            cut = {key: summary[key] // 2 for key in ("steps", "tokens", "flops")}
+            (run / "summary.json").write_text(json.dumps(summary | cut))
+    (end,) = load_study([tmp_path]).endpoints("adamw", "tiny")
+    assert end.tokens.tolist() == [100 * TOKENS_PER_STEP] * 2
+    assert end.flops[0] == end.flops[1]
 
 
 def test_noise_as_large_as_the_effect_is_not_told_apart_and_the_detectable_difference_is_named(tmp_path: Path) -> None:

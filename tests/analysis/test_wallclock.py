@@ -51,10 +51,9 @@ def test_reference_times_survive_the_disk(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "times.json").read_text())["source"] == "idle machine"
 
 
-def test_endpoints_have_the_runs_own_clock_and_the_reference_time_apart(tmp_path: Path) -> None:
+def test_endpoints_have_the_reference_time_and_not_the_runs_own_clock(tmp_path: Path) -> None:
     quiet = load_run(write_run(tmp_path / "quiet", steps=10, seconds_per_step=0.05))
     slow = load_run(write_run(tmp_path / "slow", steps=40, seconds_per_step=0.5))
     study = replace(study_of_runs([slow]), reference_times=reference_times([("adamw", quiet)], "test"))
     (end,) = study.endpoints("adamw", "tiny")
-    assert end.seconds[0] == pytest.approx(20.0)
     assert end.reference_seconds == pytest.approx(2.0)

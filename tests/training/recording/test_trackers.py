@@ -164,6 +164,7 @@ def test_the_report_page_has_the_papers_panels_for_each_size_beside_published_lo
     assert any(str(title).startswith("AdamW's steps over the arm's") for title in titles)
     curve = next(panel for panel in panels if panel.get("chartTitle") == "Validation loss over tokens")
     assert {"val/loss", "reference/paper/adamw", "reference/paper/sophiag"} <= set(curve["metrics"])
+    assert "cell" in json.dumps(curve["groupBy"]), "a mean over runs of different lengths is no curve"
 
 
 def test_a_page_replaces_the_one_of_the_same_title(
