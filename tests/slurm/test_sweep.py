@@ -119,18 +119,23 @@ def assert_resumed(directory: Path) -> None:
     assert all(line["step"] > 0 for line in resumed)
 
 
-def test_the_sbatch_script_requeues_its_run_at_the_time_limit(tmp_path: Path, slurm: None) -> None:
+def test_the_sbatch_script_requeues_its_run_at_the_time_limit_and_ends_when_it_is_cancelled(
+    tmp_path: Path, slurm: None
+) -> None:
     corpus = prepare_corpus(tmp_path)
     limits = ["--nodes=1", "--gpus-per-node=0", "--time=2", "--signal=B:USR1@40", f"--output={tmp_path}/log"]
     script = str(ROOT / "scripts" / "cluster" / "slurm.sbatch")
-    steps = 10000  # more than fit into the first minute
+    steps = 100000  # more than fit into two minutes
     command = ["sbatch", "--parsable", *limits, script, *overrides(tmp_path, corpus), f"train.steps={steps}"]
     submitted = run(command, RANKS="2", PYTHON=sys.executable)
     assert submitted.returncode == 0, submitted.stderr
     directory = tmp_path / "runs" / f"steps-{steps}"
-    until = time.monotonic() + 900
-    while not (directory / "summary.json").exists() or summary(directory)["status"] != "completed":
-        assert time.monotonic() < until, (tmp_path / "log").read_text()[-3000:]
-        time.sleep(2)
-    assert [line["step"] for line in lines(directory, "train")] == list(range(1, steps + 1))
+    record = directory / "metrics.jsonl"
+    wait_until(lambda: record.exists() and '"resumed"' in record.read_text(), tmp_path / "log")
+    cancelled = run(["scancel", submitted.stdout.strip()])
+    assert cancelled.returncode == 0, cancelled.stderr
+    wait_until(lambda: not run(["squeue", "--noheader"]).stdout.strip(), tmp_path / "log")
+    assert summary(directory)["status"] == "preempted"
+    done = [line["step"] for line in lines(directory, "train")]
+    assert done == list(range(1, len(done) + 1))
     assert_resumed(directory)
