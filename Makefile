@@ -121,5 +121,7 @@ lock: ## resolve pyproject.toml's version ranges into requirements.lock and requ
 	.venv-lock/bin/python -m pip freeze > requirements-docs.lock
 	rm -rf .venv-lock
 
-clean: ## remove the virtual environments, the site, runs and prepared tokens
-	rm -rf $(VENV) $(DOCS) site runs tokens
+# Not runs, tokens and wheels, which take hours to make again.
+clean: ## remove the virtual environments, the caches and the site
+	rm -rf $(VENV) $(DOCS) .venv-oldest .venv-lock .venv-wheel site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './runs/*' -not -path './tokens/*' -prune -exec rm -rf {} +

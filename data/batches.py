@@ -111,10 +111,6 @@ class Batches:
         self._block = (block, windows)
         return windows
 
-    def epochs(self, step: int) -> float:
-        """The number of epochs read after update `step`."""
-        return step * self.global_batch_size / self.windows_per_epoch
-
     def prefetch(self, first_step: int, last_step: int | None = None, depth: int = 2) -> Prefetcher:
         """Iterate over the batches of first_step, …, last_step (endlessly if None), reading `depth` ahead."""
         return Prefetcher(self, first_step, last_step, depth)

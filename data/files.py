@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -179,6 +180,14 @@ def cannot_write(error: OSError, directory: Path) -> DataError:
     return DataError(
         f"{error.filename or directory} cannot be written: {reason}; {again if remedy else 'choose another data.directory='}"
     )
+
+
+def take_usual_mode(path: Path) -> None:
+    """Give a file the permissions of any new file here. safetensors leaves its files to their owner alone."""
+    usual = path.with_name(f".{path.name}.partial")
+    usual.touch()
+    shutil.copymode(usual, path)
+    usual.unlink()
 
 
 def canonical_json(content: Any) -> bytes:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from data.files import entries, read_json, sync_directory
+from data.files import entries, read_json, sync_directory, take_usual_mode
 from data.tokenizers import END_OF_TEXT, TOKENIZER_FILE, Tokenizer
 from downstream.inference import TrainedModel
 from models import GPT2
@@ -110,7 +110,8 @@ def _write(trained: TrainedModel, model: GPT2, directory: Path, licence: str) ->
     converted = to_huggingface(model)
     converted.generation_config.pad_token_id = trained.tokenizer.end_of_text  # generate() warns without one
     converted.save_pretrained(directory)
-    shutil.copymode(directory / "config.json", directory / WEIGHTS_FILE)  # otherwise only its owner can read it
+    for weights in directory.glob("*.safetensors"):
+        take_usual_mode(weights)
     (directory / TOKENIZER_FILE).write_text(trained.tokenizer.to_huggingface().to_str(pretty=True), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 # Overrides allowed on the command line: they do not change the curves, which the study file determines.
 RUN_TIME = ("tracker", "launcher", "strategy", "checkpoint", "train.micro_batch_size", "train.compile", "train.device")
+HYDRAS_LAUNCHER = {"local": "basic", "slurm": "submitit_slurm", "submitit": "submitit_local"}  # by our names of them
 ALLOW = "allow_code=true"  # verify: records name the code of an external optimizer
 
 
@@ -145,7 +146,8 @@ def split(overrides: Sequence[str], *, any_key: bool = False) -> tuple[str, list
         if "=" not in override and not override.startswith("~"):
             raise ConfigurationError(f"{override}: not an override; write study={override}")
         if key == "launcher":
-            raise ConfigurationError(f"{override}: Hydra launches a study's trials; give hydra/launcher={value}")
+            named = HYDRAS_LAUNCHER.get(value, value)
+            raise ConfigurationError(f"{override}: Hydra launches a study's trials; give hydra/launcher={named}")
         if key == "study":
             study = value
         elif key.startswith("hydra"):

@@ -123,6 +123,7 @@ class AdaHessian(CurvatureOptimizer):
         """True before the steps t with (t-1) mod k == 0, as in `Sophia`."""
         return refresh_due(self._steps_made() + 1, self.param_groups[0]["hessian_interval"])
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def update_hessian(
         self,
@@ -142,6 +143,7 @@ class AdaHessian(CurvatureOptimizer):
             tensors = [[state["hessian"] for state in states], values]
             apply(squared_hessian_update, tensors, [group["betas"][1]], self._form, amp)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, as in `Sophia`."""

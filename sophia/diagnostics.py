@@ -110,5 +110,5 @@ class UnclippedAlarm:
             f"{self.hessian_interval}), so Sophia is running as sign momentum. Likely causes: update_hessian() is "
             "not called or every refresh is skipped; num_predictions counts sequences instead of tokens, or a mean "
             "is divided by the accumulation count twice; the estimator's gradient is zeroed or clipped before "
-            "update_hessian(); gamma is too small."
+            "update_hessian(); gamma is too small, or eps is above γh."
         )

@@ -7,7 +7,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ COUNTS = ("step", "hessian_step")
 
 
 class Amp(NamedTuple):
-    """The tensors of torch's loss-scaling protocol, on the device of the parameters."""
+    """The tensors of torch's loss-scaling protocol, on the device of the group's first parameter."""
 
     grad_scale: Tensor | None  # () divides the gradients
     found_inf: Tensor | None  # () 1.0 if weights and state must not change, else 0.0
@@ -154,7 +154,11 @@ class ElementwiseOptimizer(Optimizer):
 
 
 class CurvatureOptimizer(ElementwiseOptimizer):
-    """Base of optimizers that get a diagonal curvature estimate from `update_hessian` every `hessian_interval` steps."""
+    """Base of optimizers that get a diagonal curvature estimate from `update_hessian` every `hessian_interval` steps.
+
+    They exclude `step` and `update_hessian` from torch.compile: a trace would not repeat what these count on the host. The
+    kernels are compiled anyway.
+    """
 
     _state_names: tuple[str, ...] = ("step", "exp_avg", "hessian")
 
@@ -193,7 +197,7 @@ class CurvatureOptimizer(ElementwiseOptimizer):
                 "descent. Call update_hessian() when hessian_due is true; hessian_interval=None is for a run without "
                 "curvature.",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
         return begins
 
@@ -232,7 +236,7 @@ class CurvatureOptimizer(ElementwiseOptimizer):
                     "last value. The scaler lowers its scale when a training step overflows; if this recurs, use a "
                     "smaller init_scale.",
                     RuntimeWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 return
             scale = torch.tensor(grad_scaler.get_scale())
@@ -343,7 +347,7 @@ def _check_num_predictions(num_predictions: object) -> None:
                 f"num_predictions is a tensor of shape {tuple(num_predictions.shape)}, expected an integer or a 0-D "
                 "tensor: the number of sampled tokens"
             )
-    elif isinstance(num_predictions, bool) or not isinstance(num_predictions, int) or num_predictions < 1:
+    elif not _is_integer(num_predictions) or num_predictions < 1:
         raise ValueError(
             f"num_predictions = {num_predictions!r}, expected an integer >= 1: the number of tokens (not sequences) "
             "whose labels were sampled, over all micro-batches and ranks"
@@ -376,10 +380,13 @@ def check_betas(group: Mapping[str, Any]) -> None:
             raise ValueError(f"betas[{index}] = {beta!r}, expected a number in [0, 1): 1 would ignore all new values")
 
 
-def check_interval(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError unless group["hessian_interval"] is an integer >= 1 or None, and equals the first group's."""
+def check_interval(group: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError unless group["hessian_interval"] is an integer >= 1 or None, and equals the first group's.
+
+    NumPy's integers become int: torch.load refuses them in a state_dict.
+    """
     interval, first = group["hessian_interval"], groups[0]["hessian_interval"]
-    if interval is not None and (isinstance(interval, bool) or not isinstance(interval, int) or interval < 1):
+    if interval is not None and (not _is_integer(interval) or interval < 1):
         raise ValueError(
             f"hessian_interval = {interval!r}, expected an integer >= 1: the paper uses 10; "
             "None is for a run without curvature"
@@ -389,6 +396,11 @@ def check_interval(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
             f"hessian_interval = {interval!r} in one group and {first!r} in another, expected one value: "
             "set it in the constructor, not per group"
         )
+    group["hessian_interval"] = None if interval is None else int(interval)
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:

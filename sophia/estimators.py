@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -42,7 +43,8 @@ def gauss_newton_bartlett(
         seed: seed of the labels.
         step: the training step.
         positions: int64, in the shape of the logits without their last dimension: the global index of each prediction
-            in this step's estimate, which determines its label. Negative positions are ignored. Default: 0, 1, 2, …
+            in this step's estimate, which determines its label. Negative positions are ignored. Default: 0, 1, 2, …,
+            for an estimate that is a single call on a single rank.
         total_predictions: N, the divisor of the summed loss. Default: the number of predictions in this call.
         likelihood: the distribution that the training loss is the likelihood of (`sophia.likelihoods`).
         grad_scaler: scales the loss, for float16; pass the same one to `update_hessian`.
@@ -52,9 +54,10 @@ def gauss_newton_bartlett(
 
     Raises:
         TypeError: `outputs_fn` does not return a tensor.
-        ValueError: positions have the wrong shape, or there is nothing to predict.
+        ValueError: positions have the wrong shape, or there is nothing to predict, or there are no positions and
+            total_predictions is larger than the number of predictions or torch.distributed has several ranks.
     """
-    outputs, positions = _predictions(_outputs(outputs_fn), positions, likelihood)
+    outputs, positions = _predictions(_outputs(outputs_fn), positions, likelihood, total_predictions)
     labels = likelihood.sample(outputs.detach(), positions, seed, step)
     loss = likelihood.loss_sum(outputs, labels) / (total_predictions or len(outputs))
     _backward(loss, grad_scaler)
@@ -100,7 +103,7 @@ def hutchinson(
     step: int,
     names: Sequence[str] | None = None,
     buffers: Iterable[Tensor] = (),
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Return ĥ = u ⊙ (∇²L u) with u ~ N(0, I), by double backward (Liu et al. 2024, Algorithm 1).
 
         estimates = hutchinson(lambda: F.cross_entropy(model(x), y), model.parameters(), seed=0, step=step)
@@ -120,17 +123,22 @@ def hutchinson(
         buffers: tensors to restore afterwards; pass `model.buffers()` to keep BatchNorm's running statistics unchanged.
 
     Returns:
-        ĥ for each parameter, in its shape and dtype; zeros if the loss does not depend on it.
+        ĥ for each parameter, in its shape and dtype; zeros if the loss does not depend on it, None if it is frozen
+        (requires_grad=False), as `update_hessian` takes it.
+
+    Raises:
+        TypeError: `loss_fn` does not return a loss.
+        ValueError: all parameters are frozen, or `names` do not fit.
     """
-    params = list(params)
-    noise = _noise(params, seed, step, names)
+    everything = list(params)
+    params, noise = _trained_with_noise(everything, seed, step, names)
     with _put_back(buffers), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         grads = torch.autograd.grad(_loss(loss_fn), params, create_graph=True, materialize_grads=True)
         curved = [(grad, u) for grad, u in zip(grads, noise, strict=True) if grad.requires_grad]
         if not curved:  # linear in all of them
-            return [torch.zeros_like(p) for p in params]
+            return _with_frozen(everything, [torch.zeros_like(p) for p in params])
         products = torch.autograd.grad([g for g, _ in curved], params, [u for _, u in curved], materialize_grads=True)
-    return [u * product for u, product in zip(noise, products, strict=True)]
+    return _with_frozen(everything, [u * product for u, product in zip(noise, products, strict=True)])
 
 
 @torch.no_grad()
@@ -143,7 +151,7 @@ def hutchinson_differences(
     names: Sequence[str] | None = None,
     relative_step: float = 1e-3,
     buffers: Iterable[Tensor] = (),
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Return ĥ = u ⊙ (∇L(θ+δu) - ∇L(θ-δu)) / 2δ with δ = relative_step · ‖θ‖ / ‖u‖, from first-order gradients.
 
     It works with fused attention, torch.compile and sharded models. On a GPT-2 in float32 it differs from the exact
@@ -152,15 +160,19 @@ def hutchinson_differences(
 
     `loss_fn` is called twice and must be the same function of the weights both times, without autocast. Both calls see
     the same state of torch's generators, so dropout masks agree; other randomness is the caller's responsibility.
-    .grad does not change, and the weights are restored bit for bit, even if `loss_fn` raises. Arguments and result are
-    those of `hutchinson`.
+    The weights and .grad are restored bit for bit, even if `loss_fn` raises, also the .grad of parameters that the loss
+    depends on and `params` lacks. FSDP2 and reentrant checkpoints hide such parameters: with these, pass all that are
+    trained. Arguments and result are those of `hutchinson`.
 
     Raises:
         TypeError: `loss_fn` does not return a loss.
         TypeError: half-precision weights or autocast: rounding would swamp the difference of two gradients.
+        ValueError: all parameters are frozen, or `names` do not fit.
     """
-    params = list(params)
-    for index, p in enumerate(params):
+    everything = list(params)
+    for index, p in enumerate(everything):
+        if not p.requires_grad:
+            continue
         if p.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"parameter {index} has dtype {p.dtype}, expected torch.float32: rounding would swamp the difference "
@@ -171,17 +183,19 @@ def hutchinson_differences(
                 f"autocast is on for {p.device.type}, expected float32 throughout: rounding would swamp the difference "
                 "of two gradients; leave the autocast region, or use the exact product, hutchinson()"
             )
-    noise = _noise(params, seed, step, names)
+    params, noise = _trained_with_noise(everything, seed, step, names)
     size = _norm(params)
     delta = torch.where(size > 0, relative_step * size / _norm(noise), relative_step)
-    weights, grads = [p.detach().clone() for p in params], [p.grad for p in params]
+    weights, grads = [p.detach().clone() for p in params], _Gradients(params)
 
     def gradient_at(scale: Tensor) -> list[Tensor]:
         for p, weight, u in zip(params, weights, noise, strict=True):
             p.copy_(weight + u * scale)
-            p.grad = None
         with torch.enable_grad():
-            _loss(loss_fn).backward()  # type: ignore[no-untyped-call] # not autograd.grad, which DDP and FSDP do not hook
+            loss = _loss(loss_fn)
+            grads.set_aside(_leaves(loss))
+            # Not autograd.grad, which DDP and FSDP do not hook, nor backward(inputs=…), which misses FSDP's own leaves.
+            loss.backward()  # type: ignore[no-untyped-call]
         # Copies: DistributedDataParallel may return views of buckets that it reuses.
         return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
 
@@ -192,10 +206,11 @@ def hutchinson_differences(
                 plus = gradient_at(delta)
             minus = gradient_at(-delta)
     finally:
-        for p, weight, grad in zip(params, weights, grads, strict=True):
+        for p, weight in zip(params, weights, strict=True):
             p.copy_(weight)
-            p.grad = grad
-    return [u * (above - below) / (2 * delta) for u, above, below in zip(noise, plus, minus, strict=True)]
+        grads.put_back()
+    estimates = [u * (above - below) / (2 * delta) for u, above, below in zip(noise, plus, minus, strict=True)]
+    return _with_frozen(everything, estimates)
 
 
 @contextmanager
@@ -207,6 +222,44 @@ def _put_back(buffers: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for buffer, before in saved:
             buffer.copy_(before)
+
+
+class _Gradients:
+    """The .grad of tensors, to be set aside for a backward and put back after it."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._saved: dict[Tensor, tuple[Tensor, Tensor] | None] = {}
+        self.set_aside(tensors)
+
+    def set_aside(self, tensors: Iterable[Tensor]) -> None:
+        """Save the .grad of these tensors, those that are not saved yet, and clear that of all tensors known."""
+        for tensor in tensors:
+            if tensor not in self._saved:
+                grad = tensor.grad
+                # A copy too: under DistributedDataParallel, .grad may be a view of a bucket, which a backward overwrites.
+                self._saved[tensor] = None if grad is None else (grad, grad.clone())
+        for tensor in self._saved:
+            tensor.grad = None
+
+    def put_back(self) -> None:
+        for tensor, saved in self._saved.items():
+            tensor.grad = None if saved is None else saved[0].copy_(saved[1])
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """Return the leaves of the loss's graph, which get a gradient in its backward."""
+    if loss.grad_fn is None:
+        return [loss]
+    nodes, seen, leaves = [loss.grad_fn], {loss.grad_fn}, []
+    while nodes:
+        node = nodes.pop()
+        if node.name() == "torch::autograd::AccumulateGrad":
+            leaves.append(node.variable)  # type: ignore[attr-defined]
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return leaves
 
 
 def _outputs(outputs_fn: Callable[[], Tensor]) -> Tensor:
@@ -247,10 +300,13 @@ def _returned(function: Callable[[], object], name: str, wanted: str, fits: Call
     raise TypeError(f"{name} returned a {type(returned).__name__}, expected a tensor: {remedy}")
 
 
-def _predictions(outputs: Tensor, positions: Tensor | None, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
+def _predictions(
+    outputs: Tensor, positions: Tensor | None, likelihood: Likelihood, total_predictions: int | None
+) -> tuple[Tensor, Tensor]:
     """Return (n, *event) outputs of the predictions with a position >= 0, and (n,) their positions."""
     batch = outputs.shape[: outputs.dim() - likelihood.event_dims]
     if positions is None:
+        _check_whole(batch.numel(), total_predictions)
         positions = torch.arange(batch.numel(), device=outputs.device).view(batch)
     elif positions.shape != batch:
         raise ValueError(
@@ -264,6 +320,22 @@ def _predictions(outputs: Tensor, positions: Tensor | None, likelihood: Likeliho
     return outputs, positions.reshape(-1)
 
 
+def _check_whole(predictions: int, total_predictions: int | None) -> None:
+    """Raise ValueError if a call without positions is part of an estimate: all parts would draw the same labels."""
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if total_predictions is not None and total_predictions > predictions:
+        part = f"with total_predictions = {total_predictions} and {predictions} predictions in this call"
+    elif ranks > 1:
+        part = f"on {ranks} ranks"
+    else:
+        return
+    raise ValueError(
+        f"positions = None {part}, expected the global index of each prediction, since every call would draw the labels "
+        "of 0, 1, 2, …: pass positions=first + torch.arange(n), in the shape of the outputs' predictions, with another "
+        "first in each call and on each rank"
+    )
+
+
 def _backward(loss: Tensor, grad_scaler: torch.amp.GradScaler | None) -> None:
     scaled = loss if grad_scaler is None else grad_scaler.scale(loss)
     scaled.backward()  # type: ignore[no-untyped-call]
@@ -273,12 +345,24 @@ def _in_full_precision(outputs: Tensor) -> Tensor:
     return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
-def _noise(params: Sequence[Tensor], seed: int, step: int, names: Sequence[str] | None) -> list[Tensor]:
+def _trained_with_noise(
+    params: Sequence[Tensor], seed: int, step: int, names: Sequence[str] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the parameters that require a gradient, and u for each; names belong to all parameters."""
     if names is None:
         names = [str(index) for index in range(len(params))]
     elif len(names) != len(params) or len(set(names)) != len(names):
         raise ValueError(f"{len(set(names))} different names for {len(params)} parameters, expected one for each")
-    return [normals_like(p, seed, step, name).to(p.dtype) for p, name in zip(params, names, strict=True)]
+    trained = {name: p for name, p in zip(names, params, strict=True) if p.requires_grad}
+    if not trained:
+        raise ValueError(f"none of the {len(params)} parameters requires a gradient, expected at least one")
+    return list(trained.values()), [normals_like(p, seed, step, name).to(p.dtype) for name, p in trained.items()]
+
+
+def _with_frozen(params: Sequence[Tensor], estimates: Iterable[Tensor]) -> list[Tensor | None]:
+    """Return the estimates with None in the places of the parameters that do not require a gradient."""
+    following = iter(estimates)
+    return [next(following) if p.requires_grad else None for p in params]
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -114,12 +114,13 @@ def apply(
     tensors: Sequence[Sequence[Tensor]],  # for each tensor argument of the rule, one tensor per parameter
     hyper: Sequence[Scalar],  # the rule's hyper-parameters
     form: Form = AUTOMATIC,
-    amp: Sequence[Tensor | None] = (),  # grad_scale and found_inf, on the device of the parameters
+    amp: Sequence[Tensor | None] = (),  # grad_scale and found_inf, on any device
 ) -> list[Tensor]:  # the results of the calls of the rule
     """Apply `rule` to each parameter's tensors in place (for DTensors, to this rank's shard). Call it under no_grad."""
     results: list[Tensor | None] = []
     for rows in _by_signature(zip(*([local(t) for t in column] for column in tensors), strict=True)):
-        scalars = [*(_widened(value, rows[0][0].device) for value in hyper), *amp]
+        device = rows[0][0].device
+        scalars = [*(_widened(value, device) for value in hyper), *(_moved(value, device) for value in amp)]
         foreach, compile = _choose(form, rows)
         if foreach:
             results.append(rule(*(TensorList(column) for column in zip(*rows, strict=True)), *scalars))
@@ -153,6 +154,10 @@ def _widened(value: Scalar, device: torch.device) -> Scalar:
     if value.device.type != "mps":
         value = value.double()
     return value if value.device.type == "cpu" else scalar_on(device, value)
+
+
+def _moved(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else scalar_on(device, value)
 
 
 def _by_signature(rows: Iterable[Row]) -> list[list[Row]]:
@@ -219,7 +224,7 @@ def _cut_as_it_lies(row: Row) -> Iterable[Row]:
 
 def _call_compiled(rule: Rule, rows: Sequence[Row], scalars: Sequence[float | Tensor | None]) -> list[Tensor | None]:
     """Call the compiled rule. If compiling fails, warn once and use the eager form from then on."""
-    values = [torch.tensor(s, dtype=torch.float64) if isinstance(s, float | int) else s for s in scalars]
+    values = [s if s is None or isinstance(s, Tensor) else torch.tensor(s, dtype=torch.float64) for s in scalars]
     signature = (
         rule,
         rows[0][0].device,

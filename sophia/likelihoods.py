@@ -11,7 +11,8 @@ The estimate is that of the Gauss-Newton matrix only if the likelihood matches t
 | `F.binary_cross_entropy_with_logits(logits, y)` | `Bernoulli()` | an element |
 | the same, summed over the labels of an example, then the mean | `Bernoulli(event_dims=1)` | an example |
 
-Sampling and loss use float32 (float64 for float64 outputs), even under autocast.
+Even under autocast, the loss is in float32 (float64 for float64 outputs). Labels are sampled with uniform numbers of 24 bits
+and normal numbers of float32, classes from a float32 softmax, also for float64 outputs.
 """
 
 import math
@@ -63,10 +64,20 @@ def sample_labels(
     """
     labels = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     for rows, u, out in zip(*(torch.split(t, _ROWS) for t in (logits, uniform, labels)), strict=True):
-        cumulative = F.softmax(rows.float(), dim=-1).double().cumsum(dim=-1)
+        cumulative = _cumulative(rows)
         threshold = u.double().unsqueeze(-1) * cumulative[:, -1:]
         out.copy_(torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_max_(rows.shape[-1] - 1))
     return labels
+
+
+def _cumulative(rows: Tensor) -> Tensor:
+    """Return the distribution functions of softmax(rows), (n, V) float64."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return F.softmax(rows.float(), dim=-1).double().cumsum(dim=-1)
+    # CUDA has no deterministic cumsum of floating-point numbers. In units of 2^-52, float64 holds all sums exactly.
+    probabilities = rows.softmax(dim=-1, dtype=torch.float32).double()
+    sums = (probabilities * 2.0**52).long().cumsum(dim=-1).double()
+    return sums.where(probabilities.isfinite(), math.nan)
 
 
 @dataclass(frozen=True)

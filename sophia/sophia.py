@@ -233,6 +233,7 @@ class Sophia(CurvatureOptimizer):
         interval = self.param_groups[0]["hessian_interval"]
         return interval is not None and refresh_due(self._steps_made() + 1, interval)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def update_hessian(
         self,
@@ -268,6 +269,7 @@ class Sophia(CurvatureOptimizer):
             else:
                 apply(hessian_update, tensors, [beta2], self._form, amp)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. Returns the closure's loss, if there is a closure.
@@ -291,10 +293,12 @@ class Sophia(CurvatureOptimizer):
     def unclipped_count(self) -> Tensor:
         """() int64 on the device: the number of coordinates in the last training step with |m| < γh, of `numel`.
 
-        These are the coordinates that the clip left alone.
+        Where eps <= γh, the clip left these coordinates alone and no others. Where eps is above γh, a coordinate with
+        |m| < eps is not clipped either, and it is not counted unless |m| < γh.
         """
         if not self._counts:
-            return torch.zeros((), dtype=torch.int64)
+            devices = (p.device for group in self.param_groups for p in group["params"])
+            return torch.zeros((), dtype=torch.int64, device=next(devices, None))
         return torch.stack([count.to(self._counts[0].device, torch.int64) for count in self._counts]).sum()
 
 
@@ -318,7 +322,22 @@ class SophiaH(Sophia):
         lr: float | Tensor = 6e-4,
         betas: tuple[float, float] = (0.96, 0.99),
         gamma: float | Tensor = 0.01,
-        *others: Any,
-        **named: Any,
+        eps: float = 1e-12,
+        weight_decay: float = 0.2,
+        hessian_interval: int | None = 10,
+        *,
+        clip: bool = True,
+        hessian_power: float = 1.0,
+        hessian_scale: float = 1.0,
+        foreach: bool | None = None,
+        compile: bool | None = None,
     ) -> None:
+        others = eps, weight_decay, hessian_interval
+        named: dict[str, Any] = {
+            "clip": clip,
+            "hessian_power": hessian_power,
+            "hessian_scale": hessian_scale,
+            "foreach": foreach,
+            "compile": compile,
+        }
         super().__init__(params, lr, betas, gamma, *others, **named)

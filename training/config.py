@@ -443,6 +443,21 @@ class ScheduleConfig(Section):
     decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of the run in which wsd decays."""
 
+    @model_validator(mode="after")
+    def _keys_have_an_effect(self) -> Self:
+        """Recipes, studies and records give ignored keys their defaults, of the file in configs/schedule or above."""
+        ignored: dict[str, tuple[float, ...]] = {} if self.name == "wsd" else {"decay_share": (0.2,)}
+        if self.name == "constant":
+            ignored["final_ratio"] = (1.0, 0.05)
+        for key, defaults in ignored.items():
+            if (value := getattr(self, key)) not in defaults:
+                others = "wsd" if key == "decay_share" else "cosine or wsd"
+                raise ValueError(
+                    f"schedule.{key}={value}: has no effect with schedule={self.name}; leave it out (schedule.{key}="
+                    f"{defaults[0]}), or choose schedule={others}"
+                )
+        return self
+
     def warmup(self, steps: int) -> int:
         """Return the number of warm-up steps in a run of `steps` steps."""
         return self.warmup_steps if self.warmup_steps is not None else round(self.warmup_share * steps)
@@ -724,6 +739,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"checkpoint.export_at={list(self.checkpoint.export_at)}: transformers has no class for "
                 f"model.architecture={self.model.architecture}; leave checkpoint.export_at out"
+            )
+        if late := [step for step in self.checkpoint.export_at if step > self.train.steps]:
+            raise ValueError(
+                f"checkpoint.export_at={list(self.checkpoint.export_at)}: step {late[0]} is after train.steps="
+                f"{self.train.steps}; leave it out, or choose checkpoint.export_at=[{self.train.steps}] for the last step"
             )
         refuse_impossible_pairs(self)
         ranks = self.launcher.nproc_per_node * self.launcher.nodes

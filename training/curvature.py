@@ -46,6 +46,7 @@ class CurvaturePass:
         global_batch_size: B, sequences in a training batch.
         micro_batch_size: maximum number of sequences per forward on a rank.
         shared_forward: whether labels may be sampled in the training forward.
+        progress: called before each micro-batch of a pass.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class CurvaturePass:
         micro_batch_size: int,
         *,
         shared_forward: bool = False,
+        progress: Callable[[str], None] = lambda doing: None,
     ) -> None:
+        self._progress = progress
         self._shared_forward = shared_forward
         self.interval = config.hessian_interval
         self.estimator = config.estimator
@@ -73,11 +76,19 @@ class CurvaturePass:
         micro_batch_size: int,
         *,
         shared_forward: bool = False,
+        progress: Callable[[str], None] = lambda doing: None,
     ) -> "CurvaturePass | None":
         """Return the pass of a configuration, or None if its optimizer has none."""
         if config.curvature is None:
             return None
-        return cls(config.curvature, seed, global_batch_size, micro_batch_size, shared_forward=shared_forward)
+        return cls(
+            config.curvature,
+            seed,
+            global_batch_size,
+            micro_batch_size,
+            shared_forward=shared_forward,
+            progress=progress,
+        )
 
     def due(self, step: int) -> bool:
         """Return whether step t is one of 1, 1 + k, 1 + 2k, …; unlike the optimizer's count, t includes skipped steps."""
@@ -138,7 +149,7 @@ class CurvaturePass:
         training: list[Tensor | None] = [None] * len(parameters)
         share = torch.zeros((), device=strategy.device)
         skipped = None
-        for index, part in enumerate(parts):
+        for index, part in enumerate(self._reported(parts)):
             with ledger.measure("forward_backward", part=True):
                 uniforms = random.uniforms(self._seed, step, part.positions)
                 output = strategy.forward_locally(part.tokens, part.targets, uniforms)
@@ -206,15 +217,21 @@ class CurvaturePass:
 
         return sampled
 
-    @staticmethod
+    def _reported(self, parts: list[CurvatureSlice]) -> Iterator[CurvatureSlice]:
+        """Yield micro-batches, and report progress before each."""
+        for number, part in enumerate(parts, start=1):
+            self._progress(f"in the curvature pass, micro-batch {number} of {len(parts)}")
+            yield part
+
     def _backward(
+        self,
         strategy: Strategy,
         slices: list[CurvatureSlice],
         loss: Callable[[Strategy, CurvatureSlice], Tensor],
         num_predictions: Tensor,
     ) -> None:
         """Leave the gradient of the mean loss over all ranks' predictions in `.grad`."""
-        for index, part in enumerate(slices):
+        for index, part in enumerate(self._reported(slices)):
             with strategy.micro_batch(last=index == len(slices) - 1):
                 strategy.backward(loss(strategy, part) / num_predictions)
 
@@ -224,9 +241,9 @@ class CurvaturePass:
         """Return u ⊙ (∇²L u), by double backward through the whole model on every rank and a sum over the ranks."""
         parameters = list(strategy.parameters().values())
         noise = strategy.parameter_normals(self._seed, step)
-        products = [torch.zeros_like(p) for p in parameters]
+        products = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         with strategy.model.maths_attention(), strategy.autocast():
-            for part in slices:
+            for part in self._reported(slices):
                 loss_sum = strategy.model(part.tokens, part.targets).loss_sum
                 first = torch.autograd.grad(loss_sum / num_predictions, parameters, create_graph=True)
                 second = torch.autograd.grad(first, parameters, grad_outputs=noise)

@@ -108,12 +108,8 @@ class Distributed:
             dist.all_reduce(tensor, op)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Return whether the flag is set on any rank, so that all ranks act together. On the CPU: no device waits."""
-        return bool(self.highest(int(flag)))
-
     def highest(self, value: int) -> int:
-        """Return the highest value of any rank. On the CPU, like `any`."""
+        """Return the highest value of any rank, so that all ranks act together. On the CPU: no device waits."""
         if self.world_size == 1:
             return value
         return int(self.all_reduce(torch.tensor(value), dist.ReduceOp.MAX).item())
@@ -179,11 +175,13 @@ class Distributed:
 
         The error may be a collective's that missed that rank; the message then names the rank.
         """
-        if self.heartbeat is not None:
+        if self.heartbeat is not None and not self.heartbeat.stopped:  # ranks that have left do not beat
             _leave_if_one_is_gone(self.heartbeat, self.rank, error)
 
     def stop(self) -> None:
-        """Leave the ranks in good order. Every rank calls it."""
+        """Leave the ranks in good order. Every rank calls it; a second call does nothing."""
+        if self.heartbeat is not None and self.heartbeat.stopped:
+            return
         if self.heartbeat is not None:
             self.barrier()  # no rank exits, perhaps with the store, while another still watches
             self.heartbeat.stop()

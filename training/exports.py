@@ -6,6 +6,7 @@ Each is a process of its own, scripts/export.py: training imports nothing of dow
 export that was interrupted is made when the run resumes; until then its checkpoint is kept.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -46,24 +47,40 @@ class Exports:
         return set(self._left)
 
     def start(self) -> None:
-        """Start those exports whose checkpoints have been saved and that have not been made, and report those that ended."""
+        """Start those exports whose checkpoints have been saved and that have not been made, and report those that ended.
+
+        One that cannot be started is reported, and is tried again at the next call.
+        """
         self._reap()
         for step in sorted(self._left - self._running.keys()):
             checkpoint, export = self._run / "checkpoints" / checkpoint_name(step), self._export(step)
-            if export.is_dir():
-                self._left.discard(step)
-            elif checkpoint.is_dir():
-                command = [sys.executable, str(_SCRIPT), str(checkpoint), str(export)]
-                environment = {key: value for key, value in os.environ.items() if not key.startswith(_OF_RANKS)}
-                errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the process has ended
-                process = subprocess.Popen(
-                    [*command, "--token-directory", str(self._tokens)],
-                    env=environment | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-                    stdout=subprocess.DEVNULL,
-                    stderr=errors,
-                    start_new_session=True,  # the run decides when it ends, not the terminal
+            try:
+                if export.is_dir():
+                    self._left.discard(step)
+                elif checkpoint.is_dir():
+                    self._running[step] = self._start(checkpoint, export)
+            except OSError as error:  # no memory, no processes, no room for a temporary file
+                reason = error.strerror or error
+                self._report(
+                    f"{export} could not be started: {reason}; tried again after the next save, or: "
+                    f"python scripts/export.py {checkpoint} {export}",
+                    step,
                 )
-                self._running[step] = process, errors
+
+    def _start(self, checkpoint: Path, export: Path) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+        command = [sys.executable, str(_SCRIPT), str(checkpoint), str(export)]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(_OF_RANKS)}
+        with contextlib.ExitStack() as opened:
+            errors = opened.enter_context(tempfile.TemporaryFile())
+            process = subprocess.Popen(
+                [*command, "--token-directory", str(self._tokens)],
+                env=environment | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,  # the run decides when it ends, not the terminal
+            )
+            opened.pop_all()  # closed when the process has ended
+        return process, errors
 
     def finish(self, stop: Callable[[], bool]) -> None:
         """Wait for the exports that are being made until `stop`, then end the rest, which leave no directory."""

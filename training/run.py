@@ -6,7 +6,7 @@ Nothing is written until the configuration, the data and the run directory have 
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from training.records import RecordError, RunRecord, Status, flatten
 from training.reliability import checkpoints
 from training.reliability.checkpoints import Checkpoint, CheckpointError
 from training.reliability.guards import RanksDiffer
-from training.reliability.resumption import Decision, check_tokens, decide, is_restart
+from training.reliability.resumption import Decision, check_tokens, decide, how_to_resume, is_restart, own_checkpoint
 from training.reliability.run_directory import REPLACED, RunDirectory, is_run, refuse_links
 from training.reliability.signals import StopSignals
 from training.reliability.watchdog import Watchdog
@@ -114,13 +114,13 @@ def execute(config: RunConfig) -> Outcome:
             stop.begin()  # the ranks stop together, in the loop: the others would wait for a rank that exits alone
         try:
             outcome = _execute(config, distributed, stop, held)
+            distributed.stop()
         except (ConfigurationError, DataError):  # on every rank
             distributed.stop()
             raise
         except Exception as error:
             distributed.failed(error)
             raise
-        distributed.stop()
         return outcome
 
 
@@ -173,6 +173,8 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     if config.train.deterministic:
         hardware.make_deterministic()
     torch.manual_seed((config.seeds.model * world_size + rank) % 2**63)  # only dropout draws from this stream
+    # Code compiled for this process's previous run counts against the recompilation limit, past which nothing is compiled.
+    torch._dynamo.reset()
     ledger = Ledger(distributed.device, CompilationClock.installed())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     compiled = bool(config.train.compile)
@@ -185,16 +187,17 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
 
     display = Display(config.train.steps, state.step, enabled=distributed.is_main)
     recorder = distributed.on_main(
-        lambda: _open_record(config, place, decided, distributed, manifest, weights, display)
+        lambda: _open_record(config, place, decided, state.step, distributed, manifest, weights, display)
     ) or Recorder(place, display)
     if without_bytes is not None:
         recorder.message(f"no bits per byte: {without_bytes}")
     recorder.message(opening_line(config, parameters, manifest.vocab_size, distributed))
+    if decided.obeyed is not None:
+        recorder.message(decided.obeyed)
     for line in decided.rejected:
         recorder.message(f"checkpoint skipped: {line}")
     if decided.checkpoint is not None:
         recorder.message(f"resuming from {decided.checkpoint} at step {state.step}")
-        recorder.write({"kind": "event", "event": "resumed", "step": state.step, "world_size": world_size})
 
     def report_export(line: str, step: int) -> None:
         recorder.write({"kind": "event", "event": "export", "step": step, "reason": line})
@@ -216,7 +219,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
             "config": config.model_dump(mode="json"),
         }
         root, keeping = directory / "checkpoints", config.checkpoint
-        checkpoints.save(root, current.step, _pieces(config, strategy, rank), saved, distributed)
+        checkpoints.save(root, current.step, _pieces(config, strategy, rank), saved, distributed, watchdog.progress)
         if distributed.is_main:
             exports.start()
             with contextlib.suppress(OSError):  # retried after the next save
@@ -226,7 +229,8 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
 
     def report_hang(line: str) -> None:
         recorder.write({"kind": "event", "event": "hang", "step": run.state.step, "reason": line})
-        recorder.summarize(summarize(run, "failed", line))
+        if problem := recorder.summarize(summarize(run, "failed", line)):
+            recorder.message(problem)
 
     minutes = config.guards.hang_minutes
     watchdog = Watchdog(None if minutes is None else 60 * minutes, distributed, directory / "stacks", report_hang)
@@ -242,6 +246,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
                 config.train.global_batch_size,
                 micro,
                 shared_forward=config.train.shared_forward,
+                progress=watchdog.progress,
             ),
             ledger=ledger,
             micro_batch_size=micro,
@@ -278,9 +283,17 @@ def _train(run: Run, watchdog: Watchdog, recorder: Recorder, exports: Exports) -
     finally:
         if status == "diverged":
             recorder.write({"kind": "event", "event": "diverged", "step": run.state.step, "reason": run.reason})
-        exports.finish(run.stop_requested if status == "completed" else lambda: True)
-        recorder.finish(summarize(run, status, run.reason))
-        recorder.message(closing_line(run, status, recorder.place.path))
+        try:
+            if status == "completed":  # rank 0 may wait an hour for exports and trackers, the others' barrier does not
+                run.strategy.distributed.stop()
+        finally:
+            exports.finish(run.stop_requested if status == "completed" else lambda: True)
+            problem = recorder.finish(summarize(run, status, run.reason))
+            if problem is not None:
+                run.reason = "\n".join(filter(None, (run.reason, problem)))
+                if status in ("completed", "diverged"):  # a run without a summary is unfinished: a rerun writes it
+                    status = "failed"
+            recorder.message(closing_line(run, status, recorder.place.path))
     return status
 
 
@@ -305,13 +318,13 @@ def closing_line(run: Run, status: Status, directory: Path) -> str:
         case "completed":
             return f"{line}\npicture: python scripts/plot.py curves {directory}\ntext: python scripts/sample.py {directory}"
         case "preempted":
-            return f"{line}\nrerun the same command to resume"
+            return f"{line}\n{how_to_resume(run.config)} to resume"
         case "failed":
             newest = None
             with contextlib.suppress(OSError):
                 newest = next(iter(checkpoints.available(directory / "checkpoints")), None)
             remedy = "start over" if newest is None else f"resume from {newest.name}"
-            return f"{line}\nfix the cause, then rerun the same command to {remedy}"
+            return f"{line}\nfix the cause, then {how_to_resume(run.config)} to {remedy}"
     return line
 
 
@@ -370,6 +383,7 @@ def _open_record(
     config: RunConfig,
     place: RunDirectory,
     decided: Decision,
+    step: int,
     distributed: Distributed,
     manifest: Manifest,
     weights: InitialWeights,
@@ -412,7 +426,10 @@ def _open_record(
         distributed.mark(f"started {directory.absolute()}")
         if decided.checkpoint is not None and decided.metrics_bytes is not None:
             checkpoints.set_aside_newer(directory / "checkpoints", Checkpoint(decided.checkpoint, verify=False).step)
-        return Recorder(place, display, metrics, tracker)
+        recorder = Recorder(place, display, metrics, tracker)
+        if decided.checkpoint is not None:
+            recorder.write(_resumed(config, directory, step, environment))
+        return recorder
     except RecordError as error:
         raise ConfigurationError(str(error)) from error
     except OSError as error:
@@ -421,6 +438,19 @@ def _open_record(
             f"output_dir={config.output_dir}: {error.filename or directory} cannot be written: {reason}; "
             f"{remedy + ' or ' if remedy else ''}choose another output_dir="
         ) from error
+
+
+def _resumed(config: RunConfig, directory: Path, step: int, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the event of a resumption, with what has changed since the run's start in the code and the processors."""
+    line: dict[str, Any] = {"kind": "event", "event": "resumed", "step": step, "world_size": environment["world_size"]}
+    if own := own_checkpoint(config, directory):
+        line["resume"] = own  # so that a rerun of the command does not go back again
+    began = RunRecord.open(directory).environment
+    for section, keys in (("git", ("commit", "dirty")), ("hardware", ("cpu", "gpu"))):
+        now, then = ({key: one.get(section, {}).get(key) for key in keys} for one in (environment, began))
+        if now != then:
+            line[section] = now
+    return line
 
 
 def _load(path: Path, strategy: Strategy, ledger: Ledger, distributed: Distributed) -> TrainingState:

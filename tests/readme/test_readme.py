@@ -33,8 +33,8 @@ COMMANDS = {
     "make test": "{} --dry-run",
     ". .venv/bin/activate": "{}",
     "python scripts/prepare_data.py data=openwebtext": "{} data.local=hub --workers 1",
-    "torchrun --standalone --nproc_per_node=8 train.py experiment=paper/125m_sophiag tracker=wandb": (
-        "torchrun --standalone --nproc_per_node=1 train.py experiment=paper/125m_sophiag tracker=wandb "
+    "python train.py launcher.nproc_per_node=8 experiment=paper/125m_sophiag tracker=wandb": (
+        "python train.py launcher.nproc_per_node=1 experiment=paper/125m_sophiag tracker=wandb "
         f"{TINY} train.micro_batch_size=1 schedule.warmup_steps=1 data.local=hub"
     ),
     "python train.py -m output_dir=runs/sweep optimizer=adamw,lion,sophiag optimizer.lr=3e-4,6e-4,1.2e-3 seed=0,1,2": (

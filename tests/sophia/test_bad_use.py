@@ -24,6 +24,7 @@ from sophia import (
     gauss_newton_bartlett,
     hutchinson,
     hutchinson_differences,
+    kernels,
 )
 
 
@@ -74,6 +75,25 @@ def test_a_wrong_hyperparameter_is_named_with_its_value(cls: type, name: str, va
 def test_a_wrong_hyperparameter_of_sophia_is_named_with_its_value(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{name} = {re.escape(repr(value))}, expected"):
         Sophia([parameter(2)], **{name: value})
+
+
+@pytest.mark.parametrize("form", [{"compile": False}, {"foreach": True}, {"compile": True}])
+def test_integers_of_numpy_are_integers(form: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    numpy = pytest.importorskip("numpy")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(kernels, "_compiled", {})
+    for cls in (SophiaG, AdaHessian):
+        optimizer = cls([parameter(2)], hessian_interval=numpy.int64(5))
+        assert type(optimizer.state_dict()["param_groups"][0]["hessian_interval"]) is int  # torch.load refuses numpy's
+    hessians = []
+    for n in (8, numpy.int64(8)):
+        p = parameter(kernels.JOINED_BELOW)
+        optimizer = SophiaG([p], **form)
+        optimizer.update_hessian(num_predictions=n)
+        hessians.append(optimizer.state[p]["hessian"])
+    assert torch.equal(*hessians)
+    with pytest.raises(ValueError, match="num_predictions"):
+        SophiaG([parameter(2)]).update_hessian(num_predictions=numpy.int64(0))
 
 
 def test_a_wrong_group_is_refused_and_leaves_the_optimizer_as_it_was() -> None:
@@ -196,6 +216,9 @@ def test_estimators_name_what_does_not_fit() -> None:
         empirical_fisher(lambda: logits, torch.full((4,), -100))
     with pytest.raises(ValueError, match=r"targets have shape \(3,\), expected \(4,\)"):
         empirical_fisher(lambda: logits, torch.zeros(3, dtype=torch.int64))
+    for estimate in (hutchinson, hutchinson_differences):
+        with pytest.raises(ValueError, match="none of the 1 parameters requires a gradient"):
+            estimate(lambda: logits.sum(), [torch.ones(2)], seed=0, step=1)
     with pytest.raises(ValueError, match="1 different names for 2 parameters"):
         hutchinson(lambda: (w * logits.sum()).sum(), [w, logits], seed=0, step=1, names=["a", "a"])
     for variance in (0, math.inf):
@@ -204,6 +227,29 @@ def test_estimators_name_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="event_dims = 0"):
         Categorical(event_dims=0)
     assert Bernoulli().event_dims == 0
+
+
+def test_a_part_of_an_estimate_without_its_positions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part would draw the labels of positions 0, 1, 2, …"""
+    logits = torch.zeros(4, 3, requires_grad=True)
+
+    def estimate(**arguments: Any) -> int:
+        return gauss_newton_bartlett(lambda: logits, seed=0, step=1, **arguments)
+
+    with pytest.raises(
+        ValueError, match=r"positions = None with total_predictions = 8 and 4 predictions .*pass positions="
+    ):
+        estimate(total_predictions=8)
+    assert logits.grad is None
+    assert estimate(total_predictions=8, positions=torch.arange(4, 8)) == 4
+    assert estimate(total_predictions=4) == 4
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"positions = None on 2 ranks, expected .*pass positions="):
+        estimate()
+    assert estimate(positions=torch.arange(4, 8)) == 4
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    assert estimate() == 4
 
 
 SCALAR, LOGITS = torch.zeros((), requires_grad=True), torch.zeros(2, 3, requires_grad=True)
@@ -262,6 +308,9 @@ def test_central_differences_refuse_half_precision(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=f"parameter 0 has dtype {dtype}, expected torch.float32"):
         hutchinson_differences(lambda: w.float().square().sum(), [w], seed=0, step=1)
     v = parameter(3)
+    w.requires_grad_(False)  # as below adapters
+    nothing, estimate = hutchinson_differences(lambda: (w.float() * v).square().sum(), [w, v], seed=0, step=1)
+    assert (nothing, estimate.shape) == (None, v.shape)
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),
         pytest.raises(TypeError, match="autocast is on for cpu, expected float32"),

@@ -49,6 +49,7 @@ def test_the_alarm_rings_once_when_the_fraction_is_zero_for_longer_than_k_steps(
         "sequences instead of tokens",
         "clipped before",
         "gamma is too small",
+        "eps is above γh",
     ):
         assert cause in message
     assert [alarm.observe(step, 0.0) for step in range(12, 40)] == [None] * 28

@@ -104,6 +104,11 @@ def worker(rank: int, directory: str) -> None:
     results["ddp fractions"] = train(ddp, optimizer, rank, WORLD)
     results["ddp"] = snapshot(ddp, optimizer)
     results["ddp differences"] = differences(ddp)
+    x, y = batch(2)
+    F.cross_entropy(ddp(x), y).backward()  # .grad is a view of a bucket, which the estimate's gradients go through too
+    before = [p.grad.clone() for p in ddp.parameters()]
+    differences(ddp)
+    results["ddp gradients"] = [before, [p.grad for p in ddp.parameters()]]
 
     sharded = make_model()
     for layer in sharded:
@@ -185,6 +190,11 @@ def test_central_differences_of_several_processes_are_those_of_one(distributed: 
     exact = hutchinson(lambda: F.cross_entropy(model(x), y), model.parameters(), seed=3, step=5)
     flat, exact_flat = (torch.cat([t.flatten() for t in ts]) for ts in (distributed[f"{engine} differences"], exact))
     assert (flat - exact_flat).norm() < 1e-3 * exact_flat.norm()
+
+
+def test_central_differences_under_ddp_leave_gradients_as_they_were(distributed: dict) -> None:
+    before, after = distributed["ddp gradients"]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 def test_sharded_estimates_are_taken_in_and_plain_ones_refused(distributed: dict) -> None:

@@ -17,6 +17,7 @@ from sophia import (
     Categorical,
     Gaussian,
     SophiaG,
+    SophiaH,
     empirical_fisher,
     gauss_newton_bartlett,
     hutchinson,
@@ -142,6 +143,37 @@ def test_central_differences_with_dropout_are_the_exact_product_under_the_same_m
     exact, differences = estimates
     assert (differences - exact).norm() < 1e-5 * exact.norm()
     assert torch.equal(*following)
+
+
+@pytest.mark.parametrize("before", [None, 1.0])
+def test_a_difference_of_some_parameters_leaves_the_gradients_of_all_as_they_were(
+    network, before: float | None
+) -> None:
+    for p in network.params:
+        p.grad = None if before is None else torch.full_like(p, before)
+    (estimate,) = hutchinson_differences(network.loss, network.params[:1], seed=3, step=7)
+    (exact,) = hutchinson(network.loss, network.params[:1], seed=3, step=7)
+    assert (estimate - exact).norm() < 1e-5 * exact.norm()
+    for p in network.params:
+        assert p.grad is None if before is None else bool((p.grad == before).all())
+
+
+@pytest.mark.parametrize("estimator", [hutchinson, hutchinson_differences])
+def test_frozen_parameters_stay_in_place_and_have_no_estimate(network, estimator) -> None:
+    frozen, *trained = network.params
+    frozen.requires_grad_(False)
+    before, seen = frozen.clone(), []
+
+    def loss() -> Tensor:
+        seen.append(torch.equal(frozen, before))
+        return network.loss()
+
+    nothing, *estimates = estimator(loss, network.params, seed=3, step=7)
+    alone = estimator(network.loss, trained, seed=3, step=7, names=["1", "2"])
+    assert nothing is None
+    assert all(torch.equal(a, b) for a, b in zip(estimates, alone, strict=True))
+    assert all(seen)
+    SophiaH(network.params).update_hessian(estimates=[nothing, *estimates])
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sophia import AdaHessian, Lion, ReferenceSophiaG, Sophia, SophiaG, kernels
 from sophia.kernels import updates
@@ -157,6 +158,32 @@ def test_the_unclipped_count_comes_out_of_the_pass_that_updates_the_weights(monk
     with torch.no_grad():
         _, (code,) = run_and_get_code(kernels._compile, sophia_update, [torch.rand(1)] * 4, scalars)
     assert code.count("for(int64_t x0") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [SophiaG, AdaHessian])
+def test_under_torch_compile_a_step_and_a_refresh_count_and_warn_as_without(cls: type) -> None:
+    def train(compiled: Callable[[Callable], Callable], last_refresh: int) -> tuple[list[object], list[str]]:
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((5, 3), (3,))]
+        optimizer = cls(params, lr=0.1, hessian_interval=2, compile=False)
+        step, update_hessian, seen = compiled(optimizer.step), compiled(optimizer.update_hessian), []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for t in range(1, 8):
+                if optimizer.hessian_due and t <= last_refresh:
+                    update_hessian(estimates=[100 * torch.rand(p.shape, generator=generator) for p in params])
+                for p in params:
+                    p.grad = torch.randn(p.shape, generator=generator)
+                step()
+                seen += [optimizer.numel, int(optimizer.unclipped_count) if isinstance(optimizer, Sophia) else 0]
+        seen += [p.tolist() for p in params]
+        return seen, [str(one.message) for one in caught if "without update_hessian" in str(one.message)]
+
+    for last_refresh in (7, 0):
+        expected = train(lambda function: function, last_refresh)
+        assert len(expected[1]) == (last_refresh == 0)
+        assert train(partial(torch.compile, backend="eager"), last_refresh) == expected
 
 
 def test_a_failing_compiler_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,6 +333,26 @@ def test_automatic_choice_compiles_only_what_is_large() -> None:
     assert kernels._choose(kernels.Form(compile=False), [(large,)]) == (False, False)
     assert kernels._choose(kernels.Form(foreach=True), [(large,)]) == (True, False)
     assert kernels._choose(kernels.AUTOMATIC, [(torch.zeros(10, device="meta"),)]) == (True, False)
+
+
+@pytest.mark.parametrize(("cls", "options"), CASES)
+def test_a_group_may_span_two_devices_under_loss_scaling(cls: type, options: dict[str, Any]) -> None:
+    """Fake tensors refuse operations between devices, like CUDA. The eager form copies, which needs a build with CUDA."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        params = [torch.nn.Parameter(torch.empty(3, 4, device=f"cuda:{index}")) for index in (0, 1)]
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer = cls(params, **options, foreach=True)
+        optimizer.grad_scale, optimizer.found_inf = (torch.ones((), device="cuda:0") for _ in range(2))
+        for _ in range(2):
+            if isinstance(optimizer, AdaHessian):
+                optimizer.update_hessian(estimates=[p.grad for p in params])
+            elif not isinstance(optimizer, Lion):
+                optimizer.update_hessian(num_predictions=3)
+            optimizer.step()
+        assert [optimizer.state[p]["exp_avg"].device for p in params] == [p.device for p in params]
+        if isinstance(optimizer, Sophia):
+            assert optimizer.unclipped_count.device == params[0].device
 
 
 @pytest.mark.parametrize("amp", [False, True])

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sophia import Bernoulli, Gaussian, Likelihood, sample_labels
 
@@ -61,6 +63,31 @@ def test_labels_do_not_depend_on_how_many_rows_are_held_at_once(monkeypatch: pyt
     whole = sample_labels(logits, uniform)
     monkeypatch.setattr("sophia.likelihoods._ROWS", 8)
     assert torch.equal(sample_labels(logits, uniform), whole)
+
+
+class NoFloatingPointSums(TorchDispatchMode):
+    """Refuses the cumulative sums that CUDA has no deterministic kernel for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "cumsum" not in str(func) or not args[0].is_floating_point()
+        return func(*args, **(kwargs or {}))
+
+
+def test_deterministic_algorithms_draw_the_same_labels_without_a_floating_point_cumsum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, uniform = 4 * torch.randn(500, 3000, generator=generator), torch.rand(500, generator=generator)
+    logits[:, ::3] = -math.inf
+    logits[7, 5] = math.nan
+    uniform[:2] = torch.tensor([0.0, LAST])
+    expected = sample_labels(logits, uniform)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with NoFloatingPointSums():
+            labels = sample_labels(logits, uniform)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(labels, expected)
+    assert labels[7] == 2999
 
 
 @pytest.mark.parametrize("of", [lambda dims: Gaussian(2.0, dims), Bernoulli], ids=["gaussian", "bernoulli"])

@@ -1,5 +1,6 @@
 """Sophia's update against an independent float64 implementation of the formulas."""
 
+import inspect
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
@@ -233,6 +234,12 @@ AUTHORS = {"lr": 1e-4, "betas": (0.965, 0.99), "gamma": 0.04 * 5120, "eps": 1e-1
 def test_defaults_are_the_papers(cls: type, defaults: dict[str, Any]) -> None:
     group = cls([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
     assert {key: group[key] for key in defaults} == defaults
+
+
+def test_the_signature_of_sophiah_is_that_of_sophia_but_for_gamma() -> None:
+    expected = dict(inspect.signature(Sophia).parameters)
+    expected["gamma"] = expected["gamma"].replace(default=0.01)
+    assert list(inspect.signature(SophiaH).parameters.items()) == list(expected.items())
 
 
 def test_sophiah_takes_the_arguments_of_sophia() -> None:

@@ -203,6 +203,16 @@ def test_parameters_without_a_gradient_and_empty_shards_are_left_out() -> None:
     assert optimizer.numel == 3
 
 
+def test_a_rank_whose_shards_are_all_empty_counts_zero_on_the_device_of_the_parameters() -> None:
+    p = torch.nn.Parameter(torch.ones(0, 4, device="meta"))
+    p.grad = torch.ones_like(p)
+    optimizer = SophiaG([{"params": []}, {"params": [p]}])
+    for _ in range(2):
+        assert optimizer.unclipped_count.is_meta
+        assert optimizer.unclipped_count.dtype == torch.int64
+        optimizer.step()
+
+
 def test_a_zero_gradient_only_decays() -> None:
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.zeros(3)

@@ -70,6 +70,23 @@ def assert_close(got: list[Tensor], expected: list[Tensor], rtol: float = 1e-4) 
         torch.testing.assert_close(g, e, rtol=rtol, atol=rtol * float(e.abs().max()) * 1e-2)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "passes"), [("gnb", 1), ("empirical_fisher", 1), ("hutchinson", 1), ("hutchinson_differences", 2)]
+)
+def test_a_pass_reports_progress_before_each_micro_batch(estimator: str, passes: int) -> None:
+    config = CONFIG.model_copy(update={"estimator": estimator})
+    done: list[str] = []
+    CurvaturePass(config, SEED, BATCH, 2, progress=done.append).run(strategy(config=config), batch(), STEP)
+    assert done == [f"in the curvature pass, micro-batch {number} of 2" for number in (1, 2)] * passes
+
+
+def test_a_pass_within_training_reports_progress_before_each_micro_batch() -> None:
+    done: list[str] = []
+    made = CurvaturePass(CONFIG, SEED, BATCH, 2, shared_forward=True, progress=done.append)
+    made.run_within_training(strategy(), batch(), STEP, BATCH * LENGTH, Ledger(torch.device("cpu")))
+    assert done == [f"in the curvature pass, micro-batch {number} of 2" for number in (1, 2)]
+
+
 def test_gnb_equals_the_librarys_estimator_on_the_same_seeds() -> None:
     model = strategy().model
     tokens = torch.from_numpy(batch().tokens[: BATCH // 2])

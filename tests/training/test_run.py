@@ -3,6 +3,7 @@
 import errno
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from training import loop
 from training.compose import compose
 from training.config import RunConfig
 from training.distributed import Distributed
+from training.exports import Exports
+from training.recording.recorder import Recorder
 from training.records import MetricsWriter, RunRecord
 from training.reliability.signals import StopSignals
 from training.reliability.watchdog import Watchdog
@@ -240,3 +243,114 @@ def test_a_record_that_cannot_be_written_ends_the_run_at_the_next_step(
     assert record.summary["status"] == "failed"
     assert record.summary["steps"] < 6
     assert "No space left on device" in capfd.readouterr().err
+
+
+def test_a_save_fails_if_a_line_could_not_be_written(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The evaluation after step 4, where a save is due too: a resumed run repeats it."""
+    original = MetricsWriter.write
+
+    def damaged(self: MetricsWriter, line: Any) -> None:
+        if (line["kind"], line["step"]) == ("eval", 4):
+            raise OSError(errno.EIO, "Input/output error")
+        original(self, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", damaged)
+        failed = train("run", "optimizer=adamw", "checkpoint.interval=2", expect=1)
+    assert failed.summary is not None
+    assert failed.summary["reason"] == "Input/output error"
+    assert [path.name for path in (failed.directory / "checkpoints").iterdir()] == ["step-00000002"]
+    record = train("run", "optimizer=adamw", "checkpoint.interval=2")
+    assert [line["step"] for line in record.metrics("eval")] == [0, 4, 8, 12]
+
+
+@pytest.mark.parametrize("arm", ["adamw", "diverges"])
+def test_a_run_whose_summary_cannot_be_written_has_failed_and_a_rerun_writes_it(
+    arm: str, train: Train, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(directory: Path, summary: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    chosen = ["optimizer=adamw"]
+    if arm == "diverges":
+        chosen += ["optimizer.lr=1e18", "train.grad_clip=null", "train.max_skipped_steps=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr("training.records.write_summary", full)
+        record = train("run", *chosen, expect=1)
+    said = capfd.readouterr().err.splitlines()
+    assert any(line.startswith("failed at step ") for line in said)
+    assert f"{record.directory / 'summary.json'} could not be written: No space left on device" in said
+    assert said[-1].startswith("fix the cause, then rerun the same command to ")
+    trained = list(record.metrics("train"))
+    again = train("run", *chosen, expect=3 if arm == "diverges" else 0)
+    assert again.summary is not None
+    assert again.summary["status"] == ("diverged" if arm == "diverges" else "completed")
+    assert len(list(again.metrics("train"))) == len(trained)
+
+
+def test_an_export_that_cannot_be_started_is_an_event_and_stays_due(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def no_processes(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("training.exports.subprocess.Popen", no_processes)
+    record = train("run", "optimizer=adamw", "train.steps=4", "checkpoint.export_at=[2]", "checkpoint.interval=null")
+    (first, *_) = [line for line in record.metrics("event") if line["event"] == "export"]
+    checkpoint, export = (record.directory / place / "step-00000002" for place in ("checkpoints", "exports"))
+    assert first["step"] == 2
+    assert first["reason"] == (
+        f"{export} could not be started: Resource temporarily unavailable; tried again after the next save, or: "
+        f"python scripts/export.py {checkpoint} {export}"
+    )
+    assert checkpoint.is_dir()
+    exports = Exports(record.directory, [2], tmp_path, lambda line, step: None)
+    exports.start()
+    assert exports.unfinished == {2}
+    exports.finish(lambda: False)
+
+
+def test_the_other_ranks_do_not_wait_for_the_exports_and_the_tracker_of_a_completed_run(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    for owner, name in ((Distributed, "stop"), (Exports, "finish"), (Recorder, "finish")):
+        before(owner, name, partial(order.append, f"{owner.__name__}.{name}"), monkeypatch)
+    train("completed", "optimizer=adamw", "train.steps=2")
+    assert order == ["Distributed.stop", "Exports.finish", "Recorder.finish", "Distributed.stop"]
+    order.clear()
+    # Elsewhere a rank that has ended ends the others, perhaps before the record is finished.
+    train(
+        "diverged",
+        "optimizer=adamw",
+        "optimizer.lr=1e18",
+        "train.grad_clip=null",
+        "train.max_skipped_steps=1",
+        expect=3,
+    )
+    assert order == ["Exports.finish", "Recorder.finish", "Distributed.stop"]
+
+
+def before(owner: type, name: str, act: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
+    original = getattr(owner, name)
+
+    def replaced(*arguments: Any) -> Any:
+        act()
+        return original(*arguments)
+
+    patch.setattr(owner, name, replaced)
+
+
+def test_a_rank_lost_while_the_ranks_leave_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[Exception] = []
+
+    def broken(self: Distributed) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(Distributed, "start", lambda *arguments: Distributed(0, 0, 1, torch.device("cpu")))
+    monkeypatch.setattr(Distributed, "stop", broken)
+    monkeypatch.setattr(Distributed, "failed", lambda self, error: lost.append(error))
+    monkeypatch.setattr("training.run._execute", lambda *arguments: Outcome("preempted", Path(), None))
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        execute(compose(["train.device=cpu"]))
+    assert [str(error) for error in lost] == ["Connection closed by peer"]

@@ -1,9 +1,12 @@
 """Learning-rate schedules at the points where their definition is exact."""
 
-import pytest
+from pathlib import Path
 
-from training.compose import compose
-from training.config import ScheduleConfig
+import pytest
+import yaml
+
+from training.compose import compose, validate_recorded
+from training.config import ConfigurationError, ScheduleConfig
 from training.schedule import learning_rate_factor
 
 
@@ -39,6 +42,39 @@ def test_warmup_steps_win_over_the_share() -> None:
     assert schedule(warmup_steps=None, warmup_share=0.19).warmup(8) == 2
     assert schedule(warmup_steps=3, warmup_share=0.25).warmup(100) == 3
     assert learning_rate_factor(schedule(warmup_steps=0), 1, 100) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "used_by"),
+    [
+        ("constant", "final_ratio", 0.1, "cosine or wsd"),
+        ("constant", "decay_share", 0.5, "wsd"),
+        ("cosine", "decay_share", 0.5, "wsd"),
+    ],
+)
+def test_a_key_that_the_schedule_ignores_is_refused_unless_it_has_a_default(
+    name: str, key: str, value: float, used_by: str
+) -> None:
+    line = (
+        rf"schedule\.{key}={value}: has no effect with schedule={name}; leave it out .*, or choose schedule={used_by}$"
+    )
+    with pytest.raises(ConfigurationError, match=line):
+        compose([f"schedule={name}", f"schedule.{key}={value}"])
+    for accepted in ("wsd", *used_by.split(" or ")):
+        assert getattr(compose([f"schedule={accepted}", f"schedule.{key}={value}"]).schedule, key) == value
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+def test_what_studies_and_records_hold_is_accepted(name: str) -> None:
+    recorded = compose([f"schedule={name}"]).model_dump(mode="json")
+    assert {"final_ratio", "decay_share"} <= recorded["schedule"].keys()
+    assert validate_recorded(recorded) == compose([f"schedule={name}"])
+    compose(["schedule.final_ratio=0.05", f"schedule={name}"])  # the studies' base, whatever an arm chooses
+    for study in sorted((Path(__file__).parents[2] / "configs" / "study").glob("*.yaml")):
+        base = yaml.safe_load(study.read_text()).get("base", [])
+        chosen = [override for override in base if override.startswith(("schedule", "train.steps"))]
+        if chosen:
+            assert compose(chosen).schedule.name == "cosine"
 
 
 @pytest.mark.parametrize("name", ["cosine", "wsd"])

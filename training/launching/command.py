@@ -88,12 +88,17 @@ def _parser(arguments: Sequence[str] = ()) -> ArgumentParser:
 
 
 def show(flags: Namespace, primary: Primary) -> int:
-    """Answer --help, --hydra-help, --info, --cfg and --shell-completion for the composed configuration."""
+    """Answer --help, --hydra-help, --info, --cfg and --shell-completion for the composed configuration.
+
+    Raises ConfigurationError if it cannot be composed, and with --cfg job if a run would refuse it.
+    """
     values = {} if flags.shell_completion else compose_dictionary(flags.overrides, primary)
     if flags.help:
         from training.launching.help import help_text  # slow: parses the source of config.py
 
         return print_answer(help_text(values))
+    if flags.cfg == "job":
+        validate(values)
     with worded_errors(flags.overrides, primary):
         hydra = start_hydra(primary)
         flags.overrides = hydra_overrides(primary, flags.overrides)

@@ -85,15 +85,11 @@ def run_logged(config: DictConfig) -> int:
     """Validate and run one job, with its output in its log."""
     die_with_launcher()
 
-    import torch
-
     if stop_pending():
         return EXIT_PREEMPTED
     values = resolved(config)
     log = Path(values["output_dir"], f"{values['name']}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    # Code compiled for this process's previous job counts against the recompilation limit.
-    torch._dynamo.reset()
     with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             return start(validate(values))

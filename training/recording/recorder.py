@@ -1,6 +1,7 @@
 """Write a run's lines to the record first, then to the display and the tracker. Ranks other than 0 do nothing."""
 
 import contextlib
+import errno
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,34 +52,41 @@ class Recorder:
         """Flush the record to disk, check that it is still this process's, and return its size in bytes.
 
         Raises:
-            OSError: it cannot be flushed, or another process has taken it.
+            OSError: a line is missing, it cannot be flushed, or another process has taken it.
         """
-        if self.metrics is None:
-            return 0
+        if self.failure is not None:  # a checkpoint saved now would end a record that lacks the line
+            raise OSError(errno.EIO, self.failure)
         try:
-            self.place.confirm()
-            return self.metrics.sync()
+            return self._flush()
         except OSError as error:
             self.failure = error.strerror or str(error)
             raise
 
-    def summarize(self, summary: Mapping[str, Any]) -> None:
-        """Write the summary if the record is still this process's. A failure is a message, not an error."""
+    def _flush(self) -> int:
         if self.metrics is None:
-            return
+            return 0
+        self.place.confirm()
+        return self.metrics.sync()
+
+    def summarize(self, summary: Mapping[str, Any]) -> str | None:
+        """Write the summary if the record is still this process's. Returns why it could not be written, if so."""
+        if self.metrics is None:
+            return None
         try:
-            self.sync()
+            self._flush()
             records.write_summary(self.place.path, summary)
         except OSError as error:
-            path = self.place.path / records.SUMMARY_FILE
-            self.message(f"{path} could not be written: {error.strerror}")
+            return f"{self.place.path / records.SUMMARY_FILE} could not be written: {error.strerror}"
+        return None
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the summary and close everything."""
+    def finish(self, summary: Mapping[str, Any]) -> str | None:
+        """Write the summary and close everything. Returns why the summary could not be written, if so."""
         self.display.close()
-        self.summarize(summary)
+        problem = self.summarize(summary)
         if self.metrics is not None:
             with contextlib.suppress(OSError):  # the disk may be gone, which has been reported
                 self.metrics.close()
         if self.tracker is not None:
-            self.tracker.finish(summary)
+            unfinished = problem is not None and summary["status"] == "completed"
+            self.tracker.finish({**summary, "status": "failed", "reason": problem} if unfinished else summary)
+        return problem

@@ -26,7 +26,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.files import check_nesting, open_regular, problem, read_regular, sync_directory, write_atomically
+from data.files import (
+    check_nesting,
+    open_regular,
+    problem,
+    read_regular,
+    sync_directory,
+    take_usual_mode,
+    write_atomically,
+)
 from training.config import ConfigurationError
 from training.distributed import Distributed
 from training.loop import TrainingState
@@ -43,6 +51,7 @@ _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "
 _SAFETENSORS_DTYPES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
 # 1.5 billion parameters written by a thousand ranks need 400 MB.
 _MANIFEST_BYTES = 1 << 30
+_HASHED_BYTES = 16 << 20  # between two reports of progress
 
 
 class CheckpointError(RuntimeError):
@@ -131,6 +140,7 @@ def save(
     pieces: Iterable[Piece | NumberPiece],
     state: dict[str, Any],
     distributed: Distributed,
+    progress: Callable[[str], None] = lambda doing: None,
 ) -> Path:
     """Write a checkpoint in parallel, one file per rank. Every rank calls it; returns the final directory.
 
@@ -138,6 +148,7 @@ def save(
         root: the run's checkpoints/ directory.
         pieces: this rank's part; over all ranks every element of every tensor exactly once.
         state: JSON values of rank 0, in the form of `RunState`.
+        progress: called with what is being done, after each tensor and each block that was hashed.
 
     Raises:
         OSError: on every rank, if the disk is full or not writable or the optimizer now keeps state that cannot be saved.
@@ -149,7 +160,9 @@ def save(
     entry: dict[str, Any] = {}
     if not any(failures):
         path = partial / f"rank-{distributed.rank:05d}.safetensors"
-        failures = distributed.gather_objects(_failure_of(lambda: entry.update(_write_rank_file(path, pieces))))
+        failures = distributed.gather_objects(
+            _failure_of(lambda: entry.update(_write_rank_file(path, pieces, progress)))
+        )
     entries = distributed.gather_objects(entry)
     if not any(failures):
         manifest = {"format": FORMAT, "step": step, "state": state, "files": {e["file"]: e for e in entries}}
@@ -200,7 +213,9 @@ def manifest_text(manifest: dict[str, Any]) -> str:
     return f'{{"sha256":"{hashlib.sha256(body.encode()).hexdigest()}",{body[1:]}'
 
 
-def _write_rank_file(path: Path, pieces: Iterable[Piece | NumberPiece]) -> dict[str, Any]:
+def _write_rank_file(
+    path: Path, pieces: Iterable[Piece | NumberPiece], progress: Callable[[str], None] = lambda doing: None
+) -> dict[str, Any]:
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Number] = {}
     described: list[dict[str, Any]] = []
@@ -208,18 +223,25 @@ def _write_rank_file(path: Path, pieces: Iterable[Piece | NumberPiece]) -> dict[
         if isinstance(piece, NumberPiece):
             numbers[piece.name] = piece.value
             continue
+        progress(f"saving {piece.name}")
         values = piece.values.detach().to("cpu").contiguous()
         dtype = str(values.dtype).removeprefix("torch.")
         entry = _Piece(name=piece.name, shape=list(piece.shape), dtype=dtype, start=piece.start, count=values.numel())
         described.append(entry.model_dump())
         shares_storage = values.untyped_storage().nbytes() != values.nbytes
         tensors[entry.key] = values.clone() if shares_storage else values
+    progress(f"writing {path}")
     save_file(tensors, path)
+    take_usual_mode(path)
+    progress(f"flushing {path}")
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(_HASHED_BYTES):
+            digest.update(block)
+            progress(f"hashing {path}")
     size = path.stat().st_size
-    return {"file": path.name, "sha256": digest, "bytes": size, "pieces": described, "numbers": numbers}
+    return {"file": path.name, "sha256": digest.hexdigest(), "bytes": size, "pieces": described, "numbers": numbers}
 
 
 class Checkpoint:

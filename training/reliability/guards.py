@@ -87,7 +87,9 @@ def compare_ranks(strategy: Strategy) -> None:
     tensors = dict(replicated_tensors(strategy))
     if not tensors:
         return
-    hashes = torch.stack([torch.hash_tensor(tensor).view(torch.int64) for tensor in tensors.values()]).tolist()
+    # Some optimizers count on the CPU.
+    hashed = (torch.hash_tensor(tensor).view(torch.int64) for tensor in tensors.values())
+    hashes = torch.stack([one.to(strategy.device, non_blocking=True) for one in hashed]).tolist()
     by_rank = strategy.distributed.gather_objects(hashes)
     found = []
     for place, name in enumerate(tensors):

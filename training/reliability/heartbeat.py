@@ -52,6 +52,10 @@ class Heartbeat:
         """Start beating and watching. Every rank's counter must be in the store."""
         self._thread.start()
 
+    @property
+    def stopped(self) -> bool:
+        return self._stopped.is_set()
+
     def stop(self) -> None:
         """Leave in good order: the other ranks no longer wait for this rank's beats."""
         self._stopped.set()

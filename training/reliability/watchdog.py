@@ -85,13 +85,16 @@ class Watchdog:
             faulthandler.dump_traceback_later(seconds + 2 * poll + PEERS_SECONDS, exit=True, file=STANDARD_ERROR)
             idle = time.monotonic() - self._since
             if idle > seconds:
-                self._end(f"no progress for {idle:.0f} s while {self._doing}")
+                self._end(f"no progress for {idle:.0f} s while {self._doing}", seconds)
             elif said := self._word_of_peers():
-                self._end(f"{said}; this rank was {self._doing}")
+                self._end(f"{said}; this rank was {self._doing}", seconds)
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str, seconds: float) -> None:
         rank = self._distributed.rank
-        line = f"rank {rank}: {reason}: the job is stopped; rerun the same command to resume"
+        line = (
+            f"rank {rank}: {reason}: the job is stopped; rerun the same command to resume, and if this was slow but no hang, "
+            f"give more than guards.hang_minutes={seconds / 60:g}"
+        )
         self._tell_peers(f"rank {rank} had {reason}")
         with contextlib.suppress(OSError):  # the log's disk may be full or hang
             print(f"\n{line}\nstacks of rank {rank}:", file=sys.__stderr__, flush=True)

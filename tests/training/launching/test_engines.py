@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -15,11 +16,13 @@ from typing import Any
 import pytest
 import yaml
 
-from training.compose import compose
+from scripts import study
+from training.compose import compose, compose_dictionary
 from training.config import ConfigurationError, LocalLauncherConfig
 from training.exits import EXIT_CONFIGURATION, EXIT_DIVERGED, EXIT_FAILED, EXIT_HELD, EXIT_PREEMPTED
 from training.launching.command import main
 from training.launching.ranks import SAVING_SECONDS
+from training.mistakes import group_options
 
 ROOT = Path(__file__).resolve().parents[3]
 CLUSTER = ROOT / "scripts" / "cluster"
@@ -114,6 +117,46 @@ def test_the_sbatch_script_runs_in_apptainer_or_pyxis(tmp_path: Path) -> None:
     assert {f"--container-mounts={mounts}", "--container-image=registry/sophia:1"} <= set(arguments)
 
 
+def examples(file: str, program: str) -> list[list[str]]:
+    """The words of a file's example commands of a program, which its comment has without what follows two spaces."""
+    text = re.sub(r" \\\n# +", " ", (CLUSTER / file).read_text())
+    lines = re.findall(r"^#     (\S.*?)(?: {2,}.*)?$", text, re.MULTILINE)
+    split = [[*itertools.dropwhile(re.compile(r"[A-Z]+=").match, shlex.split(line))] for line in lines]
+    return [words for words in split if words[0] == program]
+
+
+def compose_on_nodes(words: list[str], flag: str, nodes: str, overrides: list[str]) -> None:
+    """Compose with eight ranks on each of the nodes that the flag asks for; the ranks have to divide the batch."""
+    asked = re.search(rf"{flag}[= ](\d+)", " ".join(words))
+    ranks = [f"launcher.nodes={asked[1] if asked else nodes}", "launcher.nproc_per_node=8", "launcher.head=node-1"]
+    assert compose([*overrides, *ranks]).train.global_batch_size == 480
+
+
+def test_each_example_of_the_sbatch_script_divides_its_batch_over_the_ranks_of_its_nodes() -> None:
+    text = (CLUSTER / "slurm.sbatch").read_text()
+    asked = dict(re.findall(r"^#SBATCH (--[a-z-]+)=(\S+)$", text, re.MULTILINE))
+    assert asked["--gpus-per-node"] == "8"
+    commands = examples("slurm.sbatch", "sbatch")
+    assert len(commands) > 2
+    for words in commands:
+        overrides = words[words.index("scripts/cluster/slurm.sbatch") + 1 :]
+        compose_on_nodes(words, "--nodes", asked["--nodes"], overrides)
+
+
+def test_each_example_of_skypilot_divides_its_batch_over_the_ranks_of_its_nodes() -> None:
+    task = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text())
+    assert task["resources"]["accelerators"].endswith(":8")
+    commands = examples("skypilot.yaml", "sky")
+    assert len(commands) > 3
+    for words in commands:
+        variables = dict(after.split("=", 1) for word, after in itertools.pairwise(words) if word == "--env")
+        overrides = variables.get("OVERRIDES", task["envs"]["OVERRIDES"]).split()
+        compose_on_nodes(words, "--num-nodes", str(task["num_nodes"]), overrides)
+        asked = {after for word, after in itertools.pairwise(words) if word == "--secret"}
+        assert asked <= {*task["secrets"]}
+        assert "tracker=wandb" not in overrides or "WANDB_API_KEY" in asked
+
+
 def jobset() -> tuple[dict[str, Any], dict[str, Any]]:
     """The specifications of the set's job and of its pods."""
     _, found = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
@@ -166,6 +209,15 @@ def test_the_image_has_every_package_and_the_same_environment_as_apptainers() ->
     assert all(
         "requirements.lock" in text and "FROM debian:bookworm-slim" in text.replace("From:", "FROM") for text in files
     )
+
+
+@pytest.mark.parametrize("launcher", group_options("launcher"))
+def test_a_study_that_is_given_a_launcher_of_runs_names_one_that_hydra_has(launcher: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        study.split(["study=smoke", f"launcher={launcher}"])
+    named = str(caught.value).rpartition("give ")[2]
+    assert named.startswith("hydra/launcher=")
+    assert compose_dictionary([named])["launcher"]["name"] == "local", "Hydra's own settings of the launcher alone"
 
 
 def test_nodes_need_a_head_and_no_sweep(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,12 +44,23 @@ def test_help_shows_the_values_that_the_command_line_gives(capsys: pytest.Captur
     assert re.search(r"^  optimizer\.gamma  +γ.*With optimizer=sophiag,\s+sophiah\.", shown, re.MULTILINE | re.DOTALL)
 
 
+NEEDED = {"text": ["data.paths=[a.txt]"], "external": ["optimizer.factory=torch.optim:NAdam"]}
+
+
+@pytest.mark.parametrize("override", ["optimizer.gama=0.01", "train.steps=-1", "optimizer=external"])
+def test_cfg_job_refuses_what_a_run_refuses(override: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([override]) == 2
+    refused = capsys.readouterr().err
+    assert command.main([override, "--cfg", "job"]) == 2
+    assert (capsys.readouterr()) == ("", refused)
+
+
 @pytest.mark.parametrize("group", sorted({"optimizer", "strategy", "launcher", "data"}))
 def test_cfg_job_explains_each_key_and_stays_the_yaml_that_hydra_prints(
     group: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for choice in group_options(group):
-        overrides = [f"{group}={choice}", *(["data.paths=[a.txt]"] if choice == "text" else [])]
+        overrides = [f"{group}={choice}", *NEEDED.get(choice, [])]
         assert command.main([*overrides, "--cfg", "job", "--resolve"]) == 0
         text = capsys.readouterr().out
         values = yaml.safe_load(text)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
 
 from tests.slurm.cluster import missing
 from tests.training.runs import Session, before, kill_self, lines, run, run_in_child, summary
@@ -45,6 +48,23 @@ def test_a_killed_sweep_skips_finished_trials_and_resumes_the_others(tiny: list[
     assert steps(tmp_path / "lion-0") == list(range(1, 13))
     assert resumed_at(tmp_path / "lion-0") == [5]
     assert resumed_at(tmp_path / "adamw-0") == []
+
+
+def test_every_trial_of_a_sweep_is_compiled(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code compiled for one trial does not count against the recompilation limit of the next."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    counter = CompileCounter()
+    work = torch.compile(lambda x: x + 1, backend=counter, dynamic=False)
+    shapes = iter(range(2, 100))
+
+    def compiles_twice(run: Any) -> str:
+        work(torch.ones(next(shapes)))
+        work(torch.ones(next(shapes)))
+        return "completed"
+
+    monkeypatch.setattr("training.run.train", compiles_twice)
+    assert run(["-m", *tiny, f"output_dir={tmp_path}", NAMES, "optimizer=adamw", "seed=0,1"]) == 0
+    assert counter.frame_count == 4
 
 
 def kill_in_trial(optimizer: str, step: int) -> None:

@@ -326,6 +326,31 @@ def test_content_is_flushed_before_the_rename_and_the_directory_after_it(tmp_pat
     ]
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_checkpoint_has_the_permissions_that_the_umask_gives(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        checkpoint = saved(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in checkpoint.iterdir()}
+    assert modes == dict.fromkeys(("manifest.json", "rank-00000.safetensors"), 0o666 & ~umask)
+
+
+def test_a_save_reports_progress_for_each_tensor_and_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "_HASHED_BYTES", 100)
+    pieces = [Piece(f"model.{name}", (4, 6), 0, WEIGHT.reshape(-1).clone()) for name in "ab"]
+    done: list[str] = []
+    final = checkpoints.save(tmp_path, 5, pieces, STATE, ALONE, done.append)
+    path = tmp_path / ".step-00000005.partial" / "rank-00000.safetensors"
+    blocks = -(-(final / path.name).stat().st_size // 100)
+    assert done == [
+        *("saving model.a", "saving model.b", f"writing {path}", f"flushing {path}"),
+        *[f"hashing {path}"] * blocks,
+    ]
+    Checkpoint(final)  # the hash is the whole file's
+
+
 def test_saving_a_step_again_leaves_it_without_a_checkpoint_only_between_two_renames(
     tmp_path: Path, monkeypatch
 ) -> None:

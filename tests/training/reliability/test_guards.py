@@ -307,6 +307,7 @@ class Holder:
         self.distributed = distributed
         self.optimizers: list = []
         self.weight = weight
+        self.device = weight.device
 
     def parameters(self) -> dict[str, torch.Tensor]:
         return {"a.weight": torch.ones(3), "b.weight": self.weight, "c.weight": torch.ones(2, 2)}
@@ -329,6 +330,19 @@ def test_any_single_bit_that_differs_is_found_and_its_tensor_named(place: int, b
     compare_ranks(Holder(broken, struck))  # type: ignore[arg-type]
     with pytest.raises(RanksDiffer, match=r"model\.b\.weight on rank 1$"):
         compare_ranks(Holder(Ranks(broken.mine), weight))  # type: ignore[arg-type]
+
+
+def test_hashes_of_states_on_the_cpu_come_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NAdam counts on the CPU, and torch.stack on CUDA refuses tensors of two devices."""
+
+    def stack(hashes: list[torch.Tensor]) -> None:
+        assert {one.device.type for one in hashes} == {"meta"}
+        raise StopIteration
+
+    monkeypatch.setattr(torch, "hash_tensor", lambda tensor: torch.zeros((), dtype=torch.uint64, device=tensor.device))
+    monkeypatch.setattr(torch, "stack", stack)
+    with pytest.raises(StopIteration):
+        compare_ranks(Holder(Ranks(None), torch.ones(2, device="meta")))  # type: ignore[arg-type]
 
 
 def test_ranks_are_compared_at_each_interval_and_before_each_save(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.runs import before, curve, kill_self, lines, run, run_in_child, summary, tiny
+from tests.training.runs import before, curve, kill_self, lines, run, run_in_child, signal_self, summary, tiny
 from tests.unreadable import unreadable
 from training.reliability.checkpoints import Checkpoint, available
 
@@ -306,6 +306,108 @@ def test_resume_from_another_run_starts_a_new_record(
     later = [line for line in undisturbed if line["step"] > 20]
     assert curve(tmp_path / "second") == later
     assert curve(finished) == undisturbed
+
+
+def test_a_resumption_records_the_code_and_the_processor_that_have_changed(
+    killed: Callable[[int], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = killed(16)
+    stop_before(18, monkeypatch, overrides)
+    (event,) = lines(tmp_path / "run", "event")
+    assert event.keys() == {"kind", "event", "step", "world_size"}
+    path = tmp_path / "run" / "environment.json"
+    environment = json.loads(path.read_text())
+    monkeypatch.setattr("training.hardware.git_state", lambda: {"commit": "c0ffee", "dirty": True})
+    described = {**environment["hardware"], "cpu": "another", "threads": 64}
+    monkeypatch.setattr("training.hardware.describe", lambda device: described)
+    assert run(overrides) == 0
+    event = lines(tmp_path / "run", "event")[-1]
+    assert (event["step"], event["git"]) == (17, {"commit": "c0ffee", "dirty": True})
+    assert event["hardware"] == {"cpu": "another", "gpu": None}
+    assert json.loads(path.read_text()) == environment
+
+
+def stop_before(step: int, monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> None:
+    """Run the command; a signal stops it before this step."""
+    from training import loop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "forward_backward", loop.forward_backward)
+        before(
+            loop, "forward_backward", lambda: signal_self(signal.SIGTERM), lambda run, *_: run.state.step == step - 2
+        )
+        assert run(overrides) == 75
+
+
+def resumed(directory: Path) -> list[int]:
+    return [line["step"] for line in lines(directory, "event") if line["event"] == "resumed"]
+
+
+def test_a_rerun_of_overwrite_resumes_the_unfinished_run_that_it_began(
+    corpus: list[str],
+    tmp_path: Path,
+    finished: Path,
+    undisturbed: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    overrides = tiny(corpus, tmp_path, "overwrite=true", "optimizer=sophiag")
+    stop_before(14, monkeypatch, overrides)
+    assert "rerun the same command to resume" in capfd.readouterr().err
+    stop_before(18, monkeypatch, overrides)
+    assert "overwrite=true: done when this run began; resuming it (start over: overwrite=true resume=never)" in (
+        capfd.readouterr().err
+    )
+    assert run(overrides) == 0
+    assert resumed(tmp_path / "run") == [13, 17]
+    assert curve(tmp_path / "run") == undisturbed
+    assert run([*overrides, "seed=0"]) == 0  # a finished run is replaced
+    assert resumed(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("other", [["resume=never"], ["optimizer.lr=1e-5"]], ids=" ".join)
+def test_overwrite_replaces_an_unfinished_run_that_another_order_began(
+    other: list[str],
+    corpus: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    overrides = tiny(corpus, tmp_path, "train.steps=14", "overwrite=true", "optimizer=sophiag")
+    stop_before(12, monkeypatch, overrides)
+    assert run([*overrides, *other]) == 0
+    assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(1, 15))
+    assert resumed(tmp_path / "run") == []
+    monkeypatch.undo()
+    stop_before(12, monkeypatch, [*overrides, "resume=never"])
+    line = "rerun the command with resume=auto and without overwrite=true to resume"
+    assert line in capfd.readouterr().err
+    assert run([*overrides, "resume=auto", "overwrite=false"]) == 0
+    assert resumed(tmp_path / "run") == [11]
+
+
+def test_a_run_goes_back_to_its_own_checkpoint_once(
+    corpus: list[str],
+    tmp_path: Path,
+    finished: Path,
+    undisturbed: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000020"
+    overrides = tiny(corpus, tmp_path, f"resume={checkpoint}", "checkpoint.keep=9")
+    stop_before(23, monkeypatch, overrides)
+    assert resumed(tmp_path / "run") == [20]
+    capfd.readouterr()
+    assert run(overrides) == 0
+    said = f"resume={checkpoint}: done before; resuming from the newest checkpoint (to go back again, move newer ones away)"
+    assert said in capfd.readouterr().err
+    assert resumed(tmp_path / "run") == [20, 22]
+    assert curve(tmp_path / "run") == undisturbed
+    assert run(overrides) == 0  # a finished run goes back again
+    assert resumed(tmp_path / "run") == [20]
 
 
 def test_resume_names_a_run_directory_or_a_checkpoint(corpus: list[str], tmp_path: Path, finished: Path) -> None:

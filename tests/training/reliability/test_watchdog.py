@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from training.reliability.watchdog import Watchdog
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 SECONDS = "guards.hang_minutes=0.05"  # 3 s
+SLOW = ["train.steps=1", "schedule.warmup_steps=0", "train.micro_batch_size=1", "train.shared_forward=false"]
 
 
 def hang_in_step(step: int) -> None:
@@ -79,6 +82,7 @@ def test_a_hang_shows_the_stacks_and_ends_the_run(
     assert run_in_child(overrides, hang, 5, errors=tmp_path / "errors") == EXIT_FAILED
     said = (tmp_path / "errors").read_text()
     assert f"s while {doing}" in said
+    assert "if this was slow but no hang, give more than guards.hang_minutes=0.05" in said
     assert shown in said
     assert shown in (tmp_path / "run" / "stacks" / "rank-00000.txt").read_text()
     (event,) = lines(tmp_path / "run", "event")
@@ -102,6 +106,27 @@ def test_progress_keeps_a_slow_run_alive(tmp_path: Path) -> None:
             dog.progress(f"part {part}")
             time.sleep(0.5)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_saves_and_curvature_passes_are_progress(corpus: list[str], tmp_path: Path) -> None:
+    """Each part takes half of the time that may pass without progress, a save or a pass several times it."""
+    overrides = tiny(corpus, tmp_path, SECONDS, *SLOW)
+    assert run_in_child(overrides, slow_parts) == 0
+
+
+def slow_parts() -> None:
+    from training.curvature import CurvaturePass
+    from training.strategies.ddp import DDP
+
+    reported, pieces = CurvaturePass._reported, DDP.pieces
+
+    def slowly(parts: Iterator[Any], longest: int) -> Iterator[Any]:
+        for number, part in enumerate(parts):
+            time.sleep(1.2 if number < longest else 0)
+            yield part
+
+    CurvaturePass._reported = lambda self, parts: slowly(reported(self, parts), 4)  # type: ignore[method-assign]
+    DDP.pieces = lambda self: slowly(pieces(self), 4)  # type: ignore[method-assign]
 
 
 def test_the_watchdog_stops_with_the_run(tmp_path: Path) -> None:

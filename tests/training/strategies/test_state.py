@@ -98,6 +98,17 @@ def test_an_optimizer_that_cannot_step_stand_ins_is_not_refused() -> None:
     refuse_unsavable_state(building(fails), Stand())
 
 
+def test_an_optimizer_for_parameters_that_the_stand_ins_lack_is_not_refused() -> None:
+    """examples.suspects:SophiaOnKind with kind=attention was."""
+
+    def build(parameters: Mapping[str, Tensor]) -> list[Optimizer]:
+        if "position_embedding.weight" not in parameters:
+            raise ConfigurationError("optimizer.factory=mine:Mine: calling it fails: ValueError: no such parameter")
+        return [torch.optim.SGD(parameters.values())]
+
+    refuse_unsavable_state(build, Stand())
+
+
 def test_state_that_appears_later_is_refused_when_it_is_saved() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = Keeping([parameter], lambda p: {1})
