@@ -46,7 +46,7 @@ def measure(
             name = f"time-{arm}-{model}-{turn}"
             log(f"timing {arm} on {model}, round {turn + 1} of {rounds}")
             overrides = [one for one in trial.overrides if one.split("=")[0] not in ("train.steps", "eval.interval")]
-            own = [f"train.steps={steps}", f"eval.interval={steps}", "overwrite=true", "resume=never", f"name={name}"]
+            own = [f"train.steps={steps}", f"eval.interval={steps}", "overwrite=true", f"name={name}"]
             (code,) = launch([[*overrides, *own, f"output_dir={places.work}"]])
             if code != 0:
                 raise RuntimeError(f"{name} failed with exit code {code}, see {places.work / name}.log")

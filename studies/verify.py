@@ -156,7 +156,7 @@ def _run_again(row: TrialRow, work: Path, *, allow_code: bool) -> Path:
     write_config(given, row.config)
     (target / SUMMARY_FILE).unlink(missing_ok=True)  # an old summary would hide a run that fails to start
     command = [sys.executable, str(_TRAIN), "--config-path", str(given.absolute())]
-    command += [f"output_dir={work.absolute()}", "overwrite=true", "resume=never", "tracker.name=none"]
+    command += [f"output_dir={work.absolute()}", "overwrite=true", "tracker.name=none"]
     command += ["allow_code=true"] * allow_code
     environment = {**os.environ, "OMP_NUM_THREADS": str(_threads(row.environment))}
     with log.open("w") as file:

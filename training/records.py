@@ -308,7 +308,7 @@ class MetricsWriter:
         if len(lines) < size:
             raise RecordError(
                 f"{self.path} has {len(lines)} bytes, but the checkpoint was saved at {size}: lines are missing; "
-                "restore the file, or start over with overwrite=true resume=never"
+                "restore the file, or start over with overwrite=true"
             )
         if beyond := lines[size:]:
             taken = [p.name for p in self.path.parent.glob("metrics.cut-*.jsonl")]

@@ -40,7 +40,7 @@ from training.records import RecordError, RunRecord, Status, flatten
 from training.reliability import checkpoints
 from training.reliability.checkpoints import Checkpoint, CheckpointError
 from training.reliability.guards import RanksDiffer
-from training.reliability.resumption import Decision, check_tokens, decide, how_to_resume, is_restart, own_checkpoint
+from training.reliability.resumption import Decision, check_tokens, decide, how_to_resume, is_restart
 from training.reliability.run_directory import REPLACED, RunDirectory, is_run, refuse_links
 from training.reliability.signals import StopSignals
 from training.reliability.watchdog import Watchdog
@@ -192,8 +192,8 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     if without_bytes is not None:
         recorder.message(f"no bits per byte: {without_bytes}")
     recorder.message(opening_line(config, parameters, manifest.vocab_size, distributed))
-    if decided.obeyed is not None:
-        recorder.message(decided.obeyed)
+    if (how := how_to_resume(config, recorder.place.path)) != "rerun the same command":
+        recorder.message(f"to resume this run, {how}")
     for line in decided.rejected:
         recorder.message(f"checkpoint skipped: {line}")
     if decided.checkpoint is not None:
@@ -318,13 +318,13 @@ def closing_line(run: Run, status: Status, directory: Path) -> str:
         case "completed":
             return f"{line}\npicture: python scripts/plot.py curves {directory}\ntext: python scripts/sample.py {directory}"
         case "preempted":
-            return f"{line}\n{how_to_resume(run.config)} to resume"
+            return f"{line}\n{how_to_resume(run.config, directory)} to resume"
         case "failed":
             newest = None
             with contextlib.suppress(OSError):
                 newest = next(iter(checkpoints.available(directory / "checkpoints")), None)
             remedy = "start over" if newest is None else f"resume from {newest.name}"
-            return f"{line}\nfix the cause, then {how_to_resume(run.config)} to {remedy}"
+            return f"{line}\nfix the cause, then {how_to_resume(run.config, directory)} to {remedy}"
     return line
 
 
@@ -428,7 +428,7 @@ def _open_record(
             checkpoints.set_aside_newer(directory / "checkpoints", Checkpoint(decided.checkpoint, verify=False).step)
         recorder = Recorder(place, display, metrics, tracker)
         if decided.checkpoint is not None:
-            recorder.write(_resumed(config, directory, step, environment))
+            recorder.write(_resumed(directory, step, environment))
         return recorder
     except RecordError as error:
         raise ConfigurationError(str(error)) from error
@@ -440,11 +440,9 @@ def _open_record(
         ) from error
 
 
-def _resumed(config: RunConfig, directory: Path, step: int, environment: Mapping[str, Any]) -> dict[str, Any]:
+def _resumed(directory: Path, step: int, environment: Mapping[str, Any]) -> dict[str, Any]:
     """Return the event of a resumption, with what has changed since the run's start in the code and the processors."""
     line: dict[str, Any] = {"kind": "event", "event": "resumed", "step": step, "world_size": environment["world_size"]}
-    if own := own_checkpoint(config, directory):
-        line["resume"] = own  # so that a rerun of the command does not go back again
     began = RunRecord.open(directory).environment
     for section, keys in (("git", ("commit", "dirty")), ("hardware", ("cpu", "gpu"))):
         now, then = ({key: one.get(section, {}).get(key) for key in keys} for one in (environment, began))

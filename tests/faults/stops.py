@@ -87,7 +87,7 @@ def stop_twice(corpus: Sequence[str], scratch: Path, times: int, seed: int) -> d
     faults, seconds, at_once = [], [], 0
     for number in range(times):
         log = scratch / "log"
-        sitting = Sitting([*command, "overwrite=true", "resume=never"], log)
+        sitting = Sitting([*command, "overwrite=true"], log)
         assert sitting.wait_until(lambda s=sitting: "step 0/24" in s.said())
         time.sleep(0.2)
         chosen = second_signals[number % len(second_signals)]

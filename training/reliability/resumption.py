@@ -1,7 +1,7 @@
 """Decide what to do with a run directory: start, resume, or leave it alone. This module changes no files."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from data.files import open_regular
@@ -13,9 +13,6 @@ from training.reliability import checkpoints
 from training.reliability.checkpoints import Checkpoint, CheckpointError
 from training.reliability.run_directory import refuse_to_replace, refuse_unnamed
 
-#: Replaces any run; overwrite=true alone continues the unfinished run that it began.
-START_OVER = "overwrite=true resume=never"
-
 
 @dataclass(frozen=True)
 class Decision:
@@ -25,7 +22,6 @@ class Decision:
     checkpoint: Path | None = None  # to resume from; verified
     metrics_bytes: int | None = None  # the record continues after this many bytes; None: a new record
     rejected: tuple[str, ...] = ()  # why newer checkpoints were rejected
-    obeyed: str | None = None  # an order of the command that an earlier start has carried out
 
 
 def is_restart(started: bool | None) -> bool:
@@ -39,12 +35,20 @@ def is_restart(started: bool | None) -> bool:
     return bool(started) or any(int(os.environ.get(counter) or 0) > 0 for counter in counters)
 
 
+def how_to_resume(config: RunConfig, directory: Path) -> str:
+    """Return the command that resumes a run that this configuration has started."""
+    changes = ["without overwrite=true"] if config.overwrite else []
+    changes += ["with resume=auto"] if _starts_again(config, directory) else []
+    return f"rerun the command {' and '.join(changes)}" if changes else "rerun the same command"
+
+
+def _starts_again(config: RunConfig, directory: Path) -> bool:
+    """Return whether `resume=` would not continue this run: it is never, or a checkpoint of the run's own."""
+    return config.resume == "never" or directory.resolve() in Path(config.resume).resolve().parents
+
+
 def decide(config: RunConfig, directory: Path, *, restarted: bool = False) -> Decision:
     """Decide how the run starts.
-
-    An order, overwrite=true or resume=<a checkpoint of this run>, is carried out once: whoever reruns the command of an
-    unfinished run, a user or a scheduler that counts no restarts, continues that run. overwrite=true resume=never always
-    starts over.
 
     Args:
         restarted: this process replaces one that ended. If that one started the run, it has obeyed the command's
@@ -54,60 +58,9 @@ def decide(config: RunConfig, directory: Path, *, restarted: bool = False) -> De
         ConfigurationError: the directory holds something else, or what `resume=` asks for cannot be done.
         OSError: the directory cannot be read.
     """
-    own, obeyed = own_checkpoint(config, directory), None
-    if (directory / records.CONFIG_FILE).exists():
-        if not restarted:
-            obeyed = _obeyed(config, directory)
-        if restarted or obeyed is not None:
-            resume = "auto" if own is not None or config.resume == "never" else config.resume
-            config = config.model_copy(update={"overwrite": False, "resume": resume})
-    return replace(_decide(config, directory), obeyed=obeyed)
-
-
-def own_checkpoint(config: RunConfig, directory: Path) -> str | None:
-    """Return the absolute path of `resume=` if it lies in the run's own directory, else None."""
-    path = Path(config.resume).resolve()
-    return str(path) if config.resume not in ("auto", "never") and directory.resolve() in path.parents else None
-
-
-def how_to_resume(config: RunConfig) -> str:
-    """Return which command resumes a run that this configuration has started."""
-    if config.resume != "never":
-        return "rerun the same command"
-    return f"rerun the command with resume=auto{' and without overwrite=true' if config.overwrite else ''}"
-
-
-def _obeyed(config: RunConfig, directory: Path) -> str | None:
-    """Say which order of the command began or last turned back the unfinished run in the directory. None if none did."""
-    own = own_checkpoint(config, directory)
-    if config.resume == "never" or not (config.overwrite or own is not None):
-        return None
-    try:
-        there = _same_run(config, directory)
-        if (_record(directory).summary or {}).get("status") in ("completed", "diverged"):
-            return None
-        if config.overwrite:
-            began = there.overwrite and there.resume == config.resume
-            line = "overwrite=true: done when this run began; resuming it (start over: overwrite=true resume=never)"
-            return line if began else None
-        turned = _last_turn(directory)
-    except (ConfigurationError, RecordError):  # what cannot be read is replaced, or refused below
-        return None
-    line = "done before; resuming from the newest checkpoint (to go back again, move newer ones away)"
-    return f"resume={config.resume}: {line}" if turned == own else None
-
-
-def _last_turn(directory: Path) -> str | None:
-    """Return the checkpoint of its own to which the command of the run's last start has turned it back."""
-    path = directory / records.METRICS_FILE
-    for number, line in enumerate(reversed(records.metrics_content(path).splitlines()), start=1):
-        if b'"event":"resumed"' in line and line.endswith(b"}"):
-            turned = records.parse_line(line, path, number).get("resume")
-            return turned if isinstance(turned, str) else None
-    return None
-
-
-def _decide(config: RunConfig, directory: Path) -> Decision:
+    if restarted and (directory / records.CONFIG_FILE).exists():
+        resume = "auto" if _starts_again(config, directory) else config.resume
+        config = config.model_copy(update={"overwrite": False, "resume": resume})
     if not (directory / records.CONFIG_FILE).exists():
         refuse_unnamed(directory)
         return Decision(checkpoint=_given_checkpoint(config))
@@ -140,12 +93,12 @@ def _decide(config: RunConfig, directory: Path) -> Decision:
             directory / "checkpoints", lambda checkpoint: _misfit(checkpoint, config, directory)
         )
     except CheckpointError as error:
-        raise ConfigurationError(f"{error}; correct its permissions, or start over with {START_OVER}") from error
+        raise ConfigurationError(f"{error}; correct its permissions, or start over with overwrite=true") from error
     if newest is not None:
         return Decision(checkpoint=newest.directory, metrics_bytes=newest.state.metrics_bytes, rejected=tuple(rejected))
     if rejected:
         raise ConfigurationError(
-            f"{directory}: no usable checkpoint ({'; '.join(rejected)}); restore one, or start over with {START_OVER}"
+            f"{directory}: no usable checkpoint ({'; '.join(rejected)}); restore one, or start over with overwrite=true"
         )
     return Decision(checkpoint=_given_checkpoint(config), metrics_bytes=0)
 
@@ -156,7 +109,7 @@ def check_tokens(directory: Path, manifest_sha256: str) -> None:
     if recorded is not None and recorded != manifest_sha256:
         raise ConfigurationError(
             f"{directory} was started on other tokens (manifest {recorded[:12]}, now {manifest_sha256[:12]}); restore "
-            f"them, give another name=, or start over with {START_OVER}"
+            "them, give another name=, or start over with overwrite=true"
         )
 
 
@@ -164,7 +117,7 @@ def _record(directory: Path) -> RunRecord:
     try:
         return RunRecord.open(directory)
     except RecordError as error:
-        raise ConfigurationError(f"{error}; restore or remove that file, or start over with {START_OVER}") from error
+        raise ConfigurationError(f"{error}; restore or remove that file, or start over with overwrite=true") from error
 
 
 def _misfit(checkpoint: Checkpoint, config: RunConfig, directory: Path) -> str | None:
@@ -194,7 +147,7 @@ def _size(path: Path) -> int:
         return 0
     except OSError as error:
         raise ConfigurationError(
-            f"{path} cannot be read: {error.strerror}; restore it, or start over with {START_OVER}"
+            f"{path} cannot be read: {error.strerror}; restore it, or start over with overwrite=true"
         ) from error
 
 

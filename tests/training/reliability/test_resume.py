@@ -343,51 +343,36 @@ def resumed(directory: Path) -> list[int]:
     return [line["step"] for line in lines(directory, "event") if line["event"] == "resumed"]
 
 
-def test_a_rerun_of_overwrite_resumes_the_unfinished_run_that_it_began(
+@pytest.mark.parametrize(
+    ("order", "how", "instead"),
+    [
+        ("overwrite=true", "rerun the command without overwrite=true", "overwrite=false"),
+        ("resume=never", "rerun the command with resume=auto", "resume=auto"),
+    ],
+)
+def test_a_run_names_the_command_that_resumes_it(
+    order: str,
+    how: str,
+    instead: str,
     corpus: list[str],
     tmp_path: Path,
-    finished: Path,
     undisturbed: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    shutil.copytree(finished, tmp_path / "run")
-    overrides = tiny(corpus, tmp_path, "overwrite=true", "optimizer=sophiag")
-    stop_before(14, monkeypatch, overrides)
-    assert "rerun the same command to resume" in capfd.readouterr().err
+    """The same command would start over, or be refused."""
+    overrides = tiny(corpus, tmp_path, order, "optimizer=sophiag")
     stop_before(18, monkeypatch, overrides)
-    assert "overwrite=true: done when this run began; resuming it (start over: overwrite=true resume=never)" in (
-        capfd.readouterr().err
-    )
-    assert run(overrides) == 0
-    assert resumed(tmp_path / "run") == [13, 17]
+    said = capfd.readouterr().err
+    assert f"to resume this run, {how}" in said
+    assert f"{how} to resume" in said
+    assert run([*overrides, instead]) == 0
+    assert resumed(tmp_path / "run") == [17]
     assert curve(tmp_path / "run") == undisturbed
-    assert run([*overrides, "seed=0"]) == 0  # a finished run is replaced
-    assert resumed(tmp_path / "run") == []
+    assert "to resume this run" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("other", [["resume=never"], ["optimizer.lr=1e-5"]], ids=" ".join)
-def test_overwrite_replaces_an_unfinished_run_that_another_order_began(
-    other: list[str],
-    corpus: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    overrides = tiny(corpus, tmp_path, "train.steps=14", "overwrite=true", "optimizer=sophiag")
-    stop_before(12, monkeypatch, overrides)
-    assert run([*overrides, *other]) == 0
-    assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(1, 15))
-    assert resumed(tmp_path / "run") == []
-    monkeypatch.undo()
-    stop_before(12, monkeypatch, [*overrides, "resume=never"])
-    line = "rerun the command with resume=auto and without overwrite=true to resume"
-    assert line in capfd.readouterr().err
-    assert run([*overrides, "resume=auto", "overwrite=false"]) == 0
-    assert resumed(tmp_path / "run") == [11]
-
-
-def test_a_run_goes_back_to_its_own_checkpoint_once(
+def test_a_run_that_goes_back_to_its_own_checkpoint_is_resumed_by_auto(
     corpus: list[str],
     tmp_path: Path,
     finished: Path,
@@ -399,15 +384,10 @@ def test_a_run_goes_back_to_its_own_checkpoint_once(
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000020"
     overrides = tiny(corpus, tmp_path, f"resume={checkpoint}", "checkpoint.keep=9")
     stop_before(23, monkeypatch, overrides)
-    assert resumed(tmp_path / "run") == [20]
-    capfd.readouterr()
-    assert run(overrides) == 0
-    said = f"resume={checkpoint}: done before; resuming from the newest checkpoint (to go back again, move newer ones away)"
-    assert said in capfd.readouterr().err
+    assert "rerun the command with resume=auto to resume" in capfd.readouterr().err
+    assert run([*overrides, "resume=auto"]) == 0
     assert resumed(tmp_path / "run") == [20, 22]
     assert curve(tmp_path / "run") == undisturbed
-    assert run(overrides) == 0  # a finished run goes back again
-    assert resumed(tmp_path / "run") == [20]
 
 
 def test_resume_names_a_run_directory_or_a_checkpoint(corpus: list[str], tmp_path: Path, finished: Path) -> None:
