@@ -82,7 +82,10 @@ def validation_curves(results: Results) -> Figure:
             axis.plot(steps, np.nanmean(losses, axis=0), color=palette[arm], linewidth=1.8, label=name)
         axis.set_ylim(*loss_limits(found, study.baseline))
         axis.set_xlim(left=0)
+        low, high = axis.get_ylim()
         for published in load_reference().of(model):
+            if not low <= published.loss <= high:  # a note outside the axis would take the room of the curves
+                continue
             axis.axhline(published.loss, color=colours([published.arm])[published.arm], linewidth=0.8, linestyle=":")
             _note(axis, f"paper, {label(published.arm)} {published.loss:.3f}", 0.99, published.loss)
     _legend(axes[0])

@@ -77,6 +77,14 @@ def test_the_command_draws_a_figure_and_prints_a_table(
     assert re.search(r"\| +curvature +\|", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(("final", "shown"), [(2.9, True), (5.5, False)])
+def test_published_losses_outside_the_axis_take_no_room(final: float, shown: bool, tmp_path: Path) -> None:
+    """A short run of a published size ends far above them; their notes then squeezed the curves out of the picture."""
+    run = write_run(tmp_path / "a", final=final, config={"model.name": "gpt2_small"}, train_lines=False)
+    figure = FIGURES["curves"](analyse(load_study([run])))
+    assert bool(figure.axes[0].texts) is shown
+
+
 def test_published_numbers_are_those_of_the_paper() -> None:
     reference = load_reference()
     paper = {(one.model, one.arm): one.loss for one in reference.losses if one.source == "paper"}
