@@ -332,12 +332,17 @@ class SophiaH(Sophia):
         foreach: bool | None = None,
         compile: bool | None = None,
     ) -> None:
-        others = eps, weight_decay, hessian_interval
-        named: dict[str, Any] = {
-            "clip": clip,
-            "hessian_power": hessian_power,
-            "hessian_scale": hessian_scale,
-            "foreach": foreach,
-            "compile": compile,
-        }
-        super().__init__(params, lr, betas, gamma, *others, **named)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            gamma,
+            eps,
+            weight_decay,
+            hessian_interval,
+            clip=clip,
+            hessian_power=hessian_power,
+            hessian_scale=hessian_scale,
+            foreach=foreach,
+            compile=compile,
+        )

@@ -40,7 +40,14 @@ from training.records import RecordError, RunRecord, Status, flatten
 from training.reliability import checkpoints
 from training.reliability.checkpoints import Checkpoint, CheckpointError
 from training.reliability.guards import RanksDiffer
-from training.reliability.resumption import Decision, check_tokens, decide, how_to_resume, is_restart
+from training.reliability.resumption import (
+    SAME_COMMAND,
+    Decision,
+    check_tokens,
+    decide,
+    how_to_resume,
+    is_restart,
+)
 from training.reliability.run_directory import REPLACED, RunDirectory, is_run, refuse_links
 from training.reliability.signals import StopSignals
 from training.reliability.watchdog import Watchdog
@@ -192,7 +199,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     if without_bytes is not None:
         recorder.message(f"no bits per byte: {without_bytes}")
     recorder.message(opening_line(config, parameters, manifest.vocab_size, distributed))
-    if (how := how_to_resume(config, recorder.place.path)) != "rerun the same command":
+    if (how := how_to_resume(config, recorder.place.path)) != SAME_COMMAND:
         recorder.message(f"to resume this run, {how}")
     for line in decided.rejected:
         recorder.message(f"checkpoint skipped: {line}")

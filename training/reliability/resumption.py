@@ -13,6 +13,8 @@ from training.reliability import checkpoints
 from training.reliability.checkpoints import Checkpoint, CheckpointError
 from training.reliability.run_directory import refuse_to_replace, refuse_unnamed
 
+SAME_COMMAND = "rerun the same command"
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -39,7 +41,7 @@ def how_to_resume(config: RunConfig, directory: Path) -> str:
     """Return the command that resumes a run that this configuration has started."""
     changes = ["without overwrite=true"] if config.overwrite else []
     changes += ["with resume=auto"] if _starts_again(config, directory) else []
-    return f"rerun the command {' and '.join(changes)}" if changes else "rerun the same command"
+    return f"rerun the command {' and '.join(changes)}" if changes else SAME_COMMAND
 
 
 def _starts_again(config: RunConfig, directory: Path) -> bool:
