@@ -327,19 +327,29 @@ def _diverged(study: Study) -> Iterator[Finding]:
 
 
 def _edges(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
+    """Values whose optimum may lie outside of what was tried; runs beyond the edge answer it."""
     found = edges(study, searches)
     if not found:
         return
-    own = sum(edge.arm == study.baseline for edge in found)
+    open_ = [edge for edge in found if edge.is_open]
+    own = sum(edge.arm == study.baseline for edge in open_)
+    shown = open_ or found
+    title = f"{len(shown)} reported values are at the edge of what was tried"
+    title += f", {own} of them the baseline's" if own else ""
+    title += "" if open_ else "; runs beyond it end no lower"
     keys: dict[str, dict[str, None]] = {}
-    for edge in found:
+    for edge in open_:
         keys.setdefault(edge.arm, {})[edge.key] = None
     told = "; ".join(f"{label(arm)}: {', '.join(of_arm)}" for arm, of_arm in keys.items())
-    title = f"{len(found)} reported values are at the edge of what was tried"
-    title += f", {own} of them the baseline's" if own else ""
-    detail = f"The optimum may lie outside; widen the search. {told}."
+    detail = f"The optimum may lie outside; widen the search. {told}." if told else ""
     detail += " An under-tuned baseline makes every other arm look good." if own else ""
-    yield Finding("edge", "serious" if own else "note", title, detail, baseline=own > 0)
+    beyond = {
+        f"{label(edge.arm)}, {edge.key}={short(one.value)}: {one.interval.text} nats after {one.horizon:,} steps": None
+        for edge in found
+        for one in edge.beyond
+    }
+    detail += f" Beyond the edge, minus at it: {'; '.join(beyond)} (95% intervals)." if beyond else ""
+    yield Finding("edge", "serious" if own else "note", title, detail.strip(), baseline=own > 0)
 
 
 def _budgets(study: Study) -> Iterator[Finding]:

@@ -291,10 +291,14 @@ def edges(results: Results) -> Table:
             "value": short(edge.value),
             "of those tried": f"the {edge.side}",
             "found at": edge.inherited_from or f"{edge.horizon:,} steps",
+            "beyond it, minus at it [95% interval]": "; ".join(
+                f"{short(one.value)}, {one.horizon:,} steps: {one.interval.text}" for one in edge.beyond
+            ),
         }
         rows.append((row, first.get((edge.arm, edge.model, edge.horizon))))
     note = (
-        "The optimum may lie outside. A key that was not searched again at some steps keeps the value found at others."
+        "The optimum may lie outside. A key that was not searched again at some steps keeps the value found at others. Runs "
+        "beyond the edge are ablations that change this value alone (nats, paired by seed; above zero is worse)."
     )
     return _table("edges", "Reported values at an edge of their search", rows, note, linked="value")
 

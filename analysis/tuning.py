@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from analysis.comparison import Contrast, Interval, contrast
 from analysis.trials import Arm, Cell, RecordedTrial, Study
 
 # A random or Halton point this close to the end of its range (in units of the range) counts as at the edge.
 _NEAR = 0.05
+_LEVEL = 0.95  # of the intervals of runs beyond an edge
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,21 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Beyond:
+    """Reported runs once more with one value beyond the edge of its search, compared with those at the edge."""
+
+    value: float
+    horizon: int
+    interval: Interval  # of the mean difference from the runs at the edge, nats, paired by seed
+
+    @property
+    def is_better(self) -> bool:
+        return self.interval.high < 0
+
+
+@dataclass(frozen=True)
 class Edge:
-    """A value at an end of what its search tried: the optimum may lie outside."""
+    """A value at an end of what its search tried: the optimum may lie outside, unless runs beyond it say no."""
 
     arm: str
     model: str
@@ -36,6 +51,12 @@ class Edge:
     value: float
     side: str  # "lowest" or "highest"
     inherited_from: str  # the search that chose the value, as "64 steps", if the key was not searched here
+    beyond: tuple[Beyond, ...] = ()  # at any horizon: the same value, from the same search
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody looked beyond it, or found it better there."""
+        return not self.beyond or any(one.is_better for one in self.beyond)
 
 
 @dataclass(frozen=True)
@@ -119,9 +140,25 @@ def edges(study: Study, searches: Sequence[Tuning]) -> list[Edge]:
                 if side := _side(study.arms[arm], points, key, value, full=source.is_full):
                     place = "" if source.model == model else f"{source.model}, "
                     place = "" if source.cell == cell else f"{place}{source.horizon:,} steps"
-                    found.append(Edge(arm, model, horizon, key, float(value), side, place))
+                    beyond = tuple(_beyond(study, arm, model, key, float(value), side))
+                    found.append(Edge(arm, model, horizon, key, float(value), side, place, beyond))
                 break
     return found
+
+
+def _beyond(study: Study, arm: str, model: str, key: str, value: float, side: str) -> Iterator[Beyond]:
+    """Yield the ablations that move this value alone, farther out, at the horizons at which the arm has it."""
+    used = {trial.cell: trial.values.get(key) for trial in study.reporting}
+    at_edge = {end.horizon: end for end in study.endpoints(arm, model) if used[arm, model, end.horizon] == value}
+    for name in study.arm_names("ablation"):
+        if (study.arms[name].of, study.arms[name].varies) != (arm, (key.split("[")[0],)):
+            continue
+        for end in study.endpoints(name, model):
+            tried = used[name, model, end.horizon]
+            farther = tried > value if side == "highest" else tried < value
+            paired = contrast(end, at_edge[end.horizon], _LEVEL) if farther and end.horizon in at_edge else None
+            if isinstance(paired, Contrast) and paired.interval:
+                yield Beyond(float(tried), end.horizon, paired.interval)
 
 
 def candidates(trials: Sequence[RecordedTrial]) -> list[Candidate]:

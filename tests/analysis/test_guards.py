@@ -440,6 +440,42 @@ def test_an_edge_is_inherited_where_its_key_is_not_searched_again(doctor: Doctor
     assert {(row.key, row.value, row.side) for row in rows} == {("optimizer.weight_decay", 0.4, "highest")}
 
 
+@pytest.mark.parametrize(
+    ("decay", "apart", "severity", "title"),
+    [
+        (0.8, 0.02, "note", "4 reported values are at the edge of what was tried; runs beyond it end no lower"),
+        (0.8, -0.02, "serious", "2 reported values are at the edge of what was tried, 2 of them the baseline's"),
+        (0.3, 0.02, "serious", "2 reported values are at the edge of what was tried, 2 of them the baseline's"),
+    ],
+)
+def test_an_edge_is_answered_by_an_ablation_beyond_it_that_ends_no_lower(
+    doctor: Doctor, decay: float, apart: float, severity: str, title: str
+) -> None:
+    """Weight decay and eps are the highest of those tried at both horizons; eps is answered."""
+    doctor.configure("adamw", optimizer__weight_decay=0.4, optimizer__eps=1e-6)
+    for key, value in (("optimizer.weight_decay", 0.4), ("optimizer.eps", 1e-6)):
+        doctor.declare(key, "adamw")
+        for horizon in (100, 200):
+            config = doctor.runs["adamw", "tuning", horizon, 1e-3]["config"] | {key: 0.5 * value}
+            final = power_law(horizon * 1024) + 0.02
+            doctor.runs["adamw", "tuning", horizon, key] = {"final": final, "config": config}
+    doctor.study["tuning"]["trials"] = 5
+    ablations = doctor.study["ablations"] = {}
+    for name, values in (
+        ("adamw_decay", {"optimizer.weight_decay": decay}),
+        ("adamw_eps", {"optimizer.eps": 1e-4}),
+        ("adamw_both", {"optimizer.weight_decay": 1.6, "optimizer.eps": 1e-4}),
+    ):
+        ablations[name] = {"of": "adamw", "values": values}
+        for seed in (1, 2, 3):
+            base = doctor.runs["adamw", "reporting", 200, seed]
+            final = base["final"] + (apart if name == "adamw_decay" else 0.03) + 0.001 * seed
+            config = base["config"] | values
+            doctor.runs[name, "reporting", 200, seed] = {"optimizer": "adamw", "final": final, "config": config}
+    found = [finding for finding in doctor.write() if finding.guard == "edge"]
+    assert [(finding.severity, finding.title) for finding in found] == [(severity, title)]
+
+
 def test_a_rate_tuned_again_is_at_an_edge_if_it_is_the_lowest_tried_there(doctor: Doctor) -> None:
     """Between the ends of the range of the full search, which a re-tuning does not explore."""
     doctor.study["tuning"] = {"method": "halton", "trials": 6}
