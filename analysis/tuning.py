@@ -148,7 +148,7 @@ def edges(study: Study, searches: Sequence[Tuning]) -> list[Edge]:
 
 def _beyond(study: Study, arm: str, model: str, key: str, value: float, side: str) -> Iterator[Beyond]:
     """Yield the ablations that move this value alone, farther out, at the horizons at which the arm has it."""
-    used = {trial.cell: trial.values.get(key) for trial in study.reporting}
+    used: dict[Cell, Any] = {trial.cell: trial.values.get(key) for trial in study.reporting}
     at_edge = {end.horizon: end for end in study.endpoints(arm, model) if used[arm, model, end.horizon] == value}
     for name in study.arm_names("ablation"):
         if (study.arms[name].of, study.arms[name].varies) != (arm, (key.split("[")[0],)):
