@@ -39,7 +39,7 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
         f"[its report]({place}/report.md). Limits:",
         "\n".join(f"- {line}" for line in limits),
         "What others found:",
-        _body(tables.published(results)),
+        _body(tables.published(results, others=False)),
     ]
     return "\n\n".join(part.strip() for part in parts)
 

@@ -312,8 +312,12 @@ def search_spaces(results: Results) -> Table:
     return _table("search-spaces", "Search spaces", rows)
 
 
-def published(results: Results) -> Table:
-    """Return published results with their flaws; losses of one source, size and length in one row, with ours if comparable."""
+def published(results: Results, *, others: bool = True) -> Table:
+    """Return published results with their flaws; losses of one source, size and length in one row, with ours if comparable.
+
+    Args:
+        others: also results that are not final losses.
+    """
     reference = load_reference()
     ours = {(end.model, end.arm): end for end in results.endpoints() if math.isfinite(end.mean)}  # the longest stays
     groups: dict[tuple[str, str, float | None], list[PublishedLoss]] = {}
@@ -332,7 +336,7 @@ def published(results: Results) -> Table:
             "here": ", ".join(f"{label(end.arm)} {end.mean:.3f} ({end.horizon:,} steps)" for end in mine),
         }
         rows.append((row, mine[0].runs[0] if mine else None))
-    for other in reference.others:
+    for other in reference.others if others else ():
         rows.append(({"source": other.source, "size": other.size, "result": other.finding}, None))
     told: set[str] = set()
     for row, _ in rows:  # a source's flaws stand in its first row

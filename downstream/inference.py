@@ -150,7 +150,7 @@ def _load(checkpoint: Checkpoint, model: LanguageModel) -> LanguageModel:
                 f"{checkpoint.directory}: {name} has shape {found}, but its configuration implies "
                 f"{tuple(parameter.shape)}"
             )
-        weights[name] = checkpoint.tensor(f"model.{name}").float()
+        weights[name] = checkpoint.weights(name).float()
         if not weights[name].isfinite().all():
             raise CheckpointError(f"{checkpoint.directory}: {name} is not finite: the run had diverged")
     model.load_state_dict(weights, assign=True)

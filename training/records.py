@@ -150,14 +150,19 @@ class RunRecord:
 
 
 def find_runs(roots: Iterable[str | Path]) -> list[Path]:
-    """Run directories at or anywhere below the roots, sorted; a run directory is one with a config.yaml and metrics.
+    """Run directories at or below the roots, not in hidden directories; a run directory has a config.yaml and metrics.
 
     Raises:
         FileNotFoundError: a root does not exist.
     """
     places = [Path(root) for root in roots]
     refuse_no_directory(places)
-    found = {path.parent for root in places for path in root.rglob(METRICS_FILE)}
+    found = {
+        path.parent
+        for root in places
+        for path in root.rglob(METRICS_FILE)
+        if not any(part.startswith(".") for part in path.relative_to(root).parts)
+    }
     return sorted(directory for directory in found if os.path.lexists(directory / CONFIG_FILE))
 
 

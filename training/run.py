@@ -29,6 +29,7 @@ from training.distributed import Distributed
 from training.evaluation import bits_per_byte
 from training.exits import EXIT_DIVERGED, EXIT_FAILED, EXIT_PREEMPTED
 from training.exports import Exports
+from training.external import has_evaluation_mode
 from training.loop import NotSaved, Run, TrainingState, train
 from training.optimizers import build_optimizers
 from training.recording.ledger import CompilationClock, Ledger
@@ -38,7 +39,7 @@ from training.recording.terminal import Display
 from training.recording.trackers import build_tracker
 from training.records import RecordError, RunRecord, Status, flatten
 from training.reliability import checkpoints
-from training.reliability.checkpoints import Checkpoint, CheckpointError
+from training.reliability.checkpoints import EVALUATED, Checkpoint, CheckpointError
 from training.reliability.guards import RanksDiffer
 from training.reliability.resumption import (
     SAME_COMMAND,
@@ -486,8 +487,17 @@ def _load(path: Path, strategy: Strategy, ledger: Ledger, distributed: Distribut
 
 
 def _pieces(config: RunConfig, strategy: Strategy, rank: int) -> Iterator[Piece | NumberPiece]:
-    """Yield this rank's part of a checkpoint, with generator states if dropout or code from elsewhere may use them."""
+    """Yield this rank's part of a checkpoint, with generator states if dropout or code from elsewhere may use them.
+
+    The weights of an optimizer with an evaluation mode are saved as trained and, named "evaluated.<parameter>", as evaluated.
+    """
     yield from strategy.pieces()
+    if any(has_evaluation_mode(optimizer) for optimizer in strategy.optimizers):
+        with strategy.evaluating():
+            for piece in strategy.pieces():
+                if isinstance(piece, Piece) and piece.name.startswith("model."):
+                    name = EVALUATED + piece.name.removeprefix("model.")
+                    yield piece._replace(name=name, values=piece.values.clone())
     if config.model.dropout > 0 or not config.model.is_gpt2 or isinstance(config.optimizer, ExternalConfig):
         states = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -149,7 +149,9 @@ def test_runs_are_found_at_any_depth_and_nothing_else(tmp_path: Path) -> None:
     write_run(tmp_path / "a" / "b" / "one", steps=2)
     write_run(tmp_path / "two", steps=2)
     (tmp_path / "three").mkdir()
+    write_run(tmp_path / "two" / ".replaced", steps=2)  # overwrite=true was killed before its run began
     assert [path.name for path in find_runs([tmp_path])] == ["one", "two"]
+    assert [path.name for path in find_runs([tmp_path / "two" / ".replaced"])] == [".replaced"]
     with pytest.raises(FileNotFoundError, match="nowhere"):
         find_runs([tmp_path / "nowhere"])
 

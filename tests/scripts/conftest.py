@@ -19,8 +19,8 @@ WORDS = ("the", "light", "of", "day", "was", "grey", "and", "nobody", "spoke", "
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run of three steps, with checkpoints at steps 2 and 3, and a context of 32 tokens."""
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A run of three steps on prepared tokens, with checkpoints at steps 2 and 3, and a context of 32 tokens."""
     root = tmp_path_factory.mktemp("trained")
     generator = np.random.default_rng(0)
     documents = [f"{number}. " + " ".join(generator.choice(WORDS, 30)) + "." for number in range(150)]
@@ -49,8 +49,15 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     config = compose(overrides)
     prepare(source_of(config), tokenizer_of(config), token_directory_of(config), workers=1)
-    assert command.main(overrides) == 0
-    return root / "runs" / "tiny"
+    return overrides
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny: list[str]) -> Path:
+    """The directory of that run."""
+    assert command.main(tiny) == 0
+    config = compose(tiny)
+    return Path(config.output_dir) / config.run_name
 
 
 @pytest.fixture(scope="session")

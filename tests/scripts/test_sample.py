@@ -12,11 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import TokenDataset, ValidationWindows
 from downstream.inference import Sampling, TrainedModel, as_text, generate, next_token_distribution, open_trained
 from models import GPT2, GPT2Config
 from scripts.sample import main, write
 from training.config import ConfigurationError
+from training.corpus import token_directory_of
 from training.distributed import Distributed
+from training.launching import command
 from training.reliability.checkpoints import Checkpoint, CheckpointError, save
 from training.strategies.base import Piece
 
@@ -201,19 +204,30 @@ def test_a_checkpoint_of_a_run_may_be_named(tiny_run: Path) -> None:
     assert opened.run.directory.name == "tiny"
 
 
-def test_the_model_is_the_one_that_was_trained(tiny_run: Path, trained: TrainedModel) -> None:
+def test_the_model_is_the_one_that_was_evaluated(tiny_run: Path, trained: TrainedModel) -> None:
     # The record's validation loss, on the same tokens: weights, tokenizer and shape belong together.
-    from data import TokenDataset, ValidationWindows
-    from training.corpus import token_directory_of
-
     assert not trained.model.training
+    assert validation_loss(trained) == pytest.approx(recorded_loss(tiny_run), rel=1e-5)
+
+
+def test_the_model_of_an_optimizer_that_averages_has_the_averaged_weights(tiny: list[str], tiny_run: Path) -> None:
+    averaging = ["name=averaged", "optimizer=schedulefree", "schedule=constant", "optimizer.lr=0.02"]
+    assert command.main([*tiny, *averaging]) == 0
+    averaged = open_trained(tiny_run.with_name("averaged"))
+    assert validation_loss(averaged) == pytest.approx(recorded_loss(tiny_run.with_name("averaged")), rel=1e-5)
+
+
+def recorded_loss(run: Path) -> float:
+    return float(json.loads((run / "summary.json").read_text())["final_val_loss"])
+
+
+def validation_loss(trained: TrainedModel) -> float:
     windows = ValidationWindows(TokenDataset(token_directory_of(trained.config), "validation"), 256, 32)
     total, count = 0.0, 0
     for batch in windows.batches(4):
         loss_sum = trained.model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)).loss_sum
         total, count = total + float(loss_sum), count + int((batch.targets >= 0).sum())
-    summary = json.loads((tiny_run / "summary.json").read_text())
-    assert total / count == pytest.approx(summary["final_val_loss"], rel=1e-5)
+    return total / count
 
 
 def test_tokens_that_have_been_moved_can_be_named_and_others_are_refused(

@@ -44,6 +44,7 @@ from training.strategies.base import SAVED_DTYPES, Number, NumberPiece, Piece
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "sophia-checkpoint-2"
+EVALUATED = "evaluated."  # and a parameter's name, where evaluations use other weights than training
 _NAME = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(r"rank-\d{5}\.safetensors")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAVED_DTYPES}
@@ -335,6 +336,11 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """The full tensor."""
         return self.read(name, 0, torch.Size(self.shape(name)).numel()).reshape(self.shape(name))
+
+    def weights(self, parameter: str) -> Tensor:
+        """Return the full weights of a parameter with which the model is evaluated, which its optimizer may average."""
+        evaluated = EVALUATED + parameter
+        return self.tensor(evaluated if evaluated in self._pieces else f"model.{parameter}")
 
     def _pieces_of(self, name: str) -> list[tuple[str, _Piece]]:
         if name not in self._pieces:
