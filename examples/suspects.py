@@ -92,7 +92,7 @@ def _split(group: dict[str, Any], kind: str) -> Iterator[dict[str, Any]]:
 
 
 class SophiaWithoutStaleRows(Sophia):
-    """Sophia that leaves a row of an embedding as it is while the momentum of the row outweighs its gradient.
+    """Sophia that only decays a row of an embedding while the momentum of the row is more than twice its gradient.
 
     The rows of tokens that occur in the batch have gradients larger than their momentum, an average over noise. The
     momentum of any other row is the direction of an earlier batch.
@@ -102,12 +102,14 @@ class SophiaWithoutStaleRows(Sophia):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         assert closure is None
         before = [
-            (parameter, parameter.clone())
+            (parameter, parameter.clone(), 1 - group["lr"] * group["weight_decay"])
             for group in self.param_groups
             for name, parameter in zip(group["names"], group["params"], strict=True)
             if parameter_kind(name) == "embedding"
         ]
         super().step()
-        for parameter, rows in before:
-            stale = parameter.grad.norm(dim=1) < self.state[parameter]["exp_avg"].norm(dim=1)
-            parameter[stale] = rows[stale]
+        clip = getattr(self, "grad_scale", None)  # the run clips the gradient by what divides it
+        for parameter, rows, decay in before:
+            gradient = parameter.grad.norm(dim=1) / (1 if clip is None else clip)
+            stale = self.state[parameter]["exp_avg"].norm(dim=1) > 2 * gradient
+            parameter[stale] = decay * rows[stale]

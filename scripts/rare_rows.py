@@ -1,11 +1,10 @@
-"""How far the rows of the token embedding move, by how often their token occurs.
+"""How far the rows of the token embedding move and how well their tokens are predicted, by how often these occur.
 
-    python scripts/rare_rows.py                          runs in runs/rare_rows; results/claim_why/rare_rows.{csv,png}
+    python scripts/rare_rows.py                          runs in runs/rare_rows; results/claim_eps/rare_rows.{csv,png}
     python scripts/rare_rows.py train.steps=500          with any overrides of the runs
 
-The runs are first trials of study=claim_why: Sophia-G, Sophia-G with the paper's ε, the same without the steps of stale rows,
-and AdamW. In n steps, a row that keeps its direction moves by the sum of their rates, and one whose direction is random by
-about the root of n of it. Finished runs are not rerun.
+The runs are first trials of study=claim_eps (Sophia-G with the paper's ε, a larger one, and without the steps of stale rows)
+and of claim_kinds (AdamW). Finished runs are not rerun.
 """
 
 import argparse
@@ -24,24 +23,31 @@ if __name__ == "__main__":
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from analysis.colours import colours, label
 from analysis.figures import save
-from data.dataset import TokenDataset
+from data import TokenDataset, ValidationWindows
 from data.files import write_atomically
+from downstream.inference import open_trained
 from studies.expansion import expand
 from studies.spec import load_spec
 from training.compose import compose
-from training.config import RunConfig
+from training.config import RunConfig, SophiaConfig
 from training.corpus import token_directory_of
 from training.records import RunRecord
 from training.reliability.checkpoints import Checkpoint, available
 from training.run import execute
 
-STUDY = "claim_why"
-ARMS = ("sophiag", "sophiag_eps12", "sophiag_fresh_rows", "adamw")
+ARMS = {
+    "sophiag_eps12": "claim_eps",
+    "sophiag_eps6": "claim_eps",
+    "sophiag_fresh_rows": "claim_eps",
+    "adamw": "claim_kinds",
+}
 BETWEEN = 100  # steps between two checkpoints
 ROWS = "token_embedding.weight"
 BINS = (0.0, 0.25, 1.0, 4.0, 16.0, 64.0, np.inf)  # occurrences of a token in a batch
@@ -50,15 +56,20 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Movement:
+class Bin:
     """Means over the tokens of one bin, the columns of their rows and the second half of a run."""
 
     arm: str
     least: float  # occurrences in a batch
     below: float
     tokens: int
-    moved: float  # |change between two checkpoints| over the sum of the rates between them
-    whole_rate: float  # share of the entries that the next step moves by the whole rate; NaN for AdamW
+    moved: float  # |change between two checkpoints|
+    straight: float  # of what the rates allow: 1 if every step went the same way by the whole rate
+    whole_rate: (
+        float  # share of the entries that a step moves by the whole rate; NaN where it is not the step of Sophia
+    )
+    targets: int  # validation targets that are such tokens
+    loss: float  # their mean validation loss at the end, nats
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,46 +77,76 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of all runs")
     parser.add_argument("--work", type=Path, default=Path("runs/rare_rows"), help="directory of the runs")
     parser.add_argument(
-        "--output", type=Path, default=Path("results") / STUDY, help="directory of the table and figure"
+        "--output", type=Path, default=Path("results/claim_eps"), help="directory of the table and figure"
     )
     options = parser.parse_args(arguments)
-    first = {trial.arm: trial.overrides for trial in reversed(expand(load_spec(STUDY), {}).trials)}
-    found: list[Movement] = []
-    for arm in ARMS:
+    found: list[Bin] = []
+    for arm, study in ARMS.items():
+        first = next(trial for trial in expand(load_spec(study), {}).trials if trial.arm == arm)
         own = (f"output_dir={options.work}", f"name={arm}", f"checkpoint.interval={BETWEEN}", "checkpoint.keep=1000000")
-        config = compose([*first[arm], *own, *options.overrides])
+        config = compose([*first.overrides, *own, *options.overrides])
         outcome = execute(config)
         if outcome.status != "completed":
             return outcome.exit_code
-        found += movements(arm, config, outcome.directory)
+        found += bins(arm, config, outcome.directory)
     table = pd.DataFrame(found)
     options.output.mkdir(parents=True, exist_ok=True)
     write_atomically(options.output / "rare_rows.csv", table.to_csv(index=False, float_format="%.4g"))
-    save(draw(found), options.output / "rare_rows.png")
+    save(draw(table), options.output / "rare_rows.png")
     print(table.to_string(index=False))
     return 0
 
 
-def movements(arm: str, config: RunConfig, directory: Path) -> list[Movement]:
+def bins(arm: str, config: RunConfig, directory: Path) -> list[Bin]:
     """Return the means of a finished run."""
     often = occurrences(config)
     ratio = config.optimizer.embedding_lr_ratio
     rates = {line["step"]: ratio * line["lr"] for line in RunRecord.open(directory).metrics("train")}
     saved = [Checkpoint(path) for path in reversed(available(directory / "checkpoints"))]
     late = [one for one in saved if one.step >= config.train.steps // 2]
-    weights = [one.tensor(f"model.{ROWS}").numpy()[: len(often)] for one in late]
-    sums = [
+    rows = [one.tensor(f"model.{ROWS}").numpy()[: len(often)] for one in late]
+    moved = np.array([np.abs(after - before).mean(axis=1) for before, after in itertools.pairwise(rows)])
+    allowed = [
         sum(rates[step] for step in range(early.step + 1, later.step + 1)) for early, later in itertools.pairwise(late)
     ]
-    moved = np.mean([moved_by(*pair) for pair in zip(weights, weights[1:], sums, strict=False)], axis=0)
+    straight = (moved / np.array(allowed)[:, None]).mean(axis=0)
     whole = np.mean([whole_rate(config, one)[: len(often)] for one in late], axis=0)
+    losses, targets = validation_losses(config, directory, len(often))
     found = []
     for least, below in itertools.pairwise(BINS):
         inside = (often >= least) & (often < below)
         if inside.any():
-            means = float(moved[inside].mean()), float(whole[inside].mean())
-            found.append(Movement(arm, least, below, int(inside.sum()), *means))
+            count = int(targets[inside].sum())
+            found.append(
+                Bin(
+                    arm=arm,
+                    least=least,
+                    below=below,
+                    tokens=int(inside.sum()),
+                    moved=float(moved.mean(axis=0)[inside].mean()),
+                    straight=float(straight[inside].mean()),
+                    whole_rate=float(whole[inside].mean()),
+                    targets=count,
+                    loss=float(losses[inside].sum() / count) if count else float("nan"),
+                )
+            )
     return found
+
+
+def validation_losses(config: RunConfig, directory: Path, vocabulary: int) -> tuple[Array, Array]:
+    """Return the summed validation losses (nats) and the number of targets by token, (V,) each, of the last checkpoint."""
+    trained = open_trained(directory)
+    split = TokenDataset(token_directory_of(config), "validation")
+    windows = ValidationWindows(split, config.eval.tokens, config.train.sequence_length)
+    losses, counts = np.zeros((2, vocabulary))
+    for batch in windows.batches(16):
+        logits = trained.model.logits(torch.from_numpy(batch.tokens))
+        targets = torch.from_numpy(batch.targets).flatten()
+        each = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+        known = targets >= 0
+        losses += np.bincount(targets[known], weights=each[known], minlength=vocabulary)
+        counts += np.bincount(targets[known], minlength=vocabulary)
+    return losses, counts
 
 
 def occurrences(config: RunConfig) -> Array:
@@ -118,41 +159,39 @@ def occurrences(config: RunConfig) -> Array:
     return np.bincount(tokens.ravel(), minlength=stream.vocab_size) * config.train.global_batch_size / len(starts)
 
 
-def moved_by(before: Array, after: Array, rates: float) -> Array:
-    """Return the mean change of each row's entries, (V,), over the sum of the rates of the steps between."""
-    return np.abs(after - before).mean(axis=1) / rates
-
-
 def whole_rate(config: RunConfig, checkpoint: Checkpoint) -> Array:
-    """Return the share of each row's entries that Sophia's momentum moves by the whole rate, (V,); NaN for AdamW."""
+    """Return the share of each row's entries that Sophia's momentum moves by the whole rate, (V,); NaN for other rules."""
     optimizer = config.optimizer
-    if optimizer.name == "adamw":
+    if not isinstance(optimizer, SophiaConfig):
         return np.full(checkpoint.shape(f"model.{ROWS}")[0], np.nan)
-    values = optimizer.model_dump()
-    values |= values.get("arguments", {})
     momentum, curvature = (checkpoint.tensor(f"optimizer.{ROWS}.{key}") for key in ("exp_avg", "hessian"))
-    denominator = (values["gamma"] * curvature.clamp(min=0)).clamp(min=values["eps"])
+    denominator = (optimizer.gamma * curvature.clamp(min=0)).clamp(min=optimizer.eps)
     whole: Array = (momentum.abs() >= denominator).double().mean(dim=1).numpy()
     return whole
 
 
-def draw(found: Sequence[Movement]) -> Figure:
-    """Draw both quantities against a token's occurrences in a batch, a line for each arm."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+def draw(table: pd.DataFrame) -> Figure:
+    """Draw movement, the share at the whole rate, and the loss minus AdamW's, against a token's occurrences in a batch."""
+    figure, (movement, share, loss) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     ticks = [f"< {BINS[1]:g}", *(f"{low:g} to {high:g}" for low, high in itertools.pairwise(BINS[1:-1]))]
     ticks.append(f"≥ {BINS[-2]:g}")
-    paint = colours(one.arm for one in found)
-    for panel, (axis, title) in enumerate(
-        zip(axes, (f"change in {BETWEEN} steps / sum of the rates", "share of entries at the whole rate"), strict=True)
-    ):
-        for arm, colour in paint.items():
-            own = [one for one in found if one.arm == arm]
-            values = [one.whole_rate if panel else one.moved for one in own]
-            axis.plot([BINS.index(one.least) for one in own], values, "o-", color=colour, label=label(arm))
-        axis.set(xlabel="occurrences of the row's token in a batch", ylabel=title, ylim=(0, None))
+    adamw = table[table.arm == "adamw"].set_index("least").loss
+    for arm, colour in colours(table.arm).items():
+        own = table[table.arm == arm].set_index("least")
+        places = [BINS.index(least) for least in own.index]
+        line = {"color": colour, "marker": "o", "label": label(arm)}
+        movement.plot(places, own.moved, **line)
+        if own.whole_rate.notna().any():
+            share.plot(places, own.whole_rate, **line)
+        loss.plot(places, own.loss - adamw, **line)
+    movement.set(title=f"mean |change| of an entry in {BETWEEN} steps", yscale="log")
+    share.set(title="share of entries at the whole rate", ylim=(0, 1))
+    loss.set(title="validation loss minus AdamW's (nats)")
+    for axis in (movement, share, loss):
+        axis.set_xlabel("occurrences of the row's token in a batch")
         axis.set_xticks(range(len(ticks)), ticks)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    movement.legend()
     return figure
 
 

@@ -70,15 +70,19 @@ def test_an_unknown_kind_is_refused() -> None:
         on_kind(named(), "head")
 
 
-def test_rows_whose_momentum_outweighs_their_gradient_stay() -> None:
+@pytest.mark.parametrize("clip", [None, 4.0])
+def test_rows_whose_momentum_is_twice_their_gradient_only_decay(clip: float | None) -> None:
     rows, matrix = torch.nn.Parameter(torch.zeros(3, 2)), torch.nn.Parameter(torch.zeros(2, 2))
     groups = [{"params": [rows, matrix], "names": ["token_embedding.weight", "blocks.0.mlp.up.weight"]}]
-    optimizer = SophiaWithoutStaleRows(groups, lr=0.1, betas=(0.9, 0.9), weight_decay=0.0, hessian_interval=None)
-    rows.grad, matrix.grad = torch.ones(3, 2), torch.ones(2, 2)
+    optimizer = SophiaWithoutStaleRows(groups, lr=0.1, betas=(0.9, 0.9), weight_decay=0.5, hessian_interval=None)
+    optimizer.grad_scale = None if clip is None else torch.tensor(clip)
+    scale = clip or 1.0
+    rows.grad, matrix.grad = scale * torch.ones(3, 2), scale * torch.ones(2, 2)
     optimizer.step()
-    assert torch.equal(rows, torch.full((3, 2), -0.1))
-    # Momentum is 0.1 now. A gradient of g makes it 0.09 + 0.1 g, which is larger than g below 0.1.
-    rows.grad, matrix.grad = torch.tensor([[1.0, 1.0], [0.11, 0.11], [0.09, 0.09]]), torch.zeros(2, 2)
+    assert torch.allclose(rows, torch.full((3, 2), -0.1))
+    # Momentum is 0.1 now. A gradient of g makes it 0.09 + 0.1 g, which is more than 2 g below 0.0474.
+    rows.grad = scale * torch.tensor([[1.0, 1.0], [0.048, 0.048], [0.047, 0.047]])
+    matrix.grad = torch.zeros(2, 2)
     optimizer.step()
-    assert torch.allclose(rows, torch.tensor([[-0.2, -0.2], [-0.2, -0.2], [-0.1, -0.1]]))
-    assert torch.allclose(matrix, torch.full((2, 2), -0.2))  # only embeddings have stale rows
+    assert torch.allclose(rows, torch.tensor([[-0.195, -0.195], [-0.195, -0.195], [-0.095, -0.095]]))
+    assert torch.allclose(matrix, torch.full((2, 2), -0.195))  # only embeddings have stale rows
