@@ -27,7 +27,7 @@ from analysis.wallclock import seconds_per_occurrence
 # Keys (and all below them) that do not affect what is measured.
 INCIDENTAL = (
     *("name", "output_dir", "resume", "overwrite", "tracker", "launcher", "checkpoint", "profile"),
-    *("data.directory", "data.local_directory"),
+    *("data.directory", "data.local"),
     "train.shared_forward",  # its effect is compared instead
 )
 # Keys that do not change the loss curve (determinism contract) but change the timing.

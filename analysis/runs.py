@@ -38,6 +38,7 @@ _COLUMNS = {
     "train": ("loss", "lr", "grad_norm", "clipped_norm", "tokens_per_second", "unclipped_fraction"),
     "eval": ("val_loss",),
 }
+_TRAIN_POINTS = 400  # bins of a run's train lines
 # Train lines to read per run, several for each bin.
 _TRAIN_LINES = 2000
 _TRAIN_PREFIXES = (b'{"kind":"train"', b'{"kind": "train"')
@@ -206,15 +207,15 @@ def load_runs(directories: Sequence[str | Path]) -> list[RecordedRun]:
     return runs
 
 
-def load_each(directories: Sequence[str | Path], *, train_points: int = 400) -> list[RecordedRun | RecordError]:
+def load_each(directories: Sequence[str | Path]) -> list[RecordedRun | RecordError]:
     """Load run directories in the given order; a damaged one yields its RecordError.
 
-    `train_points` is the number of bins for a run's train lines; 0 keeps none. Two metrics files are in memory at a time.
+    Two metrics files are in memory at a time.
     """
 
     def load(directory: str | Path) -> RecordedRun | RecordError:
         try:
-            return load_run(directory, train_points=train_points)
+            return load_run(directory)
         except RecordError as error:
             return error
 
@@ -222,19 +223,17 @@ def load_each(directories: Sequence[str | Path], *, train_points: int = 400) -> 
         return list(pool.map(load, directories))
 
 
-def load_run(directory: str | Path, *, train_points: int = 400) -> RecordedRun:
+def load_run(directory: str | Path) -> RecordedRun:
     """Load one run. RecordError if the directory has no run record, or one of its files is damaged."""
     record = RunRecord.open(directory)
     path = record.metrics_path
     content = metrics_content(path)
     lines, last_refresh = _read_metrics(content, path), last_line(content, path, "hessian")
     config_place = record.directory / CONFIG_FILE
-    return _run(Origin(record.directory), record, lines, last_refresh, config_place, path, train_points)
+    return _run(Origin(record.directory), record, lines, last_refresh, config_place, path)
 
 
-def runs_of_rows(
-    rows: Sequence[TrialRow], curves: pa.Table, directory: Path, *, train_points: int = 400
-) -> dict[str, RecordedRun]:
+def runs_of_rows(rows: Sequence[TrialRow], curves: pa.Table, directory: Path) -> dict[str, RecordedRun]:
     """Return the runs in a study's tables by trial, without rows that have no summary.
 
     Raises RecordError if a configuration lacks what the analysis needs, or the curves of a trial are missing.
@@ -249,7 +248,7 @@ def runs_of_rows(
             raise RecordError(f"{path} has no lines of {row.trial}, but {trials} has its row; restore both files")
         own, place = lines[row.trial], f"{trials}:{row.line}"
         origin = Origin(trials, row.trial, row.line)
-        runs[row.trial] = _run(origin, row, own, _last_refresh(own), place, path, train_points)
+        runs[row.trial] = _run(origin, row, own, _last_refresh(own), place, path)
     return runs
 
 
@@ -260,7 +259,6 @@ def _run(
     last_refresh: dict[str, Any] | None,
     config_place: Path | str,
     lines_place: Path,
-    train_points: int,
 ) -> RecordedRun:
     config = record.config
     require(_Config, config, config_place)
@@ -274,7 +272,7 @@ def _run(
         environment=record.environment,
         summary=record.summary,
         evaluations=_curve(lines, "eval", lines_place),
-        training=_bin_means(training, train_points),
+        training=_bin_means(training),
         clipped_norm_share=float(np.nanmean(clipped)) if np.isfinite(clipped).any() else float("nan"),
         last_refresh=last_refresh,
     )
@@ -364,12 +362,12 @@ def _curve(table: pa.Table, kind: str, path: Path) -> Curve:
     return Curve(columns)
 
 
-def _bin_means(curve: Curve, points: int) -> Curve:
-    """Average over `points` bins with equal numbers of lines; counters take the last value of a bin."""
+def _bin_means(curve: Curve) -> Curve:
+    """Average over bins with equal numbers of lines; counters take the last value of a bin."""
     n = len(curve)
-    if n <= points:
+    if n <= _TRAIN_POINTS:
         return curve
-    edges = np.linspace(0, n, points + 1).astype(np.int64)
+    edges = np.linspace(0, n, _TRAIN_POINTS + 1).astype(np.int64)
     starts, lasts = edges[:-1], edges[1:] - 1
 
     def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:

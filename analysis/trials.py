@@ -204,7 +204,7 @@ class Study:
         )
 
 
-def load_study(paths: Sequence[str | Path], *, baseline: str = "adamw", train_points: int = 400) -> Study:
+def load_study(paths: Sequence[str | Path], *, baseline: str = "adamw") -> Study:
     """Load a study directory, or run directories (or directories that contain some).
 
     Raises FileNotFoundError if a path does not exist, or has neither a study nor a run; RecordError if a file of the study
@@ -212,13 +212,13 @@ def load_study(paths: Sequence[str | Path], *, baseline: str = "adamw", train_po
     """
     roots = [Path(path) for path in paths]
     if len(roots) == 1 and is_study(roots[0]):
-        return _from_tables(roots[0], train_points)
+        return _from_tables(roots[0])
     directories = find_runs(roots)
     if not directories:
         raise FileNotFoundError(
             f"no run record under {', '.join(map(str, roots))}: give a study directory, or run directories"
         )
-    loaded = load_each(directories, train_points=train_points)
+    loaded = load_each(directories)
     runs = [run for run in loaded if isinstance(run, RecordedRun)]
     damaged = tuple(" ".join(str(error).split()) for error in loaded if isinstance(error, RecordError))
     study = replace(study_of_runs(runs, baseline=baseline), damaged=damaged)
@@ -271,7 +271,7 @@ def _arm_names(runs: Sequence[RecordedRun]) -> list[str]:
     return names
 
 
-def _from_tables(directory: Path, train_points: int) -> Study:
+def _from_tables(directory: Path) -> Study:
     path = directory / STUDY_FILE
     values = read_mapping(path)
     if values is None:
@@ -283,7 +283,7 @@ def _from_tables(directory: Path, train_points: int) -> Study:
     arms = _arms(spec)
     if unknown := [row for row in rows if row.arm not in arms]:
         raise RecordError(f"{directory / TRIALS_FILE}:{unknown[0].line}: {path} has no arm {unknown[0].arm!r}")
-    runs = runs_of_rows(rows, read_curves(directory), directory, train_points=train_points)
+    runs = runs_of_rows(rows, read_curves(directory), directory)
     times = directory / REFERENCE_TIMES_FILE
     return Study(
         name=spec.name,

@@ -32,12 +32,12 @@ import torch.multiprocessing as mp
 from rich.console import Console
 
 from analysis.pages import write_part
+from benchmarks.record import provenance
 from data.batches import Batch
 from data.files import write_json
 from models import GPT2, GPT2Config
 from planning.memory import PHASES, Phase, curvature_of, planned_memory, reduction_bucket_bytes
 from planning.plan import planned_shape
-from training import hardware
 from training.compose import compose
 from training.config import RunConfig, micro_batch_size
 from training.curvature import CurvaturePass
@@ -273,9 +273,7 @@ def main() -> int:
     record = {
         "command": "python benchmarks/memory.py",
         "sizes": SIZES,
-        "hardware": hardware.describe(torch.device("cpu")),
-        "versions": hardware.versions(),
-        "git": hardware.git_state(),
+        **provenance(torch.device("cpu")),
         "cases": cases,
     }
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,6 @@ from training.config import ConfigurationError
 from training.secrets import redacted
 
 TRAINING_FILE = "training.json"
-WEIGHTS_FILE = "model.safetensors"
 #: Every name in an export; a directory with other names is not replaced.
 OWN_NAMES = {
     r"(generation_|tokenizer_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json": None,

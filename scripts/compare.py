@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
     require_environment()
 
-from training.launching.command import refuse
+from training.exits import refuse
 from training.recording.terminal import SafeConsole, printable
 from training.records import RecordError, find_run_directories
 

@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 from analysis.pages import write_part
 from analysis.simulation import coverage, power_by_seeds
-from training.launching.command import refuse
+from training.exits import refuse
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "report.md"
 

@@ -22,7 +22,7 @@ if __name__ == "__main__":
     require_environment()
 
 from training.config import ConfigurationError
-from training.launching.command import refuse
+from training.exits import refuse
 from training.recording.terminal import SafeConsole, printable
 from training.reliability.run_directory import refuse_absent
 

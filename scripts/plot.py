@@ -15,7 +15,7 @@ from analysis.figures import FIGURES, NothingToShow, save
 from analysis.results import analyse
 from analysis.tables import TABLES, markdown
 from analysis.trials import load_study
-from training.launching.command import refuse
+from training.exits import refuse
 from training.recording.terminal import printable
 from training.records import RecordError
 

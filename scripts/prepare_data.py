@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from data.errors import DataError
 from training.compose import compose
 from training.config import ConfigurationError
-from training.launching.command import refuse
+from training.exits import refuse
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 from training.compose import compose
 from training.config import ConfigurationError
-from training.launching.command import refuse
+from training.exits import refuse
 from training.mistakes import key_of
 from training.recording.terminal import printable
 from training.records import RecordError

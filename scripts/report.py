@@ -10,7 +10,7 @@ if __name__ == "__main__":
 
     require_environment()
 
-from training.launching.command import refuse
+from training.exits import refuse
 from training.recording.terminal import SafeConsole
 from training.records import RecordError, refuse_no_directory
 

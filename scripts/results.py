@@ -19,7 +19,7 @@ from analysis.report import print_summary, write_report
 from analysis.results import analyse
 from analysis.standing import overview, section
 from analysis.trials import load_study
-from training.launching.command import refuse
+from training.exits import refuse
 from training.recording.terminal import SafeConsole
 from training.records import RecordError
 

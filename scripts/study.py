@@ -42,8 +42,7 @@ from rich.console import Console
 from data.files import cannot_use
 from studies.spec import StudySpec, load_spec
 from training.config import ConfigurationError
-from training.exits import EXIT_PREEMPTED
-from training.launching.command import refuse
+from training.exits import EXIT_PREEMPTED, refuse
 from training.launching.jobs import launch, side_by_side
 from training.recording.terminal import SafeConsole, printable
 from training.records import RecordError

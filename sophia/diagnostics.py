@@ -1,4 +1,4 @@
-"""Health checks for Sophia's state: statistics of h and m, and an alarm when the optimizer degenerates to sign momentum.
+"""Health checks for Sophia's state: statistics of h and m, and an alarm when the optimizer degenerates to momentum-sign.
 
     sums = sum(curvature_sums(state["hessian"], state["exp_avg"]) for state in optimizer.state.values())
     curvature_summary(sums)["positive_fraction"]
@@ -69,7 +69,7 @@ def curvature_summary(sums: Tensor) -> dict[str, Any]:
 
 
 class UnclippedAlarm:
-    """Detects that Sophia has degenerated to sign momentum: no coordinate was unclipped for more than k steps.
+    """Detects that Sophia has degenerated to momentum-sign: no coordinate was unclipped for more than k steps.
 
     Args:
         hessian_interval: k.
@@ -107,7 +107,7 @@ class UnclippedAlarm:
         self._told = True
         return (
             f"step {step}: every coordinate has been clipped for {steps} steps (hessian_interval "
-            f"{self.hessian_interval}), so Sophia is running as sign momentum. Likely causes: update_hessian() is "
+            f"{self.hessian_interval}), so Sophia is running as momentum-sign. Likely causes: update_hessian() is "
             "not called or every refresh is skipped; num_predictions counts sequences instead of tokens, or a mean "
             "is divided by the accumulation count twice; the estimator's gradient is zeroed or clipped before "
             "update_hessian(); gamma is too small, or eps is above γh."

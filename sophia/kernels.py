@@ -120,7 +120,10 @@ def apply(
     results: list[Tensor | None] = []
     for rows in _by_signature(zip(*([local(t) for t in column] for column in tensors), strict=True)):
         device = rows[0][0].device
-        scalars = [*(_widened(value, device) for value in hyper), *(_moved(value, device) for value in amp)]
+        scalars = [
+            *(_widened(value, device) for value in hyper),
+            *(value if value is None else scalar_on(device, value) for value in amp),
+        ]
         foreach, compile = _choose(form, rows)
         if foreach:
             results.append(rule(*(TensorList(column) for column in zip(*rows, strict=True)), *scalars))
@@ -154,10 +157,6 @@ def _widened(value: Scalar, device: torch.device) -> Scalar:
     if value.device.type != "mps":
         value = value.double()
     return value if value.device.type == "cpu" else scalar_on(device, value)
-
-
-def _moved(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else scalar_on(device, value)
 
 
 def _by_signature(rows: Iterable[Row]) -> list[list[Row]]:

@@ -28,7 +28,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from training.compose import CONFIG_DIRECTORY
 from training.config import ConfigurationError, NonNegativeInt, PositiveInt, whole
 from training.config_files import read_yaml
-from training.mistakes import choose_from, expectation, is_integer
+from training.mistakes import choose_from, expectation, may_hold
 
 STUDY_DIRECTORY = CONFIG_DIRECTORY / "study"
 
@@ -139,7 +139,7 @@ def _whole_numbers(values: Any) -> Any:
 
     if not isinstance(values, Mapping):
         return values
-    return {key: meant(value) if is_integer(str(key)) else value for key, value in values.items()}
+    return {key: meant(value) if may_hold(int, str(key)) else value for key, value in values.items()}
 
 
 class ArmSpec(Section):

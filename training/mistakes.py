@@ -399,10 +399,6 @@ def field_at(location: Sequence[int | str]) -> FieldInfo | None:
     return _found(location)[1]
 
 
-def is_integer(key: str) -> bool:
-    return may_hold(int, key)
-
-
 def may_hold(kind: type, key: str) -> bool:
     """Return whether a value of the key may be of the kind, or a list of it."""
     field = field_at(key.split("."))

@@ -6,6 +6,7 @@ drawn at random, so that it can be compared with itself or with another optimize
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -28,7 +29,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data.batches import Batch
 from models import GPT2, GPT2Config
 from training.compose import compose
-from training.config import SQUARED_GRADIENTS, RunConfig
+from training.config import (
+    SQUARED_GRADIENTS,
+    DeepSpeedConfig,
+    ExternalConfig,
+    FSDPConfig,
+    RunConfig,
+    refuse_impossible_pairs,
+)
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
 from training.optimizers import build_optimizers
@@ -311,9 +319,7 @@ def _members(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _model(shape: GPT2Config) -> dict[str, Tensor]:
-    model = GPT2(shape)
-    model.initialize(0)
-    return dict(model.named_parameters())
+    return dict(GPT2(shape).named_parameters())
 
 
 def _learning_rate(config: RunConfig) -> Check:
@@ -449,8 +455,27 @@ def _elementwise(config: RunConfig) -> Check:
         ends.append(end[order] if not rearranged else end)
     straight, rearranged_end = ends
     if torch.allclose(straight, rearranged_end, rtol=1e-5, atol=1e-3 * config.optimizer.lr):
-        return Check("elementwise", "pass", "yes: strategies single, ddp, fsdp and deepspeed")
-    return Check("elementwise", "note", "no, it needs whole matrices: strategies single and ddp")
+        return Check("elementwise", "pass", f"yes: strategies {_strategies(config, elementwise=True)}")
+    return Check(
+        "elementwise", "note", f"no, it needs whole matrices: strategies {_strategies(config, elementwise=False)}"
+    )
+
+
+def _strategies(config: RunConfig, *, elementwise: bool) -> str:
+    """Return the strategies that a configuration with this optimizer may choose."""
+    optimizer = config.optimizer
+    if isinstance(optimizer, ExternalConfig):
+        optimizer = optimizer.model_copy(update={"elementwise": elementwise})
+    works = ["single", "ddp"]
+    for shown, strategy in (
+        ("fsdp", FSDPConfig(name="fsdp")),
+        ("deepspeed (ZeRO 1, 2)", DeepSpeedConfig(name="deepspeed", zero_stage=2)),
+        ("deepspeed", DeepSpeedConfig(name="deepspeed", zero_stage=3)),
+    ):
+        with contextlib.suppress(ValueError):
+            refuse_impossible_pairs(config.model_copy(update={"optimizer": optimizer, "strategy": strategy}))
+            works.append(shown)
+    return ", ".join(works).replace("deepspeed (ZeRO 1, 2), deepspeed", "deepspeed")
 
 
 def _curvature(config: RunConfig) -> Iterator[Check]:
@@ -462,7 +487,7 @@ def _curvature(config: RunConfig) -> Iterator[Check]:
             fed.step(step, estimate_scale=scale)
         ends.append(fed.weights())
     if _first_difference(*ends) is None:
-        yield Check("curvature is used", "fail", "no: the steps do not depend on the estimates (sign momentum?)")
+        yield Check("curvature is used", "fail", "no: the steps do not depend on the estimates (momentum-sign?)")
     else:
         yield Check("curvature is used", "pass", "the steps depend on the estimates")
 

@@ -62,7 +62,7 @@ def arm_cell(speed: float, seeds: int = 4, scale: float = 0.002, key: int = 1, s
 
 @pytest.fixture(scope="module")
 def cpu_scale() -> Results:
-    return analyse(load_study([RECORDS / "cpu_scale"], train_points=10))
+    return analyse(load_study([RECORDS / "cpu_scale"]))
 
 
 # Contrasts.

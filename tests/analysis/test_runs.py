@@ -20,8 +20,11 @@ def append(run: Path, *lines: str) -> None:
         file.writelines(lines)
 
 
-def test_every_evaluation_is_kept_and_train_lines_become_bin_means(tmp_path: Path) -> None:
-    run = load_run(write_run(tmp_path / "r", steps=200, evaluations=10), train_points=20)
+def test_every_evaluation_is_kept_and_train_lines_become_bin_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("analysis.runs._TRAIN_POINTS", 20)
+    run = load_run(write_run(tmp_path / "r", steps=200, evaluations=10))
     assert run.evaluations.steps.tolist() == [float(step) for step in range(0, 201, 20)]
     assert len(run.training) == 20
     lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
@@ -31,7 +34,9 @@ def test_every_evaluation_is_kept_and_train_lines_become_bin_means(tmp_path: Pat
     assert run.clipped_norm_share == 0.1
 
 
-def test_a_period_of_ten_does_not_bias_the_sample_of_train_lines(tmp_path: Path) -> None:
+def test_a_period_of_ten_does_not_bias_the_sample_of_train_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first step after a curvature pass, one in ten, is told apart by its loss."""
     path = write_run(tmp_path / "r", steps=9000, evaluations=3)
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -39,7 +44,8 @@ def test_a_period_of_ten_does_not_bias_the_sample_of_train_lines(tmp_path: Path)
         if line["kind"] == "train":
             line["loss"] = 1.0 if line["step"] % 10 == 1 else 0.0
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = load_run(path, train_points=10)
+    monkeypatch.setattr("analysis.runs._TRAIN_POINTS", 10)
+    run = load_run(path)
     assert float(run.training["loss"].mean()) == pytest.approx(0.1, abs=0.005)
     assert run.evaluations.steps.tolist() == [0, 3000, 6000, 9000]
 

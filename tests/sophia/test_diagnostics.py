@@ -1,4 +1,4 @@
-"""The sums describe the state; the alarm rings if and only if Sophia runs as sign momentum."""
+"""The sums describe the state; the alarm rings if and only if Sophia runs as momentum-sign."""
 
 import json
 import math

@@ -28,7 +28,7 @@ from training.exits import EXIT_FAILED
 from training.launching.command import main, parse
 from training.launching.inputs import refuse_absent_inputs
 from training.launching.sweep import run_trial, trials
-from training.mistakes import CONVERSIONS, SYNONYMS, group_options, is_integer, known_keys
+from training.mistakes import CONVERSIONS, SYNONYMS, group_options, known_keys, may_hold
 
 GROUPS = ("model", "data", "tokenizer", "optimizer", "schedule", "strategy", "tracker", "launcher", "experiment")
 CHOICES = [f"{group}={choice}" for group in GROUPS for choice in group_options(group)]
@@ -87,7 +87,7 @@ def test_a_mistake_is_one_line_with_key_value_and_remedy(overrides: list[str], e
         assert part in message
 
 
-INTEGERS = sorted(key for key in known_keys() if is_integer(key))
+INTEGERS = sorted(key for key in known_keys() if may_hold(int, key))
 # The choices that have the key, and others that its value needs.
 CHOSEN = {
     "tokenizer": ["tokenizer=bpe"],

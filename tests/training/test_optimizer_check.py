@@ -14,7 +14,7 @@ from training.optimizer_check import Check, check, configured, curve
 CURVATURE = ["optimizer.estimator=gnb", "optimizer.lr=6e-4"]
 #: The broken classes of broken.py: overrides, the check that fails, and a word of what it says.
 FAULTS = {
-    "SignMomentum": (CURVATURE, "curvature is used", "sign momentum"),
+    "SignMomentum": (CURVATURE, "curvature is used", "momentum-sign"),
     "SquaredTrainingGradient": (CURVATURE, "curvature is kept", "square the training gradient"),
     "IgnoredSchedule": ([], "learning rate", "ignores a schedule"),
     "LostState": ([], "checkpoint", "resumed from a checkpoint"),

@@ -165,8 +165,9 @@ class Strategy(ABC):
                 not change.
         """
 
-    @abstractmethod
-    def zero_grad(self) -> None: ...
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -209,29 +210,31 @@ class Strategy(ABC):
         if not modal:
             yield
             return
-        weights = self.weights()
-        saved = [w.clone() for w in weights]
-        try:
-            for optimizer in modal:
-                optimizer.eval()
-            self.weights_changed()
-            yield
-        finally:
-            for optimizer in modal:
-                optimizer.train()
-            for weight, original in zip(weights, saved, strict=True):
-                weight.copy_(original)
-            self.weights_changed()
+        with self._restored():
+            try:
+                for optimizer in modal:
+                    optimizer.eval()
+                self.weights_changed()
+                yield
+            finally:
+                for optimizer in modal:
+                    optimizer.train()
 
     @contextmanager
     def perturbed(self, directions: Sequence[Tensor], scale: Tensor) -> Iterator[None]:
         """Move the weights by `scale` (0-D) times the directions. On exit they are restored bit for bit."""
+        with self._restored():
+            for weight, direction in zip(self.weights(), directions, strict=True):
+                weight.add_(direction * scale)
+            self.weights_changed()
+            yield
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        """On exit the weights are those of the entry, bit for bit."""
         weights = self.weights()
         saved = [w.clone() for w in weights]
         try:
-            for weight, direction in zip(weights, directions, strict=True):
-                weight.add_(direction * scale)
-            self.weights_changed()
             yield
         finally:
             for weight, original in zip(weights, saved, strict=True):

@@ -88,10 +88,6 @@ class DDP(KeepsGraphs):
         counts = unclipped(self.optimizers)
         return statistics if counts is None else statistics._replace(unclipped_fraction=counts[0] / counts[1])
 
-    def zero_grad(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-
     def pieces(self) -> Iterator[Piece | NumberPiece]:
         tensors = saved_state(self.parameters(), self.optimizers)
         return assigned_pieces(tensors, self.distributed.rank, self.distributed.world_size)

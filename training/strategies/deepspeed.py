@@ -354,9 +354,6 @@ class DeepSpeed(Strategy):
                 return [torch.full_like(weight, float("nan")) for weight in self.weights()]
         return [fragment.of(taken[id(partition)]) for fragment, partition in self._placed()]
 
-    def parameters(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters())
-
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         with self._all_partitions(), super().evaluating():

@@ -118,10 +118,6 @@ class FSDP(Strategy):
             statistics = statistics._replace(unclipped_fraction=counts[0] / counts[1])
         return statistics
 
-    def zero_grad(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-
     def parameters(self) -> dict[str, Tensor]:
         # Not read from the module: while weights are gathered, it shows whole tensors instead of shards.
         return dict(self._parameters)
