@@ -28,10 +28,9 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.record import provenance, verdict, write_results
+from benchmarks import page
+from benchmarks.record import provenance, write_results
 from data import Batch, Batches, FileSource, SampleSource, TokenDataset, TokenizerSpec, prepare
 from data.manifest import Manifest, Split, token_dtype
 from data.readers import read_documents, segments
@@ -245,47 +244,6 @@ def measure_reading(root: Path, tokens: int) -> list[dict[str, Any]]:
     return rows
 
 
-def show(results: dict[str, Any]) -> None:
-    console = Console(width=120)
-    preparation = results["preparation"]
-    table = Table(title=f"Preparation of {preparation['megabytes']:.0f} MB, {preparation['processes']} processes")
-    for column in ("", "seconds", "M tokens/s", "ratio", "target", ""):
-        table.add_column(column, justify="left" if column == "" else "right")
-    names = {"plain": "datasets.map + tiktoken + loop over documents", "here": "data.prepare"}
-    for key, name in names.items():
-        ratio = preparation["tokens_per_second"][key] / preparation["tokens_per_second"]["plain"]
-        table.add_row(
-            name,
-            " ".join(f"{seconds:.1f}" for seconds in preparation["seconds"][key]),
-            f"{preparation['tokens_per_second'][key] / 1e6:.2f}",
-            f"{ratio:.2f}",
-            f"≥ {PREPARATION_TARGET:.1f}" if key == "here" else "",
-            verdict(ratio >= PREPARATION_TARGET) if key == "here" else "",
-        )
-    console.print(table)
-    peaks = ", ".join(f"{size}: {peak / 2**20:.0f} MiB" for size, peak in preparation["workers_peak_bytes"].items())
-    console.print(f"peak memory of all workers together, by corpus size: {peaks}\n")
-    table = Table(title="Reading a batch, tokens and targets in int64, from the page cache")
-    for column in ("batch", "µs", "GB/s", "memcpy GB/s", "ratio", "target", "", "share of a step*", "target", ""):
-        table.add_column(column, justify="right")
-    for row in results["reading"]:
-        table.add_row(
-            f"{row['batch_size']} × {row['sequence_length']}",
-            f"{row['seconds'] * 1e6:.0f}",
-            f"{row['bytes_per_second'] / 1e9:.1f}",
-            f"{row['memcpy_bytes_per_second'] / 1e9:.1f}",
-            f"{row['ratio']:.2f}",
-            f"≥ {READING_TARGET}",
-            verdict(row["ratio"] >= READING_TARGET),
-            f"{row['share_of_step']:.2%}",
-            f"< {STEP_TARGET:.0%}",
-            verdict(row["share_of_step"] < STEP_TARGET),
-        )
-    console.print(table)
-    console.print(f"* of a rank that trains on {FAST_RANK:,} tokens a second, without reading ahead")
-    console.print("Short windows can fall short because Python needs 0.4 µs for each, more than their copy.")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=200.0, help="size of the corpus")
@@ -300,7 +258,7 @@ def main() -> int:
             "reading": measure_reading(Path(root), arguments.read_tokens),
             "preparation": measure_preparation(Path(root), arguments.megabytes, arguments.repeats, arguments.processes),
         }
-    show(results)
+    print("\n".join(page.data(results)))
     write_results(arguments.output, results)
     return 0
 

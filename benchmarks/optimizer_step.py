@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks import page
 from benchmarks.record import provenance, write_results
 from models.gpt2 import GPT2, GPT2Config
 from sophia import Lion, SophiaG, SophiaH
@@ -153,30 +152,6 @@ def measure_cold_start(device: torch.device) -> dict[str, float]:
     return {"empty_cache_seconds": found[0], "full_cache_seconds": found[1]}
 
 
-def show(results: dict[str, Any]) -> None:
-    console = Console()
-    table = Table(title=f"Optimizer step, {results['parameters'] / 1e6:.0f}M parameters, fp32")
-    for column in ("", "median ms", "ratio", "of fastest", "target", ""):
-        table.add_column(column, justify="left" if column == "" else "right")
-    for name, row in results["steps"].items():
-        target = TARGETS.get(name)
-        table.add_row(
-            name,
-            f"{1e3 * row['median_seconds']:.1f}",
-            f"{row['ratio']:.2f}",
-            f"{row['ratio_of_fastest']:.2f}",
-            "" if target is None else f"≤ {target:.2f}",
-            "" if target is None else "pass" if row["ratio"] <= target else "falls short",
-        )
-    console.print(table)
-    cold = results["cold_start"]
-    verdict = "pass" if cold["empty_cache_seconds"] <= COLD_START_TARGET else "falls short"
-    console.print(
-        f"first refresh and step of a process: {cold['empty_cache_seconds']:.1f} s (≤ {COLD_START_TARGET:.0f} s: "
-        f"{verdict}), {cold['full_cache_seconds']:.1f} s with a full compiler cache"
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="124m")
@@ -199,7 +174,7 @@ def main() -> int:
         "steps": measure(arms(params, arguments.slow), arguments.rounds, device),
         "cold_start": cold_start,
     }
-    show(results)
+    print("\n".join(page.optimizer_step(results)))
     write_results(arguments.output, results)
     return 0
 

@@ -27,7 +27,3 @@ def write_results(output: Path, results: Mapping[str, Any]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, results)
     print(f"written to {os.path.relpath(output)}")
-
-
-def verdict(passed: bool) -> str:
-    return "pass" if passed else "falls short"

@@ -22,7 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,12 +30,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from analysis.results import analyse
 from analysis.runs import load_runs
 from analysis.trials import study_of_runs
+from benchmarks import page
 from benchmarks.data_pipeline import prepare_here, repeated_sample
 from benchmarks.record import provenance, write_results
 from models import GPT2, GPT2Config
@@ -216,18 +215,6 @@ def measure(cases: Sequence[Case], rounds: int, device: torch.device) -> dict[st
     return {"labels": labels, "sizes": sizes, "seconds": fastest, "rounds": taken, **fit(sizes, fastest)}
 
 
-def show(results: Mapping[str, Any]) -> None:
-    console = Console(width=120)
-    table = Table(title="How cost grows: slope of log time over log size (theory: 1)")
-    for column in ("", "sizes and seconds", "slope", "at the end", ""):
-        table.add_column(column, justify="left" if column in ("", "sizes and seconds") else "right")
-    for name, row in results["families"].items():
-        points = ", ".join(f"{label}: {s:.3g}" for label, s in zip(row["labels"], row["seconds"], strict=True))
-        verdict = "SUPER-LINEAR" if row["super_linear"] else "linear or less"
-        table.add_row(name, points, f"{row['slope']:.2f}", f"{row['slope_at_the_end']:.2f}", verdict)
-    console.print(table)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -248,7 +235,7 @@ def main() -> int:
         if arguments.only is None or name in arguments.only:
             with family() as cases:
                 results["families"][name] = measure(cases, arguments.rounds, device)
-    show(results)
+    print("\n".join(page.scaling(results)))
     write_results(arguments.output, results)
     return 0
 

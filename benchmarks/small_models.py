@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.record import provenance, verdict, write_results
+from benchmarks import page
+from benchmarks.record import provenance, write_results
 from training.records import read_summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,20 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with worktree(options.against, scratch / "before") as before:
             runs = measure({"here": ROOT, "before": before}, options.models, options.steps, options.rounds, scratch)
     found = judged(runs)
-    table = Table(
-        "", "before, s", "here, s", "faster by", f"target {TARGET}", "own overhead", f"< {OVERHEAD_TARGET:.0%}"
-    )
-    for model, row in found.items():
-        judgement = (
-            verdict(row["speed_up"] >= TARGET),
-            f"{row['overhead']:.1%}",
-            verdict(row["overhead"] < OVERHEAD_TARGET),
-        )
-        table.add_row(model, f"{row['before']:.1f}", f"{row['here']:.1f}", f"{row['speed_up']:.2f}", *judgement)
-    Console().print(table)
     about = {"against": options.against, "steps": options.steps, "run": list(RUN)}
     targets = {"speed_up": TARGET, "overhead": OVERHEAD_TARGET}
     results = provenance(torch.device("cpu")) | about | {"targets": targets, "models": found, "runs": runs}
+    print("\n".join(page.small_models(results)))
     write_results(options.output, results)
     return 0
 

@@ -31,13 +31,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.calibration import datasheet_rate, matrix_product_rate
 from benchmarks.plain_gpt2 import PlainGPT2
-from benchmarks.record import provenance, verdict, write_results
+from benchmarks.record import provenance, write_results
 from models import GPT2, GPT2Config
 from sophia import SophiaG
 from sophia.random import normals_like
@@ -468,63 +466,6 @@ def measure(size: str, rounds: int, device: torch.device) -> dict[str, Any]:
     return results
 
 
-def show(size: str, results: dict[str, Any]) -> None:
-    console, shape = Console(width=120), SHAPES[size]
-    rates = results["matrix_product_rate"]
-    for steps in results["groups"]:
-        here = steps[HERE]
-        table = Table(title=f"Training step, {size}, T = {shape.config.block_size}, batch {shape.batch_size}")
-        for column in ("", "median s", "tokens/s", "here is faster by", "target", "", "utilisation*", "peak GB"):
-            table.add_column(column, justify="left" if column == "" else "right")
-        for name, row in steps.items():
-            ratio, target = row["median_seconds"] / here["median_seconds"], TARGETS[size].get(name)
-            rate = rates["bf16" if ARMS[name].bf16 else "fp32"]
-            table.add_row(
-                name,
-                f"{row['median_seconds']:.3f}",
-                f"{shape.tokens / row['median_seconds']:.0f}",
-                f"{ratio:.2f}",
-                "" if target is None else f"≥ {target:.1f}",
-                "" if target is None else verdict(ratio >= target),
-                f"{results['flops'] / row['median_seconds'] / rate:.0%}",
-                f"{row['peak_bytes'] / 1e9:.2f}",
-            )
-        console.print(table)
-    console.print(
-        f"* of the measured rate of large products: bf16 {rates['bf16'] / 1e12:.2f}, fp32 {rates['fp32'] / 1e12:.2f} "
-        f"TFLOP/s. At that rate the step's products alone take {results['products_alone_seconds']:.2f} s, so the largest "
-        f"possible speed-up over the plain model is "
-        f"{results['groups'][0][BASELINE]['median_seconds'] / results['products_alone_seconds']:.2f}."
-    )
-    if rates["bf16_datasheet"] is not None:
-        share = results["flops"] / results["groups"][0][HERE]["median_seconds"] / rates["bf16_datasheet"]
-        console.print(f"  of the datasheet's {rates['bf16_datasheet'] / 1e12:.0f} TFLOP/s: {share:.0%}")
-    table = Table(title=f"Peak memory by kind, MB ({size}, freed memory returned immediately)")
-    for column in ("", *results["memory"], "ratio", "target", ""):
-        table.add_column(column, justify="left" if column == "" else "right")
-    for kind in results["memory"][BASELINE]:
-        plain, here_bytes = (results["memory"][name][kind] for name in (BASELINE, HERE))
-        ratio = here_bytes / plain if plain else float("nan")
-        judged = kind == "peak"
-        table.add_row(
-            kind,
-            f"{plain / 1e6:.0f}",
-            f"{here_bytes / 1e6:.0f}",
-            f"{ratio:.2f}",
-            f"≤ {MEMORY_TARGET}" if judged else "",
-            verdict(ratio <= MEMORY_TARGET) if judged else "",
-        )
-    console.print(table)
-    table = Table(title=f"The curvature pass, every {HESSIAN_INTERVAL} steps")
-    for column in ("", "share of a step", "target", ""):
-        table.add_column(column, justify="left" if column == "" else "right")
-    for name, row in results["curvature"].items():
-        target = CURVATURE_TARGETS[name]
-        passed = verdict(row["share_of_step"] <= target)
-        table.add_row(name, f"{row['share_of_step']:.1%}", f"≤ {target:.1%}", passed)
-    console.print(table)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SHAPES, default="30m")
@@ -546,7 +487,9 @@ def main() -> int:
         "targets": {"throughput": TARGETS[arguments.size], "memory": MEMORY_TARGET, "curvature": CURVATURE_TARGETS},
         **measure(arguments.size, arguments.rounds, device),
     }
-    show(arguments.size, results)
+    from benchmarks import page  # whose pandas would count as memory of the measured processes
+
+    print("\n".join(page.training_step(results)))
     write_results(output, results)
     return 0
 
