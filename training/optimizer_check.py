@@ -455,13 +455,13 @@ def _elementwise(config: RunConfig) -> Check:
         ends.append(end[order] if not rearranged else end)
     straight, rearranged_end = ends
     if torch.allclose(straight, rearranged_end, rtol=1e-5, atol=1e-3 * config.optimizer.lr):
-        return Check("elementwise", "pass", f"yes: strategies {_strategies(config, elementwise=True)}")
+        return Check("elementwise", "pass", f"yes: strategies {strategies_of(config, elementwise=True)}")
     return Check(
-        "elementwise", "note", f"no, it needs whole matrices: strategies {_strategies(config, elementwise=False)}"
+        "elementwise", "note", f"no, it needs whole matrices: strategies {strategies_of(config, elementwise=False)}"
     )
 
 
-def _strategies(config: RunConfig, *, elementwise: bool) -> str:
+def strategies_of(config: RunConfig, *, elementwise: bool) -> str:
     """Return the strategies that a configuration with this optimizer may choose."""
     optimizer = config.optimizer
     if isinstance(optimizer, ExternalConfig):

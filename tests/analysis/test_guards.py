@@ -609,6 +609,7 @@ def test_what_changes_nothing_that_is_measured_is_no_difference(tmp_path: Path) 
         "launcher.nproc_per_node": 4,
         "checkpoint.interval": 7,
         "data.directory": "/scratch",
+        "data.local": "/disk",
     }
     paths = [write_run(tmp_path / "a"), write_run(tmp_path / "b", optimizer="lion", config=incidental)]
     assert differences(load_runs(paths)) == []

@@ -9,7 +9,7 @@ import pytest
 
 from scripts.check_optimizer import main, table_of
 from training import optimizer_check
-from training.optimizer_check import Check, check, configured, curve
+from training.optimizer_check import Check, check, configured, curve, strategies_of
 
 CURVATURE = ["optimizer.estimator=gnb", "optimizer.lr=6e-4"]
 #: The broken classes of broken.py: overrides, the check that fails, and a word of what it says.
@@ -68,12 +68,29 @@ def test_the_table_of_all_optimizers_names_what_did_not_pass() -> None:
     checks = [
         Check("weight decay", "fail", "it is coupled"),
         Check("state", "pass", "8.0 bytes per parameter, float32 (m, v)"),
-        Check("elementwise", "pass", "yes: strategies single, ddp, fsdp and deepspeed"),
+        Check("elementwise", "pass", "yes: strategies single, ddp, fsdp, deepspeed"),
         Check("speed", "note", "a step takes 3.75 times that of fused AdamW (2.1M parameters)"),
     ]
     _, _, row, _, remark = table_of({"mine": checks}).splitlines()
-    assert row == "| mine | 1 of 2 | 8.0 | single, ddp, fsdp and deepspeed |"
+    assert row == "| mine | 1 of 2 | 8.0 | single, ddp, fsdp, deepspeed |"
     assert remark == "- mine, weight decay (fail): it is coupled"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "elementwise", "strategies"),
+    [
+        (["optimizer=sophiag"], True, "single, ddp, fsdp, deepspeed"),
+        (["optimizer=sophiah"], True, "single, ddp, deepspeed (ZeRO 1, 2)"),
+        (["optimizer=sophiah", "optimizer.estimator=hutchinson_differences"], True, "single, ddp, fsdp, deepspeed"),
+        (["optimizer=muon"], False, "single, ddp, fsdp"),
+        (["optimizer=soap"], False, "single, ddp"),
+        (["optimizer=external", "optimizer.factory=torch.optim:NAdam"], True, "single, ddp, fsdp, deepspeed"),
+    ],
+)
+def test_the_strategies_are_those_that_a_configuration_may_choose(
+    overrides: list[str], elementwise: bool, strategies: str
+) -> None:
+    assert strategies_of(configured(overrides), elementwise=elementwise) == strategies
 
 
 def test_a_sound_class_from_outside_passes() -> None:
