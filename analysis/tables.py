@@ -285,7 +285,8 @@ def searches(results: Results) -> Table:
 def edges(results: Results) -> Table:
     first = {(one.arm, one.model, one.horizon): one.best.trials[0].origin for one in results.tunings if one.best.trials}
     rows = []
-    for edge in edges_of(results.study, results.tunings):
+    found = edges_of(results.study, results.tunings)
+    for edge in found:
         row = _place(edge) | {
             "key": edge.key,
             "value": short(edge.value),
@@ -297,9 +298,10 @@ def edges(results: Results) -> Table:
         }
         rows.append((row, first.get((edge.arm, edge.model, edge.horizon))))
     note = (
-        "The optimum may lie outside. A key that was not searched again at some steps keeps the value found at others. Runs "
-        "beyond the edge are ablations that change this value alone (nats, paired by seed; above zero is worse)."
+        "The optimum may lie outside. A key that was not searched again at some steps keeps the value found at others."
     )
+    if any(edge.beyond for edge in found):
+        note += " Runs beyond the edge change this value alone (nats, paired by seed; above zero is worse)."
     return _table("edges", "Reported values at an edge of their search", rows, note, linked="value")
 
 
