@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from analysis import tables
 from analysis.guards import Finding, differences, inspect
 from analysis.results import analyse
 from analysis.runs import load_runs
@@ -474,6 +475,11 @@ def test_an_edge_is_answered_by_an_ablation_beyond_it_that_ends_no_lower(
             doctor.runs[name, "reporting", 200, seed] = {"optimizer": "adamw", "final": final, "config": config}
     found = [finding for finding in doctor.write() if finding.guard == "edge"]
     assert [(finding.severity, finding.title) for finding in found] == [(severity, title)]
+    shown = tables.edges(analyse(load_study([doctor.directory]))).frame.set_index(["key", "steps"])
+    said = shown["beyond it, minus at it [95% interval]"]["optimizer.weight_decay", "200"]
+    assert said == (
+        f"{decay}, 200 steps: {apart + 0.002:+.3f} [{apart:+.3f}, {apart + 0.004:+.3f}]" if decay > 0.4 else ""
+    )
 
 
 def test_a_rate_tuned_again_is_at_an_edge_if_it_is_the_lowest_tried_there(doctor: Doctor) -> None:
