@@ -21,7 +21,7 @@ from analysis.colours import label
 from analysis.runs import Origin, RecordedRun, flatten
 from analysis.trial_tables import leaves
 from analysis.trials import Cell, RecordedTrial, Study, short
-from analysis.tuning import Tuning, edges, predicted_gain, tunings
+from analysis.tuning import MATTERS, Tuning, edges, predicted_gain, tunings
 from analysis.wallclock import seconds_per_occurrence
 
 # Keys (and all below them) that do not affect what is measured.
@@ -336,7 +336,7 @@ def _edges(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
     shown = open_ or found
     title = f"{len(shown)} reported values are at the edge of what was tried"
     title += f", {own} of them the baseline's" if own else ""
-    title += "" if open_ else "; runs beyond it end no lower"
+    title += "" if open_ else f"; runs beyond it exclude a gain of {MATTERS:g} nats"
     keys: dict[str, dict[str, None]] = {}
     for edge in open_:
         keys.setdefault(edge.arm, {})[edge.key] = None

@@ -25,7 +25,7 @@ from analysis.comparison import (
     compare,
     fit_baseline,
 )
-from analysis.guards import Finding, inspect
+from analysis.guards import Finding, Severity, inspect
 from analysis.runs import Currency, Origin, RecordedRun
 from analysis.sensitivity import Ablation, Grid, ablations, sensitivity_grid
 from analysis.trials import Study
@@ -309,6 +309,7 @@ def _within_noise_of_search(verdicts: Sequence[Verdict], searches: Sequence[Tuni
         if study.arms[one.arm].method in ("random", "halton") and math.isfinite(one.noise)
     }
     told = []
+    decided = False
     for one in verdicts:
         own, baselines = noise.get((one.arm, one.model)), noise.get((study.baseline, one.model))
         same = one.at.same if one.at else ""
@@ -316,10 +317,12 @@ def _within_noise_of_search(verdicts: Sequence[Verdict], searches: Sequence[Tuni
             continue
         if abs(difference := float(same.differences.mean())) < 2 * math.hypot(own, baselines):
             told.append(f"{label(one.arm)} on {one.model} ({difference:+.3f} against {math.hypot(own, baselines):.3f})")
+            decided |= one.word in ("faster", "slower")
     if told:
         title = "Differences within twice the noise of the searches"
         detail = "Other points of the same searches might change their sign. Nats, each against one standard deviation"
-        yield Finding("tuning", "note", title, f"{detail}: {'; '.join(told)}.")
+        severity: Severity = "serious" if decided else "note"
+        yield Finding("tuning", severity, title, f"{detail}, had both drawn independently: {'; '.join(told)}.")
 
 
 def _no_baseline(study: Study) -> str:

@@ -8,9 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from analysis import escaping, tables
+from analysis.comparison import Endpoints
 from analysis.results import Results, Verdict, model_sizes
 
 _DOUBTS = 2
+_SHORT_STEPS = 1000
+_SHORT = " Short runs favour short averages (β1, β2) and leave little time to estimate the curvature."
 
 
 def section(results: Results, directory: Path, page: Path, arm: str) -> str:
@@ -24,11 +27,12 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
     if not verdicts:
         raise ValueError(f"{directory} has no verdict on {arm!r}; choose one of {', '.join(study.arms)}")
     reported, tuning = (sum(trial.run is not None for trial in trials) for trials in (study.reporting, study.tuning))
+    ends = [_end(results, one) for one in verdicts]
     scale = "; ".join(_scale(results, one) for one in verdicts)
     serious = sum(one.severity == "serious" for one in results.findings)
     limits = [
-        f"Scale: {scale}. The paper's smallest model has 125M parameters, 100,000 steps, 390 tokens per parameter. Short runs "
-        "favour short averages (β1, β2) and leave little time to estimate the curvature.",
+        f"Scale: {scale}. The paper's smallest model has 125M parameters, 100,000 steps of 491,520 tokens, 390 tokens per "
+        "parameter." + (_SHORT if all(one.horizon < _SHORT_STEPS for one in ends) else ""),
         *(escaping.markdown(f"{one.title}. {one.detail}") for one in results.findings[: max(_DOUBTS, serious)]),
     ]
     parts = [
@@ -64,13 +68,16 @@ def overview(studies: Sequence[tuple[Results, Path]], page: Path, arm: str) -> s
     return "\n".join(lines)
 
 
+def _end(results: Results, verdict: Verdict) -> Endpoints:
+    return verdict.at.endpoints if verdict.at else results.study.endpoints(verdict.arm, verdict.model)[-1]
+
+
 def _scale(results: Results, verdict: Verdict) -> str:
-    study = results.study
-    end = verdict.at.endpoints if verdict.at else study.endpoints(verdict.arm, verdict.model)[-1]
-    tokens, size = float(end.tokens.mean()), model_sizes(study).get(verdict.model, math.nan)
+    end, size = _end(results, verdict), model_sizes(results.study).get(verdict.model, math.nan)
+    tokens = float(end.tokens.mean())
     return (
-        f"{size / 1e6:.1f}M parameters, {end.horizon:,} steps, {tokens / 1e6:.1f}M tokens, {tokens / size:.2g} tokens per "
-        "parameter"
+        f"{size / 1e6:.1f}M parameters, {end.horizon:,} steps of {tokens / end.horizon:,.0f} tokens, {tokens / size:.2g} tokens "
+        "per parameter"
     )
 
 

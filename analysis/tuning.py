@@ -14,7 +14,9 @@ from analysis.trials import Arm, Cell, RecordedTrial, Study
 
 # A random or Halton point this close to the end of its range (in units of the range) counts as at the edge.
 _NEAR = 0.05
-_LEVEL = 0.95  # of the intervals of runs beyond an edge
+# Runs beyond an edge answer it if this interval excludes a gain (nats) that would matter.
+_LEVEL = 0.95
+MATTERS = 0.02
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,6 @@ class Beyond:
     horizon: int
     interval: Interval  # of the mean difference from the runs at the edge, nats, paired by seed
 
-    @property
-    def is_better(self) -> bool:
-        return self.interval.high < 0
-
 
 @dataclass(frozen=True)
 class Edge:
@@ -55,8 +53,8 @@ class Edge:
 
     @property
     def is_open(self) -> bool:
-        """Whether nobody looked beyond it, or found it better there."""
-        return not self.beyond or any(one.is_better for one in self.beyond)
+        """Whether nobody looked beyond it, or a gain that would matter may lie there."""
+        return not self.beyond or any(one.interval.low < -MATTERS for one in self.beyond)
 
 
 @dataclass(frozen=True)

@@ -444,7 +444,12 @@ def test_an_edge_is_inherited_where_its_key_is_not_searched_again(doctor: Doctor
 @pytest.mark.parametrize(
     ("decay", "apart", "severity", "title"),
     [
-        (0.8, 0.02, "note", "4 reported values are at the edge of what was tried; runs beyond it end no lower"),
+        (
+            0.8,
+            0.02,
+            "note",
+            "4 reported values are at the edge of what was tried; runs beyond it exclude a gain of 0.02 nats",
+        ),
         (0.8, -0.02, "serious", "2 reported values are at the edge of what was tried, 2 of them the baseline's"),
         (0.3, 0.02, "serious", "2 reported values are at the edge of what was tried, 2 of them the baseline's"),
     ],
@@ -522,6 +527,22 @@ def test_the_finalists_seeds_decide_and_the_searchs_do_not(doctor: Doctor) -> No
     # The lowest of three draws with replacement from 3.00, 3.02, 3.05 has these chances: 19/27, 7/27, 1/27.
     chance, losses = np.array([19, 7, 1]) / 27, np.array([3.00, 3.02, 3.05])
     assert search.noise == pytest.approx(math.sqrt(chance @ losses**2 - (chance @ losses) ** 2))
+
+
+@pytest.mark.parametrize(("difference", "severity"), [(0.01, "serious"), (0.0, "note"), (0.2, None)])
+def test_a_verdict_within_the_luck_of_the_searches_is_in_serious_doubt(
+    doctor: Doctor, difference: float, severity: str | None
+) -> None:
+    """The lowest of three draws from 0, 0.05 and 0.05 has a standard deviation of 0.0228; of two arms, 0.0323."""
+    doctor.study["tuning"]["method"] = "halton"
+    for (arm, phase, *_), arguments in doctor.runs.items():
+        if (arm, phase) == ("sophiag", "reporting"):
+            arguments["final"] += difference - 0.01
+    doctor.write()
+    findings = analyse(load_study([doctor.directory])).findings
+    found = [one for one in findings if one.title == "Differences within twice the noise of the searches"]
+    assert [one.severity for one in found] == ([severity] if severity else [])
+    assert all("against 0.032)" in one.detail for one in found)
 
 
 def test_a_parabola_compares_rates_on_the_seeds_that_they_share(doctor: Doctor) -> None:
