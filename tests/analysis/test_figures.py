@@ -20,16 +20,6 @@ from scripts.plot import main as plot
 from tests.analysis.synthetic import write_run, write_study
 
 
-@pytest.fixture(scope="module")
-def study_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_study(tmp_path_factory.mktemp("study") / "synthetic")
-
-
-@pytest.fixture(scope="module")
-def results(study_directory: Path) -> Results:
-    return analyse(load_study([study_directory]))
-
-
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_complete_study_gives_every_figure(results: Results, name: str, tmp_path: Path) -> None:
     path = save(FIGURES[name](results), tmp_path / f"{name}.png")
@@ -45,11 +35,6 @@ def test_each_panel_of_curves_reaches_down_to_the_ends_of_its_own_runs(results: 
         bottom, top = axis.get_ylim()
         lowest = min(np.asarray(line.get_ydata(), dtype=float).min() for line in axis.lines)
         assert 0 < lowest - bottom < 0.1 * (top - bottom)
-
-
-def test_the_same_records_give_the_same_bytes(results: Results, tmp_path: Path) -> None:
-    first = save(FIGURES["tokens"](results), tmp_path / "a.png").read_bytes()
-    assert save(FIGURES["tokens"](results), tmp_path / "b.png").read_bytes() == first
 
 
 def test_a_figure_without_its_records_says_what_it_needs(tmp_path: Path) -> None:

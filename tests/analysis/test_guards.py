@@ -307,7 +307,6 @@ def clip_every_coordinate(doctor: Doctor) -> None:
         (make_a_forward_for_each_curvature_pass, "fairness", "note", "the price of a curvature pass"),
         (stop_decaying, "schedule", "serious", "does not decay"),
         (report_a_tuning_seed, "seeds", "serious", "Seeds used for tuning are reported: 100"),
-        (lose_a_seed, "seeds", "serious", "Planned seeds have not ended: Sophia-G 1"),
         (diverge_a_reported_run, "diverged", "serious", "Reported runs diverged: Sophia-G 1 of 6"),
         (diverge_a_tuning_run, "diverged", "note", "Tuning runs diverged: Sophia-G 1 of 6"),
         (
@@ -329,16 +328,9 @@ def clip_every_coordinate(doctor: Doctor) -> None:
             "2 reported values are at the edge of what was tried, 2 of them the baseline's",
         ),
         (partial(tune_less, arm="adamw"), "budget", "serious", "Fewer tuning trials than other arms: AdamW"),
-        (partial(tune_less, arm="sophiag"), "budget", "serious", "Fewer tuning trials than other arms: Sophia-G"),
         (leave_the_arm_untuned_at_a_horizon, "budget", "serious", "Fewer tuning trials than other arms: Sophia-G"),
         (tune_the_arm_beyond_its_budget, "budget", "serious", "More tuning trials than granted: Sophia-G"),
         (partial(report_other_than_the_best, arm="adamw"), "tuning", "serious", "lower than the reported runs: AdamW"),
-        (
-            partial(report_other_than_the_best, arm="sophiag"),
-            "tuning",
-            "serious",
-            "lower than the reported runs: Sophia-G",
-        ),
         (partial(leave_a_gap_in_the_learning_rates, arm="adamw"), "tuning", "serious", "looks under-tuned: AdamW"),
         (partial(leave_a_gap_in_the_learning_rates, arm="sophiag"), "tuning", "serious", "looks under-tuned: Sophia-G"),
         (give_the_embeddings_of_one_arm_a_rate_of_their_own, "shared", "serious", "optimizer.embedding_lr_ratio"),
@@ -369,7 +361,6 @@ def clip_every_coordinate(doctor: Doctor) -> None:
             "serious",
             "more than 30% of the steps",
         ),
-        (slow_the_machine_for_one_arm, "clock", "note", "took up to 8% longer"),
         (build_on_a_study_with_the_same_seeds, "seeds", "serious", "Reported seeds were used to choose settings: 3"),
         (build_on_a_study_without_tables, "seeds", "note", "other, on which this study builds, has no tables"),
         (clip_every_coordinate, "degenerate", "serious", "no unclipped coordinate"),
@@ -562,6 +553,8 @@ def test_a_parabola_compares_rates_on_the_seeds_that_they_share(doctor: Doctor) 
 def test_a_clock_finding_says_where_reference_times_come_from(doctor: Doctor) -> None:
     slow_the_machine_for_one_arm(doctor)
     (finding,) = doctor.write()
+    assert finding.severity == "note"
+    assert "took up to 8% longer" in finding.title
     assert "0.045 s (AdamW, tiny, 100 steps) to 0.0486 s (Sophia-G, tiny, 200 steps)" in finding.detail
     assert "study.py times study=small" in finding.detail
     ReferenceTimes(source="idle", seconds={}).save(doctor.directory / "reference_times.json")
@@ -640,13 +633,6 @@ def test_what_changes_nothing_that_is_measured_is_no_difference(tmp_path: Path) 
     }
     paths = [write_run(tmp_path / "a"), write_run(tmp_path / "b", optimizer="lion", config=incidental)]
     assert differences(load_runs(paths)) == []
-
-
-def test_a_difference_names_the_key_and_the_value_of_each_run(tmp_path: Path) -> None:
-    paths = [write_run(tmp_path / "a"), write_run(tmp_path / "b", optimizer="lion", config={"train.grad_clip": 2.0})]
-    (difference,) = differences(load_runs(paths))
-    assert difference.affects == "loss"
-    assert str(difference) == "train.grad_clip: 1.0 in a; 2.0 in b"
 
 
 def test_a_different_strategy_affects_only_timing(tmp_path: Path) -> None:

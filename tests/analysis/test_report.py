@@ -38,11 +38,6 @@ from tests.analysis.synthetic import write_run, write_study
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return analyse(load_study([write_study(tmp_path_factory.mktemp("study") / "synthetic")]))
-
-
-@pytest.fixture(scope="module")
 def written(results: Results) -> Written:
     assert results.study.directory is not None
     return write_report(results, results.study.directory)

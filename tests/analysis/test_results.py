@@ -12,12 +12,7 @@ from analysis.comparison import Contrast, Ratio
 from analysis.results import Results, analyse, write_json
 from analysis.runs import load_run
 from analysis.trials import load_study, study_of_runs
-from tests.analysis.synthetic import TOKENS_PER_STEP, noise, power_law, write_run, write_study
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return analyse(load_study([write_study(tmp_path_factory.mktemp("study") / "synthetic")]))
+from tests.analysis.synthetic import TOKENS_PER_STEP, noise, power_law, write_run
 
 
 def test_a_known_speed_up_is_found(results: Results) -> None:

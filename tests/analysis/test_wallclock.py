@@ -1,6 +1,5 @@
 """Wall-clock time counts only training, measured or from reference times that a noisy machine does not affect."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 from analysis.runs import load_run
 from analysis.trials import study_of_runs
-from analysis.wallclock import ReferenceTimes, reference_times, training_seconds
+from analysis.wallclock import reference_times, training_seconds
 from tests.analysis.synthetic import write_run
 
 
@@ -41,14 +40,6 @@ def test_an_arm_that_was_not_measured_has_no_reference_time(tmp_path: Path) -> N
     run = load_run(write_run(tmp_path / "a", steps=10))
     times = reference_times([("adamw", run)], "test")
     assert math.isnan(times.training_seconds(run, "lion"))
-
-
-def test_reference_times_survive_the_disk(tmp_path: Path) -> None:
-    run = load_run(write_run(tmp_path / "a", steps=10))
-    times = reference_times([("adamw", run)], "idle machine")
-    times.save(tmp_path / "times.json")
-    assert ReferenceTimes.load(tmp_path / "times.json") == times
-    assert json.loads((tmp_path / "times.json").read_text())["source"] == "idle machine"
 
 
 def test_endpoints_have_the_reference_time_and_not_the_runs_own_clock(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 from benchmarks import page, reading
 
 
-@pytest.mark.slow
 def test_a_report_of_a_few_runs_is_timed_and_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,7 +38,7 @@ def test_blocks_of_queries_cover_the_sequence_in_order(length: int) -> None:
 
 
 # The blocked backward pass computes its logits in bf16, torch's kernel in fp32: the rounding error grows with the logits.
-@pytest.mark.parametrize(("size", "times"), [(0.5, 1.3), (1.0, 1.5), (2.0, 3.0), (3.0, 5.0)])
+@pytest.mark.parametrize(("size", "times"), [(0.5, 1.3), (3.0, 5.0)])
 def test_in_bf16_the_blocked_backward_pass_is_within_some_times_of_torchs_error(size: float, times: float) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value, d_output = (size * torch.randn(2, 2, 600, 32, generator=generator) for _ in range(4))

@@ -49,7 +49,6 @@ def compiled(backend: str, config: GPT2Config = CONFIG) -> GPT2:
     return model
 
 
-@pytest.mark.slow
 def test_two_backwards_through_one_compiled_forward_equal_the_eager_gradients() -> None:
     config = replace(CONFIG, n_layer=1)  # generated code takes long to compile
     model = compiled("inductor", config)

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from models import GPT2, GPT2Config
 from training.distributed import destroy_process_groups
@@ -28,12 +27,11 @@ def local(rank: int) -> list[Tensor]:
     return [tensor[rank::WORLD_SIZE] for tensor in inputs()]
 
 
-def sharded_model(*, compiled: bool) -> GPT2:
+def sharded_model() -> GPT2:
     mesh = init_device_mesh("cpu", (WORLD_SIZE,))
     with torch.device("meta"):
         model = GPT2(CONFIG)
-    if compiled:
-        model.compile(backend="aot_eager")
+    model.compile(backend="aot_eager")
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -42,29 +40,19 @@ def sharded_model(*, compiled: bool) -> GPT2:
     return model
 
 
-def check_replicas(rank: int, expected: dict[str, list[Tensor]]) -> None:
-    tokens, targets, uniforms = local(rank)
-    for name, arguments in {"loss_sum": (targets, None), "sampled_loss_sum": (None, uniforms)}.items():
-        model = DistributedDataParallel(GPT2(CONFIG))
-        (getattr(model(tokens, *arguments), name) * WORLD_SIZE).backward()  # DDP takes the mean over ranks
-        for parameter, gradient in zip(model.parameters(), expected[name], strict=True):
-            torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
-
-
 def check_shards(rank: int, expected: dict[str, list[Tensor]]) -> None:
     tokens, targets, uniforms = local(rank)
     whole = dict(GPT2(CONFIG).named_parameters())
-    for compiled in (False, True):
-        model = sharded_model(compiled=compiled)
-        for name, parameter in model.named_parameters():
-            assert isinstance(parameter, DTensor)
-            assert torch.equal(parameter.full_tensor(), whole[name]), name
-        for name, arguments in {"loss_sum": (targets, None), "sampled_loss_sum": (None, uniforms)}.items():
-            model.zero_grad()
-            (getattr(model(tokens, *arguments), name) * WORLD_SIZE).backward()
-            for parameter, gradient in zip(model.parameters(), expected[name], strict=True):
-                assert isinstance(parameter.grad, DTensor)
-                torch.testing.assert_close(parameter.grad.full_tensor(), gradient, atol=1e-5, rtol=1e-4)
+    model = sharded_model()
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        assert torch.equal(parameter.full_tensor(), whole[name]), name
+    for name, arguments in {"loss_sum": (targets, None), "sampled_loss_sum": (None, uniforms)}.items():
+        model.zero_grad()
+        (getattr(model(tokens, *arguments), name) * WORLD_SIZE).backward()
+        for parameter, gradient in zip(model.parameters(), expected[name], strict=True):
+            assert isinstance(parameter.grad, DTensor)
+            torch.testing.assert_close(parameter.grad.full_tensor(), gradient, atol=1e-5, rtol=1e-4)
 
 
 def worker(rank: int, rendezvous: str) -> None:
@@ -76,10 +64,9 @@ def worker(rank: int, rendezvous: str) -> None:
     for name in ("sampled_loss_sum", "loss_sum"):
         loss = getattr(output, name)
         expected[name] = list(torch.autograd.grad(loss, list(model.parameters()), retain_graph=True))
-    check_replicas(rank, expected)
     check_shards(rank, expected)
     destroy_process_groups()
 
 
-def test_replicas_and_shards_have_the_gradients_of_a_single_process(tmp_path: Path) -> None:
+def test_shards_of_a_compiled_model_have_the_gradients_of_a_single_process(tmp_path: Path) -> None:
     mp.start_processes(worker, (str(tmp_path / "rendezvous"),), nprocs=WORLD_SIZE, start_method="forkserver")

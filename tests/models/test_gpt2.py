@@ -149,14 +149,6 @@ def test_padding_has_no_weight_no_gradient_and_no_part_in_the_softmax() -> None:
     assert gradient[: TINY.vocab_size].any(dim=1).all()
 
 
-def test_dropout_acts_in_training_only() -> None:
-    model = moved(GPT2(GPT2Config(300, 2, 2, 32, 16, dropout=0.5)))
-    tokens, targets, _ = batch()
-    assert model.loss(tokens, targets) != model.loss(tokens, targets)
-    model.eval()
-    assert model.loss(tokens, targets) == model.loss(tokens, targets)
-
-
 def test_dropout_acts_on_the_embeddings_the_attention_and_both_branches_of_each_block(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -217,12 +209,6 @@ def test_initialisation_is_a_function_of_seed_and_name_alone() -> None:
     drawn = [p.flatten()[:8] for n, p in deep.named_parameters() if parameter_kind(n) != "norm"]
     scaled = {tuple((d / d[0]).tolist()) for d in drawn}
     assert len(scaled) == len(drawn), "two tensors share their random numbers"
-
-
-def test_building_on_the_meta_device_allocates_nothing() -> None:
-    with torch.device("meta"):
-        model = GPT2(GPT2Config(n_layer=48, n_head=24, n_embd=1536))
-    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_every_parameter_has_a_kind() -> None:
@@ -296,11 +282,3 @@ def test_under_autocast_losses_are_fp32_and_near_the_fp32_model() -> None:
         for loss, expected in zip(output, exact, strict=True):
             assert loss.dtype == torch.float32
             torch.testing.assert_close(loss, expected, rtol=0.02, atol=0)
-
-
-def test_the_tied_weight_is_one_parameter() -> None:
-    names = [name for name, _ in GPT2(TINY).named_parameters()]
-    assert len(names) == len(set(names))
-    assert not any(
-        isinstance(module, nn.Linear) and module.out_features >= TINY.vocab_size for module in GPT2(TINY).modules()
-    )

@@ -165,7 +165,6 @@ def test_a_missing_harness_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["nowhere", "--tasks", "choice"], "no such directory"),
         ([".", "--tasks", "choice"], "is not a run record"),
         (["tiny", "--tasks", ","], "no tasks"),
         (["tiny", "--tasks", "choice", "--num-fewshot", "-1"], "--num-fewshot -1"),
@@ -203,19 +202,12 @@ def test_pickled_weights_are_not_read(
 @pytest.mark.parametrize(
     ("name", "change", "expected"),
     [
-        (
-            "config.json",
-            lambda c: c | {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "transformers cannot load a model",
-        ),
-        ("config.json", lambda c: c | {"quantization_config": [1]}, "transformers cannot load a model from it"),
         ("config.json", lambda c: c | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map names code"),
         (
             "tokenizer_config.json",
             lambda c: c | {"auto_map": {"AutoTokenizer": ["evil.T", None]}},
             "auto_map names code",
         ),
-        ("tokenizer.json", lambda c: None, "transformers cannot load a model from it"),
         ("tokenizer.json", lambda c: DEEP, "transformers cannot load a model from it"),
         ("config.json", lambda c: DEEP, "transformers cannot load a model from it"),
     ],

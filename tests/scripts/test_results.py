@@ -18,11 +18,6 @@ from tests.analysis.synthetic import write_study
 PAGE = "# Title\n\n<!-- results:begin -->\nwhat stood here before\n<!-- results:end -->\n\nThe end.\n"
 
 
-@pytest.fixture
-def study(tmp_path: Path) -> Path:
-    return write_study(tmp_path / "results" / "synthetic", models={"tiny": 1e6})
-
-
 @pytest.fixture(scope="module")
 def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A study, and a page whose section has been made from it."""
@@ -49,7 +44,7 @@ def test_the_section_says_what_the_records_say(rebuilt: tuple[Path, Path]) -> No
     assert one.at.same.interval is not None
     (row,) = [row for row in text.splitlines() if row.startswith("| tiny | Sophia-G")]
     assert one.at.same.interval.text in row
-    assert "Scale: 1.0M parameters, 400 steps, 0.4M tokens, 0.41 tokens per parameter" in text
+    assert "Scale: 1.0M parameters, 400 steps of 1,024 tokens, 0.41 tokens per parameter" in text
     for link in re.findall(r"\]\(([^)]+)\)", text):
         assert (page.parent / link).is_file() or link.endswith("README.md"), link
 
@@ -92,7 +87,10 @@ def test_the_strongest_doubts_stand_in_the_section(tmp_path: Path) -> None:
     assert f"- {first.title}. {first.detail}" in page.read_text()
 
 
-def test_a_study_without_the_arm_is_refused(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_without_the_arm_is_refused(
+    rebuilt: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, _ = rebuilt
     page = tmp_path / "README.md"
     page.write_text(PAGE)
     assert rebuild([str(study), "--page", str(page), "--arm", "muon"]) == 2
@@ -108,8 +106,9 @@ def test_a_second_call_changes_nothing(rebuilt: tuple[Path, Path]) -> None:
 
 
 def test_a_page_without_the_part_is_refused_and_left_alone(
-    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rebuilt: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    study, _ = rebuilt
     page = tmp_path / "README.md"
     page.write_text("# Title\n")
     assert rebuild([str(study), "--page", str(page)]) == 2

@@ -36,7 +36,6 @@ def test_newton_converges_to_the_saddle_and_sophia_to_the_minimum() -> None:
         torch.testing.assert_close(end, torch.tensor(point, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_gd_crawls_in_the_flat_direction_while_signgd_and_adam_bounce_in_the_sharp_one() -> None:
     gd = found("GD").theta
     assert (gd[-1, 0] - 1).abs() < 1e-6

@@ -195,17 +195,6 @@ def test_more_than_k_steps_without_a_refresh_warn_once(cls: type) -> None:
     assert caught[0].filename == __file__
 
 
-def test_refreshes_in_time_do_not_warn() -> None:
-    p = parameter(2)
-    optimizer = SophiaG([p], hessian_interval=3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(10):
-            if optimizer.hessian_due:
-                optimizer.update_hessian(num_predictions=1)
-            optimizer.step()
-
-
 def test_estimators_name_what_does_not_fit() -> None:
     logits, w = torch.zeros(4, 3, requires_grad=True), torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match=r"positions have shape \(3,\), expected \(4,\)"):

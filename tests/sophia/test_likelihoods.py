@@ -43,12 +43,6 @@ def test_labels_of_a_large_vocabulary_are_those_of_the_distribution_function_in_
     assert bool((cumulative[labels - 1] <= uniform).all())
 
 
-def test_labels_of_bfloat16_logits_are_those_of_their_float32_softmax() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits, uniform = torch.randn(200, 1000, generator=generator).bfloat16(), torch.rand(200, generator=generator)
-    assert torch.equal(sample_labels(logits, uniform), sample_labels(logits.float(), uniform))
-
-
 @pytest.mark.parametrize(("uniform", "logit", "label"), [(0.0, -200.0, 0), (LAST, 200.0, 1)])
 def test_an_outcome_without_probability_is_not_drawn(
     monkeypatch: pytest.MonkeyPatch, uniform: float, logit: float, label: int

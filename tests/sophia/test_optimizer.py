@@ -188,15 +188,6 @@ def test_a_negative_curvature_gives_the_sign_step_and_counts_as_clipped() -> Non
     assert optimizer.unclipped_count == 1
 
 
-def test_the_estimate_of_a_step_is_used_in_that_step() -> None:
-    p = torch.nn.Parameter(torch.zeros(1))
-    optimizer = Sophia([p], lr=1.0, betas=(0.0, 0.0), gamma=1.0, weight_decay=0.0)
-    optimizer.update_hessian(estimates=[torch.tensor([4.0])])
-    p.grad = torch.tensor([1.0])
-    optimizer.step()
-    assert p.item() == pytest.approx(-0.25)
-
-
 def test_v1_notation_converts_as_the_documentation_says() -> None:
     """clip(m / max(h, ε), ρ) with (η, ρ, ε, λ) equals the form here with (ηρ, γ=ρ, ερ, λ/ρ)."""
     lr, rho, eps, decay = 0.02, 0.04, 1e-9, 0.3

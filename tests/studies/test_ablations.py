@@ -103,7 +103,7 @@ def test_the_grid_of_gamma_and_beta2_is_filled(results: Results) -> None:
 
 
 def test_figures_of_the_ablations_are_drawn(results: Results, tmp_path: Path) -> None:
-    for name in ("grid", "interval", "ablations", "unclipped", "norms", "hessian", "times", "curves", "tokens"):
+    for name in ("grid", "interval", "ablations"):
         assert save(FIGURES[name](results), tmp_path / f"{name}.png").stat().st_size > 5000
     ks = {int(text.get_text()) for text in FIGURES["interval"](results).axes[0].get_xticklabels()}
     assert ks == {1, 10, 100}

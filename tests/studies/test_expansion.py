@@ -10,7 +10,6 @@ from studies.expansion import Expansion, Outcome, Trial, expand, expected_trials
 from studies.spec import StudySpec, validate_spec
 from tests.studies.small import small
 from training.compose import compose
-from training.config import ConfigurationError
 
 
 def loss_of(trial: Trial) -> float:
@@ -245,10 +244,3 @@ def test_an_ablation_replaces_tuned_values() -> None:
     arm = next(t for t in finished.trials if (t.arm, t.phase, t.horizon) == ("sophiag", "reporting", 50))
     assert cell.values == {**arm.values, "optimizer.betas[1]": 0.8}
     assert f"optimizer.betas=[{arm.values['optimizer.betas[0]']:g},0.8]" in cell.overrides
-
-
-def test_an_ablation_that_changes_nothing_is_refused() -> None:
-    values = small()
-    values["ablations"] = {"same": {"of": "sophiag", "model": "gpt2_nano", "horizons": [50]}}
-    with pytest.raises(ConfigurationError, match="neither overrides nor values"):
-        validate_spec(values, "small.yaml")

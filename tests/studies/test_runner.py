@@ -85,6 +85,23 @@ def silent(_: str) -> None:
     pass
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """A finished study, which no test changes."""
+    root = tmp_path_factory.mktemp("whole")
+    places = Places.of("small", root / "runs", root / "results")
+    run_study(validate_spec(small(), "small.yaml"), places, FakeMachine(), log=silent)
+    return places
+
+
+@pytest.fixture
+def finished(whole: Places, places: Places) -> Places:
+    """A copy of it."""
+    shutil.copytree(whole.work, places.work)
+    shutil.copytree(whole.records, places.records)
+    return places
+
+
 def test_a_study_runs_to_its_end_and_a_second_call_runs_nothing(spec: StudySpec, places: Places) -> None:
     machine = FakeMachine()
     report = run_study(spec, places, machine, log=silent)
@@ -110,9 +127,8 @@ def test_an_interrupted_study_resumes_and_runs_nothing_twice(spec: StudySpec, pl
     assert whole.ran == first.ran[:7] + second.ran
 
 
-def test_a_study_resumes_from_its_records_in_a_fresh_clone(spec: StudySpec, places: Places) -> None:
-    run_study(spec, places, FakeMachine(), log=silent)
-    clone = Places(places.work.parent / "empty", places.records)
+def test_a_study_resumes_from_its_records_in_a_fresh_clone(spec: StudySpec, finished: Places) -> None:
+    clone = Places(finished.work.parent / "empty", finished.records)
     machine = FakeMachine()
     assert run_study(spec, clone, machine, log=silent).finished
     assert machine.ran == []
@@ -154,23 +170,21 @@ def test_a_refused_configuration_ends_the_study_with_the_log(spec: StudySpec, pl
         run_study(spec, places, machine, log=silent)
 
 
-def test_seeds_cannot_change_after_reported_runs_were_seen(spec: StudySpec, places: Places) -> None:
-    run_study(spec, places, FakeMachine(), log=silent)
+def test_seeds_cannot_change_after_reported_runs_were_seen(spec: StudySpec, finished: Places) -> None:
     values = small()
     values["models"]["gpt2_nano"]["seeds"] = [1, 2, 3, 4, 5]
     with pytest.raises(ConfigurationError, match=r"seeds changed from \[1, 2, 3\] to \[1, 2, 3, 4, 5\] after results"):
-        run_study(validate_spec(values, "small.yaml"), places, FakeMachine(), log=silent)
+        run_study(validate_spec(values, "small.yaml"), finished, FakeMachine(), log=silent)
 
 
-def test_what_was_reported_cannot_be_left_out_afterwards(spec: StudySpec, places: Places) -> None:
-    run_study(spec, places, FakeMachine(), log=silent)
+def test_what_was_reported_cannot_be_left_out_afterwards(spec: StudySpec, finished: Places) -> None:
     values = small()
     horizon = spec.horizons("sophiag", "gpt2_nano")[-1]
     values["arms"]["sophiag"]["horizons"] = list(spec.horizons("sophiag", "gpt2_nano")[:-1])
     with pytest.raises(
         ConfigurationError, match=f"sophiag on gpt2_nano at {horizon:,} steps was removed after results"
     ):
-        run_study(validate_spec(values, "small.yaml"), places, FakeMachine(), log=silent)
+        run_study(validate_spec(values, "small.yaml"), finished, FakeMachine(), log=silent)
 
 
 def test_seeds_can_change_before_any_reported_run(spec: StudySpec, places: Places) -> None:
@@ -180,9 +194,8 @@ def test_seeds_can_change_before_any_reported_run(spec: StudySpec, places: Place
     assert run_study(validate_spec(values, "small.yaml"), places, FakeMachine(), log=silent).finished
 
 
-def test_the_tables_are_what_the_analysis_reads(spec: StudySpec, places: Places) -> None:
-    run_study(spec, places, FakeMachine(), log=silent)
-    study = load_study([places.records])
+def test_the_tables_are_what_the_analysis_reads(spec: StudySpec, finished: Places) -> None:
+    study = load_study([finished.records])
     assert study.seeds == (1, 2, 3)
     assert study.arms["sophiag_k1"].of == "sophiag"
     assert study.arms["sophiag_k1"].varies == ("optimizer.hessian_interval",)
@@ -203,48 +216,45 @@ def test_the_recorded_budgets_include_finalists(places: Places) -> None:
     assert [finding.title for finding in inspect(study) if finding.guard == "budget"] == []
 
 
-def test_an_interrupted_study_lists_what_is_missing(spec: StudySpec, places: Places) -> None:
-    run_study(spec, places, FakeMachine(), log=silent)
-    assert load_study([places.records]).under_way == ""
-    rows = read_trials(places.records)
+def test_an_interrupted_study_lists_what_is_missing(spec: StudySpec, finished: Places) -> None:
+    assert load_study([finished.records]).under_way == ""
+    rows = read_trials(finished.records)
     write_trials(
-        places.records,
+        finished.records,
         [row for row in rows if row.model != "gpt2_micro" and not row.arm.startswith("sophiag_")],
     )
-    shutil.rmtree(places.work)
-    run_study(spec, places, FakeMachine(stop_after=0), log=silent)
-    study = load_study([places.records])
+    shutil.rmtree(finished.work)
+    run_study(spec, finished, FakeMachine(stop_after=0), log=silent)
+    study = load_study([finished.records])
     assert study.under_way.startswith(
         f"The study is under way: {sum(t.run is not None for t in study.trials)} of at most"
     )
     assert study.under_way.endswith("Not reported yet: gpt2_micro, 1 ablation.")
-    assert study.under_way in (write_report(analyse(study), places.records).markdown.read_text())
+    assert study.under_way in (write_report(analyse(study), finished.records).markdown.read_text())
 
 
-def test_more_trials_than_a_retuning_was_granted_are_found_in_the_records(spec: StudySpec, places: Places) -> None:
+def test_more_trials_than_a_retuning_was_granted_are_found_in_the_records(spec: StudySpec, finished: Places) -> None:
     """Fewer than the full search's budget, so that only the budget of the horizon itself gives them away."""
-    run_study(spec, places, FakeMachine(), log=silent)
-    rows = read_trials(places.records)
+    rows = read_trials(finished.records)
     tuned = next(row for row in rows if (row.phase, row.horizon, row.arm) == ("tuning", 100, "sophiag"))
-    write_trials(places.records, [*rows, replace(tuned, trial="another")])
-    curves = read_curves(places.records)
+    write_trials(finished.records, [*rows, replace(tuned, trial="another")])
+    curves = read_curves(finished.records)
     own = curves.filter(pc.equal(curves["trial"], tuned.trial)).to_pylist()
-    write_curves(places.records, [curves, curves_of("another", own)])
-    found = [finding.title for finding in inspect(load_study([places.records])) if finding.guard == "budget"]
+    write_curves(finished.records, [curves, curves_of("another", own)])
+    found = [finding.title for finding in inspect(load_study([finished.records])) if finding.guard == "budget"]
     assert "More tuning trials than granted: Sophia-G" in found
 
 
-def test_tables_are_small_and_hold_every_evaluation(spec: StudySpec, places: Places) -> None:
-    run_study(spec, places, FakeMachine(), log=silent)
-    trials = expand(spec, outcomes(places)).trials
-    lines = by_trial(read_curves(places.records))
+def test_tables_are_small_and_hold_every_evaluation(spec: StudySpec, finished: Places) -> None:
+    trials = expand(spec, outcomes(finished)).trials
+    lines = by_trial(read_curves(finished.records))
     trial = next(t for t in trials if t.phase == "reporting" and t.horizon == 100)
-    full = [json.loads(line) for line in (places.run(trial) / "metrics.jsonl").read_text().splitlines()]
+    full = [json.loads(line) for line in (finished.run(trial) / "metrics.jsonl").read_text().splitlines()]
     kept = lines[trial.name].to_pylist()
     for column in ("step", "tokens", "flops", "seconds", "val_loss"):
         written = [line[column] for line in full if line["kind"] == "eval"]
         assert [row[column] for row in kept if row["kind"] == "eval"] == written, "to the last digit"
-    assert not (places.run(trial) / "checkpoints").exists()
+    assert not (finished.run(trial) / "checkpoints").exists()
     tuned = next(t for t in trials if t.phase == "tuning" and t.horizon == 100)
     assert sum(row["kind"] == "train" for row in lines[tuned.name].to_pylist()) <= 30
 
@@ -378,16 +388,15 @@ def test_the_time_left_is_told_from_what_trials_took(spec: StudySpec) -> None:
 
 
 def test_reference_times_are_measured_in_turn_for_every_arm(
-    spec: StudySpec, places: Places, monkeypatch: pytest.MonkeyPatch
+    spec: StudySpec, finished: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_study(spec, places, FakeMachine(), log=silent)
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     machine = FakeMachine()
-    times = measure(spec, places, machine, steps=10, rounds=2, log=silent)
+    times = measure(spec, finished, machine, steps=10, rounds=2, log=silent)
     arms = [name.split("-")[1] for name in machine.ran if "gpt2_nano" in name]
     assert arms == ["adamw", "sophiag"] * 2, "in turn, and without the ablation"
     assert set(times.seconds) == {"gpt2_nano", "gpt2_micro"}
-    assert load_study([places.records]).reference_times == times
+    assert load_study([finished.records]).reference_times == times
 
 
 def test_reference_times_are_not_measured_on_a_busy_machine(

@@ -31,6 +31,7 @@ def change(values: dict[str, Any], path: str, value: Any) -> None:
         ("models/gpt2_micro/arms", ["sophiag"], "including the baseline"),
         ("tuning/seeds", [100, 101, 102, 103], "tuning: trials=6 is not a multiple of the 4 tuning seeds"),
         ("tuning/method", "halton", "needs low and high"),
+        ("tuning/method", "grid", r"has 9 trials, more than tuning.trials=6"),
         (
             "tuning/retune/trials",
             2,
@@ -48,6 +49,11 @@ def change(values: dict[str, Any], path: str, value: Any) -> None:
         ("arms/sophiag/horizons", [50, 265], r"no model of sophiag has horizon \[265\]; choose from \[50, 100\]"),
         ("arms/sophiag/horizons", [100], r"arms.sophiag.horizons=\[100\]: gpt2_micro has none of them"),
         ("ablations/sophiag_k1/of", "lion", "of=lion: no such arm"),
+        (
+            "ablations/same",
+            {"of": "sophiag", "model": "gpt2_nano", "horizons": [50]},
+            "neither overrides nor values",
+        ),
         ("ablations/sophiag_k1/horizons", [25], r"sophiag has no runs of \[25\] steps"),
     ],
 )
@@ -57,13 +63,6 @@ def test_a_mistake_is_one_line_that_names_key_value_and_remedy(path: str, value:
     with pytest.raises(ConfigurationError, match=words) as caught:
         validate_spec(values, "small.yaml")
     assert "\n" not in str(caught.value)
-
-
-def test_a_grid_larger_than_the_budget_is_refused() -> None:
-    values = small()
-    values["tuning"]["method"] = "grid"
-    with pytest.raises(ConfigurationError, match=r"has 9 trials, more than tuning.trials=6"):
-        validate_spec(values, "small.yaml")
 
 
 def test_a_coordinate_search_that_cannot_try_every_key_is_refused_unless_it_follows_at_once() -> None:
@@ -76,11 +75,7 @@ def test_a_coordinate_search_that_cannot_try_every_key_is_refused_unless_it_foll
     validate_spec(values, "small.yaml")
 
 
-def test_an_unknown_study_names_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"study=smok: .* does not exist; did you mean smoke\? Choices: .*, or give a file"
-    ):
-        load_spec("smok")
+def test_a_file_that_is_no_yaml_names_the_place(tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text("name: [")
     with pytest.raises(ConfigurationError, match=r"broken\.yaml, line 1, column 8: "):
@@ -133,13 +128,6 @@ def test_the_papers_studies_give_every_arm_the_same_searched_shared_keys_and_tri
     assert len({counts[arm, model, 25000, "tuning"] for arm in spec.arms}) == 1
     final = {compose([*t.overrides, "name=x"]).schedule.final_ratio for t in expand(spec, {}).trials[::16]}
     assert final == {0.05}, "one schedule"
-
-
-def test_the_baseline_runs_at_all_horizons_and_the_others_where_the_study_says() -> None:
-    spec = validate_spec(small(), "small.yaml")
-    assert spec.horizons("adamw", "gpt2_nano") == (25, 50, 100)
-    assert spec.horizons("sophiag", "gpt2_nano") == (50, 100)
-    assert spec.arms_on("gpt2_micro")[0] == "adamw"
 
 
 def test_an_arm_may_run_at_only_some_of_the_horizons() -> None:

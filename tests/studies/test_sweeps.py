@@ -84,7 +84,6 @@ def test_ranges_become_distributions() -> None:
     assert written["parameters"]["optimizer.betas"] == {"values": betas}, "an element cannot be overridden by itself"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("study", ["smoke", "paper_125m"])  # values, ranges
 def test_the_sweeps_of_a_study_are_what_wandb_takes(study: str, tmp_path: Path) -> None:
     """Keys and values of W&B's schema of sweeps, read by its own reader; and each first point is a valid run."""
@@ -101,7 +100,6 @@ def test_the_sweeps_of_a_study_are_what_wandb_takes(study: str, tmp_path: Path) 
         assert compose(first_arguments(written)).tracker.name == "wandb"
 
 
-@pytest.mark.slow
 def test_an_agent_runs_a_sweeps_points_and_the_runs_have_its_ids(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
