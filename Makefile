@@ -39,10 +39,10 @@ demo: setup ## AdamW, Lion and Sophia-G on the embedded corpus: a table and a pl
 	$(BIN)/python scripts/demo.py
 
 test: setup ## the test suite, on three workers because many tests wait
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not gpu and not slurm and not faults"
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not gpu and not slurm"
 
 test-fast: setup ## the quick tests of every package: under 90 seconds
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not slurm and not faults"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not slurm"
 
 lint: setup ## ruff (lint and format), mypy, and the rules of imports
 	$(BIN)/ruff check .

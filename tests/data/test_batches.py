@@ -107,12 +107,6 @@ def test_the_batch_does_not_depend_on_how_the_stream_is_cut_into_shards(tmp_path
     assert np.array_equal(one.targets, many.targets)
 
 
-def test_the_seed_changes_the_order_and_not_the_windows(stream: TokenDataset) -> None:
-    orders = [Batches(stream, seed, 100, 10).at(1).tokens[:, 0] for seed in (1, 2)]
-    assert not np.array_equal(*orders)
-    assert np.array_equal(*[np.sort(order) for order in orders])
-
-
 def test_each_epoch_has_an_order_of_its_own(stream: TokenDataset) -> None:
     batches = Batches(stream, seed=0, global_batch_size=100, sequence_length=10)
     assert batches.windows_per_epoch == 100

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import json
 import lzma
 import os
 import subprocess
@@ -234,33 +233,6 @@ with tempfile.TemporaryDirectory() as directory:
 """
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert "secret.txt cannot be read: permission denied; change its permissions" in output
-
-
-FUZZED = {
-    "a.txt": "héllo\n\nwörld\n".encode() * 20,
-    "a.jsonl": b"".join(json.dumps({"text": text, "n": None}).encode() + b"\n" for text in texts(5)),
-    "a.jsonl.gz": gzip.compress(b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts(5))),
-    "a.txt.xz": lzma.compress(b"hello\n\nworld" * 20),
-}
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
-@given(name=st.sampled_from(sorted(FUZZED)), data=st.data())
-def test_readers_give_text_or_a_named_error_for_any_bytes(tmp_path: Path, name: str, data: st.DataObject) -> None:
-    content = bytearray(FUZZED[name])
-    for _ in range(data.draw(st.integers(0, 4))):
-        start = data.draw(st.integers(0, len(content)))
-        content[start : start + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
-    path = tmp_path / name
-    path.write_bytes(data.draw(st.just(bytes(content)) | st.binary()))
-    try:
-        documents = read(path, limit=100)
-    except DataError as error:
-        message = str(error)
-    else:
-        message = str(path)
-        assert all(isinstance(document, str) for document in documents)
-    assert str(path) in message
 
 
 @pytest.mark.slow

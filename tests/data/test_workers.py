@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -33,35 +32,6 @@ def prepare_file(worker: Worker, path: Path, directory: Path) -> list[Any]:
         tokenizer = asdict(gpt2().info)
         worker.result({"task": "shards", **common, "tokenizer": tokenizer, "unit": unit, "fingerprint": ""})
     return units
-
-
-@pytest.mark.parametrize("cases", [150, pytest.param(5000, marks=pytest.mark.faults)])
-def test_any_damage_to_a_parquet_file_is_an_error_that_names_it_even_where_it_kills_the_reader(
-    tmp_path: Path, lock: int, cases: int
-) -> None:
-    path = write_parquet(tmp_path / "a.parquet", texts(300), 60)
-    original = path.read_bytes()
-    (tmp_path / "units").mkdir()
-    messages: list[str] = []
-    worker = Worker(lock)
-    for seed in range(cases):
-        generator = random.Random(seed)
-        content = bytearray(original)
-        for _ in range(generator.randint(1, 5)):  # half of them near the end, in the footer
-            first = 0 if generator.random() < 0.5 else len(content) - 3000
-            content[generator.randrange(first, len(content))] = generator.randrange(256)
-        path.write_bytes(content)
-        try:
-            prepare_file(worker, path, tmp_path)
-        except DataError as error:
-            messages.append(str(error))
-            if "a worker" in str(error):  # pyarrow crashed the process
-                worker.__exit__(None, None, None)
-                worker = Worker(lock)
-    worker.kill()
-    worker.__exit__(None, None, None)
-    assert len(messages) > cases // 2
-    assert all(str(path) in message for message in messages)
 
 
 def test_a_worker_answers_after_a_refused_request(tmp_path: Path, lock: int) -> None:

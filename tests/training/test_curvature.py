@@ -106,19 +106,6 @@ def test_the_estimate_does_not_depend_on_the_micro_batch(
     assert_close(run(config, micro_batch_size), run(config))
 
 
-def test_empirical_fisher_is_n_times_the_squared_training_gradient() -> None:
-    model = strategy().model
-    half = BATCH // 2
-    model.loss(torch.from_numpy(batch().tokens[:half]), torch.from_numpy(batch().targets[:half])).backward()
-    expected = [half * LENGTH * p.grad.square() for p in model.parameters()]
-    assert_close(run(CONFIG.model_copy(update={"estimator": "empirical_fisher"})), expected)
-
-
-def test_gnb_is_not_the_empirical_fisher() -> None:
-    sampled, fisher = run(), run(CONFIG.model_copy(update={"estimator": "empirical_fisher"}))
-    assert not torch.allclose(sampled[0], fisher[0], rtol=0.05)
-
-
 def test_central_differences_agree_with_the_exact_product() -> None:
     exact = run(CONFIG.model_copy(update={"estimator": "hutchinson"}))
     differences = run(CONFIG.model_copy(update={"estimator": "hutchinson_differences"}))

@@ -158,4 +158,5 @@ def test_a_validation_loss_of_nan_ends_the_run_and_is_never_the_best(
     monkeypatch.setattr("training.loop.validation_loss", lambda *_: next(series))
     record = train("run", "optimizer=adamw", "train.steps=4", "eval.interval=2", expect=3)
     assert record.summary is not None
+    assert record.summary["status"] == "diverged"
     assert record.summary["best_val_loss"] == 5.0

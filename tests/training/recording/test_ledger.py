@@ -96,7 +96,6 @@ REFRESHES: dict[str, tuple[list[str], int, int, int]] = {
     "differences": (["optimizer=sophiah", *DIFFERENCES], 6 * FORWARD, 4, 2),
     # The backwards are autograd's own, which take no time here, and the products are summed outside the strategy.
     "hutchinson": (["optimizer=sophiah", *REFRESHED], 9 * FORWARD, 1, 0),
-    "adahessian": (["optimizer=adahessian", *REFRESHED], 9 * FORWARD, 1, 0),
 }
 
 
