@@ -1,0 +1,53 @@
+"""Contrasts over several studies, paired by seed."""
+
+from pathlib import Path
+
+import pytest
+
+from scripts import suspects
+from scripts.suspects import SUSPECTS, Row, differences, main
+from studies.spec import load_spec
+from tests.analysis.synthetic import write_run, write_tables
+
+
+def test_a_contrast_takes_the_seeds_that_all_cells_have() -> None:
+    losses = {("a", "x"): {1: 3.0, 2: 3.5, 3: 9.0}, ("a", "y"): {1: 1.0, 2: 1.0}, ("b", "x"): {2: 2.0, 1: 2.0}}
+    row = Row("", (("a", "x"), ("b", "x")), (("a", "y"),))
+    assert differences(losses, row) == {1: 4.0, 2: 4.5}
+    with pytest.raises(ValueError, match="no seed with runs of all of a/x, c/z"):
+        differences(losses, Row("", (("a", "x"),), (("c", "z"),)))
+
+
+def test_every_cell_is_an_arm_of_its_study() -> None:
+    for study, arm in {cell for rows in SUSPECTS.values() for row in rows for cell in (*row.plus, *row.minus)}:
+        assert arm in load_spec(study).arms
+
+
+def test_a_page_and_a_figure_for_each_suspect_are_written(tmp_path: Path) -> None:
+    for study in (suspects.EPS, suspects.KINDS, suspects.POWER, suspects.SMALL, suspects.LARGE):
+        spec = load_spec(study)
+        values = {"name": study, "baseline": spec.baseline, "models": {"tiny": {"seeds": [31, 32]}}}
+        values |= {"tuning": {"method": "grid", "trials": 1}, "arms": {arm: {"search": {}} for arm in spec.arms}}
+        trials = []
+        for place, arm in enumerate(spec.arms):
+            for seed in (31, 32):
+                final = 4.0 + 0.01 * place + (0.001 if seed == 32 else 0.0) * place
+                optimizer = "adamw" if arm == "adamw" else "sophiag"
+                run = write_run(
+                    tmp_path / "runs" / f"{study}-{arm}-{seed}",
+                    optimizer=optimizer,
+                    seed=seed,
+                    steps=4,
+                    final=final,
+                    train_lines=False,
+                )
+                row = {"arm": arm, "phase": "reporting", "model": "tiny", "horizon": 4, "seed": seed}
+                trials.append((row, run))
+        write_tables(tmp_path / "results" / study, values, trials)
+    assert main(["--records", str(tmp_path / "results"), "--output", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "why.md").read_text()
+    # Places of the arms of claim_kinds: adamw 0, sophiag 1, signum 2, on_embedding 3, on_attention 4, on_mlp 5.
+    assert "| Sophia-G − AdamW | +0.010 [+0.004, +0.017] | 2 |" in page
+    assert "| momentum-sign (h = 0) − Sophia-G | +0.010 [+0.004, +0.017] | 2 |" in page
+    assert "| last − first | +0.000 [+0.000, +0.000] | 2 |" in page
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"why.md", *(f"why_{one}.png" for one in SUSPECTS)}
