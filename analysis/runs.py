@@ -136,6 +136,7 @@ class RecordedRun:
     training: Curve
     clipped_norm_share: float  # of the train lines that were read; NaN without any
     last_refresh: dict[str, Any] | None  # the last hessian line
+    alarms: int  # how often it told that every coordinate had been clipped for more than a refresh interval
 
     @property
     def name(self) -> str:
@@ -229,8 +230,9 @@ def load_run(directory: str | Path) -> RecordedRun:
     path = record.metrics_path
     content = metrics_content(path)
     lines, last_refresh = _read_metrics(content, path), last_line(content, path, "hessian")
+    alarms = content.count(b'"event":"all_clipped"')
     config_place = record.directory / CONFIG_FILE
-    return _run(Origin(record.directory), record, lines, last_refresh, config_place, path)
+    return _run(Origin(record.directory), record, lines, last_refresh, alarms, config_place, path)
 
 
 def runs_of_rows(rows: Sequence[TrialRow], curves: pa.Table, directory: Path) -> dict[str, RecordedRun]:
@@ -248,7 +250,8 @@ def runs_of_rows(rows: Sequence[TrialRow], curves: pa.Table, directory: Path) ->
             raise RecordError(f"{path} has no lines of {row.trial}, but {trials} has its row; restore both files")
         own, place = lines[row.trial], f"{trials}:{row.line}"
         origin = Origin(trials, row.trial, row.line)
-        runs[row.trial] = _run(origin, row, own, _last_refresh(own), place, path)
+        alarms = own["event"].to_pylist().count("all_clipped")
+        runs[row.trial] = _run(origin, row, own, _last_refresh(own), alarms, place, path)
     return runs
 
 
@@ -257,6 +260,7 @@ def _run(
     record: RunRecord | TrialRow,
     lines: pa.Table,
     last_refresh: dict[str, Any] | None,
+    alarms: int,
     config_place: Path | str,
     lines_place: Path,
 ) -> RecordedRun:
@@ -275,6 +279,7 @@ def _run(
         training=_bin_means(training),
         clipped_norm_share=float(np.nanmean(clipped)) if np.isfinite(clipped).any() else float("nan"),
         last_refresh=last_refresh,
+        alarms=alarms,
     )
 
 

@@ -11,6 +11,7 @@ from studies.expansion import Trial, expand
 from studies.runner import Launch
 from studies.spec import StudySpec
 from studies.store import Places, outcomes
+from training.compose import compose
 
 
 def measure(
@@ -27,6 +28,9 @@ def measure(
     Each arm runs with its reported hyper-parameters. Ablations are not timed. The result is written next to the study's
     tables for the report.
 
+    Args:
+        steps: of each run, at least; more if the curvature is estimated rarely.
+
     Raises:
         ValueError: no reported trial is planned yet.
         RuntimeError: a run failed, or the machine is busy.
@@ -40,6 +44,9 @@ def measure(
             chosen.setdefault((trial.arm, trial.model), trial)
     if not chosen:
         raise ValueError(f"{spec.name}: no arm has tuned hyper-parameters yet; run the study first")
+    curvatures = [compose(trial.overrides).optimizer.curvature for trial in chosen.values()]
+    # At least three refreshes after the first, which is cold.
+    steps = max([steps, *(3 * one.hessian_interval + 1 for one in curvatures if one is not None)])
     measured = []
     for turn in range(rounds):
         for (arm, model), trial in chosen.items():

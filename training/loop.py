@@ -239,7 +239,7 @@ class Reporter:
             alarm = self._alarm.observe(step, fraction)
             state.alarm = self._alarm.state_dict()
             if alarm is not None:
-                run.write({"kind": "event", "event": "all_clipped", "step": step, "message": alarm})
+                run.write({"kind": "event", "event": "all_clipped", "step": step, "reason": alarm})
                 run.message(alarm)
 
 

@@ -15,11 +15,13 @@ import pytest
 from analysis import tables
 from analysis.guards import Finding, differences, inspect
 from analysis.results import analyse
-from analysis.runs import load_runs
+from analysis.runs import load_run, load_runs
+from analysis.trial_tables import read_curves
 from analysis.trials import load_study
 from analysis.tuning import edges, predicted_gain, tunings
 from analysis.wallclock import ReferenceTimes
 from tests.analysis.synthetic import noise, power_law, write_run, write_tables
+from training.records import json_line
 
 SEARCH = {"optimizer.lr": {"values": [5e-4, 1e-3, 2e-3]}}
 RATES = (5e-4, 1e-3, 2e-3)
@@ -393,6 +395,24 @@ def test_an_arms_own_knobs_and_keys_searched_in_all_arms_may_differ(
     else:
         change(doctor)
     assert doctor.write() == []
+
+
+def test_the_alarm_of_a_run_counts_where_the_tables_keep_too_few_lines_to_see_it(doctor: Doctor) -> None:
+    """As when every coordinate was clipped for a while between two lines that are kept."""
+    assert doctor.write() == []
+    run = doctor.run("sophiag", "reporting", 200, 1)
+    alarm = {"kind": "event", "event": "all_clipped", "step": 120, "reason": "no coordinate is unclipped"}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json_line(alarm) + "\n")
+    assert load_run(run).alarms == 1
+    row = {"arm": "sophiag", "phase": "reporting", "model": "tiny", "horizon": 200, "seed": 1}
+    write_tables(doctor.directory, doctor.study, [(row, run)])
+    study = load_study([doctor.directory])
+    assert [one.guard for one in inspect(study) if one.severity == "serious" and one.guard == "degenerate"] == [
+        "degenerate"
+    ]
+    (event,) = [line for line in read_curves(doctor.directory).to_pylist() if line["kind"] == "event"]
+    assert event["reason"] == "no coordinate is unclipped"
 
 
 def test_bare_runs_without_a_tuned_rate_are_in_serious_doubt_and_their_weight_decay_is_a_note(tmp_path: Path) -> None:

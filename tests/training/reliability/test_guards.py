@@ -257,7 +257,7 @@ def test_running_as_sign_momentum_is_an_event(corpus: list[str], tmp_path: Path)
     assert run(tiny(corpus, tmp_path, "optimizer.gamma=1e-30")) == 0
     (event,) = lines(tmp_path / "run", "event")
     assert (event["event"], event["step"]) == ("all_clipped", 6)
-    assert "gamma is too small" in event["message"]
+    assert "gamma is too small" in event["reason"]
 
 
 def test_guards_change_neither_curve_nor_name(corpus: list[str], tmp_path: Path) -> None:
