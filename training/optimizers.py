@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from models import parameter_kind
 from sophia import AdaHessian, Lion, Sophia
+from sophia.kernels import COMPILED_FROM
 from training import external
 from training.config import (
     AdaHessianConfig,
@@ -99,7 +100,10 @@ def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool
         decay_embeddings=config.decay_embeddings,
         kind_of=kind_of,
     )
-    form = None if compile_step else False  # None: compile if it pays off
+    by_size = None if compile_step else False  # None: each call compiles if it is large
+    # A model's groups decide together, so that small ones get a kernel of the same kind as torch's fused AdamW.
+    large = sum(parameter.numel() for parameter in parameters.values()) >= COMPILED_FROM
+    form = True if compile_step and large else by_size
     match config:
         case AdamWConfig():
             return [_adamw(grouped(parameters), config.lr, config.betas, config.eps)]
@@ -131,7 +135,7 @@ def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool
                     betas=config.betas,
                     eps=config.eps,
                     hessian_interval=config.hessian_interval,
-                    compile=form,
+                    compile=by_size,
                 )
             ]
         case MuonConfig():

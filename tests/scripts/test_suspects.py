@@ -2,20 +2,10 @@
 
 from pathlib import Path
 
-import pytest
-
 from scripts import suspects
-from scripts.suspects import SUSPECTS, Row, differences, main
+from scripts.suspects import SUSPECTS, main
 from studies.spec import load_spec
 from tests.analysis.synthetic import write_run, write_tables
-
-
-def test_a_contrast_takes_the_seeds_that_all_cells_have() -> None:
-    losses = {("a", "x"): {1: 3.0, 2: 3.5, 3: 9.0}, ("a", "y"): {1: 1.0, 2: 1.0}, ("b", "x"): {2: 2.0, 1: 2.0}}
-    row = Row("", (("a", "x"), ("b", "x")), (("a", "y"),))
-    assert differences(losses, row) == {1: 4.0, 2: 4.5}
-    with pytest.raises(ValueError, match="no seed with runs of all of a/x, c/z"):
-        differences(losses, Row("", (("a", "x"),), (("c", "z"),)))
 
 
 def test_every_cell_is_an_arm_of_its_study() -> None:
@@ -47,7 +37,7 @@ def test_a_page_and_a_figure_for_each_suspect_are_written(tmp_path: Path) -> Non
     assert main(["--records", str(tmp_path / "results"), "--output", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "why.md").read_text()
     # Places of the arms of claim_kinds: adamw 0, sophiag 1, signum 2, on_embedding 3, on_attention 4, on_mlp 5.
-    assert "| Sophia-G − AdamW | +0.010 [+0.004, +0.017] | 2 |" in page
-    assert "| momentum-sign (h = 0) − Sophia-G | +0.010 [+0.004, +0.017] | 2 |" in page
+    assert "| Sophia-G − AdamW | +0.010 [-0.021, +0.042] | 2 |" in page
+    assert "| momentum-sign (h = 0) − Sophia-G | +0.010 [-0.021, +0.042] | 2 |" in page
     assert "| last − first | +0.000 [+0.000, +0.000] | 2 |" in page
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"why.md", *(f"why_{one}.png" for one in SUSPECTS)}

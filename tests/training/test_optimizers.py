@@ -38,6 +38,20 @@ def test_decaying_embeddings_leave_the_name_of_a_run_as_it_was_without_the_key()
     assert plain.run_name != without.run_name
 
 
+@pytest.mark.parametrize("arm", ["lion", "sophiag", "signum"])
+def test_the_groups_of_a_model_decide_together_whether_a_step_is_compiled(arm: str) -> None:
+    """A million parameters in all, in groups that are each too small alone."""
+    parameters = {
+        "token_embedding.weight": torch.nn.Parameter(torch.empty(700, 800)),
+        "blocks.0.mlp.up.weight": torch.nn.Parameter(torch.empty(700, 800)),
+    }
+    config = compose([f"optimizer={arm}", "optimizer.embedding_lr_ratio=4"]).optimizer
+    (optimizer,) = build_optimizers(config, compile_step=True)(parameters)
+    assert isinstance(optimizer, ElementwiseOptimizer)
+    assert len(optimizer.param_groups) == 2
+    assert optimizer._form.compile is True
+
+
 @pytest.mark.parametrize("arm", ["lion", "sophiag", "signum", "adahessian"])
 def test_a_step_is_never_compiled_where_compiling_is_off(arm: str) -> None:
     parameters = dict(GPT2(SHAPE).named_parameters())

@@ -1,0 +1,100 @@
+"""Contrasts of final losses over several studies, paired by seed: a table and a figure.
+
+Runs of one seed start from the same weights and read the same tokens also in different studies of one model and corpus.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from analysis.comparison import Interval, paired_interval
+from analysis.trials import load_study
+
+Cell = tuple[str, str]  # study, arm
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What is added, and what is subtracted."""
+
+    text: str
+    plus: tuple[Cell, ...]
+    minus: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A contrast at each of its seeds, and its mean's interval; NaN ends for a single seed."""
+
+    text: str
+    by_seed: Mapping[int, float]  # nats
+    interval: Interval
+
+
+def read_losses(records: Path, studies: Iterable[str]) -> dict[Cell, dict[int, float]]:
+    """Return the final losses of the reported runs by seed, for each arm of studies with one model and one horizon.
+
+    Raises:
+        FileNotFoundError, RecordError: as `load_study`.
+    """
+    found: dict[Cell, dict[int, float]] = {}
+    for name in studies:
+        study = load_study([records / name])
+        for arm in study.arm_names():
+            for model in study.models:
+                for end in study.endpoints(arm, model):
+                    found[name, arm] = dict(zip(end.seeds, end.losses.tolist(), strict=True))
+    return found
+
+
+def differences(losses: Mapping[Cell, Mapping[int, float]], family: Sequence[Combination]) -> list[Difference]:
+    """Return a family of contrasts, with intervals of 95 % that are corrected for their number (Bonferroni).
+
+    Raises:
+        ValueError: a contrast's cells have no seed in common.
+    """
+    level = 1 - 0.05 / len(family)
+    found = []
+    for one in family:
+        cells = (*one.plus, *one.minus)
+        seeds = sorted(set.intersection(*({*losses.get(cell, {})} for cell in cells)))
+        if not seeds:
+            raise ValueError(f"{one.text}: no seed with runs of all of {', '.join('/'.join(cell) for cell in cells)}")
+        by_seed = {
+            seed: sum(losses[cell][seed] for cell in one.plus) - sum(losses[cell][seed] for cell in one.minus)
+            for seed in seeds
+        }
+        values = list(by_seed.values())
+        interval = paired_interval(values, level) or Interval(values[0], math.nan, math.nan, level)
+        found.append(Difference(one.text, by_seed, interval))
+    return found
+
+
+def table(found: Sequence[Difference]) -> str:
+    """Return a Markdown table."""
+    level = f"{100 * found[0].interval.level:.4g}%"
+    lines = [f"| contrast of final losses, nats | mean [{level} interval] | seeds |", "|:---|---:|---:|"]
+    lines += [f"| {one.text} | {one.interval.text} | {len(one.by_seed)} |" for one in found]
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: Sequence[Difference]) -> Figure:
+    """Draw a row for each contrast: seeds, mean and interval."""
+    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.5 * len(found)), layout="constrained")
+    axis.axvline(0, color="black", linewidth=0.8)
+    for place, one in enumerate(found):
+        axis.plot(list(one.by_seed.values()), [place] * len(one.by_seed), "o", color="#8a8f98", markersize=4)
+        axis.plot([one.interval.low, one.interval.high], [place, place], color="#c2342b", linewidth=1.6)
+        axis.plot(one.interval.estimate, place, "D", color="#c2342b", markersize=6)
+    axis.set_yticks(range(len(found)), [one.text for one in found])
+    axis.invert_yaxis()
+    axis.set_xlabel("difference of final validation loss, nats (below zero: the first is better)")
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
