@@ -170,7 +170,7 @@ def inspect(study: Study) -> list[Finding]:
         _clipping,
     )
     found = [finding for check in (*checks, _clock, _code) for finding in check(study)]
-    found += [*_edges(study, searches), *_under_tuned(study, searches)]
+    found += [*_edges(study, searches), *_under_tuned(study, searches), *_single_runs(study, searches)]
     return sorted(found, key=lambda finding: -finding.weight)
 
 
@@ -404,6 +404,26 @@ def _under_tuned(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
             title = f"{what}: {_labels(dict.fromkeys(trial.arm for trial in trials))}"
             detail = f"{meanings[what]} {'; '.join(told for told, _ in cells)}."
             yield _finding(study, "tuning", "serious", title, detail, trials)
+
+
+def _single_runs(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
+    """Searches that chose between runs of one seed, closer than seeds differ."""
+    ends = [end for arm in study.arm_names() for model in study.models for end in study.endpoints(arm, model)]
+    spreads = [float(end.losses.std(ddof=1)) for end in ends if len(end.seeds) > 1 and not end.diverged]
+    noise = median(spreads) if spreads else math.nan
+    close = [
+        one
+        for one in searches
+        if len({trial.seed for of in one.candidates for trial in of.trials}) == 1
+        and len(losses := sorted(of.loss for of in one.candidates)) > 1
+        and losses[1] - losses[0] < 2 * noise
+    ]
+    if close:
+        title = f"{len(close)} of {len(searches)} searches chose between single runs that differ by less than twice the noise"
+        detail = f"Seeds of one setting differ by {noise:.2g} nats (median standard deviation of the reported cells). "
+        yield Finding(
+            "tuning", "note", title, f"{detail}Run the best settings again on further seeds (tuning.finalists)."
+        )
 
 
 def _quantile(tail: float, freedom: float) -> float:
