@@ -38,18 +38,24 @@ class Difference:
 
 
 def read_losses(records: Path, studies: Iterable[str]) -> dict[Cell, dict[int, float]]:
-    """Return the final losses of the reported runs by seed, for each arm of studies with one model and one horizon.
+    """Return the final losses of the reported runs by seed, for each arm and ablation.
 
     Raises:
         FileNotFoundError, RecordError: as `load_study`.
+        ValueError: a study is unfinished, has several models or horizons, or a reported run diverged.
     """
     found: dict[Cell, dict[int, float]] = {}
     for name in studies:
         study = load_study([records / name])
-        for arm in study.arm_names():
-            for model in study.models:
-                for end in study.endpoints(arm, model):
-                    found[name, arm] = dict(zip(end.seeds, end.losses.tolist(), strict=True))
+        if study.under_way:
+            raise ValueError(f"{name}: {study.under_way}")
+        for arm in study.arm_names("arm", "ablation"):
+            ends = [end for model in study.models for end in study.endpoints(arm, model)]
+            if len(ends) != 1:
+                raise ValueError(f"{name}: {arm} has {len(ends)} cells of reported runs; a contrast takes one")
+            if ends[0].diverged:
+                raise ValueError(f"{name}: runs of {arm} diverged with seeds {', '.join(map(str, ends[0].diverged))}")
+            found[name, arm] = dict(zip(ends[0].seeds, ends[0].losses.tolist(), strict=True))
     return found
 
 

@@ -336,7 +336,9 @@ def _edges(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
     shown = open_ or found
     title = f"{len(shown)} reported values are at the edge of what was tried"
     title += f", {own} of them the baseline's" if own else ""
-    title += "" if open_ else f"; runs beyond it exclude a gain of {MATTERS:g} nats"
+    steps = sorted({one.horizon for edge in found for one in edge.beyond})
+    after = " and ".join(f"{one:,}" for one in steps)
+    title += "" if open_ else f"; runs beyond it of {after} steps exclude a gain of {MATTERS:g} nats"
     keys: dict[str, dict[str, None]] = {}
     for edge in open_:
         keys.setdefault(edge.arm, {})[edge.key] = None
@@ -407,23 +409,22 @@ def _under_tuned(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
 
 
 def _single_runs(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
-    """Searches that chose between runs of one seed, closer than seeds differ."""
-    ends = [end for arm in study.arm_names() for model in study.models for end in study.endpoints(arm, model)]
-    spreads = [float(end.losses.std(ddof=1)) for end in ends if len(end.seeds) > 1 and not end.diverged]
-    noise = median(spreads) if spreads else math.nan
-    close = [
-        one
-        for one in searches
-        if len({trial.seed for of in one.candidates for trial in of.trials}) == 1
-        and len(losses := sorted(of.loss for of in one.candidates)) > 1
-        and losses[1] - losses[0] < 2 * noise
-    ]
+    """Searches that chose between runs of one seed, closer than twice what the seeds of the arm's reported runs differ by."""
+    close = []
+    for one in searches:
+        seeds = {trial.seed for of in one.candidates for trial in of.trials}
+        losses = sorted(of.loss for of in one.candidates)
+        ends = [end for end in study.endpoints(one.arm, one.model) if len(end.seeds) > 1 and not end.diverged]
+        nearest = min(ends, key=lambda end: abs(end.horizon - one.horizon), default=None)
+        if len(seeds) > 1 or len(losses) < 2 or nearest is None:
+            continue
+        if losses[1] - losses[0] < 2 * (noise := float(nearest.losses.std(ddof=1))):
+            close.append(f"{_where(one.cell)} ({losses[1] - losses[0]:.2g} against {noise:.2g})")
     if close:
         title = f"{len(close)} of {len(searches)} searches chose between single runs that differ by less than twice the noise"
-        detail = f"Seeds of one setting differ by {noise:.2g} nats (median standard deviation of the reported cells). "
-        yield Finding(
-            "tuning", "note", title, f"{detail}Run the best settings again on further seeds (tuning.finalists)."
-        )
+        detail = "The two lowest losses, nats, beside the standard deviation over seeds: "
+        remedy = "Run the best settings again on further seeds (tuning.finalists)."
+        yield Finding("tuning", "note", title, f"{detail}{_some(close)}. {remedy}")
 
 
 def _quantile(tail: float, freedom: float) -> float:

@@ -301,6 +301,12 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
     )
 
 
+_LUCK = (
+    "Other points of the same searches might change the sign. In nats, each beside one standard deviation, as if the two "
+    "searches had drawn their points independently:"
+)
+
+
 def _within_noise_of_search(verdicts: Sequence[Verdict], searches: Sequence[Tuning], study: Study) -> Iterator[Finding]:
     """Differences that other random points of the two searches might undo."""
     noise = {
@@ -308,7 +314,7 @@ def _within_noise_of_search(verdicts: Sequence[Verdict], searches: Sequence[Tuni
         for one in searches
         if study.arms[one.arm].method in ("random", "halton") and math.isfinite(one.noise)
     }
-    told = []
+    told, claims = [], []
     decided = False
     for one in verdicts:
         own, baselines = noise.get((one.arm, one.model)), noise.get((study.baseline, one.model))
@@ -318,11 +324,16 @@ def _within_noise_of_search(verdicts: Sequence[Verdict], searches: Sequence[Tuni
         if abs(difference := float(same.differences.mean())) < 2 * math.hypot(own, baselines):
             told.append(f"{label(one.arm)} on {one.model} ({difference:+.3f} against {math.hypot(own, baselines):.3f})")
             decided |= one.word in ("faster", "slower")
+        half = one.paper.half if one.paper and one.claim == "seen" else None
+        if isinstance(half, Contrast) and abs(gain := float(half.differences.mean())) < 2 * math.hypot(own, baselines):
+            claims.append(f"{label(one.arm)} on {one.model} ({-gain:.3f} against {math.hypot(own, baselines):.3f})")
     if told:
         title = "Differences within twice the noise of the searches"
-        detail = "Other points of the same searches might change their sign. Nats, each against one standard deviation"
         severity: Severity = "serious" if decided else "note"
-        yield Finding("tuning", severity, title, f"{detail}, had both drawn independently: {'; '.join(told)}.")
+        yield Finding("tuning", severity, title, f"{_LUCK} {'; '.join(told)}.")
+    if claims:
+        title = "The paper's 2× is seen by less than twice the noise of the searches"
+        yield Finding("tuning", "serious", title, f"{_LUCK} {'; '.join(claims)}.")
 
 
 def _no_baseline(study: Study) -> str:

@@ -11,6 +11,7 @@ import io
 import itertools
 import math
 import operator
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -230,7 +231,7 @@ def load_run(directory: str | Path) -> RecordedRun:
     path = record.metrics_path
     content = metrics_content(path)
     lines, last_refresh = _read_metrics(content, path), last_line(content, path, "hessian")
-    alarms = content.count(b'"event":"all_clipped"')
+    alarms = len(re.findall(rb'"event": ?"all_clipped"', content))
     config_place = record.directory / CONFIG_FILE
     return _run(Origin(record.directory), record, lines, last_refresh, alarms, config_place, path)
 

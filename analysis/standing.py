@@ -43,7 +43,7 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
         f"[its report]({place}/report.md). Limits:",
         "\n".join(f"- {line}" for line in limits),
         "What others found:",
-        _body(tables.published(results, others=False)),
+        _body(tables.published_losses(results)),
     ]
     return "\n\n".join(part.strip() for part in parts)
 

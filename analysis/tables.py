@@ -16,7 +16,7 @@ import pandas as pd
 from analysis import escaping
 from analysis.colours import label
 from analysis.comparison import Compared, Contrast, Endpoints, Ratio
-from analysis.reference import PublishedLoss, load_reference
+from analysis.reference import OtherFinding, PublishedLoss, load_reference
 from analysis.results import CURRENCY_NAMES, VERDICT_CURRENCIES, Results
 from analysis.runs import Currency, Origin
 from analysis.trials import short
@@ -314,12 +314,17 @@ def search_spaces(results: Results) -> Table:
     return _table("search-spaces", "Search spaces", rows)
 
 
-def published(results: Results, *, others: bool = True) -> Table:
-    """Return published results with their flaws; losses of one source, size and length in one row, with ours if comparable.
+def published(results: Results) -> Table:
+    """Return published results with their flaws; losses of one source, size and length in one row, with ours if comparable."""
+    return _published(results, load_reference().others)
 
-    Args:
-        others: also results that are not final losses.
-    """
+
+def published_losses(results: Results) -> Table:
+    """Return the final losses among them."""
+    return _published(results, ())
+
+
+def _published(results: Results, others: Sequence[OtherFinding]) -> Table:
     reference = load_reference()
     ours = {(end.model, end.arm): end for end in results.endpoints() if math.isfinite(end.mean)}  # the longest stays
     groups: dict[tuple[str, str, float | None], list[PublishedLoss]] = {}
@@ -338,7 +343,7 @@ def published(results: Results, *, others: bool = True) -> Table:
             "here": ", ".join(f"{label(end.arm)} {end.mean:.3f} ({end.horizon:,} steps)" for end in mine),
         }
         rows.append((row, mine[0].runs[0] if mine else None))
-    for other in reference.others if others else ():
+    for other in others:
         rows.append(({"source": other.source, "size": other.size, "result": other.finding}, None))
     told: set[str] = set()
     for row, _ in rows:  # a source's flaws stand in its first row

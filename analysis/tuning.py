@@ -145,18 +145,39 @@ def edges(study: Study, searches: Sequence[Tuning]) -> list[Edge]:
 
 
 def _beyond(study: Study, arm: str, model: str, key: str, value: float, side: str) -> Iterator[Beyond]:
-    """Yield the ablations that move this value alone, farther out, at the horizons at which the arm has it."""
-    used: dict[Cell, Any] = {trial.cell: trial.values.get(key) for trial in study.reporting}
-    at_edge = {end.horizon: end for end in study.endpoints(arm, model) if used[arm, model, end.horizon] == value}
+    """Yield the ablations that move this value alone, by a step of the search, at the horizons at which the arm has it."""
+    used = {trial.cell: trial.values for trial in study.reporting}
+    ends = {end.horizon: end for end in study.endpoints(arm, model)}
+    farthest = _step_beyond(study.arms[arm].search.get(key, {}), value, side)
+    low, high = sorted((value, farthest))
     for name in study.arm_names("ablation"):
-        if (study.arms[name].of, study.arms[name].varies) != (arm, (key.split("[")[0],)):
+        ablation = study.arms[name]
+        if (ablation.of, ablation.varies) != (arm, (key.split("[")[0],)):
             continue
         for end in study.endpoints(name, model):
-            tried = used[name, model, end.horizon]
-            farther = tried > value if side == "highest" else tried < value
-            paired = contrast(end, at_edge[end.horizon], _LEVEL) if farther and end.horizon in at_edge else None
+            theirs, ours = used[name, model, end.horizon], used.get((arm, model, end.horizon), {})
+            tried = theirs.get(key)
+            alone = ours.get(key) == value and {**theirs, key: value} == dict(ours)
+            if not alone or not isinstance(tried, (int, float)) or not low <= tried <= high or tried == value:
+                continue
+            paired = contrast(end, ends[end.horizon], _LEVEL)
             if isinstance(paired, Contrast) and paired.interval:
                 yield Beyond(float(tried), end.horizon, paired.interval)
+
+
+def _step_beyond(space: Mapping[str, Any], value: float, side: str) -> float:
+    """Return how far a run beyond an edge may be: a quarter of a range, or the ratio of the last two listed values."""
+    up = side == "highest"
+    if "low" in space and "high" in space:
+        low, high = float(space["low"]), float(space["high"])
+        if space.get("scale") != "log":
+            return value + (0.25 if up else -0.25) * (high - low)
+        ratio = (high / low) ** 0.25
+    else:
+        listed = sorted(float(one) for one in space.get("values", ()) if isinstance(one, (int, float)))
+        near = listed[-2:] if up else listed[:2]
+        ratio = near[1] / near[0] if len(near) == 2 and near[0] > 0 else 2.0
+    return value * (ratio if up else 1 / ratio) * (1 + (1e-3 if up else -1e-3))  # values are rounded
 
 
 def candidates(trials: Sequence[RecordedTrial]) -> list[Candidate]:

@@ -201,7 +201,12 @@ def data(record: dict[str, Any]) -> Iterator[str]:
     for row in record["reading"]:
         name = f"reading {row['batch_size']} × {row['sequence_length']}, against memcpy from the page cache"
         rows.append((name, f"{row['ratio']:.2f}", f"≥ {row['target']}", verdict(row["ratio"] >= row["target"])))
+        share, most = row["share_of_step"], row["share_target"]
+        rows.append(("… its share of a fast rank's step", f"{share:.2%}", f"< {most:.0%}", verdict(share < most)))
     yield from table(("", "ratio", "target", ""), rows)
+    peaks = ", ".join(f"{size}: {peak / 2**20:.0f} MiB" for size, peak in preparation["workers_peak_bytes"].items())
+    yield ""
+    yield f"Peak memory of all workers of a preparation together, by size of the corpus: {peaks}."
 
 
 def scaling(record: dict[str, Any]) -> Iterator[str]:

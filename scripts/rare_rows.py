@@ -31,15 +31,17 @@ from numpy.typing import NDArray
 from analysis.colours import colours, label
 from analysis.figures import save
 from data import TokenDataset, ValidationWindows
+from data.errors import DataError
 from data.files import write_atomically
 from downstream.inference import open_trained
 from studies.expansion import expand
 from studies.spec import load_spec
 from training.compose import compose
-from training.config import RunConfig, SophiaConfig
+from training.config import ConfigurationError, RunConfig, SophiaConfig
 from training.corpus import token_directory_of
+from training.exits import refuse
 from training.records import RunRecord
-from training.reliability.checkpoints import Checkpoint, available
+from training.reliability.checkpoints import Checkpoint, CheckpointError, available
 from training.run import execute
 
 ARMS = {
@@ -80,41 +82,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=Path("results/claim_eps"), help="directory of the table and figure"
     )
     options = parser.parse_args(arguments)
+    try:
+        return measure(options.overrides, options.work, options.output)
+    except (CheckpointError, ConfigurationError, DataError, OSError) as error:
+        return refuse(error)
+
+
+def measure(overrides: Sequence[str], work: Path, output: Path) -> int:
+    """Train what is not trained yet, and write the table and the figure; return the exit code."""
     found: list[Bin] = []
     for arm, study in ARMS.items():
         first = next(trial for trial in expand(load_spec(study), {}).trials if trial.arm == arm)
-        own = (f"output_dir={options.work}", f"name={arm}", f"checkpoint.interval={BETWEEN}", "checkpoint.keep=1000000")
-        config = compose([*first.overrides, *own, *options.overrides])
+        own = (f"output_dir={work}", f"name={arm}", f"checkpoint.interval={BETWEEN}", "checkpoint.keep=1000000")
+        config = compose([*first.overrides, *own, *overrides])
         outcome = execute(config)
         if outcome.status != "completed":
             return outcome.exit_code
         found += bins(arm, config, outcome.directory)
     table = pd.DataFrame(found)
-    options.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.output / "rare_rows.csv", table.to_csv(index=False, float_format="%.4g"))
-    save(draw(table), options.output / "rare_rows.png")
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / "rare_rows.csv", table.to_csv(index=False, float_format="%.4g"))
+    save(draw(table), output / "rare_rows.png")
     print(table.to_string(index=False))
     return 0
 
 
 def bins(arm: str, config: RunConfig, directory: Path) -> list[Bin]:
     """Return the means of a finished run."""
-    often = occurrences(config)
+    per_batch = occurrences(config)
     ratio = config.optimizer.embedding_lr_ratio
     rates = {line["step"]: ratio * line["lr"] for line in RunRecord.open(directory).metrics("train")}
     saved = [Checkpoint(path) for path in reversed(available(directory / "checkpoints"))]
     late = [one for one in saved if one.step >= config.train.steps // 2]
-    rows = [one.tensor(f"model.{ROWS}").numpy()[: len(often)] for one in late]
+    if len(late) < 2:
+        raise ConfigurationError(f"train.steps={config.train.steps}: give at least {2 * BETWEEN}")
+    rows = [one.tensor(f"model.{ROWS}").numpy()[: len(per_batch)] for one in late]
     moved = np.array([np.abs(after - before).mean(axis=1) for before, after in itertools.pairwise(rows)])
     allowed = [
         sum(rates[step] for step in range(early.step + 1, later.step + 1)) for early, later in itertools.pairwise(late)
     ]
     straight = (moved / np.array(allowed)[:, None]).mean(axis=0)
-    whole = np.mean([whole_rate(config, one)[: len(often)] for one in late], axis=0)
-    losses, targets = validation_losses(config, directory, len(often))
+    whole = np.mean([whole_rate(config, one)[: len(per_batch)] for one in late], axis=0)
+    losses, targets = validation_losses(config, directory, len(per_batch))
     found = []
     for least, below in itertools.pairwise(BINS):
-        inside = (often >= least) & (often < below)
+        inside = (per_batch >= least) & (per_batch < below)
         if inside.any():
             count = int(targets[inside].sum())
             found.append(

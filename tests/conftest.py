@@ -30,7 +30,8 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 SLOW = {f"tests/{name}" for name in ("faults", "readme", "slurm", "training/strategies")}
 SLOW |= {f"tests/{name}.py" for name in ("data/test_preparation", "models/test_compiled", "models/test_distributed")}
 SLOW |= {
-    f"tests/scripts/test_{name}.py" for name in ("evaluate", "export", "plan", "results", "sample", "toy_landscape")
+    f"tests/scripts/test_{name}.py"
+    for name in ("evaluate", "export", "plan", "rare_rows", "results", "sample", "toy_landscape")
 }
 SLOW |= {f"tests/studies/test_{name}.py" for name in ("ablations", "runner", "smoke", "sweeps", "verify")}
 SLOW |= {"tests/sophia/test_distributed.py", "tests/analysis/test_report.py", "tests/sophia/test_package.py"}

@@ -43,6 +43,7 @@ from training.optimizers import build_optimizers
 from training.strategies.base import NumberPiece, Piece, StepStatistics
 from training.strategies.ddp import DDP
 from training.strategies.gradients import clip_and_step, update_hessian
+from training.strategies.state import changed_numbers
 from training.weights import InitialWeights
 
 Result = Literal["pass", "note", "fail"]
@@ -454,15 +455,20 @@ def _elementwise(config: RunConfig) -> Check:
         end = parameter.detach().flatten()
         ends.append(end[order] if not rearranged else end)
     straight, rearranged_end = ends
-    if torch.allclose(straight, rearranged_end, rtol=1e-5, atol=1e-3 * config.optimizer.lr):
-        return Check("elementwise", "pass", f"yes: strategies {strategies_of(config, elementwise=True)}")
-    return Check(
-        "elementwise", "note", f"no, it needs whole matrices: strategies {strategies_of(config, elementwise=False)}"
-    )
+    elementwise = torch.allclose(straight, rearranged_end, rtol=1e-5, atol=1e-3 * config.optimizer.lr)
+    counts = any(changed_numbers(group) for optimizer in fed.optimizers for group in optimizer.param_groups)
+    strategies = strategies_of(config, elementwise=elementwise, counts_in_groups=counts)
+    if elementwise:
+        return Check("elementwise", "pass", f"yes: strategies {strategies}")
+    return Check("elementwise", "note", f"no, it needs whole matrices: strategies {strategies}")
 
 
-def strategies_of(config: RunConfig, *, elementwise: bool) -> str:
-    """Return the strategies that a configuration with this optimizer may choose."""
+def strategies_of(config: RunConfig, *, elementwise: bool, counts_in_groups: bool = False) -> str:
+    """Return the strategies that a configuration with this optimizer may choose.
+
+    Args:
+        counts_in_groups: whether a step changes numbers in `param_groups`, which DeepSpeed's steps in parts do not allow.
+    """
     optimizer = config.optimizer
     if isinstance(optimizer, ExternalConfig):
         optimizer = optimizer.model_copy(update={"elementwise": elementwise})
@@ -472,6 +478,8 @@ def strategies_of(config: RunConfig, *, elementwise: bool) -> str:
         ("deepspeed (ZeRO 1, 2)", DeepSpeedConfig(name="deepspeed", zero_stage=2)),
         ("deepspeed", DeepSpeedConfig(name="deepspeed", zero_stage=3)),
     ):
+        if counts_in_groups and isinstance(strategy, DeepSpeedConfig):
+            continue
         with contextlib.suppress(ValueError):
             refuse_impossible_pairs(config.model_copy(update={"optimizer": optimizer, "strategy": strategy}))
             works.append(shown)

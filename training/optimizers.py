@@ -101,7 +101,8 @@ def _construct(config: OptimizerConfig, parameters: Named, *, compile_step: bool
         kind_of=kind_of,
     )
     by_size = None if compile_step else False  # None: each call compiles if it is large
-    # A model's groups decide together, so that small ones get a kernel of the same kind as torch's fused AdamW.
+    # A model's groups decide together, so that small ones get a kernel of the same kind as torch's fused AdamW. AdaHessian
+    # steps each parameter by itself and would compile for each shape.
     large = sum(parameter.numel() for parameter in parameters.values()) >= COMPILED_FROM
     form = True if compile_step and large else by_size
     match config:

@@ -5,6 +5,7 @@ Nothing is written until the configuration, the data and the run directory have 
 
 import contextlib
 import datetime
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -487,17 +488,23 @@ def _load(path: Path, strategy: Strategy, ledger: Ledger, distributed: Distribut
 
 
 def _pieces(config: RunConfig, strategy: Strategy, rank: int) -> Iterator[Piece | NumberPiece]:
-    """Yield this rank's part of a checkpoint, with generator states if dropout or code from elsewhere may use them.
+    """Return this rank's part of a checkpoint, with generator states if dropout or code from elsewhere may use them.
 
     The weights of an optimizer with an evaluation mode are saved as trained and, named "evaluated.<parameter>", as evaluated.
     """
-    yield from strategy.pieces()
+    evaluated: list[Piece] = []
+    # Now, and not while the ranks write: to evaluate may take collectives, and a rank whose disk is full would be missed.
     if any(has_evaluation_mode(optimizer) for optimizer in strategy.optimizers):
         with strategy.evaluating():
-            for piece in strategy.pieces():
-                if isinstance(piece, Piece) and piece.name.startswith("model."):
-                    name = EVALUATED + piece.name.removeprefix("model.")
-                    yield piece._replace(name=name, values=piece.values.clone())
+            evaluated = [
+                piece._replace(name=EVALUATED + piece.name.removeprefix("model."), values=piece.values.clone())
+                for piece in strategy.pieces()
+                if isinstance(piece, Piece) and piece.name.startswith("model.")
+            ]
+    return itertools.chain(strategy.pieces(), evaluated, _generator_states(config, rank))
+
+
+def _generator_states(config: RunConfig, rank: int) -> Iterator[Piece]:
     if config.model.dropout > 0 or not config.model.is_gpt2 or isinstance(config.optimizer, ExternalConfig):
         states = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -28,6 +28,11 @@ def test_a_complete_study_gives_every_figure(results: Results, name: str, tmp_pa
     assert extremes[0] < 100 < 250 < extremes[1], "something dark on something light"
 
 
+def test_the_same_records_give_the_same_bytes(results: Results, tmp_path: Path) -> None:
+    first, second = (save(FIGURES["tokens"](results), tmp_path / f"{name}.png").read_bytes() for name in "ab")
+    assert first == second
+
+
 def test_each_panel_of_curves_reaches_down_to_the_ends_of_its_own_runs(results: Results) -> None:
     panels = FIGURES["curves"](results).axes
     assert len(panels) == 2

@@ -169,6 +169,20 @@ def test_ranks_may_differ_in_where_things_lie(corpus: list[str], tmp_path: Path)
     assert Sitting(overrides_of(corpus, tmp_path, "run", 6), tmp_path / "log", 2, own=own).wait() == [0, 0]
 
 
+def other_code_on_rank_1() -> None:
+    from training import hardware
+
+    if os.environ["RANK"] == "1":
+        hardware.code_sha256 = lambda: "5" * 64  # type: ignore[assignment]
+
+
+def test_ranks_of_another_version_of_the_code_are_refused(corpus: list[str], tmp_path: Path) -> None:
+    command = overrides_of(corpus, tmp_path, "run", 12)
+    sitting = Sitting(command, tmp_path / "log", ranks=2, prepare=other_code_on_rank_1)
+    assert sitting.wait() == [2, 2]
+    assert "error: code=555555555555 on rank 1 (" in sitting.said()
+
+
 @pytest.mark.parametrize(("directory", "named"), [("tokens", "tokens="), ("nowhere", "rank 1: ")])
 def test_ranks_with_other_tokens_or_none_are_refused(
     directory: str, named: str, corpus: list[str], tmp_path: Path

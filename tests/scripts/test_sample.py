@@ -210,11 +210,17 @@ def test_the_model_is_the_one_that_was_evaluated(tiny_run: Path, trained: Traine
     assert validation_loss(trained) == pytest.approx(recorded_loss(tiny_run), rel=1e-5)
 
 
-def test_the_model_of_an_optimizer_that_averages_has_the_averaged_weights(tiny: list[str], tiny_run: Path) -> None:
-    averaging = ["name=averaged", "optimizer=schedulefree", "schedule=constant", "optimizer.lr=0.02"]
-    assert command.main([*tiny, *averaging]) == 0
-    averaged = open_trained(tiny_run.with_name("averaged"))
-    assert validation_loss(averaged) == pytest.approx(recorded_loss(tiny_run.with_name("averaged")), rel=1e-5)
+@pytest.mark.parametrize("ranks", [[], ["launcher.nproc_per_node=2"], ["launcher.nproc_per_node=2", "strategy=fsdp"]])
+def test_the_model_of_an_optimizer_that_averages_has_the_averaged_weights(
+    ranks: list[str], tiny: list[str], tiny_run: Path
+) -> None:
+    run = tiny_run.with_name(f"averaged{len(ranks)}")
+    averaging = [f"name={run.name}", "optimizer=schedulefree", "schedule=constant", "optimizer.lr=0.02"]
+    assert command.main([*tiny, *averaging, *ranks]) == 0
+    averaged = open_trained(run)
+    assert validation_loss(averaged) == pytest.approx(recorded_loss(run), rel=1e-5)
+    trained = Checkpoint(averaged.checkpoint).tensor("model.token_embedding.weight")
+    assert not torch.allclose(trained, averaged.model.token_embedding.weight, rtol=1e-4)
 
 
 def recorded_loss(run: Path) -> float:

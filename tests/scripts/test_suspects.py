@@ -10,7 +10,8 @@ from tests.analysis.synthetic import write_run, write_tables
 
 def test_every_cell_is_an_arm_of_its_study() -> None:
     for study, arm in {cell for rows in SUSPECTS.values() for row in rows for cell in (*row.plus, *row.minus)}:
-        assert arm in load_spec(study).arms
+        spec = load_spec(study)
+        assert arm in {*spec.arms, *spec.ablations}
 
 
 def test_a_page_and_a_figure_for_each_suspect_are_written(tmp_path: Path) -> None:
@@ -18,11 +19,12 @@ def test_a_page_and_a_figure_for_each_suspect_are_written(tmp_path: Path) -> Non
         spec = load_spec(study)
         values = {"name": study, "baseline": spec.baseline, "models": {"tiny": {"seeds": [31, 32]}}}
         values |= {"tuning": {"method": "grid", "trials": 1}, "arms": {arm: {"search": {}} for arm in spec.arms}}
+        values |= {"ablations": {arm: {"of": one.of, "values": {"seed": 1}} for arm, one in spec.ablations.items()}}
         trials = []
-        for place, arm in enumerate(spec.arms):
+        for place, arm in enumerate([*spec.arms, *spec.ablations]):
             for seed in (31, 32):
                 final = 4.0 + 0.01 * place + (0.001 if seed == 32 else 0.0) * place
-                optimizer = "adamw" if arm == "adamw" else "sophiag"
+                optimizer = "adamw" if arm.startswith("adamw") else "sophiag"
                 run = write_run(
                     tmp_path / "runs" / f"{study}-{arm}-{seed}",
                     optimizer=optimizer,

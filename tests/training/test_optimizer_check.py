@@ -95,6 +95,11 @@ def test_the_strategies_are_those_that_a_configuration_may_choose(
     assert strategies_of(configured(overrides), elementwise=elementwise) == strategies
 
 
+def test_an_optimizer_that_counts_in_its_groups_is_not_offered_deepspeed() -> None:
+    found = {one.name: one for one in check(["optimizer=schedulefree"])}
+    assert found["elementwise"].detail == "yes: strategies single, ddp, fsdp"
+
+
 def test_a_sound_class_from_outside_passes() -> None:
     factory = ["optimizer=external", "optimizer.factory=tests.training.broken:Descent", "optimizer.lr=0.1"]
     assert failed(factory) == {}

@@ -51,7 +51,7 @@ def saved_state(
                     yield f"optimizer.{name}.{path}", leaf
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            changed = _changed(group)
+            changed = changed_numbers(group)
             for name in group.get("names", ()):
                 for key, number in changed.items():
                     yield f"group.{name}.{key}", number
@@ -120,7 +120,7 @@ def numbers_of(group: Mapping[str, Any]) -> dict[str, Number]:
     return {key: value for key, value in group.items() if key not in _SET_BY_THE_RUN and isinstance(value, Number)}
 
 
-def _changed(group: Mapping[str, Any]) -> dict[str, Number]:
+def changed_numbers(group: Mapping[str, Any]) -> dict[str, Number]:
     """Return the numbers that the optimizer itself has changed since it was built, such as a step count."""
     initial = group.get("initial")
     if initial is None:
