@@ -321,12 +321,13 @@ def _within_noise_of_search(verdicts: Sequence[Verdict], searches: Sequence[Tuni
         same = one.at.same if one.at else ""
         if own is None or baselines is None or one.word == "no verdict" or not isinstance(same, Contrast):
             continue
-        if abs(difference := float(same.differences.mean())) < 2 * math.hypot(own, baselines):
-            told.append(f"{label(one.arm)} on {one.model} ({difference:+.3f} against {math.hypot(own, baselines):.3f})")
+        both, where = math.hypot(own, baselines), f"{label(one.arm)} on {one.model}"
+        if abs(difference := float(same.differences.mean())) < 2 * both:
+            told.append(f"{where} ({difference:+.3f} against {both:.3f})")
             decided |= one.word in ("faster", "slower")
         half = one.paper.half if one.paper and one.claim == "seen" else None
-        if isinstance(half, Contrast) and abs(gain := float(half.differences.mean())) < 2 * math.hypot(own, baselines):
-            claims.append(f"{label(one.arm)} on {one.model} ({-gain:.3f} against {math.hypot(own, baselines):.3f})")
+        if isinstance(half, Contrast) and abs(difference := float(half.differences.mean())) < 2 * both:
+            claims.append(f"{where} ({-difference:.3f} against {both:.3f})")
     if told:
         title = "Differences within twice the noise of the searches"
         severity: Severity = "serious" if decided else "note"

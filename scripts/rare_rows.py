@@ -40,7 +40,7 @@ from training.compose import compose
 from training.config import ConfigurationError, RunConfig, SophiaConfig
 from training.corpus import token_directory_of
 from training.exits import refuse
-from training.records import RunRecord
+from training.records import RecordError, RunRecord
 from training.reliability.checkpoints import Checkpoint, CheckpointError, available
 from training.run import execute
 
@@ -67,9 +67,7 @@ class Bin:
     tokens: int
     moved: float  # |change between two checkpoints|
     straight: float  # of what the rates allow: 1 if every step went the same way by the whole rate
-    whole_rate: (
-        float  # share of the entries that a step moves by the whole rate; NaN where it is not the step of Sophia
-    )
+    whole_rate: float  # share of the entries that a step moves by the whole rate; NaN for other rules than Sophia's
     targets: int  # validation targets that are such tokens
     loss: float  # their mean validation loss at the end, nats
 
@@ -84,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return measure(options.overrides, options.work, options.output)
-    except (CheckpointError, ConfigurationError, DataError, OSError) as error:
+    except (CheckpointError, ConfigurationError, DataError, OSError, RecordError) as error:
         return refuse(error)
 
 

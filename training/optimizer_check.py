@@ -6,7 +6,6 @@ drawn at random, so that it can be compared with itself or with another optimize
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
@@ -472,18 +471,20 @@ def strategies_of(config: RunConfig, *, elementwise: bool, counts_in_groups: boo
     optimizer = config.optimizer
     if isinstance(optimizer, ExternalConfig):
         optimizer = optimizer.model_copy(update={"elementwise": elementwise})
-    works = ["single", "ddp"]
-    for shown, strategy in (
-        ("fsdp", FSDPConfig(name="fsdp")),
-        ("deepspeed (ZeRO 1, 2)", DeepSpeedConfig(name="deepspeed", zero_stage=2)),
-        ("deepspeed", DeepSpeedConfig(name="deepspeed", zero_stage=3)),
-    ):
-        if counts_in_groups and isinstance(strategy, DeepSpeedConfig):
-            continue
-        with contextlib.suppress(ValueError):
+
+    def works(strategy: FSDPConfig | DeepSpeedConfig) -> bool:
+        try:
             refuse_impossible_pairs(config.model_copy(update={"optimizer": optimizer, "strategy": strategy}))
-            works.append(shown)
-    return ", ".join(works).replace("deepspeed (ZeRO 1, 2), deepspeed", "deepspeed")
+        except ValueError:
+            return False
+        return not (counts_in_groups and isinstance(strategy, DeepSpeedConfig))
+
+    strategies = ["single", "ddp", *(["fsdp"] if works(FSDPConfig(name="fsdp")) else [])]
+    if works(DeepSpeedConfig(name="deepspeed", zero_stage=3)):
+        strategies.append("deepspeed")
+    elif works(DeepSpeedConfig(name="deepspeed", zero_stage=2)):
+        strategies.append("deepspeed (ZeRO 1, 2)")
+    return ", ".join(strategies)
 
 
 def _curvature(config: RunConfig) -> Iterator[Check]:
