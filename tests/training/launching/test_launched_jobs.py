@@ -50,9 +50,9 @@ def test_a_killed_sweep_skips_finished_trials_and_resumes_the_others(tiny: list[
     assert resumed_at(tmp_path / "adamw-0") == []
 
 
+@torch._dynamo.config.patch(recompile_limit=2)  # monkeypatch would hide the setting from every later test
 def test_every_trial_of_a_sweep_is_compiled(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Code compiled for one trial does not count against the recompilation limit of the next."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     counter = CompileCounter()
     work = torch.compile(lambda x: x + 1, backend=counter, dynamic=False)
     shapes = iter(range(2, 100))
