@@ -161,7 +161,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    warnings.filterwarnings("ignore", message=".*steps without update_hessian")
+    warnings.filterwarnings("ignore", message=".*without update_hessian")
     torch.manual_seed(0)
     cold_start = measure_cold_start(device)
     params = parameters(arguments.model, device)

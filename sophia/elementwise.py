@@ -166,7 +166,11 @@ class CurvatureOptimizer(ElementwiseOptimizer):
         self._round: dict[int, int] = {}  # id(parameter) -> coordinates, since the start of the training step
         self._counts: list[Tensor] = []  # results of the rules in this training step
         self._steps_since_refresh = 0
-        self._warned = False
+        self._untouched = self._warned = False
+
+    def _with_gradients(self) -> Iterator[Work]:
+        self._untouched = not self.state  # no step, no curvature, no state loaded
+        return super()._with_gradients()
 
     @property
     def numel(self) -> int:
@@ -188,18 +192,24 @@ class CurvatureOptimizer(ElementwiseOptimizer):
             self._round = {}
             self._steps_since_refresh += 1
         self._round.update((id(p), local(p).numel()) for p in params)
-        interval = self.param_groups[0]["hessian_interval"]
-        if interval is not None and self._steps_since_refresh > interval and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{self._steps_since_refresh} steps without update_hessian(), expected one every hessian_interval = "
-                f"{interval} steps: the curvature is stale, or zero if it was never set, which makes Sophia momentum-sign "
-                "descent. Call update_hessian() when hessian_due is true; hessian_interval=None is for a run without "
-                "curvature.",
-                RuntimeWarning,
-                stacklevel=6,
-            )
+        if begins and not self._warned and self.param_groups[0]["hessian_interval"] is not None:
+            self._warn_without_curvature(self.param_groups[0]["hessian_interval"])
         return begins
+
+    def _warn_without_curvature(self, interval: int) -> None:
+        """Warn at a first step without curvature, and when a refresh is overdue; once until the next refresh."""
+        without = self._steps_since_refresh
+        if not self._untouched and without <= interval:
+            return
+        self._warned = True
+        warnings.warn(
+            f"{without} step{'s' * (without > 1)} without update_hessian(), expected one before the first step and every "
+            f"hessian_interval = {interval} steps: the curvature is stale, or zero if it was never set, which makes Sophia "
+            "momentum-sign descent. Call update_hessian() when hessian_due is true; hessian_interval=None is for a run "
+            "without curvature.",
+            RuntimeWarning,
+            stacklevel=7,
+        )
 
     def _curvature(
         self,
@@ -242,6 +252,7 @@ class CurvatureOptimizer(ElementwiseOptimizer):
             scale = torch.tensor(grad_scaler.get_scale())
         yield from self._work(values, scale)
         self._steps_since_refresh = 0
+        self._warned = False
 
 
 def evaluated(closure: Callable[[], Any] | None) -> Any:

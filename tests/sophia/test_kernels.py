@@ -283,7 +283,7 @@ def test_a_coordinate_whose_ratio_is_exactly_1_counts_as_clipped(form: dict[str,
     assert int(optimizer.unclipped_count) == 1
 
 
-@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.filterwarnings("error::RuntimeWarning", "ignore:.*without update_hessian")
 @pytest.mark.parametrize("form", [kernels.Form(False, False), kernels.Form(False, True)])
 def test_counts_add_up_beyond_the_range_of_int32(form: kernels.Form, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row's count is an int32, and no row is longer than that holds."""
