@@ -248,10 +248,10 @@ def _self_test(baseline: Baseline) -> SelfTest:
     for k in range(count):
         others = np.arange(count) != k
         curve = fit_power_law(x[others], means[others])
-        weights = curve.weights(x[k])
-        deviations = losses[:, others] - means[others]
-        errors[:, k] = losses[:, k] - (curve.value(x[k]) + deviations @ weights)
-        ratios[baseline.endpoints[k].horizon] = math.exp(curve.inverse(means[k]) - x[k])
+        (value,), (weights,) = _through_means(curve, x[k : k + 1])
+        errors[:, k] = losses[:, k] - (value + (losses[:, others] - means[others]) @ weights)
+        correction = value - float(curve.value(x[k]))
+        ratios[baseline.endpoints[k].horizon] = math.exp(curve.inverse(means[k] - correction) - x[k])
     mean, covariance = errors.mean(axis=0), np.cov(errors, rowvar=False)
     trace = float(np.trace(covariance))
     inner = float(np.max(np.abs(mean[1:-1])))
@@ -312,7 +312,7 @@ def ratio(arm: Endpoints, baseline: Baseline, level: float) -> Ratio | str:
     losses = baseline.losses[[baseline.seeds.index(seed) for seed in common]]
     x = baseline.log_tokens
     at = np.unique(np.concatenate([np.linspace(x[0], x[-1], _GRID), x]))
-    value, weights = _curve(baseline, at)
+    value, weights = _through_means(baseline.curve, at)
     differences = own.losses[:, None] - (value + (losses - baseline.losses.mean(axis=0)) @ weights.T)  # (n, m)
     mean = differences.mean(axis=0)
     error = differences.std(axis=0, ddof=1) / math.sqrt(len(common))
@@ -334,14 +334,15 @@ def ratio(arm: Endpoints, baseline: Baseline, level: float) -> Ratio | str:
     )
 
 
-def _curve(baseline: Baseline, at: Array) -> tuple[Array, Array]:
-    """Return the baseline's loss at (m,) log tokens, and the (m, K) weights of the observed losses in it."""
-    curve, x = baseline.curve, baseline.log_tokens
-    assert curve is not None
-    unit = np.eye(len(x))
-    between = np.stack([np.interp(at, x, row) for row in unit], axis=1)  # (m, K) weights of interpolation
+def _through_means(curve: PowerLaw, at: Array) -> tuple[Array, Array]:
+    """Return the loss at (m,) log tokens on the curve through the observed means, and the (m, K) weights of these in it.
+
+    The deviations of the means from the power law are interpolated; beyond the outer ones they are constant.
+    """
+    unit = np.eye(len(curve.log_tokens))
+    between = np.stack([np.interp(at, curve.log_tokens, row) for row in unit], axis=1)  # (m, K) weights of interpolation
     value = curve.value(at) + between @ curve.residuals
-    return value, curve.weights(at) + between @ (unit - curve.weights(x))
+    return value, curve.weights(at) + between @ (unit - curve.weights(curve.log_tokens))
 
 
 def _allowance(baseline: Baseline, at: Array) -> Array:
