@@ -340,7 +340,7 @@ def _through_means(curve: PowerLaw, at: Array) -> tuple[Array, Array]:
     The deviations of the means from the power law are interpolated; beyond the outer ones they are constant.
     """
     unit = np.eye(len(curve.log_tokens))
-    between = np.stack([np.interp(at, curve.log_tokens, row) for row in unit], axis=1)  # (m, K) weights of interpolation
+    between = np.stack([np.interp(at, curve.log_tokens, row) for row in unit], axis=1)  # (m, K), of interpolation
     value = curve.value(at) + between @ curve.residuals
     return value, curve.weights(at) + between @ (unit - curve.weights(curve.log_tokens))
 

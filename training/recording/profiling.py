@@ -25,7 +25,9 @@ def profiler(config: ProfileConfig, directory: Path, *, enabled: bool) -> Iterat
 
     def write(finished: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        finished.export_chrome_trace(str(folder / "trace.json"))
+        partial = folder / ".trace.partial.json"
+        finished.export_chrome_trace(str(partial))
+        partial.replace(folder / "trace.json")
         sort = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         write_atomically(folder / "table.txt", finished.key_averages().table(sort_by=sort, row_limit=10) + "\n")
 
