@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median, stdev
 from typing import Any, Literal
@@ -475,13 +475,18 @@ def _clipping(study: Study) -> Iterator[Finding]:
     if not often:
         return
     arms = dict.fromkeys(arm for _, arm in often)
-    with_curvature = {trial.arm for trial, run in _compared(study) if "hessian_interval" in run.config["optimizer"]}
+    with_curvature = {trial.arm for trial, run in _compared(study) if _has_curvature(run.config["optimizer"])}
     curved = [arm for arm in arms if arm in with_curvature]
     title = f"The gradient's norm is clipped in more than {_OFTEN_CLIPPED:.0%} of the steps: {_labels(arms)}"
     detail = "; ".join(f"{label(arm)}, {model}: {share:.0%}" for (model, arm), share in often.items()) + "."
     if curved:
         detail += f" The clip scales m and not h ({_labels(curved)}): for Sophia it acts like a larger γ."
     yield Finding("clipping", "serious" if curved else "note", title, detail)
+
+
+def _has_curvature(optimizer: Mapping[str, Any]) -> bool:
+    """An external optimizer has an interval in any case, and an estimator of None without curvature."""
+    return "hessian_interval" in optimizer and optimizer.get("estimator", "") is not None
 
 
 def _clock(study: Study) -> Iterator[Finding]:
@@ -498,7 +503,7 @@ def _clock(study: Study) -> Iterator[Finding]:
             apart = max(apart, high / low - 1)
             told.append(f"{low:.3g} s ({_where(fast)}) to {high:.3g} s ({_where(slow)})")
     if told:
-        advice = f"run `python scripts/study.py times study={study.name}`" if study.planned else "time the arms in turn"
+        advice = "run `python scripts/study.py times` for this study" if study.planned else "time the arms in turn"
         remedy = f"For wall-clock, {advice} on the idle machine."
         remedy = "Use the reference times." if study.reference_times else remedy
         title = f"The machine drifted: the same forward and backward pass took up to {apart:.0%} longer"

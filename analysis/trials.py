@@ -305,7 +305,7 @@ def _from_tables(directory: Path) -> Study:
         trials_at_most=spec.plan.trials_at_most,
         directory=directory,
         set_aside=Counter(row.arm for row in recorded if row.phase == "set aside"),
-        builds_on={name: _seeds(directory.resolve().parent / name) for name in spec.builds_on},
+        builds_on={name: _seeds(_beside(directory.resolve(), name)) for name in spec.builds_on},
         reference_times=ReferenceTimes.load(times) if times.is_file() else None,
         reruns=_reruns(directory / VERIFICATION_FILE),
     )
@@ -320,6 +320,12 @@ def _reruns(path: Path) -> dict[str, float]:
         raise RecordError(f"{path} is damaged; remove it, or restore it") from error
     apart = {one.trial: one.difference if one.final_difference is None else one.final_difference for one in listed}
     return {trial: math.inf if value is None else value for trial, value in apart.items()}
+
+
+def _beside(directory: Path, name: str) -> Path:
+    """Return the directory of another study: beside this one, or beside its parent, as for an example within a study."""
+    beside, above = directory.parent / name, directory.parent.parent / name
+    return above if is_study(above) and not is_study(beside) else beside
 
 
 def _seeds(directory: Path) -> frozenset[int] | None:

@@ -4,12 +4,12 @@
 
 The study <study>_<name> has the arms of <study> and the challenger. Trials are identified by their overrides, so the tables of
 <study> hold all trials of its arms, and only the challenger's run. Trials, seeds and horizons are the study's; the challenger
-brings its ranges alone.
+brings its ranges and what it fixes of its own keys.
 """
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from training.mistakes import choose_from
 ROOT = Path(__file__).resolve().parent.parent
 _PREFIX = "challenger."
 _DECAY = "optimizer.weight_decay"
+_FIXED = ("arguments", "groups", "estimator", "hessian_interval", "batch_fraction")  # keys of `optimizer.` as well
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Challenger:
     factory: str  # <module>:<callable>
     search: str  # a YAML file with a range for each key: {low, high}, optionally scale and start
     name: str = ""  # default: the callable's name in lower case
-    arguments: str = ""  # of the factory, in Hydra's syntax: {momentum: 0.9}
+    fixed: Mapping[str, str] = field(default_factory=dict)  # values in Hydra's syntax by key of `optimizer.`
 
     @property
     def arm(self) -> str:
@@ -51,7 +52,7 @@ def challenger_of(overrides: Sequence[str]) -> Challenger:
     Raises:
         ConfigurationError: an unknown key, or a missing one.
     """
-    known = [field.name for field in fields(Challenger)]
+    known = ["factory", "search", "name", *_FIXED]
     values: dict[str, str] = {}
     for override in overrides:
         key, _, value = override.removeprefix(_PREFIX).partition("=")
@@ -61,7 +62,8 @@ def challenger_of(overrides: Sequence[str]) -> Challenger:
     for key, example in (("factory", "my_optimizer:Mine"), ("search", "my_space.yaml")):
         if not values.get(key):
             raise ConfigurationError(f"{_PREFIX}{key}: missing; give one, such as {_PREFIX}{key}={example}")
-    return Challenger(**values)
+    fixed = {key: values.pop(key) for key in _FIXED if key in values}
+    return Challenger(**values, fixed=fixed)
 
 
 def with_challenger(spec: StudySpec, challenger: Challenger) -> StudySpec:
@@ -83,7 +85,12 @@ def with_challenger(spec: StudySpec, challenger: Challenger) -> StudySpec:
         raise ConfigurationError(f"{challenger.search}: expected a range for each key, such as {_example(spec)}")
     _refuse_keys(spec, [str(key) for key in search], challenger.search)
     overrides = ["optimizer=external", f"optimizer.factory={challenger.factory}"]
-    overrides += [f"optimizer.arguments={challenger.arguments}"] if challenger.arguments else []
+    for key, value in challenger.fixed.items():
+        if f"optimizer.{key}" in search:
+            raise ConfigurationError(
+                f"{_PREFIX}{key}={value}: {challenger.search} searches optimizer.{key}; keep one of the two"
+            )
+        overrides.append(f"optimizer.{key}={value}")
     overrides += [] if _DECAY in search else [f"{_DECAY}=0"]
     values: dict[str, Any] = spec.model_dump(mode="json", exclude_defaults=True)
     values["name"] = f"{spec.name}_{arm}"

@@ -426,8 +426,8 @@ def _randomness(config: RunConfig) -> Check:
     return Check(
         "randomness",
         "fail",
-        f"it draws from torch's global generator ({part}): ranks and shards draw the same or other numbers, and a resumed "
-        "run others; draw from a function of seed, step, name and position (sophia.random)",
+        f"it draws from torch's global generator ({part}), which differs between ranks: replicas drift apart, and the curve "
+        "depends on their number; draw from a function of seed, step, name and position (sophia.random)",
     )
 
 

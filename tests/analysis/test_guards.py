@@ -261,6 +261,11 @@ def clip_the_gradient_in_half_of_the_steps(doctor: Doctor, arm: str) -> None:
         doctor.runs[arm, "reporting", horizon, seed]["clipped_every"] = 2
 
 
+def clip_an_external_optimizer_without_curvature(doctor: Doctor) -> None:
+    clip_the_gradient_in_half_of_the_steps(doctor, "adamw")
+    doctor.configure("adamw", optimizer__hessian_interval=10, optimizer__estimator=None)
+
+
 def slow_the_machine_for_one_arm(doctor: Doctor) -> None:
     for seed in (1, 2, 3):
         doctor.runs["sophiag", "reporting", 200, seed]["seconds_per_step"] = 0.054
@@ -363,6 +368,7 @@ def clip_every_coordinate(doctor: Doctor) -> None:
             "serious",
             "more than 30% of the steps",
         ),
+        (clip_an_external_optimizer_without_curvature, "clipping", "note", "more than 30% of the steps"),
         (build_on_a_study_with_the_same_seeds, "seeds", "serious", "Reported seeds were used to choose settings: 3"),
         (build_on_a_study_without_tables, "seeds", "note", "other, on which this study builds, has no tables"),
         (clip_every_coordinate, "degenerate", "serious", "no unclipped coordinate"),
@@ -589,7 +595,7 @@ def test_a_clock_finding_says_where_reference_times_come_from(doctor: Doctor) ->
     assert finding.severity == "note"
     assert "took up to 8% longer" in finding.title
     assert "0.045 s (AdamW, tiny, 100 steps) to 0.0486 s (Sophia-G, tiny, 200 steps)" in finding.detail
-    assert "study.py times study=small" in finding.detail
+    assert "`python scripts/study.py times` for this study" in finding.detail
     ReferenceTimes(source="idle", seconds={}).save(doctor.directory / "reference_times.json")
     (finding,) = inspect(load_study([doctor.directory]))
     assert "study.py times" not in finding.detail

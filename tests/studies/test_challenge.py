@@ -16,6 +16,7 @@ from studies.challenge import Challenger, challenger_of, prepare, with_challenge
 from studies.expansion import expand, expected_trials
 from studies.spec import StudySpec, load_spec
 from studies.store import Places, outcomes
+from training.compose import compose
 from training.config import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,9 +96,29 @@ def test_a_name_that_an_arm_has_and_a_class_that_does_not_exist_are_refused(chal
 def test_an_optimizer_without_weight_decay_leaves_its_range_out(challenge: StudySpec, tmp_path: Path) -> None:
     kept = {key: value for key, value in SPACE.items() if key != "optimizer.weight_decay" and "arguments" not in key}
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(kept))
-    challenger = Challenger("torch.optim:NAdam", str(tmp_path / "space.yaml"), "mine", "{betas: [0.8, 0.9]}")
+    fixed = {"arguments": "{betas: [0.8, 0.9]}"}
+    challenger = Challenger("torch.optim:NAdam", str(tmp_path / "space.yaml"), "mine", fixed)
     (first, *_) = (one for one in expand(with_challenger(challenge, challenger), {}).trials if one.arm == "mine")
     assert {"optimizer.weight_decay=0", "optimizer.arguments={betas: [0.8, 0.9]}"} <= {*first.overrides}
+
+
+def test_a_method_of_second_order_names_its_estimator_and_may_search_its_interval(
+    challenge: StudySpec, tmp_path: Path
+) -> None:
+    kept = {key: value for key, value in SPACE.items() if "arguments" not in key}
+    interval = {"optimizer.hessian_interval": {"values": [5, 10, 20]}}
+    path = tmp_path / "space.yaml"
+    path.write_text(yaml.safe_dump({**kept, "optimizer.arguments.gamma": {"low": 0.01, "high": 0.1}}))
+    given = ["challenger.factory=sophia:SophiaG", f"challenger.search={path}", "challenger.name=mine"]
+    second_order = challenger_of([*given, "challenger.estimator=gnb", "challenger.batch_fraction=0.25"])
+    (first, *_) = (one for one in expand(with_challenger(challenge, second_order), {}).trials if one.arm == "mine")
+    curvature = compose(first.overrides).optimizer.curvature
+    assert curvature is not None
+    assert (curvature.estimator, curvature.batch_fraction) == ("gnb", 0.25)
+
+    path.write_text(yaml.safe_dump({**kept, **interval}))
+    with pytest.raises(ConfigurationError, match=r"searches optimizer\.hessian_interval; keep one of the two"):
+        with_challenger(challenge, challenger_of([*given, "challenger.hessian_interval=3"]))
 
 
 def test_the_committed_records_are_all_those_of_the_frozen_file(challenge: StudySpec) -> None:
