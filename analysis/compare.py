@@ -233,13 +233,13 @@ def compare_runs(directories: Sequence[str | Path], baseline: str = "adamw") -> 
             f"every setting of the baseline {baseline!r} has a diverged run: run it with a lower optimizer.lr"
         )
     order = [one.arm for one in arms]
-    seeds = {run.seed for run in ended}
+    compared = [run for one in arms for run in one.runs]
+    paired = len({frozenset(run.seed for run in one.runs) for one in arms}) == 1
+    several = len({run.seed for run in compared}) > 1
     return Comparison(
         arms=arms,
         settings=sorted(ranked, key=lambda one: order.index(one.arm)),
-        warnings=differences(
-            [run for one in arms for run in one.runs], by_design=OPTIMIZER if len(seeds) == 1 else (*OPTIMIZER, *SEED)
-        ),
+        warnings=differences(compared, by_design=(*OPTIMIZER, *SEED) if paired and several else OPTIMIZER),
         left_out=left_out,
     )
 

@@ -71,12 +71,9 @@ def validation_curves(results: Results) -> Figure:
     for axis, model in zip(axes, models, strict=True):
         horizon = study.endpoints(study.baseline, model)[-1].horizon
         found = curves_at(study, model, horizon)
-        lost = {end.arm: end for arm in found for end in study.endpoints(arm, model) if end.horizon == horizon}
         for arm, curves in found.items():
             steps, losses = seed_curves(curves, "steps")
-            name = _label(arm)
-            if arm in lost and (diverged := len(lost[arm].diverged)):
-                name += f" ({diverged} of {len(lost[arm].seeds)} diverged)"
+            name = _label(arm) + diverged_note(study, arm, model, horizon)
             low, high = np.nanmin(losses, axis=0), np.nanmax(losses, axis=0)
             axis.fill_between(steps, low, high, color=palette[arm], alpha=0.15, lw=0)
             axis.plot(steps, np.nanmean(losses, axis=0), color=palette[arm], linewidth=1.8, label=name)
@@ -93,14 +90,21 @@ def validation_curves(results: Results) -> Figure:
 
 
 def curves_at(study: Study, model: str, horizon: int) -> dict[str, list[Curve]]:
-    """Return the evaluations of each arm's reported runs of one model and horizon: of those that ended, if any did."""
+    """Return the evaluations of each arm's reported runs of one model and horizon: of those that completed, if any did."""
     found: dict[str, list[Curve]] = {}
     for arm in study.arm_names():
         runs = [run for run in study.runs(arm=arm, model=model) if run.horizon == horizon and len(run.evaluations)]
-        runs = [run for run in runs if run.status != "diverged"] or runs
+        by_status = {status: [run for run in runs if run.status == status] for status in ("completed", "diverged")}
+        runs = by_status["completed"] or by_status["diverged"] or runs
         if runs and np.isfinite(seed_curves([run.evaluations for run in runs], "steps")[1]).any():
             found[arm] = [run.evaluations for run in runs]
     return found
+
+
+def diverged_note(study: Study, arm: str, model: str, horizon: int) -> str:
+    """Return " (1 of 3 diverged)" for the label of an arm's curve, or nothing."""
+    end = next((one for one in study.endpoints(arm, model) if one.horizon == horizon), None)
+    return f" ({len(end.diverged)} of {len(end.seeds)} diverged)" if end and end.diverged else ""
 
 
 def loss_limits(found: Mapping[str, Sequence[Curve]], baseline: str) -> tuple[float, float]:
@@ -143,7 +147,7 @@ def loss_against_tokens(results: Results) -> Figure:
     figure, axes = panels(titles, "training tokens", "final validation loss (nats)", share_y=True)
     palette = colours(study.arm_names())
     # The baseline's losses set the scale: a diverging arm would flatten all others.
-    scale = 1.05 * max(float(fitted.losses.max()) for fitted in fits.values())
+    scale = 1.05 * max(float(end.losses.max()) for fitted in fits.values() for end in fitted.endpoints)
     lowest = math.inf
     for axis, (model, fitted) in zip(axes, fits.items(), strict=True):
         x = np.linspace(fitted.log_tokens[0], fitted.log_tokens[-1], 100)
@@ -471,7 +475,7 @@ def _log_ticks(axis: Axes, at: Sequence[float] | Array | pd.Index[Any], names: S
 
 
 def _losses_by_rate(study: Study) -> dict[tuple[str, str, bool], pd.Series[float]]:
-    """Return final loss by ascending learning rate, for each (optimizer, model and horizon, attention trick).
+    """Return final loss by ascending learning rate, for each (arm, model and horizon, attention trick).
 
     Each loss is the mean over seeds of the setting that was tried at the most rates, NaN if all diverged. Tuning runs are
     preferred, because reported runs have a single rate. Ablations count only if they vary the rate or the trick.
@@ -486,7 +490,8 @@ def _losses_by_rate(study: Study) -> dict[tuple[str, str, bool], pd.Series[float
             continue
         own = settings(run)
         if rate in own:
-            key = run.optimizer, f"{trial.model}, {trial.horizon:,} steps", bool(own.get(trick, False))
+            owner = (arm.of or trial.arm) if study.planned else run.optimizer  # bare runs: each rate is an arm
+            key = owner, f"{trial.model}, {trial.horizon:,} steps", bool(own.get(trick, False))
             rows.append((key, trial.phase, float(own.pop(rate)), repr(own), trial.loss))
     frame = pd.DataFrame(rows, columns=["series", "phase", "rate", "rest", "loss"])
     best = {}

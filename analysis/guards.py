@@ -303,13 +303,17 @@ def _seeds(study: Study) -> Iterator[Finding]:
         missing = [trial for trial in members if trial.status not in ("completed", "diverged")]
         # `under_way` lists the cells that have not started.
         lacking += missing if study.finished or len(missing) < len(members) else []
-    if study.planned and lacking:
+    if lacking:
         told = "; ".join(f"{_where(trial.cell)}: seed {trial.seed} {trial.status}" for trial in lacking)
-        detail = f"The number of seeds was fixed beforehand; a verdict on fewer is provisional. {told}."
-        title = f"Planned seeds have not ended: {_counted(trial.arm for trial in lacking)}"
+        why = "The number of seeds was fixed beforehand; a verdict on fewer is provisional"
+        detail = f"{why if study.planned else 'What is said of these arms rests on the others alone'}. {told}."
+        title = (
+            f"{'Planned seeds' if study.planned else 'Runs'} have not ended: {_counted(trial.arm for trial in lacking)}"
+        )
         yield _finding(study, "seeds", "serious", title, detail, lacking)
-    if not study.planned and len({len(members) for members in cells.values()}) > 1:
-        shown = "; ".join(f"{_where(cell)}: {len(cells[cell])}" for cell in sorted(cells))
+    ended = {cell: len([one for one in members if one not in lacking]) for cell, members in cells.items()}
+    if not study.planned and len({*ended.values()}) > 1:
+        shown = "; ".join(f"{_where(cell)}: {ended[cell]}" for cell in sorted(ended))
         yield Finding("seeds", "note", "Cells have different numbers of seeds", shown)
 
 
@@ -362,7 +366,11 @@ def _budgets(study: Study) -> Iterator[Finding]:
             counts.setdefault((trial.model, trial.horizon), Counter({study.baseline: 0}))[trial.arm] += 1
     for trial, _ in _compared(study):
         counts.get((trial.model, trial.horizon), Counter())[trial.arm] += 0
-    fewer = {cell: [arm for arm in n if n[arm] < max(n.values())] for cell, n in counts.items()}
+    searching = {trial.cell for trial in study.tuning if trial.run is None}
+    fewer = {
+        cell: [arm for arm in n if n[arm] < max(n.values()) and (arm, *cell) not in searching]
+        for cell, n in counts.items()
+    }
     over = {cell: [a for a in n if 0 < (study.arms[a].granted(*cell) or math.inf) < n[a]] for cell, n in counts.items()}
     for what, found in (("Fewer tuning trials than other arms", fewer), ("More tuning trials than granted", over)):
         arms = dict.fromkeys(arm for cell in sorted(found) for arm in found[cell])
@@ -436,12 +444,17 @@ def _set_aside(study: Study) -> Iterator[Finding]:
     """Recorded trials that the study file no longer has: their results may have been seen, and tuned on."""
     if not study.set_aside:
         return
-    unequal = len({study.set_aside.get(name, 0) for name, arm in study.arms.items() if arm.role == "arm"}) > 1
-    title = f"Recorded trials were set aside: {_counted(Counter(study.set_aside).elements())}"
+    of_arms = Counter(arm for arm, _ in study.set_aside)
+    arms = [name for name, arm in study.arms.items() if arm.role == "arm"]
+    unequal = len({of_arms[name] for name in arms}) > 1
+    seen = sorted({seed for arm, seed in study.set_aside if arm in arms} & {one.seed for one in study.reporting})
+    title = f"Recorded trials were set aside: {_counted(of_arms.elements())}"
     detail = "The study file no longer has them; they come on top of the budgets"
     detail += ", and not by the same number for every arm." if unequal else "."
-    baseline = study.baseline in study.set_aside
-    yield Finding("set aside", "serious" if unequal else "note", title, detail, baseline=baseline)
+    if seen:
+        detail += f" Among them are earlier results of seeds that are reported: {', '.join(map(str, seen))}."
+    baseline = study.baseline in of_arms
+    yield Finding("set aside", "serious" if unequal or seen else "note", title, detail, baseline=baseline)
 
 
 def _degenerate(study: Study) -> Iterator[Finding]:

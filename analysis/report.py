@@ -23,7 +23,7 @@ from rich.text import Text
 from analysis import escaping, tables
 from analysis.colours import colours, label
 from analysis.comparison import Contrast, Endpoints
-from analysis.figures import FIGURES, NothingToShow, curves_at, loss_limits, save, seed_curves
+from analysis.figures import FIGURES, NothingToShow, curves_at, diverged_note, loss_limits, save, seed_curves
 from analysis.guards import Finding
 from analysis.results import CURRENCY_NAMES, VERDICT_CURRENCIES, Results, model_sizes, significant, write_json
 from analysis.tables import Table
@@ -334,9 +334,10 @@ def _views(results: Results) -> list[dict[str, Any]]:
                 steps, losses = seed_curves(runs, "steps")
                 keep = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _CURVE_POINTS)).astype(int))
                 costs = {currency: _rounded(seed_curves(runs, currency)[0][keep]) for currency in VERDICT_CURRENCIES}
-                curve: dict[str, Any] = {"label": label(arm), "colour": palette[arm], "seeds": len(runs), "x": costs}
-                for name, over_seeds in (("mean", np.mean), ("low", np.min), ("high", np.max)):
-                    curve[name] = _rounded(over_seeds(losses[:, keep], axis=0))
+                name = label(arm) + diverged_note(study, arm, model, horizon)
+                curve: dict[str, Any] = {"label": name, "colour": palette[arm], "seeds": len(runs), "x": costs}
+                for part, over_seeds in (("mean", np.mean), ("low", np.min), ("high", np.max)):
+                    curve[part] = _rounded(over_seeds(losses[:, keep], axis=0))
                 curves.append(curve)
             if curves:
                 name = f"{model}, {horizon:,} steps"

@@ -125,7 +125,8 @@ class Verdict:
             return f"{subject}: no verdict ({reason}).{claim}"
         same, steps = self.at.same, f"{self.at.same.horizon:,} steps"
         if same.interval is None:
-            return f"{subject}: no verdict (one seed); the final loss differs by {same.differences[0]:+.3f} nats after {steps}."
+            apart = f"the final loss differs by {same.differences[0]:+.3f} nats after {steps}"
+            return f"{subject}: no verdict (one seed); {apart}.{claim}"
         words = {"faster": "is faster than", "slower": "is slower than", "not told apart": "is not told apart from"}
         text = (
             f"{subject} {words[self.word]} {label(baseline)}: after {steps} its final loss differs by "

@@ -12,9 +12,10 @@ import itertools
 import math
 import operator
 import re
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -138,10 +139,11 @@ class RecordedRun:
     clipped_norm_share: float  # of the train lines that were read; NaN without any
     last_refresh: dict[str, Any] | None  # the last hessian line
     alarms: int  # how often it told that every coordinate had been clipped for more than a refresh interval
+    alias: str = ""  # where several of the loaded runs have one name
 
     @property
     def name(self) -> str:
-        return str(self.config.get("name") or self.origin.name)
+        return self.alias or str(self.config.get("name") or self.origin.name)
 
     @property
     def optimizer(self) -> str:
@@ -210,7 +212,7 @@ def load_runs(directories: Sequence[str | Path]) -> list[RecordedRun]:
 
 
 def load_each(directories: Sequence[str | Path]) -> list[RecordedRun | RecordError]:
-    """Load run directories in the given order; a damaged one yields its RecordError.
+    """Load run directories in the given order; a damaged one yields its RecordError. Runs of one name are named by path.
 
     Two metrics files are in memory at a time.
     """
@@ -222,7 +224,12 @@ def load_each(directories: Sequence[str | Path]) -> list[RecordedRun | RecordErr
             return error
 
     with ThreadPoolExecutor(2) as pool:  # the parser releases the GIL
-        return list(pool.map(load, directories))
+        loaded = list(pool.map(load, directories))
+    names = Counter(run.name for run in loaded if isinstance(run, RecordedRun))
+    return [
+        replace(run, alias=str(run.origin.path)) if isinstance(run, RecordedRun) and names[run.name] > 1 else run
+        for run in loaded
+    ]
 
 
 def load_run(directory: str | Path) -> RecordedRun:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -110,7 +109,7 @@ class Study:
     finished: bool = True
     trials_at_most: int | None = None  # in all, if every search uses its budget
     damaged: tuple[str, ...] = ()  # a line about each bare record that cannot be read
-    set_aside: Mapping[str, int] = field(default_factory=dict)  # recorded trials no longer in the study file, by arm
+    set_aside: Sequence[tuple[str, int]] = ()  # arm and seed of recorded trials that are no longer in the study file
     # Seeds recorded by each study whose results chose settings of this one; None without its tables.
     builds_on: Mapping[str, frozenset[int] | None] = field(default_factory=dict)
     # Nats between the final losses of a recorded run and its rerun (`study.py verify`), by trial.
@@ -304,7 +303,7 @@ def _from_tables(directory: Path) -> Study:
         finished=len(runs) == len(rows),
         trials_at_most=spec.plan.trials_at_most,
         directory=directory,
-        set_aside=Counter(row.arm for row in recorded if row.phase == "set aside"),
+        set_aside=[(row.arm, row.seed) for row in recorded if row.phase == "set aside"],
         builds_on={name: _seeds(_beside(directory.resolve(), name)) for name in spec.builds_on},
         reference_times=ReferenceTimes.load(times) if times.is_file() else None,
         reruns=_reruns(directory / VERIFICATION_FILE),

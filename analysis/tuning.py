@@ -53,8 +53,8 @@ class Edge:
 
     @property
     def is_open(self) -> bool:
-        """Whether nobody looked beyond it, or a gain that would matter may lie there."""
-        return not self.beyond or any(one.interval.low < -MATTERS for one in self.beyond)
+        """Whether nobody looked beyond it, or a gain lies there, or one that would matter may."""
+        return not self.beyond or any(one.interval.low < -MATTERS or one.interval.high < 0 for one in self.beyond)
 
 
 @dataclass(frozen=True)

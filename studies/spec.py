@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from training.compose import CONFIG_DIRECTORY
 from training.config import ConfigurationError, NonNegativeInt, PositiveInt, whole
@@ -43,6 +43,16 @@ _DIGITS = 4  # significant digits of generated values
 
 def rounded(value: float) -> float:
     return float(f"{value:.{_DIGITS}g}")
+
+
+def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
+    if repeated := sorted({value for value in values if values.count(value) > 1}):
+        raise ValueError(f"{repeated} {'is' if len(repeated) == 1 else 'are'} given more than once; give each once")
+    return values
+
+
+Horizons = Annotated[tuple[PositiveInt, ...], AfterValidator(_distinct)]
+Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
 class Section(BaseModel):
@@ -151,7 +161,7 @@ class ArmSpec(Section):
 
     overrides: tuple[str, ...]
     search: Annotated[dict[Key, Space], BeforeValidator(_whole_numbers)] = {}
-    horizons: tuple[PositiveInt, ...] = ()
+    horizons: Horizons = ()
     seeds: PositiveInt | None = None  # number of each model's reporting seeds; default: all
 
 
@@ -165,7 +175,7 @@ class AblationSpec(Section):
     overrides: tuple[str, ...] = ()
     values: Annotated[dict[Key, Value], BeforeValidator(_whole_numbers)] = {}
     model: Name
-    horizons: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    horizons: Annotated[Horizons, Field(min_length=1)]
     seeds: PositiveInt | None = None  # number of the model's reporting seeds to use; default: all
 
     @model_validator(mode="after")
@@ -181,10 +191,10 @@ class ModelSpec(Section):
     The full search runs at `tune_at`. With `like`, it is a re-tuning that starts from another model's result.
     """
 
-    horizons: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
-    arm_horizons: tuple[PositiveInt, ...] = ()
+    horizons: Annotated[Horizons, Field(min_length=1)]
+    arm_horizons: Horizons = ()
     tune_at: PositiveInt
-    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+    seeds: Seeds
     like: Name | None = None
     arms: tuple[Name, ...] = ()
     overrides: tuple[str, ...] = ()
@@ -218,14 +228,14 @@ class FinalistsSpec(Section):
     """The best `settings` of each search run again on further tuning seeds, whose mean loss decides between them."""
 
     settings: Annotated[int, Field(ge=2)]
-    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+    seeds: Seeds
     retune: bool = True  # those of a re-tuning as well; false: only those of the full search
 
 
 class TuningSpec(Section):
     """The search and its budget, the same for every arm."""
 
-    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+    seeds: Seeds
     method: Literal["coordinate", "grid", "random", "halton"]
     trials: PositiveInt  # runs of each arm at `tune_at`, without finalists
     threshold: Annotated[float, Field(ge=0)] = 0.0  # nats, minimum improvement for a move of the coordinate search

@@ -80,6 +80,17 @@ def test_a_difference_beside_the_optimizer_is_labelled(tmp_path: Path) -> None:
     assert "NOT COMPARABLE (loss): train.grad_clip: 1.0 in a; 2.0 in l" in text_of(compare_runs(runs))
 
 
+def test_runs_of_one_name_or_of_different_seeds_are_no_fair_comparison(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "a" / "run", train_lines=False),
+        write_run(tmp_path / "b" / "run", optimizer="lion", config={"train.grad_clip": 2.0}, train_lines=False),
+        write_run(tmp_path / "c" / "run", optimizer="sophiag", seed=2, train_lines=False),
+    ]
+    text = " ".join(text_of(compare_runs(runs)).split())
+    assert f"train.grad_clip: 1.0 in {runs[0]}, {runs[2]}; 2.0 in {runs[1]}" in text
+    assert f"seed: 1 in {runs[0]}, {runs[1]}; 2 in {runs[2]}" in text
+
+
 def test_the_plot_is_a_picture_and_leaves_no_partial_file(three_runs: list[Path], tmp_path: Path) -> None:
     path = compare_runs(three_runs).plot(tmp_path / "figures" / "curves.png")
     with Image.open(path) as image:

@@ -253,7 +253,12 @@ def throw_a_search_away(doctor: Doctor) -> None:
 
 def throw_the_same_number_of_trials_away(doctor: Doctor) -> None:
     for arm in ("adamw", "sophiag"):
-        doctor.runs[arm, "set aside", 100, 1e-3] = {"config": {"optimizer.lr": 1e-3}}
+        doctor.runs[arm, "set aside", 100, 1e-3] = {"seed": 100, "config": {"optimizer.lr": 1e-3}}
+
+
+def change_the_settings_of_reported_seeds(doctor: Doctor) -> None:
+    for arm in ("adamw", "sophiag"):
+        doctor.runs[arm, "set aside", 200, 2] = {"seed": 2, "config": {"optimizer.lr": 5e-4}}
 
 
 def clip_the_gradient_in_half_of_the_steps(doctor: Doctor, arm: str) -> None:
@@ -356,6 +361,7 @@ def clip_every_coordinate(doctor: Doctor) -> None:
             "note",
             "Recorded trials were set aside: AdamW 1, Sophia-G 1",
         ),
+        (change_the_settings_of_reported_seeds, "set aside", "serious", "set aside: AdamW 1, Sophia-G 1"),
         (
             partial(clip_the_gradient_in_half_of_the_steps, arm="adamw"),
             "clipping",
@@ -468,6 +474,7 @@ def test_an_edge_is_inherited_where_its_key_is_not_searched_again(doctor: Doctor
             "4 reported values are at the edge of what was tried; runs beyond it of 200 steps exclude a gain of 0.02 nats",
         ),
         (0.8, -0.02, "serious", "2 reported values are at the edge of what was tried, 2 of them the baseline's"),
+        (0.8, -0.018, "serious", "2 reported values are at the edge of what was tried, 2 of them the baseline's"),
         (0.3, 0.02, "serious", "2 reported values are at the edge of what was tried, 2 of them the baseline's"),
         (40.0, 0.02, "serious", "2 reported values are at the edge of what was tried, 2 of them the baseline's"),
         (None, 0.02, "serious", "2 reported values are at the edge of what was tried, 2 of them the baseline's"),
@@ -647,6 +654,34 @@ def test_bare_runs_with_unequal_numbers_of_seeds_are_noted(tmp_path: Path) -> No
         write_run(tmp_path / f"{arm}{seed}", optimizer=arm, seed=seed, steps=4, train_lines=False)
     titles = [finding.title for finding in inspect(load_study([tmp_path]))]
     assert "Cells have different numbers of seeds" in titles
+
+
+def test_bare_runs_that_failed_are_told(tmp_path: Path) -> None:
+    for arm, seed, status in (
+        ("adamw", 1, "completed"),
+        ("adamw", 2, "completed"),
+        ("lion", 1, "completed"),
+        ("lion", 2, "failed"),
+    ):
+        write_run(tmp_path / f"{arm}{seed}", optimizer=arm, seed=seed, steps=4, status=status, train_lines=False)
+    found = [finding for finding in inspect(load_study([tmp_path])) if finding.guard == "seeds"]
+    assert [(one.severity, one.title) for one in found] == [
+        ("serious", "Runs have not ended: Lion 1"),
+        ("note", "Cells have different numbers of seeds"),
+    ]
+    assert "seed 2 failed" in found[0].detail
+
+
+def test_bare_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    write_run(tmp_path / "a" / "run", train_lines=False)
+    write_run(tmp_path / "b" / "run", optimizer="lion", config={"train.global_batch_size": 7}, train_lines=False)
+    (found,) = [finding for finding in inspect(load_study([tmp_path])) if finding.guard == "fairness"]
+    assert f"7 in {tmp_path / 'b' / 'run'}" in found.detail
+
+
+def test_an_arm_whose_search_is_under_way_was_not_tuned_less(doctor: Doctor) -> None:
+    doctor.runs["sophiag", "tuning", 200, RATES[0]]["missing"] = True
+    assert [finding.guard for finding in doctor.write() if finding.guard == "budget"] == []
 
 
 def test_serious_findings_about_the_baseline_come_first_and_notes_last(doctor: Doctor) -> None:

@@ -95,6 +95,16 @@ def test_one_seed_gives_a_difference_and_no_verdict(tmp_path: Path) -> None:
     assert one.sentence("adamw").endswith("(one seed); the final loss differs by +0.250 nats after 100 steps.")
 
 
+def test_one_seed_at_the_longest_horizon_leaves_the_claim_its_verdict(tmp_path: Path) -> None:
+    for arm, steps, seeds in (("adamw", 40000, (1, 2)), ("lion", 20000, (1, 2)), ("lion", 40000, (1,))):
+        for seed in seeds:
+            path = tmp_path / f"{arm}{steps}{seed}"
+            write_run(path, optimizer=arm, steps=steps, seed=seed, final=3 + 0.01 * seed, train_lines=False)
+    one = analyse(load_study([tmp_path])).verdict("lion", "tiny")
+    assert "no verdict (one seed)" in one.sentence("adamw")
+    assert "The paper's 2×: " in one.sentence("adamw")
+
+
 def test_costs_name_the_share_of_the_curvature_passes(results: Results) -> None:
     sophia = next(one for one in results.costs if one.arm == "sophiag" and one.model == "tiny")
     assert sophia.curvature_flops_share == pytest.approx(0.05 / 1.05)

@@ -25,6 +25,8 @@ def change(values: dict[str, Any], path: str, value: Any) -> None:
     [
         ("seeds", 3, "seeds=3: unknown key"),
         ("baseline", "adam", "baseline=adam: no such arm; choose one of adamw, sophiag"),
+        ("models/gpt2_nano/seeds", [1, 1, 2], r"\[1\] is given more than once"),
+        ("models/gpt2_nano/horizons", [50, 100, 100], r"\[100\] is given more than once"),
         ("models/gpt2_nano/tune_at", 60, r"tune_at=\[60\] is not among horizons"),
         ("models/gpt2_nano/seeds", [1, 100], r"\[100\] are also tuning seeds"),
         ("models/gpt2_micro/like", "gpt2_mini", "expected a model listed before it"),
