@@ -18,9 +18,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from analysis import tables
+from analysis import escaping, tables
 from analysis.colours import label
-from analysis.comparison import Contrast, Ratio
+from analysis.comparison import Contrast, Interval, Ratio
 from analysis.results import CURRENCY_NAMES, VERDICT_CURRENCIES, Results, analyse
 from analysis.trial_tables import TrialRow, by_trial, lines_of, read_curves, read_trials
 from analysis.trials import is_study, load_study
@@ -51,7 +51,7 @@ def publish(directory: Path, settings: TrackerConfig, warn: Callable[[str], None
         raise RecordError(f"{directory} holds no study; give a directory with trials.csv, such as results/cpu_scale")
     results = analyse(load_study([directory]))
     study, curves = results.study.name, by_trial(read_curves(directory))
-    rows = [row for row in read_trials(directory) if row.summary and row.phase != "set aside" and row.trial in curves]
+    rows = [row for row in read_trials(directory) if row.summary and row.trial in curves]  # also those set aside since
     destination = None
     for row in rows:
         assert row.summary is not None
@@ -62,7 +62,7 @@ def publish(directory: Path, settings: TrackerConfig, warn: Callable[[str], None
         destination = tracker.destination
         tracker.finish(row.summary)
     _start(of_comparison(study, settings), settings, directory, warn).finish(comparison(results))
-    page = report_page(results, rows, settings, destination)
+    page = report_page(results, [row for row in rows if row.phase != "set aside"], settings, destination)
     specification = page._to_model().spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     written = directory / "wandb" / REPORT_FILE
     write_atomically(written, json.dumps(specification, indent=1) + "\n")
@@ -116,8 +116,11 @@ def comparison(results: Results) -> dict[str, Any]:
     return values
 
 
-def _interval(name: str, interval: Any) -> dict[str, float]:
+def _interval(name: str, interval: Interval | Ratio) -> dict[str, float]:
     found = {name: interval.estimate, f"{name}/low": interval.low, f"{name}/high": interval.high}
+    for end in ("low", "high"):
+        if getattr(interval, f"{end}_censored", False):  # nor can a number
+            del found[f"{name}/{end}"]
     return {key: float(value) for key, value in found.items() if math.isfinite(value)}
 
 
@@ -134,7 +137,9 @@ def report_page(
     import wandb_workspaces.reports.v2 as wr
 
     study = results.study
-    blocks: list[Any] = [wr.MarkdownBlock(study.description)] if study.description else []
+    doubts = [f"Serious: {one.title}. {one.detail}" for one in results.findings if one.severity == "serious"]
+    told = [escaping.markdown(text) for text in (study.description, study.under_way, *doubts) if text]
+    blocks: list[Any] = [wr.MarkdownBlock(text) for text in told]
     verdict = tables.markdown(tables.verdict(results))
     blocks += [wr.H2("Speed-ups"), wr.MarkdownBlock(re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", verdict))]
     speedups = [
@@ -165,7 +170,7 @@ def report_page(
         blocks += [wr.H2(model), grid(model, f"{of}'reporting'", _curves(references, len(intervals)))]
         if intervals:
             blocks.append(grid(f"{model}, searches", f"{of}'tuning'", _grid()))
-    title = f"{study.name}: {results.study.baseline} and {len(study.arms) - 1} other arms"
+    title = f"{study.name}: arms against {label(study.baseline)}"  # `_save` finds the page by it
     return wr.Report(
         project=project or settings.project, entity=entity, title=title[:128], blocks=blocks, width="fluid"
     )

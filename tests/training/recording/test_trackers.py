@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from analysis.comparison import Ratio
+from analysis.guards import Finding
 from analysis.results import Results, analyse
 from analysis.trial_tables import by_trial, lines_of, read_curves, read_trials
 from analysis.trials import load_study
@@ -158,6 +160,27 @@ def test_the_report_page_has_the_papers_panels_for_each_size_beside_published_lo
     curve = next(panel for panel in panels if panel.get("chartTitle") == "Validation loss over tokens")
     assert {"val/loss", "reference/paper/adamw", "reference/paper/sophiag"} <= set(curve["metrics"])
     assert "cell" in json.dumps(curve["groupBy"]), "a mean over runs of different lengths is no curve"
+
+
+def test_the_page_has_the_doubts_of_the_report_and_no_number_for_a_censored_end(study: Path, results: Results) -> None:
+    doubts = [
+        Finding("seeds", "serious", "Planned seeds have not ended", "Seed 3."),
+        Finding("code", "note", "A note", ""),
+    ]
+    (first, *others) = results.verdicts
+    assert first.paper is not None
+    censored = Ratio(1.3, 1.1, 1.35, 0.95, high_censored=True)
+    verdicts = [replace(first, paper=replace(first.paper, ratio=censored)), *others]
+    under_way = replace(results.study, finished=False)
+    doubted = replace(results, study=under_way, findings=doubts, verdicts=verdicts)
+    page = publication.report_page(doubted, [], compose(["tracker=wandb"]).tracker, None)
+    told = [block.text for block in page.blocks if hasattr(block, "text")]
+    assert {under_way.under_way, "Serious: Planned seeds have not ended. Seed 3."} <= {*told}
+    assert not any("A note" in text for text in told)
+    values = publication.comparison(doubted)
+    name = f"speedup_steps/{first.model}/{first.arm}"
+    assert (values[name], values[f"{name}/low"]) == (1.3, 1.1)
+    assert f"{name}/high" not in values
 
 
 def test_a_page_replaces_the_one_of_the_same_title(
