@@ -26,7 +26,7 @@ from analysis.wallclock import seconds_per_occurrence
 
 # Keys (and all below them) that do not affect what is measured.
 INCIDENTAL = (
-    *("name", "output_dir", "resume", "overwrite", "tracker", "launcher", "checkpoint", "profile"),
+    *("name", "output_dir", "overwrite", "tracker", "launcher", "checkpoint", "profile"),
     *("data.directory", "data.local"),
     "train.shared_forward",  # its effect is compared instead
 )
@@ -538,7 +538,13 @@ def _comparable_values(run: RecordedRun) -> dict[str, Any]:
     keys = ("data_manifest_sha256", "initial_weights_sha256", "hardware", "world_size")
     environment = {f"environment.{key}": run.environment[key] for key in keys if key in run.environment}
     forward = _curvature_forward(run)
-    return flatten(run.config) | flatten(environment) | ({} if forward is None else {FORWARD: forward})
+    return flat_config(run) | flatten(environment) | ({} if forward is None else {FORWARD: forward})
+
+
+def flat_config(run: RecordedRun) -> dict[str, Any]:
+    """Return the configuration by dotted key, of `resume` only whether the run began with a checkpoint of another."""
+    values = flatten(run.config)
+    return values | {"resume": "start" if values.get("resume", "auto") in ("auto", "never") else "checkpoint"}
 
 
 def _curvature_forward(run: RecordedRun) -> str | None:

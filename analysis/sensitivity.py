@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from analysis.comparison import Interval, contrast
-from analysis.guards import INCIDENTAL, TIMING, is_under
+from analysis.guards import INCIDENTAL, TIMING, flat_config, is_under
 from analysis.runs import Origin, RecordedRun, flatten
 from analysis.trials import Study, short
 from analysis.wallclock import training_seconds
@@ -51,7 +51,7 @@ class Grid:
 def settings(run: RecordedRun) -> dict[str, Any]:
     """Return the configuration values that determine a run's losses, by dotted key, without the seed."""
     ignored = (*INCIDENTAL, *TIMING, "seed", "seeds")
-    return {key: value for key, value in flatten(run.config).items() if not is_under(key, ignored)}
+    return {key: value for key, value in flat_config(run).items() if not is_under(key, ignored)}
 
 
 def ablations(study: Study) -> list[Ablation]:

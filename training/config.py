@@ -459,8 +459,8 @@ class ScheduleConfig(Section):
         return self
 
     def warmup(self, steps: int) -> int:
-        """Return the number of warm-up steps in a run of `steps` steps."""
-        return self.warmup_steps if self.warmup_steps is not None else round(self.warmup_share * steps)
+        """Return the number of warm-up steps in a run of `steps` steps, at most all but the last."""
+        return min(steps - 1, round(self.warmup_share * steps)) if self.warmup_steps is None else self.warmup_steps
 
 
 class DDPConfig(Section):
@@ -751,7 +751,7 @@ class RunConfig(Section):
             if self.strategy.name == "single":
                 raise ValueError(
                     f"strategy=single does not work with the {ranks} ranks of launcher.nproc_per_node="
-                    f"{self.launcher.nproc_per_node}; choose strategy=ddp or launcher.nproc_per_node=1"
+                    f"{self.launcher.nproc_per_node} and launcher.nodes={self.launcher.nodes}; choose strategy=ddp, or one rank"
                 )
             micro_batch_size(self, ranks)
         return self

@@ -243,7 +243,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
 
     minutes = config.guards.hang_minutes
     watchdog = Watchdog(None if minutes is None else 60 * minutes, distributed, directory / "stacks", report_hang)
-    with profiler(config.profile, directory, enabled=distributed.is_main) as profiler_step:
+    with profiler(config.profile, directory, recorder.message, enabled=distributed.is_main) as profiler_step:
         run = Run(
             config=config,
             strategy=strategy,

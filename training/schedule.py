@@ -22,7 +22,7 @@ def learning_rate_factor(
     if schedule.name == "cosine":
         progress = (step - warmup) / (steps - warmup)
         return schedule.final_ratio + (1 - schedule.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-    decay_steps = min(round(schedule.decay_share * steps), steps - warmup)
-    if decay_steps == 0 or step <= steps - decay_steps:
+    decay_steps = min(max(1, round(schedule.decay_share * steps)), steps - warmup)
+    if step <= steps - decay_steps:
         return 1.0
     return 1 - (1 - schedule.final_ratio) * (step - (steps - decay_steps)) / decay_steps

@@ -298,6 +298,7 @@ def clip_every_coordinate(doctor: Doctor) -> None:
         (in_one_run("config", "train.global_batch_size", 32), "fairness", "serious", "train.global_batch_size"),
         (in_one_run("config", "train.grad_clip", 0.5), "fairness", "serious", "train.grad_clip"),
         (change_schedule, "fairness", "serious", "schedule.final_ratio"),
+        (in_one_run("config", "resume", "runs/other"), "fairness", "serious", "resume"),
         (in_one_run("config", "train.precision", "bf16"), "fairness", "serious", "train.precision"),
         (in_one_run("config", "eval.tokens", 1024), "fairness", "serious", "eval.tokens"),
         (

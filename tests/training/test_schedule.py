@@ -73,3 +73,10 @@ def test_what_studies_and_records_hold_is_accepted(name: str) -> None:
 def test_the_rate_ends_at_a_twentieth_where_nothing_else_is_said(name: str) -> None:
     assert compose([f"schedule={name}"]).schedule.final_ratio == 0.05
     assert ScheduleConfig.model_validate({"name": name}).final_ratio == 0.05
+
+
+@pytest.mark.parametrize(("steps", "share"), [(1, 0.9), (2, 0.8), (3, 0.99), (50, 0.999)])
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
+def test_the_last_step_has_the_final_ratio_in_the_shortest_runs_too(name: str, steps: int, share: float) -> None:
+    config = schedule(name=name, warmup_steps=None, warmup_share=share)
+    assert learning_rate_factor(config, steps, steps) == pytest.approx(0.05)

@@ -13,8 +13,10 @@ from training.config import ProfileConfig
 
 
 @contextlib.contextmanager
-def profiler(config: ProfileConfig, directory: Path, *, enabled: bool) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after every step.
+def profiler(
+    config: ProfileConfig, directory: Path, warn: Callable[[str], None], *, enabled: bool
+) -> Iterator[Callable[[], None]]:
+    """Yield a function to call after every step. `warn` is told if the trace cannot be written.
 
     Writes <run>/profile/trace.json (chrome://tracing, Perfetto) and table.txt, the ten most expensive operations.
     """
@@ -24,12 +26,15 @@ def profiler(config: ProfileConfig, directory: Path, *, enabled: bool) -> Iterat
     folder = directory / "profile"
 
     def write(finished: Any) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / ".trace.partial.json"
-        finished.export_chrome_trace(str(partial))
-        partial.replace(folder / "trace.json")
         sort = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        write_atomically(folder / "table.txt", finished.key_averages().table(sort_by=sort, row_limit=10) + "\n")
+        partial = folder / ".trace.json.partial"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            finished.export_chrome_trace(str(partial))
+            partial.replace(folder / "trace.json")
+            write_atomically(folder / "table.txt", finished.key_averages().table(sort_by=sort, row_limit=10) + "\n")
+        except OSError as error:  # a trace is not worth the run
+            warn(f"no trace: {error.filename or folder} cannot be written: {error.strerror or error}")
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     steps = schedule(wait=max(0, config.after - 1), warmup=1, active=config.steps, repeat=1)

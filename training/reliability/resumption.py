@@ -1,8 +1,10 @@
 """Decide what to do with a run directory: start, resume, or leave it alone. This module changes no files."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.files import open_regular
 from training import records
@@ -49,6 +51,10 @@ def _starts_again(config: RunConfig, directory: Path) -> bool:
     return config.resume == "never" or directory.resolve() in Path(config.resume).resolve().parents
 
 
+def _is_in(directory: Path, path: Path) -> bool:
+    return directory.resolve() in (path.resolve(), *path.resolve().parents)
+
+
 def decide(config: RunConfig, directory: Path, *, restarted: bool = False) -> Decision:
     """Decide how the run starts.
 
@@ -71,13 +77,19 @@ def decide(config: RunConfig, directory: Path, *, restarted: bool = False) -> De
         return Decision(checkpoint=_given_checkpoint(config))
     there = _same_run(config, directory)
     given = None if config.resume in ("auto", "never") else Path(config.resume).resolve()
-    if given is not None and directory.resolve() in (given, *given.parents):
+    if given is not None and _is_in(directory, given):
         checkpoint = _given_checkpoint(config)
         assert checkpoint is not None
         chosen = Checkpoint(checkpoint, verify=False)
         if reason := _misfit(chosen, config, directory):
             raise ConfigurationError(f"resume={config.resume}: {reason}; choose another checkpoint")
         return Decision(checkpoint=chosen.directory, metrics_bytes=chosen.state.metrics_bytes)
+    origin = None if there.resume in ("auto", "never") else there.resume  # a checkpoint that it started from
+    if given is None and origin is not None and not _is_in(directory, Path(origin)):
+        raise ConfigurationError(
+            f"resume={config.resume}: {directory} was started from resume={origin}; give that to resume it, or another "
+            "name= for a run from the start"
+        )
     if given is not None and there.resume != config.resume:
         raise ConfigurationError(
             f"resume={config.resume}: {directory} already holds a run; give another name= or overwrite=true"
@@ -102,7 +114,8 @@ def decide(config: RunConfig, directory: Path, *, restarted: bool = False) -> De
         raise ConfigurationError(
             f"{directory}: no usable checkpoint ({'; '.join(rejected)}); restore one, or start over with overwrite=true"
         )
-    return Decision(checkpoint=_given_checkpoint(config), metrics_bytes=0)
+    started = config if origin is None else config.model_copy(update={"resume": origin})
+    return Decision(checkpoint=_given_checkpoint(started), metrics_bytes=0)
 
 
 def check_tokens(directory: Path, manifest_sha256: str) -> None:
@@ -176,12 +189,10 @@ def _given_checkpoint(config: RunConfig) -> Path | None:
         ) from error
     theirs = checkpoint.state.config.get("optimizer")
     theirs = theirs if isinstance(theirs, dict) else {}
-    factory = theirs.get("factory")
-    if (theirs.get("name"), factory) != (config.optimizer.name, getattr(config.optimizer, "factory", None)):
-        named = f"external optimizer.factory={factory}" if factory else theirs.get("name")
+    if _named(theirs) != _named(config.optimizer.model_dump()):
         raise ConfigurationError(
-            f"optimizer={config.optimizer.label}: {checkpoint.directory} has the state of optimizer={named}; choose that, "
-            "or start from its weights only: scripts/export.py and model.init_from="
+            f"optimizer={_named(config.optimizer.model_dump())}: {checkpoint.directory} has the state of optimizer="
+            f"{_named(theirs)}; choose that, or start from its weights only: scripts/export.py and model.init_from="
         )
     if checkpoint.step >= config.train.steps:
         raise ConfigurationError(
@@ -189,6 +200,12 @@ def _given_checkpoint(config: RunConfig) -> Path | None:
             "choose more steps or an earlier checkpoint"
         )
     return checkpoint.directory
+
+
+def _named(optimizer: Mapping[str, Any]) -> str:
+    """Return what `optimizer=` was given, with an external one's factory."""
+    factory = optimizer.get("factory")
+    return str(optimizer.get("name")) + (f" optimizer.factory={factory}" if factory else "")
 
 
 def _same_run(config: RunConfig, directory: Path) -> RunConfig:

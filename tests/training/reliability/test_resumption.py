@@ -297,6 +297,21 @@ def test_a_restart_before_the_first_checkpoint_starts_where_resume_says(
     assert f"resuming from {tmp_path}/base/checkpoints/step-00000024 at step 24" in capfd.readouterr().err
     assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(25, 41))
 
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    assert run(tiny(corpus, tmp_path, "train.steps=40")) == 2, "another run's checkpoint is not the start"
+    assert f"was started from resume={tmp_path}/base; give that to resume it" in capfd.readouterr().err
+
+
+def test_a_run_that_replaced_the_one_whose_checkpoint_it_started_from_starts_there_again(
+    corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Or says that the checkpoint is gone; never from the initial weights."""
+    assert run(tiny(corpus, tmp_path)) == 0
+    again = ["train.steps=40", "overwrite=true", f"resume={tmp_path}/run", "checkpoint.interval=1000"]
+    assert run_in_child(tiny(corpus, tmp_path, *again), kill_before_recording, 30) < 0
+    assert run(tiny(corpus, tmp_path, "train.steps=40", "checkpoint.interval=1000")) == 2
+    assert f"resume={tmp_path}/run: no valid checkpoint" in capfd.readouterr().err
+
 
 def test_a_run_killed_before_its_first_checkpoint_keeps_its_lines_in_another_file(
     corpus: list[str], tmp_path: Path

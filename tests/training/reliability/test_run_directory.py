@@ -25,8 +25,13 @@ def make_run(directory: Path, marker: str = "old") -> Path:
     (directory / "checkpoints" / "step-00000005").mkdir(parents=True)
     (directory / "checkpoints" / "superseded-step-00000009").mkdir()
     (directory / "checkpoints" / ".step-00000010.partial").mkdir()
-    for folder, file in (("stacks", "rank-00000.txt"), ("profile", "trace.json"), ("wandb/run-1", "run.wandb")):
-        (directory / folder).mkdir(parents=True)
+    for folder, file in (
+        ("stacks", "rank-00000.txt"),
+        ("profile", "trace.json"),
+        ("profile", ".trace.json.partial"),
+        ("wandb/run-1", "run.wandb"),
+    ):
+        (directory / folder).mkdir(parents=True, exist_ok=True)
         (directory / folder / file).write_text(marker)
     (directory / "wandb" / "latest-run").symlink_to("run-1")
     for name in ("environment.json", "metrics.jsonl", "metrics.cut-1.jsonl", "summary.json", ".config.yaml.7.partial"):
