@@ -82,8 +82,11 @@ class Exports:
             opened.pop_all()  # closed when the process has ended
         return process, errors
 
-    def finish(self, stop: Callable[[], bool]) -> None:
-        """Wait for the exports that are being made until `stop`, then end the rest, which leave no directory."""
+    def finish(self, stop: Callable[[], bool], *, resumable: bool) -> None:
+        """Wait for the exports that are being made until `stop`, then end the rest, which leave no directory.
+
+        A run that is not resumable makes no exports any more: those that are left are reported, with what makes them.
+        """
         until = time.monotonic() + FINISH_SECONDS
         while self._running and not stop() and time.monotonic() < until:
             time.sleep(0.05)
@@ -93,6 +96,16 @@ class Exports:
             process.wait()
             errors.close()
         self._running.clear()
+        for step in [] if resumable else sorted(self._left):
+            checkpoint, export = self._run / "checkpoints" / checkpoint_name(step), self._export(step)
+            saved = checkpoint.is_dir()
+            why = (
+                "was not made"
+                if saved
+                else f"was not made: nothing was saved after step {step}, which was skipped or not reached"
+            )
+            remedy = f"python scripts/export.py {checkpoint if saved else self._run} {export}"
+            self._report(f"{export} {why}; to make {'it' if saved else 'one of the newest checkpoint'}: {remedy}", step)
 
     def _export(self, step: int) -> Path:
         return self._run / EXPORTS / checkpoint_name(step)

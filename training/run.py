@@ -195,6 +195,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
         state = _load(decided.checkpoint, strategy, ledger, distributed)
 
     display = Display(config.train.steps, state.step, enabled=distributed.is_main)
+    held.callback(display.close)  # again, if the record cannot be opened
     recorder = distributed.on_main(
         lambda: _open_record(config, place, decided, state.step, distributed, manifest, weights, display)
     ) or Recorder(place, display)
@@ -296,7 +297,10 @@ def _train(run: Run, watchdog: Watchdog, recorder: Recorder, exports: Exports) -
             if status == "completed":  # rank 0 may wait an hour for exports and trackers, the others' barrier does not
                 run.strategy.distributed.stop()
         finally:
-            exports.finish(run.stop_requested if status == "completed" else lambda: True)
+            exports.finish(
+                run.stop_requested if status == "completed" else lambda: True,
+                resumable=status not in ("completed", "diverged"),
+            )
             problem = recorder.finish(summarize(run, status, run.reason))
             if problem is not None:
                 run.reason = "\n".join(filter(None, (run.reason, problem)))

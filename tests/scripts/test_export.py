@@ -303,5 +303,11 @@ def test_a_run_exports_at_the_chosen_steps_and_keeps_an_interrupted_export_for_i
     reported: list[str] = []
     exports = Exports(run, [2], Path("tokens"), lambda line, step: reported.append(line))
     exports.start()
-    exports.finish(lambda: True)
+    exports.finish(lambda: True, resumable=True)
     assert (list((run / "exports").iterdir()), exports.unfinished, reported) == ([], {2}, [])
+
+    exports = Exports(run, [1, 2], Path("tokens"), lambda line, step: reported.append(line))
+    exports.finish(lambda: True, resumable=False)
+    missing, made = reported
+    assert made.endswith(f"to make it: python scripts/export.py {run / 'checkpoints' / 'step-00000002'} {export}")
+    assert "nothing was saved after step 1" in missing

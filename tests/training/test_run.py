@@ -266,7 +266,7 @@ def test_an_export_that_cannot_be_started_is_an_event_and_stays_due(
     exports = Exports(record.directory, [2], tmp_path, lambda line, step: None)
     exports.start()
     assert exports.unfinished == {2}
-    exports.finish(lambda: False)
+    exports.finish(lambda: False, resumable=True)
 
 
 def test_the_other_ranks_do_not_wait_for_the_exports_and_the_tracker_of_a_completed_run(
@@ -293,9 +293,9 @@ def test_the_other_ranks_do_not_wait_for_the_exports_and_the_tracker_of_a_comple
 def before(owner: type, name: str, act: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
     original = getattr(owner, name)
 
-    def replaced(*arguments: Any) -> Any:
+    def replaced(*arguments: Any, **named: Any) -> Any:
         act()
-        return original(*arguments)
+        return original(*arguments, **named)
 
     patch.setattr(owner, name, replaced)
 

@@ -463,7 +463,7 @@ def prune(
     Keeps the newest, even if damaged; the newest that opens; the newest `keep` good ones (the step before the save was not
     skipped); those at multiples of `keep_every` and at the steps `needed`; and with `keep_best` the one with the lowest
     validation loss. A damaged checkpoint never displaces a sound one: `keep` counts only those whose files exist with the
-    right sizes.
+    right sizes. One that cannot be read now (a network filesystem, too many open files) is kept.
     """
     for leftover in (*root.glob(".step-*.partial"), *root.glob(".step-*.discarded")):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -471,9 +471,13 @@ def prune(
     passing = [path for path in found if keep_every is None or step_of(path) % keep_every]
     passing = [path for path in passing if step_of(path) not in needed]
     states: dict[Path, RunState] = {}  # of the sound ones
+    unread: set[Path] = set()
     for path in passing:
-        with contextlib.suppress(CheckpointError):
+        try:
             states[path] = Checkpoint(path, verify=False).state
+        except CheckpointError as error:
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                unread.add(path)
     if not states:
         return
     good = [path for path, state in states.items() if state.good]
@@ -482,6 +486,6 @@ def prune(
     if keep_best and losses:
         kept.add(min(losses, key=losses.__getitem__))
     for path in passing:
-        if path not in kept:
+        if path not in kept | unread:
             with contextlib.suppress(OSError):
                 discard(path)

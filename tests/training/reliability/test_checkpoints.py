@@ -276,6 +276,21 @@ def test_pruning_never_deletes_the_newest_usable_checkpoint(
     assert set(best[:keep]) <= set(steps(root)) or keep_every is not None
 
 
+def test_pruning_keeps_what_cannot_be_read_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0)):
+        saved(tmp_path, step, val_loss=loss)
+    read = checkpoints.read_regular
+
+    def too_many_files(path: Path, limit: int) -> bytes:
+        if "step-00000001" in str(path):
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return read(path, limit)
+
+    monkeypatch.setattr(checkpoints, "read_regular", too_many_files)
+    checkpoints.prune(tmp_path, keep=1, keep_best=True)
+    assert 1 in steps(tmp_path)
+
+
 def test_a_checkpoint_of_skipped_steps_does_not_push_out_the_last_good_one(tmp_path: Path) -> None:
     for step, good in {1: True, 2: False, 3: False}.items():
         saved(tmp_path, step, good=good)
