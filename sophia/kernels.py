@@ -54,6 +54,11 @@ _compiled: dict[tuple[object, ...], Callable[..., Tensor | None]] = {}
 _compiler_failed = False
 
 
+def reset() -> None:
+    """Forget what was compiled. After `torch._dynamo.reset()`, compiled functions would be compiled for the sizes at hand."""
+    _compiled.clear()
+
+
 def updates(*indices: int) -> Callable[[F], F]:
     """Record in the attribute `updated` which tensor arguments a rule changes."""
 

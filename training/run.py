@@ -21,6 +21,7 @@ from data.errors import DataError
 from data.files import sync_directory, why_not_written
 from data.manifest import Manifest
 from data.tokenizers import open_tokenizer
+from sophia import kernels
 from training import hardware, records
 from training.architectures import build_model, forward_flops
 from training.config import ConfigurationError, ExternalConfig, RunConfig, RunHeldError, micro_batch_size
@@ -184,6 +185,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     torch.manual_seed((config.seeds.model * world_size + rank) % 2**63)  # only dropout draws from this stream
     # Code compiled for this process's previous run counts against the recompilation limit, past which nothing is compiled.
     torch._dynamo.reset()
+    kernels.reset()
     ledger = Ledger(distributed.device, CompilationClock.installed())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     compiled = bool(config.train.compile)

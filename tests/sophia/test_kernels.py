@@ -120,6 +120,13 @@ def test_compiled_form_is_the_same_to_the_last_bit_and_a_schedule_does_not_recom
     assert_identical(run(SophiaG, {"compile": False}, amp=True, shapes=[(40, 2), (11, 11)]), small)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == first
 
+    torch._dynamo.reset()  # as a second run in the same process does
+    kernels.reset()
+    torch._dynamo.utils.counters.clear()
+    for shapes in ([(40, 2), (11, 11)], [(40, 2), (40, 2)], [(50, 2), (40, 2), (40, 2)]):
+        run(SophiaG, {"compile": True}, amp=True, shapes=shapes, steps=1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == first
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", [SophiaG, Lion])

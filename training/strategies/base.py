@@ -187,10 +187,11 @@ class Strategy(ABC):
         return self.parameter_normals(seed, step)
 
     def difference_step(self, directions: Sequence[Tensor]) -> Tensor:
-        """() δ of a central difference along `directions`: DIFFERENCE_SHARE ‖θ‖ / ‖directions‖, or DIFFERENCE_SHARE if all
-        weights are zero."""
+        """() δ of a central difference along `directions`, on their device: DIFFERENCE_SHARE ‖θ‖ / ‖directions‖, or
+        DIFFERENCE_SHARE if all weights are zero."""
         size = self.norm(self.weights())
-        return torch.where(size > 0, DIFFERENCE_SHARE * size / self.norm(directions), DIFFERENCE_SHARE)
+        step = torch.where(size > 0, DIFFERENCE_SHARE * size / self.norm(directions), DIFFERENCE_SHARE)
+        return step.to(directions[0].device)
 
     def norm(self, tensors: Iterable[Tensor]) -> Tensor:
         """() the Euclidean norm of tensors in the form of `normals`, over all ranks."""

@@ -274,12 +274,16 @@ class DeepSpeed(Strategy):
         def guarded() -> None:
             statistics = self._statistics(limit, loss, predictions)
             scale = torch.clamp(statistics.grad_norm / limit, min=1.0).nan_to_num(nan=1.0, posinf=1.0)
+            where = self._partitions[
+                0
+            ].device  # the CPU if offloaded; torch's own transfer would not wait for the values
+            scale, skipped = scale.to(where), statistics.skipped.to(where)
             if not skips_on_device(optimizer):
-                if not statistics.skipped:
+                if not skipped:
                     torch._foreach_div_(gradients([optimizer]), scale)
                     action()
                 return
-            optimizer.found_inf, optimizer.grad_scale = statistics.skipped, scale
+            optimizer.found_inf, optimizer.grad_scale = skipped, scale
             action()
             optimizer.grad_scale = optimizer.found_inf = None
 
