@@ -14,6 +14,7 @@ DOCS_STAMP := $(DOCS)/installed-$(shell cksum requirements-docs.lock | cut -d' '
 ifneq ($(wildcard wheels/*.whl),)
 export PIP_NO_INDEX = 1
 export PIP_FIND_LINKS = $(CURDIR)/wheels
+wheels lock docs test-oldest $(DOCS_STAMP): export PIP_NO_INDEX = 0
 endif
 
 # The oldest torch of the library; pyproject.toml has the same.

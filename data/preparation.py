@@ -164,6 +164,8 @@ def _prepare(source: Source, spec: TokenizerSpec, directory: Path, workers: int,
             job = {"task": "shards", **common, "tokenizer": asdict(tokenizer)}
             requests = [{**job, "unit": unit.to_json(), "fingerprint": fingerprint} for unit, fingerprint in missing]
             run_requests(requests, sizes, worker, min(workers, len(missing)), lock, display)
+    if [unit.fingerprint(decisive) for unit in units] != fingerprints:
+        raise DataError("the corpus changed during the preparation; rerun the same command, which makes its part again")
     made = [_receipt(directory, unit, fingerprint) for unit, fingerprint in zip(units, fingerprints, strict=True)]
     manifest = _assemble(corpus.description, source, tokenizer, made)
     _remove_stale(directory, manifest)
@@ -247,8 +249,7 @@ def _assemble(
     receipts = [shards for shards in made if shards is not None]
     if len(receipts) < len(made):
         raise DataError(
-            "the corpus or a finished shard changed during the preparation; rerun the same command, which makes only "
-            "what is missing"
+            "a finished shard changed during the preparation; rerun the same command, which makes only what is missing"
         )
     splits = {split: Split(tuple(shards[split] for shards in receipts if split in shards)) for split in SPLITS}
     documents = sum(split.documents for split in splits.values())

@@ -17,7 +17,7 @@ from typing import Any
 
 from data.documents import CUTTING
 from data.errors import DataError
-from data.files import canonical_json
+from data.files import canonical_json, why_not_written
 from data.readers import suffix_of
 from data.splits import SplitRule
 
@@ -150,7 +150,7 @@ class HubSource(Source):
     def _download(self, report: Callable[[str], None]) -> tuple[Path, str]:
         """The repository's files in the hub's own cache (HF_HOME), which resumes an interrupted download."""
         import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
         report(f"downloading {self.files} of {self.repository} at {self.revision} into the Hugging Face cache")
         try:
@@ -163,14 +163,24 @@ class HubSource(Source):
                 f"{self.repository} at revision {self.revision} cannot be downloaded: {reason}; check data.repository, "
                 "data.revision and, for a gated repository, HF_TOKEN"
             ) from error
-        except (LocalEntryNotFoundError, OSError) as error:
-            raise DataError(
-                f"{self.repository} cannot be downloaded: the Hugging Face hub is not reachable "
-                f"({type(error).__name__}); check the network, or set data.local to a directory that has the "
-                "repository's files"
-            ) from error
+        except OSError as error:
+            reason, remedy = why_not_written(error)
+            if remedy:
+                where = error.filename or "the Hugging Face cache (HF_HOME)"
+                raise DataError(
+                    f"{self.repository}: {where} cannot be written: {reason}; {remedy}, and rerun"
+                ) from error
+            raise self._not_reached(error) from error
+        except Exception as error:  # of the HTTP client, whose errors have no common type, and LocalEntryNotFoundError
+            raise self._not_reached(error) from error
         path = Path(snapshot)  # …/snapshots/<commit>
         return path, path.name if _COMMIT.fullmatch(path.name) else self.revision
+
+    def _not_reached(self, error: Exception) -> DataError:
+        return DataError(
+            f"{self.repository} cannot be downloaded: the Hugging Face hub is not reachable ({type(error).__name__}); check "
+            "the network, or set data.local to a directory that has the repository's files"
+        )
 
 
 @dataclass(frozen=True)

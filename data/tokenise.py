@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from data.encoding import DocumentEncoder
-from data.files import write_json
+from data.files import sync_directory, write_json
 from data.manifest import token_dtype
 from data.plan import Unit
 from data.readers import Advance, read_documents
@@ -84,6 +84,8 @@ def make_shards(
     listener: Listener,
 ) -> None:
     """Tokenise one unit into one shard per split, then write its receipt with the fingerprint."""
+    receipt_path(directory, unit).unlink(missing_ok=True)  # of shards that these replace
+    sync_directory(receipt_path(directory, unit).parent)
     dtype = token_dtype(encoder.tokenizer.vocab_size)
     read, tokens, documents, last = 0, 0, 0, time.monotonic()
 

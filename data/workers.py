@@ -34,7 +34,7 @@ class Worker:
         root = os.fspath(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "data.worker"],
+            [sys.executable, "-P", "-m", "data.worker"],  # the current directory may have a module `data`
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",

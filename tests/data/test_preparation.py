@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ import psutil
 import pytest
 
 import data
-from data import DataError, FileSource, HubSource, SampleSource, SplitRule, TokenizerSpec, plan, preparation
+from data import DataError, FileSource, HubSource, SampleSource, SplitRule, TokenizerSpec, plan, preparation, tokenise
+from data.encoding import DocumentEncoder
 from data.manifest import Manifest
 from data.progress import BarProgress, LineProgress, progress_display
 from data.tokenizers import gpt2
@@ -225,6 +227,49 @@ def test_shards_of_changed_text_are_remade_after_an_interruption(tmp_path: Path,
     data.prepare(corpus, GPT2, tmp_path / "t", workers=1)
     data.prepare(corpus, GPT2, tmp_path / "anew", workers=1)
     assert contents(tmp_path / "t") == contents(tmp_path / "anew")
+
+
+def test_a_corpus_that_changes_during_the_preparation_is_refused(tmp_path: Path, corpus: FileSource) -> None:
+    class Rewriting(LineProgress):
+        def begin(self, total_bytes: int, done_bytes: int) -> None:
+            super().begin(total_bytes, done_bytes)
+            write_text(Path(corpus.paths[0]).parent / "z.txt", texts(600, seed=78))
+
+    with pytest.raises(DataError, match="the corpus changed during the preparation; rerun"):
+        data.prepare(corpus, GPT2, tmp_path / "t", workers=1, progress=Rewriting())
+    assert not (tmp_path / "t" / "manifest.json").exists()
+    data.prepare(corpus, GPT2, tmp_path / "t", workers=1)
+    data.prepare(corpus, GPT2, tmp_path / "anew", workers=1)
+    assert contents(tmp_path / "t") == contents(tmp_path / "anew")
+
+
+def test_the_current_directory_may_have_modules_named_as_ours(
+    tmp_path: Path, corpus: FileSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    data.prepare(corpus, GPT2, tmp_path / "t", workers=1)
+
+
+def test_a_receipt_does_not_vouch_for_the_shard_of_a_later_preparation(
+    tmp_path: Path, corpus: FileSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after its shards had their names and before its own receipt was written."""
+    directory, listener = tmp_path / "t", SimpleNamespace(reading=lambda _: None, progress=lambda *_: None)
+    (directory / "units").mkdir(parents=True)
+    files = [Path(corpus.paths[0]).parent / "1.jsonl"]
+    (unit, *_) = plan.plan_units(files, "text", SplitRule(), plan.SMALLEST_UNIT, lambda _: None)
+    common = (unit, directory, "text", SplitRule(), DocumentEncoder(gpt2()))
+    tokenise.make_shards(*common, "first", listener)
+    assert list((directory / "units").iterdir())
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenise, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tokenise.make_shards(*common, "second", listener)
+    assert not list((directory / "units").iterdir())
 
 
 def test_a_killed_worker_is_one_clear_error(tmp_path: Path, corpus: FileSource) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
@@ -116,6 +118,7 @@ def test_a_repository_is_fetched_at_its_revision_and_the_commit_recorded(
     [
         (LocalEntryNotFoundError("nothing here"), r"hub is not reachable .*data\.local"),
         (ConnectionError("no route"), r"hub is not reachable .*data\.local"),
+        (httpx2.ConnectError("no route"), r"hub is not reachable \(ConnectError\).*data\.local"),
     ],
 )
 def test_a_hub_out_of_reach_is_one_clear_error(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +127,15 @@ def test_a_hub_out_of_reach_is_one_clear_error(error: Exception, message: str, m
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(DataError, match=rf"Skylion007/openwebtext cannot be downloaded.*{message}"):
+        fetch(openwebtext())
+
+
+def test_a_download_onto_a_full_disk_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache/hub/blob")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(DataError, match=r"/cache/hub/blob cannot be written: No space left on device; free space"):
         fetch(openwebtext())
 
 
