@@ -9,7 +9,7 @@ time           a step is forward and backward at the given utilisation or their 
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,8 @@ UPDATE_ACCESSES = {"adamw": 7, "lion": 5, "signum": 5, "sophiag": 6, "sophiah": 
 #: Reads and writes of folding an estimate into h.
 REFRESH_ACCESSES = 3
 NEWTON_SCHULZ_STEPS = 5
+# Names of collectives.
+GRADIENTS_DDP, GRADIENTS, WEIGHTS = "all-reduce of gradients", "reduce-scatter of gradients", "all-gather of weights"
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,9 @@ class StepSeconds:
     """The average time of a step, including 1/k of a curvature pass."""
 
     compute: float  # forward and backward, including recomputation
-    communication: float  # all of it, hidden or not
+    exposed: float  # communication that forward and backward do not hide
     update: float
     curvature: float
-
-    @property
-    def exposed(self) -> float:
-        """Communication that forward and backward do not hide."""
-        return max(0.0, self.communication - self.compute)
 
     @property
     def total(self) -> float:
@@ -160,6 +157,11 @@ def plan_run(
             refused[name] = str(error)
             continue
         plans.append(plan_optimizer(other, shape, cluster))
+    if isinstance(config.strategy, DeepSpeedConfig) and config.strategy.offload_optimizer:
+        said.append(
+            "strategy.offload_optimizer=true: time and cost leave out the transfers to the CPU and its slower update; measure "
+            "a few steps"
+        )
     own = next(one for one in plans if one.optimizer == chosen)
     return RunPlan(
         config=config,
@@ -262,8 +264,28 @@ def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, t
     update = accesses * FLOAT32 * mine / memory_rate
     if isinstance(config.optimizer, MuonConfig):  # not distributed: every rank does the full update
         update += newton_schulz_flops(shape) / (cluster.bf16_tflops * 1e12 * cluster.utilisation)
-    communication = sum(traffic.step.values()) / cluster.link_bandwidth
-    return StepSeconds(compute, communication, update, curvature_seconds)
+    exposed = exposed_seconds(config, cluster, traffic.step, compute)
+    return StepSeconds(compute, exposed, update, curvature_seconds)
+
+
+def exposed_seconds(config: RunConfig, cluster: ClusterConfig, sent: Mapping[str, int], compute: float) -> float:
+    """Return the time of a step's communication that its `compute` seconds cannot hide, at best.
+
+    Gradients that are reduced once are reduced in the backward pass of the last micro-batch (DDP, FSDP) or after it (ZeRO 1),
+    weights gathered after the update by ZeRO 1 and 2 are hidden by nothing, and all else runs in every micro-batch.
+    """
+    micro_batches = config.train.global_batch_size // (cluster.gpus * micro_batch_size(config, cluster.gpus))
+    last_backward = 2 / 3 / micro_batches
+    match config.strategy:
+        case DDPConfig():
+            window = {GRADIENTS_DDP: last_backward}
+        case FSDPConfig():
+            window = {WEIGHTS: 1.0, GRADIENTS: last_backward}
+        case DeepSpeedConfig(zero_stage=stage):
+            window = {WEIGHTS: 1.0 if stage == 3 else 0.0, GRADIENTS: 0.0 if stage == 1 else 1.0}
+    seconds = {name: size / cluster.link_bandwidth for name, size in sent.items()}
+    apart = sum(max(0.0, value - window[name] * compute) for name, value in seconds.items())
+    return max(apart, sum(seconds.values()) - compute)
 
 
 def newton_schulz_flops(shape: GPT2Config) -> int:
@@ -295,7 +317,7 @@ def _traffic(config: RunConfig, shape: GPT2Config, world_size: int, micro_batche
     weight_bytes = BFLOAT16 if engine_has_bf16_weights(config) else FLOAT32
     match config.strategy:
         case DDPConfig():
-            return {"all-reduce of gradients": ddp_traffic(size, world_size).total(micro_batches)}
+            return {GRADIENTS_DDP: ddp_traffic(size, world_size).total(micro_batches)}
         case FSDPConfig():
             root = (shape.padded_vocab_size + shape.block_size) * shape.n_embd + shape.n_embd * (1 + shape.bias)
             traffic = fsdp_traffic(
@@ -306,13 +328,13 @@ def _traffic(config: RunConfig, shape: GPT2Config, world_size: int, micro_batche
                 reshard_after_forward=config.strategy.reshard_after_forward,
             )
             return {
-                "all-gather of weights": micro_batches * traffic.per_micro_batch,
-                "reduce-scatter of gradients": traffic.per_update,
+                WEIGHTS: micro_batches * traffic.per_micro_batch,
+                GRADIENTS: traffic.per_update,
             }
         case DeepSpeedConfig(zero_stage=stage):
             gradients = zero_traffic(size, world_size, stage=stage, weight_bytes=0).total(micro_batches)
             both = zero_traffic(size, world_size, stage=stage, weight_bytes=weight_bytes).total(micro_batches)
-            return {"reduce-scatter of gradients": gradients, "all-gather of weights": both - gradients}
+            return {GRADIENTS: gradients, WEIGHTS: both - gradients}
 
 
 def remedies(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig) -> Iterator[Remedy]:

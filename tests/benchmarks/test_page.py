@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from benchmarks import page
+from benchmarks.training_step import ARMS
 
 
 def test_the_page_is_made_from_the_committed_records() -> None:
@@ -13,11 +14,14 @@ def test_the_page_is_made_from_the_committed_records() -> None:
 
 
 def test_readmes_line_names_the_arms_that_were_measured() -> None:
-    group = {"here": {"median_seconds": 2.0}, "plain": {"median_seconds": 3.0}, "transformers": {"median_seconds": 5.0}}
+    seconds = {"here": 1.5, "here, default allocator": 2.0, "plain": 3.0, "transformers": 5.0}
+    group = {name: {"median_seconds": value} for name, value in seconds.items()}
     record = {"groups": [{"here": {"median_seconds": 9.0}}, group], "hardware": {"device": "cuda", "gpu": "H100"}}
     line = page.speed(record).splitlines()[0]
     assert line.startswith("A training step of a GPT-2 of 30M parameters takes 2.00 s here (H100, bf16, AdamW).")
     assert "transformers' GPT2LMHeadModel takes 2.5 and a plain GPT-2 as in nanoGPT 1.5 times as long" in line
+    assert "shortens the step to 1.50 s" in line
+    assert {ARMS[name].kept for name in ("here, default allocator", *page.PEERS) if name in ARMS} == {False}
 
 
 def test_a_missed_target_is_marked(tmp_path: Path) -> None:

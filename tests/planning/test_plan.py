@@ -4,7 +4,15 @@ import pytest
 
 from models import GPT2Config
 from planning.cluster import ClusterConfig, compose_for, split_cluster
-from planning.plan import UPDATE_ACCESSES, RunPlan, newton_schulz_flops, plan_optimizer, plan_run, planned_traffic
+from planning.plan import (
+    UPDATE_ACCESSES,
+    RunPlan,
+    exposed_seconds,
+    newton_schulz_flops,
+    plan_optimizer,
+    plan_run,
+    planned_traffic,
+)
 from training.compose import compose
 from training.config import RunConfig
 
@@ -38,6 +46,33 @@ def test_planned_traffic_is_nothing_in_a_world_of_one_and_grows_with_the_micro_b
     assert (traffic > 0) == (world_size > 1)
     assert accumulated >= traffic
     assert (accumulated > traffic) == (world_size > 1 and overrides != "strategy=ddp")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "hidden"),
+    [
+        ("strategy=ddp", 2 / 3 / 4),
+        ("strategy=deepspeed strategy.zero_stage=1", 0.0),
+        ("strategy=deepspeed strategy.zero_stage=2", None),
+        ("strategy=deepspeed strategy.zero_stage=3", 1.0),
+    ],
+)
+def test_only_what_runs_during_forward_and_backward_is_hidden(strategy: str, hidden: float | None) -> None:
+    config, cluster = small(*strategy.split(), "train.micro_batch_size=1"), split_cluster(["cluster.gpus=4"])[0]
+    sent = planned_traffic(config, shape(), 4).step
+    seconds = {name: size / cluster.link_bandwidth for name, size in sent.items()}
+    total = sum(seconds.values())
+    for compute in (0.0, 0.5 * total, total, 100 * total):
+        if hidden is None:  # gathers weights after the update
+            expected = max(0.0, seconds["reduce-scatter of gradients"] - compute) + seconds["all-gather of weights"]
+        else:
+            expected = total - hidden * compute
+        assert exposed_seconds(config, cluster, sent, compute) == pytest.approx(max(0.0, expected))
+
+
+def test_a_plan_of_an_offloaded_optimizer_says_what_its_time_leaves_out() -> None:
+    planned, _ = plan("strategy=deepspeed", "strategy.offload_optimizer=true", "cluster.gpus=4", optimizers=("adamw",))
+    assert any("time and cost leave out the transfers to the CPU" in note for note in planned.notes)
 
 
 def test_muon_pays_for_its_products() -> None:
