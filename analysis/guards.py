@@ -542,7 +542,7 @@ def _comparable_values(run: RecordedRun) -> dict[str, Any]:
 
 
 def flat_config(run: RecordedRun) -> dict[str, Any]:
-    """Return the configuration by dotted key, of `resume` only whether the run began with a checkpoint of another."""
+    """Return the configuration by dotted key; `resume` becomes "start" or, if the run began with another's, "checkpoint"."""
     values = flatten(run.config)
     return values | {"resume": "start" if values.get("resume", "auto") in ("auto", "never") else "checkpoint"}
 

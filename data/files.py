@@ -169,7 +169,7 @@ def why_not_written(error: OSError) -> tuple[str, str]:
     if error.errno == errno.ENOENT and parent is not None and parent.is_dir():  # as in /proc
         return f"{parent} takes no new files", ""
     remedies = {errno.ENOSPC: "free space", errno.EDQUOT: "free space", errno.EFBIG: "raise ulimit -f"}
-    remedies |= dict.fromkeys((errno.EACCES, errno.EPERM), "correct the permissions")
+    remedies |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "correct the permissions")
     return error.strerror or str(error), remedies.get(error.errno or 0, "")
 
 

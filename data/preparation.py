@@ -143,6 +143,7 @@ def prepare(
 def _prepare(source: Source, spec: TokenizerSpec, directory: Path, workers: int, display: Progress, lock: int) -> None:
     (directory / RECEIPTS).mkdir(exist_ok=True)
     corpus = source.fetch(display.message)
+    before = _states(corpus.files)
     reading = {"text_column": source.text_column, "split": source.split.describe()}
     common = {**reading, "directory": os.fspath(directory)}
     with Worker(lock) as worker:
@@ -164,8 +165,10 @@ def _prepare(source: Source, spec: TokenizerSpec, directory: Path, workers: int,
             job = {"task": "shards", **common, "tokenizer": asdict(tokenizer)}
             requests = [{**job, "unit": unit.to_json(), "fingerprint": fingerprint} for unit, fingerprint in missing]
             run_requests(requests, sizes, worker, min(workers, len(missing)), lock, display)
-    if [unit.fingerprint(decisive) for unit in units] != fingerprints:
-        raise DataError("the corpus changed during the preparation; rerun the same command, which makes its part again")
+    if _states(corpus.files) != before:
+        raise DataError(
+            "the corpus changed during the preparation; rerun the same command, which tokenises the changed files again"
+        )
     made = [_receipt(directory, unit, fingerprint) for unit, fingerprint in zip(units, fingerprints, strict=True)]
     manifest = _assemble(corpus.description, source, tokenizer, made)
     _remove_stale(directory, manifest)
@@ -176,6 +179,18 @@ def _prepare(source: Source, spec: TokenizerSpec, directory: Path, workers: int,
     )
     manifest.write(directory)
     shutil.rmtree(directory / RECEIPTS, ignore_errors=True)
+
+
+def _states(files: Sequence[Path]) -> list[tuple[int, int] | None]:
+    """Return the size and the time of change of files; None for one that is gone."""
+    return [(state.st_size, state.st_mtime_ns) if (state := _stat(file)) else None for file in files]
+
+
+def _stat(file: Path) -> os.stat_result | None:
+    try:
+        return file.stat()
+    except OSError:
+        return None
 
 
 def _is_prepared(directory: Path) -> bool:

@@ -171,15 +171,16 @@ class HubSource(Source):
                     f"{self.repository}: {where} cannot be written: {reason}; {remedy}, and rerun"
                 ) from error
             raise self._not_reached(error) from error
-        except Exception as error:  # of the HTTP client, whose errors have no common type, and LocalEntryNotFoundError
+        except Exception as error:  # the HTTP clients' errors have no type in common
             raise self._not_reached(error) from error
         path = Path(snapshot)  # …/snapshots/<commit>
         return path, path.name if _COMMIT.fullmatch(path.name) else self.revision
 
     def _not_reached(self, error: Exception) -> DataError:
         return DataError(
-            f"{self.repository} cannot be downloaded: the Hugging Face hub is not reachable ({type(error).__name__}); check "
-            "the network, or set data.local to a directory that has the repository's files"
+            f"{self.repository} cannot be downloaded: the Hugging Face hub is not reachable ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); check the network, or set data.local to a directory that has the "
+            "repository's files"
         )
 
 

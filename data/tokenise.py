@@ -84,7 +84,7 @@ def make_shards(
     listener: Listener,
 ) -> None:
     """Tokenise one unit into one shard per split, then write its receipt with the fingerprint."""
-    receipt_path(directory, unit).unlink(missing_ok=True)  # of shards that these replace
+    receipt_path(directory, unit).unlink(missing_ok=True)  # it vouches for shards that are replaced now
     sync_directory(receipt_path(directory, unit).parent)
     dtype = token_dtype(encoder.tokenizer.vocab_size)
     read, tokens, documents, last = 0, 0, 0, time.monotonic()

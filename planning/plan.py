@@ -3,9 +3,8 @@
 memory         planning/memory.py
 FLOPs          models/flops.py, as in a run's ledger
 communication  training/strategies/communication.py, as in a run's ledger
-time           a step is forward and backward at the given utilisation or their communication, whichever takes longer
-               (one hides the other), plus the update at memory bandwidth; every k-th step adds the curvature pass, at
-               the size of a rank's share
+time           a step is forward and backward at the given utilisation, the communication that does not run during them,
+               and the update at memory bandwidth; every k-th step adds the curvature pass, at the size of a rank's share
 """
 
 import dataclasses
@@ -275,7 +274,8 @@ def exposed_seconds(config: RunConfig, cluster: ClusterConfig, sent: Mapping[str
     weights gathered after the update by ZeRO 1 and 2 are hidden by nothing, and all else runs in every micro-batch.
     """
     micro_batches = config.train.global_batch_size // (cluster.gpus * micro_batch_size(config, cluster.gpus))
-    last_backward = 2 / 3 / micro_batches
+    recomputes = getattr(config.strategy, "activation_checkpointing", False)
+    last_backward = (3 / 4 if recomputes else 2 / 3) / micro_batches
     match config.strategy:
         case DDPConfig():
             window = {GRADIENTS_DDP: last_backward}

@@ -199,7 +199,9 @@ class CurvatureOptimizer(ElementwiseOptimizer):
     def _warn_without_curvature(self, interval: int) -> None:
         """Warn at a first step without curvature, and when a refresh is overdue; once until the next refresh."""
         without = self._steps_since_refresh
-        if not self._untouched and without <= interval:
+        # torch.distributed.checkpoint makes a step at rate 0 to have a state into which it can load.
+        first = self._untouched and any(group["lr"] != 0 for group in self.param_groups)
+        if not first and without <= interval:
             return
         self._warned = True
         warnings.warn(

@@ -55,7 +55,7 @@ _compiler_failed = False
 
 
 def reset() -> None:
-    """Forget what was compiled. After `torch._dynamo.reset()`, compiled functions would be compiled for the sizes at hand."""
+    """Forget what was compiled. After `torch._dynamo.reset()`, it would be compiled again, for the first sizes it meets."""
     _compiled.clear()
 
 

@@ -274,7 +274,8 @@ class Sophia(CurvatureOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. Returns the closure's loss, if there is a closure.
 
-        Raises RuntimeError for a sparse gradient. Warns once after more than k steps without `update_hessian`.
+        Raises RuntimeError for a sparse gradient. Warns if the first step has no curvature, and after more
+        than k steps without `update_hessian`.
         """
         loss = evaluated(closure)
         for group, params, grads, states, amp in self._with_gradients():

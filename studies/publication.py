@@ -119,7 +119,7 @@ def comparison(results: Results) -> dict[str, Any]:
 def _interval(name: str, interval: Interval | Ratio) -> dict[str, float]:
     found = {name: interval.estimate, f"{name}/low": interval.low, f"{name}/high": interval.high}
     for end in ("low", "high"):
-        if getattr(interval, f"{end}_censored", False):  # nor can a number
+        if getattr(interval, f"{end}_censored", False):  # "more than" has no value to plot
             del found[f"{name}/{end}"]
     return {key: float(value) for key, value in found.items() if math.isfinite(value)}
 

@@ -751,7 +751,8 @@ class RunConfig(Section):
             if self.strategy.name == "single":
                 raise ValueError(
                     f"strategy=single does not work with the {ranks} ranks of launcher.nproc_per_node="
-                    f"{self.launcher.nproc_per_node} and launcher.nodes={self.launcher.nodes}; choose strategy=ddp, or one rank"
+                    f"{self.launcher.nproc_per_node} and launcher.nodes={self.launcher.nodes}; choose strategy=ddp, or "
+                    "launcher.nproc_per_node=1 launcher.nodes=1"
                 )
             micro_batch_size(self, ranks)
         return self

@@ -85,7 +85,7 @@ class Exports:
     def finish(self, stop: Callable[[], bool], *, resumable: bool) -> None:
         """Wait for the exports that are being made until `stop`, then end the rest, which leave no directory.
 
-        A run that is not resumable makes no exports any more: those that are left are reported, with what makes them.
+        If the run cannot be resumed, exports that were not made are reported, with the command that makes them.
         """
         until = time.monotonic() + FINISH_SECONDS
         while self._running and not stop() and time.monotonic() < until:
@@ -98,14 +98,10 @@ class Exports:
         self._running.clear()
         for step in [] if resumable else sorted(self._left):
             checkpoint, export = self._run / "checkpoints" / checkpoint_name(step), self._export(step)
-            saved = checkpoint.is_dir()
-            why = (
-                "was not made"
-                if saved
-                else f"was not made: nothing was saved after step {step}, which was skipped or not reached"
-            )
-            remedy = f"python scripts/export.py {checkpoint if saved else self._run} {export}"
-            self._report(f"{export} {why}; to make {'it' if saved else 'one of the newest checkpoint'}: {remedy}", step)
+            remedy = f"python scripts/export.py {checkpoint} {export}"
+            if not checkpoint.is_dir():
+                remedy = f"there is no checkpoint of step {step}; scripts/export.py exports any in {checkpoint.parent}"
+            self._report(f"{export} was not made: {remedy}", step)
 
     def _export(self, step: int) -> Path:
         return self._run / EXPORTS / checkpoint_name(step)

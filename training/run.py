@@ -152,7 +152,9 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     decided = distributed.broadcast_object(distributed.on_main(lambda: _decide(config, place, distributed)))
     if decided.finished is not None:
         if distributed.is_main:
-            print(f"{directory} is already {decided.finished} for this configuration; run it again with overwrite=true")
+            began = f" (it began with resume={decided.origin})" if decided.origin else ""
+            again = "run it again with overwrite=true"
+            print(f"{directory} is already {decided.finished} for this configuration{began}; {again}")
         summary = distributed.broadcast_object(distributed.on_main(lambda: RunRecord.open(directory).summary)) or {}
         return Outcome(decided.finished, directory, summary.get("final_val_loss"))
 
@@ -197,7 +199,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
         state = _load(decided.checkpoint, strategy, ledger, distributed)
 
     display = Display(config.train.steps, state.step, enabled=distributed.is_main)
-    held.callback(display.close)  # again, if the record cannot be opened
+    held.callback(display.close)  # the recorder closes it too, unless it cannot be opened
     recorder = distributed.on_main(
         lambda: _open_record(config, place, decided, state.step, distributed, manifest, weights, display)
     ) or Recorder(place, display)

@@ -118,7 +118,7 @@ def test_a_repository_is_fetched_at_its_revision_and_the_commit_recorded(
     [
         (LocalEntryNotFoundError("nothing here"), r"hub is not reachable .*data\.local"),
         (ConnectionError("no route"), r"hub is not reachable .*data\.local"),
-        (httpx2.ConnectError("no route"), r"hub is not reachable \(ConnectError\).*data\.local"),
+        (httpx2.ConnectError("no route"), r"hub is not reachable \(ConnectError: no route\).*data\.local"),
     ],
 )
 def test_a_hub_out_of_reach_is_one_clear_error(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

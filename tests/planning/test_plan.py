@@ -55,6 +55,7 @@ def test_planned_traffic_is_nothing_in_a_world_of_one_and_grows_with_the_micro_b
         ("strategy=deepspeed strategy.zero_stage=1", 0.0),
         ("strategy=deepspeed strategy.zero_stage=2", None),
         ("strategy=deepspeed strategy.zero_stage=3", 1.0),
+        ("strategy=fsdp", None),
     ],
 )
 def test_only_what_runs_during_forward_and_backward_is_hidden(strategy: str, hidden: float | None) -> None:
@@ -63,7 +64,10 @@ def test_only_what_runs_during_forward_and_backward_is_hidden(strategy: str, hid
     seconds = {name: size / cluster.link_bandwidth for name, size in sent.items()}
     total = sum(seconds.values())
     for compute in (0.0, 0.5 * total, total, 100 * total):
-        if hidden is None:  # gathers weights after the update
+        if strategy == "strategy=fsdp":
+            gathers, reduces = seconds["all-gather of weights"], seconds["reduce-scatter of gradients"]
+            expected = max(max(0.0, gathers - compute) + max(0.0, reduces - 2 / 3 / 4 * compute), total - compute)
+        elif hidden is None:  # gathers weights after the update
             expected = max(0.0, seconds["reduce-scatter of gradients"] - compute) + seconds["all-gather of weights"]
         else:
             expected = total - hidden * compute

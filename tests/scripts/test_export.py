@@ -309,5 +309,5 @@ def test_a_run_exports_at_the_chosen_steps_and_keeps_an_interrupted_export_for_i
     exports = Exports(run, [1, 2], Path("tokens"), lambda line, step: reported.append(line))
     exports.finish(lambda: True, resumable=False)
     missing, made = reported
-    assert made.endswith(f"to make it: python scripts/export.py {run / 'checkpoints' / 'step-00000002'} {export}")
-    assert "nothing was saved after step 1" in missing
+    assert made == f"{export} was not made: python scripts/export.py {run / 'checkpoints' / 'step-00000002'} {export}"
+    assert missing.endswith(f"no checkpoint of step 1; scripts/export.py exports any in {run / 'checkpoints'}")

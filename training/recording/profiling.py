@@ -34,7 +34,7 @@ def profiler(
             partial.replace(folder / "trace.json")
             write_atomically(folder / "table.txt", finished.key_averages().table(sort_by=sort, row_limit=10) + "\n")
         except OSError as error:  # a trace is not worth the run
-            warn(f"no trace: {error.filename or folder} cannot be written: {error.strerror or error}")
+            warn(f"profile: {error.filename or folder} cannot be written: {error.strerror or error}")
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     steps = schedule(wait=max(0, config.after - 1), warmup=1, active=config.steps, repeat=1)

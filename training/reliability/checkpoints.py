@@ -351,6 +351,7 @@ class Checkpoint:
 
     def _open(self, name: str) -> Any:
         if name not in self._files:
+            open_regular(self.directory / name).close()  # raises what safe_open calls "no such file"
             try:
                 self._files[name] = safe_open(self.directory / name, framework="pt")  # type: ignore[no-untyped-call]
             except (OSError, SafetensorError) as error:

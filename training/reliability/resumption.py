@@ -23,6 +23,7 @@ class Decision:
     """How a run starts."""
 
     finished: Status | None = None  # nothing to do
+    origin: str | None = None  # the other run's checkpoint with which a finished one began
     checkpoint: Path | None = None  # to resume from; verified
     metrics_bytes: int | None = None  # the record continues after this many bytes; None: a new record
     rejected: tuple[str, ...] = ()  # why newer checkpoints were rejected
@@ -84,12 +85,7 @@ def decide(config: RunConfig, directory: Path, *, restarted: bool = False) -> De
         if reason := _misfit(chosen, config, directory):
             raise ConfigurationError(f"resume={config.resume}: {reason}; choose another checkpoint")
         return Decision(checkpoint=chosen.directory, metrics_bytes=chosen.state.metrics_bytes)
-    origin = None if there.resume in ("auto", "never") else there.resume  # a checkpoint that it started from
-    if given is None and origin is not None and not _is_in(directory, Path(origin)):
-        raise ConfigurationError(
-            f"resume={config.resume}: {directory} was started from resume={origin}; give that to resume it, or another "
-            "name= for a run from the start"
-        )
+    origin = None if there.resume in ("auto", "never") else there.resume  # the checkpoint with which it began
     if given is not None and there.resume != config.resume:
         raise ConfigurationError(
             f"resume={config.resume}: {directory} already holds a run; give another name= or overwrite=true"
@@ -101,7 +97,7 @@ def decide(config: RunConfig, directory: Path, *, restarted: bool = False) -> De
     _size(directory / records.METRICS_FILE)
     status = (_record(directory).summary or {}).get("status")
     if status in ("completed", "diverged"):
-        return Decision(finished=status)
+        return Decision(finished=status, origin=origin)
     try:
         newest, rejected = checkpoints.newest_valid(
             directory / "checkpoints", lambda checkpoint: _misfit(checkpoint, config, directory)

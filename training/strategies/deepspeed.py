@@ -274,9 +274,8 @@ class DeepSpeed(Strategy):
         def guarded() -> None:
             statistics = self._statistics(limit, loss, predictions)
             scale = torch.clamp(statistics.grad_norm / limit, min=1.0).nan_to_num(nan=1.0, posinf=1.0)
-            where = self._partitions[
-                0
-            ].device  # the CPU if offloaded; torch's own transfer would not wait for the values
+            # The CPU if offloaded, to which AdamW would copy the scale without waiting for it.
+            where = self._partitions[0].device
             scale, skipped = scale.to(where), statistics.skipped.to(where)
             if not skips_on_device(optimizer):
                 if not skipped:

@@ -34,4 +34,4 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(
     )
     assert record.summary is not None
     assert record.summary["status"] == "completed"
-    assert "no trace: " in capfd.readouterr().err
+    assert "profile/table.txt cannot be written: No space left on device" in capfd.readouterr().err

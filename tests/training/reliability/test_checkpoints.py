@@ -276,17 +276,18 @@ def test_pruning_never_deletes_the_newest_usable_checkpoint(
     assert set(best[:keep]) <= set(steps(root)) or keep_every is not None
 
 
-def test_pruning_keeps_what_cannot_be_read_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reading", ["read_regular", "open_regular"])  # the manifest, a rank's file
+def test_pruning_keeps_what_cannot_be_read_now(reading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0)):
         saved(tmp_path, step, val_loss=loss)
-    read = checkpoints.read_regular
+    read = getattr(checkpoints, reading)
 
-    def too_many_files(path: Path, limit: int) -> bytes:
+    def too_many_files(path: Path, *arguments: Any) -> Any:
         if "step-00000001" in str(path):
             raise OSError(errno.EMFILE, "Too many open files", str(path))
-        return read(path, limit)
+        return read(path, *arguments)
 
-    monkeypatch.setattr(checkpoints, "read_regular", too_many_files)
+    monkeypatch.setattr(checkpoints, reading, too_many_files)
     checkpoints.prune(tmp_path, keep=1, keep_best=True)
     assert 1 in steps(tmp_path)
 

@@ -298,8 +298,22 @@ def test_a_restart_before_the_first_checkpoint_starts_where_resume_says(
     assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(25, 41))
 
     monkeypatch.delenv("SLURM_RESTART_COUNT")
-    assert run(tiny(corpus, tmp_path, "train.steps=40")) == 2, "another run's checkpoint is not the start"
-    assert f"was started from resume={tmp_path}/base; give that to resume it" in capfd.readouterr().err
+    assert run(tiny(corpus, tmp_path, "train.steps=40")) == 0
+    assert f"already completed for this configuration (it began with resume={tmp_path}/base)" in capfd.readouterr().out
+
+
+def test_a_run_that_began_with_anothers_checkpoint_begins_there_again_also_without_naming_it(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also when a restart replaces a process that was told to rewind."""
+    assert run(tiny(corpus, tmp_path, name="base")) == 0
+    longer = ["train.steps=40", "checkpoint.interval=1000"]
+    began = tiny(corpus, tmp_path, *longer, f"resume={tmp_path}/base")
+    assert run_in_child(began, kill_before_recording, 30) < 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run(tiny(corpus, tmp_path, *longer, f"resume={tmp_path}/run/checkpoints/step-00000030")) == 0
+    assert f"resuming from {tmp_path}/base/checkpoints/step-00000024 at step 24" in capfd.readouterr().err
+    assert [line["step"] for line in lines(tmp_path / "run", "train")] == list(range(25, 41))
 
 
 def test_a_run_that_replaced_the_one_whose_checkpoint_it_started_from_starts_there_again(
