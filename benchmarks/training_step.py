@@ -128,7 +128,6 @@ class TransformersGPT2(torch.nn.Module):
         from models.huggingface import to_huggingface  # seconds of imports
 
         self.model = to_huggingface(GPT2(config))
-        self.model.config.use_cache = False  # as transformers' Trainer does
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """(B, T) and (B, T) int64 -> () the mean cross entropy."""
