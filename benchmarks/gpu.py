@@ -295,9 +295,9 @@ def paper_run(plan: Plan) -> dict[str, Any]:
 
 
 def prepare_text(plan: Plan) -> None:
-    """Write and prepare the rehearsal's corpus, paragraphs of the README; the sample corpus prepares itself."""
-    paragraphs = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")
-    documents = "".join(json.dumps({"text": paragraph}) + "\n" for paragraph in paragraphs)
+    """Write and prepare the rehearsal's corpus, lines of the README; the sample corpus prepares itself."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    documents = "".join(json.dumps({"text": line}) + "\n" for line in lines)
     (plan.scratch / "corpus.jsonl").write_text(documents, encoding="utf-8")
     config = compose(plan.run_overrides())
     prepare(source_of(config), tokenizer_of(config), token_directory_of(config), workers=1)

@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -177,6 +178,9 @@ class Worker:
         parameters = list(self.model.parameters())
         self.optimizer: torch.optim.Optimizer
         if arm.sophia:
+            warnings.filterwarnings(
+                "ignore", message=".*without update_hessian"
+            )  # steps are timed without refreshes, too
             self.optimizer = SophiaG(parameters, lr=1e-4, hessian_interval=HESSIAN_INTERVAL, compile=arm.compiled)
         else:
             self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)

@@ -84,8 +84,10 @@ def make_shards(
     listener: Listener,
 ) -> None:
     """Tokenise one unit into one shard per split, then write its receipt with the fingerprint."""
-    receipt_path(directory, unit).unlink(missing_ok=True)  # it vouches for shards that are replaced now
-    sync_directory(receipt_path(directory, unit).parent)
+    receipt = receipt_path(directory, unit)
+    if receipt.exists():  # it vouches for shards that are replaced now
+        receipt.unlink()
+        sync_directory(receipt.parent)
     dtype = token_dtype(encoder.tokenizer.vocab_size)
     read, tokens, documents, last = 0, 0, 0, time.monotonic()
 
@@ -110,7 +112,7 @@ def make_shards(
             tokens, documents = tokens + made[0], documents + made[1]
         listener.progress(read, tokens, documents)
     made_shards = {name: None if shard.shard is None else asdict(shard.shard) for name, shard in shards.items()}
-    write_json(receipt_path(directory, unit), {"fingerprint": fingerprint, "shards": made_shards})
+    write_json(receipt, {"fingerprint": fingerprint, "shards": made_shards})
 
 
 def training_texts(

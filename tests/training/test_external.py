@@ -152,7 +152,7 @@ def test_a_checkpoint_of_another_factory_is_refused_by_name(
     other = [*external(*ARMS["nadam"]), *short, f"resume={here}/first/checkpoints/step-00000003"]
     assert run(tiny(corpus, here, *other, name="second")) == 2
     said = capfd.readouterr().err
-    assert "optimizer=nadam: " in said
+    assert "optimizer=external optimizer.factory=torch.optim:NAdam: " in said
     assert "has the state of optimizer=external optimizer.factory=mine:Mine; choose that" in said
 
 
