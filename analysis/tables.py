@@ -128,7 +128,10 @@ def verdict(results: Results) -> Table:
             untested.setdefault(one.not_tested, {})[one.model] = None
     if untested:
         reasons = ". ".join(f"{', '.join(models)}: {reason}" for reason, models in untested.items())
-        note += f" The paper's claim is not tested. {reasons}."
+        arms = dict.fromkeys(label(one.arm) for one in results.verdicts if one.not_tested)
+        some = not all(one.not_tested for one in results.verdicts)
+        whose = f" for {', '.join(arms)}" if some else ""
+        note += f" The paper's claim is not tested{whose}. {reasons}."
     return replace(table, note=note)
 
 
