@@ -36,8 +36,8 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
         *(escaping.markdown(f"{one.title}. {one.detail}") for one in results.findings[: max(_DOUBTS, serious)]),
     ]
     parts = [
-        *([escaping.markdown(study.under_way)] if study.under_way else []),
         *(f"**{escaping.markdown(one.sentence(study.baseline))}**" for one in verdicts),
+        *([escaping.markdown(study.under_way)] if study.under_way else []),
         _body(tables.verdict(results)),
         f"{reported:,} reported and {tuning:,} tuning runs of [{study.name}]({place}/README.md), with "
         f"[its report]({place}/report.md). Limits:",
