@@ -299,10 +299,12 @@ def _seeds(study: Study) -> Iterator[Finding]:
     for trial in study.reporting:
         cells.setdefault(trial.cell, []).append(trial)
     lacking: list[RecordedTrial] = []
-    for members in cells.values():
+    ended: dict[Cell, int] = {}
+    for cell, members in cells.items():
         missing = [trial for trial in members if trial.status not in ("completed", "diverged")]
         # `under_way` lists the cells that have not started.
-        lacking += missing if study.finished or len(missing) < len(members) else []
+        ended[cell] = len(members) - len(missing)
+        lacking += missing if study.finished or ended[cell] else []
     if lacking:
         told = "; ".join(f"{_where(trial.cell)}: seed {trial.seed} {trial.status}" for trial in lacking)
         why = "The number of seeds was fixed beforehand; a verdict on fewer is provisional"
@@ -311,7 +313,6 @@ def _seeds(study: Study) -> Iterator[Finding]:
             f"{'Planned seeds' if study.planned else 'Runs'} have not ended: {_counted(trial.arm for trial in lacking)}"
         )
         yield _finding(study, "seeds", "serious", title, detail, lacking)
-    ended = {cell: len([one for one in members if one not in lacking]) for cell, members in cells.items()}
     if not study.planned and len({*ended.values()}) > 1:
         shown = "; ".join(f"{_where(cell)}: {ended[cell]}" for cell in sorted(ended))
         yield Finding("seeds", "note", "Cells have different numbers of seeds", shown)

@@ -163,25 +163,19 @@ class HubSource(Source):
                 f"{self.repository} at revision {self.revision} cannot be downloaded: {reason}; check data.repository, "
                 "data.revision and, for a gated repository, HF_TOKEN"
             ) from error
-        except OSError as error:
-            reason, remedy = why_not_written(error)
-            if remedy:
+        except Exception as error:  # the HTTP clients' errors have no type in common
+            if isinstance(error, OSError) and (remedy := why_not_written(error)[1]):
                 where = error.filename or "the Hugging Face cache (HF_HOME)"
                 raise DataError(
-                    f"{self.repository}: {where} cannot be written: {reason}; {remedy}, and rerun"
+                    f"{self.repository}: {where} cannot be written: {error.strerror or error}; {remedy}, and rerun"
                 ) from error
-            raise self._not_reached(error) from error
-        except Exception as error:  # the HTTP clients' errors have no type in common
-            raise self._not_reached(error) from error
+            raise DataError(
+                f"{self.repository} cannot be downloaded: the Hugging Face hub is not reachable ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}); check the network, or set data.local to a directory that has the "
+                "repository's files"
+            ) from error
         path = Path(snapshot)  # …/snapshots/<commit>
         return path, path.name if _COMMIT.fullmatch(path.name) else self.revision
-
-    def _not_reached(self, error: Exception) -> DataError:
-        return DataError(
-            f"{self.repository} cannot be downloaded: the Hugging Face hub is not reachable ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}); check the network, or set data.local to a directory that has the "
-            "repository's files"
-        )
 
 
 @dataclass(frozen=True)
