@@ -543,9 +543,10 @@ def _comparable_values(run: RecordedRun) -> dict[str, Any]:
 
 
 def flat_config(run: RecordedRun) -> dict[str, Any]:
-    """Return the configuration by dotted key; `resume` becomes "start" or, if the run began with another's, "checkpoint"."""
+    """Return the configuration by dotted key; `resume` becomes "start" unless the run began with another's checkpoint."""
     values = flatten(run.config)
-    return values | {"resume": "start" if values.get("resume", "auto") in ("auto", "never") else "checkpoint"}
+    origin = values.get("resume", "auto")
+    return values | {"resume": "start" if origin in ("auto", "never") else origin}
 
 
 def _curvature_forward(run: RecordedRun) -> str | None:

@@ -91,6 +91,14 @@ def test_runs_of_one_name_or_of_different_seeds_are_no_fair_comparison(tmp_path:
     assert f"seed: 1 in {runs[0]}, {runs[1]}; 2 in {runs[2]}" in text
 
 
+def test_runs_that_began_with_different_checkpoints_are_no_fair_comparison(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "a", config={"resume": "runs/x"}, train_lines=False),
+        write_run(tmp_path / "l", optimizer="lion", config={"resume": "runs/y"}, train_lines=False),
+    ]
+    assert "NOT COMPARABLE (loss): resume: 'runs/x' in a; 'runs/y' in l" in text_of(compare_runs(runs))
+
+
 def test_the_plot_is_a_picture_and_leaves_no_partial_file(three_runs: list[Path], tmp_path: Path) -> None:
     path = compare_runs(three_runs).plot(tmp_path / "figures" / "curves.png")
     with Image.open(path) as image:
