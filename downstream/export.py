@@ -25,6 +25,8 @@ from data.tokenizers import END_OF_TEXT, TOKENIZER_FILE, Tokenizer
 from downstream.inference import TrainedModel
 from models import GPT2
 from training.config import ConfigurationError
+from training.records import RunRecord
+from training.reliability.checkpoints import Checkpoint
 from training.secrets import redacted
 
 TRAINING_FILE = "training.json"
@@ -33,7 +35,6 @@ OWN_NAMES = {
     r"(generation_|tokenizer_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json": None,
     r"tokenizer\.json|training\.json|README\.md": None,
 }
-LICENCE = "mit"  # the project's
 TOLERANCE = 1e-5  # of the largest logit
 # Letters, digits, contractions, runs of white space and characters of two, three and four bytes.
 PROBE_TEXT = "It's the 1st of May,\n\n  isn't it?\tNaïve – 中文 🙂 <- (x += 1);  \r\n"
@@ -43,13 +44,13 @@ class ExportError(RuntimeError):
     """The exported directory does not reproduce the model's logits or the tokenizer's ids; it is removed."""
 
 
-def export(trained: TrainedModel, directory: Path, *, overwrite: bool = False, licence: str = LICENCE) -> float:
+def export(trained: TrainedModel, directory: Path, *, overwrite: bool = False, licence: str | None = None) -> float:
     """Write the model and its tokenizer to `directory`; return the largest difference between their logits.
 
     Args:
         trained: the model, on the CPU.
         directory: is created; may exist if it is empty, or if it holds only an export and `overwrite` is set.
-        licence: of the weights, as the Hub's identifier.
+        licence: of the weights, as the Hub's identifier; None if it is not stated.
 
     Raises:
         ConfigurationError: the directory holds something else, or cannot be written, or the model is no GPT-2.
@@ -103,7 +104,7 @@ def _refuse_to_replace(directory: Path, overwrite: bool) -> None:
         raise ConfigurationError(f"{directory} already holds an export; add --overwrite, or choose another directory")
 
 
-def _write(trained: TrainedModel, model: GPT2, directory: Path, licence: str) -> None:
+def _write(trained: TrainedModel, model: GPT2, directory: Path, licence: str | None) -> None:
     from models.huggingface import to_huggingface
 
     converted = to_huggingface(model)
@@ -135,22 +136,50 @@ def describe(trained: TrainedModel) -> dict[str, Any]:
     evaluated = {} if trained.run is None else {line["step"]: line for line in trained.run.metrics("eval")}
     line = evaluated.get(trained.step, {})
     environment = {} if trained.run is None else trained.run.environment
+    git = environment.get("git", {})
+    state = Checkpoint(trained.checkpoint, verify=False).state
+    began_with = _other_checkpoint(trained)
+    tokens = trained.step * config.train.global_batch_size * config.train.sequence_length
     return {
         "run": config.run_name,
         "step": trained.step,
-        "tokens": trained.step * config.train.global_batch_size * config.train.sequence_length,
-        "val_loss": line.get("val_loss"),
+        "began_with": began_with or identity["model"]["init_from"],
+        "tokens": None if began_with else tokens,  # another run's steps may have had another batch
+        "val_loss": line.get("val_loss", state.val_loss),
         "val_bits_per_byte": line.get("val_bits_per_byte"),
         "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
         "seed": config.seed,
         "config": identity,
-        "data_manifest_sha256": environment.get("data_manifest_sha256"),
-        "git_commit": environment.get("git", {}).get("commit"),
+        "data_manifest_sha256": state.data_manifest_sha256 or environment.get("data_manifest_sha256"),
+        "git_commit": git.get("commit"),
+        "git_dirty": git.get("dirty"),
+        "resumed_under": [] if trained.run is None else _resumed_under(trained.run, trained.step),
     }
 
 
+def _other_checkpoint(trained: TrainedModel) -> str | None:
+    """The checkpoint of another run with which the run began, without its path on this machine."""
+    recorded = trained.config.model_dump() if trained.run is None else trained.run.config
+    resume = recorded.get("resume", "auto")
+    if resume in ("auto", "never"):
+        return None
+    path = Path(resume)
+    return f"{path.parent.parent.name}/{path.name}" if path.parent.name == "checkpoints" else path.name
+
+
+def _resumed_under(run: RunRecord, step: int) -> list[str]:
+    """The commits other than the first, as in the card, under which the run made steps before this one."""
+    events = (line for line in run.metrics("event") if line["event"] == "resumed" and line["step"] < step)
+    commits = (_commit(git["commit"], git.get("dirty")) for line in events if (git := line.get("git")))
+    return list(dict.fromkeys(commits))
+
+
+def _commit(commit: str | None, dirty: bool | None) -> str:
+    return (_if("commit {}", commit) or "commit unknown") + " with uncommitted changes" * bool(dirty)
+
+
 def _model_card(described: dict[str, Any]) -> str:
-    """Return the Hub's card: everything in it is from the record."""
+    """Return the Hub's card: everything in it but the licence is from the record."""
     config, loss = described["config"], described["val_loss"]
     optimizer = {key: value for key, value in config["optimizer"].items() if key != "name"}
     rows = {
@@ -158,20 +187,25 @@ def _model_card(described: dict[str, Any]) -> str:
         "context": f"{config['model']['block_size']} tokens",
         "tokenizer": config["tokenizer"]["name"],
         "data": config["data"]["name"] + _if(" ({:.12})", described["data_manifest_sha256"]),
-        "trained for": f"{described['step']:,} of {config['train']['steps']:,} steps, {described['tokens']:,} tokens",
+        "began with": described["began_with"] or "random weights",
+        "trained for": f"{described['step']:,} of {config['train']['steps']:,} steps"
+        + (_if(", {:,} tokens", described["tokens"]) or ", the steps of the run it began with included"),
         "batch": f"{config['train']['global_batch_size']} sequences of {config['train']['sequence_length']} tokens",
         "optimizer": config["optimizer"]["name"],
         "its settings": ", ".join(f"{key} {value}" for key, value in optimizer.items()),
-        "validation loss": "not evaluated at this step"
+        "validation loss": "no evaluation at this step"
         if loss is None
         else f"{loss:.4f} nats per token" + _if(", {:.4f} bits per byte", described["val_bits_per_byte"]),
         "seed": described["seed"],
-        "code": _if("commit {}", described["git_commit"]) or "commit unknown",
-        "licence": described["licence"],
+        "code": "; resumed under ".join(
+            [_commit(described["git_commit"], described["git_dirty"]), *described["resumed_under"]]
+        ),
+        "licence": described["licence"] or "not stated",
     }
+    licence = _if("license: {}\n", described["licence"])
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nlicense: {described['licence']}\n---\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{licence}---\n\n"
         f"# {described['run']}\n\n| | |\n| --- | --- |\n{table}\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "tokenizer = AutoTokenizer.from_pretrained(directory)\n"
@@ -197,16 +231,24 @@ def refuse_hub_name(name: str) -> None:
 def upload(directory: Path, name: str, *, private: bool) -> str:
     """Upload an export to the Hub's repository `name`, which is created if needed; return its address.
 
+    A new repository is private if `private` is set, else as the owner's settings on the Hub say.
+
     Raises:
-        ConfigurationError: the Hub cannot be reached, or refuses.
+        ConfigurationError: the Hub cannot be reached, or refuses, or the repository is public and should be private.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
     try:
-        repository = api.create_repo(name, private=private, exist_ok=True)
+        repository = api.create_repo(name, private=private or None, exist_ok=True)
+        if private and not api.repo_info(repository.repo_id).private:
+            raise ConfigurationError(
+                f"--private: {name} exists and is public; change that on the Hub, or leave --private out"
+            )
         step = read_json(directory / TRAINING_FILE, 1 << 20)["step"]
         api.upload_folder(folder_path=directory, repo_id=repository.repo_id, commit_message=f"step {step}")
+    except ConfigurationError:
+        raise
     except Exception as error:  # no network, no token, a refusal: exceptions of several libraries
         reason = redacted(" ".join(str(error).split()))
         raise ConfigurationError(

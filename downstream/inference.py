@@ -99,7 +99,10 @@ def _open(path: Path, device: torch.device | str, tokens: Path | None, allow_cod
             f"model.architecture={config.model.architecture}: {checkpoint.directory} is no GPT-2, so scripts/export.py and "
             "scripts/evaluate.py cannot use it; if you trust the code that it names, scripts/sample.py runs it with --allow-code"
         )
-    tokenizer = _tokenizer_of(config, run, tokens)
+    trained_on = checkpoint.state.data_manifest_sha256
+    if trained_on is None and run is not None:  # a checkpoint of an earlier version
+        trained_on = run.environment.get("data_manifest_sha256")
+    tokenizer = _tokenizer_of(config, trained_on, tokens)
     model = _load(checkpoint, build_model(config.model, tokenizer.vocab_size))
     return TrainedModel(
         model.to(device), tokenizer, config, checkpoint.directory, checkpoint.step, run, tuple(passed_over)
@@ -121,7 +124,7 @@ def _config_of(checkpoint: Checkpoint) -> RunConfig:
         raise ConfigurationError(f"the configuration of {checkpoint.directory} is not valid: {error}") from error
 
 
-def _tokenizer_of(config: RunConfig, run: RunRecord | None, tokens: Path | None) -> Tokenizer:
+def _tokenizer_of(config: RunConfig, trained_on: str | None, tokens: Path | None) -> Tokenizer:
     if config.tokenizer.name == "gpt2":
         return gpt2()
     directory = token_directory_of(config) if tokens is None else tokens
@@ -131,7 +134,6 @@ def _tokenizer_of(config: RunConfig, run: RunRecord | None, tokens: Path | None)
         raise DataError(
             f"the run's tokenizer is missing: {error}; or name the run's token directory with --token-directory"
         ) from error
-    trained_on = None if run is None else run.environment.get("data_manifest_sha256")
     if trained_on not in (None, manifest.sha256):
         raise DataError(
             f"{directory} holds other tokens (manifest {manifest.sha256[:12]}) than the run was trained on "

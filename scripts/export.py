@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--token-directory", type=Path, help="the run's prepared tokens, if they have moved")
     parser.add_argument("--hub", metavar="USER/MODEL", help="upload the export to this repository of the Hub")
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
-    parser.add_argument("--licence", default="mit", help="of the weights, as the Hub's identifier (mit)")
+    parser.add_argument(
+        "--licence", help="of the weights, as the Hub's identifier, for example mit; not stated without it"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="export and show what --hub would send; needs no network"
     )

@@ -231,6 +231,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
             "metrics_bytes": distributed.broadcast_object(distributed.on_main(recorder.sync)),
             "metrics_sha256": recorder.sha256,
             "config": config.model_dump(mode="json"),
+            "data_manifest_sha256": manifest.sha256,
         }
         root, keeping = directory / "checkpoints", config.checkpoint
         checkpoints.save(root, current.step, _pieces(config, strategy, rank), saved, distributed, watchdog.progress)

@@ -650,13 +650,6 @@ def test_a_baseline_that_always_diverged_gives_no_verdict_and_is_the_first_findi
     assert "diverged at every horizon" in results.findings[0].detail
 
 
-def test_bare_runs_with_unequal_numbers_of_seeds_are_noted(tmp_path: Path) -> None:
-    for arm, seed in (("adamw", 1), ("adamw", 2), ("lion", 1)):
-        write_run(tmp_path / f"{arm}{seed}", optimizer=arm, seed=seed, steps=4, train_lines=False)
-    titles = [finding.title for finding in inspect(load_study([tmp_path]))]
-    assert "Cells have different numbers of seeds" in titles
-
-
 def test_bare_runs_that_failed_are_told(tmp_path: Path) -> None:
     for arm, seed, status in (
         ("adamw", 1, "completed"),

@@ -107,13 +107,6 @@ def test_the_batch_does_not_depend_on_how_the_stream_is_cut_into_shards(tmp_path
     assert np.array_equal(one.targets, many.targets)
 
 
-def test_each_epoch_has_an_order_of_its_own(stream: TokenDataset) -> None:
-    batches = Batches(stream, seed=0, global_batch_size=100, sequence_length=10)
-    assert batches.windows_per_epoch == 100
-    first, second, third = (batches.at(step).tokens[:, 0].tolist() for step in (1, 2, 3))
-    assert first != second != third != first
-
-
 def test_given_arrays_are_written_in_place(stream: TokenDataset) -> None:
     batches = Batches(stream, 0, 8, 16)
     out = Batch(np.zeros((8, 16), np.int64), np.zeros((8, 16), np.int64), np.zeros(8, np.int64))
@@ -148,12 +141,12 @@ def test_no_more_batches_are_read_ahead_than_requested(stream: TokenDataset, mon
 
 
 def test_a_closed_prefetcher_leaves_no_thread_behind(stream: TokenDataset) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     ahead = Batches(stream, 0, 8, 16).prefetch(1)
     next(ahead)
     ahead.close()
     ahead.close()
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
     with pytest.raises(StopIteration):
         next(ahead)
 

@@ -15,6 +15,7 @@ from tests.faults.configurations import (
 def test_random_valid_configurations_build_and_step(corpus: list[str], tmp_path: Path) -> None:
     found = step_configurations(corpus, tmp_path, 25, 0)
     assert found["faults"] == []
+    assert found["completed"] > 12
 
 
 def test_random_mutations_are_valid_or_refused_in_a_line(corpus: list[str], tmp_path: Path) -> None:
@@ -26,6 +27,7 @@ def test_random_mutations_are_valid_or_refused_in_a_line(corpus: list[str], tmp_
 def test_random_command_lines_are_refused_in_a_line(tmp_path: Path) -> None:
     found = spoil_command_lines(tmp_path, 15, 0)
     assert found["faults"] == []
+    assert found["refused"] > 7
 
 
 def test_random_damage_to_a_file_is_refused_in_a_line(tmp_path: Path) -> None:

@@ -135,14 +135,6 @@ def test_no_configuration_has_hydra_call_anything_but_its_own_plugins(
     assert not place.exists()
 
 
-def test_configurations_of_another_directory_are_taken(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntrain:\n  steps: 0\n")
-    for mode in ([], ["-m"]):
-        assert main([*mode, "--config-dir", str(tmp_path), "experiment=mine"]) == 2
-        assert "train.steps=0: out of range" in capfd.readouterr().err
-
-
 GLOBAL = "# @package _global_\n"
 # Other people's files; the first is chosen with experiment= or, in `PRIMARIES`, is the primary file.
 REACHES = {
@@ -188,16 +180,6 @@ def test_a_file_of_others_sets_nothing_of_hydras(
     assert said.count("\n") == 1
     assert "the command line" in said
     assert not (tmp_path / "runs").exists()
-
-
-def test_choosing_slurm_on_the_command_line_lets_no_file_set_the_commands_of_its_jobs(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "x.yaml").write_text(GLOBAL + "launcher: {setup: [touch made]}\n")
-    given = [f"--config-dir={tmp_path}", "experiment=x", "launcher=slurm", f"output_dir={tmp_path}/runs"]
-    assert main(given) == 2
-    assert "launcher.setup=[touch made]: a file may not set a job's shell commands" in capfd.readouterr().err
 
 
 def test_a_copy_of_the_projects_configuration_may_stand_anywhere(tmp_path: Path) -> None:

@@ -78,10 +78,3 @@ def test_logits_that_only_masked_pairs_overflow_leave_the_gradients_finite() -> 
     inputs = [t.clone().requires_grad_() for t in (query, key, value)]
     for gradient in torch.autograd.grad(_BlockedBackward.apply(*inputs).sum(), inputs):
         assert gradient.isfinite().all()
-
-
-def test_the_logit_factor_divides_the_logits_on_torchs_route() -> None:
-    query, key, value = (torch.randn(1, 2, 9, 8) for _ in range(3))
-    output = causal_attention(query, key, value, logit_factor=torch.tensor(0.25))
-    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.25 * 8**-0.5)
-    torch.testing.assert_close(output, expected)

@@ -12,8 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
+from data import DataError
 from data.tokenizers import END_OF_TEXT, gpt2
 from downstream import export as exporting
+from downstream import inference
 from downstream.export import ExportError, export
 from downstream.inference import Sampling, TrainedModel, generate, open_trained
 from models import GPT2, GPT2Config
@@ -249,9 +251,44 @@ def test_a_dry_run_shows_every_file_and_a_card_filled_from_the_record(
         "| batch | 4 sequences of 32 tokens |",
         f"| optimizer | {trained.config.optimizer.name} |",
         f"| validation loss | {loss:.4f} nats per token",
-        f"| code | commit {environment['git']['commit']} |",
+        f"| code | commit {environment['git']['commit']}",
+        "| began with | random weights |",
     ):
         assert row in shown
+
+
+def test_the_card_says_what_the_weights_began_with_under_which_code_and_whether_a_licence_is_stated(
+    trained: TrainedModel,
+) -> None:
+    assert trained.run is not None
+    card = exporting._model_card(exporting.describe(trained) | {"licence": None})
+    assert "license:" not in card
+    assert "| licence | not stated |" in card
+
+    run = replace(
+        trained.run,
+        config=trained.run.config | {"resume": "/home/me/runs/other/checkpoints/step-00000002"},
+        environment=trained.run.environment | {"git": {"commit": "1a", "dirty": True}},
+    )
+    described = exporting.describe(replace(trained, run=run)) | {"resumed_under": ["commit 2b"], "licence": None}
+    card = exporting._model_card(described)
+    assert "| began with | other/step-00000002 |" in card
+    assert "| trained for | 3 of 3 steps, the steps of the run it began with included |" in card
+    assert "| code | commit 1a with uncommitted changes; resumed under commit 2b |" in card
+
+
+def test_a_checkpoint_outside_its_run_has_its_loss_and_no_other_tokenizer(
+    trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(trained.checkpoint, copy)
+    outside = open_trained(copy)
+    assert outside.run is None
+    assert exporting.describe(outside)["val_loss"] == exporting.describe(trained)["val_loss"]
+    right = inference.load_manifest
+    monkeypatch.setattr(inference, "load_manifest", lambda place: replace(right(place), source={"path": "other"}))
+    with pytest.raises(DataError, match="holds other tokens"):
+        open_trained(copy)
 
 
 def test_an_export_is_uploaded_whole_to_the_repository_that_was_named(
@@ -266,10 +303,20 @@ def test_an_export_is_uploaded_whole_to_the_repository_that_was_named(
             sent.append((name, options))
             return type("Repository", (str,), {"repo_id": name})(f"https://hub/{name}")
 
+        def repo_info(self, name: str) -> object:
+            return type("Info", (), {"private": name == "me/tiny"})
+
         def upload_folder(self, **options: object) -> None:
             sent.append(options)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    with pytest.raises(ConfigurationError, match="--private: me/public exists and is public"):
+        exporting.upload(exported, "me/public", private=True)
+    exporting.upload(exported, "me/public", private=False)
+    assert sent[0] == ("me/public", {"private": True, "exist_ok": True})
+    assert sent[1] == ("me/public", {"private": None, "exist_ok": True})
+    assert len(sent) == 3
+    sent.clear()
     assert exporting.upload(exported, "me/tiny", private=True) == "https://hub/me/tiny"
     assert sent == [
         ("me/tiny", {"private": True, "exist_ok": True}),

@@ -77,7 +77,7 @@ def test_what_has_no_one_place_names_the_file(mistake: str, tmp_path: Path) -> N
     (tmp_path / "mine.yaml").write_bytes(content)
     with pytest.raises(ConfigurationError) as caught:
         compose_dictionary([], Primary("mine", tmp_path))
-    assert str(caught.value).startswith(f"{tmp_path}/mine.yaml: {said}") or said in str(caught.value)
+    assert said in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 
 

@@ -118,6 +118,7 @@ class RunState(BaseModel):
     config: dict[str, Any]
     good: bool = True  # False if the step before the save was skipped
     val_loss: float | None = None  # None without an evaluation at this step
+    data_manifest_sha256: str | None = None
 
     @model_validator(mode="after")
     def _guards(self) -> Self:

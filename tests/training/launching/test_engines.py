@@ -75,16 +75,24 @@ def test_the_sbatch_script_requeues_a_saved_or_failed_run_and_no_other(
     assert batch(tmp_path, CODE=str(code), SLURM_RESTART_COUNT=str(restarts))[1] is requeued
 
 
+def traps(pid: int, number: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 @pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
 def test_the_sbatch_script_requeues_at_its_time_limit_and_not_after_scancel(
     tmp_path: Path, number: signal.Signals, requeued: bool
 ) -> None:
-    script = start_batch(tmp_path, WAIT="400" if requeued else "10", CODE=str(EXIT_PREEMPTED), SLURM_RESTART_COUNT="99")
+    restarts = "99" if requeued else "0"
+    script = start_batch(
+        tmp_path, WAIT="400" if requeued else "10", CODE=str(EXIT_PREEMPTED), SLURM_RESTART_COUNT=restarts
+    )
     until = time.monotonic() + 20
-    while not (tmp_path / "srun.arguments").exists():
+    while not ((tmp_path / "srun.arguments").exists() and traps(script.pid, number)):
         assert time.monotonic() < until
         time.sleep(0.02)
-    time.sleep(0.1)  # the traps are set right after srun has started
     script.send_signal(number)
     assert script.wait(20) == EXIT_PREEMPTED
     assert (tmp_path / "scontrol.requeued").exists() is requeued

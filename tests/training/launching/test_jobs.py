@@ -40,10 +40,9 @@ def test_a_job_that_is_refused_or_fails_does_not_end_the_others(tmp_path: Path) 
             [*NANO, "tokenizer=bpe", "name=broken", f"output_dir={tmp_path}", f"data.directory={broken}"],
         ]
     )
-    assert codes[0] == 2
-    assert codes[1] in (1, 2)
+    assert codes == [2, 2]
     assert "warmup_steps=9" in (tmp_path / "refused.log").read_text()
-    assert (tmp_path / "broken.log").read_text()
+    assert str(broken) in (tmp_path / "broken.log").read_text()
 
 
 @pytest.mark.slow

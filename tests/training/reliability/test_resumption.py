@@ -18,7 +18,6 @@ import yaml
 
 from tests.training.reliability.test_resume import kill_before_recording
 from tests.training.runs import lines, run, run_in_child, summary, tiny
-from tests.unreadable import unreadable
 from training.compose import compose
 from training.config import ConfigurationError
 from training.exits import EXIT_HELD
@@ -191,24 +190,6 @@ def test_anything_but_a_file_in_place_of_a_record_is_named_without_hanging(
     assert run(overrides) == 2
     said = message(capfd)
     assert str(directory / name) in said
-
-
-@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
-@pytest.mark.parametrize("name", ["environment.json", "summary.json"])
-def test_a_record_that_cannot_be_read_is_named(
-    name: str,
-    number: int,
-    finished: Path,
-    corpus: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    overrides = tiny(corpus, tmp_path, "train.steps=3")
-    unreadable(monkeypatch, tmp_path / "run" / name, number)
-    assert run(overrides) == 2
-    assert f"{tmp_path / 'run' / name} cannot be read: {os.strerror(number)}" in message(capfd)
 
 
 def test_a_run_does_not_start_over_if_its_checkpoints_cannot_be_listed(
