@@ -82,6 +82,7 @@ class Form(BaseModel):
 
 # Files of earlier versions lack some of what a run writes.
 class Environment(Form):
+    started: str | None = None  # ISO 8601, UTC
     versions: dict[str, Any] = {}
     git: dict[str, Any] = {}
     hardware: dict[str, Any] = {}

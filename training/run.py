@@ -415,6 +415,7 @@ def _open_record(
     """
     directory = place.path
     environment = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
         "versions": hardware.versions(),
         "git": hardware.git_state(),
         "hardware": hardware.describe(distributed.device),
@@ -440,13 +441,14 @@ def _open_record(
         metrics = records.MetricsWriter(directory, decided.metrics_bytes)
         place.delete_replaced()
         display.message(f"run directory {directory}")
-        tracker = build_tracker(config, directory, environment, display.message)
+        began = RunRecord.open(directory).environment
+        tracker = build_tracker(config, directory, began, display.message)
         distributed.mark(f"started {directory.absolute()}")
         if decided.checkpoint is not None and decided.metrics_bytes is not None:
             checkpoints.set_aside_newer(directory / "checkpoints", Checkpoint(decided.checkpoint, verify=False).step)
         recorder = Recorder(place, display, metrics, tracker)
         if decided.checkpoint is not None:
-            recorder.write(_resumed(directory, step, environment))
+            recorder.write(_resumed(began, step, environment))
         return recorder
     except RecordError as error:
         raise ConfigurationError(str(error)) from error
@@ -458,10 +460,9 @@ def _open_record(
         ) from error
 
 
-def _resumed(directory: Path, step: int, environment: Mapping[str, Any]) -> dict[str, Any]:
+def _resumed(began: Mapping[str, Any], step: int, environment: Mapping[str, Any]) -> dict[str, Any]:
     """Return the event of a resumption, with what has changed since the run's start in the code and the processors."""
     line: dict[str, Any] = {"kind": "event", "event": "resumed", "step": step, "world_size": environment["world_size"]}
-    began = RunRecord.open(directory).environment
     for section, keys in (("git", ("commit", "dirty")), ("hardware", ("cpu", "gpu"))):
         now, then = ({key: one.get(section, {}).get(key) for key in keys} for one in (environment, began))
         if now != then:

@@ -154,9 +154,10 @@ class WandbRun:
 
     @classmethod
     def of(cls, config: RunConfig, environment: Mapping[str, Any]) -> Self:
+        began = [environment.get(key, "") for key in ("initial_weights_sha256", "started")]
         return cls(
             name=config.run_name,
-            identity=f"{config.run_name}/{config.identity_hash()}/{environment['initial_weights_sha256']}",
+            identity="/".join([config.run_name, config.identity_hash(), *began]),
             group=config.tracker.group or f"{config.model.name}-{config.data.name}",
             job_type=config.optimizer.label,
             tags=(config.optimizer.label, config.model.name, *config.tracker.tags),

@@ -58,6 +58,23 @@ def test_offline_wandb_has_what_its_tables_and_parallel_coordinates_need(corpus:
     assert {key: shown[key] for key in totals} == totals
 
 
+def test_a_replaced_run_is_a_new_one_of_wandb_and_a_resumed_run_the_same(corpus: list[str], tmp_path: Path) -> None:
+    overrides = tiny(corpus, tmp_path, "tracker=wandb", "train.steps=4", "checkpoint.interval=2")
+
+    def ids() -> set[str]:
+        return {path.name.rpartition("-")[2] for path in (tmp_path / "run").glob("wandb/offline-run-*")}
+
+    assert run(overrides) == 0
+    first = ids()
+    (tmp_path / "run" / "summary.json").unlink()
+    assert run(overrides) == 0
+    assert ids() == first
+    assert len(list((tmp_path / "run").glob("wandb/offline-run-*"))) == 2
+    assert run([*overrides, "overwrite=true"]) == 0
+    assert len(ids()) == 1
+    assert ids() != first
+
+
 def test_wandb_has_the_published_losses_as_flat_lines_over_the_whole_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
