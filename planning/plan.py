@@ -256,7 +256,7 @@ def step_seconds(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig, t
         rate_of_pass = cluster.fp32_tflops * 1e12 * cluster.utilisation if exact else rate
         work = _curvature_flops(curvature, forward, length) / world_size * share
         if curvature.estimator != "hutchinson":
-            work += rows * length * recomputed
+            work += rows * length * recomputed * (2 if exact else 1)  # of the two gradients that are subtracted
         one = max(work / rate_of_pass, sum(traffic.curvature_pass.values()) / cluster.link_bandwidth)
         curvature_seconds = (one + REFRESH_ACCESSES * FLOAT32 * mine / memory_rate) / curvature.interval
     accesses = UPDATE_ACCESSES.get(config.optimizer.name, UPDATE_ACCESSES["adamw"])
@@ -359,14 +359,19 @@ def remedies(config: RunConfig, shape: GPT2Config, cluster: ClusterConfig) -> It
 
     if remedy := largest((), None, cluster.gpus):
         yield remedy
-    fsdp = {"name": "fsdp", "activation_checkpointing": False}
+    given = config.strategy.model_dump()  # overrides of a strategy that stays keep its other keys
+    fsdp = (given if isinstance(config.strategy, FSDPConfig) else {"name": "fsdp"}) | {
+        "activation_checkpointing": False
+    }
     checkpointed = fsdp | {"activation_checkpointing": True}
     checkpointing = ("strategy=fsdp", "strategy.activation_checkpointing=true")
     strategies: list[tuple[tuple[str, ...], dict[str, Any]]] = []
     if isinstance(config.strategy, DeepSpeedConfig):
         for stage in range(config.strategy.zero_stage + 1, 4):
-            strategies.append(((f"strategy.zero_stage={stage}",), {"name": "deepspeed", "zero_stage": stage}))
+            strategies.append(((f"strategy.zero_stage={stage}",), given | {"zero_stage": stage}))
     if isinstance(config.strategy, FSDPConfig):
+        if not config.strategy.reshard_after_forward:
+            strategies.append((("strategy.reshard_after_forward=true",), given | {"reshard_after_forward": True}))
         strategies.append((checkpointing[1:], checkpointed))
     else:
         strategies += [(checkpointing[:1], fsdp), (checkpointing, checkpointed)]

@@ -108,6 +108,28 @@ def test_a_plan_bills_each_optimizer_and_names_what_would_fit() -> None:
         assert again.optimizers[0].peak_bytes == remedy.peak_bytes
 
 
+@pytest.mark.parametrize(
+    ("strategy", "gib"),
+    [
+        ("strategy=fsdp strategy.reshard_after_forward=false train.sequence_length=256", 1.35),
+        ("strategy=deepspeed strategy.offload_optimizer=true", 1.45),
+    ],
+)
+def test_a_remedy_keeps_the_strategys_other_keys(strategy: str, gib: float) -> None:
+    given = (
+        *strategy.split(),
+        "cluster.gpus=4",
+        "model=gpt2_small",
+        f"cluster.memory_gib={gib}",
+        "cluster.reserved_gib=0",
+    )
+    planned, _ = plan(*given, optimizers=("adamw",))
+    kept = [one for one in planned.remedies if "strategy=fsdp" not in one.overrides]
+    assert len(kept) > 1
+    for remedy in kept:
+        assert plan(*given, *remedy.overrides, optimizers=())[0].optimizers[0].peak_bytes == remedy.peak_bytes
+
+
 def test_an_optimizer_that_the_strategy_refuses_is_reported_and_not_planned() -> None:
     planned, _ = plan("strategy=deepspeed", "optimizer=lion", "cluster.gpus=2", optimizers=("lion", "muon"))
     assert [one.optimizer for one in planned.optimizers] == ["lion"]
