@@ -97,6 +97,8 @@ def readable_variable(name: str, *default: Any, _node_: Node) -> str | None:
 # Global, since Hydra resolves the values of a sweep's trials, also in workers and jobs.
 OmegaConf.register_new_resolver("oc.env", readable_variable, replace=True)
 OmegaConf.register_new_resolver("whole", whole, replace=True)  # for the integers of Hydra's launchers
+# For sbatch. Without the flag it depends on the cluster whether `scontrol requeue` and preemption requeue a job.
+OmegaConf.register_new_resolver("requeue", lambda requeue: {"requeue" if requeue else "no_requeue": True}, replace=True)
 for _unused in ("oc.create", "oc.deprecated", "oc.dict.keys", "oc.dict.values"):  # they return no plain values
     OmegaConf.clear_resolver(_unused)
 

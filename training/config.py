@@ -6,6 +6,7 @@ typed object below or fails. Nothing else reads a raw configuration.
 The string below a key is its documentation: --help, --cfg job and the site show it (training/config_keys.py).
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -48,6 +49,22 @@ Epsilon = Annotated[float, Field(ge=2.0**-126, allow_inf_nan=False)]
 
 class ConfigurationError(ValueError):
     """A configuration that cannot be run. The message is one line: key, value, remedy."""
+
+
+class PassingError(ConfigurationError):
+    """A disk that is full, or a filesystem that does not answer. The same command may succeed."""
+
+
+#: What an administrator or the passage of time mends: a full disk, a filesystem of the network that is away.
+PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
+
+
+def refusal(message: str, cause: BaseException) -> ConfigurationError:
+    """Return the error for a file that cannot be used: a `PassingError` if the OSError behind it may pass."""
+    behind: BaseException | None = cause
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__
+    return (PassingError if behind is not None and behind.errno in PASSING else ConfigurationError)(message)
 
 
 class RunHeldError(ConfigurationError):
@@ -649,6 +666,12 @@ class SlurmLauncherConfig(Section):
     """Jobs of a sweep that run at a time."""
     setup: tuple[str, ...] = ()
     """Shell commands to run before the ranks start; only the command line may set them."""
+
+    @model_validator(mode="after")
+    def _one_machine(self) -> Self:
+        if self.name == "submitit" and self.nodes > 1:
+            raise ValueError(f"launcher.nodes={self.nodes}: launcher=submitit is one machine; choose launcher=slurm")
+        return self
 
     @model_validator(mode="after")
     def _signal_before_the_end(self) -> Self:

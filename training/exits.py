@@ -20,9 +20,9 @@ EXIT_HELD = 77  # another process has the run directory
 def refuse(error: Exception) -> int:
     """Print one line per node on standard error. Returns the exit code.
 
-    EXIT_HELD for a held run directory, EXIT_FAILED where the ranks did not meet, else EXIT_CONFIGURATION.
+    EXIT_HELD for a held run directory, EXIT_FAILED where the same command may succeed later, else EXIT_CONFIGURATION.
     """
-    from training.config import RankRefusedError, RanksNotMetError, RunHeldError
+    from training.config import PassingError, RankRefusedError, RanksNotMetError, RunHeldError
     from training.recording.terminal import printable
     from training.secrets import redacted
 
@@ -37,4 +37,4 @@ def refuse(error: Exception) -> int:
             json.dump({"message": line, "timestamp": int(time.time())}, message)
     if isinstance(error, RunHeldError):
         return EXIT_HELD
-    return EXIT_FAILED if isinstance(error, RanksNotMetError) else EXIT_CONFIGURATION
+    return EXIT_FAILED if isinstance(error, (RanksNotMetError, PassingError)) else EXIT_CONFIGURATION

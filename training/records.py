@@ -83,6 +83,7 @@ class Form(BaseModel):
 # Files of earlier versions lack some of what a run writes.
 class Environment(Form):
     started: str | None = None  # ISO 8601, UTC
+    slurm_job: str | None = None  # the last one that started or resumed the run; absent in earlier records
     versions: dict[str, Any] = {}
     git: dict[str, Any] = {}
     hardware: dict[str, Any] = {}

@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from data.tokenizers import open_tokenizer
 from sophia import kernels
 from training import hardware, records
 from training.architectures import build_model, forward_flops
-from training.config import ConfigurationError, ExternalConfig, RunConfig, RunHeldError, micro_batch_size
+from training.config import ConfigurationError, ExternalConfig, RunConfig, RunHeldError, micro_batch_size, refusal
 from training.corpus import open_corpus
 from training.curvature import CurvaturePass
 from training.distributed import Distributed
@@ -102,8 +102,12 @@ def _resolve_for_ranks(config: RunConfig, distributed: Distributed) -> tuple[Run
     return resolve(config, distributed.device, warn=distributed.is_main), micro
 
 
-def execute(config: RunConfig) -> Outcome:
+def execute(config: RunConfig, begun: Callable[[], None] = lambda: None) -> Outcome:
     """Execute a run from set-up to summary. Every rank calls it.
+
+    Args:
+        config: the run.
+        begun: called before a stop signal no longer ends the process immediately.
 
     Raises:
         ConfigurationError: the configuration cannot be run here; nothing has been written.
@@ -116,7 +120,7 @@ def execute(config: RunConfig) -> Outcome:
     if config.train.device == "cpu" or not torch.cuda.is_available():
         hardware.keep_memory_mapped()
     with (
-        StopSignals(EXIT_PREEMPTED, speaks=int(os.environ.get("RANK", 0)) == 0) as stop,
+        StopSignals(EXIT_PREEMPTED, speaks=int(os.environ.get("RANK", 0)) == 0, begun=begun) as stop,
         contextlib.ExitStack() as held,
     ):
         distributed = Distributed.start(config.train.device, _collective_timeout(config))
@@ -382,18 +386,19 @@ def _token_bytes(manifest: Manifest, directory: Path) -> tuple[np.ndarray | None
 def _decide(config: RunConfig, place: RunDirectory, distributed: Distributed) -> Decision:
     """Decide how the run starts, under the directory's lock if a run exists, so that the decision stays valid."""
     restored = False
-    restarted = is_restart(distributed.is_marked(f"started {place.path.absolute()}"))
     try:
         refuse_links(place.path)
         there = is_run(place.path) or (place.path / REPLACED).is_dir()
         if there and os.access(place.path, os.W_OK):
             place.take()
             restored = place.restore()
-        return decide(config, place.path, restarted=restarted and not restored)
+        restarted = not restored and is_restart(distributed.is_marked(f"started {place.path.absolute()}"), place.path)
+        return decide(config, place.path, restarted=restarted)
     except OSError as error:
-        raise ConfigurationError(
+        raise refusal(
             f"output_dir={config.output_dir}: {error.filename or place.path} cannot be used: {error.strerror}; "
-            "correct the permissions or choose another output_dir="
+            "correct the permissions or choose another output_dir=",
+            error,
         ) from error
 
 
@@ -414,7 +419,9 @@ def _open_record(
         ConfigurationError: the directory cannot be written, or holds something that no run writes.
     """
     directory = place.path
+    job = os.environ.get("SLURM_JOB_ID")
     environment = {
+        "slurm_job": job,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
         "versions": hardware.versions(),
         "git": hardware.git_state(),
@@ -436,12 +443,14 @@ def _open_record(
             records.write_config(directory, config.model_dump(mode="json") | {"name": config.run_name})
         if decided.metrics_bytes is None or not (directory / records.ENVIRONMENT_FILE).exists():
             records.write_environment(directory, environment)
+        began = RunRecord.open(directory).environment
+        if began.get("slurm_job") != job:
+            records.write_environment(directory, began | {"slurm_job": job})
         (directory / "checkpoints").mkdir(exist_ok=True)
         (directory / records.SUMMARY_FILE).unlink(missing_ok=True)
         metrics = records.MetricsWriter(directory, decided.metrics_bytes)
         place.delete_replaced()
         display.message(f"run directory {directory}")
-        began = RunRecord.open(directory).environment
         tracker = build_tracker(config, directory, began, display.message)
         distributed.mark(f"started {directory.absolute()}")
         if decided.checkpoint is not None and decided.metrics_bytes is not None:
@@ -451,12 +460,13 @@ def _open_record(
             recorder.write(_resumed(began, step, environment))
         return recorder
     except RecordError as error:
-        raise ConfigurationError(str(error)) from error
+        raise refusal(str(error), error) from error
     except OSError as error:
         reason, remedy = why_not_written(error)
-        raise ConfigurationError(
+        raise refusal(
             f"output_dir={config.output_dir}: {error.filename or directory} cannot be written: {reason}; "
-            f"{remedy + ' or ' if remedy else ''}choose another output_dir="
+            f"{remedy + ' or ' if remedy else ''}choose another output_dir=",
+            error,
         ) from error
 
 

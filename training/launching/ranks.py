@@ -91,7 +91,8 @@ def start_ranks(config: RunConfig) -> int:
     head = str(launcher.head) if nodes > 1 else "localhost:0"
     if failure := descriptors_failure(ranks):
         raise ConfigurationError(f"launcher.nproc_per_node={ranks}: {failure}")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     launch = LaunchConfig(
         min_nodes=nodes,
@@ -101,7 +102,7 @@ def start_ranks(config: RunConfig) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint=head if ":" in head else f"{head}:{PORT}",
         local_addr=address_towards(head) if nodes > 1 else None,
-        rdzv_configs={"read_timeout": JOINING_SECONDS, "join_timeout": JOINING_SECONDS} if nodes > 1 else {},
+        rdzv_configs=meeting_of_nodes(head) if nodes > 1 else {},
         max_restarts=launcher.max_restarts,
         monitor_interval=0.5,
         start_method="spawn",
@@ -139,6 +140,24 @@ def start_ranks(config: RunConfig) -> int:
     return max(results.values(), default=0)
 
 
+def meeting_of_nodes(head: str) -> dict[str, Any]:
+    """Return torch's settings for nodes that meet at `head` (host:port or host).
+
+    torch finds the node that is the head by the addresses of its hostname, which on Debian is 127.0.1.1. So a node whose
+    address on the way to the head is the head's is told.
+    """
+    settings: dict[str, Any] = {"read_timeout": JOINING_SECONDS, "join_timeout": JOINING_SECONDS}
+    own = address_towards(head)
+    with contextlib.suppress(OSError):
+        heads, hostnames = (
+            {found[4][0] for found in socket.getaddrinfo(name, None)}
+            for name in (head.partition(":")[0], socket.gethostname())
+        )
+        if own in heads and own not in hostnames:
+            settings["is_host"] = True
+    return settings
+
+
 def address_towards(head: str) -> str | None:
     """Return this machine's address on the way to `head` (host:port or host); None if that is a loopback address or unknown.
 
@@ -157,8 +176,8 @@ def code_of_stopped_ranks(signalled: signal.Signals, codes: Sequence[int]) -> in
     """Return the exit code of a run whose ranks were asked to stop. Prints a line if a rank could not report its end.
 
     Args:
-        codes: each rank's exit code; `NOT_STARTED` if it had not started the run, `EXIT_FAILED` if it started the run and
-            died before its end.
+        codes: each rank's exit code; `NOT_STARTED` if it had not started training, `EXIT_FAILED` if it started and died
+            before the end.
     """
     if EXIT_FAILED in codes:
         missing = ", ".join(str(rank) for rank, code in enumerate(codes) if code == EXIT_FAILED)
@@ -196,10 +215,14 @@ def run_rank(values: dict[str, Any], codes: Any) -> int:
     os.setpgrp()
     logging.basicConfig(level=logging.INFO if os.environ.get("RANK") == "0" else logging.WARNING, format="%(message)s")
     place = int(os.environ["LOCAL_RANK"])
-    codes[place] = EXIT_FAILED
+
+    def begun() -> None:
+        codes[place] = EXIT_FAILED
+
+    codes[place] = NOT_STARTED  # after a restart
     refused = False
     try:
-        code = execute(validate(values)).exit_code
+        code = execute(validate(values), begun).exit_code
     except (ConfigurationError, DataError) as error:
         code, refused = refuse(error), isinstance(error, RankRefusedError)
     codes[place] = code

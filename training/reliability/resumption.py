@@ -9,7 +9,7 @@ from typing import Any
 from data.files import open_regular
 from training import records
 from training.compose import validate_recorded
-from training.config import ConfigurationError, RunConfig
+from training.config import ConfigurationError, RunConfig, refusal
 from training.records import RecordError, RunRecord, Status, flatten
 from training.reliability import checkpoints
 from training.reliability.checkpoints import Checkpoint, CheckpointError
@@ -29,15 +29,20 @@ class Decision:
     rejected: tuple[str, ...] = ()  # why newer checkpoints were rejected
 
 
-def is_restart(started: bool | None) -> bool:
-    """Return whether a launcher started this process to replace one that ended.
+def is_restart(started: bool | None, directory: Path) -> bool:
+    """Return whether a launcher started this process to replace one that ended and had reached the run.
 
     Args:
         started: whether an earlier start of this torchrun job reached the run, or None if nobody knows. torchrun's counter
             tells less: it does not change when nodes join or leave, and counts starts that never reached the run.
+        directory: of the run; its record names the last SLURM job that reached it, since SLURM only counts starts.
     """
-    counters = ["SLURM_RESTART_COUNT"] if started is not None else ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"]
-    return bool(started) or any(int(os.environ.get(counter) or 0) > 0 for counter in counters)
+    if started or (started is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0):
+        return True
+    if int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0 or not (directory / records.CONFIG_FILE).exists():
+        return False
+    job = os.environ.get("SLURM_JOB_ID")
+    return bool(_record(directory).environment.get("slurm_job", job) == job)
 
 
 def how_to_resume(config: RunConfig, directory: Path) -> str:
@@ -103,7 +108,7 @@ def decide(config: RunConfig, directory: Path, *, restarted: bool = False) -> De
             directory / "checkpoints", lambda checkpoint: _misfit(checkpoint, config, directory)
         )
     except CheckpointError as error:
-        raise ConfigurationError(f"{error}; correct its permissions, or start over with overwrite=true") from error
+        raise refusal(f"{error}; correct its permissions, or start over with overwrite=true", error) from error
     if newest is not None:
         return Decision(checkpoint=newest.directory, metrics_bytes=newest.state.metrics_bytes, rejected=tuple(rejected))
     if rejected:
@@ -128,7 +133,7 @@ def _record(directory: Path) -> RunRecord:
     try:
         return RunRecord.open(directory)
     except RecordError as error:
-        raise ConfigurationError(f"{error}; restore or remove that file, or start over with overwrite=true") from error
+        raise refusal(f"{error}; restore or remove that file, or start over with overwrite=true", error) from error
 
 
 def _misfit(checkpoint: Checkpoint, config: RunConfig, directory: Path) -> str | None:
@@ -157,8 +162,8 @@ def _size(path: Path) -> int:
     except FileNotFoundError:
         return 0
     except OSError as error:
-        raise ConfigurationError(
-            f"{path} cannot be read: {error.strerror}; restore it, or start over with overwrite=true"
+        raise refusal(
+            f"{path} cannot be read: {error.strerror}; restore it, or start over with overwrite=true", error
         ) from error
 
 
@@ -177,11 +182,12 @@ def _given_checkpoint(config: RunConfig) -> Path | None:
         else:
             checkpoint = Checkpoint(path)
     except CheckpointError as error:
-        raise ConfigurationError(f"resume={path}: {error}; give a checkpoint or a run directory") from error
+        raise refusal(f"resume={path}: {error}; give a checkpoint or a run directory", error) from error
     except OSError as error:
-        raise ConfigurationError(
+        raise refusal(
             f"resume={path}: {error.filename or path} cannot be read: {error.strerror}; correct the permissions, or give "
-            "another checkpoint or run directory"
+            "another checkpoint or run directory",
+            error,
         ) from error
     theirs = checkpoint.state.config.get("optimizer")
     theirs = theirs if isinstance(theirs, dict) else {}

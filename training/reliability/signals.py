@@ -84,11 +84,13 @@ class StopSignals:
     Args:
         exit_code: of a process that is asked to stop before `begin`; it has nothing to save and exits immediately.
         speaks: report signals on standard error (rank 0).
+        begun: called by `begin`.
     """
 
-    def __init__(self, exit_code: int, *, speaks: bool) -> None:
+    def __init__(self, exit_code: int, *, speaks: bool, begun: Callable[[], None] = lambda: None) -> None:
         self._exit_code = exit_code
         self._speaks = speaks
+        self._begun = begun
         self._received: list[int] = []
         self._since = 0.0
         # A sweep's worker has the signals blocked. If it exited by itself, joblib would kill the others.
@@ -100,6 +102,7 @@ class StopSignals:
 
     def begin(self) -> None:
         """Leave the first signal to the training loop from here on: there is something to save, or ranks must agree."""
+        self._begun()
         self._started = True
 
     def __enter__(self) -> Self:

@@ -81,14 +81,20 @@ def traps(pid: int, number: int) -> bool:
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
-@pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+@pytest.mark.parametrize(
+    ("number", "shortest", "restarts", "requeued"),
+    [
+        (signal.SIGUSR1, 0, 99, True),
+        (signal.SIGUSR1, 600, 19, True),
+        (signal.SIGUSR1, 600, 20, False),  # a time limit too short for a step
+        (signal.SIGTERM, 0, 0, False),
+    ],
+)
 def test_the_sbatch_script_requeues_at_its_time_limit_and_not_after_scancel(
-    tmp_path: Path, number: signal.Signals, requeued: bool
+    tmp_path: Path, number: signal.Signals, shortest: int, restarts: int, requeued: bool
 ) -> None:
-    restarts = "99" if requeued else "0"
-    script = start_batch(
-        tmp_path, WAIT="400" if requeued else "10", CODE=str(EXIT_PREEMPTED), SLURM_RESTART_COUNT=restarts
-    )
+    settings = {"SHORTEST": str(shortest), "SLURM_RESTART_COUNT": str(restarts), "CODE": str(EXIT_PREEMPTED)}
+    script = start_batch(tmp_path, WAIT="400" if number == signal.SIGUSR1 else "10", **settings)
     until = time.monotonic() + 20
     while not ((tmp_path / "srun.arguments").exists() and traps(script.pid, number)):
         assert time.monotonic() < until

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from training.compose import compose
 from training.config import ConfigurationError
+from training.config_files import CONFIG_DIRECTORY
 from training.launching.command import main
 from training.launching.jobs import launch, side_by_side
 
@@ -86,3 +89,24 @@ def test_the_number_of_parallel_jobs_follows_from_the_launcher() -> None:
     assert side_by_side([]) == 1
     assert side_by_side(["hydra/launcher=joblib", "hydra.launcher.n_jobs=3"]) == 3
     assert side_by_side(["hydra/launcher=submitit_slurm"]) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "value"),
+    [
+        (["launcher=slurm"], "additional_parameters", {"requeue": True}),
+        (["launcher=slurm", "launcher.requeue=false"], "additional_parameters", {"no_requeue": True}),
+        (["launcher=submitit", "launcher.nproc_per_node=2"], "gpus_per_node", 2),  # else submitit hides them all
+    ],
+)
+def test_submitits_jobs_may_be_requeued_and_see_their_gpus(overrides: list[str], key: str, value: object) -> None:
+    import hydra
+
+    with hydra.initialize_config_dir(str(CONFIG_DIRECTORY), version_base=None):
+        launcher = hydra.compose("config", overrides, return_hydra_config=True).hydra.launcher
+    assert OmegaConf.to_container(launcher, resolve=True)[key] == value
+
+
+def test_submitit_has_one_machine() -> None:
+    with pytest.raises(ConfigurationError, match=r"launcher.nodes=2: launcher=submitit is one machine"):
+        compose(["launcher=submitit", "launcher.nodes=2"])

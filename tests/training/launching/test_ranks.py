@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from tests.training.dying import begin_as, dying_rank, rank_under_a_terminal_tha
 from tests.training.runs import curve, lines, run, run_in_child, summary
 from training.compose import compose
 from training.exits import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_PREEMPTED, EXIT_RANK_LOST
+from training.launching import ranks
 from training.launching.ranks import NOT_STARTED, address_towards, code_of_stopped_ranks, describe_failure, start_ranks
 from training.reliability import heartbeat
 from training.reliability.heartbeat import Heartbeat
@@ -131,6 +134,55 @@ def test_nothing_follows_the_line_of_a_rank_that_is_refused_alone(
     monkeypatch.setattr(api, "elastic_launch", lambda config, entry: lambda *arguments: end_with(failures))
     assert start_ranks(compose(["launcher.nproc_per_node=2"])) == EXIT_CONFIGURATION
     assert capfd.readouterr().err == ""
+
+
+def test_ranks_share_the_cores_that_this_job_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.launcher import api
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # restored afterwards
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(api, "elastic_launch", lambda config, entry: lambda *arguments: {0: 0, 1: 0})
+    assert start_ranks(compose(["launcher.nproc_per_node=2"])) == 0
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("head", "own", "hostname", "told"),
+    [
+        ("10.0.0.1", "10.0.0.1", "127.0.1.1", True),  # Debian's entry for the hostname hides the address from torch
+        ("10.0.0.1", "10.0.0.1", "10.0.0.1", None),
+        ("10.0.0.1", "10.0.0.2", "127.0.1.1", None),
+        ("10.0.0.1", None, "127.0.1.1", None),
+    ],
+)
+def test_the_node_that_is_the_head_is_told_where_its_hostname_does_not_say(
+    head: str, own: str | None, hostname: str, told: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "address_towards", lambda head: own)
+    found = {head: head, socket.gethostname(): hostname}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda name, port: [(2, 1, 6, "", (found[name], 0))])
+    assert ranks.meeting_of_nodes(f"{head}:30007").get("is_host") is told
+
+
+def test_a_rank_has_something_to_save_only_when_its_run_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    from training import run as running
+
+    codes, seen = [EXIT_FAILED], []
+
+    def execute(config: object, begun: Callable[[], None]) -> SimpleNamespace:
+        seen.append(codes[0])
+        begun()
+        seen.append(codes[0])
+        return SimpleNamespace(exit_code=0)
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(running, "execute", execute)
+    monkeypatch.setattr(ranks, "die_with_launcher", lambda: None)
+    monkeypatch.setattr(os, "setpgrp", lambda: None)
+    assert ranks.run_rank(compose().model_dump(mode="json"), codes) == 0
+    assert (seen, codes) == ([NOT_STARTED, EXIT_FAILED], [0])
 
 
 def test_a_rank_that_stops_beating_is_found_and_no_other(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import yaml
 
 from tests.training.reliability.test_resume import kill_before_recording
 from tests.training.runs import lines, run, run_in_child, summary, tiny
+from training import records
 from training.compose import compose
 from training.config import ConfigurationError
 from training.exits import EXIT_HELD
@@ -281,6 +282,47 @@ def test_a_restart_before_the_first_checkpoint_starts_where_resume_says(
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     assert run(tiny(corpus, tmp_path, "train.steps=40")) == 0
     assert f"already completed for this configuration (it began with resume={tmp_path}/base)" in capfd.readouterr().out
+
+
+def test_overwrite_counts_until_the_slurm_job_has_reached_the_run(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides = tiny(corpus, tmp_path, "train.steps=4", "overwrite=true")
+    monkeypatch.setenv("SLURM_JOB_ID", "6")
+    assert run(overrides) == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the first start failed before it reached the run
+    capfd.readouterr()
+    assert run(overrides) == 0
+    assert "already completed" not in capfd.readouterr().out
+    assert run(overrides) == 0
+    assert "already completed" in capfd.readouterr().out
+
+
+def test_a_resumption_is_the_jobs_own_from_then_on(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A requeued job that was told to rewind rewinds once."""
+    monkeypatch.setenv("SLURM_JOB_ID", "6")
+    assert run(tiny(corpus, tmp_path, "checkpoint.keep=9")) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    rewind = tiny(corpus, tmp_path, f"resume={tmp_path}/run/checkpoints/step-00000010", "checkpoint.keep=9")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert run_in_child(rewind, kill_before_recording, 22) < 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run(rewind) == 0
+    assert [line["step"] for line in lines(tmp_path / "run", "event") if line["event"] == "resumed"] == [10, 20]
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 1), (errno.EIO, 1), (errno.EACCES, 2)])
+def test_a_fault_at_the_start_that_may_pass_is_no_refusal(
+    number: int, code: int, corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(records, "write_config", fail)
+    assert run(tiny(corpus, tmp_path)) == code
 
 
 def test_a_run_that_began_with_anothers_checkpoint_begins_there_again_also_without_naming_it(
