@@ -668,12 +668,6 @@ class SlurmLauncherConfig(Section):
     """Shell commands to run before the ranks start; only the command line may set them."""
 
     @model_validator(mode="after")
-    def _one_machine(self) -> Self:
-        if self.name == "submitit" and self.nodes > 1:
-            raise ValueError(f"launcher.nodes={self.nodes}: launcher=submitit is one machine; choose launcher=slurm")
-        return self
-
-    @model_validator(mode="after")
     def _signal_before_the_end(self) -> Self:
         if self.name == "slurm" and self.signal_seconds >= 60 * self.timeout_minutes:
             raise ValueError(

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from training.compose import compose
 from training.config import ConfigurationError
 from training.config_files import CONFIG_DIRECTORY
 from training.launching.command import main
@@ -105,8 +104,3 @@ def test_submitits_jobs_may_be_requeued_and_see_their_gpus(overrides: list[str],
     with hydra.initialize_config_dir(str(CONFIG_DIRECTORY), version_base=None):
         launcher = hydra.compose("config", overrides, return_hydra_config=True).hydra.launcher
     assert OmegaConf.to_container(launcher, resolve=True)[key] == value
-
-
-def test_submitit_has_one_machine() -> None:
-    with pytest.raises(ConfigurationError, match=r"launcher.nodes=2: launcher=submitit is one machine"):
-        compose(["launcher=submitit", "launcher.nodes=2"])
