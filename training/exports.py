@@ -8,6 +8,7 @@ export that was interrupted is made when the run resumes; until then its checkpo
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,8 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO
+
+import psutil
 
 from training.records import checkpoint_name
 
@@ -58,6 +61,7 @@ class Exports:
                 if export.is_dir():
                     self._left.discard(step)
                 elif checkpoint.is_dir():
+                    self._delete_partial(step)
                     self._running[step] = self._start(checkpoint, export)
             except OSError as error:  # no memory, no processes, no room for a temporary file
                 reason = error.strerror or error
@@ -91,10 +95,11 @@ class Exports:
         while self._running and not stop() and time.monotonic() < until:
             time.sleep(0.05)
             self._reap()
-        for process, errors in self._running.values():
+        for step, (process, errors) in self._running.items():
             process.kill()
             process.wait()
             errors.close()
+            self._delete_partial(step)
         self._running.clear()
         for step in [] if resumable else sorted(self._left):
             checkpoint, export = self._run / "checkpoints" / checkpoint_name(step), self._export(step)
@@ -102,6 +107,13 @@ class Exports:
             if not checkpoint.is_dir():
                 remedy = f"there is no checkpoint of step {step}; scripts/export.py exports any in {checkpoint.parent}"
             self._report(f"{export} was not made: {remedy}", step)
+
+    def _delete_partial(self, step: int) -> None:
+        """Delete what killed exports of the step have left (downstream/export.py names it), unless one is still writing."""
+        export = self._export(step)
+        for partial in export.parent.glob(f".{export.name}.*.partial"):
+            if not psutil.pid_exists(int(partial.name.split(".")[2])):
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _export(self, step: int) -> Path:
         return self._run / EXPORTS / checkpoint_name(step)

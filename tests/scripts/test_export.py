@@ -349,6 +349,7 @@ def test_a_run_exports_at_the_chosen_steps_and_keeps_an_interrupted_export_for_i
     shutil.rmtree(export)
     reported: list[str] = []
     exports = Exports(run, [2], Path("tokens"), lambda line, step: reported.append(line))
+    (run / "exports" / f".step-00000002.{2**22 + 1}.partial").mkdir()  # of a process that was killed
     exports.start()
     exports.finish(lambda: True, resumable=True)
     assert (list((run / "exports").iterdir()), exports.unfinished, reported) == ([], {2}, [])
