@@ -108,7 +108,7 @@ wheel: ## build the library's wheel into dist/, and train with it where torch is
 	.venv-wheel/bin/python -I examples/plain_loop.py --steps 20
 	rm -rf .venv-wheel
 
-results: setup ## reports, figures and the README's section from the records in results/cpu_scale, cpu_embeddings and challenge
+results: setup ## reports, figures and the README's section from the records in results/
 	$(BIN)/python scripts/results.py
 
 lock: ## resolve pyproject.toml's version ranges into requirements.lock and requirements-docs.lock

@@ -291,7 +291,9 @@ def method(results: Results) -> list[str]:
 def _lead(results: Results, model: str) -> Paragraph:
     """Say who is faster, by how much, how sure, and at what scale."""
     study, baseline = results.study, label(results.study.baseline)
-    end = study.endpoints(study.baseline, model)[-1]
+    compared = [one.at.endpoints.horizon for one in results.verdicts if one.model == model and one.at]
+    ends = study.endpoints(study.baseline, model)
+    end = next((one for one in ends if one.horizon == max(compared, default=0)), ends[-1])
     words = {"faster": f"faster than {baseline}", "slower": f"slower than {baseline}"}
     said: dict[str, list[str]] = {word: [] for word in ("faster", "slower", "not told apart", "no verdict")}
     claims: dict[str, list[str]] = {}

@@ -103,7 +103,7 @@ class Verdict:
     def not_tested(self) -> str:
         """Why the runs do not test the claim; empty if they do."""
         if self.paper is None:
-            return f"no runs of the arm have a baseline of {PAPER_RATIO} times their steps"
+            return f"no run with a baseline of {PAPER_RATIO} times its steps"
         half = self.paper.half
         if isinstance(half, str) and not isinstance(half, ArmDiverged):
             return half

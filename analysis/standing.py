@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from analysis import escaping, tables
-from analysis.comparison import Endpoints
+from analysis.comparison import Contrast, Endpoints
 from analysis.results import Results, Verdict, model_sizes
 
 _DOUBTS = 2
@@ -73,12 +73,15 @@ def _end(results: Results, verdict: Verdict) -> Endpoints:
 
 
 def _scale(results: Results, verdict: Verdict) -> str:
+    """The size, and the shortest and longest run that the verdict and the paper's test compare."""
     end, size = _end(results, verdict), model_sizes(results.study).get(verdict.model, math.nan)
-    tokens = float(end.tokens.mean())
-    return (
-        f"{size / 1e6:.1f}M parameters, {end.horizon:,} steps of {tokens / end.horizon:,.0f} tokens, {tokens / size:.2g} tokens "
-        "per parameter"
-    )
+    half = verdict.paper.half if verdict.paper and not verdict.not_tested else None
+    longest = half.baseline_horizon if isinstance(half, Contrast) else end.horizon
+    horizons = sorted({end.horizon, max(end.horizon, longest)})
+    per_step = float(end.tokens.mean()) / end.horizon
+    steps = " to ".join(f"{horizon:,}" for horizon in horizons)
+    each = " to ".join(f"{horizon * per_step / size:.2g}" for horizon in horizons)
+    return f"{size / 1e6:.1f}M parameters, {steps} steps of {per_step:,.0f} tokens, {each} tokens per parameter"
 
 
 def _body(table: tables.Table) -> str:

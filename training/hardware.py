@@ -101,7 +101,7 @@ def keep_memory_mapped() -> bool:
     """Keep freed memory mapped, in huge pages, for training on a CPU. Call it before the first large tensor.
 
     glibc returns large blocks to the kernel as soon as they are freed. A training step allocates the same gigabytes each
-    time, and the kernel clears every page again: a tenth to a quarter of a step's time. In a virtual machine, pages of
+    time, and the kernel clears every page again: a twentieth to a quarter of a step's time. In a virtual machine, pages of
     4 KB cost as much again, since each look-up of an address is one of the host too. The price is a resident set that
     never shrinks. Returns whether it took effect: it needs glibc, and does nothing if the process preloads another
     allocator (jemalloc, tcmalloc). With a GPU it is harmless and of little use.
