@@ -46,6 +46,19 @@ def rank_under_a_terminal_that_closes(values: dict[str, Any], codes: Any) -> int
     return run_rank(values, codes)
 
 
+def signalled_rank(values: dict[str, Any], codes: Any) -> int:
+    """`run_rank`, but rank 1 alone gets SIGUSR1 after step 5."""
+    reported = loop.Reporter.step
+
+    def report(self: Any, number: int, *arguments: Any) -> None:
+        reported(self, number, *arguments)
+        if number == 5 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    loop.Reporter.step = report  # type: ignore[method-assign]
+    return run_rank(values, codes)
+
+
 def begin_as(rank: Any) -> None:
     """Have ranks be started as this, by a process of its own session that blocks stop signals, as a worker of a sweep."""
     os.setsid()

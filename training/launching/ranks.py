@@ -110,11 +110,12 @@ def start_ranks(config: RunConfig) -> int:
         shutdown_timeout=SAVING_SECONDS,
     )
     shield_resource_tracker()
-    # torch does not report how signalled ranks end.
-    codes = multiprocessing.get_context("spawn").Array("i", [NOT_STARTED] * ranks, lock=False)
+    # torch does not report how signalled ranks end. The last element: whether this process was asked to stop.
+    codes = multiprocessing.get_context("spawn").Array("i", [*[NOT_STARTED] * ranks, False], lock=False)
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # never counts as the second signal (reliability/signals.py)
+        codes[ranks] = True
         raise SignalException(f"process {os.getpid()} got signal {number}", sigval=signal.Signals(number))
 
     handlers = {number: signal.signal(number, stop) for number in handled_signals()}
@@ -129,7 +130,7 @@ def start_ranks(config: RunConfig) -> int:
         say(f"error: {describe_failure(error)}")
         return EXIT_FAILED
     except SignalException as error:
-        return code_of_stopped_ranks(error.sigval, list(codes))
+        return code_of_stopped_ranks(error.sigval, codes[:ranks])
     except RendezvousError as error:
         say(f"error: the {nodes} nodes did not meet at launcher.head={head}: {' '.join(str(error).split())}")
         return EXIT_FAILED
@@ -206,7 +207,12 @@ def describe_failure(error: Any) -> str:
 
 
 def run_rank(values: dict[str, Any], codes: Any) -> int:
-    """Validate again (cheap) and run as one rank. Returns the exit code and stores it in `codes`."""
+    """Validate again (cheap) and run as one rank. Returns the exit code and stores it in `codes`.
+
+    Args:
+        values: the configuration.
+        codes: shared with the launcher: the exit codes of this machine's ranks, and whether the launcher was asked to stop.
+    """
     die_with_launcher()
 
     from training.run import execute
@@ -226,11 +232,22 @@ def run_rank(values: dict[str, Any], codes: Any) -> int:
     except (ConfigurationError, DataError) as error:
         code, refused = refuse(error), isinstance(error, RankRefusedError)
     codes[place] = code
+    if code == EXIT_PREEMPTED and place == 0:
+        _stop_launcher(codes)
     # A parent that was told to stop no longer reads results, and a child that returns one blocks until it is read. If one
     # rank alone is refused, a normal return would count as success and the others would wait for it.
     if code == EXIT_PREEMPTED or refused:
         sys.exit(code)
     return code
+
+
+def _stop_launcher(codes: Any) -> None:
+    """Pass on a signal that only a rank, or another machine, has got: the launcher would restart the ranks that have saved."""
+    until = time.monotonic() + SAVING_SECONDS
+    while any(code != EXIT_PREEMPTED for code in codes[:-1]) and time.monotonic() < until:
+        time.sleep(0.01)
+    if not codes[len(codes) - 1]:
+        os.kill(os.getppid(), signal.SIGUSR1)
 
 
 def run_in_job(config: RunConfig) -> int:

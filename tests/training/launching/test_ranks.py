@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from tests.training.dying import begin_as, dying_rank, rank_under_a_terminal_that_closes
+from tests.training.dying import begin_as, dying_rank, rank_under_a_terminal_that_closes, signalled_rank
 from tests.training.runs import curve, lines, run, run_in_child, summary
 from training.compose import compose
 from training.exits import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_PREEMPTED, EXIT_RANK_LOST
@@ -70,6 +70,13 @@ def test_signals_to_the_parent_let_all_ranks_save_and_one_process_resumes(tiny: 
     assert run([*overrides, "name=single"]) == 0
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "single"), abs=1e-5)
     assert len(curve(tmp_path / "run")) == len(curve(tmp_path / "single"))
+
+
+def test_a_signal_to_one_rank_stops_all_and_restarts_none(tiny: list[str], tmp_path: Path) -> None:
+    launched = [*tiny, f"output_dir={tmp_path}", "name=run", "launcher.nproc_per_node=2", "launcher.max_restarts=1"]
+    code = run_in_child(launched, begin_as, signalled_rank, errors=tmp_path / "errors")
+    assert code == EXIT_PREEMPTED, (tmp_path / "errors").read_text()[-3000:]
+    assert summary(tmp_path / "run")["status"] == "preempted"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +176,7 @@ def test_the_node_that_is_the_head_is_told_where_its_hostname_does_not_say(
 def test_a_rank_has_something_to_save_only_when_its_run_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     from training import run as running
 
-    codes, seen = [EXIT_FAILED], []
+    codes, seen = [EXIT_FAILED, False], []
 
     def execute(config: object, begun: Callable[[], None]) -> SimpleNamespace:
         seen.append(codes[0])
@@ -182,7 +189,7 @@ def test_a_rank_has_something_to_save_only_when_its_run_has_begun(monkeypatch: p
     monkeypatch.setattr(ranks, "die_with_launcher", lambda: None)
     monkeypatch.setattr(os, "setpgrp", lambda: None)
     assert ranks.run_rank(compose().model_dump(mode="json"), codes) == 0
-    assert (seen, codes) == ([NOT_STARTED, EXIT_FAILED], [0])
+    assert (seen, codes) == ([NOT_STARTED, EXIT_FAILED], [0, False])
 
 
 def test_a_rank_that_stops_beating_is_found_and_no_other(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
