@@ -1,5 +1,6 @@
 """This process's rank, and the few collectives that the loop needs."""
 
+import contextlib
 import datetime
 import os
 import time
@@ -18,6 +19,8 @@ from training.reliability.heartbeat import Heartbeat, leave
 from training.reliability.rendezvous import difference, meet, this_process
 
 T = TypeVar("T")
+#: How long rank 0 may take to finish its exports and uploads; longer than both have.
+MAIN_ENDS = datetime.timedelta(minutes=80)
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,22 @@ class Distributed:
             destroy_process_groups()
         else:  # the group stays, perhaps until the process ends
             let_gloo_finish()
+
+    def end_after_main(self) -> None:
+        """Wait until rank 0 calls this too, in a run of several machines that train.py or torchrun started.
+
+        A launcher whose ranks have ended leaves after five minutes, perhaps with the store, and then the others fail. Rank 0
+        may have exports to wait for, and files to upload.
+        """
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+        if self.store is None or one_machine or "TORCHELASTIC_RUN_ID" not in os.environ:
+            return
+        key = f"{self.attempt}/ended"
+        with contextlib.suppress(dist.DistError):  # rank 0 is gone, or too slow
+            if self.is_main:
+                self.store.set(key, "1")
+            else:
+                self.store.wait([key], MAIN_ENDS)
 
 
 def destroy_process_groups() -> None:

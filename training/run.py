@@ -129,6 +129,8 @@ def execute(config: RunConfig, begun: Callable[[], None] = lambda: None) -> Outc
         try:
             outcome = _execute(config, distributed, stop, held)
             distributed.stop()
+            if outcome.status == "completed":
+                distributed.end_after_main()
         except (ConfigurationError, DataError):  # on every rank
             distributed.stop()
             raise
