@@ -1,7 +1,8 @@
 """A study's committed tables in W&B: a run for each trial, one with the comparison, and a report page.
 
 Publishing again changes nothing, or updates what has changed: ids derive from the trial and its curve, rows that W&B has
-are not sent again, and an offline run directory replaces the earlier one of its trial.
+are not sent again, the page shows the runs of its own publication (`revision`), and offline run directories replace the
+earlier ones.
 """
 
 from __future__ import annotations
@@ -52,17 +53,21 @@ def publish(directory: Path, settings: TrackerConfig, warn: Callable[[str], None
     results = analyse(load_study([directory]))
     study, curves = results.study.name, by_trial(read_curves(directory))
     rows = [row for row in read_trials(directory) if row.summary and row.trial in curves]  # also those set aside since
+    contents = [(row.trial, _content(curves[row.trial])) for row in rows]
+    revision = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:12]
+    for earlier in (directory / "wandb").glob("offline-run-*"):
+        shutil.rmtree(earlier)
     destination = None
     for row in rows:
         assert row.summary is not None
-        run = of_trial(study, row, curves[row.trial], settings)
-        tracker = _start(run, settings, directory, warn)
+        run = of_trial(study, row, curves[row.trial], settings, revision)
+        tracker = WandbTracker(run, settings, directory, warn)
         for number, line in enumerate(line for line in lines_of(curves[row.trial]) if line["kind"] != "event"):
             tracker.log(line, number)
         destination = tracker.destination
         tracker.finish(row.summary)
-    _start(of_comparison(study, settings), settings, directory, warn).finish(comparison(results))
-    page = report_page(results, [row for row in rows if row.phase != "set aside"], settings, destination)
+    WandbTracker(of_comparison(study, settings, revision), settings, directory, warn).finish(comparison(results))
+    page = report_page(results, [row for row in rows if row.phase != "set aside"], settings, destination, revision)
     specification = page._to_model().spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     written = directory / "wandb" / REPORT_FILE
     write_atomically(written, json.dumps(specification, indent=1) + "\n")
@@ -71,14 +76,20 @@ def publish(directory: Path, settings: TrackerConfig, warn: Callable[[str], None
     return Published(len(rows) + 1, destination, _save(page, destination))
 
 
-def of_trial(study: str, row: TrialRow, curve: pa.Table, settings: TrackerConfig) -> WandbRun:
+def _content(curve: pa.Table) -> str:
+    """Return a hash of the curve that a column without values does not change."""
+    lines = [{key: value for key, value in line.items() if value is not None} for line in curve.to_pylist()]
+    return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()
+
+
+def of_trial(study: str, row: TrialRow, curve: pa.Table, settings: TrackerConfig, revision: str) -> WandbRun:
     """Describe a trial: job type the arm; study, arm, size, phase and horizon also as keys of the configuration."""
-    content = hashlib.sha256(json.dumps(curve.to_pylist(), sort_keys=True).encode()).hexdigest()
     of_study = {"study": study, "arm": row.arm, "size": row.model, "phase": row.phase, "horizon": row.horizon}
+    of_study["revision"] = revision
     of_study["cell"] = f"{label(row.arm)}, {row.horizon:,} steps"
     return WandbRun(
         name=row.trial,
-        identity=f"{study}/{row.trial}/{content}",
+        identity=f"{study}/{row.trial}/{_content(curve)}",
         group=settings.group or f"{study}-{row.model}",
         job_type=row.arm,
         tags=(study, row.arm, row.model, row.phase, *settings.tags),
@@ -86,14 +97,14 @@ def of_trial(study: str, row: TrialRow, curve: pa.Table, settings: TrackerConfig
     )
 
 
-def of_comparison(study: str, settings: TrackerConfig) -> WandbRun:
+def of_comparison(study: str, settings: TrackerConfig, revision: str) -> WandbRun:
     return WandbRun(
         name=f"{study}: {COMPARISON}",
         identity=f"{study}/{COMPARISON}",
         group=settings.group or study,
         job_type=COMPARISON,
         tags=(study, COMPARISON, *settings.tags),
-        config={"study": study, "phase": COMPARISON},
+        config={"study": study, "phase": COMPARISON, "revision": revision},
     )
 
 
@@ -124,16 +135,13 @@ def _interval(name: str, interval: Interval | Ratio) -> dict[str, float]:
     return {key: float(value) for key, value in found.items() if math.isfinite(value)}
 
 
-def _start(run: WandbRun, settings: TrackerConfig, directory: Path, warn: Callable[[str], None]) -> WandbTracker:
-    for earlier in (directory / "wandb").glob(f"offline-run-*-{run.id}"):
-        shutil.rmtree(earlier)
-    return WandbTracker(run, settings, directory, warn)
-
-
 def report_page(
-    results: Results, rows: list[TrialRow], settings: TrackerConfig, destination: tuple[str, str] | None
+    results: Results, rows: list[TrialRow], settings: TrackerConfig, destination: tuple[str, str] | None, revision: str
 ) -> Any:
-    """Build the page: the paper's panels for each model, beside the published losses where there are some."""
+    """Build the page: the paper's panels for each model, beside the published losses where there are some.
+
+    Runs of other revisions are of trials that have been run again, or removed.
+    """
     import wandb_workspaces.reports.v2 as wr
 
     study = results.study
@@ -148,9 +156,8 @@ def report_page(
     entity, project = destination or ("", "")  # a run set of a project is looked up over the network
 
     def grid(title: str, filters: str, panels: Iterator[Any]) -> Any:
-        runs = wr.Runset(
-            entity=entity, project=project, name=title, filters=f"Config('study') = '{study.name}' and {filters}"
-        )
+        published = f"Config('study') = '{study.name}' and Config('revision') = '{revision}'"
+        runs = wr.Runset(entity=entity, project=project, name=title, filters=f"{published} and {filters}")
         return wr.PanelGrid(runsets=[runs], panels=list(panels))
 
     if speedups:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
 
@@ -143,7 +145,7 @@ def test_a_study_is_published_as_runs_with_its_curves_and_again_as_the_same_runs
     settings = compose(["tracker=wandb", "tracker.tags=[cpu]"]).tracker
     curves = by_trial(read_curves(study))
     for row in rows:
-        described = publication.of_trial("synthetic", row, curves[row.trial], settings)
+        described = publication.of_trial("synthetic", row, curves[row.trial], settings, "1")
         (begun,) = [one.run for one in wandb_records(study, described.id) if one.HasField("run")]
         assert (begun.run_group, begun.job_type) == (f"synthetic-{row.model}", "sophiag")
         assert {"synthetic", "reporting", "cpu"} <= set(begun.tags)
@@ -154,6 +156,29 @@ def test_a_study_is_published_as_runs_with_its_curves_and_again_as_the_same_runs
         ]
 
 
+def test_a_changed_curve_replaces_the_trials_run_and_a_column_without_values_does_not(
+    study: Path, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publication, "analyse", lambda study: results)
+    (row,) = [row for row in read_trials(study) if row.arm == "sophiag" and row.phase == "reporting"][:1]
+    monkeypatch.setattr(publication, "read_trials", lambda directory: [row])
+    curve = by_trial(read_curves(study))[row.trial]
+    changed = curve.slice(1)
+    wider = curve.append_column("later", pa.nulls(curve.num_rows))
+    published, revisions = [], []
+    for one in (curve, wider, changed):
+        monkeypatch.setattr(publication, "by_trial", lambda curves, one=one: {row.trial: one})
+        assert publish([str(study), "tracker=wandb"]) == 0
+        published.append({path.name.rpartition("-")[2] for path in study.glob("wandb/offline-run-*")})
+        page = (study / "wandb" / publication.REPORT_FILE).read_text()
+        revisions.append(re.findall(r"revision.{0,200}?([0-9a-f]{12})", page, re.DOTALL)[0])
+    first, again, other = published
+    assert first == again
+    assert len(other) == 2, "the trial and the comparison"
+    assert len(first & other) == 1
+    assert revisions[0] == revisions[1] != revisions[2]
+
+
 def test_the_report_page_has_the_papers_panels_for_each_size_beside_published_losses(
     study: Path, results: Results
 ) -> None:
@@ -161,7 +186,7 @@ def test_the_report_page_has_the_papers_panels_for_each_size_beside_published_lo
     rows = [replace(row, config={**row.config, **of_the_paper}) for row in read_trials(study)]
     for row in rows:
         row.config["model"] = {**row.config["model"], "name": "gpt2_small"}
-    page = publication.report_page(results, rows, compose(["tracker=wandb"]).tracker, None)
+    page = publication.report_page(results, rows, compose(["tracker=wandb"]).tracker, None, "1")
     blocks = page._to_model().spec.model_dump(mode="json", by_alias=True, exclude_none=True)["blocks"]
     panels = [
         panel["config"]
@@ -190,7 +215,7 @@ def test_the_page_has_the_doubts_of_the_report_and_no_number_for_a_censored_end(
     verdicts = [replace(first, paper=replace(first.paper, ratio=censored)), *others]
     under_way = replace(results.study, finished=False)
     doubted = replace(results, study=under_way, findings=doubts, verdicts=verdicts)
-    page = publication.report_page(doubted, [], compose(["tracker=wandb"]).tracker, None)
+    page = publication.report_page(doubted, [], compose(["tracker=wandb"]).tracker, None, "1")
     told = [block.text for block in page.blocks if hasattr(block, "text")]
     assert {under_way.under_way, "Serious: Planned seeds have not ended. Seed 3."} <= {*told}
     assert not any("A note" in text for text in told)
@@ -205,7 +230,7 @@ def test_a_page_replaces_the_one_of_the_same_title(
 ) -> None:
     from wandb_workspaces.reports.v2 import Report
 
-    page = publication.report_page(results, [], compose(["tracker=wandb"]).tracker, None)
+    page = publication.report_page(results, [], compose(["tracker=wandb"]).tracker, None, "1")
     saved: list[str] = []
     addresses = {page.title: "https://wandb/page--earlier"}
     monkeypatch.setattr(publication, "report_url", lambda entity, project, title: addresses.get(title))
