@@ -67,6 +67,9 @@ class TaskResult:
     version: str  # of the task
     lm_eval: str  # of the harness
     metrics: dict[str, Metric]
+    prompts_cut: int | None = (
+        None  # of all tasks evaluated together: longer than the model's context; None in earlier files
+    )
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -110,7 +113,7 @@ def evaluate(
         ConfigurationError: lm-eval is missing, a task is unknown or lacks its data, or the directory has no model.
     """
     require_harness()
-    with _quiet_harness():
+    with _quiet_harness() as cut:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
@@ -148,6 +151,7 @@ def evaluate(
             version=str(outcome["versions"].get(name)),
             lm_eval=lm_eval.__version__,
             metrics=_metrics(values, outcome["higher_is_better"].get(name, {})),
+            prompts_cut=cut.prompts,
         )
         for name, values in outcome["results"].items()
         if name in outcome["n-samples"]
@@ -247,17 +251,31 @@ def _refuse_code(directory: Path) -> None:
             )
 
 
+class _Cut(logging.Filter):
+    """Counts the harness's warnings about prompts that are cut from the left, and lets only errors pass."""
+
+    prompts = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.prompts += "exceeds model's maximum length" in record.getMessage()
+        return record.levelno >= logging.ERROR
+
+
 @contextlib.contextmanager
-def _quiet_harness() -> Iterator[None]:
+def _quiet_harness() -> Iterator[_Cut]:
     """Show only the harness's errors, and redirect what it prints to standard error."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
+    logger, of_models, cut = logging.getLogger("lm_eval"), logging.getLogger("lm_eval.models.huggingface"), _Cut()
+    levels = logger.level, of_models.level
     logger.setLevel(logging.ERROR)
+    of_models.setLevel(logging.WARNING)
+    of_models.addFilter(cut)
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            yield
+            yield cut
     finally:
-        logger.setLevel(level)
+        of_models.removeFilter(cut)
+        for one, level in zip((logger, of_models), levels, strict=True):
+            one.setLevel(level)
 
 
 def _metrics(values: dict[str, Any], higher_is_better: dict[str, bool | None]) -> dict[str, Metric]:

@@ -107,6 +107,9 @@ def evaluate(options: argparse.Namespace) -> int:
         )
     console = SafeConsole(markup=False)
     console.print(table(str(options.model), results))
+    if results and results[0].prompts_cut:
+        said = f"{results[0].prompts_cut:,} prompts are longer than the model's context and were cut from the left"
+        console.print(f"{said}: the examples in them are incomplete; give a smaller --num-fewshot", soft_wrap=True)
     downstream.write_results(output, results)
     console.print(f"results: {output}", highlight=False, soft_wrap=True)
     return 0

@@ -99,6 +99,7 @@ def test_the_harness_scores_the_models_own_likelihoods(
     choice, last_word = read_results(output)
     assert (choice.task, last_word.task) == ("choice", "last_word")
     assert (choice.num_fewshot, choice.examples, choice.step, choice.suite) == (0, 9, 3, None)
+    assert choice.prompts_cut == 0
 
     correct, nats = 0, 0.0
     for question in QUESTIONS:
@@ -115,7 +116,9 @@ def test_superglue_is_two_shot_unless_told_otherwise(
 ) -> None:
     command = [str(exported), "--tasks", "superglue,choice", "--include-path", str(tasks), "--limit", "4"]
     assert main(command) == 0
-    assert "superglue, mean of 1" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "superglue, mean of 1" in shown
+    assert "12 prompts are longer than the model's context" in shown  # three choices for each of four questions
     results = {result.task: result for result in read_results(exported / "downstream.json")}
     assert (results["member"].suite, results["member"].num_fewshot, results["member"].examples) == ("superglue", 2, 4)
     assert results["choice"].num_fewshot == 0
