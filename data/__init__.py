@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 # ruff: noqa: F401 (for type checkers only)
 if TYPE_CHECKING:
-    from data.batches import IGNORED_TARGET, Batch, Batches, Prefetcher, ValidationWindows
+    from data.batches import IGNORED_TARGET, Batch, Batches, ValidationWindows
     from data.dataset import TokenDataset
     from data.errors import DataError
     from data.manifest import Manifest, load_manifest, verify
@@ -28,7 +28,6 @@ _MODULES = {
     "FileSource": "sources",
     "HubSource": "sources",
     "Manifest": "manifest",
-    "Prefetcher": "batches",
     "Progress": "progress",
     "SampleSource": "sources",
     "Source": "sources",

@@ -8,11 +8,12 @@ needs only the step, and the number of ranks only decides which rank reads which
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
-from types import TracebackType
-from typing import NamedTuple, Self
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
@@ -111,85 +112,31 @@ class Batches:
         self._block = (block, windows)
         return windows
 
-    def prefetch(self, first_step: int, last_step: int | None = None, depth: int = 2) -> Prefetcher:
-        """Iterate over the batches of first_step, …, last_step (endlessly if None), reading `depth` ahead."""
-        return Prefetcher(self, first_step, last_step, depth)
+    @contextmanager
+    def prefetch(self, first_step: int, last_step: int, depth: int = 2) -> Iterator[Iterator[Batch]]:
+        """Give an iterator over the batches of first_step, …, last_step, which a thread reads up to `depth` ahead.
+
+        Reading releases the GIL and so overlaps with the step. An error in the thread is raised by the `next` that would
+        have returned the batch.
+        """
+        steps = iter(range(first_step, last_step + 1))
+        with ThreadPoolExecutor(1, "batches") as thread:
+            ahead = deque(thread.submit(self.at, step) for step in islice(steps, depth))
+
+            def batches() -> Iterator[Batch]:
+                while ahead:
+                    batch = ahead.popleft().result()
+                    ahead.extend(thread.submit(self.at, step) for step in islice(steps, 1))
+                    yield batch
+
+            try:
+                yield batches()
+            finally:
+                thread.shutdown(cancel_futures=True)
 
     def _new_arrays(self) -> tuple[np.ndarray, np.ndarray]:
         shape = (self._indices.size, self.sequence_length)
         return np.empty(shape, np.int64), np.empty(shape, np.int64)
-
-
-class Prefetcher:
-    """An iterator over batches that a thread reads `depth` ahead; as a context manager, it stops the thread on exit.
-
-    Reading releases the GIL and so overlaps with the step. An error in the thread is raised by the `next` that would
-    have returned the batch.
-    """
-
-    def __init__(self, batches: Batches, first_step: int, last_step: int | None, depth: int) -> None:
-        if depth < 1:
-            raise ValueError(f"depth={depth}: expected at least 1")
-        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
-        self._closed = threading.Event()
-        self._finished = False
-        self._thread = threading.Thread(
-            target=_fill, args=(batches, first_step, last_step, self._ready, self._closed), name="batches", daemon=True
-        )
-        self._thread.start()
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._finished:
-            raise StopIteration
-        item = self._ready.get()
-        if isinstance(item, Batch):
-            return item
-        self._finished = True
-        if item is None:
-            raise StopIteration
-        raise item
-
-    def close(self) -> None:
-        """Stop the thread; may be called more than once."""
-        self._finished = True
-        self._closed.set()
-        self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _fill(
-    batches: Batches,
-    first_step: int,
-    last_step: int | None,
-    ready: queue.Queue[Batch | BaseException | None],
-    closed: threading.Event,
-) -> None:
-    step = first_step
-    item: Batch | BaseException | None
-    while True:
-        try:
-            item = batches.at(step) if last_step is None or step <= last_step else None
-        except BaseException as error:
-            item = error
-        while not closed.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                break
-            except queue.Full:
-                continue
-        if closed.is_set() or not isinstance(item, Batch):
-            return
-        step += 1
 
 
 class ValidationWindows:
