@@ -135,7 +135,7 @@ class Finding:
     @property
     def weight(self) -> float:
         """The larger, the stronger the doubt; see GUARDS."""
-        rank = GUARDS.index(self.guard) if self.guard in GUARDS else len(GUARDS)
+        rank = GUARDS.index(self.guard)
         baseline = self.baseline or self.guard in ("baseline", "curve")
         return (self.severity == "serious") * (2 + baseline) - rank / (len(GUARDS) + 1)
 
@@ -157,19 +157,10 @@ def inspect(study: Study) -> list[Finding]:
     """Run every check on a study; the strongest doubts come first, as GUARDS says."""
     searches = tunings(study)
     checks = (
-        _damaged,
-        _reproduced,
-        _fairness,
-        _shared,
-        _decayed,
-        _seeds,
-        _diverged,
-        _budgets,
-        _set_aside,
-        _degenerate,
-        _clipping,
+        *(_damaged, _reproduced, _fairness, _shared, _decayed, _seeds, _diverged, _budgets, _set_aside),
+        *(_degenerate, _clipping, _clock, _code),
     )
-    found = [finding for check in (*checks, _clock, _code) for finding in check(study)]
+    found = [finding for check in checks for finding in check(study)]
     found += [*_edges(study, searches), *_under_tuned(study, searches), *_single_runs(study, searches)]
     return sorted(found, key=lambda finding: -finding.weight)
 

@@ -1,14 +1,7 @@
-"""The machine's matrix-product rate, measured on large square products; utilisation is relative to it.
-
-    python benchmarks/calibration.py
-
-For known GPUs it also prints the datasheet's rate.
-"""
+"""The machine's matrix-product rate, measured on large square products, and the datasheet's; utilisation is relative to it."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Sequence
 
@@ -67,19 +60,3 @@ def datasheet_rate(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((1e12 * rate for part, rate in DATASHEET.items() if part in name), None)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(parser.parse_args().device)
-    for dtype in (torch.bfloat16, torch.float32):
-        print(f"{dtype}: {matrix_product_rate(dtype, device) / 1e12:.3f} TFLOP/s measured")
-    rate = datasheet_rate(device)
-    if rate is not None:
-        print(f"bf16: {rate / 1e12:.0f} TFLOP/s in the datasheet")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -86,29 +86,6 @@ def flip(path: Path, generator: np.random.Generator) -> str:
     return f"bit {bit} of byte {place}"
 
 
-def overwrite(path: Path, generator: np.random.Generator) -> str:
-    content = bytearray(path.read_bytes())
-    place, length = int(generator.integers(len(content))), int(generator.integers(1, 64))
-    new = generator.bytes(min(length, len(content) - place))
-    if content[place : place + length] == new:
-        return flip(path, generator)
-    content[place : place + length] = new
-    path.write_bytes(content)
-    return f"{length} bytes at {place}"
-
-
-def zeros(path: Path, generator: np.random.Generator) -> str:
-    """A block that never reached the disk."""
-    content = bytearray(path.read_bytes())
-    place = int(generator.integers(len(content)))
-    length = min(512, len(content) - place)
-    if not any(content[place : place + length]):
-        return flip(path, generator)
-    content[place : place + length] = bytes(length)
-    path.write_bytes(content)
-    return f"zeros at {place}"
-
-
 def truncate(path: Path, generator: np.random.Generator) -> str:
     size = int(generator.integers(path.stat().st_size))
     os.truncate(path, size)
@@ -120,20 +97,6 @@ def append(path: Path, generator: np.random.Generator) -> str:
     with path.open("ab") as file:
         file.write(generator.bytes(count))
     return f"{count} bytes more"
-
-
-def insert(path: Path, generator: np.random.Generator) -> str:
-    content = path.read_bytes()
-    place = int(generator.integers(len(content)))
-    path.write_bytes(content[:place] + generator.bytes(int(generator.integers(1, 9))) + content[place:])
-    return f"bytes put in at {place}"
-
-
-def cut_out(path: Path, generator: np.random.Generator) -> str:
-    content = path.read_bytes()
-    place = int(generator.integers(len(content)))
-    path.write_bytes(content[:place] + content[place + int(generator.integers(1, 9)) :])
-    return f"bytes taken out at {place}"
 
 
 def empty(path: Path, generator: np.random.Generator) -> str:
@@ -183,8 +146,7 @@ def extra(path: Path, generator: np.random.Generator) -> str:
 
 
 DAMAGES: tuple[Damage, ...] = (
-    *(flip, flip, flip, overwrite, zeros, truncate, append, insert, cut_out, empty, remove, directory),
-    *(of_another_step, swap, link, extra),
+    *(flip, flip, flip, truncate, append, empty, remove, directory, of_another_step, swap, link, extra),
 )
 # A file that the manifest does not name is not read: the checkpoint is unchanged.
 HARMLESS = (extra,)
