@@ -5,15 +5,14 @@ Runs of one seed start from the same weights and read the same tokens also in di
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from analysis.comparison import Interval, paired_interval
+from analysis.figures import forest, panels
 from analysis.trials import load_study
 
 Cell = tuple[str, str]  # study, arm
@@ -30,11 +29,15 @@ class Combination:
 
 @dataclass(frozen=True)
 class Difference:
-    """A contrast at each of its seeds, and its mean's interval; NaN ends for a single seed."""
+    """A contrast at each of its seeds, and its mean's interval; None for a single seed."""
 
     text: str
     by_seed: Mapping[int, float]  # nats
-    interval: Interval
+    interval: Interval | None
+
+    @property
+    def differences(self) -> tuple[float, ...]:
+        return tuple(self.by_seed.values())
 
 
 def read_losses(records: Path, studies: Iterable[str]) -> dict[Cell, dict[int, float]]:
@@ -76,31 +79,23 @@ def differences(losses: Mapping[Cell, Mapping[int, float]], family: Sequence[Com
             seed: sum(losses[cell][seed] for cell in one.plus) - sum(losses[cell][seed] for cell in one.minus)
             for seed in seeds
         }
-        values = list(by_seed.values())
-        interval = paired_interval(values, level) or Interval(values[0], math.nan, math.nan, level)
-        found.append(Difference(one.text, by_seed, interval))
+        found.append(Difference(one.text, by_seed, paired_interval(list(by_seed.values()), level)))
     return found
 
 
 def table(found: Sequence[Difference]) -> str:
     """Return a Markdown table."""
-    level = f"{100 * found[0].interval.level:.4g}%"
-    lines = [f"| contrast of final losses, nats | mean [{level} interval] | seeds |", "|:---|---:|---:|"]
-    lines += [f"| {one.text} | {one.interval.text} | {len(one.by_seed)} |" for one in found]
+    level = 1 - 0.05 / len(found)
+    lines = [f"| contrast of final losses, nats | mean [{100 * level:.4g}% interval] | seeds |", "|:---|---:|---:|"]
+    for one in found:
+        shown = one.interval.text if one.interval else f"{one.differences[0]:+.3f} (one seed)"
+        lines.append(f"| {one.text} | {shown} | {len(one.by_seed)} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(found: Sequence[Difference]) -> Figure:
     """Draw a row for each contrast: seeds, mean and interval."""
-    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.5 * len(found)), layout="constrained")
-    axis.axvline(0, color="black", linewidth=0.8)
-    for place, one in enumerate(found):
-        axis.plot(list(one.by_seed.values()), [place] * len(one.by_seed), "o", color="#8a8f98", markersize=4)
-        axis.plot([one.interval.low, one.interval.high], [place, place], color="#c2342b", linewidth=1.6)
-        axis.plot(one.interval.estimate, place, "D", color="#c2342b", markersize=6)
-    axis.set_yticks(range(len(found)), [one.text for one in found])
-    axis.invert_yaxis()
-    axis.set_xlabel("difference of final validation loss, nats (below zero: the first is better)")
-    axis.grid(axis="x", alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
+    figure, (axis,) = panels([""], width=8, height=0.8 + 0.5 * len(found))
+    rows = [(one.text, one, "#c2342b") for one in found]
+    forest(axis, rows, "difference of final validation loss, nats (below zero: the first is better)")
     return figure

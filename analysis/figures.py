@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median_low
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from analysis import escaping
 from analysis.colours import colours, label
-from analysis.comparison import Contrast
+from analysis.comparison import Contrast, Interval
 from analysis.reference import load_reference
 from analysis.results import ArmCost, Results
 from analysis.runs import Currency, Curve, RecordedRun
@@ -186,14 +186,22 @@ def final_differences(results: Results) -> Figure:
     titles = [f"{model}, {100 * results.level(model):.3g}% intervals" for model in models]
     figure, axes = panels(titles, height=1.3 + 0.27 * max(map(len, models.values())))
     for axis, rows in zip(axes, models.values(), strict=True):
-        _forest(axis, rows, f"final loss minus {_label(study.baseline)}'s (nats); to the right is worse")
+        forest(axis, rows, f"final loss minus {_label(study.baseline)}'s (nats); to the right is worse")
     return figure
 
 
-_Row = tuple[str, Contrast | Ablation, str]  # name, differences by seed with their interval, colour
+class _Paired(Protocol):
+    @property
+    def differences(self) -> Sequence[float]: ...  # a seed each
+
+    @property
+    def interval(self) -> Interval | None: ...
 
 
-def _forest(axis: Axes, rows: Sequence[_Row], xlabel: str) -> None:
+_Row = tuple[str, _Paired, str]  # name, differences with their interval, colour
+
+
+def forest(axis: Axes, rows: Sequence[_Row], xlabel: str) -> None:
     """Draw differences with their intervals, one below the other.
 
     A row that reaches more than six times as far as the middle one does not set the scale: it is cut at the axis' ends,
@@ -282,7 +290,7 @@ def ablations(results: Results) -> Figure:
     title += [f"diverged: {', '.join(lost)}"] if lost else []
     figure, (axis,) = panels(["; ".join(title)], width=9, height=1.4 + 0.27 * len(shown), fontsize=9)
     rows: list[_Row] = [(name, one, "#c2342b") for name, one in zip(names, shown, strict=True)]
-    _forest(axis, rows, "final loss minus the arm's (nats); right is worse")
+    forest(axis, rows, "final loss minus the arm's (nats); right is worse")
     return figure
 
 
