@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from analysis import escaping
 from analysis.colours import colours, label
-from analysis.comparison import Contrast, Interval
+from analysis.comparison import Array, Contrast, Interval
 from analysis.reference import load_reference
 from analysis.results import ArmCost, Results
 from analysis.runs import Currency, Curve, RecordedRun
-from analysis.sensitivity import REFRESH, Ablation, comparable_runs, settings
+from analysis.sensitivity import REFRESH, comparable_runs, settings
 from analysis.trials import Study
 from analysis.wallclock import TRAINING_KINDS
 from data.files import write_atomically
@@ -192,7 +192,7 @@ def final_differences(results: Results) -> Figure:
 
 class _Paired(Protocol):
     @property
-    def differences(self) -> Sequence[float]: ...  # a seed each
+    def differences(self) -> Sequence[float] | Array: ...  # a seed each
 
     @property
     def interval(self) -> Interval | None: ...
