@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from analysis import escaping
 from analysis.colours import colours, label
@@ -32,8 +31,6 @@ from training.records import RecordError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Array = NDArray[np.float64]
 
 
 class NothingToShow(ValueError):
