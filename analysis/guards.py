@@ -18,10 +18,11 @@ from typing import Any, Literal
 from scipy import special
 
 from analysis.colours import label
+from analysis.comparison import Contrast, contrast
 from analysis.runs import Origin, RecordedRun, flatten
 from analysis.trial_tables import leaves
 from analysis.trials import Cell, RecordedTrial, Study, short
-from analysis.tuning import MATTERS, Tuning, edges, predicted_gain, tunings
+from analysis.tuning import MATTERS, Edge, Tuning, edges, predicted_gain, tunings
 from analysis.wallclock import seconds_per_occurrence
 
 # Keys (and all below them) that do not affect what is measured.
@@ -347,7 +348,38 @@ def _edges(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
         for one in edge.beyond
     }
     detail += f" Beyond the edge, minus at it: {'; '.join(beyond)} (95% intervals)." if beyond else ""
+    if both := dict.fromkeys(_both_beyond(study, found)):
+        detail += f" With both beyond it: {'; '.join(both)}."
     yield Finding("edge", "serious" if own else "note", title, detail.strip(), baseline=own > 0)
+
+
+def _both_beyond(study: Study, found: Sequence[Edge]) -> Iterator[str]:
+    """Yield each arm's difference from the baseline where both were run with the same value beyond their edges."""
+    ends = {
+        (name, model, end.horizon): end
+        for name in study.arm_names("arm", "ablation")
+        for model in study.models
+        for end in study.endpoints(name, model)
+    }
+    of_baseline = {
+        (edge.model, edge.key, one.value, one.horizon): one.ablation
+        for edge in found
+        if edge.arm == study.baseline
+        for one in edge.beyond
+    }
+    for edge in found:
+        for one in edge.beyond:
+            other = of_baseline.get((edge.model, edge.key, one.value, one.horizon))
+            if edge.arm == study.baseline or other is None:
+                continue
+            place = edge.model, one.horizon
+            beyond = contrast(ends[one.ablation, *place], ends[other, *place], 0.95)
+            at = contrast(ends[edge.arm, *place], ends[study.baseline, *place], 0.95)
+            if isinstance(beyond, Contrast) and beyond.interval and isinstance(at, Contrast) and at.interval:
+                yield (
+                    f"{label(edge.arm)} minus {label(study.baseline)} after {one.horizon:,} steps is {beyond.interval.text} "
+                    f"with {edge.key}={short(one.value)}, {at.interval.text} at the edge"
+                )
 
 
 def _budgets(study: Study) -> Iterator[Finding]:

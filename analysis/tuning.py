@@ -33,6 +33,7 @@ class Candidate:
 class Beyond:
     """Reported runs once more with one value beyond the edge of its search, compared with those at the edge."""
 
+    ablation: str
     value: float
     horizon: int
     interval: Interval  # of the mean difference from the runs at the edge, nats, paired by seed
@@ -162,7 +163,7 @@ def _beyond(study: Study, arm: str, model: str, key: str, value: float, side: st
                 continue
             paired = contrast(end, ends[end.horizon], _LEVEL)
             if isinstance(paired, Contrast) and paired.interval:
-                yield Beyond(float(tried), end.horizon, paired.interval)
+                yield Beyond(name, float(tried), end.horizon, paired.interval)
 
 
 def _step_beyond(space: Mapping[str, Any], value: float, side: str) -> float:

@@ -513,6 +513,34 @@ def test_an_edge_is_answered_by_an_ablation_a_step_beyond_it_that_ends_no_lower(
     assert said == (text if decay == 0.8 else "")
 
 
+def test_where_both_arms_ran_beyond_their_edges_their_difference_there_is_told(doctor: Doctor) -> None:
+    doctor.study["tuning"]["trials"] = 5
+    ablations = doctor.study["ablations"] = {}
+    for arm, gain in (("adamw", 0.03), ("sophiag", 0.05)):
+        doctor.declare("optimizer.weight_decay", arm)
+        doctor.configure(arm, optimizer__weight_decay=0.4)
+        for horizon in (100, 200):
+            config = doctor.runs[arm, "tuning", horizon, 1e-3]["config"] | {"optimizer.weight_decay": 0.2}
+            doctor.runs[arm, "tuning", horizon, "decay"] = {"final": power_law(horizon * 1024) + 0.02, "config": config}
+        ablations[f"{arm}_decay"] = {"of": arm, "values": {"optimizer.weight_decay": 0.8}}
+        for seed in (1, 2, 3):
+            base = doctor.runs[arm, "reporting", 200, seed]
+            config = base["config"] | {"optimizer.weight_decay": 0.8}
+            final = base["final"] - gain + 0.001 * seed * (arm == "sophiag")
+            doctor.runs[f"{arm}_decay", "reporting", 200, seed] = {"optimizer": arm, "final": final, "config": config}
+    (finding,) = (one for one in doctor.write() if one.guard == "edge")
+    ends = {key: values["final"] for key, values in doctor.runs.items() if key[1:3] == ("reporting", 200)}
+    apart = [
+        sum(ends[f"sophiag{end}", "reporting", 200, s] - ends[f"adamw{end}", "reporting", 200, s] for s in (1, 2, 3))
+        / 3
+        for end in ("_decay", "")
+    ]
+    assert apart[0] == pytest.approx(apart[1] - 0.018)
+    text = f" With both beyond it: Sophia-G minus AdamW after 200 steps is {apart[0]:+.3f} ["
+    assert text in finding.detail
+    assert f"with optimizer.weight_decay=0.8, {apart[1]:+.3f} [" in finding.detail
+
+
 def test_a_rate_tuned_again_is_at_an_edge_if_it_is_the_lowest_tried_there(doctor: Doctor) -> None:
     """Between the ends of the range of the full search, which a re-tuning does not explore."""
     doctor.study["tuning"] = {"method": "halton", "trials": 6}
