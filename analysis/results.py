@@ -50,8 +50,8 @@ class Verdict:
     """What a study says about one arm on one model.
 
     The horizons are chosen by the design, not by the losses: `at` is the longest at which the arm and the baseline both have
-    runs, `paper` the longest of the arm for which the baseline has twice the steps. Ratios are those of `paper`, if there is
-    one, because at the baseline's longest horizon none above 1 can be measured.
+    all their runs, `paper` the longest of the arm for which the baseline has twice the steps. Ratios are those of `paper`, if
+    there is one, because at the baseline's longest horizon none above 1 can be measured.
     """
 
     arm: str
@@ -264,6 +264,8 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
     compared: list[Compared] = []
     verdicts: list[Verdict] = []
     sizes = model_sizes(study)
+    # Of a study under way: the next sitting adds their seeds, so that they wait for their verdict.
+    waiting = {one.cell for one in study.reporting if study.planned and one.status not in ("completed", "diverged")}
     for model in study.models:
         cells = study.endpoints(study.baseline, model)
         if not cells:
@@ -274,14 +276,16 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
             findings.append(Finding("baseline", "serious", f"{model}: the baseline cannot be used", str(error)))
             continue
         level = corrected_level(study, model)
-        horizons = {end.horizon for end in cells}
+        whole = [end for end in cells if (study.baseline, model, end.horizon) not in waiting]
+        horizons = {end.horizon for end in whole or cells}
         for arm in study.arm_names("arm", "ablation"):
             if arm == study.baseline:
                 continue
             own = compare(study.endpoints(arm, model), cells, baselines[model], level)
             compared += own
             if own and study.arms[arm].role == "arm":
-                verdicts.append(_verdict(own, horizons, sizes.get(model, math.nan)))
+                ended = [one for one in own if (arm, model, one.endpoints.horizon) not in waiting]
+                verdicts.append(_verdict(ended or own, horizons, sizes.get(model, math.nan)))
         test = baselines[model].self_test
         if not test.passed:
             title = f"{model}: no ratios, only differences of loss"

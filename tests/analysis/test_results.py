@@ -1,5 +1,6 @@
 """From a study directory to its verdict: complete, and no verdict without enough evidence."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ from analysis.comparison import Contrast, Currency, Ratio
 from analysis.results import Results, analyse, write_json
 from analysis.runs import load_run
 from analysis.trials import load_study, study_of_runs
-from tests.analysis.synthetic import TOKENS_PER_STEP, noise, power_law, write_run
+from tests.analysis.synthetic import TOKENS_PER_STEP, noise, power_law, write_run, write_tables
 
 
 def test_a_known_speed_up_is_found(results: Results) -> None:
@@ -48,6 +49,21 @@ def test_ablations_are_compared_but_have_no_verdict_and_no_part_in_the_family(re
     one = next(one for one in results.ablations if one.arm == "sophiag_k100")
     assert one.interval is not None
     assert one.interval.level == 0.95
+
+
+def test_a_horizon_whose_seeds_have_not_all_ended_waits_for_its_verdict(tmp_path: Path) -> None:
+    values = {"name": "one", "baseline": "adamw", "models": {"tiny": {"seeds": [1, 2]}}}
+    values |= {"tuning": {"method": "grid", "trials": 1}, "arms": {"adamw": {"search": {}}, "lion": {"search": {}}}}
+    trials: list[tuple[dict[str, Any], Path | None]] = []
+    for arm, steps, seed in itertools.product(("adamw", "lion"), (100, 200), (1, 2)):
+        row = {"arm": arm, "phase": "reporting", "model": "tiny", "horizon": steps, "seed": seed}
+        missing = (arm, steps, seed) == ("lion", 200, 2)
+        place = tmp_path / "runs" / f"{arm}{steps}{seed}"
+        trials.append((row, None if missing else write_run(place, optimizer=arm, seed=seed, steps=steps)))
+    write_tables(tmp_path / "one", values | {"plan": {"trials_at_most": 8}}, trials)
+    (one,) = analyse(load_study([tmp_path / "one"])).verdicts
+    assert one.at is not None
+    assert one.at.endpoints.horizon == 100
 
 
 def test_a_diverged_run_leaves_no_verdict_at_the_horizon_that_the_design_chose(tmp_path: Path) -> None:
