@@ -119,6 +119,8 @@ class Batches:
         Reading releases the GIL and so overlaps with the step. An error in the thread is raised by the `next` that would
         have returned the batch.
         """
+        if depth < 1:
+            raise ValueError(f"depth={depth}: expected at least 1")
         steps = iter(range(first_step, last_step + 1))
         with ThreadPoolExecutor(1, "batches") as thread:
             ahead = deque(thread.submit(self.at, step) for step in islice(steps, depth))

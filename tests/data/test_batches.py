@@ -135,6 +135,8 @@ def test_no_more_batches_are_read_ahead_than_requested(stream: TokenDataset, mon
         assert [read.get(timeout=60) for _ in range(3)] == [1, 2, 3]
         with pytest.raises(queue.Empty):
             read.get(timeout=0.3)
+    with pytest.raises(ValueError, match="depth=0"), batches.prefetch(1, 30, depth=0):
+        pass
 
 
 def test_reading_ahead_leaves_no_thread_behind(stream: TokenDataset) -> None:

@@ -67,6 +67,11 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, Primary]:
         added = Path(flags.config_dir).absolute()
         if not os.path.isdir(added):
             raise ConfigurationError(f"--config-dir {added}: no such directory; give one that holds configurations")
+        try:
+            os.scandir(added).close()
+        except OSError as error:
+            reason = f"cannot be read: {error.strerror}; correct its permissions"
+            raise ConfigurationError(f"--config-dir {added}: {reason}") from error
         if not os.path.isfile(path / f"{name}.yaml") and os.path.isfile(added / f"{name}.yaml"):
             path = added
     if not os.path.isfile(path / f"{name}.yaml"):

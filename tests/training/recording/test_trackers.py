@@ -64,7 +64,8 @@ def test_a_replaced_run_is_a_new_one_of_wandb_and_a_resumed_run_the_same(corpus:
     overrides = tiny(corpus, tmp_path, "tracker=wandb", "train.steps=4", "checkpoint.interval=2")
 
     def ids() -> set[str]:
-        return {path.name.rpartition("-")[2] for path in (tmp_path / "run").glob("wandb/offline-run-*")}
+        # A name taken already, in the same second, gets a number.
+        return {path.name.split("-")[3] for path in (tmp_path / "run").glob("wandb/offline-run-*")}
 
     assert run(overrides) == 0
     first = ids()
@@ -169,7 +170,7 @@ def test_a_changed_curve_replaces_the_trials_run_and_a_column_without_values_doe
     for one in (curve, wider, changed):
         monkeypatch.setattr(publication, "by_trial", lambda curves, one=one: {row.trial: one})
         assert publish([str(study), "tracker=wandb"]) == 0
-        published.append({path.name.rpartition("-")[2] for path in study.glob("wandb/offline-run-*")})
+        published.append({path.name.split("-")[3] for path in study.glob("wandb/offline-run-*")})
         page = (study / "wandb" / publication.REPORT_FILE).read_text()
         revisions.append(re.findall(r"revision.{0,200}?([0-9a-f]{12})", page, re.DOTALL)[0])
     first, again, other = published

@@ -299,6 +299,11 @@ def test_overwrite_counts_until_the_slurm_job_has_reached_the_run(
     assert "already completed" in capfd.readouterr().out
 
 
+def kill_of_job_7(step: int) -> None:
+    os.environ["SLURM_JOB_ID"] = "7"  # a child has the environment of its fork server
+    kill_before_recording(step)
+
+
 def test_a_resumption_is_the_jobs_own_from_then_on(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,7 +313,7 @@ def test_a_resumption_is_the_jobs_own_from_then_on(
     (tmp_path / "run" / "summary.json").unlink()
     rewind = tiny(corpus, tmp_path, f"resume={tmp_path}/run/checkpoints/step-00000010", "checkpoint.keep=9")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert run_in_child(rewind, kill_before_recording, 22) < 0
+    assert run_in_child(rewind, kill_of_job_7, 22) < 0
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert run(rewind) == 0
     assert [line["step"] for line in lines(tmp_path / "run", "event") if line["event"] == "resumed"] == [10, 20]
