@@ -157,7 +157,7 @@ class WandbRun:
         began = [environment.get(key, "") for key in ("initial_weights_sha256", "started")]
         return cls(
             name=config.run_name,
-            identity="/".join([config.run_name, config.identity_hash(), *began]),
+            identity="/".join([config.run_name, config.identity_hash(), *filter(None, began)]),
             group=config.tracker.group or f"{config.model.name}-{config.data.name}",
             job_type=config.optimizer.label,
             tags=(config.optimizer.label, config.model.name, *config.tracker.tags),

@@ -77,6 +77,9 @@ def test_a_replaced_run_is_a_new_one_of_wandb_and_a_resumed_run_the_same(corpus:
     assert len(ids()) == 1
     assert ids() != first
 
+    config, began = compose(overrides), {"initial_weights_sha256": "0"}
+    assert trackers.WandbRun.of(config, began).identity == f"run/{config.identity_hash()}/0", "that of version 0.1"
+
 
 def test_wandb_has_the_published_losses_as_flat_lines_over_the_whole_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
