@@ -489,7 +489,7 @@ def _losses_by_rate(study: Study) -> dict[tuple[str, str, bool], pd.Series[float
     rows = []
     for trial in study.trials:
         run, arm = trial.run, study.arms[trial.arm]
-        if run is None or trial.status not in ("completed", "diverged"):
+        if run is None or not trial.ended:
             continue
         if arm.role == "ablation" and not set(arm.varies) <= {rate, trick}:
             continue

@@ -293,7 +293,7 @@ def _seeds(study: Study) -> Iterator[Finding]:
     lacking: list[RecordedTrial] = []
     ended: dict[Cell, int] = {}
     for cell, members in cells.items():
-        missing = [trial for trial in members if trial.status not in ("completed", "diverged")]
+        missing = [trial for trial in members if not trial.ended]
         # `under_way` lists the cells that have not started.
         ended[cell] = len(members) - len(missing)
         lacking += missing if study.finished or ended[cell] else []

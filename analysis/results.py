@@ -265,7 +265,7 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
     verdicts: list[Verdict] = []
     sizes = model_sizes(study)
     # Of a study under way: the next sitting adds their seeds, so that they wait for their verdict.
-    waiting = {one.cell for one in study.reporting if study.planned and one.status not in ("completed", "diverged")}
+    waiting = {one.cell for one in study.reporting if study.planned and not one.ended}
     for model in study.models:
         cells = study.endpoints(study.baseline, model)
         if not cells:

@@ -77,6 +77,10 @@ class RecordedTrial:
         return MISSING if self.run is None else self.run.status
 
     @property
+    def ended(self) -> bool:
+        return self.status in ("completed", "diverged")
+
+    @property
     def loss(self) -> float:
         """Final validation loss in nats, NaN if there is none."""
         return float("nan") if self.run is None else self.run.final_val_loss
@@ -175,9 +179,7 @@ class Study:
         runs = {
             (trial.horizon, trial.seed): trial.run
             for trial in self.reporting
-            if trial.run is not None
-            and (trial.arm, trial.model) == (arm, model)
-            and trial.status in ("completed", "diverged")
+            if trial.run is not None and trial.ended and (trial.arm, trial.model) == (arm, model)
         }
         return [
             self._endpoints(arm, model, horizon, {seed: runs[horizon, seed] for _, seed in cells})

@@ -103,7 +103,7 @@ def tunings(study: Study) -> list[Tuning]:
     """Return the searches of a study, one for each arm, model and horizon with finished tuning trials."""
     cells: dict[Cell, list[RecordedTrial]] = {}
     for trial in study.tuning:
-        if trial.run is not None and trial.status in ("completed", "diverged"):
+        if trial.run is not None and trial.ended:
             cells.setdefault(trial.cell, []).append(trial)
     chosen = {trial.cell: trial.values for trial in study.reporting if trial.values}
     found = []

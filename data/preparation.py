@@ -28,7 +28,7 @@ from data.progress import Progress
 from data.sources import SampleSource, Source
 from data.tokenise import RECEIPTS, receipt_path
 from data.tokenizers import TOKENIZER_FILE, TokenizerSpec, gpt2, open_tokenizer
-from data.workers import Worker, run_requests
+from data.workers import Worker, run_requests, usable_cores
 
 PREPARATION_FILE = "preparation.json"  # the request and the versions of the libraries; not hashed
 LOCK_FILE = ".lock"
@@ -130,7 +130,7 @@ def prepare(
             with _exclusive(directory, display) as lock:
                 if not (directory / MANIFEST_FILE).exists():
                     _refuse_foreign(directory)
-                    _prepare(source, tokenizer, directory, workers or _usable_cores(), display, lock)
+                    _prepare(source, tokenizer, directory, workers or usable_cores(), display, lock)
         except OSError as error:
             raise cannot_write(error, directory) from error
         finally:
@@ -342,7 +342,3 @@ def _locked(descriptor: int, directory: Path) -> bool:
             "overwrite each other; prepare on a local disk (data.directory) and copy the directory"
         ) from error
     return True
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

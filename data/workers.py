@@ -143,3 +143,8 @@ def _ending(code: int) -> str:
     if code == -9:
         return "was killed (signal 9: usually out of memory)"
     return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+
+
+def usable_cores() -> int:
+    """Return the number of CPU cores that this process may use, fewer than the machine's in a job of a cluster."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -67,9 +67,8 @@ class TaskResult:
     version: str  # of the task
     lm_eval: str  # of the harness
     metrics: dict[str, Metric]
-    prompts_cut: int | None = (
-        None  # of all tasks evaluated together: longer than the model's context; None in earlier files
-    )
+    # Prompts of all tasks evaluated together that are longer than the model's context; None in earlier files.
+    prompts_cut: int | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:

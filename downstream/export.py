@@ -26,7 +26,6 @@ from downstream.inference import TrainedModel
 from models import GPT2
 from training.config import ConfigurationError
 from training.records import RunRecord
-from training.reliability.checkpoints import Checkpoint
 from training.secrets import redacted
 
 TRAINING_FILE = "training.json"
@@ -137,7 +136,6 @@ def describe(trained: TrainedModel) -> dict[str, Any]:
     line = evaluated.get(trained.step, {})
     environment = {} if trained.run is None else trained.run.environment
     git = environment.get("git", {})
-    state = Checkpoint(trained.checkpoint, verify=False).state
     began_with = _other_checkpoint(trained)
     tokens = trained.step * config.train.global_batch_size * config.train.sequence_length
     return {
@@ -145,12 +143,12 @@ def describe(trained: TrainedModel) -> dict[str, Any]:
         "step": trained.step,
         "began_with": began_with or identity["model"]["init_from"],
         "tokens": None if began_with else tokens,  # another run's steps may have had another batch
-        "val_loss": line.get("val_loss", state.val_loss),
+        "val_loss": line.get("val_loss", trained.state.val_loss),
         "val_bits_per_byte": line.get("val_bits_per_byte"),
         "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
         "seed": config.seed,
         "config": identity,
-        "data_manifest_sha256": state.data_manifest_sha256 or environment.get("data_manifest_sha256"),
+        "data_manifest_sha256": trained.data_manifest_sha256,
         "git_commit": git.get("commit"),
         "git_dirty": git.get("dirty"),
         "resumed_under": [] if trained.run is None else _resumed_under(trained.run, trained.step),

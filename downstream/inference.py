@@ -26,7 +26,7 @@ from training.compose import validate_recorded
 from training.config import ConfigurationError, RunConfig
 from training.corpus import token_directory_of
 from training.records import CONFIG_FILE, RecordError, RunRecord
-from training.reliability.checkpoints import MANIFEST_FILE, Checkpoint, CheckpointError, newest_valid
+from training.reliability.checkpoints import MANIFEST_FILE, Checkpoint, CheckpointError, RunState, newest_valid
 from training.reliability.run_directory import refuse_absent
 
 #: The errors of opening a run and using its model; each message is one line for the user.
@@ -42,6 +42,8 @@ class TrainedModel:
     config: RunConfig  # of the run that trained it
     checkpoint: Path
     step: int  # updates made
+    state: RunState  # of the checkpoint
+    data_manifest_sha256: str | None  # of the tokens that it was trained on
     run: RunRecord | None  # None for a checkpoint outside a run directory
     passed_over: tuple[str, ...]  # a line about each damaged newer checkpoint
 
@@ -105,7 +107,15 @@ def _open(path: Path, device: torch.device | str, tokens: Path | None, allow_cod
     tokenizer = _tokenizer_of(config, trained_on, tokens)
     model = _load(checkpoint, build_model(config.model, tokenizer.vocab_size))
     return TrainedModel(
-        model.to(device), tokenizer, config, checkpoint.directory, checkpoint.step, run, tuple(passed_over)
+        model.to(device),
+        tokenizer,
+        config,
+        checkpoint.directory,
+        checkpoint.step,
+        checkpoint.state,
+        trained_on,
+        run,
+        tuple(passed_over),
     )
 
 

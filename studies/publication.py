@@ -53,14 +53,14 @@ def publish(directory: Path, settings: TrackerConfig, warn: Callable[[str], None
     results = analyse(load_study([directory]))
     study, curves = results.study.name, by_trial(read_curves(directory))
     rows = [row for row in read_trials(directory) if row.summary and row.trial in curves]  # also those set aside since
-    contents = [(row.trial, _content(curves[row.trial])) for row in rows]
+    contents = {row.trial: content_hash(curves[row.trial]) for row in rows}
     revision = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:12]
     for earlier in (directory / "wandb").glob("offline-run-*"):
         shutil.rmtree(earlier)
     destination = None
     for row in rows:
         assert row.summary is not None
-        run = of_trial(study, row, curves[row.trial], settings, revision)
+        run = of_trial(study, row, contents[row.trial], settings, revision)
         tracker = WandbTracker(run, settings, directory, warn)
         for number, line in enumerate(line for line in lines_of(curves[row.trial]) if line["kind"] != "event"):
             tracker.log(line, number)
@@ -76,20 +76,20 @@ def publish(directory: Path, settings: TrackerConfig, warn: Callable[[str], None
     return Published(len(rows) + 1, destination, _save(page, destination))
 
 
-def _content(curve: pa.Table) -> str:
+def content_hash(curve: pa.Table) -> str:
     """Return a hash of the curve that a column without values does not change."""
     lines = [{key: value for key, value in line.items() if value is not None} for line in curve.to_pylist()]
     return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()
 
 
-def of_trial(study: str, row: TrialRow, curve: pa.Table, settings: TrackerConfig, revision: str) -> WandbRun:
-    """Describe a trial: job type the arm; study, arm, size, phase and horizon also as keys of the configuration."""
+def of_trial(study: str, row: TrialRow, content: str, settings: TrackerConfig, revision: str) -> WandbRun:
+    """Describe a trial with this `content_hash` of its curve: job type the arm; its place in the study also as configuration."""
     of_study = {"study": study, "arm": row.arm, "size": row.model, "phase": row.phase, "horizon": row.horizon}
     of_study["revision"] = revision
     of_study["cell"] = f"{label(row.arm)}, {row.horizon:,} steps"
     return WandbRun(
         name=row.trial,
-        identity=f"{study}/{row.trial}/{_content(curve)}",
+        identity=f"{study}/{row.trial}/{content}",
         group=settings.group or f"{study}-{row.model}",
         job_type=row.arm,
         tags=(study, row.arm, row.model, row.phase, *settings.tags),

@@ -85,14 +85,15 @@ def start_ranks(config: RunConfig) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from data.workers import usable_cores
+
     launcher = config.launcher
     assert not isinstance(launcher, SlurmLauncherConfig)
     ranks, nodes = launcher.nproc_per_node, launcher.nodes
     head = str(launcher.head) if nodes > 1 else "localhost:0"
     if failure := descriptors_failure(ranks):
         raise ConfigurationError(f"launcher.nproc_per_node={ranks}: {failure}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     launch = LaunchConfig(
         min_nodes=nodes,

@@ -149,7 +149,7 @@ def test_a_study_is_published_as_runs_with_its_curves_and_again_as_the_same_runs
     settings = compose(["tracker=wandb", "tracker.tags=[cpu]"]).tracker
     curves = by_trial(read_curves(study))
     for row in rows:
-        described = publication.of_trial("synthetic", row, curves[row.trial], settings, "1")
+        described = publication.of_trial("synthetic", row, publication.content_hash(curves[row.trial]), settings, "1")
         (begun,) = [one.run for one in wandb_records(study, described.id) if one.HasField("run")]
         assert (begun.run_group, begun.job_type) == (f"synthetic-{row.model}", "sophiag")
         assert {"synthetic", "reporting", "cpu"} <= set(begun.tags)
