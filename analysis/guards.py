@@ -292,11 +292,13 @@ def _seeds(study: Study) -> Iterator[Finding]:
         cells.setdefault(trial.cell, []).append(trial)
     lacking: list[RecordedTrial] = []
     ended: dict[Cell, int] = {}
-    for cell, members in cells.items():
-        missing = [trial for trial in members if not trial.ended]
-        # `under_way` lists the cells that have not started.
-        ended[cell] = len(members) - len(missing)
-        lacking += missing if study.finished or ended[cell] else []
+    open_ = {cell: [trial for trial in members if not trial.ended] for cell, members in cells.items()}
+    # While a study is under way, a cell waits for its seeds, unless the verdict has no other; the baseline's curve uses all.
+    whole = {cell[:2] for cell, missing in open_.items() if not missing and not study.finished}
+    whole -= {cell[:2] for cell in open_ if cell[0] == study.baseline}
+    for cell, missing in open_.items():
+        ended[cell] = len(cells[cell]) - len(missing)
+        lacking += missing if study.finished or (ended[cell] and cell[:2] not in whole) else []
     if lacking:
         told = "; ".join(f"{_where(trial.cell)}: seed {trial.seed} {trial.status}" for trial in lacking)
         why = "The number of seeds was fixed beforehand; a verdict on fewer is provisional"
@@ -372,13 +374,13 @@ def _both_beyond(study: Study, found: Sequence[Edge]) -> Iterator[str]:
             other = of_baseline.get((edge.model, edge.key, one.value, one.horizon))
             if edge.arm == study.baseline or other is None:
                 continue
-            place = edge.model, one.horizon
-            beyond = contrast(ends[one.ablation, *place], ends[other, *place], 0.95)
-            at = contrast(ends[edge.arm, *place], ends[study.baseline, *place], 0.95)
+            place, level = (edge.model, one.horizon), study.corrected_level(edge.model)
+            beyond = contrast(ends[one.ablation, *place], ends[other, *place], level)
+            at = contrast(ends[edge.arm, *place], ends[study.baseline, *place], level)
             if isinstance(beyond, Contrast) and beyond.interval and isinstance(at, Contrast) and at.interval:
                 yield (
                     f"{label(edge.arm)} minus {label(study.baseline)} after {one.horizon:,} steps is {beyond.interval.text} "
-                    f"with {edge.key}={short(one.value)}, {at.interval.text} at the edge"
+                    f"with {edge.key}={short(one.value)}, {at.interval.text} at the edge ({100 * level:.3g}% intervals)"
                 )
 
 

@@ -321,7 +321,7 @@ def _lead(results: Results, model: str) -> Paragraph:
         scale = [f"{size / 1e6:,.1f}M parameters", *scale, f"{tokens / size:.2g} tokens per parameter"]
     return Paragraph(
         f"{arms}. The paper's 2×: {claimed}. Differences of final loss in nats, {_seeds(seeds)}, "
-        f"{100 * results.level(model):.3g}% intervals.",
+        f"{100 * results.study.corrected_level(model):.3g}% intervals.",
         f"{model}, after {end.horizon:,} steps ({', '.join(scale)})",
     )
 

@@ -198,10 +198,6 @@ class Results:
     def sentences(self) -> list[str]:
         return [one.sentence(self.study.baseline) for one in self.verdicts]
 
-    def level(self, model: str) -> float:
-        """Return the level of the intervals on a model: the study's, corrected (Bonferroni) for the number of arms."""
-        return corrected_level(self.study, model)
-
     def as_json(self) -> dict[str, Any]:
         """Return JSON values; runs are named by their trial or, without a study, by their directory."""
         cell = ("arm", "model", "horizon")
@@ -275,7 +271,7 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
         except ValueError as error:
             findings.append(Finding("baseline", "serious", f"{model}: the baseline cannot be used", str(error)))
             continue
-        level = corrected_level(study, model)
+        level = study.corrected_level(model)
         whole = [end for end in cells if (study.baseline, model, end.horizon) not in waiting]
         horizons = {end.horizon for end in whole or cells}
         for arm in study.arm_names("arm", "ablation"):
@@ -353,12 +349,6 @@ def _no_baseline(study: Study) -> str:
         f"another baseline (arms: {', '.join(study.arms) or 'none'})"
         + (f"; damaged: {study.left_out}" if study.damaged else "")
     )
-
-
-def corrected_level(study: Study, model: str) -> float:
-    """Return 1 - (1 - level) / m, for the m arms of the study with reported runs on a model."""
-    arms = sum(bool(study.endpoints(arm, model)) for arm in study.arm_names() if arm != study.baseline)
-    return 1 - (1 - study.level) / max(arms, 1)
 
 
 def _verdict(own: Sequence[Compared], horizons: Collection[int], size: float) -> Verdict:

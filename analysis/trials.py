@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from analysis.colours import label
 from analysis.comparison import Endpoints
 from analysis.runs import Origin, RecordedRun, flatten, load_each, runs_of_rows
 from analysis.trial_tables import MISSING, TRIALS_FILE, Phase, TrialRow, leaves, read_curves, read_trials
@@ -38,7 +40,8 @@ class Arm:
 
     An ablation is reported like an arm but is not part of the verdict: it inherits its hyper-parameters from the arm that
     it varies. `search` maps a configuration key ("optimizer.lr", "optimizer.betas[0]") to its search space; `budget` is
-    the number of trials of the full search, `budgets` that of each (model, horizon).
+    the number of trials of the full search, `budgets` that of each (model, horizon), and `seeds` the number of its reported
+    runs.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Arm:
     of: str | None = None  # the arm that an ablation varies
     varies: tuple[str, ...] = ()  # the keys that an ablation varies
     budgets: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    seeds: Mapping[tuple[str, int], int] = field(default_factory=dict)
 
     def granted(self, model: str, horizon: int) -> int | None:
         """Return the tuning budget on a model at a horizon; None if there is no search or it is unknown."""
@@ -142,14 +146,24 @@ class Study:
             return ""
         done = sum(trial.run is not None for trial in self.trials)
         of = "" if self.trials_at_most is None else f" of at most {self.trials_at_most:,}"
-        reported = {trial.arm for trial in self.reporting if trial.run is not None}
-        models = {model for arm in self.arms.values() for model, _ in arm.budgets} - {*self.models}
-        missing = sorted(models)
-        missing += [name for name, arm in self.arms.items() if arm.role == "arm" and name not in reported]
-        ablations = sum(arm.role == "ablation" and name not in reported for name, arm in self.arms.items())
-        missing += [f"{ablations} ablation{'s' if ablations > 1 else ''}"] if ablations else []
+        ablations = {name for name, arm in self.arms.items() if arm.role == "ablation"}
+        ablations -= {trial.arm for trial in self.reporting if trial.run is not None}
+        missing = [*self._lacking(), *([f"{len(ablations)} ablation{'s'[: len(ablations) > 1]}"] if ablations else [])]
         text = f"The study is under way: {done:,}{of} trials are on record, and what is said here may change."
-        return f"{text} Not reported yet: {', '.join(missing)}." if missing else text
+        return f"{text} Not reported yet: {'; '.join(missing)}." if missing else text
+
+    def _lacking(self) -> Iterator[str]:
+        """Name the models without a reported run, then the arms whose seeds have not all ended, by model and horizon."""
+        ended = Counter(trial.cell for trial in self.reporting if trial.ended)
+        planned = {(name, *cell): n for name, arm in self.arms.items() for cell, n in arm.seeds.items()}
+        yield from sorted({model for _, model, _ in planned} - {*self.models})
+        lacking: dict[tuple[str, int], list[str]] = {}
+        for (arm, model, horizon), seeds in planned.items():
+            if model in self.models and (n := seeds - ended[arm, model, horizon]) > 0:
+                of = f" ({n} of {seeds} seeds)" if n < seeds else ""
+                lacking.setdefault((model, horizon), []).append(f"{label(arm)}{of}")
+        for (model, horizon), arms in sorted(lacking.items()):
+            yield f"{', '.join(arms)} on {model} after {horizon:,} steps"
 
     @property
     def models(self) -> list[str]:
@@ -185,6 +199,11 @@ class Study:
             self._endpoints(arm, model, horizon, {seed: runs[horizon, seed] for _, seed in cells})
             for horizon, cells in itertools.groupby(sorted(runs), key=lambda cell: cell[0])
         ]
+
+    def corrected_level(self, model: str) -> float:
+        """Return 1 - (1 - level) / m, for the m arms but the baseline with reported runs on a model (Bonferroni)."""
+        arms = sum(bool(self.endpoints(arm, model)) for arm in self.arm_names() if arm != self.baseline)
+        return 1 - (1 - self.level) / max(arms, 1)
 
     def _endpoints(self, arm: str, model: str, horizon: int, by_seed: Mapping[int, RecordedRun]) -> Endpoints:
         runs, times = by_seed.values(), self.reference_times
@@ -337,20 +356,24 @@ def _seeds(directory: Path) -> frozenset[int] | None:
 def _arms(spec: _Spec) -> dict[str, Arm]:
     arms = {}
     for name, arm in spec.arms.items():
-        granted = spec.plan.budgets.get(name, {})
         arms[name] = Arm(
             name=name,
             # study.yaml omits the default scale of a range.
             search={key: {"scale": "log", **space} if "low" in space else space for key, space in arm.search.items()},
             budget=spec.tuning.trials if arm.search else None,
             method=spec.tuning.method,
-            budgets={(model, int(steps)): n for model, of_one in granted.items() for steps, n in of_one.items()},
+            budgets=_by_cell(spec.plan.budgets.get(name, {})),
+            seeds=_by_cell(spec.plan.seeds.get(name, {})),
         )
     for name, ablation in spec.ablations.items():
         keys = [override.lstrip("+").split("=")[0] for override in ablation.overrides]
         keys += [key.split("[")[0] for key in ablation.values]
         arms[name] = Arm(name, role="ablation", of=ablation.of, varies=tuple(dict.fromkeys(keys)))
     return arms
+
+
+def _by_cell(numbers: Mapping[str, Mapping[str, int]]) -> dict[tuple[str, int], int]:
+    return {(model, int(steps)): n for model, of_one in numbers.items() for steps, n in of_one.items()}
 
 
 def _searched(row: TrialRow, spec: _Spec) -> dict[str, Any]:
@@ -388,7 +411,8 @@ class _ReadRerun(Form):
 
 class _ReadPlan(Form):
     trials_at_most: int | None = None
-    budgets: dict[str, dict[str, dict[str, int]]] = Field(default_factory=dict)
+    budgets: dict[str, dict[str, dict[str, int]]] = Field(default_factory=dict)  # by arm, model and horizon
+    seeds: dict[str, dict[str, dict[str, int]]] = Field(default_factory=dict)
 
 
 class _Spec(Form):

@@ -238,7 +238,7 @@ def _load_model(directory: Path, precision: str, device: str) -> tuple[Any, Any]
 
 
 def _refuse_code(directory: Path) -> None:
-    """Refuse custom code, about which transformers would ask on the terminal.
+    """Refuse custom code, in whose place transformers would load a class of its own without a word, or none.
 
     Raises:
         ConfigurationError: a file of the directory names code to run with the model.

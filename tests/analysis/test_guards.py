@@ -150,7 +150,8 @@ def report_a_tuning_seed(doctor: Doctor) -> None:
 
 
 def lose_a_seed(doctor: Doctor) -> None:
-    doctor.runs["sophiag", "reporting", 200, 3]["missing"] = True
+    for horizon in (100, 200):
+        doctor.runs["sophiag", "reporting", horizon, 3]["missing"] = True
 
 
 def diverge_a_reported_run(doctor: Doctor) -> None:
@@ -538,6 +539,7 @@ def test_where_both_arms_ran_beyond_their_edges_their_difference_there_is_told(d
     assert apart[0] == pytest.approx(apart[1] - 0.018)
     text = f" With both beyond it: Sophia-G minus AdamW after 200 steps is {apart[0]:+.3f} ["
     assert text in finding.detail
+    assert "at the edge (95% intervals)." in finding.detail  # of one arm; of two, 97.5%
     assert f"with optimizer.weight_decay=0.8, {apart[1]:+.3f} [" in finding.detail
 
 
@@ -644,6 +646,14 @@ def test_a_finding_counts_once_however_many_cells_it_concerns(doctor: Doctor) ->
     (finding,) = doctor.write()
     assert finding.title == "Planned seeds have not ended: AdamW 2, Sophia-G 2"
     assert "Sophia-G, tiny, 200 steps: seed 3 missing" in finding.detail
+
+
+def test_a_cell_under_way_puts_no_verdict_in_doubt_that_does_not_use_it(doctor: Doctor) -> None:
+    doctor.runs["sophiag", "reporting", 200, 3]["missing"] = True
+    assert [one for one in doctor.write() if one.guard == "seeds"] == []
+    verdict = analyse(load_study([doctor.directory])).verdict("sophiag", "tiny")
+    assert verdict.at is not None
+    assert verdict.at.endpoints.horizon == 100
 
 
 def test_a_diverged_ablation_does_not_put_a_verdict_in_doubt(doctor: Doctor) -> None:

@@ -45,7 +45,7 @@ def test_the_verdict_is_at_the_longest_common_horizon_and_the_claim_at_the_longe
 def test_ablations_are_compared_but_have_no_verdict_and_no_part_in_the_family(results: Results) -> None:
     assert {one.arm for one in results.verdicts} == {"lion", "sophiag"}
     assert any(one.endpoints.arm == "sophiag_k100" for one in results.compared)
-    assert results.level("tiny") == 1 - 0.05 / 2
+    assert results.study.corrected_level("tiny") == 1 - 0.05 / 2
     one = next(one for one in results.ablations if one.arm == "sophiag_k100")
     assert one.interval is not None
     assert one.interval.level == 0.95

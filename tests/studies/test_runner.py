@@ -229,8 +229,18 @@ def test_an_interrupted_study_lists_what_is_missing(spec: StudySpec, finished: P
     assert study.under_way.startswith(
         f"The study is under way: {sum(t.run is not None for t in study.trials)} of at most"
     )
-    assert study.under_way.endswith("Not reported yet: gpt2_micro, 1 ablation.")
+    assert study.under_way.endswith("Not reported yet: gpt2_micro; 1 ablation.")
     assert study.under_way in (write_report(analyse(study), finished.records).markdown.read_text())
+    gone = ("sophiag", 50, (1, 2)), ("adamw", 50, (1,))
+    rows = [
+        row
+        for row in read_trials(finished.records)
+        if not any((row.arm, row.horizon) == (arm, steps) and row.seed in seeds for arm, steps, seeds in gone)
+    ]
+    write_trials(finished.records, rows)
+    run_study(spec, finished, FakeMachine(stop_after=0), log=silent)
+    cell = "AdamW (1 of 3 seeds), Sophia-G (2 of 3 seeds) on gpt2_nano after 50 steps"
+    assert load_study([finished.records]).under_way.endswith(f"Not reported yet: gpt2_micro; {cell}; 1 ablation.")
 
 
 def test_more_trials_than_a_retuning_was_granted_are_found_in_the_records(spec: StudySpec, finished: Places) -> None:
