@@ -2,8 +2,8 @@
 
 **Contrasts.** Runs of one seed start from the same weights and see the same data, so final losses are compared as
 differences within a seed, with Student's t on the contrast's own seeds. Variances differ between arms and horizons by
-factors of thirty; none is pooled. All intervals on a model have one level, 1 - (1 - `level`) / m for m arms (Bonferroni),
-and a verdict says whether that interval excludes zero: the two cannot contradict each other.
+factors of 20 to 800 (docs/report.md); none is pooled. All intervals on a model have one level, 1 - (1 - `level`) / m for m
+arms (Bonferroni), and a verdict says whether that interval excludes zero: the two cannot contradict each other.
 
 **Ratios.** An arm that ends at loss L after D tokens is D'/D times as fast, if the baseline needs D' tokens for L. Between the
 baseline's horizons its loss is a power law plus the interpolated deviations of the observed means from it, so that at a

@@ -12,7 +12,8 @@
     python scripts/study.py compact study=cpu_scale             add finished runs to the tables while the study runs
     python scripts/study.py verify study=cpu_scale              rerun one trial of each arm and compare the curves
     python scripts/study.py verify study=cpu_scale --trials <trial> ...      rerun these trials
-    python scripts/study.py verify study=mine allow_code=true   also trials whose optimizer.factory you trust
+    python scripts/study.py verify study=mine allow_code=true   also trials whose optimizer.factory or model.architecture you
+                                                                trust
     python scripts/study.py report study=cpu_scale              HTML, Markdown, JSON
     python scripts/study.py sweep study=cpu_scale               W&B sweep files
 

@@ -4,13 +4,14 @@ Yao, Gholami, Shen, Mustafa, Keutzer and Mahoney, "AdaHessian: An Adaptive Secon
 AAAI 2021. This implementation omits spatial averaging, which depends on the layer type and mixes coordinates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sophia.elementwise import (
+    COUNTS,
     SMALLEST,
     CurvatureOptimizer,
     ParamsT,
@@ -85,6 +86,7 @@ class AdaHessian(CurvatureOptimizer):
     """
 
     _state_names = ("step", "exp_avg", "hessian", "hessian_step")
+    _without_curvature = ("makes AdaHessian divide by eps alone", "")
 
     def __init__(
         self,
@@ -129,7 +131,7 @@ class AdaHessian(CurvatureOptimizer):
         self,
         num_predictions: None = None,
         *,
-        estimates: Sequence[Tensor | None] | None = None,
+        estimates: Iterable[Tensor | None] | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         """Fold ĥ of each parameter into v. Arguments as in `Sophia`, but `num_predictions` raises TypeError."""
@@ -148,19 +150,26 @@ class AdaHessian(CurvatureOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, as in `Sophia`."""
         loss = evaluated(closure)
-        for group, params, grads, states, amp in self._with_gradients():
+        work, counted = self._with_gradients(), self._is_a_step()
+        for group, params, grads, states, amp in work:
             self._begins_step(params)
-            advance(states, "step", amp.found_inf)
+            if counted:
+                advance(states, "step", amp.found_inf)
             (beta1, beta2), eps = group["betas"], group["eps"]
-            for p, grad, state in zip(params, grads, states, strict=True):
+            for same in _by_counts(states):
                 # At count 0, m or v is zero, and dividing by the correction of count 1 avoids 0/0.
-                correction1 = 1 - beta1 ** state["step"].double().clamp_min(1)
-                correction2 = 1 - beta2 ** state["hessian_step"].double().clamp_min(1)
-                apply(
-                    adahessian_update,
-                    [[p], [grad], [state["exp_avg"]], [state["hessian"]]],
-                    [group["lr"], beta1, eps, group["weight_decay"], correction1, correction2],
-                    self._form,
-                    amp,
-                )
+                t, n = (states[same[0]][name].double().clamp_min(1) for name in COUNTS)
+                rows = [(params[i], grads[i], states[i]["exp_avg"], states[i]["hessian"]) for i in same]
+                hyper = [group["lr"], beta1, eps, group["weight_decay"], 1 - beta1**t, 1 - beta2**n]
+                apply(adahessian_update, list(zip(*rows, strict=True)), hyper, self._form, amp)
         return loss
+
+
+def _by_counts(states: Sequence[dict[str, Tensor]]) -> Iterable[list[int]]:
+    """Group the indices of states with the same counts; counts on a device, which are not read, are alone."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, state in enumerate(states):
+        counts = [state[name] for name in COUNTS]
+        known = all(count.device.type == "cpu" for count in counts)
+        groups.setdefault(tuple(map(float, counts)) if known else ("on a device", index), []).append(index)
+    return groups.values()

@@ -76,8 +76,11 @@ class UnclippedAlarm:
     """
 
     def __init__(self, hessian_interval: int) -> None:
-        if hessian_interval < 1:
-            raise ValueError(f"hessian_interval = {hessian_interval}, expected an integer >= 1: the k of the optimizer")
+        if hessian_interval is None or hessian_interval < 1:
+            raise ValueError(
+                f"hessian_interval = {hessian_interval}, expected an integer >= 1: the k of the optimizer; without curvature, "
+                "no coordinate is ever unclipped"
+            )
         self.hessian_interval = hessian_interval
         self._zero_since: int | None = None
         self._told = False

@@ -106,13 +106,25 @@ class ElementwiseOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim, but the state keeps its dtype (float32 for half precision) and the counts their device."""
-        super().load_state_dict(state_dict)
+        loaded: dict[str, Any] = {}
+        hooks = [  # the last before loading, which sees what others made of the state_dict, and the first after it
+            self.register_load_state_dict_pre_hook(lambda _, changed: loaded.update(changed)),
+            self.register_load_state_dict_post_hook(lambda _: self._restore(loaded), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _restore(self, state_dict: Mapping[str, Any]) -> None:
+        """Set the entries that torch.optim would convert to the dtype or the device of the parameter."""
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved, params, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
                 if key in COUNTS:
-                    self.state[p][key] = value.clone()
+                    self.state[p][key] = value.clone() if isinstance(value, Tensor) else _count(value)
                 elif p.dtype in HALF:
                     self.state[p][key] = value.to(device=p.device, dtype=torch.float32)
 
@@ -138,7 +150,7 @@ class ElementwiseOptimizer(Optimizer):
         state: dict[str, Tensor] = self.state[p]
         for name in self._state_names:
             if name not in state:
-                state[name] = torch.zeros((), dtype=torch.float32) if name in COUNTS else _zeros_like(p)
+                state[name] = _count(0) if name in COUNTS else _zeros_like(p)
         return state
 
     def _amp(self, device: torch.device) -> Amp:
@@ -161,16 +173,34 @@ class CurvatureOptimizer(ElementwiseOptimizer):
     """
 
     _state_names: tuple[str, ...] = ("step", "exp_avg", "hessian")
+    _starts_with_curvature = True  # whether the first refresh belongs before the first step
+    _without_curvature = (
+        "makes Sophia momentum-sign descent",
+        "; hessian_interval=None is for a run without curvature",
+    )
 
     def _set_transient_attributes(self) -> None:
         self._round: dict[int, int] = {}  # id(parameter) -> coordinates, since the start of the training step
         self._counts: list[Tensor] = []  # results of the rules in this training step
         self._steps_since_refresh = 0
-        self._untouched = self._warned = False
+        self._bare = True  # no curvature, and no state that was there before the first step
+        self._stepped = self._warned = False
 
     def _with_gradients(self) -> Iterator[Work]:
-        self._untouched = not self.state  # no step, no curvature, no state loaded
+        self._bare &= self._stepped or not any(self.state.values())
+        self._stepped = True
         return super()._with_gradients()
+
+    def _is_a_step(self) -> bool:
+        """Return whether a step is more than a way to have a state, as that of torch.distributed.checkpoint is.
+
+        That is a first step with a rate and gradients of zero, which changes nothing; `step` stays zero.
+        """
+        groups = self.param_groups
+        if not self._bare or any(self.state.values()) or any(group["lr"] != 0 for group in groups):
+            return True
+        grads = (p.grad for group in groups for p in group["params"] if p.grad is not None)
+        return _any(grad != 0 for grad in grads)
 
     @property
     def numel(self) -> int:
@@ -199,16 +229,15 @@ class CurvatureOptimizer(ElementwiseOptimizer):
     def _warn_without_curvature(self, interval: int) -> None:
         """Warn at a first step without curvature, and when a refresh is overdue; once until the next refresh."""
         without = self._steps_since_refresh
-        # torch.distributed.checkpoint makes a step at rate 0 to have a state into which it can load.
-        first = self._untouched and any(group["lr"] != 0 for group in self.param_groups)
+        first = self._bare and self._starts_with_curvature and any(group["lr"] != 0 for group in self.param_groups)
         if not first and without <= interval:
             return
         self._warned = True
+        effect, way_out = self._without_curvature
         warnings.warn(
             f"{without} step{'s' * (without > 1)} without update_hessian(), expected one before the first step and every "
-            f"hessian_interval = {interval} steps: the curvature is stale, or zero if it was never set, which makes Sophia "
-            "momentum-sign descent. Call update_hessian() when hessian_due is true; hessian_interval=None is for a run "
-            "without curvature.",
+            f"hessian_interval = {interval} steps: the curvature is stale, or zero if it was never set, which {effect}. "
+            f"Call update_hessian() when hessian_due is true{way_out}.",
             RuntimeWarning,
             stacklevel=7,
         )
@@ -216,7 +245,7 @@ class CurvatureOptimizer(ElementwiseOptimizer):
     def _curvature(
         self,
         num_predictions: int | Tensor | None,
-        estimates: Sequence[Tensor | None] | None,
+        estimates: Iterable[Tensor | None] | None,
         grad_scaler: torch.amp.GradScaler | None,
     ) -> Iterator[Work]:
         """Check the arguments and yield the work of a refresh: gradients if num_predictions is given, else estimates.
@@ -239,7 +268,7 @@ class CurvatureOptimizer(ElementwiseOptimizer):
             _check_num_predictions(num_predictions)
             values = _gradients(params)
         else:
-            values = _checked_estimates(params, estimates)
+            values = _checked_estimates(params, list(estimates))
         scale: Tensor | None = None
         if grad_scaler is not None and grad_scaler.is_enabled():
             if not _all_finite(values.values()):
@@ -251,10 +280,10 @@ class CurvatureOptimizer(ElementwiseOptimizer):
                     stacklevel=5,
                 )
                 return
-            scale = torch.tensor(grad_scaler.get_scale())
+            scale = torch.tensor(grad_scaler.get_scale(), device="cpu")
         yield from self._work(values, scale)
         self._steps_since_refresh = 0
-        self._warned = False
+        self._bare = self._warned = False
 
 
 def evaluated(closure: Callable[[], Any] | None) -> Any:
@@ -275,11 +304,16 @@ def advance(states: list[dict[str, Tensor]], key: str, found_inf: Tensor | None)
             state[key] = state[key].to(found_inf.device, non_blocking=True)
     counts = [state[key] for state in states]
     if counts[0].device.type == "cpu":  # as torch.optim: a Python number would become a new tensor for each count
-        torch._foreach_add_(counts, torch.ones(()))
+        torch._foreach_add_(counts, _count(1))
     else:
         torch._foreach_add_(counts, 1)
     if found_inf is not None:
         torch._foreach_sub_(counts, [found_inf.to(counts[0].dtype)] * len(counts))
+
+
+def _count(value: float) -> Tensor:
+    """Return a count as it starts: on the CPU, whatever the default device."""
+    return torch.tensor(float(value), dtype=torch.float32, device="cpu")
 
 
 def _zeros_like(p: Tensor) -> Tensor:
@@ -337,6 +371,11 @@ def _checked_estimates(params: Sequence[Tensor], estimates: Sequence[Tensor | No
                 f"the estimate for parameter {index} has shape {tuple(estimate.shape)}, expected {tuple(p.shape)}: "
                 "give the estimates in the order of the parameters"
             )
+        if estimate.device != p.device or estimate.layout is not torch.strided:
+            raise ValueError(
+                f"the estimate for parameter {index} of shape {tuple(p.shape)} is on {estimate.device} with layout "
+                f"{estimate.layout}, expected a dense tensor on {p.device}: use .to({str(p.device)!r}) or .to_dense()"
+            )
         if isinstance(p, DTensor) != isinstance(estimate, DTensor):
             raise TypeError(
                 f"the estimate for parameter {index} is a {type(estimate).__name__}, expected a {type(p).__name__} "
@@ -348,9 +387,13 @@ def _checked_estimates(params: Sequence[Tensor], estimates: Sequence[Tensor | No
 
 
 def _all_finite(values: Iterable[Tensor]) -> bool:
-    """Return whether every value is finite, on all ranks that share a DTensor. Synchronizes the device."""
-    bad = [value.isfinite().logical_not().sum() for value in values]
-    return not any(int(count.full_tensor() if isinstance(count, DTensor) else count) for count in bad)
+    return not _any(value.isfinite().logical_not() for value in values)
+
+
+def _any(masks: Iterable[Tensor]) -> bool:
+    """Return whether a mask has a true entry, on all ranks that share a DTensor. Synchronizes the device."""
+    counts = [mask.sum() for mask in masks]
+    return any(int(count.full_tensor() if isinstance(count, DTensor) else count) for count in counts)
 
 
 def _check_num_predictions(num_predictions: object) -> None:
@@ -360,6 +403,8 @@ def _check_num_predictions(num_predictions: object) -> None:
                 f"num_predictions is a tensor of shape {tuple(num_predictions.shape)}, expected an integer or a 0-D "
                 "tensor: the number of sampled tokens"
             )
+        if num_predictions.dtype == torch.bool:
+            raise ValueError("num_predictions is a tensor of dtype torch.bool, expected the number of sampled tokens")
     elif not _is_integer(num_predictions) or num_predictions < 1:
         raise ValueError(
             f"num_predictions = {num_predictions!r}, expected an integer >= 1: the number of tokens (not sequences) "
@@ -368,29 +413,32 @@ def _check_num_predictions(num_predictions: object) -> None:
 
 
 def check_number(
-    group: Mapping[str, Any], name: str, remedy: str, *, positive: bool = False, least: float = 0.0
+    group: dict[str, Any], name: str, remedy: str, *, positive: bool = False, least: float = 0.0, tensor: bool = True
 ) -> None:
     """Raise ValueError unless group[name] is a finite number >= least, or > 0 if `positive`.
 
-    A 0-D tensor is not checked: reading it would stall the device.
+    A 0-D tensor, if one may be given, is not checked: reading it would stall the device. NumPy's numbers become float:
+    torch.load refuses them in a state_dict.
     """
     value = group[name]
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and tensor:
         if value.dim() != 0:
             raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}, expected a number or a 0-D tensor")
         return
     if not _is_number(value) or not least <= value < math.inf or (positive and value == 0):
         raise ValueError(f"{name} = {value!r}, expected a number {'> 0' if positive else f'>= {least:.3g}'}: {remedy}")
+    group[name] = _plain(value)
 
 
-def check_betas(group: Mapping[str, Any]) -> None:
-    """Raise ValueError unless group["betas"] is a pair of numbers in [0, 1)."""
+def check_betas(group: dict[str, Any]) -> None:
+    """Raise ValueError unless group["betas"] is a pair of numbers in [0, 1). NumPy's numbers become float."""
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas = {betas!r}, expected a pair such as (0.96, 0.99)")
     for index, beta in enumerate(betas):
         if not _is_number(beta) or not 0 <= beta < 1:
             raise ValueError(f"betas[{index}] = {beta!r}, expected a number in [0, 1): 1 would ignore all new values")
+    group["betas"] = (tuple if isinstance(betas, tuple) else list)(map(_plain, betas))
 
 
 def check_interval(group: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -414,6 +462,10 @@ def check_interval(group: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -
 
 def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _plain(value: float) -> float:
+    return value if type(value) in (int, float) else float(value)
 
 
 def _is_number(value: object) -> bool:

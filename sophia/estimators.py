@@ -4,15 +4,18 @@ Labels are a function of (seed, step, global position), Hutchinson's noise of (s
 neither depends on micro-batches or ranks (`sophia.random`).
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sophia.elementwise import HALF
 from sophia.likelihoods import Categorical, Likelihood
 from sophia.random import generators_kept, normals_like
 
@@ -23,7 +26,7 @@ def gauss_newton_bartlett(
     seed: int,
     step: int,
     positions: Tensor | None = None,
-    total_predictions: int | None = None,
+    total_predictions: float | None = None,
     likelihood: Likelihood = Categorical(),  # noqa: B008 frozen
     grad_scaler: torch.amp.GradScaler | None = None,
 ) -> int:
@@ -42,10 +45,11 @@ def gauss_newton_bartlett(
         outputs_fn: returns the model's outputs: logits (…, V) for the default likelihood.
         seed: seed of the labels.
         step: the training step.
-        positions: int64, in the shape of the logits without their last dimension: the global index of each prediction
+        positions: integers, in the shape of the logits without their last dimension: the global index of each prediction
             in this step's estimate, which determines its label. Negative positions are ignored. Default: 0, 1, 2, …,
             for an estimate that is a single call on a single rank.
-        total_predictions: N, the divisor of the summed loss. Default: the number of predictions in this call.
+        total_predictions: N, the divisor of the summed loss. Default: the number of predictions in this call. If it is
+            given, a call may have none: its gradient is zero, and its backward takes part in that of the other ranks.
         likelihood: the distribution that the training loss is the likelihood of (`sophia.likelihoods`).
         grad_scaler: scales the loss, for float16; pass the same one to `update_hessian`.
 
@@ -53,13 +57,18 @@ def gauss_newton_bartlett(
         The number of predictions in this call.
 
     Raises:
-        TypeError: `outputs_fn` does not return a tensor.
-        ValueError: positions have the wrong shape, or there is nothing to predict, or there are no positions and
-            total_predictions is larger than the number of predictions or torch.distributed has several ranks.
+        TypeError: `outputs_fn` does not return a tensor, or positions are not integers.
+        ValueError: positions have the wrong shape, or there is nothing to predict, or total_predictions is not above
+            zero, or there are no positions and total_predictions is larger than the number of predictions or
+            torch.distributed has several ranks.
     """
+    _check_total(total_predictions)
     outputs, positions = _predictions(_outputs(outputs_fn), positions, likelihood, total_predictions)
-    labels = likelihood.sample(outputs.detach(), positions, seed, step)
-    loss = likelihood.loss_sum(outputs, labels) / (total_predictions or len(outputs))
+    if len(outputs) == 0:
+        loss = outputs.sum()
+    else:
+        labels = likelihood.sample(outputs.detach(), positions, seed, step)
+        loss = likelihood.loss_sum(outputs, labels) / (total_predictions or len(outputs))
     _backward(loss, grad_scaler)
     return len(outputs)
 
@@ -69,7 +78,7 @@ def empirical_fisher(
     targets: Tensor,  # (…) int64, the logits without their last dimension
     *,
     ignore_index: int = -100,
-    total_predictions: int | None = None,
+    total_predictions: float | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
 ) -> int:
     """Add the gradient of the mean *training* loss to .grad and return N, for ĥ = N · g ⊙ g: an ablation.
@@ -79,8 +88,10 @@ def empirical_fisher(
 
     Raises:
         TypeError: `outputs_fn` does not return a tensor.
-        ValueError: targets have the wrong shape, or there is nothing to predict.
+        ValueError: targets have the wrong shape, or total_predictions is not above zero or, without it, there is nothing
+            to predict.
     """
+    _check_total(total_predictions)
     logits = _outputs(outputs_fn)
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
@@ -88,7 +99,7 @@ def empirical_fisher(
         )
     kept = targets != ignore_index
     n = int(kept.sum())
-    if n == 0:
+    if n == 0 and total_predictions is None:
         raise ValueError(f"nothing to predict: every target is ignore_index = {ignore_index} or the batch is empty")
     loss = F.cross_entropy(_in_full_precision(logits[kept]), targets[kept], reduction="sum") / (total_predictions or n)
     _backward(loss, grad_scaler)
@@ -103,6 +114,7 @@ def hutchinson(
     step: int,
     names: Sequence[str] | None = None,
     buffers: Iterable[Tensor] = (),
+    grad_scaler: torch.amp.GradScaler | None = None,
 ) -> list[Tensor | None]:
     """Return ĥ = u ⊙ (∇²L u) with u ~ N(0, I), by double backward (Liu et al. 2024, Algorithm 1).
 
@@ -121,6 +133,7 @@ def hutchinson(
         step: the training step.
         names: names of the parameters, which key the noise. Default: "0", "1", ….
         buffers: tensors to restore afterwards; pass `model.buffers()` to keep BatchNorm's running statistics unchanged.
+        grad_scaler: scales the loss, for float16, and ĥ with it; pass the same one to `update_hessian`.
 
     Returns:
         ĥ for each parameter, in its shape and dtype; zeros if the loss does not depend on it, None if it is frozen
@@ -128,13 +141,16 @@ def hutchinson(
 
     Raises:
         TypeError: `loss_fn` does not return a loss.
-        ValueError: all parameters are frozen, or `names` do not fit.
+        ValueError: all parameters are frozen, the loss depends on none of them, or `names` do not fit.
     """
     everything = list(params)
     params, noise = _trained_with_noise(everything, seed, step, names)
     with _put_back(buffers), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-        grads = torch.autograd.grad(_loss(loss_fn), params, create_graph=True, materialize_grads=True)
-        curved = [(grad, u) for grad, u in zip(grads, noise, strict=True) if grad.requires_grad]
+        loss = _loss(loss_fn)
+        scaled = loss if grad_scaler is None else grad_scaler.scale(loss)
+        grads = torch.autograd.grad(scaled, params, create_graph=True, allow_unused=True)
+        _check_dependence(grads)
+        curved = [(grad, u) for grad, u in zip(grads, noise, strict=True) if grad is not None and grad.requires_grad]
         if not curved:  # linear in all of them
             return _with_frozen(everything, [torch.zeros_like(p) for p in params])
         products = torch.autograd.grad([g for g, _ in curved], params, [u for _, u in curved], materialize_grads=True)
@@ -158,7 +174,8 @@ def hutchinson_differences(
     product by about 1e-3 in relative norm: the truncation error falls as δ², the rounding error grows as 1/δ. If all
     weights are zero, δ = relative_step.
 
-    `loss_fn` is called twice and must be the same function of the weights both times, without autocast. Both calls see
+    `loss_fn` is called twice and must be the same function of the weights both times, in float32 and so without autocast
+    and loss scaling: pass `update_hessian` no grad_scaler. Both calls see
     the same state of torch's generators, so dropout masks agree; other randomness is the caller's responsibility.
     The weights and .grad are restored bit for bit, even if `loss_fn` raises, also the .grad of parameters that the loss
     depends on and `params` lacks. FSDP2 and reentrant checkpoints hide such parameters: with these, pass all that are
@@ -166,9 +183,13 @@ def hutchinson_differences(
 
     Raises:
         TypeError: `loss_fn` does not return a loss.
-        TypeError: half-precision weights or autocast: rounding would swamp the difference of two gradients.
-        ValueError: all parameters are frozen, or `names` do not fit.
+        TypeError: half-precision weights or operations, as under autocast: rounding would swamp the difference of two
+            gradients. A graph of torch.compile does not show its operations.
+        ValueError: all parameters are frozen, the loss depends on none of them, `names` do not fit, or relative_step is
+            not a number above zero.
     """
+    if not 0 < relative_step < math.inf:
+        raise ValueError(f"relative_step = {relative_step}, expected a number > 0: 1e-3 suits float32")
     everything = list(params)
     for index, p in enumerate(everything):
         if not p.requires_grad:
@@ -193,9 +214,12 @@ def hutchinson_differences(
             p.copy_(weight + u * scale)
         with torch.enable_grad():
             loss = _loss(loss_fn)
-            grads.set_aside(_leaves(loss))
+            nodes = _graph(loss)
+            _check_precision(nodes)
+            grads.set_aside(_leaves(loss, nodes))
             # Not autograd.grad, which DDP and FSDP do not hook, nor backward(inputs=…), which misses FSDP's own leaves.
             loss.backward()  # type: ignore[no-untyped-call]
+        _check_dependence([p.grad for p in params])
         # Copies: DistributedDataParallel may return views of buckets that it reuses.
         return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
 
@@ -246,20 +270,42 @@ class _Gradients:
             tensor.grad = None if saved is None else saved[0].copy_(saved[1])
 
 
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """Return the leaves of the loss's graph, which get a gradient in its backward."""
-    if loss.grad_fn is None:
-        return [loss]
-    nodes, seen, leaves = [loss.grad_fn], {loss.grad_fn}, []
-    while nodes:
-        node = nodes.pop()
-        if node.name() == "torch::autograd::AccumulateGrad":
-            leaves.append(node.variable)  # type: ignore[attr-defined]
+def _graph(loss: Tensor) -> list[Node]:
+    """Return the nodes of the loss's graph."""
+    found = [] if loss.grad_fn is None else [loss.grad_fn]
+    seen = {*found}
+    for node in found:  # which grows
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
-                nodes.append(following)
-    return leaves
+                found.append(following)
+    return found
+
+
+def _leaves(loss: Tensor, nodes: Sequence[Node]) -> list[Tensor]:
+    """Return the leaves of the loss's graph, which get a gradient in its backward."""
+    named = [node for node in nodes if node.name() == "torch::autograd::AccumulateGrad"]
+    return [node.variable for node in named] if nodes else [loss]  # type: ignore[attr-defined]
+
+
+def _check_precision(nodes: Iterable[Node]) -> None:
+    """Raise TypeError if an operation of the graph has a half-precision result."""
+    for node in nodes:
+        for result in getattr(node, "_input_metadata", ()):
+            if result.dtype in HALF:
+                raise TypeError(
+                    f"loss_fn computes in {result.dtype} ({node.name()}), expected float32 throughout: rounding would swamp "
+                    "the difference of two gradients; leave the autocast region, or use the exact product, hutchinson()"
+                )
+
+
+def _check_dependence(grads: Iterable[Tensor | None]) -> None:
+    """Raise ValueError if there is no gradient at all."""
+    if all(grad is None for grad in grads):
+        raise ValueError(
+            "the loss depends on none of the parameters: pass those of the model that loss_fn calls; for one that FSDP2 "
+            "shards, whose graph does not show its parameters, use hutchinson_differences()"
+        )
 
 
 def _outputs(outputs_fn: Callable[[], Tensor]) -> Tensor:
@@ -301,7 +347,7 @@ def _returned(function: Callable[[], object], name: str, wanted: str, fits: Call
 
 
 def _predictions(
-    outputs: Tensor, positions: Tensor | None, likelihood: Likelihood, total_predictions: int | None
+    outputs: Tensor, positions: Tensor | None, likelihood: Likelihood, total_predictions: float | None
 ) -> tuple[Tensor, Tensor]:
     """Return (n, *event) outputs of the predictions with a position >= 0, and (n,) their positions."""
     batch = outputs.shape[: outputs.dim() - likelihood.event_dims]
@@ -312,15 +358,25 @@ def _predictions(
         raise ValueError(
             f"positions have shape {tuple(positions.shape)}, expected {tuple(batch)}: one for each prediction"
         )
-    else:
-        outputs, positions, batch = outputs[positions >= 0], positions[positions >= 0], torch.Size([-1])
+    elif positions.dtype == torch.bool or positions.is_floating_point() or positions.is_complex():
+        raise TypeError(f"positions have dtype {positions.dtype}, expected integers: first + torch.arange(n)")
+    elif not bool((kept := positions >= 0).all()):
+        outputs, positions, batch = outputs[kept], positions[kept], torch.Size([-1])
     outputs = _in_full_precision(outputs.reshape(-1, *outputs.shape[len(batch) :]))
-    if len(outputs) == 0:
+    if len(outputs) == 0 and total_predictions is None:
         raise ValueError("nothing to predict: the outputs are empty or every position is negative")
     return outputs, positions.reshape(-1)
 
 
-def _check_whole(predictions: int, total_predictions: int | None) -> None:
+def _check_total(total_predictions: float | None) -> None:
+    if total_predictions is not None and not total_predictions > 0:
+        raise ValueError(
+            f"total_predictions = {total_predictions}, expected a number > 0: the predictions of all calls, divided by the "
+            "number of ranks where gradients are averaged"
+        )
+
+
+def _check_whole(predictions: int, total_predictions: float | None) -> None:
     """Raise ValueError if a call without positions is part of an estimate: all parts would draw the same labels."""
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if total_predictions is not None and total_predictions > predictions:

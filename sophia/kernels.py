@@ -49,6 +49,8 @@ COMPILED_FROM = 1 << 20
 ROWS, LONGEST_ROW = 8, 1 << 30
 # Coordinates per piece in the eager form: its temporaries fit in the L2 cache.
 EAGER_PIECE = 1 << 17
+# Coordinates per call in the foreach form, unless one row has more: up to six float32 temporaries are 400 MB.
+FOREACH_PART = 1 << 24
 
 _compiled: dict[tuple[object, ...], Callable[..., Tensor | None]] = {}
 _compiler_failed = False
@@ -101,7 +103,9 @@ def descend(
     """θ ← θ - ηλθ - ηu, rounded once to the parameter's dtype; bit for bit θ if found_inf is 1."""
     if found_inf is not None:
         lr = lr * (1 - found_inf)
-    param.copy_(param.to(update.dtype) * (1 - lr * weight_decay) - update * lr)
+    # A model that became float64 after its first step keeps a float32 state.
+    dtype = torch.promote_types(param.dtype, update.dtype)
+    param.copy_(param.to(dtype) * (1 - lr * weight_decay) - update * lr)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -131,7 +135,8 @@ def apply(
         ]
         foreach, compile = _choose(form, rows)
         if foreach:
-            results.append(rule(*(TensorList(column) for column in zip(*rows, strict=True)), *scalars))
+            for part in _parts(rows):
+                results.append(rule(*(TensorList(column) for column in zip(*part, strict=True)), *scalars))
             continue
         large, small, odd = _flatten(rows)
         joined = _join(small)
@@ -185,6 +190,21 @@ def _choose(form: Form, rows: Sequence[Row]) -> Form:
     return Form(foreach, compile)
 
 
+def _parts(rows: Sequence[Row]) -> Iterable[Sequence[Row]]:
+    """Split the rows of a foreach call, whose temporaries are as large as all its rows."""
+    first, size = 0, 0
+    for index, row in enumerate(rows):
+        if size and size + row[0].numel() > FOREACH_PART:
+            yield rows[first:index]
+            first, size = index, 0
+        size += row[0].numel()
+    yield rows[first:]
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
 def _flatten(rows: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
     """Split into large and small rows, as one-dimensional views, and rows without a common layout, unchanged."""
     large: list[Row] = []
@@ -228,7 +248,7 @@ def _cut_as_it_lies(row: Row) -> Iterable[Row]:
 
 def _call_compiled(rule: Rule, rows: Sequence[Row], scalars: Sequence[float | Tensor | None]) -> list[Tensor | None]:
     """Call the compiled rule. If compiling fails, warn once and use the eager form from then on."""
-    values = [s if s is None or isinstance(s, Tensor) else torch.tensor(s, dtype=torch.float64) for s in scalars]
+    values = [s if s is None or isinstance(s, Tensor) else _number(s) for s in scalars]
     signature = (
         rule,
         rows[0][0].device,

@@ -76,7 +76,7 @@ def _compiled_words(device: torch.device) -> Callable[[Tensor, int, int, str], W
 
     def words(index: Tensor, seed: int, step: int, stream: str) -> Words:
         scalars = (step & _MASK, (step >> 32) & _MASK, *_key(seed, stream))
-        result: Words = compiled(index, *(torch.tensor(scalar, dtype=torch.int64) for scalar in scalars))
+        result: Words = compiled(index, *(torch.tensor(scalar, dtype=torch.int64, device="cpu") for scalar in scalars))
         return result
 
     try:
@@ -98,11 +98,11 @@ def _box_muller(radius_bits: Tensor, angle_bits: Tensor) -> tuple[Tensor, Tensor
 def uniforms(
     seed: int,
     step: int,
-    positions: Tensor,  # (*) int64, global sample positions, not negative
+    positions: Tensor,  # (*) integers, global sample positions, not negative
     stream: str = "label",
 ) -> Tensor:  # (*) float32 in [0, 1), 24 random bits each
     """Return one uniform number per position, a pure function of (seed, step, position, stream)."""
-    word, *_ = _words(positions, seed, step, stream)
+    word, *_ = _words(positions.long(), seed, step, stream)
     return (word >> 8).float() * 2.0**-24
 
 
@@ -110,9 +110,10 @@ def normals_at(
     seed: int,
     step: int,
     name: str,
-    indices: Tensor,  # (*) int64, not negative
+    indices: Tensor,  # (*) integers, not negative
 ) -> Tensor:  # (*) float32
     """Return the elements `indices` of the infinite vector u ~ N(0, I) of (seed, step, name)."""
+    indices = indices.long()
     w0, w1, w2, w3 = _words(indices >> 2, seed, step, f"normal/{name}")
     z0, z1 = _box_muller(w0, w1)
     z2, z3 = _box_muller(w2, w3)

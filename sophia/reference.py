@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sophia.elementwise import ParamsT
+from sophia.elementwise import ParamsT, check_number
 from sophia.kernels import Rule, Scalar, descend, fold, unscaled, updates
 from sophia.sophia import Sophia
 
@@ -64,6 +64,7 @@ class ReferenceSophiaG(Sophia):
     """
 
     _rules: ClassVar[dict[bool, Rule]] = {True: sophia_reference_update}
+    _starts_with_curvature = False
 
     def __init__(
         self,
@@ -79,9 +80,9 @@ class ReferenceSophiaG(Sophia):
         foreach: bool | None = None,
         compile: bool | None = None,
     ) -> None:
-        for name, value in (("rho", rho), ("bs", bs), ("estimator_clip", estimator_clip)):
-            if not value > 0:
-                raise ValueError(f"{name} = {value}, expected a number > 0")
+        given = {"rho": rho, "bs": bs, "estimator_clip": estimator_clip}
+        for name in given:
+            check_number(given, name, "the authors use 0.04, 5120 and 1", positive=True, tensor=False)
         self._estimator_clip = estimator_clip
         super().__init__(
             params, lr, betas, rho * bs, 1e-15, weight_decay, hessian_interval, foreach=foreach, compile=compile
@@ -93,7 +94,7 @@ class ReferenceSophiaG(Sophia):
     @property
     def hessian_due(self) -> bool:
         """True after the steps t with t mod k == 0."""
-        return any(self.state.values()) and super().hessian_due
+        return self._steps_made() > 0 and super().hessian_due
 
     def update_hessian(self, num_predictions: Any = None, *, estimates: Any = None, grad_scaler: Any = None) -> None:
         """h ← β2 h + (1-β2) ĝ ⊙ ĝ with ĝ from .grad, clipped in place. Takes no argument: bs replaces N.

@@ -5,7 +5,7 @@ ICLR 2024, arXiv 2305.14342. Update rules first, then the optimizer. `sophia.ker
 `sophia.elementwise` has what the package's optimizers share.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -214,8 +214,8 @@ class Sophia(CurvatureOptimizer):
             raise ValueError(
                 f"clip = {group['clip']!r}, expected True or False: the threshold is always 1, scale lr instead"
             )
-        check_number(group, "hessian_power", "the paper uses 1", positive=True)
-        check_number(group, "hessian_scale", "1 is the paper's rule", positive=True)
+        check_number(group, "hessian_power", "the paper uses 1", positive=True, tensor=False)
+        check_number(group, "hessian_scale", "1 is the paper's rule", positive=True, tensor=False)
         if not group["clip"] and _has_power(group):
             raise ValueError(
                 f"clip = False with hessian_power = {group['hessian_power']!r}: expected 1 without the clip"
@@ -239,7 +239,7 @@ class Sophia(CurvatureOptimizer):
         self,
         num_predictions: int | Tensor | None = None,
         *,
-        estimates: Sequence[Tensor | None] | None = None,
+        estimates: Iterable[Tensor | None] | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         """Fold a curvature estimate ĥ, made at the weights before the step, into h.
@@ -259,7 +259,7 @@ class Sophia(CurvatureOptimizer):
 
         Raises:
             TypeError: neither or both of num_predictions and estimates; a plain estimate for a DTensor parameter.
-            ValueError: N < 1, or a wrong number or shape of estimates.
+            ValueError: N < 1, or a wrong number, shape, layout or device of estimates.
             RuntimeError: a parameter has no gradient, or hessian_interval is None.
         """
         for group, _, values, states, amp in self._curvature(num_predictions, estimates, grad_scaler):
@@ -274,14 +274,17 @@ class Sophia(CurvatureOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. Returns the closure's loss, if there is a closure.
 
-        Raises RuntimeError for a sparse gradient. Warns if the first step has no curvature, and after more
-        than k steps without `update_hessian`.
+        Raises RuntimeError for a sparse gradient. Warns at the first step with a rate above zero that has no curvature,
+        and after more than k steps without `update_hessian`. A first step with a rate and gradients of zero, by which
+        torch.distributed.checkpoint makes a state, is not counted.
         """
         loss = evaluated(closure)
-        for group, params, grads, states, amp in self._with_gradients():
+        work, counted = self._with_gradients(), self._is_a_step()
+        for group, params, grads, states, amp in work:
             if self._begins_step(params):
                 self._counts = []
-            advance(states, "step", amp.found_inf)
+            if counted:
+                advance(states, "step", amp.found_inf)
             exp_avgs, hessians = [state["exp_avg"] for state in states], [state["hessian"] for state in states]
             hyper = [group["lr"], group["betas"][0], group["gamma"], group["eps"], group["weight_decay"]]
             rule = self._rules[group["clip"]]

@@ -535,7 +535,7 @@ class TrainConfig(Section):
     grad_clip: PositiveFloat | None = 1.0
     """Maximum norm of the mean gradient; null: no clipping."""
     deterministic: bool = False
-    """Deterministic kernels: a resumed run on CUDA has the same curve bit for bit."""
+    """Deterministic kernels, for the same curve bit for bit when a run resumes on CUDA; no GPU has run this yet."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto, cpu or cuda. auto: CUDA if available."""
     max_skipped_steps: NonNegativeInt = 10

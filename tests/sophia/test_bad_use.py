@@ -69,6 +69,7 @@ def test_a_wrong_hyperparameter_is_named_with_its_value(cls: type, name: str, va
         ("hessian_interval", True),
         ("clip", 1.0),
         ("hessian_power", 0.0),
+        ("hessian_power", torch.ones(())),  # read in every step
         ("hessian_scale", -1.0),
     ],
 )
@@ -137,7 +138,7 @@ def test_a_forgotten_num_predictions_is_refused() -> None:
         SophiaG([parameter(2)]).update_hessian(num_predictions=3, estimates=[torch.ones(2)])
 
 
-@pytest.mark.parametrize("n", [0, -5, 2.0, True, "8", torch.ones(2)])
+@pytest.mark.parametrize("n", [0, -5, 2.0, True, "8", torch.ones(2), torch.tensor(True)])
 def test_an_impossible_num_predictions_is_refused(n: Any) -> None:
     with pytest.raises(ValueError, match="num_predictions"):
         SophiaG([parameter(2)]).update_hessian(num_predictions=n)
@@ -162,8 +163,12 @@ def test_estimates_must_match_the_parameters() -> None:
         optimizer.update_hessian(estimates=[torch.ones(2), torch.ones(2)])
     with pytest.raises(ValueError, match="estimate for parameter 0 of shape \\(2,\\) is None"):
         optimizer.update_hessian(estimates=[None, torch.ones(3)])
+    with pytest.raises(ValueError, match=r"parameter 1 .* is on meta with layout .*expected a dense tensor on cpu"):
+        optimizer.update_hessian(estimates=[torch.ones(2), torch.ones(3, device="meta")])
+    with pytest.raises(ValueError, match=r"with layout torch\.sparse_coo, expected a dense tensor"):
+        optimizer.update_hessian(estimates=[torch.ones(2), torch.ones(3).to_sparse()])
     frozen.requires_grad_(False)
-    optimizer.update_hessian(estimates=[torch.ones(2), None])
+    optimizer.update_hessian(estimates=iter([torch.ones(2), None]))
     assert not optimizer.state[frozen]
 
 
@@ -217,6 +222,13 @@ def test_estimators_name_what_does_not_fit() -> None:
             estimate(lambda: logits.sum(), [torch.ones(2)], seed=0, step=1)
     with pytest.raises(ValueError, match="1 different names for 2 parameters"):
         hutchinson(lambda: (w * logits.sum()).sum(), [w, logits], seed=0, step=1, names=["a", "a"])
+    for total in (0, -5, math.nan):
+        with pytest.raises(ValueError, match=f"total_predictions = {total}, expected a number > 0"):
+            gauss_newton_bartlett(lambda: logits, seed=0, step=1, total_predictions=total)
+        with pytest.raises(ValueError, match=f"total_predictions = {total}, expected a number > 0"):
+            empirical_fisher(lambda: logits, torch.zeros(4, dtype=torch.int64), total_predictions=total)
+    with pytest.raises(ValueError, match=r"relative_step = 0\.0, expected a number > 0"):
+        hutchinson_differences(lambda: w.sum(), [w], seed=0, step=1, relative_step=0.0)
     for variance in (0, math.inf):
         with pytest.raises(ValueError, match=f"variance = {variance}"):
             Gaussian(variance=variance)
@@ -319,5 +331,9 @@ def test_alarm_and_reference_name_what_does_not_fit() -> None:
         UnclippedAlarm(0)
     with pytest.raises(ValueError, match="bs = 0"):
         ReferenceSophiaG([parameter(2)], bs=0)
+    with pytest.raises(ValueError, match="rho = 'x', expected a number"):
+        ReferenceSophiaG([parameter(2)], rho="x")
+    with pytest.raises(ValueError, match=r"hessian_interval = None.*without curvature"):
+        UnclippedAlarm(None)
     with pytest.raises(TypeError, match="takes no argument"):
         ReferenceSophiaG([parameter(2)]).update_hessian(num_predictions=4)

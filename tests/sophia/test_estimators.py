@@ -343,3 +343,61 @@ def test_attention_models_need_no_care_for_the_exact_product() -> None:
     (exact,) = hutchinson(loss, [q], seed=0, step=1)
     (differences,) = hutchinson_differences(loss, [q], seed=0, step=1)
     assert (exact - differences).norm() < 2e-3 * exact.norm()
+
+
+def test_positions_may_have_any_integer_dtype_and_no_other(softmax_model) -> None:
+    weight, grads = softmax_model.params[0], []
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        weight.grad = None
+        gauss_newton_bartlett(softmax_model.logits, seed=0, step=1, positions=torch.arange(12, dtype=dtype))
+        grads.append(weight.grad)
+    assert all(torch.equal(grad, grads[0]) for grad in grads)
+    for dtype in (torch.float32, torch.bool):
+        with pytest.raises(TypeError, match=f"{dtype}, expected integers"):
+            gauss_newton_bartlett(softmax_model.logits, seed=0, step=1, positions=torch.ones(12, dtype=dtype))
+
+
+def test_a_call_of_padding_alone_takes_part_in_the_backward_with_a_gradient_of_zero(softmax_model) -> None:
+    weight, nowhere = softmax_model.params[0], torch.full((12,), -1)
+    for estimate in (
+        lambda: gauss_newton_bartlett(softmax_model.logits, seed=0, step=1, positions=nowhere, total_predictions=4.5),
+        lambda: empirical_fisher(softmax_model.logits, nowhere, ignore_index=-1, total_predictions=4.5),
+    ):
+        weight.grad = None
+        assert estimate() == 0
+        assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("estimator", [hutchinson, hutchinson_differences])
+def test_a_loss_that_depends_on_none_of_the_parameters_is_refused(network, estimator) -> None:
+    """Zeros would make Sophia momentum-sign descent without a word: FSDP2 hides the parameters, a copy has others."""
+    others = [torch.nn.Parameter(p.detach().clone()) for p in network.params]
+    with pytest.raises(ValueError, match="depends on none of the parameters"):
+        estimator(network.loss, others, seed=0, step=1)
+
+
+def test_the_exact_product_is_scaled_as_the_loss_is_and_unscaled_by_the_refresh() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    averages = []
+    for scaling in ({}, {"grad_scaler": scaler}):
+        p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        optimizer = SophiaH([p], betas=(0.9, 0.0))
+        estimates = hutchinson(lambda p=p: (p**3).sum(), [p], seed=0, step=1, **scaling)
+        optimizer.update_hessian(estimates=estimates, **scaling)
+        averages.append(optimizer.state[p]["hessian"])
+    assert averages[0].abs().min() > 0
+    assert torch.equal(averages[0], averages[1])
+
+
+def test_a_difference_of_a_loss_that_computes_in_half_precision_is_refused(network) -> None:
+    weights = [p.detach().clone() for p in network.params]
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = torch.ones(2, 3) @ network.params[0].float().T
+        return hidden.float().square().mean()
+
+    with pytest.raises(TypeError, match=r"loss_fn computes in torch\.bfloat16 \(.*\), expected float32"):
+        hutchinson_differences(loss, network.params, seed=0, step=1)
+    assert all(torch.equal(p, before) for p, before in zip(network.params, weights, strict=True))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sophia import AdaHessian, Lion, ReferenceSophiaG, Sophia, SophiaG, kernels
+from sophia import AdaHessian, Lion, ReferenceSophiaG, Sophia, SophiaG, adahessian, kernels
 from sophia.kernels import updates
 from sophia.sophia import sophia_update
 
@@ -245,6 +245,46 @@ def test_small_tensors_are_joined_into_one_call_and_large_ones_stay_alone(monkey
     kernels.apply(rule, [tensors, [torch.full((size,), float(size)) for size in sizes]], [], kernels.Form(False, False))
     assert sorted(calls) == [8, 20, 36, 64]
     assert all(bool((t == size).all()) for t, size in zip(tensors, sizes, strict=True))
+
+
+def test_the_temporaries_of_the_foreach_form_are_those_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[list[int]] = []
+
+    def rule(a: kernels.TensorList, b: kernels.TensorList) -> None:
+        sizes.append([t.numel() for t in a.tensors])
+        a.add_(b)
+
+    rule.updated = (0,)  # type: ignore[attr-defined]
+    monkeypatch.setattr(kernels, "FOREACH_PART", 10)
+    tensors = [torch.zeros(size) for size in (3, 7, 1, 0, 40, 9)]
+    kernels.apply(rule, [tensors, [torch.ones_like(t) for t in tensors]], [], kernels.Form(foreach=True))
+    assert sizes == [[3, 7], [1], [40], [9]]
+    assert all(bool((t == 1).all()) for t in tensors)
+
+
+def test_parameters_of_adahessian_that_made_the_same_steps_share_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    apply = kernels.apply
+    monkeypatch.setattr(
+        adahessian, "apply", lambda rule, tensors, *rest: calls.append(len(tensors[0])) or apply(rule, tensors, *rest)
+    )
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(5)]
+    optimizer = AdaHessian(params, lr=0.1)
+    for p in params:
+        p.grad = torch.ones(3)
+    for late in (params[1:], params):
+        optimizer.update_hessian(estimates=[torch.ones(3)] * 5)
+        params[0].grad = None if late is not params else torch.ones(3)
+        optimizer.step()
+    assert calls == [5, 4, 5, 1, 4]
+    for p in params[:2]:  # the first has made one step, the second two
+        alone = torch.nn.Parameter(torch.ones(3))
+        other = AdaHessian([alone], lr=0.1)
+        for step in range(2):
+            other.update_hessian(estimates=[torch.ones(3)])
+            alone.grad = torch.ones(3) if step or p is params[1] else None
+            other.step()
+        assert torch.equal(p, alone)
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")  # a compiler that fails would fall back to the eager form

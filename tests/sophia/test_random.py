@@ -123,3 +123,10 @@ def test_the_outermost_words_give_uniforms_below_1_and_finite_normals(
     monkeypatch.setattr(random, "_words", lambda *_: (torch.tensor([word]),) * 4)
     assert random.uniforms(0, 1, torch.arange(1)).item() == uniform
     assert all(abs(z) <= largest for z in random.normals(0, 1, "w", 0, 4).tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_indices_of_any_integer_dtype_have_the_same_numbers(dtype: torch.dtype) -> None:
+    index = torch.arange(200)
+    assert torch.equal(random.uniforms(0, 1, index.to(dtype)), random.uniforms(0, 1, index))
+    assert torch.equal(random.normals_at(0, 1, "w", index.to(dtype)), random.normals_at(0, 1, "w", index))

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -278,3 +279,118 @@ def test_named_parameters_are_taken() -> None:
     optimizer = SophiaG(m.named_parameters())
     train(m, optimizer, 1, 3)
     assert optimizer.state_dict()["param_groups"][0]["param_names"][0] == "0.weight"
+
+
+def test_what_a_pre_hook_makes_of_a_state_is_loaded_before_the_post_hooks_see_it() -> None:
+    """torch's way to match parameters by name."""
+    saved = [torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in (2, 3)]
+    optimizer = SophiaG(saved)
+    optimizer.update_hessian(estimates=[torch.ones(2), torch.ones(3)])
+    for p in saved:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved[1].grad = None
+    optimizer.step()
+    loading = [torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in (3, 2)]
+    other, seen = SophiaG(loading), []
+    other.register_load_state_dict_pre_hook(
+        lambda _, old: old | {"state": dict(enumerate([old["state"][1], old["state"][0]]))}
+    )
+    other.register_load_state_dict_post_hook(lambda one: seen.extend(one.state[p]["hessian"].dtype for p in loading))
+    other.load_state_dict(optimizer.state_dict())
+    assert [tuple(other.state[p]["hessian"].shape) for p in loading] == [(3,), (2,)]
+    assert [float(other.state[p]["step"]) for p in loading] == [1, 2]
+    assert seen == [torch.float32, torch.float32]
+
+
+def test_a_count_that_was_saved_as_a_number_is_loaded() -> None:
+    optimizer = SophiaG(model().parameters())
+    train(model(), optimizer, 1, 0)
+    state = {"step": 7, "exp_avg": torch.zeros(4, 3), "hessian": torch.ones(4, 3)}
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": {0: state}, "param_groups": groups})
+    assert torch.equal(next(iter(optimizer.state.values()))["step"], torch.tensor(7.0))
+
+
+@pytest.mark.parametrize("cls", [SophiaG, AdaHessian])
+def test_a_state_that_is_read_before_the_first_step_leaves_the_first_refresh_due(cls: type) -> None:
+    """torch.distributed.checkpoint makes a step to have a state that it can read."""
+    m = model()
+    optimizer = cls(m.parameters(), hessian_interval=3)
+    get_optimizer_state_dict(m, optimizer)
+    assert all(float(state["step"]) == 0 for state in optimizer.state.values())
+    assert optimizer.hessian_due
+    for p in m.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.warns(RuntimeWarning, match="expected one before the first step"):
+        optimizer.step()
+    assert all(float(state["step"]) == 1 for state in optimizer.state.values())
+
+
+def test_a_warm_up_from_zero_does_not_hide_that_the_curvature_is_missing() -> None:
+    p = torch.nn.Parameter(torch.ones(1))
+    p.grad = torch.ones(1)
+    optimizer = SophiaG([p])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: t / 5)
+    optimizer.step()
+    assert float(optimizer.state[p]["step"]) == 1  # a gradient counts, unlike the step of torch.distributed.checkpoint
+    schedule.step()
+    with pytest.warns(RuntimeWarning, match="2 steps without"):
+        optimizer.step()
+
+
+def test_the_warning_says_what_becomes_of_each_method() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with pytest.warns(RuntimeWarning, match="divide by eps alone. Call update_hessian.. when hessian_due is true.$"):
+        AdaHessian([p], lr=1e-9).step()
+    reference = ReferenceSophiaG([p], hessian_interval=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(6):
+            reference.step()
+            if reference.hessian_due:
+                reference.update_hessian()
+
+
+def test_the_authors_refresh_is_not_due_after_a_first_step_that_overflowed() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = ReferenceSophiaG([p], hessian_interval=1)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert not optimizer.hessian_due
+
+
+def test_counts_are_on_the_cpu_whatever_the_default_device() -> None:
+    """A count on an accelerator would make the host wait for it in every step."""
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    with torch.device("meta"):
+        optimizer = SophiaG([p])
+        optimizer.update_hessian(num_predictions=2)
+        optimizer.step()
+        assert not optimizer.hessian_due
+    assert optimizer.state[p]["step"].device == torch.device("cpu")
+
+
+class Real(float):
+    """A number that torch.load refuses, as NumPy's are."""
+
+
+def test_numbers_of_other_libraries_are_saved_as_pythons(tmp_path: Path) -> None:
+    optimizer = SophiaG(model().parameters(), lr=Real(1e-3), betas=(Real(0.5), 0.99), gamma=Real(0.05))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    group = torch.load(tmp_path / "state.pt", weights_only=True)["param_groups"][0]
+    assert (group["lr"], group["betas"], group["gamma"]) == (1e-3, (0.5, 0.99), 0.05)
+
+
+def test_a_model_that_becomes_float64_keeps_its_digits() -> None:
+    p = torch.nn.Parameter(torch.ones(1))
+    optimizer = SophiaG([p], lr=1e-12, weight_decay=0.0, hessian_interval=None)
+    p.grad = torch.ones(1)
+    optimizer.step()
+    p.data = torch.tensor([1 / 3], dtype=torch.float64)
+    p.grad = torch.ones(1, dtype=torch.float64)
+    optimizer.step()
+    assert abs(p.item() - 1 / 3) < 1e-11
