@@ -96,7 +96,8 @@ class Interval:
     @property
     def text(self) -> str:
         """ "+0.188 [+0.166, +0.211]"."""
-        return f"{self.estimate:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        low, high = (f"{end:+.4f}" if abs(end) < 5e-4 else f"{end:+.3f}" for end in (self.low, self.high))
+        return f"{self.estimate:+.3f} [{low}, {high}]"
 
 
 def paired_interval(differences: Sequence[float] | Array, level: float) -> Interval | None:

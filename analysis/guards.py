@@ -331,9 +331,9 @@ def _edges(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
     if not found:
         return
     open_ = [edge for edge in found if edge.is_open]
-    own = sum(edge.arm == study.baseline for edge in open_)
-    shown = open_ or found
-    title = f"{len(shown)} reported values are at the edge of what was tried"
+    shown = _choices(open_ or found)
+    own = sum(arm == study.baseline for arm, *_ in _choices(open_))
+    title = f"{len(shown)} settings are at the edge of what was tried"
     title += f", {own} of them the baseline's" if own else ""
     steps = sorted({one.horizon for edge in found for one in edge.beyond})
     after = " and ".join(f"{one:,}" for one in steps)
@@ -349,10 +349,15 @@ def _edges(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
         for edge in found
         for one in edge.beyond
     }
-    detail += f" Beyond the edge, minus at it: {'; '.join(beyond)} (95% intervals)." if beyond else ""
+    detail += f" What a value beyond it changes: {'; '.join(beyond)} (95% intervals)." if beyond else ""
     if both := dict.fromkeys(_both_beyond(study, found)):
-        detail += f" With both beyond it: {'; '.join(both)}."
+        detail += f" With both arms beyond it: {'; '.join(both)}."
     yield Finding("edge", "serious" if own else "note", title, detail.strip(), baseline=own > 0)
+
+
+def _choices(found: Iterable[Edge]) -> set[tuple[str, ...]]:
+    """Return the choices behind edges: one that several horizons inherit counts once."""
+    return {(one.arm, one.model, one.key, one.inherited_from or f"{one.horizon:,} steps") for one in found}
 
 
 def _both_beyond(study: Study, found: Sequence[Edge]) -> Iterator[str]:

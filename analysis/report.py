@@ -32,7 +32,7 @@ from training.records import RecordError
 
 _CURVE_POINTS = 150  # per curve of the page; a screen cannot show more
 _DOUBTS = 3  # at least so many warnings are named above the verdict, and all serious ones
-_TERMINAL = ("model", "arm", "steps", "loss (nats)", "at half the steps", "ratio in steps", "verdict", "the paper's 2×")
+_TERMINAL = ("model", "arm", "steps", "loss (nats)", "T/2 against T", "ratio in steps", "verdict", "the paper's 2×")
 _STYLES = {"faster": "green", "slower": "red", "seen": "green"}
 
 

@@ -142,7 +142,9 @@ class Verdict:
             horizon = self.rated.endpoints.horizon
             text += f"; {f'over {horizon:,} steps ' if horizon != same.horizon else ''}it is {', '.join(ratios)}"
         elif self.word == "not told apart":
-            text += f"; a true difference of {same.smallest_detectable:.3f} nats would be found four times in five"
+            text += (
+                f"; with this spread over seeds, {same.smallest_detectable:.3f} nats would be found four times in five"
+            )
         return f"{text}. {self._claimed(label(baseline))}"
 
     def _claimed(self, baseline: str) -> str:
@@ -287,7 +289,7 @@ def analyse(study: Study, *, against_baseline: bool = True) -> Results:
             title = f"{model}: no ratios, only differences of loss"
             findings.append(Finding("curve", "note", title, f"{test.reason[0].upper()}{test.reason[1:]}."))
     searches = tunings(study)
-    findings += _within_noise_of_search(verdicts, searches, study)
+    findings = [*_within_noise_of_search(verdicts, searches, study), *findings]
     findings.sort(key=lambda finding: -finding.weight)
     return Results(
         study=study,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from analysis import escaping, tables
+from analysis.colours import label
 from analysis.comparison import Contrast, Endpoints
 from analysis.results import Results, Verdict, model_sizes
 
-_DOUBTS = 2
+_DOUBTS = 3
 _SHORT_STEPS = 1000
 _SHORT = " Short runs favour short averages (β1, β2) and leave little time to estimate the curvature."
 
@@ -37,10 +38,11 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
     ]
     parts = [
         *(f"**{escaping.markdown(one.sentence(study.baseline))}**" for one in verdicts),
+        *(escaping.markdown(line) for line in _lengths(results, arm)),
         *([escaping.markdown(study.under_way)] if study.under_way else []),
         _body(tables.verdict(results)),
-        f"{reported:,} reported and {tuning:,} tuning runs of [{study.name}]({place}/README.md), with "
-        f"[its report]({place}/report.md). Limits:",
+        f"From {reported:,} reported and {tuning:,} tuning runs of [{study.name}]({place}/README.md), with "
+        f"[its report]({place}/report.md): {escaping.markdown(study.description)} Limits:",
         "\n".join(f"- {line}" for line in limits),
         "What others found:",
         _body(tables.published_losses(results)),
@@ -66,6 +68,28 @@ def overview(studies: Sequence[tuple[Results, Path]], page: Path, arm: str) -> s
         ]
         lines.append("| " + " | ".join([cells[0], *map(escaping.markdown, cells[1:])]) + " |")
     return "\n".join(lines)
+
+
+def _lengths(results: Results, arm: str) -> Iterator[str]:
+    """Yield, for each model, the arm's differences from the baseline at every horizon, if there are several."""
+    study, baseline = results.study, label(results.study.baseline)
+    planned = study.arms[arm].seeds
+    for model in results.baselines:
+        told = []
+        for one in results.compared:
+            end, same = one.endpoints, one.same
+            if (end.arm, end.model) == (arm, model) and isinstance(same, Contrast) and same.interval:
+                higher, n = int((same.differences > 0).sum()), len(same.seeds)
+                more = planned.get((model, end.horizon), n) - n
+                of = f"{n} seeds, {more} to come" if more > 0 else f"{n} seeds"
+                told.append(f"{same.interval.text} after {end.horizon:,} (higher on {higher} of {of})")
+        if len(told) > 1:
+            ends = study.endpoints(study.baseline, model)[-2:]
+            gain = (
+                f" {baseline} gains {ends[0].mean - ends[1].mean:.3f} from {ends[0].horizon:,} to {ends[1].horizon:,}."
+            )
+            level = f"{100 * study.corrected_level(model):.3g}% intervals"
+            yield f"{label(arm)} minus {baseline} on {model} by number of steps: {'; '.join(told)}; nats, {level}.{gain}"
 
 
 def _end(results: Results, verdict: Verdict) -> Endpoints:

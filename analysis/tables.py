@@ -86,7 +86,7 @@ def markdown(table: Table, location: Path = Path()) -> str:
 def verdict(results: Results) -> Table:
     """Return the answer: each arm at the longest horizon that it shares with the baseline."""
     study, baseline = results.study, label(results.study.baseline)
-    minus, half = f"minus {baseline} [interval]", "at half the steps"
+    minus, half = f"minus {baseline} [interval]", "T/2 against T"
     ratios = {currency: f"ratio in {CURRENCY_NAMES[currency]}" for currency in VERDICT_CURRENCIES}
     empty = dict.fromkeys((minus, half, *ratios.values()), "")
     rows: list[tuple[dict[str, str], Origin | None]] = []
@@ -114,11 +114,12 @@ def verdict(results: Results) -> Table:
         f"{100 * results.study.corrected_level(model):.3g}% on {model}" for model in results.baselines
     )
     note = (
-        f"Final validation losses of fully decayed runs. Differences are paired by seed; intervals at {study.level:.0%} are "
-        f"corrected for the number of arms ({', '.join(levels) or 'none'})."
+        f"Final validation losses of fully decayed runs. Differences are of the seeds that both arms have; intervals at "
+        f"{study.level:.0%} are corrected for the number of arms ({', '.join(levels) or 'none'}) and hold for these settings: "
+        "they do not cover the luck of the searches."
     )
     if half in table.columns:
-        note += f" At half the steps, {baseline} has twice as many. In brackets: the arm's steps."
+        note += f" T/2 against T: the arm after half as many steps, in brackets, minus {baseline}."
     if ratios["steps"] in table.columns:
         note += (
             f" A ratio of 1.25: {baseline} needs 1.25 times as much for the arm's loss; > and < mark what is outside "

@@ -327,19 +327,19 @@ def clip_every_coordinate(doctor: Doctor) -> None:
             move_the_baselines_optimum_to_an_edge,
             "edge",
             "serious",
-            "2 reported values are at the edge of what was tried, 2 of them the baseline's",
+            "2 settings are at the edge of what was tried, 2 of them the baseline's",
         ),
         (
             move_the_arms_optimum_to_an_edge,
             "edge",
             "note",
-            "2 reported values are at the edge of what was tried",
+            "2 settings are at the edge of what was tried",
         ),
         (
             report_another_than_the_lowest,
             "edge",
             "serious",
-            "2 reported values are at the edge of what was tried, 2 of them the baseline's",
+            "2 settings are at the edge of what was tried, 2 of them the baseline's",
         ),
         (partial(tune_less, arm="adamw"), "budget", "serious", "Fewer tuning trials than other arms: AdamW"),
         (leave_the_arm_untuned_at_a_horizon, "budget", "serious", "Fewer tuning trials than other arms: Sophia-G"),
@@ -454,7 +454,7 @@ def test_an_edge_is_inherited_where_its_key_is_not_searched_again(doctor: Doctor
             doctor.runs[arm, "tuning", 100, decay] = {"final": power_law(100 * 1024) + excess, "config": values}
     doctor.study["tuning"]["trials"] = 5
     (finding,) = doctor.write()
-    assert finding.title == "4 reported values are at the edge of what was tried, 2 of them the baseline's"
+    assert finding.title == "2 settings are at the edge of what was tried, 1 of them the baseline's"
     study = load_study([doctor.directory])
     rows = edges(study, tunings(study))
     assert [(row.arm, row.horizon, row.inherited_from) for row in rows] == [
@@ -473,13 +473,13 @@ def test_an_edge_is_inherited_where_its_key_is_not_searched_again(doctor: Doctor
             0.8,
             0.02,
             "note",
-            "4 reported values are at the edge of what was tried; runs beyond it of 200 steps exclude a gain of 0.02 nats",
+            "4 settings are at the edge of what was tried; runs beyond it of 200 steps exclude a gain of 0.02 nats",
         ),
-        (0.8, -0.02, "serious", "2 reported values are at the edge of what was tried, 2 of them the baseline's"),
-        (0.8, -0.018, "serious", "2 reported values are at the edge of what was tried, 2 of them the baseline's"),
-        (0.3, 0.02, "serious", "2 reported values are at the edge of what was tried, 2 of them the baseline's"),
-        (40.0, 0.02, "serious", "2 reported values are at the edge of what was tried, 2 of them the baseline's"),
-        (None, 0.02, "serious", "2 reported values are at the edge of what was tried, 2 of them the baseline's"),
+        (0.8, -0.02, "serious", "2 settings are at the edge of what was tried, 2 of them the baseline's"),
+        (0.8, -0.018, "serious", "2 settings are at the edge of what was tried, 2 of them the baseline's"),
+        (0.3, 0.02, "serious", "2 settings are at the edge of what was tried, 2 of them the baseline's"),
+        (40.0, 0.02, "serious", "2 settings are at the edge of what was tried, 2 of them the baseline's"),
+        (None, 0.02, "serious", "2 settings are at the edge of what was tried, 2 of them the baseline's"),
     ],
 )
 def test_an_edge_is_answered_by_an_ablation_a_step_beyond_it_that_ends_no_lower(
@@ -537,7 +537,7 @@ def test_where_both_arms_ran_beyond_their_edges_their_difference_there_is_told(d
         for end in ("_decay", "")
     ]
     assert apart[0] == pytest.approx(apart[1] - 0.018)
-    text = f" With both beyond it: Sophia-G minus AdamW after 200 steps is {apart[0]:+.3f} ["
+    text = f" With both arms beyond it: Sophia-G minus AdamW after 200 steps is {apart[0]:+.3f} ["
     assert text in finding.detail
     assert "at the edge (95% intervals)." in finding.detail  # of one arm; of two, 97.5%
     assert f"with optimizer.weight_decay=0.8, {apart[1]:+.3f} [" in finding.detail
