@@ -96,7 +96,7 @@ class Interval:
     @property
     def text(self) -> str:
         """ "+0.188 [+0.166, +0.211]"."""
-        low, high = (f"{end:+.4f}" if abs(end) < 5e-4 else f"{end:+.3f}" for end in (self.low, self.high))
+        low, high = (f"{end:+.4f}" if 5e-5 <= abs(end) < 5e-4 else f"{end:+.3f}" for end in (self.low, self.high))
         return f"{self.estimate:+.3f} [{low}, {high}]"
 
 

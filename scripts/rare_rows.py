@@ -50,6 +50,7 @@ ARMS = {
     "sophiag_fresh_rows": "claim_eps",
     "adamw": "claim_kinds",
 }
+SEED = 1000
 BETWEEN = 100  # steps between two checkpoints
 ROWS = "token_embedding.weight"
 BINS = (0.0, 0.25, 1.0, 4.0, 16.0, 64.0, np.inf)  # occurrences of a token in a batch
@@ -91,7 +92,13 @@ def measure(overrides: Sequence[str], work: Path, output: Path) -> int:
     found: list[Bin] = []
     for arm, study in ARMS.items():
         first = next(trial for trial in expand(load_spec(study), {}).trials if trial.arm == arm)
-        own = (f"output_dir={work}", f"name={arm}", f"checkpoint.interval={BETWEEN}", "checkpoint.keep=1000000")
+        own = (
+            f"output_dir={work}",
+            f"name={arm}",
+            f"seed={SEED}",
+            f"checkpoint.interval={BETWEEN}",
+            "checkpoint.keep=1000000",
+        )
         config = compose([*first.overrides, *own, *overrides])
         outcome = execute(config)
         if outcome.status != "completed":
