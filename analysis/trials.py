@@ -110,6 +110,7 @@ class Study:
     trials: Sequence[RecordedTrial]
     seeds: tuple[int, ...]  # reporting seeds, fixed before any run
     level: float = 0.95
+    deciding: frozenset[int] = frozenset()  # tuning seeds on which the best settings of a search run again
     description: str = ""
     directory: Path | None = None
     reference_times: ReferenceTimes | None = None
@@ -320,6 +321,7 @@ def _from_tables(directory: Path) -> Study:
         ],
         seeds=tuple(sorted({seed for model in spec.models.values() for seed in model.seeds})),
         level=spec.level,
+        deciding=frozenset(spec.tuning.finalists.seeds) if spec.tuning.finalists else frozenset(),
         description=spec.description,
         finished=len(runs) == len(rows),
         trials_at_most=spec.plan.trials_at_most,
@@ -398,9 +400,14 @@ class _ReadModel(Form):
     seeds: list[int]
 
 
+class _ReadFinalists(Form):
+    seeds: list[int]
+
+
 class _ReadTuning(Form):
     method: str
     trials: int
+    finalists: _ReadFinalists | None = None
 
 
 class _ReadRerun(Form):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +108,7 @@ def tunings(study: Study) -> list[Tuning]:
     chosen = {trial.cell: trial.values for trial in study.reporting if trial.values}
     found = []
     for cell, trials in sorted(cells.items()):
-        settings = candidates(trials)
+        settings = candidates(trials, study.deciding)
         best = next((one for one in settings if one.values == chosen.get(cell)), settings[0])
         found.append(Tuning(*cell, tuple(settings), best))
     return found
@@ -181,19 +181,18 @@ def _step_beyond(space: Mapping[str, Any], value: float, side: str) -> float:
     return value * (ratio if up else 1 / ratio) * (1 + (1e-3 if up else -1e-3))  # values are rounded
 
 
-def candidates(trials: Sequence[RecordedTrial]) -> list[Candidate]:
+def candidates(trials: Sequence[RecordedTrial], deciding: Collection[int] = ()) -> list[Candidate]:
     """Group trials with the same values, best first.
 
-    If some settings ran on further seeds, they come first, and these seeds alone decide between them: the search chose them
-    on the others.
+    Settings that ran again on the seeds of the finalists, `deciding`, come first, and these seeds alone decide between them:
+    the search chose them on the others.
     """
     groups: dict[str, list[RecordedTrial]] = {}
     for trial in trials:
         groups.setdefault(repr(sorted(trial.values.items())), []).append(trial)
     found = []
-    of_all = set.intersection(*({trial.seed for trial in members} for members in groups.values())) if groups else set()
     for members in groups.values():
-        further = [trial.loss for trial in members if trial.seed not in of_all]
+        further = [trial.loss for trial in members if trial.seed in deciding]
         losses = further or [trial.loss for trial in members]
         loss = float(np.mean(losses)) if np.all(np.isfinite(losses)) else math.inf
         found.append(Candidate(members[0].values, loss, tuple(members), bool(further)))

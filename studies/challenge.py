@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from analysis.guards import inspect
-from analysis.trial_tables import CURVES_FILE, TRIALS_FILE
-from analysis.trials import VERIFICATION_FILE, is_study, load_study
+from analysis.trial_tables import CURVES_FILE, TRIALS_FILE, read_trials
+from analysis.trials import is_study, load_study
 from data.files import write_atomically
 from studies.expansion import ELEMENT, expand
 from studies.spec import StudySpec, validate_spec
 from studies.store import Places, compact, outcomes
-from studies.verify import verify
+from studies.verify import verified, verify
 from training.compose import compose
 from training.config import ConfigurationError, ExternalConfig
 from training.config_files import read_yaml
@@ -133,7 +133,8 @@ def prepare(
             f"{places.records}: {stale[0].name} is not on record, as it is in {source}; remove {places.records}"
         )
     compact(spec, places)
-    if not (places.records / VERIFICATION_FILE).is_file():
+    own = {row.trial for row in read_trials(places.records) if row.arm == spec.baseline}
+    if own.isdisjoint(line["trial"] for line in verified(places.records)):
         _reproduce(spec, places, log)
 
 

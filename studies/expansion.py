@@ -178,7 +178,12 @@ def value_overrides(values: Mapping[str, Value], defaults: Callable[[], Mapping[
             if not isinstance(node, list):
                 raise ConfigurationError(f"{key}: {name} is no list; give the list in the arm's overrides or arguments")
             lists[name] = list(node)
-        lists[name][int(element["index"])] = value
+        index = int(element["index"])
+        if index >= len(lists[name]):
+            raise ConfigurationError(
+                f"{key}: {name} has {len(lists[name])} elements, numbered from 0; choose one of them"
+            )
+        lists[name][index] = value
     return overrides + [f"{name}=[{','.join(map(_written, items))}]" for name, items in lists.items()]
 
 

@@ -15,6 +15,14 @@ TINY = (
 )
 
 
+_WARMUP = "schedule.warmup_steps"
+
+
+def _in_few_steps(space: dict[str, Any]) -> dict[str, Any]:
+    """Return a search of as many warm-ups as before, where STEPS allow it."""
+    return {"values": list(range(STEPS))[: len(space["values"])]} if "values" in space else {"low": 1, "high": 2}
+
+
 def rehearsal(spec: StudySpec, overrides: Sequence[str] = ()) -> StudySpec:
     """Return a small study of the same arms, models and searches.
 
@@ -47,6 +55,8 @@ def rehearsal(spec: StudySpec, overrides: Sequence[str] = ()) -> StudySpec:
         model["overrides"] = [*kept(model.get("overrides", ())), *tiny]
     values["base"] = kept(values.get("base", ()))
     for name, arm in values["arms"].items():
+        if _WARMUP in arm.get("search", {}):
+            arm["search"][_WARMUP] = _in_few_steps(arm["search"][_WARMUP])
         arm |= {"overrides": kept(arm["overrides"]), "seeds": None}
         arm["horizons"] = sorted(
             {
@@ -57,6 +67,8 @@ def rehearsal(spec: StudySpec, overrides: Sequence[str] = ()) -> StudySpec:
             }
         )
     for ablation in values.get("ablations", {}).values():
+        if _WARMUP in ablation.get("values", {}):
+            ablation["values"][_WARMUP] = 1
         ablation["horizons"] = [steps[ablation["model"], horizon] for horizon in ablation["horizons"]]
     tuning = values["tuning"]
     if tuning["method"] in ("random", "halton"):

@@ -78,19 +78,26 @@ def _sit(
     deadline = time.monotonic() + seconds
     pace = Pace()
     failed: list[str] = []
+    held: list[str] = []  # by other processes
     ran = 0
     while True:
         known = outcomes(places)
         current = expand(spec, known)
-        ready = [trial for trial in current.missing(known) if trial.name not in failed]
+        ready = [trial for trial in current.missing(known) if trial.name not in {*failed, *held}]
         if current.finished or not ready:
             why = (
                 f"{len(failed)} trials failed ({', '.join(failed[:3])})"
                 if failed
                 else "a search is waiting for results"
             )
+            waiting = len({*held} - {*known})
+            why = (
+                f"{waiting} trials run in other processes; rerun the same command when they have finished"
+                if waiting
+                else why
+            )
             log("the study is finished" if current.finished else f"no trial can run: {why}")
-            return Sitting(current.finished, ran, tuple(failed), interrupted=False)
+            return Sitting(current.finished, ran, tuple(failed), interrupted=waiting > 0)
         if time.monotonic() > deadline:
             log(f"time limit reached: {progress(spec, current, known, pace).text}; rerun the same command to resume")
             return Sitting(False, ran, tuple(failed), interrupted=True)
@@ -116,8 +123,8 @@ def _sit(
                 result = f"loss {outcome.loss:.4f}" if outcome.status == "completed" else outcome.status
                 log(f"{_describe(trial)}: {result}")
             elif code == EXIT_HELD:
-                interrupted = True
-                log(f"{_describe(trial)}: running in another process; rerun the same command when that has finished")
+                held.append(trial.name)
+                log(f"{_describe(trial)}: running in another process")
             elif code == EXIT_PREEMPTED:
                 interrupted = True
                 log(f"{_describe(trial)}: interrupted; rerun the same command to resume from its checkpoint")

@@ -98,13 +98,15 @@ class Choices(Section):
 class Range(Section):
     """Numbers between `low` and `high`, for random and Halton search. Its first trial is `start`, by default the middle.
 
-    A re-tuning moves by quarters of the range, and beyond the ends of a logarithmic one.
+    A re-tuning moves by quarters of the range, and beyond the ends of a logarithmic one. The range of a key that holds
+    integers alone is `whole`; an external optimizer's own integers have to be declared so.
     """
 
     low: float
     high: float
     scale: Literal["log", "linear"] = "log"
     start: float | None = None
+    whole: bool = False  # integers only
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -118,17 +120,21 @@ class Range(Section):
 
     @property
     def first(self) -> float:
-        return self.at(0.5) if self.start is None else self.start
+        return self.at(0.5) if self.start is None else self._given(self.start)
 
     @property
     def ladder(self) -> Choices:
-        return Choices(values=tuple(self.at(share) for share in (0, 0.25, 0.5, 0.75, 1)), widen=self.scale == "log")
+        steps = dict.fromkeys(self.at(share) for share in (0, 0.25, 0.5, 0.75, 1))
+        return Choices(values=tuple(steps), widen=self.scale == "log")
 
     def at(self, share: float) -> float:
         """Return the number at a share of the way from low to high."""
         if self.scale == "log":
-            return rounded(self.low * (self.high / self.low) ** share)
-        return rounded(self.low + share * (self.high - self.low))
+            return self._given(self.low * (self.high / self.low) ** share)
+        return self._given(self.low + share * (self.high - self.low))
+
+    def _given(self, value: float) -> float:
+        return round(value) if self.whole else rounded(value)
 
 
 def _kind_of_space(value: Any) -> str:
@@ -140,16 +146,17 @@ Space = Annotated[Annotated[Choices, Tag("values")] | Annotated[Range, Tag("rang
 
 
 def _whole_numbers(values: Any) -> Any:
-    """Convert 1e3 to 1000 in values of integer keys."""
+    """Convert 1e3 to 1000 in values of integer keys, and draw integers from their ranges."""
 
     def meant(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {name: meant(one) for name, one in value.items()}
+            return ({"whole": True} if "low" in value else {}) | {name: meant(one) for name, one in value.items()}
         return [meant(one) for one in value] if isinstance(value, list) else whole(value)
 
     if not isinstance(values, Mapping):
         return values
-    return {key: meant(value) if may_hold(int, str(key)) else value for key, value in values.items()}
+    of_integers = {key for key in values if may_hold(int, str(key)) and not may_hold(float, str(key))}
+    return {key: meant(value) if key in of_integers else value for key, value in values.items()}
 
 
 class ArmSpec(Section):
@@ -283,6 +290,12 @@ class StudySpec(Section):
         for name, model in self.models.items():
             if model.like is not None and model.like not in seen:
                 raise ValueError(f"models.{name}.like={model.like}: expected a model listed before it ({seen})")
+            source = name if model.like is None else model.like
+            if lacking := [arm for arm in self.arms_on(name) if arm not in self.arms_on(source)]:
+                raise ValueError(
+                    f"models.{name}.like={source}: {source} has no search of {', '.join(lacking)} to start from; add it to "
+                    f"models.{source}.arms, or set models.{name}.arms without it"
+                )
             unknown = [arm for arm in model.arms if arm not in self.arms]
             if unknown or (model.arms and self.baseline not in model.arms):
                 raise ValueError(

@@ -11,6 +11,7 @@ place, so nothing is lost if the process is killed.
 
 import fcntl
 import itertools
+import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -63,7 +64,11 @@ class Places:
 
 def outcomes(places: Places) -> dict[str, Outcome]:
     """Return the outcomes of finished trials by name, from the tables and from run directories."""
-    return _at_work(places) | _in_tables(read_trials(places.records))
+    damaged: list[RecordError] = []
+    found = _at_work(places, damaged) | _in_tables(read_trials(places.records))
+    if damaged:
+        raise damaged[0]
+    return found
 
 
 def read_outcome(directory: Path) -> Outcome | None:
@@ -91,12 +96,12 @@ def compact(spec: StudySpec, places: Places) -> list[str]:
     with _locked(places.records):
         rows = {row.trial: row for row in read_trials(places.records)}
         ended = _in_tables(rows.values())
-        known = _at_work(places) | ended
-        _refuse_changes_after_looking(spec, known, places.records / STUDY_FILE)
+        damaged: list[RecordError] = []
+        known = _at_work(places, damaged) | ended
+        _refuse_changes_after_looking(spec, known, rows.values(), places.records / STUDY_FILE)
         current = expand(spec, known)
         taken: dict[str, TrialRow] = {}
         curves: list[pa.Table] = []
-        damaged: list[RecordError] = []
         for trial in current.trials:
             if trial.name in known and trial.name not in ended:
                 try:
@@ -129,8 +134,9 @@ def compact(spec: StudySpec, places: Places) -> list[str]:
 
 
 def free(trial: Trial, places: Places) -> None:
-    """Delete the checkpoints of a finished run."""
-    shutil.rmtree(places.run(trial) / "checkpoints", ignore_errors=True)
+    """Delete the checkpoints of a finished tuning run. Reported runs keep their weights."""
+    if trial.phase == "tuning":
+        shutil.rmtree(places.run(trial) / "checkpoints", ignore_errors=True)
 
 
 def thinned(lines: Iterable[dict[str, Any]], phase: str) -> list[dict[str, Any]]:
@@ -148,7 +154,14 @@ def thinned(lines: Iterable[dict[str, Any]], phase: str) -> list[dict[str, Any]]
 def _locked(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK_FILE).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logging.getLogger(__name__).warning(
+                "%s: the file system has no locks (%s): two commands that add trials at once would lose some",
+                directory,
+                error.strerror,
+            )
         yield
 
 
@@ -157,11 +170,18 @@ def _in_tables(rows: Iterable[TrialRow]) -> dict[str, Outcome]:
     return {trial: outcome for trial, outcome in found.items() if outcome is not None}
 
 
-def _at_work(places: Places) -> dict[str, Outcome]:
-    if not places.work.is_dir():
-        return {}
-    found = {directory.name: read_outcome(directory) for directory in places.work.iterdir()}
-    return {trial: outcome for trial, outcome in found.items() if outcome is not None}
+def _at_work(places: Places, damaged: list[RecordError]) -> dict[str, Outcome]:
+    """Return the outcomes of finished runs, and add the errors of those that cannot be read to `damaged`."""
+    found: dict[str, Outcome] = {}
+    for directory in sorted(places.work.iterdir()) if places.work.is_dir() else ():
+        try:
+            outcome = read_outcome(directory)
+        except RecordError as error:
+            damaged.append(RecordError(f"{error}; restore the file, or remove {directory} to run the trial again"))
+            continue
+        if outcome is not None:
+            found[directory.name] = outcome
+    return found
 
 
 def _outcome(summary: Mapping[str, Any] | None, where: Path | str) -> Outcome | None:
@@ -182,14 +202,19 @@ def _planned(trial: Trial, record: RunRecord | None = None) -> TrialRow:
     return replace(row, config=record.config, environment=record.environment, summary=record.summary)
 
 
-def _refuse_changes_after_looking(spec: StudySpec, known: Mapping[str, Outcome], path: Path) -> None:
+def _refuse_changes_after_looking(
+    spec: StudySpec, known: Mapping[str, Outcome], rows: Iterable[TrialRow], path: Path
+) -> None:
     if not path.is_file():
         return
     before = load_spec(path)
     trials = expand(before, known).trials
     reported = [(t.arm, t.model, t.horizon) for t in trials if t.phase == "reporting" and t.name in known]
+    # Tuning seeds are never reported, so that a row with a reported seed was looked at, whatever became of it.
+    seeds = {(model, seed) for model, one in before.models.items() for seed in one.seeds}
+    looked = bool(reported) or any(row.summary and (row.model, row.seed) in seeds for row in rows)
     changed = _changed(before, spec) or _left_out(reported, spec)
-    if reported and changed:
+    if looked and changed:
         raise ConfigurationError(
             f"{spec.name}: {changed} after results were reported; restore it as in {path}, or start a study with another "
             "name"

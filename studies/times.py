@@ -13,6 +13,9 @@ from studies.spec import StudySpec
 from studies.store import Places, outcomes
 from training.compose import compose
 
+# Keys of a trial that a short run sets itself.
+_OWN = ("train.steps", "eval.interval", "schedule.warmup_steps")
+
 
 def measure(
     spec: StudySpec,
@@ -52,8 +55,9 @@ def measure(
         for (arm, model), trial in chosen.items():
             name = f"time-{arm}-{model}-{turn}"
             log(f"timing {arm} on {model}, round {turn + 1} of {rounds}")
-            overrides = [one for one in trial.overrides if one.split("=")[0] not in ("train.steps", "eval.interval")]
-            own = [f"train.steps={steps}", f"eval.interval={steps}", "overwrite=true", f"name={name}"]
+            overrides = [one for one in trial.overrides if one.split("=")[0] not in _OWN]
+            own = [f"train.steps={steps}", f"eval.interval={steps}", "schedule.warmup_steps=null"]
+            own += ["overwrite=true", f"name={name}"]
             (code,) = launch([[*overrides, *own, f"output_dir={places.work}"]])
             if code != 0:
                 raise RuntimeError(f"{name} failed with exit code {code}, see {places.work / name}.log")

@@ -1,5 +1,6 @@
 """Verify a study's records: rerun trials from their rows and compare the curves with the recorded ones."""
 
+import json
 import math
 import os
 import subprocess
@@ -77,7 +78,7 @@ def verify(
 ) -> list[Verification]:
     """Rerun trials from their rows and compare. Runs in parallel as far as cores and recorded threads allow.
 
-    The result is also written to `verification.json` next to the study's tables.
+    The results are also added to `verification.json` next to the study's tables, in place of older ones of the same trials.
 
     Args:
         trials: the result of `chosen`.
@@ -104,11 +105,22 @@ def verify(
     with ThreadPoolExecutor(_together(trials)) as pool:
         results = [found for found in pool.map(once_more, trials) if found is not None]
     if results:
-        lines = ",\n".join(f" {json_line(asdict(result) | {'holds': result.holds})}" for result in results)
+        found = {line["trial"]: line for line in verified(records)}
+        found |= {result.trial: asdict(result) | {"holds": result.holds} for result in results}
+        lines = ",\n".join(f" {json_line(line)}" for line in found.values())
         write_atomically(records / VERIFICATION_FILE, f"[\n{lines}\n]\n")
     if failures:
         raise RuntimeError("; ".join(failures))
     return results
+
+
+def verified(records: Path) -> list[dict[str, Any]]:
+    """Return the lines of `verification.json`, none from a damaged file, which a report names."""
+    try:
+        lines = json.loads((records / VERIFICATION_FILE).read_text(encoding="utf-8"))
+        return [line for line in lines if isinstance(line["trial"], str)]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 def compare(trial: RecordedTrial, again: Path) -> Verification:

@@ -575,6 +575,7 @@ def test_the_finalists_seeds_decide_and_the_searchs_do_not(doctor: Doctor) -> No
     for rate, seed, final in trials:
         run = {"seed": seed, "final": final, "config": {"optimizer.lr": rate}}
         doctor.runs["adamw", "tuning", 100, (rate, seed)] = run
+    doctor.study["tuning"]["finalists"] = {"settings": 2, "seeds": [101, 102]}
     doctor.write()
     search = next(one for one in tunings(load_study([doctor.directory])) if one.arm == "adamw")
     assert [one.values["optimizer.lr"] for one in search.candidates] == [2e-3, 1e-3, 4e-3]
@@ -583,6 +584,20 @@ def test_the_finalists_seeds_decide_and_the_searchs_do_not(doctor: Doctor) -> No
     # The lowest of three draws with replacement from 3.00, 3.02, 3.05 has these chances: 19/27, 7/27, 1/27.
     chance, losses = np.array([19, 7, 1]) / 27, np.array([3.00, 3.02, 3.05])
     assert search.noise == pytest.approx(math.sqrt(chance @ losses**2 - (chance @ losses) ** 2))
+
+
+def test_the_finalists_seeds_decide_also_where_every_setting_is_a_finalist(doctor: Doctor) -> None:
+    for key in [key for key in doctor.runs if key[0] == "adamw"]:
+        del doctor.runs[key]
+    for rate, losses in ((1e-3, (3.00, 3.10, 3.10)), (2e-3, (3.20, 3.05, 3.05))):
+        for seed, final in zip((100, 101, 102), losses, strict=True):
+            run = {"seed": seed, "final": final, "config": {"optimizer.lr": rate}}
+            doctor.runs["adamw", "tuning", 100, (rate, seed)] = run
+    doctor.study["tuning"]["finalists"] = {"settings": 2, "seeds": [101, 102]}
+    doctor.write()
+    search = next(one for one in tunings(load_study([doctor.directory])) if one.arm == "adamw")
+    found = [(one.values["optimizer.lr"], round(one.loss, 6)) for one in search.candidates]
+    assert found == [(2e-3, 3.05), (1e-3, 3.1)]
 
 
 @pytest.mark.parametrize(("difference", "severity"), [(0.01, "serious"), (0.0, "note"), (0.2, None)])

@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 from scripts.study import main
-from studies.expansion import expected_trials
+from studies.expansion import expand, expected_trials
 from studies.rehearsal import STEPS, rehearsal
-from studies.spec import STUDY_DIRECTORY, load_spec
+from studies.spec import STUDY_DIRECTORY, load_spec, validate_spec
+from tests.studies.small import small as small_study
 from training.compose import compose
 
 STUDIES = sorted(path.stem for path in STUDY_DIRECTORY.glob("*.yaml"))
@@ -30,6 +31,21 @@ def test_every_cell_of_the_study_is_rehearsed(study: str) -> None:
     assert {count for cell, count in own.items() if cell[3] == "reporting"} == {1}
     assert sum(own.values()) <= sum(cells.values())
     assert max(horizon for _, _, horizon, _ in own) <= 8 * STEPS
+
+
+@pytest.mark.parametrize("space", [{"values": [50, 100, 200, 400, 800]}, {"low": 50, "high": 800}])
+def test_a_searched_warm_up_fits_into_the_few_steps(space: dict[str, object]) -> None:
+    values = small_study()
+    values["tuning"] |= {"method": "halton" if "low" in space else "coordinate", "follow": "at_once"}
+    for arm in values["arms"].values():
+        arm["search"] = {"schedule.warmup_steps": space}
+    values["tuning"].pop("retune")
+    values["models"].pop("gpt2_micro")
+    values["ablations"]["sophiag_k1"] |= {"overrides": [], "values": {"schedule.warmup_steps": 300}}
+    small = rehearsal(validate_spec(values, "small.yaml"), HERE)
+    for trial in expand(small, {}).trials:
+        assert compose(trial.overrides).schedule.warmup_steps < STEPS
+    assert small.ablations["sophiag_k1"].values["schedule.warmup_steps"] == 1
 
 
 @pytest.mark.parametrize("arm", ["adamw", "lion", "sophiag", "sophiah"])

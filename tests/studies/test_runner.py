@@ -1,5 +1,6 @@
 """Running a study: finished trials are skipped, unfinished ones resume, budgets and seeds are kept."""
 
+import errno
 import itertools
 import json
 import math
@@ -26,6 +27,7 @@ from studies.times import measure
 from tests.analysis.synthetic import noise, power_law, write_run
 from tests.studies.small import small
 from training.config import ConfigurationError
+from training.exits import EXIT_HELD
 from training.records import RecordError, RunRecord
 
 
@@ -175,6 +177,46 @@ def test_seeds_cannot_change_after_reported_runs_were_seen(spec: StudySpec, fini
     values["models"]["gpt2_nano"]["seeds"] = [1, 2, 3, 4, 5]
     with pytest.raises(ConfigurationError, match=r"seeds changed from \[1, 2, 3\] to \[1, 2, 3, 4, 5\] after results"):
         run_study(validate_spec(values, "small.yaml"), finished, FakeMachine(), log=silent)
+
+
+def test_seeds_cannot_change_once_what_was_reported_has_been_set_aside(finished: Places) -> None:
+    """A search that changes sets the reported runs aside; they were seen all the same."""
+    values = small()
+    for arm in values["arms"].values():
+        rates = arm["search"]["optimizer.lr"]["values"]
+        arm["search"]["optimizer.lr"]["values"] = [1.01 * rate for rate in rates]
+    compact(validate_spec(values, "small.yaml"), finished)
+    values["models"]["gpt2_nano"]["seeds"] = [7, 8, 9]
+    with pytest.raises(ConfigurationError, match="seeds changed from"):
+        compact(validate_spec(values, "small.yaml"), finished)
+
+
+def test_reported_runs_keep_their_checkpoints_and_tuning_runs_do_not(spec: StudySpec, finished: Places) -> None:
+    for trial in expand(spec, outcomes(finished)).trials:
+        assert (finished.run(trial) / "checkpoints").is_dir() == (trial.phase == "reporting")
+
+
+def test_a_trial_that_another_process_runs_does_not_stop_the_others(spec: StudySpec, places: Places) -> None:
+    machine, said = FakeMachine(), list[str]()
+    first = expand(spec, {}).trials[0].name
+    machine.codes[first] = EXIT_HELD
+    sitting = run_study(spec, places, machine, log=said.append)
+    assert sitting.ran == len(machine.ran) - 1 > 3
+    assert machine.ran.count(first) == 1
+    assert sitting.interrupted
+    assert not sitting.failed
+    assert said[-1].endswith("1 trials run in other processes; rerun the same command when they have finished")
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    spec: StudySpec, places: Places, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def absent(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("studies.store.fcntl.flock", absent)
+    assert run_study(spec, places, FakeMachine(), log=silent).finished
+    assert "the file system has no locks (Function not implemented)" in caplog.text
 
 
 def test_what_was_reported_cannot_be_left_out_afterwards(spec: StudySpec, finished: Places) -> None:
@@ -362,6 +404,15 @@ def test_a_trial_that_the_study_no_longer_has_is_set_aside_and_counts_again_when
     assert not aside & set(machine.ran)
 
 
+def test_a_summary_that_cannot_be_read_is_named_and_the_other_runs_are_added(spec: StudySpec, places: Places) -> None:
+    first, second = expand(spec, {}).trials[:2]
+    FakeMachine()([job(spec, one, places) for one in (first, second)])
+    (places.run(first) / "summary.json").write_text("")
+    with pytest.raises(RecordError, match=rf"{first.name}.*restore the file, or remove .* to run the trial again"):
+        compact(spec, places)
+    assert [row.trial for row in read_trials(places.records) if row.summary] == [second.name]
+
+
 def test_trackers_are_told_study_phase_and_arm(spec: StudySpec, places: Places) -> None:
     trial = expand(spec, {}).trials[0]
     overrides = job(spec, trial, places)
@@ -407,6 +458,25 @@ def test_reference_times_are_measured_in_turn_for_every_arm(
     assert arms == ["adamw", "sophiag"] * 2, "in turn, and without the ablation"
     assert set(times.seconds) == {"gpt2_nano", "gpt2_micro"}
     assert load_study([finished.records]).reference_times == times
+
+
+def test_reference_times_leave_out_a_warm_up_that_is_longer_than_their_runs(
+    finished: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    values = small()
+    values["arms"]["adamw"]["overrides"].append("schedule.warmup_steps=20")
+    jobs: list[list[str]] = []
+
+    def launch(given: Sequence[Sequence[str]]) -> list[int]:
+        jobs.extend(map(list, given))
+        return FakeMachine()(given)
+
+    compact(validate_spec(small(), "small.yaml"), finished)
+    measure(validate_spec(values, "small.yaml"), finished, launch, steps=10, rounds=1, log=silent)
+    assert jobs
+    for job_ in jobs:
+        assert [one for one in job_ if one.startswith("schedule.warmup_steps=")] == ["schedule.warmup_steps=null"]
 
 
 def test_reference_times_are_not_measured_on_a_busy_machine(

@@ -31,6 +31,11 @@ def change(values: dict[str, Any], path: str, value: Any) -> None:
         ("models/gpt2_nano/seeds", [1, 100], r"\[100\] are also tuning seeds"),
         ("models/gpt2_micro/like", "gpt2_mini", "expected a model listed before it"),
         ("models/gpt2_micro/arms", ["sophiag"], "including the baseline"),
+        (
+            "models/gpt2_nano/arms",
+            ["adamw"],
+            "like=gpt2_nano: gpt2_nano has no search of sophiag to start from; add it to",
+        ),
         ("tuning/seeds", [100, 101, 102, 103], "tuning: trials=6 is not a multiple of the 4 tuning seeds"),
         ("tuning/method", "halton", "needs low and high"),
         ("tuning/method", "grid", r"has 9 trials, more than tuning.trials=6"),
@@ -163,3 +168,25 @@ def test_a_study_survives_being_written_out(tmp_path: Path) -> None:
     path = tmp_path / "copy.yaml"
     path.write_text(yaml.safe_dump(spec.model_dump(mode="json", exclude_defaults=True), sort_keys=False))
     assert load_spec(path) == spec
+
+
+def test_the_range_of_an_integers_key_has_integers() -> None:
+    values = small()
+    values["tuning"] |= {"method": "halton", "trials": 8}
+    for arm in values["arms"].values():
+        arm["search"] = {"optimizer.lr": {"low": 1e-4, "high": 1e-2}}
+    values["arms"]["sophiag"]["search"] |= {"optimizer.hessian_interval": {"low": 1, "high": 100, "start": 10}}
+    spec = validate_spec(values, "small.yaml")
+    drawn = [one.values for one in expand(spec, {}).trials if one.arm == "sophiag"]
+    intervals = [one["optimizer.hessian_interval"] for one in drawn]
+    assert intervals[0] == 10
+    assert len({*intervals}) > 4
+    assert all(type(one) is int and 1 <= one <= 100 for one in intervals)
+    assert all(type(one["optimizer.lr"]) is float for one in drawn)
+
+
+def test_an_element_that_a_list_lacks_is_named() -> None:
+    values = small()
+    values["arms"]["adamw"]["search"] = {"optimizer.betas[2]": {"values": [0.8, 0.9]}}
+    with pytest.raises(ConfigurationError, match=r"betas\[2\]: optimizer.betas has 2 elements, numbered from 0"):
+        expand(validate_spec(values, "small.yaml"), {})

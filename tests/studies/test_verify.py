@@ -97,6 +97,10 @@ def test_an_old_summary_does_not_hide_a_failed_rerun(tmp_path: Path, monkeypatch
         verify(trials, tmp_path / "work", tmp_path, log=lambda _: None)
     (written,) = json.loads((tmp_path / "verification.json").read_text())
     assert (written["trial"], written["difference"], written["holds"]) == ("one", 0.0, True)
+    earlier = [written | {"difference": 0.5}, written | {"trial": "earlier"}]
+    (tmp_path / "verification.json").write_text(json.dumps(earlier))
+    verify(trials[:1], tmp_path / "work", tmp_path, log=lambda _: None)
+    assert json.loads((tmp_path / "verification.json").read_text()) == [written, earlier[1]]
 
 
 @pytest.mark.parametrize("allowed", [False, True])

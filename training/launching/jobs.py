@@ -4,9 +4,10 @@ Hydra's multirun expands products of values. A study has a list of overrides per
 """
 
 import contextlib
+import logging
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -61,16 +62,45 @@ def launch(jobs: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[
             plugin = Plugins.instance().instantiate_launcher(
                 hydra_context=context, task_function=run_logged, config=config
             )
-            with passed_on_to_workers(config.hydra.launcher._target_, EXIT_PREEMPTED):
+            with passed_on_to_workers(config.hydra.launcher._target_, EXIT_PREEMPTED), _lost_jobs_fail(launcher):
                 returns = plugin.launch([[quoted(override) for override in job] for job in jobs], initial_job_idx=0)
             return [int(one.return_value) for one in returns]
     finally:
         GlobalHydra.instance().clear()
 
 
+@contextlib.contextmanager
+def _lost_jobs_fail(launcher: Sequence[str]) -> Iterator[None]:
+    """Let a job of submitit that ends without a result fail alone, as after a node failure or an scancel.
+
+    Hydra's launcher waits for the jobs one by one, and the error of one would leave the others running unwatched.
+    """
+    if not _given(launcher).get("hydra/launcher", "basic").startswith("submitit"):
+        yield
+        return
+    import submitit
+    from hydra.core.utils import JobReturn, JobStatus
+
+    results = submitit.Job.results
+
+    def or_failure(job: submitit.Job[JobReturn]) -> list[JobReturn]:
+        try:
+            return results(job)
+        except submitit.core.utils.UncompletedJobError as error:
+            reason = str(error).strip().splitlines()[0]
+            logging.getLogger(__name__).error("job %s ended without a result: %s", job.job_id, reason)
+            return [JobReturn(_return_value=1, status=JobStatus.COMPLETED)]
+
+    submitit.Job.results = or_failure  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        submitit.Job.results = results  # type: ignore[method-assign]
+
+
 def side_by_side(launcher: Sequence[str]) -> int | None:
     """Return how many jobs a launcher runs in parallel; None if it queues them all."""
-    chosen = {key_of(given): unquoted(given.partition("=")[2]) for given in launcher}
+    chosen = _given(launcher)
     match chosen.get("hydra/launcher", "basic"):
         case "basic":
             return 1
@@ -79,6 +109,10 @@ def side_by_side(launcher: Sequence[str]) -> int | None:
             return jobs if jobs > 0 else os.cpu_count() or 1
         case _:
             return None
+
+
+def _given(launcher: Sequence[str]) -> dict[str, str]:
+    return {key_of(given): unquoted(given.partition("=")[2]) for given in launcher}
 
 
 def run_logged(config: DictConfig) -> int:

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
 from training.config import ConfigurationError
 from training.config_files import CONFIG_DIRECTORY
+from training.launching import jobs
 from training.launching.command import main
 from training.launching.jobs import launch, side_by_side
 
@@ -104,3 +106,27 @@ def test_submitits_jobs_may_be_requeued_and_see_their_gpus(overrides: list[str],
     with hydra.initialize_config_dir(str(CONFIG_DIRECTORY), version_base=None):
         launcher = hydra.compose("config", overrides, return_hydra_config=True).hydra.launcher
     assert OmegaConf.to_container(launcher, resolve=True)[key] == value
+
+
+def test_a_job_of_submitit_without_a_result_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """As after a node failure: Hydra's launcher would raise and leave the other jobs running."""
+    import submitit
+
+    class Lost(submitit.Job[JobReturn]):
+        _sub_jobs = None
+
+        def __init__(self, job_id: str) -> None:
+            self._job_id = self.job_id = job_id
+
+        def wait(self) -> None:
+            pass
+
+        def _get_outcome_and_result(self) -> None:
+            raise submitit.core.utils.UncompletedJobError("Job 7 (task: 0) has not produced any output\nits log is …")
+
+    original = submitit.Job.results
+    with jobs._lost_jobs_fail(["hydra/launcher=submitit_slurm"]):
+        (returned,) = Lost("7").results()
+    assert returned.return_value == 1
+    assert "job 7 ended without a result: Job 7 (task: 0) has not produced any output" in caplog.text
+    assert submitit.Job.results is original
