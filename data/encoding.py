@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.tokenizers import Tokenizer, repaired
+from data.tokenizers import Tokenizer, may_cut_pretokens, repaired
 
 # Separates documents and becomes the end-of-text id. UTF-8 never contains this byte.
 _END = b"\xff"
@@ -133,7 +133,8 @@ class DocumentEncoder:
         if self._entries > self._ENTRIES or self._stored > self._IDS:
             self._clear()
         raw = b"".join([_utf8(document) + _END for document in documents])
-        if len(raw) > _FOREIGN_TEXT * sum(map(len, documents)) + len(documents):
+        foreign_text = len(raw) > _FOREIGN_TEXT * sum(map(len, documents)) + len(documents)
+        if foreign_text or any(map(may_cut_pretokens, documents)):
             end = np.array([self.tokenizer.end_of_text], np.uint32)
             return np.concatenate([ids for text in documents for ids in (self.tokenizer.encode(text), end)])
         padded = np.frombuffer(raw + bytes(16), np.uint8)

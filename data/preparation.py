@@ -67,7 +67,7 @@ def ensure_prepared(
     Safe to call from several processes at once.
 
     Raises:
-        DataError: there are no tokens (the message has the command that makes them), or they do not match the request.
+        DataError: there are no tokens (the message says how to make them), or they do not match the request.
     """
     directory = token_directory(root, source, tokenizer)
     if isinstance(source, SampleSource) and not _is_prepared(directory):
@@ -82,16 +82,15 @@ def refuse_unprepared(directory: Path, source: Source, tokenizer: TokenizerSpec)
     """Refuse a directory without tokens, except the sample's.
 
     Raises:
-        DataError: names the source's missing file, or the command that makes the tokens.
+        DataError: names the source's missing file, or says how to make the tokens.
     """
     if _is_prepared(directory) or isinstance(source, SampleSource):
         return
     source.refuse_absent()
-    options = "" if tokenizer.name == "gpt2" else f" tokenizer={tokenizer.name}"
-    options += "" if tokenizer.vocab_size is None else f" tokenizer.vocab_size={tokenizer.vocab_size}"
+    size = "" if tokenizer.vocab_size is None else f" tokenizer.vocab_size={tokenizer.vocab_size}"
     raise DataError(
-        f"{directory} holds no prepared tokens; prepare them once with: "
-        f"python scripts/prepare_data.py {source.overrides}{options}"
+        f"{directory} holds no prepared tokens; prepare them once with scripts/prepare_data.py, this run's data= and data.* "
+        f"overrides, and tokenizer={tokenizer.name}{size}"
     )
 
 
@@ -116,8 +115,8 @@ def prepare(
         progress: the display (data/progress.py); by default none.
 
     Raises:
-        DataError: the corpus cannot be used, the directory holds other tokens, or the disk is full; finished work is
-            kept for the next call.
+        DataError: the corpus cannot be used or has changed since it was prepared, the directory holds other tokens, or
+            the disk is full; finished work is kept for the next call.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers}: expected at least 1")
@@ -137,6 +136,7 @@ def prepare(
             display.end()
     manifest = load_manifest(directory)
     _check_request(directory, manifest, source, tokenizer)
+    _refuse_changed(directory, manifest, source)
     return manifest
 
 
@@ -310,6 +310,20 @@ def _check_request(directory: Path, manifest: Manifest, source: Source, tokenize
             + ", ".join(f"{key}={asked.get(key)!r}" for key in different)
             + "; set another data.name, or remove the directory and prepare it again"
         )
+
+
+def _refuse_changed(directory: Path, manifest: Manifest, source: Source) -> None:
+    """Refuse tokens of files whose names or sizes have changed. Tokens without their files, such as a copy, pass."""
+    then, now = manifest.source.get("listing"), source.listing()
+    if then is not None and now is not None and then != now:
+        raise DataError(
+            f"{directory}: the corpus has changed since it was prepared: then {_counted(then)}, now {_counted(now)}; set "
+            "another data.name or data.directory, or remove the directory and prepare it again"
+        )
+
+
+def _counted(listing: dict[str, Any]) -> str:
+    return f"{listing['files']} files of {listing['bytes']:,} bytes (names and sizes {listing['sha256'][:12]})"
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from data.documents import cut_documents
+from data.documents import SEPARATOR, cut_documents
 from data.errors import DataError
 from data.files import open_regular
 
@@ -119,10 +119,12 @@ def read_documents(segment: Segment, text_column: str, advance: Advance) -> Iter
             case ".txt":
                 with open_regular(path) as file:
                     file.seek(segment.start)
-                    yield from cut_documents(_read_text(path, file, segment.start, segment.stop, advance))
+                    yield from cut_documents(_read_text(path, file.read, segment.start, segment.stop, advance))
             case ".txt.xz":
-                with open_regular(path) as packed, lzma.LZMAFile(packed) as file:
-                    yield from cut_documents(_read_text(path, file, 0, None, _compressed(packed, advance)))
+                with open_regular(path) as packed:
+                    chunks = _decompress_xz(packed)
+                    moved = _compressed(packed, advance)
+                    yield from cut_documents(_read_text(path, lambda _: next(chunks, b""), 0, None, moved))
             case _:
                 raise DataError(f"{path} has none of the known suffixes {', '.join(SUFFIXES)}")
 
@@ -161,7 +163,7 @@ def _faults_named(path: Path) -> Iterator[None]:
 
 
 def _read_text(
-    path: Path, file: IO[bytes] | gzip.GzipFile | lzma.LZMAFile, start: int, stop: int | None, advance: Advance
+    path: Path, read: Callable[[int], bytes], start: int, stop: int | None, advance: Advance
 ) -> Iterator[str]:
     """Decode UTF-8 strictly; line ends become "\\n", and a leading byte order mark is dropped."""
     decoder = codecs.getincrementaldecoder("utf-8")()
@@ -169,7 +171,7 @@ def _read_text(
     place = start
     while True:
         wanted = _CHUNK_BYTES if stop is None else min(_CHUNK_BYTES, stop - place)
-        chunk = file.read(wanted) if wanted else b""
+        chunk = read(wanted) if wanted else b""
         pending = len(decoder.getstate()[0])
         try:
             text = decoder.decode(chunk, final=not chunk)
@@ -184,6 +186,36 @@ def _read_text(
             return
 
 
+def _decompress_xz(packed: IO[bytes]) -> Iterator[bytes]:
+    """The content of all streams of an .xz file in chunks, none empty; between streams only zero padding is allowed.
+
+    lzma.LZMAFile would take a damaged stream after the first, or one after padding, for trailing garbage and drop it.
+
+    Raises:
+        EOFError, lzma.LZMAError: the file is truncated or damaged.
+    """
+    data = packed.read(_CHUNK_BYTES)
+    while True:
+        stream = lzma.LZMADecompressor()
+        while not stream.eof:
+            if stream.needs_input and not data and not (data := packed.read(_CHUNK_BYTES)):
+                raise EOFError("it ends inside a stream")
+            if chunk := stream.decompress(data, _CHUNK_BYTES):
+                yield chunk
+            data = b""
+        data, padding = stream.unused_data, 0
+        while data := data or packed.read(_CHUNK_BYTES):
+            padding += len(data)
+            data = data.lstrip(b"\0")
+            padding -= len(data)
+            if data:
+                break
+        if padding % 4:
+            raise lzma.LZMAError(f"{padding} zero bytes after a stream, not a multiple of four")
+        if not data:
+            return
+
+
 def _not_utf8(path: Path, offset: int, error: UnicodeDecodeError) -> DataError:
     byte = error.object[error.start]
     return DataError(
@@ -193,13 +225,20 @@ def _not_utf8(path: Path, offset: int, error: UnicodeDecodeError) -> DataError:
 
 
 def _after_paragraph(file: IO[bytes], nominal: int, size: int) -> int:
-    """The first offset at or after `nominal` where a paragraph starts, else a line, else a character."""
-    file.seek(nominal)
-    window = file.read(_CHUNK_BYTES)
+    """The first offset at or after `nominal` where a paragraph starts, else a line, a document, a word or a character."""
+    separator = SEPARATOR.encode()
+    before = min(nominal, len(separator))
+    file.seek(nominal - before)
+    around = file.read(before + _CHUNK_BYTES)  # from before, since no place inside a separator will do
+    window = around[before:]
     for end in (b"\n\n", b"\r\n\r\n", b"\n"):
         found = window.find(end)
         if found >= 0:
             return nominal + found + len(end)
+    if (found := around.find(separator)) >= 0:
+        return nominal - before + found + len(separator)
+    if (found := window.find(b" ")) >= 0:
+        return nominal + found + 1
     continued = 0
     while continued < len(window) and window[continued] & 0xC0 == 0x80:
         continued += 1

@@ -10,9 +10,12 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data.documents import CUTTING
@@ -25,6 +28,7 @@ _SAMPLE_DIRECTORY = Path(__file__).parent / "sample"
 _SAMPLE_SPLIT = SplitRule("hash", 0.05)
 _DEFAULT_SPLIT = SplitRule()
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHARD_NAME = re.compile(r"(.*)-\d{5}-of-(\d{5})(.*)")
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,14 @@ class Source(ABC):
         """Find the files, downloading them if necessary; `report` is called before slow work.
 
         Raises:
-            DataError: there are no files, or they cannot be downloaded.
+            DataError: there are no files, some of a numbered series are missing, or they cannot be downloaded.
         """
 
-    @property
-    def overrides(self) -> str:
-        """The overrides that choose this source on the command line."""
-        return f"data={self.name}"
+    def listing(self) -> dict[str, Any] | None:
+        """The manifest's listing of the files as they are now; None if they are not on this machine. Needs no network."""
+        with suppress(DataError, OSError):
+            return self.fetch(lambda _: None).description.get("listing")
+        return None
 
     @abstractmethod
     def request(self) -> dict[str, Any]:
@@ -110,6 +115,9 @@ class HubSource(Source):
         if self.local is not None:
             self._files_in(self.local, self.revision)
 
+    def listing(self) -> dict[str, Any] | None:
+        return None if self.local is None else super().listing()
+
     def fetch(self, report: Callable[[str], None]) -> Corpus:
         root, revision = (self.local, self.revision) if self.local is not None else self._download(report)
         found = self._files_in(root, revision)
@@ -145,6 +153,7 @@ class HubSource(Source):
                 f"no file in {root} matches data.files={self.files!r} ({self.repository} at {revision}); compare the "
                 "glob with the repository's list of files"
             )
+        _refuse_partial(found, PurePosixPath(self.files).name)
         return found
 
     def _download(self, report: Callable[[str], None]) -> tuple[Path, str]:
@@ -178,6 +187,24 @@ class HubSource(Source):
         return path, path.name if _COMMIT.fullmatch(path.name) else self.revision
 
 
+def _refuse_partial(files: Sequence[Path], pattern: str) -> None:
+    """Refuse a copy that lacks some of the shards <name>-NNNNN-of-MMMMM, as an interrupted download does.
+
+    Args:
+        pattern: the glob of the names, which may ask for some of the shards.
+    """
+    matches = ((file.parent, _SHARD_NAME.fullmatch(file.name)) for file in files)
+    series = Counter((directory, match[1], match[2], match[3]) for directory, match in matches if match)
+    for (directory, start, total, end), found in series.items():
+        siblings = (f"{start}-{number:05d}-of-{total}{end}" for number in range(int(total)))
+        expected = sum(fnmatchcase(name, pattern) for name in siblings)
+        if found < expected:
+            raise DataError(
+                f"{directory} lacks {expected - found} of the {expected} files {start}-*-of-{total}{end}; copy them there, "
+                "or rerun where the hub is reachable to download them; to use only some files, narrow data.files"
+            )
+
+
 @dataclass(frozen=True)
 class FileSource(Source):
     """The user's own files by glob ("**" descends into directories): .txt, .jsonl, .jsonl.gz and .parquet, also mixed.
@@ -196,20 +223,17 @@ class FileSource(Source):
 
     def fetch(self, report: Callable[[str], None]) -> Corpus:
         files = _match(self.paths)
-        root = os.path.commonpath([file.parent for file in files])
+        absolute = [Path(os.path.abspath(file)) for file in files]
+        root = os.path.commonpath([file.parent for file in absolute])
         return Corpus(
             tuple(files),
             {
                 "kind": "files",
                 "text_column": self.text_column,
                 "cutting": CUTTING,
-                "listing": _listing([Path(os.path.relpath(file, root)).as_posix() for file in files], files),
+                "listing": _listing([file.relative_to(root).as_posix() for file in absolute], files),
             },
         )
-
-    @property
-    def overrides(self) -> str:
-        return f"data={self.name} 'data.paths=[{','.join(self.paths)}]'"
 
     def request(self) -> dict[str, Any]:
         return {
@@ -222,11 +246,11 @@ class FileSource(Source):
 
 
 def _match(patterns: Sequence[str]) -> list[Path]:
-    """The files that match the globs, sorted by path, without duplicates."""
+    """The files that match the globs, sorted by absolute path. Of several names of one file, the first is kept."""
     found: dict[str, Path] = {}
     for pattern in patterns:
         pattern = os.path.expanduser(pattern)
-        matches = glob.glob(pattern, recursive=True)
+        matches = sorted(glob.glob(pattern, recursive=True))
         if not matches:
             absent = "no file matches" if glob.has_magic(pattern) else "there is no file"
             raise DataError(
@@ -239,7 +263,7 @@ def _match(patterns: Sequence[str]) -> list[Path]:
             found.setdefault(os.path.realpath(match), Path(match))
     if not found:
         raise DataError(f"data.paths={list(patterns)} matches only directories; add a file pattern, such as *.txt")
-    return sorted(found.values())
+    return sorted(found.values(), key=lambda file: Path(os.path.abspath(file)))
 
 
 def _listing(names: Sequence[str], files: Sequence[Path]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from data.plan import Unit
 from data.readers import Advance, read_documents
 from data.shards import ShardWriter, shard_name
 from data.splits import SplitRule
+from data.tokenizers import repaired
 
 RECEIPTS = "units"  # the directory of the finished units' receipts, deleted once the manifest is written
 
@@ -123,7 +124,8 @@ def training_texts(
         taken = 0
         for name, text in split_documents(unit, text_column, split, lambda _: None, reading):
             if name == "train":
+                text = repaired(text)
                 yield text
-                taken += len(text)
+                taken += len(text.encode())
             if share < 1 and taken >= share * unit.bytes:
                 break

@@ -176,6 +176,20 @@ def _pieces(text: str) -> Iterator[str]:
         yield text[start:]
 
 
+def may_cut_pretokens(text: str) -> bool:
+    """Whether `encode` may cut a text inside a pre-token, so that the ids depend on where the pre-token stands.
+
+    If False, every stretch of a piece's length has a place to cut.
+    """
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS:
+        found = _CUT.search(text, start + _PIECE_CHARACTERS // 2, start + _PIECE_CHARACTERS)
+        if found is None:
+            return True
+        start = found.end()
+    return False
+
+
 def _byte_of_character() -> dict[str, int]:
     """The characters that stand for the 256 bytes in GPT-2's files, in the order of their ids."""
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]

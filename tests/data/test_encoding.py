@@ -95,6 +95,13 @@ def test_texts_of_any_script_and_length_are_encoded_as_one_by_one(text: str) -> 
     assert DocumentEncoder(gpt2()).encode(documents).tolist() == expected(gpt2(), documents)
 
 
+@pytest.mark.parametrize("run", ["elephant" * 9_000, "elephant" * 20_000, "éléphant" * 9_000, "éléphant" * 20_000])
+@pytest.mark.parametrize("before", ["x ", "words " * 10_001, "é\tb "])
+def test_a_long_pretoken_has_the_same_ids_among_other_documents(before: str, run: str) -> None:
+    documents = [before + run + " end", "plain words " * 100_000]
+    assert DocumentEncoder(gpt2()).encode(documents).tolist() == expected(gpt2(), documents)
+
+
 @pytest.mark.slow
 def test_the_cache_stays_bounded() -> None:
     generator = np.random.default_rng(0)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -318,6 +319,39 @@ def test_a_finished_directory_is_left_as_it_is_and_needs_neither_corpus_nor_perm
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "t").iterdir()} == before
 
 
+@pytest.mark.parametrize("change", ["lengthened", "added", "removed", "renamed"])
+def test_a_corpus_that_changed_since_it_was_prepared_is_refused(
+    change: str, tmp_path: Path, corpus: FileSource
+) -> None:
+    root, directory = Path(corpus.paths[0]).parent, tmp_path / "t"
+    manifest = data.prepare(corpus, GPT2, directory, workers=1)
+    match change:
+        case "lengthened":
+            with (root / "z.txt").open("a") as file:
+                file.write("more")
+        case "added":
+            write_text(root / "zz.txt", ["new"])
+        case "removed":
+            (root / "0.jsonl").unlink()
+        case "renamed":
+            (root / "0.jsonl").rename(root / "00.jsonl")
+    size = manifest.source["listing"]["bytes"]
+    with pytest.raises(
+        DataError, match=rf"{directory}: .*changed.* 5 files of {size:,} bytes .*data\.name.*data\.directory"
+    ):
+        data.prepare(corpus, GPT2, directory)
+
+
+def test_a_local_mirror_that_changed_since_it_was_prepared_is_refused(tmp_path: Path) -> None:
+    source = parquet_corpus(tmp_path / "repository", list(texts(300)))
+    manifest = data.prepare(source, GPT2, tmp_path / "t", workers=1)
+    assert data.prepare(replace(source, local=None), GPT2, tmp_path / "t") == manifest, "nothing is downloaded"
+    assert data.prepare(replace(source, local=tmp_path / "absent"), GPT2, tmp_path / "t") == manifest
+    parquet_corpus(tmp_path / "repository", list(texts(310)))
+    with pytest.raises(DataError, match="changed"):
+        data.prepare(source, GPT2, tmp_path / "t")
+
+
 def test_tokens_of_another_request_are_refused_with_the_difference(tmp_path: Path, corpus: FileSource) -> None:
     data.prepare(corpus, GPT2, tmp_path / "t", workers=1)
     for other, difference in (
@@ -424,6 +458,21 @@ def test_a_tokenizer_is_trained_on_the_training_documents_and_kept_with_the_toke
     assert corpus.split.is_validation(tokenizer.decode(first))
 
 
+def test_a_tokenizer_is_trained_on_text_with_half_a_surrogate_pair(tmp_path: Path) -> None:
+    write_json_lines(tmp_path / "a.jsonl", [text + "\ud800" for text in texts(250)])
+    data.prepare(FileSource(paths=[f"{tmp_path}/a.jsonl"]), TokenizerSpec("bpe", 300), tmp_path / "t", workers=1)
+    ids = stream(tmp_path / "t", "train")
+    assert "\ufffd" in data.load_tokenizer(tmp_path / "t").decode(ids)
+
+
+def test_a_tokenizers_share_of_text_is_counted_in_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("<|endoftext|>".join(f"{number}" + "中文字" * 40 for number in range(100)))
+    (unit,) = plan.plan_units([path], "text", SplitRule(), 1 << 20, lambda _: None)
+    taken = list(tokenise.training_texts([unit], "text", SplitRule(), 0.5, lambda _: None))
+    assert 40 < len(taken) < 60
+
+
 def test_a_tokenizer_trained_before_an_interruption_is_used_again(
     tmp_path: Path, corpus: FileSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,32 +528,18 @@ def test_the_sample_prepares_itself_on_first_use_also_from_several_ranks(tmp_pat
     data.ensure_prepared(tmp_path, SampleSource(), GPT2)
 
 
-@pytest.mark.parametrize(
-    ("source", "spec", "command"),
-    [
-        (
-            HubSource("openwebtext", "Skylion007/openwebtext", "main", "*"),
-            GPT2,
-            "tokens/openwebtext-gpt2 holds no prepared tokens; prepare them once with: "
-            "python scripts/prepare_data.py data=openwebtext",
-        ),
-        (
-            FileSource(paths=["corpus/*.txt"]),
-            TokenizerSpec("bpe", 4096),
-            "python scripts/prepare_data.py data=text 'data.paths=[corpus/*.txt]' tokenizer=bpe "
-            "tokenizer.vocab_size=4096",
-        ),
-    ],
-)
-def test_a_missing_large_corpus_is_refused_with_the_command_that_makes_it(
-    source: data.Source, spec: TokenizerSpec, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_missing_large_corpus_is_refused_and_the_remedy_keeps_its_overrides(
+    tmp_path: Path, corpus: FileSource
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "a.txt").write_text("a text")
-    with pytest.raises(DataError) as caught:
-        data.ensure_prepared("tokens", source, spec)
-    assert str(caught.value).endswith(command)
+    """The source does not know all of them: not data= itself, nor data.directory."""
+    hub = HubSource("mine", "Skylion007/openwebtext", "main", "*", text_column="content")
+    for source in (hub, replace(corpus, name="novels")):
+        with pytest.raises(DataError) as caught:
+            data.ensure_prepared(tmp_path, source, TokenizerSpec("bpe", 4096))
+        assert str(caught.value) == (
+            f"{tmp_path}/{source.name}-bpe4096 holds no prepared tokens; prepare them once with scripts/prepare_data.py, "
+            "this run's data= and data.* overrides, and tokenizer=bpe tokenizer.vocab_size=4096"
+        )
 
 
 # What it shows

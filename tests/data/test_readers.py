@@ -62,6 +62,19 @@ def test_a_text_is_segmented_at_paragraphs(tmp_path: Path) -> None:
     assert all(content[part.start - 2 : part.start] == b"\n\n" for part in parts[1:])
 
 
+@pytest.mark.parametrize("limit", range(20, 60))
+def test_a_text_of_one_line_is_segmented_at_separators_else_at_words(tmp_path: Path, limit: int) -> None:
+    path = tmp_path / "a.txt"
+    documents = [f"document {number} 中文" for number in range(20)]
+    path.write_text("<|endoftext|>".join(documents))
+    assert len(segments(path, "text", limit)) > 5
+    assert read(path, limit=limit) == documents, "none is cut"
+    path.write_text(" ".join(documents))
+    assert len(segments(path, "text", limit)) > 5
+    assert "".join(read(path, limit=limit)) == " ".join(documents)
+    assert all(text.endswith(" ") for text in read(path, limit=limit)[:-1])
+
+
 def test_line_ends_and_byte_order_mark_of_other_systems_are_understood(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\rthree")
@@ -80,6 +93,18 @@ def test_text_is_cut_into_documents_as_a_whole_however_it_is_read(
     packed.write_bytes(lzma.compress(text.encode()))
     monkeypatch.setattr(readers, "_CHUNK_BYTES", 1001)  # cuts characters
     assert read(path) == read(packed) == list(cut_documents([text]))
+
+
+@pytest.mark.parametrize("padding", [0, 4, 1000])
+def test_every_stream_of_an_xz_file_is_read_also_after_padding(
+    tmp_path: Path, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_CHUNK_BYTES", 61)
+    path = tmp_path / "a.txt.xz"
+    path.write_bytes(
+        b"".join(lzma.compress(text.encode()) + bytes(padding) for text in ("one ", "", "中" * 1000, " end"))
+    )
+    assert read(path) == ["one " + "中" * 1000 + " end"]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.txt", "a.txt.xz"])
@@ -154,6 +179,16 @@ BAD = {
     ),
     "cut.txt.xz": (write(lzma.compress(b"abc " * 1000)[:-30]), "truncated or damaged"),
     "not.txt.xz": (write(b"abc"), "truncated or damaged"),
+    "second.txt.xz": (
+        write(lzma.compress(b"one") + lzma.compress(b"two").replace(b"7zXZ", b"7zXX")),
+        "truncated or damaged",
+    ),
+    "flipped.txt.xz": (
+        write(lzma.compress(b"one") + lzma.compress(b"two")[:-1] + b"X"),
+        "truncated or damaged",
+    ),
+    "tail.txt.xz": (write(lzma.compress(b"one") + b"tail of a page"), "truncated or damaged"),
+    "padding.txt.xz": (write(lzma.compress(b"one") + bytes(6)), "truncated or damaged .*6 zero bytes"),
     "cut.parquet": (truncated(lambda p: write_parquet(p, texts(500)), 0.5), "truncated or not a parquet file"),
     "not.parquet": (write(b"PAR1 and nothing else PAR1"), "truncated or not a parquet file"),
     "column.parquet": (

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,34 @@ def test_a_corpus_is_described_by_its_files_and_not_by_where_they_are(tmp_path: 
     assert one == two
     (tmp_path / "two" / "a.txt").write_text("longer text")
     assert fetch(FileSource(paths=[f"{tmp_path}/two/**/*.txt"])).description != one
+
+
+def test_a_corpus_is_the_same_however_its_paths_are_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(*(tmp_path / name for name in ("b/x.txt", "c/y.txt", "a.txt")))
+    monkeypatch.chdir(tmp_path / "b")
+    names = ["a.txt", "b/x.txt", "c/y.txt"]
+    absolute = [f"{tmp_path}/{name}" for name in names]
+    expected = fetch(FileSource(paths=absolute))
+    assert [path.relative_to(tmp_path).as_posix() for path in expected.files] == names
+    for paths in (
+        ["x.txt", "../c/y.txt", "../a.txt"],
+        ["x.txt", *absolute[::2]],  # absolute and relative
+        ["../b/x.txt", "../b/../c/y.txt", "../a.txt"],
+    ):
+        corpus = fetch(FileSource(paths=paths))
+        assert [path.resolve() for path in corpus.files] == [path.resolve() for path in expected.files]
+        assert corpus.description == expected.description
+
+
+def test_the_name_that_is_kept_of_two_does_not_depend_on_the_order_of_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path / "b.txt")
+    for name in ("a.txt", "c.txt"):
+        (tmp_path / name).symlink_to(tmp_path / "b.txt")
+    for order in itertools.permutations([f"{tmp_path}/{name}.txt" for name in "abc"]):
+        monkeypatch.setattr("data.sources.glob.glob", lambda *_, order=order, **__: list(order))
+        assert fetch(FileSource(paths=[f"{tmp_path}/*.txt"])).files == (tmp_path / "a.txt",)
 
 
 def test_a_glob_that_matches_nothing_is_named(tmp_path: Path) -> None:
@@ -154,6 +183,22 @@ def test_an_unknown_revision_is_one_clear_error(monkeypatch: pytest.MonkeyPatch)
 def test_a_repository_without_such_files_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"matches data\.files='plain_text/\*\.parquet' \(Skylion007/openwebtext"):
         fetch(openwebtext(local=tmp_path))
+
+
+def test_a_repository_with_missing_shards_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub out of reach, snapshot_download returns what an interrupted download left."""
+    shards = [tmp_path / "plain_text" / f"train-{number:05d}-of-00080.parquet" for number in range(80)]
+    touch(*shards[3:5], tmp_path / "plain_text" / "test-00000-of-00001.parquet")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: os.fspath(tmp_path))
+    message = r"plain_text lacks 78 of the 80 files train-\*-of-00080\.parquet; copy .*data\.files"
+    for source in (openwebtext(), openwebtext(local=tmp_path)):
+        with pytest.raises(DataError, match=message):
+            fetch(source)
+    with pytest.raises(DataError, match=message):
+        openwebtext(local=tmp_path).refuse_absent()
+    assert len(fetch(openwebtext(local=tmp_path, files="plain_text/train-0000[34]-*")).files) == 2, "as asked for"
+    touch(*shards)
+    assert len(fetch(openwebtext(local=tmp_path)).files) == 81
 
 
 def test_the_sample_is_described_by_the_hashes_of_its_files() -> None:
