@@ -102,9 +102,10 @@ class LossHead(nn.Module):
     ) -> Losses:
         """Compute the requested losses in chunks; they can be differentiated once.
 
-        With both losses, labels must be drawn at exactly the positions that have targets, since both share one softmax:
-        otherwise the labels' loss and its gradient are NaN, for which the host does not wait. Call
-        `sampled_loss_sum.backward(retain_graph=True)` before `loss_sum.backward()`.
+        The targets' loss and its gradient are NaN if a target is negative and not -100. With both losses, labels must be
+        drawn at exactly the positions that have targets, since both share one softmax: otherwise the labels' loss and
+        its gradient are NaN. The host waits for neither check. Call `sampled_loss_sum.backward(retain_graph=True)`
+        before `loss_sum.backward()`.
         """
         if targets is None and uniforms is None:
             return None, None
@@ -114,9 +115,10 @@ class LossHead(nn.Module):
         if uniforms is not None:
             uniforms = uniforms.flatten()
         loss_sum, sampled_loss_sum = self._losses(hidden, weight, targets, uniforms)
+        if targets is not None and loss_sum is not None:
+            loss_sum = loss_sum * nan_if(is_invalid(targets))
         if targets is not None and uniforms is not None and sampled_loss_sum is not None:
-            differ = ((targets == IGNORED) != (uniforms < 0)).any()
-            sampled_loss_sum = sampled_loss_sum * torch.where(differ, torch.nan, 1.0)
+            sampled_loss_sum = sampled_loss_sum * nan_if((targets == IGNORED) != (uniforms < 0))
         return loss_sum, sampled_loss_sum
 
     def _losses(self, hidden: Tensor, weight: Tensor, targets: Tensor | None, uniforms: Tensor | None) -> Losses:
@@ -129,6 +131,18 @@ class LossHead(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the passes over the logits, with torch.compile's arguments."""
         self.passes = Passes(*[_of_any_length(torch.compile(function, *args, **kwargs)) for function in UNCOMPILED])
+
+
+def is_invalid(
+    targets: Tensor,  # (N,) int64
+) -> Tensor:  # (N,) bool: negative and not -100. Indexing refuses a target that is too large.
+    return (targets < 0) & (targets != IGNORED)
+
+
+def nan_if(
+    wrong: Tensor,  # (N,) bool
+) -> Tensor:  # () float32: NaN if any is, else 1. A factor of a loss, since an exception would make the host wait.
+    return torch.where(wrong.any(), torch.nan, 1.0)
 
 
 def plain_losses(
@@ -153,9 +167,12 @@ def cross_entropy_sum(
     logits: Tensor,  # (N, V) float32
     targets: Tensor,  # (N,) int64, -100 for no target
 ) -> Tensor:  # ()
-    """F.cross_entropy(…, reduction="sum") with half as many passes over the logits when differentiated twice."""
+    """F.cross_entropy(…, reduction="sum") with half as many passes over the logits when differentiated twice.
+
+    It is NaN if a target is negative and not -100.
+    """
     loss_sum: Tensor = _CrossEntropySum.apply(logits, targets)
-    return loss_sum
+    return loss_sum * nan_if(is_invalid(targets))
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -253,6 +270,11 @@ class _ChunkedLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *loss_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "the loss head's gradients cannot be differentiated again: they are computed in the forward pass. To use "
+                "create_graph=True, compute the loss inside model.maths_attention()"
+            )
         if ctx.gradients is None:
             raise RuntimeError(
                 "the loss head's gradients are already used: they are computed in the forward pass and can be used once. "

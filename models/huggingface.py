@@ -34,6 +34,7 @@ FIXED_SETTINGS = {
     "tie_word_embeddings": (True,),
     "add_cross_attention": (False,),
 }
+NAMED_FAULTS = 4  # of a file's weights, in an error
 
 
 def to_huggingface(model: GPT2) -> GPT2LMHeadModel:
@@ -79,6 +80,13 @@ def from_huggingface(source: str | Path | GPT2LMHeadModel) -> tuple[GPT2Config, 
             f"expected 4 n_embd = {4 * theirs.config.n_embd}"
         )
     parameters = {name: parameter.detach().float().cpu() for name, parameter in theirs.named_parameters()}
+    embedding = parameters["transformer.wte.weight"]
+    head = parameters.get("lm_head.weight")  # from_pretrained ties the two only if they are equal
+    if head is not None and not torch.equal(head, embedding):
+        raise ValueError(
+            f"{'' if theirs is source else f'{source}: '}lm_head.weight differs from transformer.wte.weight; expected a model "
+            "trained with tie_word_embeddings=true, since the output layer here is the embedding"
+        )
     config = GPT2Config(
         vocab_size=theirs.config.vocab_size,
         n_layer=theirs.config.n_layer,
@@ -89,7 +97,6 @@ def from_huggingface(source: str | Path | GPT2LMHeadModel) -> tuple[GPT2Config, 
         dropout=theirs.config.resid_pdrop,
         attention_layer_scaling=theirs.config.scale_attn_by_inverse_layer_idx,
     )
-    embedding = parameters["transformer.wte.weight"]
     padding = embedding.new_zeros(config.padded_vocab_size - config.vocab_size, config.n_embd)
     weights = {
         "token_embedding.weight": torch.cat((embedding, padding)),
@@ -144,25 +151,37 @@ def _load(directory: Path) -> GPT2LMHeadModel:
     try:
         _check_directory(directory)
         loaded: Any = GPT2LMHeadModel.from_pretrained(
-            directory, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            directory,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported
         )
     except Exception as error:  # damaged directories raise exceptions of many libraries
         raise ValueError(f"{directory}: {' '.join(str(error).split())}") from error
     model, report = loaded
-    if report["missing_keys"] or report["mismatched_keys"]:
-        faults = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    faults = sorted(
+        [f"{name} is missing" for name in report["missing_keys"]]
+        + [f"{name} has the shape {tuple(a)} instead of {tuple(b)}" for name, a, b in report["mismatched_keys"]]
+        # Older files hold the causal mask: attn.bias, which from_pretrained leaves out of its report, and attn.masked_bias.
+        + [f"{name} is not in the model" for name in report["unexpected_keys"] if not name.endswith("attn.masked_bias")]
+    )
+    if faults:
+        more = f" and {len(faults) - NAMED_FAULTS} more" if len(faults) > NAMED_FAULTS else ""
         raise ValueError(
-            f"{directory}: the weights lack {', '.join(faults)}; expected the weights of a GPT2LMHeadModel"
+            f"{directory}: the safetensors do not fit config.json: {', '.join(faults[:NAMED_FAULTS])}{more}; expected the "
+            "weights of a GPT2LMHeadModel of that configuration, with adapters merged"
         )
     return model
 
 
 def _check_directory(directory: Path) -> None:
-    """Refuse a directory that refers to files outside it or would allocate more memory than its files hold.
+    """Refuse a directory that has another type of model, refers to files outside or would allocate more than its files hold.
 
     Raises:
         ValueError: a link or an index leads outside, it is an adapter (whose base model is elsewhere), or config.json
-            describes more weights than there are.
+            is another type of model's or describes more weights than there are.
     """
     root = directory.resolve()
     # The hub's cache keeps a snapshot's files in the blobs/ of the same repository.
@@ -186,6 +205,10 @@ def _check_directory(directory: Path) -> None:
         with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
             held += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     config = HuggingFaceConfig.from_pretrained(directory, local_files_only=True)
+    if config.model_type != "gpt2":
+        raise ValueError(
+            f"config.json has model_type={config.model_type!r}; expected 'gpt2', the only type that is imported"
+        )
     layers, width, mlp = config.n_layer, config.n_embd, config.n_inner or 4 * config.n_embd
     described = (config.vocab_size + config.n_positions) * width + layers * (4 * width**2 + 2 * width * mlp)
     if described > 2 * held:  # loading names weights that are missing within this margin

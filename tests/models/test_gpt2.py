@@ -1,10 +1,12 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sophia
 from models import GPT2, GPT2Config, parameter_kind
 from models import gpt2 as gpt2_module
 
@@ -249,6 +251,20 @@ class TestSecondDerivatives:
         epsilon = 1e-5
         for plus, minus, exact in zip(gradient_at(epsilon), gradient_at(-epsilon), product, strict=True):
             torch.testing.assert_close((plus - minus) / (2 * epsilon), exact, atol=2e-5, rtol=1e-3)
+
+    def test_hutchinson_is_right_inside_and_refused_outside(self) -> None:
+        model = moved(GPT2(TINY))
+        tokens, targets, _ = batch()
+
+        def estimate(method: Callable[..., list[Tensor | None]]) -> Tensor:
+            estimates = method(lambda: model.loss(tokens, targets), model.parameters(), seed=0, step=1)
+            return torch.cat([e.flatten() for e in estimates if e is not None])
+
+        with model.maths_attention():
+            exact = estimate(sophia.hutchinson)
+        assert (estimate(sophia.hutchinson_differences) - exact).norm() < 5e-3 * exact.norm()
+        with pytest.raises(RuntimeError, match=r"model\.maths_attention\(\)"):
+            estimate(sophia.hutchinson)
 
     def test_losses_are_those_of_the_fast_route(self) -> None:
         model = moved(GPT2(TINY))

@@ -98,6 +98,36 @@ class TestChunkedLosses:
         with pytest.raises(RuntimeError, match=r"sampled_loss_sum\.backward\(retain_graph=True\) before"):
             gradients(sampled_loss_sum, hidden)
 
+    @pytest.mark.parametrize("asked", ["targets", "labels", "both"])
+    def test_a_graph_of_the_backward_pass_is_refused_and_leaves_the_gradients_to_use(self, asked: str) -> None:
+        hidden, weight, targets, uniforms = inputs(8)
+        losses = LossHead(VOCAB_SIZE)(
+            hidden, weight, targets if asked != "labels" else None, uniforms if asked != "targets" else None
+        )
+        for loss in (losses[1], losses[0]):
+            if loss is not None:
+                with pytest.raises(RuntimeError, match=r"inside model\.maths_attention\(\)"):
+                    torch.autograd.grad(loss, (hidden, weight), create_graph=True, retain_graph=True)
+                assert all(gradient.any() for gradient in gradients(loss, hidden, weight))
+
+    @pytest.mark.parametrize("differentiable", [True, False])
+    @pytest.mark.parametrize("labelled", [True, False])
+    @pytest.mark.parametrize("target", [-1, -99, -101])
+    def test_a_negative_target_other_than_the_ignored_one_has_no_finite_loss_or_gradient(
+        self, target: int, labelled: bool, differentiable: bool
+    ) -> None:
+        """The other negative ones: nanoGPT's is -1, and torch's cross entropy raises."""
+        hidden, weight, targets, uniforms = inputs(8)
+        targets[0, 2], targets[0, 3] = IGNORED, target
+        uniforms[0, 2] = -1
+        arguments = hidden, weight, targets, uniforms if labelled else None
+        with torch.set_grad_enabled(differentiable):
+            losses = [LossHead(VOCAB_SIZE)(*arguments)[0], plain_losses(*arguments, VOCAB_SIZE)[0]]
+        for loss_sum in losses:
+            assert loss_sum.isnan()
+            if differentiable:
+                assert all(gradient.isnan().any() for gradient in gradients(loss_sum, hidden, weight))
+
     def test_a_batch_without_a_label_to_draw_has_a_sampled_loss_of_zero(self) -> None:
         hidden, weight, _, uniforms = inputs(30)
         _, sampled_loss_sum = LossHead(VOCAB_SIZE)(hidden, weight, None, torch.full_like(uniforms, -1))

@@ -1,7 +1,10 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import GPT2Config as HuggingFaceConfig
 from transformers import GPT2LMHeadModel
 
@@ -88,6 +91,67 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"h\.1\.mlp\.c_fc\.weight"):
         from_huggingface(tmp_path)
+
+
+def changed(directory: Path, added: dict[str, Tensor] | None = None, **settings: object) -> Path:
+    """A saved model with further tensors in its file and other settings in its config.json."""
+    to_huggingface(model_of()).save_pretrained(directory)
+    weights = load_file(directory / "model.safetensors") | (added or {})
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | settings))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_positions": 32}, r"transformer\.wpe\.weight has the shape \(16, 32\) instead of \(32, 32\)"),
+        ({"vocab_size": 301}, r"transformer\.wte\.weight has the shape \(300, 32\) instead of \(301, 32\)"),
+    ],
+)
+def test_weights_of_another_shape_are_named_with_both_shapes(
+    tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_huggingface(changed(tmp_path, **settings))
+
+
+def test_an_output_layer_that_differs_from_the_embedding_is_refused(tmp_path: Path) -> None:
+    message = r"lm_head\.weight differs from transformer\.wte\.weight"
+    with pytest.raises(ValueError, match=message) as refused:
+        from_huggingface(changed(tmp_path, {"lm_head.weight": torch.zeros(300, 32)}))
+    assert str(tmp_path) in str(refused.value)
+    theirs = to_huggingface(model_of())
+    theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight + 1)
+    with pytest.raises(ValueError, match=message):
+        from_huggingface(theirs)
+
+
+def test_a_copy_of_the_embedding_as_output_layer_is_imported(tmp_path: Path) -> None:
+    embedding = load_file(changed(tmp_path) / "model.safetensors")["transformer.wte.weight"]
+    weights = load_file(tmp_path / "model.safetensors") | {"lm_head.weight": embedding.clone()}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(from_huggingface(tmp_path)[1]["token_embedding.weight"][:300], embedding)
+
+
+def test_weights_that_the_import_would_drop_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"transformer\.h\.2\.attn\.c_attn\.weight is not in the model"):
+        from_huggingface(changed(tmp_path, n_layer=2))
+    adapter = "transformer.h.0.attn.c_attn.lora_A.weight"
+    with pytest.raises(ValueError, match=rf"{adapter} is not in the model"):
+        from_huggingface(changed(tmp_path, {adapter: torch.zeros(4, 32)}))
+
+
+def test_the_attention_buffers_of_older_files_are_ignored(tmp_path: Path) -> None:
+    buffers = {"attn.bias": torch.ones(1, 1, 16, 16), "attn.masked_bias": torch.tensor(-1e4)}
+    config, _ = from_huggingface(changed(tmp_path, {f"transformer.h.0.{name}": b for name, b in buffers.items()}))
+    assert config == model_of().config
+
+
+def test_another_type_of_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json has model_type='llama'; expected 'gpt2'"):
+        from_huggingface(changed(tmp_path, model_type="llama"))
 
 
 @pytest.mark.parametrize(
