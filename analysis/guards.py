@@ -333,7 +333,8 @@ def _edges(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
     open_ = [edge for edge in found if edge.is_open]
     shown = _choices(open_ or found)
     own = sum(arm == study.baseline for arm, *_ in _choices(open_))
-    title = f"{len(shown)} settings are at the edge of what was tried"
+    title = f"{len(shown)} settings are" if len(shown) > 1 else "1 setting is"
+    title += " at the edge of what was tried"
     title += f", {own} of them the baseline's" if own else ""
     steps = sorted({one.horizon for edge in found for one in edge.beyond})
     after = " and ".join(f"{one:,}" for one in steps)
