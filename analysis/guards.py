@@ -298,7 +298,8 @@ def _seeds(study: Study) -> Iterator[Finding]:
     whole -= {cell[:2] for cell in open_ if cell[0] == study.baseline}
     for cell, missing in open_.items():
         ended[cell] = len(cells[cell]) - len(missing)
-        lacking += missing if study.finished or (ended[cell] and cell[:2] not in whole) else []
+        decides = study.arms[cell[0]].role == "arm" and cell[:2] not in whole
+        lacking += missing if study.finished or (ended[cell] and decides) else []
     if lacking:
         told = "; ".join(f"{_where(trial.cell)}: seed {trial.seed} {trial.status}" for trial in lacking)
         why = "The number of seeds was fixed beforehand; a verdict on fewer is provisional"

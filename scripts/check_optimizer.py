@@ -110,7 +110,7 @@ def table_of(found: Mapping[str, Sequence[Check]]) -> str:
         told = [one for one in checks if one.name not in ("elementwise", "speed")]
         passed = sum(one.result == "pass" for one in told)
         size = re.match(r"[\d.]+", said["state"])
-        cells = [f"{passed} of {len(told)}", size[0] if size else "", said["elementwise"].rpartition("strategies ")[2]]
+        cells = [f"{passed} of {len(told)}", size[0] if size else "", said["elementwise"].partition("strategies ")[2]]
         rows.append(f"| {arm} | {' | '.join(cells)} |")
         remarks += [f"- {arm}, {one.name} ({one.result}): {one.detail}" for one in told if one.result != "pass"]
     return "\n".join([*rows, "", *remarks])

@@ -313,7 +313,7 @@ def advance(states: list[dict[str, Tensor]], key: str, found_inf: Tensor | None)
 
 def _count(value: float) -> Tensor:
     """Return a count as it starts: on the CPU, whatever the default device."""
-    return torch.tensor(float(value), dtype=torch.float32, device="cpu")
+    return torch.full((), value, dtype=torch.float32, device="cpu")
 
 
 def _zeros_like(p: Tensor) -> Tensor:

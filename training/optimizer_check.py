@@ -9,27 +9,30 @@ from __future__ import annotations
 import copy
 import json
 import math
-import multiprocessing
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batches import Batch
 from models import GPT2, GPT2Config
+from training import factories
 from training.compose import compose
 from training.config import (
     SQUARED_GRADIENTS,
+    ConfigurationError,
     DeepSpeedConfig,
     ExternalConfig,
     FSDPConfig,
@@ -50,6 +53,8 @@ Result = Literal["pass", "note", "fail"]
 SHAPE = GPT2Config(vocab_size=128, n_layer=2, n_head=2, n_embd=32, block_size=16, bias=True)
 BATCH = 8
 STEPS = 40  # of the check that the loss falls
+# A round trip after step CUT is within any period of 2 to 6 or 10 steps, and step END is in a later one.
+CUT, END = 13, 25
 SAME = 3e-3  # nats per token: what micro-batches and ranks may change a loss by, through rounding
 SINGLE = Distributed(0, 0, 1, torch.device("cpu"))
 # The model of the speed check: two million coordinates in a few tensors.
@@ -69,6 +74,8 @@ class Check:
 def check(overrides: Sequence[str], reference: str | None = None) -> Iterator[Check]:
     """Yield the checks of the optimizer that the overrides choose, in order; some take seconds.
 
+    An exception of the optimizer fails the check, and the others follow.
+
     Args:
         overrides: of train.py, such as optimizer=lion optimizer.lr=1e-4.
         reference: an optimizer= of this project to compare the trajectory with.
@@ -77,23 +84,57 @@ def check(overrides: Sequence[str], reference: str | None = None) -> Iterator[Ch
         ConfigurationError: the configuration is invalid, or the optimizer cannot be built.
     """
     config = configured(overrides)
-    yield _loss_falls(config)
-    yield _randomness(config)
-    yield _same_curve("micro-batches", "of 2 sequences", config, curve(config, 5, micro=2))
-    yield _same_curve("ranks", "two processes", config, _on_two_ranks(overrides))
-    yield _learning_rate(config)
-    yield _weight_decay(config)
-    yield _state_dict(config)
-    yield _checkpoint(config)
-    yield _non_finite(config)
-    yield _state(config)
-    yield _elementwise(config)
-    if config.optimizer.curvature is not None:
-        yield from _curvature(config)
-    yield _synchronizations(config)
-    yield _speed(config)
+    Fed(config)  # raises if it cannot be built
+    checks: dict[str, Callable[[RunConfig], Check | Iterator[Check]]] = {
+        "loss falls": _loss_falls,
+        "randomness": _randomness,
+        "micro-batches": lambda one: _same_curve("micro-batches", "of 2 sequences", one, curve(one, 5, micro=2)),
+        "ranks": lambda one: _same_curve("ranks", "two processes", one, _on_two_ranks(overrides)),
+        "learning rate": _learning_rate,
+        "weight decay": _weight_decay,
+        "state_dict": _state_dict,
+        "checkpoint": _checkpoint,
+        "non-finite gradient": _non_finite,
+        "state": _state,
+        "elementwise": _elementwise,
+        "curvature": _curvature,
+        "host waits": _synchronizations,
+        "speed": _speed,
+    }
     if reference is not None:
-        yield _trajectory(config, reference)
+        checks[f"like {reference}"] = partial(_trajectory, reference=reference)
+    for name, run in checks.items():
+        try:
+            found = run(config)
+            yield from [found] if isinstance(found, Check) else found
+        except Exception as error:
+            yield Check(name, "fail", _told(error, config))
+
+
+def _told(error: Exception, config: RunConfig) -> str:
+    """Return what a failed check says: the exception, and whether the step raises it because it needs a closure."""
+
+    def raised(*closure: Callable[[], float]) -> str | None:
+        fed = Fed(config)
+        fed.give(1)
+        try:
+            for optimizer in fed.optimizers:
+                optimizer.step(*closure)
+        except Exception as error:
+            return _said(error)
+        return None
+
+    said = _said(error)
+    if raised() == said != raised(lambda: 1.0):
+        return (
+            f"its step needs a closure ({said}), which the loop does not give; choose an optimizer whose step() takes the "
+            "gradients as they are"
+        )
+    return said
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, ConfigurationError) else factories.said(error)
 
 
 def configured(overrides: Sequence[str]) -> RunConfig:
@@ -178,23 +219,27 @@ def _same_curve(name: str, how: str, config: RunConfig, other: Sequence[float]) 
 
 
 def _on_two_ranks(overrides: Sequence[str], steps: int = 5) -> list[float]:
-    """Return the curve of two processes with half of the batch each."""
-    context = multiprocessing.get_context("spawn")
+    """Return the curve of two processes with half of the batch each.
+
+    Raises:
+        ConfigurationError: with what the first process that fails says.
+    """
     with tempfile.TemporaryDirectory() as directory:
-        processes = [context.Process(target=_rank, args=(rank, directory, [*overrides], steps)) for rank in range(2)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        result = Path(directory, "losses.json")
-        return list(map(float, json.loads(result.read_text()))) if result.is_file() else [math.nan] * steps
+        try:
+            mp.spawn(_rank, (directory, [*overrides], steps), nprocs=2)
+        except mp.ProcessRaisedException as error:  # ends with a line "<class>: <what _rank says>"
+            raise ConfigurationError(str(error).strip().rpartition("\n")[2].partition(": ")[2]) from error
+        return list(map(float, json.loads(Path(directory, "losses.json").read_text())))
 
 
 def _rank(rank: int, directory: str, overrides: list[str], steps: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
     torch.manual_seed(rank)  # ranks of a run do not share a generator
-    losses = curve(configured(overrides), steps, Distributed(rank, rank, 2, torch.device("cpu"), joined=True))
+    try:
+        losses = curve(configured(overrides), steps, Distributed(rank, rank, 2, torch.device("cpu"), joined=True))
+    except Exception as error:
+        raise ConfigurationError(_said(error)) from error
     if rank == 0:
         Path(directory, "losses.json").write_text(json.dumps(losses))
     dist.destroy_process_group()
@@ -202,7 +247,7 @@ def _rank(rank: int, directory: str, overrides: list[str], steps: int) -> None:
 
 def _checkpoint(config: RunConfig) -> Check:
     through, resumed = Trainer(config), Trainer(config)
-    for step in range(1, 4):
+    for step in range(1, CUT + 1):
         through.step(step)
     resumed.strategy.load(_Pieces(through.strategy.pieces()))
     part = _parted(through, resumed)
@@ -268,6 +313,7 @@ class Fed:
 
     def __init__(self, config: RunConfig, shape: GPT2Config = SHAPE, *, compile_step: bool = False) -> None:
         self.parameters = {name: nn.Parameter(p.detach().clone()) for name, p in _model(shape).items()}
+        self._shapes = [p.shape for p in self.parameters.values()]
         self.optimizers = build_optimizers(config.optimizer, compile_step=compile_step)(self.parameters)
         curvature = config.optimizer.curvature
         self.interval = None if curvature is None else curvature.hessian_interval
@@ -277,11 +323,15 @@ class Fed:
         """Make step 1, 2, … with gradients, and estimates if due, that depend on the step alone."""
         if self.interval is not None and (step - 1) % self.interval == 0:
             self.refresh(1_000_000 + step, estimate_scale)
-        for parameter, value in zip(self.parameters.values(), self.drawn(step), strict=True):
-            parameter.grad = 1e-2 * value
+        self.give(step)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = group["initial_lr"] * factor
         clip_and_step(self.optimizers, None)
+
+    def give(self, key: int) -> None:
+        """Set the gradients of a step; part of them is the same in all, as Prodigy's rate grows with the distance moved."""
+        for parameter, value, common in zip(self.parameters.values(), self.drawn(key), self.drawn(0), strict=True):
+            parameter.grad = 1e-2 * (value + common)
 
     def refresh(self, key: int, scale: float = 1.0) -> None:
         """Fold estimates of a scale that depend on the key alone, given as the run's estimator gives them."""
@@ -295,7 +345,7 @@ class Fed:
 
     def drawn(self, key: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(key)
-        return [torch.randn(p.shape, generator=generator) for p in self.parameters.values()]
+        return [torch.randn(shape, generator=generator) for shape in self._shapes]
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -305,6 +355,33 @@ class Fed:
         for name, parameter in self.parameters.items():
             for optimizer in self.optimizers:
                 yield from _members(optimizer.state.get(parameter, {}), name)
+
+
+class Shard(Fed):
+    """One of two ranks that share every parameter, in flat parts, with the groups of the whole parameters."""
+
+    def __init__(self, config: RunConfig, rank: int) -> None:
+        super().__init__(config)
+        self._rank = rank
+        whole = self.parameters
+        self.parameters = {name: nn.Parameter(self.cut(parameter)) for name, parameter in whole.items()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [self.parameters[name] for name in group["names"]]
+            for name, parameter in whole.items():
+                if parameter in optimizer.state:  # made at construction
+                    optimizer.state[self.parameters[name]] = {
+                        key: self.cut(value) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+                        for key, value in optimizer.state.pop(parameter).items()
+                    }
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """(n) this rank's part, which begins or ends within a row."""
+        flat = whole.detach().flatten()
+        return flat.tensor_split([len(flat) // 3 + 1])[self._rank].clone()
+
+    def drawn(self, key: int) -> list[Tensor]:
+        return [self.cut(value) for value in super().drawn(key)]
 
 
 def _members(value: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -367,6 +444,12 @@ def _weight_decay(config: RunConfig) -> Check:
     if float(difference.norm()) == 0:
         return Check("weight decay", "fail", "it has no effect on the matrices")
     if rest > 0.2:  # some decay the weights after the step
+        full = -rate * decay * weights
+        masked = torch.where(difference.abs() > full.abs() / 2, full, 0.0)
+        if float((difference - masked).norm() / difference.norm()) < 0.02:
+            share = float((masked != 0).double().mean())
+            detail = f"decoupled and masked: lr · weight_decay · θ on {share:.0%} of the coordinates"
+            return Check("weight decay", "pass", detail)
         return Check("weight decay", "fail", "it is coupled: it goes into the gradient, and is rescaled with it")
     share = coefficient / (rate * decay)
     if abs(share - 1) < 0.02:
@@ -374,18 +457,33 @@ def _weight_decay(config: RunConfig) -> Check:
     return Check("weight decay", "note", f"decoupled, but {share:.2g} times lr · weight_decay · θ")
 
 
+# A count of `sophia` for its warnings; a resumed run begins it again.
+HOST_COUNTS = ("_steps_since_refresh",)
+
+
 def _state_dict(config: RunConfig) -> Check:
     through, resumed = Fed(config), Fed(config)
-    for step in (1, 2, 3):
+    before = [{**vars(optimizer)} for optimizer in through.optimizers]
+    for step in range(1, CUT + 1):
         through.step(step)
+    counts = [
+        f"{type(optimizer).__qualname__}.{name}"
+        for optimizer, values in zip(through.optimizers, before, strict=True)
+        for name, value in vars(optimizer).items()
+        if type(value) in (int, float) and value != values.get(name) and name not in HOST_COUNTS
+    ]
     for name, parameter in resumed.parameters.items():
         parameter.data.copy_(through.parameters[name].data)
     for source, target in zip(through.optimizers, resumed.optimizers, strict=True):
         target.load_state_dict(copy.deepcopy(source.state_dict()))
     part = _parted(through, resumed)
-    if part is None:
-        return Check("state_dict", "pass", "a round trip leaves every bit of the next steps")
-    return Check("state_dict", "fail", f"after a round trip the next steps differ: {part}; state is lost")
+    beside = f"{', '.join(counts)} changes from step to step and is not saved: keep it in state or param_groups"
+    if part is not None:
+        lost = beside if counts else "state is lost"
+        return Check("state_dict", "fail", f"after a round trip the next steps differ: {part}; {lost}")
+    if counts:
+        return Check("state_dict", "note", beside)
+    return Check("state_dict", "pass", "a round trip leaves every bit of the next steps")
 
 
 def _state(config: RunConfig) -> Check:
@@ -413,14 +511,22 @@ def _state(config: RunConfig) -> Check:
 
 def _randomness(config: RunConfig) -> Check:
     ends = []
-    for seed in (1, 2):
+    for seed in (1, 1, 2):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             fed = Fed(config)
-            for step in (1, 2, 3):
+            for step in range(1, CUT + 1):
                 fed.step(step)
             ends.append(fed.weights())
-    part = _first_difference(*ends)
+    part = _first_difference(*ends[:2])
+    if part is not None:
+        return Check(
+            "randomness",
+            "fail",
+            f"the same steps under the same seed differ ({part}): something outside of its state changes them, such as a "
+            "count of the class or module",
+        )
+    part = _first_difference(*ends[1:])
     if part is None:
         return Check("randomness", "pass", "none: a step is a function of weights, gradients and state")
     return Check(
@@ -432,41 +538,43 @@ def _randomness(config: RunConfig) -> Check:
 
 
 def _elementwise(config: RunConfig) -> Check:
-    """Rearrange the coordinates of one matrix: an elementwise update is rearranged with them."""
-    ends = []
-    name = "blocks.0.mlp.up.weight"
-    order = torch.randperm(math.prod(_model(SHAPE)[name].shape), generator=torch.Generator().manual_seed(0))
-    for rearranged in (False, True):
-        fed = Fed(config)
-        parameter = fed.parameters[name]
-        draw = fed.drawn
-
-        def moved(value: Tensor, rearranged: bool = rearranged) -> Tensor:
-            return value.flatten()[order].view_as(value) if rearranged else value
-
-        def drawn(key: int, draw: Callable[[int], list[Tensor]] = draw, fed: Fed = fed) -> list[Tensor]:
-            return [moved(v) if n == name else v for n, v in zip(fed.parameters, draw(key), strict=True)]
-
-        parameter.data.copy_(moved(parameter.data))
-        fed.drawn = drawn  # type: ignore[method-assign]
-        for step in (1, 2, 3):
-            fed.step(step)
-        end = parameter.detach().flatten()
-        ends.append(end[order] if not rearranged else end)
-    straight, rearranged_end = ends
-    elementwise = torch.allclose(straight, rearranged_end, rtol=1e-5, atol=1e-3 * config.optimizer.lr)
-    counts = any(changed_numbers(group) for optimizer in fed.optimizers for group in optimizer.param_groups)
-    strategies = strategies_of(config, elementwise=elementwise, counts_in_groups=counts)
-    if elementwise:
+    """Step every parameter as a whole, and in two flat parts, each with an optimizer of its own as on two ranks."""
+    whole = Fed(config)
+    made = any(optimizer.state for optimizer in whole.optimizers)
+    for step in range(1, CUT + 1):
+        whole.step(step)
+    try:
+        other = _other_in_parts(config, whole)
+    except Exception:
+        other = "it needs whole matrices"
+    counts = any(changed_numbers(group) for optimizer in whole.optimizers for group in optimizer.param_groups)
+    strategies = strategies_of(config, elementwise=other is None, in_parts=not (made or counts))
+    if other is None:
         return Check("elementwise", "pass", f"yes: strategies {strategies}")
-    return Check("elementwise", "note", f"no, it needs whole matrices: strategies {strategies}")
+    return Check("elementwise", "note", f"no, {other}: strategies {strategies}")
 
 
-def strategies_of(config: RunConfig, *, elementwise: bool, counts_in_groups: bool = False) -> str:
+def _other_in_parts(config: RunConfig, whole: Fed) -> str | None:
+    """Return what differs between the steps of parts and those of the whole."""
+    for rank in (0, 1):
+        shard = Shard(config, rank)
+        start = shard.weights()
+        for step in range(1, CUT + 1):
+            shard.step(step)
+        for name, part in shard.weights().items():
+            expected = shard.cut(whole.parameters[name])
+            moved = float((expected - start[name]).abs().max())
+            if not torch.allclose(part, expected, rtol=1e-6, atol=1e-3 * moved):
+                return f"a part of {name} alone gets other steps"
+    return None
+
+
+def strategies_of(config: RunConfig, *, elementwise: bool, in_parts: bool = True) -> str:
     """Return the strategies that a configuration with this optimizer may choose.
 
     Args:
-        counts_in_groups: whether a step changes numbers in `param_groups`, which DeepSpeed's steps in parts do not allow.
+        in_parts: whether it can step in parts made later, as under DeepSpeed: a step changes no numbers in `param_groups`,
+            and no state is made at construction.
     """
     optimizer = config.optimizer
     if isinstance(optimizer, ExternalConfig):
@@ -477,7 +585,7 @@ def strategies_of(config: RunConfig, *, elementwise: bool, counts_in_groups: boo
             refuse_impossible_pairs(config.model_copy(update={"optimizer": optimizer, "strategy": strategy}))
         except ValueError:
             return False
-        return not (counts_in_groups and isinstance(strategy, DeepSpeedConfig))
+        return in_parts or not isinstance(strategy, DeepSpeedConfig)
 
     strategies = ["single", "ddp", *(["fsdp"] if works(FSDPConfig(name="fsdp")) else [])]
     if works(DeepSpeedConfig(name="deepspeed", zero_stage=3)):
@@ -489,6 +597,9 @@ def strategies_of(config: RunConfig, *, elementwise: bool, counts_in_groups: boo
 
 def _curvature(config: RunConfig) -> Iterator[Check]:
     """An optimizer that gets curvature estimates has to use them, keep them between refreshes, and scale them with N."""
+    curvature = config.optimizer.curvature
+    if curvature is None:
+        return
     ends = []
     for scale in (1e-6, 1e6):
         fed = Fed(config)
@@ -518,8 +629,7 @@ def _curvature(config: RunConfig) -> Iterator[Check]:
     else:
         yield Check("curvature is kept", "pass", "only update_hessian changes it")
 
-    curvature = config.optimizer.curvature
-    if curvature is None or curvature.estimator not in SQUARED_GRADIENTS:
+    if curvature.estimator not in SQUARED_GRADIENTS:
         return
     states = []
     for predictions, scale in ((100, 1.0), (400, 0.5)):  # N g² is the same
@@ -548,7 +658,10 @@ class _Reads(TorchDispatchMode):
         if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"):
             self.count += not any(args[0].data_ptr() == known.data_ptr() for known in self._on_host)
         result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not any(isinstance(one, Tensor) for one in args):
+        made = name == "aten::lift_fresh" or not any(
+            isinstance(one, Tensor) for one in args
+        )  # lift_fresh: torch.tensor
+        if isinstance(result, Tensor) and made:
             self._on_host.append(result)
         return result
 
@@ -557,8 +670,7 @@ def _synchronizations(config: RunConfig) -> Check:
     fed = Fed(config)
     for step in (1, 2):
         fed.step(step)
-    for parameter, value in zip(fed.parameters.values(), fed.drawn(3), strict=True):
-        parameter.grad = 1e-2 * value
+    fed.give(3)
     counts = [v for _, v in fed.states() if isinstance(v, Tensor) and v.numel() == 1]
     with _Reads(counts) as reads:
         for optimizer in fed.optimizers:
@@ -575,8 +687,7 @@ def _speed(config: RunConfig) -> Check:
     seconds: list[list[float]] = [[], []]
     for fed in rivals:
         fed.step(1)
-        for parameter, value in zip(fed.parameters.values(), fed.drawn(2), strict=True):
-            parameter.grad = 1e-2 * value
+        fed.give(2)
     with warnings.catch_warnings(action="ignore"):  # of stale curvature
         for turn in range(ROUNDS + 3):
             for fed, own in zip(rivals, seconds, strict=True):
@@ -629,8 +740,8 @@ def _first_difference(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) 
 
 
 def _parted(through: Trainer | Fed, resumed: Trainer | Fed) -> str | None:
-    """Make the steps 4 to 6 with both, and return where their weights differ."""
-    for step in (4, 5, 6):
+    """Make the steps after the cut with both, and return where their weights differ."""
+    for step in range(CUT + 1, END + 1):
         through.step(step)
         resumed.step(step)
     return _first_difference(through.weights(), resumed.weights())

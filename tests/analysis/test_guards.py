@@ -671,6 +671,17 @@ def test_a_cell_under_way_puts_no_verdict_in_doubt_that_does_not_use_it(doctor: 
     assert verdict.at.endpoints.horizon == 100
 
 
+def test_an_ablation_under_way_puts_no_verdict_in_doubt(doctor: Doctor) -> None:
+    doctor.study["ablations"] = {"sophiag_k1": {"of": "sophiag", "overrides": ["optimizer.hessian_interval=1"]}}
+    for seed in (1, 2):
+        doctor.runs["sophiag_k1", "reporting", 200, seed] = {
+            "optimizer": "sophiag",
+            "config": {"optimizer.lr": 1e-3, "optimizer.hessian_interval": 1},
+            "missing": seed == 2,
+        }
+    assert [one for one in doctor.write() if one.guard == "seeds"] == []
+
+
 def test_a_diverged_ablation_does_not_put_a_verdict_in_doubt(doctor: Doctor) -> None:
     doctor.study["ablations"] = {"sophiag_k1": {"of": "sophiag", "overrides": ["optimizer.hessian_interval=1"]}}
     doctor.runs["sophiag_k1", "reporting", 200, 1] = {
