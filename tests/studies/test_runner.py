@@ -306,7 +306,6 @@ def test_tables_are_small_and_hold_every_evaluation(spec: StudySpec, finished: P
     for column in ("step", "tokens", "flops", "seconds", "val_loss"):
         written = [line[column] for line in full if line["kind"] == "eval"]
         assert [row[column] for row in kept if row["kind"] == "eval"] == written, "to the last digit"
-    assert not (finished.run(trial) / "checkpoints").exists()
     tuned = next(t for t in trials if t.phase == "tuning" and t.horizon == 100)
     assert sum(row["kind"] == "train" for row in lines[tuned.name].to_pylist()) <= 30
 

@@ -113,10 +113,10 @@ def test_a_job_of_submitit_without_a_result_fails_alone(caplog: pytest.LogCaptur
     import submitit
 
     class Lost(submitit.Job[JobReturn]):
-        _sub_jobs = None
+        job_id, _sub_jobs, _cancel_at_deletion = "7", None, False
 
-        def __init__(self, job_id: str) -> None:
-            self._job_id = self.job_id = job_id
+        def __init__(self) -> None:
+            pass
 
         def wait(self) -> None:
             pass
@@ -126,7 +126,7 @@ def test_a_job_of_submitit_without_a_result_fails_alone(caplog: pytest.LogCaptur
 
     original = submitit.Job.results
     with jobs._lost_jobs_fail(["hydra/launcher=submitit_slurm"]):
-        (returned,) = Lost("7").results()
+        (returned,) = Lost().results()
     assert returned.return_value == 1
     assert "job 7 ended without a result: Job 7 (task: 0) has not produced any output" in caplog.text
     assert submitit.Job.results is original
