@@ -180,7 +180,7 @@ def final_differences(results: Results) -> Figure:
                 models.setdefault(found.model, []).append((name, found, palette[found.arm]))
     if not models:
         raise NothingToShow("no arm and the baseline have finished runs at common steps and seeds")
-    titles = [f"{model}, {100 * results.study.corrected_level(model):.3g}% intervals" for model in models]
+    titles = [f"{model}, {study.level_text(model)} intervals" for model in models]
     figure, axes = panels(titles, height=1.3 + 0.27 * max(map(len, models.values())))
     for axis, rows in zip(axes, models.values(), strict=True):
         forest(axis, rows, f"final loss minus {_label(study.baseline)}'s (nats); to the right is worse")

@@ -387,7 +387,8 @@ def _both_beyond(study: Study, found: Sequence[Edge]) -> Iterator[str]:
             if isinstance(beyond, Contrast) and beyond.interval and isinstance(at, Contrast) and at.interval:
                 yield (
                     f"{label(edge.arm)} minus {label(study.baseline)} after {one.horizon:,} steps is {beyond.interval.text} "
-                    f"with {edge.key}={short(one.value)}, {at.interval.text} at the edge ({100 * level:.3g}% intervals)"
+                    f"with {edge.key}={short(one.value)}, {at.interval.text} at the edge "
+                    f"({study.level_text(edge.model)} intervals)"
                 )
 
 

@@ -31,7 +31,6 @@ from data.files import write_atomically
 from training.records import RecordError
 
 _CURVE_POINTS = 150  # per curve of the page; a screen cannot show more
-_DOUBTS = 3  # at least so many warnings are named above the verdict, and all serious ones
 _TERMINAL = ("model", "arm", "steps", "loss (nats)", "T/2 against T", "ratio in steps", "verdict", "the paper's 2×")
 _STYLES = {"faster": "green", "slower": "red", "seen": "green"}
 
@@ -152,7 +151,6 @@ def content(results: Results, pictures: Sequence[Path] = ()) -> list[Block]:
         return [Heading(title, name), *found] if found else []
 
     views = _views(results)
-    serious = sum(finding.severity == "serious" for finding in results.findings)
     leads = [_lead(results, model) for model in results.baselines if any(v.model == model for v in results.verdicts)]
     nothing = Paragraph("No arm other than the baseline has finished runs: nothing to compare yet.")
     clean = Paragraph(
@@ -160,7 +158,7 @@ def content(results: Results, pictures: Sequence[Path] = ()) -> list[Block]:
     )
     doubts: list[Block] = [
         Paragraph("The strongest reasons to doubt what follows:"),
-        Warnings(results.findings[: max(_DOUBTS, serious)], brief=True),
+        Warnings(results.doubts, brief=True),
     ]
     return [
         Heading(_title(results)),
@@ -321,7 +319,7 @@ def _lead(results: Results, model: str) -> Paragraph:
         scale = [f"{size / 1e6:,.1f}M parameters", *scale, f"{tokens / size:.2g} tokens per parameter"]
     return Paragraph(
         f"{arms}. The paper's 2×: {claimed}. Differences of final loss in nats, {_seeds(seeds)}, "
-        f"{100 * results.study.corrected_level(model):.3g}% intervals.",
+        f"{results.study.level_text(model)} intervals.",
         f"{model}, after {end.horizon:,} steps ({', '.join(scale)})",
     )
 

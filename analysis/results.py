@@ -200,6 +200,11 @@ class Results:
     def sentences(self) -> list[str]:
         return [one.sentence(self.study.baseline) for one in self.verdicts]
 
+    @property
+    def doubts(self) -> Sequence[Finding]:
+        """The strongest findings, for a page's top: all serious ones, and at least three."""
+        return self.findings[: max(3, sum(one.severity == "serious" for one in self.findings))]
+
     def as_json(self) -> dict[str, Any]:
         """Return JSON values; runs are named by their trial or, without a study, by their directory."""
         cell = ("arm", "model", "horizon")

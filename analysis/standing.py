@@ -12,7 +12,6 @@ from analysis.colours import label
 from analysis.comparison import Contrast, Endpoints
 from analysis.results import Results, Verdict, model_sizes
 
-_DOUBTS = 3
 _SHORT_STEPS = 1000
 _SHORT = " Short runs favour short averages (β1, β2) and leave little time to estimate the curvature."
 
@@ -30,11 +29,10 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
     reported, tuning = (sum(trial.run is not None for trial in trials) for trials in (study.reporting, study.tuning))
     ends = [_end(results, one) for one in verdicts]
     scale = "; ".join(_scale(results, one) for one in verdicts)
-    serious = sum(one.severity == "serious" for one in results.findings)
     limits = [
         f"Scale: {scale}. The paper's smallest model has 125M parameters, 100,000 steps of 491,520 tokens, 390 tokens per "
         "parameter." + (_SHORT if all(one.horizon < _SHORT_STEPS for one in ends) else ""),
-        *(escaping.markdown(f"{one.title}. {one.detail}") for one in results.findings[: max(_DOUBTS, serious)]),
+        *(escaping.markdown(f"{one.title}. {one.detail}") for one in results.doubts),
     ]
     parts = [
         *(f"**{escaping.markdown(one.sentence(study.baseline))}**" for one in verdicts),
@@ -88,8 +86,8 @@ def _lengths(results: Results, arm: str) -> Iterator[str]:
             gain = (
                 f" {baseline} gains {ends[0].mean - ends[1].mean:.3f} from {ends[0].horizon:,} to {ends[1].horizon:,}."
             )
-            level = f"{100 * study.corrected_level(model):.3g}% intervals"
-            yield f"{label(arm)} minus {baseline} on {model} by number of steps: {'; '.join(told)}; nats, {level}.{gain}"
+            where = f"{label(arm)} minus {baseline} on {model} by number of steps"
+            yield f"{where}: {'; '.join(told)}; nats, {study.level_text(model)} intervals.{gain}"
 
 
 def _end(results: Results, verdict: Verdict) -> Endpoints:

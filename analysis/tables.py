@@ -110,9 +110,7 @@ def verdict(results: Results) -> Table:
             row |= {"verdict": one.word, "the paper's 2×": one.claim}
             rows.append((row, at.endpoints.runs[0] if at else None))
     table = _table("verdict", "At the longest horizon", rows, blank=("", NONE))
-    levels = dict.fromkeys(
-        f"{100 * results.study.corrected_level(model):.3g}% on {model}" for model in results.baselines
-    )
+    levels = dict.fromkeys(f"{study.level_text(model)} on {model}" for model in results.baselines)
     note = (
         f"Final validation losses of fully decayed runs. Differences are of the seeds that both arms have; intervals at "
         f"{study.level:.0%} are corrected for the number of arms ({', '.join(levels) or 'none'}) and hold for these settings: "

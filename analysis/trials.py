@@ -206,6 +206,10 @@ class Study:
         arms = sum(bool(self.endpoints(arm, model)) for arm in self.arm_names() if arm != self.baseline)
         return 1 - (1 - self.level) / max(arms, 1)
 
+    def level_text(self, model: str) -> str:
+        """ "98.8%"."""
+        return f"{100 * self.corrected_level(model):.3g}%"
+
     def _endpoints(self, arm: str, model: str, horizon: int, by_seed: Mapping[int, RecordedRun]) -> Endpoints:
         runs, times = by_seed.values(), self.reference_times
         share = np.array([horizon / max(run.total("steps"), 1) for run in runs])  # 1 unless the run diverged
