@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median, stdev
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from typing import Any, Literal
 from scipy import special
 
 from analysis.colours import label
-from analysis.comparison import Contrast, contrast
+from analysis.comparison import Contrast, Endpoints, Interval, contrast
 from analysis.runs import Origin, RecordedRun, flatten
 from analysis.trial_tables import leaves
 from analysis.trials import Cell, RecordedTrial, Study, short
@@ -162,7 +162,8 @@ def inspect(study: Study) -> list[Finding]:
         *(_degenerate, _clipping, _clock, _code),
     )
     found = [finding for check in checks for finding in check(study)]
-    found += [*_edges(study, searches), *_under_tuned(study, searches), *_single_runs(study, searches)]
+    found += [*_edges(study, searches), *_under_tuned(study, searches), *_lower_ablations(study, searches)]
+    found += _single_runs(study, searches)
     return sorted(found, key=lambda finding: -finding.weight)
 
 
@@ -352,8 +353,9 @@ def _edges(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
         for one in edge.beyond
     }
     detail += f" What a value beyond it changes: {'; '.join(beyond)} (95% intervals)." if beyond else ""
-    if both := dict.fromkeys(_both_beyond(study, found)):
-        detail += f" With both arms beyond it: {'; '.join(both)}."
+    cells = {(one.ablation, edge.model, one.horizon) for edge in found for one in edge.beyond}
+    if both := dict.fromkeys(_with_both(study, cells)):
+        detail += f" With the change in both arms: {'; '.join(both)}."
     yield Finding("edge", "serious" if own else "note", title, detail.strip(), baseline=own > 0)
 
 
@@ -362,34 +364,68 @@ def _choices(found: Iterable[Edge]) -> set[tuple[str, ...]]:
     return {(one.arm, one.model, one.key, one.inherited_from or f"{one.horizon:,} steps") for one in found}
 
 
-def _both_beyond(study: Study, found: Sequence[Edge]) -> Iterator[str]:
-    """Yield each arm's difference from the baseline where both were run with the same value beyond their edges."""
-    ends = {
-        (name, model, end.horizon): end
-        for name in study.arm_names("arm", "ablation")
-        for model in study.models
-        for end in study.endpoints(name, model)
-    }
-    of_baseline = {
-        (edge.model, edge.key, one.value, one.horizon): one.ablation
-        for edge in found
-        if edge.arm == study.baseline
-        for one in edge.beyond
-    }
-    for edge in found:
-        for one in edge.beyond:
-            other = of_baseline.get((edge.model, edge.key, one.value, one.horizon))
-            if edge.arm == study.baseline or other is None:
-                continue
-            place, level = (edge.model, one.horizon), study.corrected_level(edge.model)
-            beyond = contrast(ends[one.ablation, *place], ends[other, *place], level)
-            at = contrast(ends[edge.arm, *place], ends[study.baseline, *place], level)
-            if isinstance(beyond, Contrast) and beyond.interval and isinstance(at, Contrast) and at.interval:
-                yield (
-                    f"{label(edge.arm)} minus {label(study.baseline)} after {one.horizon:,} steps is {beyond.interval.text} "
-                    f"with {edge.key}={short(one.value)}, {at.interval.text} at the edge "
-                    f"({study.level_text(edge.model)} intervals)"
-                )
+def _lower_ablations(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
+    """Ablations of searched values that end lower than their arm, other than those beyond an edge."""
+    told = {one.ablation for edge in edges(study, searches) for one in edge.beyond}
+    lower = {cell: change for cell, change in _changes(study).items() if cell[0] not in told and change[2].high < 0}
+    if not lower:
+        return
+    arms = dict.fromkeys(str(study.arms[name].of) for name, *_ in lower)
+    shown = (
+        f"{label(str(study.arms[name].of))}, {values}: {interval.text} nats after {horizon:,} steps"
+        for (name, _, horizon), (_, values, interval) in lower.items()
+    )
+    detail = f"Their settings are not the best that are known: {'; '.join(shown)} (95% intervals)."
+    if both := dict.fromkeys(_with_both(study, set(lower))):
+        detail += f" With the change in both arms: {'; '.join(both)}."
+    own = study.baseline in arms
+    title = f"Ablations ended lower than their arms: {_labels(arms)}"
+    yield Finding("tuning", "serious" if own else "note", title, detail, baseline=own)
+
+
+def _changes(study: Study) -> dict[Cell, tuple[str, str, Interval]]:
+    """Return for each cell of an ablation of searched values its arm, the values, and its difference from the arm at 95 %."""
+    used = {trial.cell: trial.values for trial in study.reporting}
+    found = {}
+    for name, model in itertools.product(study.arm_names("ablation"), study.models):
+        arm = str(study.arms[name].of)
+        for end in study.endpoints(name, model):
+            theirs, ours = used[name, model, end.horizon], used.get((arm, model, end.horizon), {})
+            changed = {key: value for key, value in theirs.items() if ours.get(key) != value}
+            paired = contrast(end, _ends(study, arm)[model, end.horizon], 0.95)
+            searched_alone = {key.split("[")[0] for key in changed} == {*study.arms[name].varies}
+            if changed and searched_alone and isinstance(paired, Contrast) and paired.interval:
+                values = ", ".join(f"{key}={short(value)}" for key, value in changed.items())
+                found[name, model, end.horizon] = arm, values, paired.interval
+    return found
+
+
+def _with_both(study: Study, cells: Collection[Cell]) -> Iterator[str]:
+    """Yield each arm's difference from the baseline where both were run with one change, for changes in these cells."""
+    changes = _changes(study)
+    of_baseline = {(values, *cell[1:]): cell for cell, (arm, values, _) in changes.items() if arm == study.baseline}
+    for cell, (arm, values, _) in changes.items():
+        other = of_baseline.get((values, *cell[1:]))
+        if arm == study.baseline or other is None or not {cell, other} & {*cells}:
+            continue
+        _, model, horizon = cell
+        ends = [_ends(study, name)[model, horizon] for name in (cell[0], other[0], arm, study.baseline)]
+        level = study.corrected_level(model)
+        changed, unchanged = contrast(ends[0], ends[1], level), contrast(ends[2], ends[3], level)
+        if (
+            isinstance(changed, Contrast)
+            and changed.interval
+            and isinstance(unchanged, Contrast)
+            and unchanged.interval
+        ):
+            yield (
+                f"{label(arm)} minus {label(study.baseline)} after {horizon:,} steps is {changed.interval.text} "
+                f"with {values}, {unchanged.interval.text} without ({study.level_text(model)} intervals)"
+            )
+
+
+def _ends(study: Study, name: str) -> dict[tuple[str, int], Endpoints]:
+    return {(model, end.horizon): end for model in study.models for end in study.endpoints(name, model)}
 
 
 def _budgets(study: Study) -> Iterator[Finding]:

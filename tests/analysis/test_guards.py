@@ -537,10 +537,54 @@ def test_where_both_arms_ran_beyond_their_edges_their_difference_there_is_told(d
         for end in ("_decay", "")
     ]
     assert apart[0] == pytest.approx(apart[1] - 0.018)
-    text = f" With both arms beyond it: Sophia-G minus AdamW after 200 steps is {apart[0]:+.3f} ["
+    text = f" With the change in both arms: Sophia-G minus AdamW after 200 steps is {apart[0]:+.3f} ["
     assert text in finding.detail
-    assert "at the edge (95% intervals)." in finding.detail  # of one arm; of two, 97.5%
+    assert "without (95% intervals)." in finding.detail  # of one arm; of two, 97.5%
     assert f"with optimizer.weight_decay=0.8, {apart[1]:+.3f} [" in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("gains", "severity", "lower"),
+    [
+        ({"adamw": 0.02, "sophiag": 0.03}, "serious", "AdamW, Sophia-G"),
+        ({"adamw": 0.02, "sophiag": -0.03}, "serious", "AdamW"),
+        ({"adamw": -0.02, "sophiag": 0.03}, "note", "Sophia-G"),
+        ({"adamw": 0.02}, "serious", "AdamW"),
+        ({"adamw": -0.02, "sophiag": -0.03}, None, ""),
+    ],
+)
+def test_an_ablation_of_a_searched_value_that_ends_lower_than_its_arm_is_found(
+    doctor: Doctor, gains: dict[str, float], severity: str | None, lower: str
+) -> None:
+    doctor.search("optimizer.weight_decay", 0.4, "adamw", "sophiag")
+    doctor.study["tuning"]["trials"] = 5
+    ablations = doctor.study["ablations"] = {}
+    key = "optimizer.weight_decay"
+    for arm, gain in gains.items():
+        ablations[f"{arm}_decay"] = {"of": arm, "values": {key: 0.5}}
+        ablations[f"{arm}_clip"] = {"of": arm, "overrides": ["train.grad_clip=2.0"]}  # not searched: never a finding
+        for seed in (1, 2, 3):
+            base = doctor.runs[arm, "reporting", 200, seed]
+            final = base["final"] - gain + 1e-4 * seed
+            config = base["config"] | {key: 0.5}
+            doctor.runs[f"{arm}_decay", "reporting", 200, seed] = {"optimizer": arm, "final": final, "config": config}
+            config = base["config"] | {"train.grad_clip": 2.0}
+            doctor.runs[f"{arm}_clip", "reporting", 200, seed] = {
+                "optimizer": arm,
+                "final": final - 1,
+                "config": config,
+            }
+    found = [one for one in doctor.write() if one.title.startswith("Ablations ended lower")]
+    assert [(one.severity, one.title) for one in found] == (
+        [(severity, f"Ablations ended lower than their arms: {lower}")] if severity else []
+    )
+    for one in found:
+        for arm, name in (("adamw", "AdamW"), ("sophiag", "Sophia-G")):
+            told = f"{name}, {key}=0.5: {2e-4 - gains.get(arm, 0):+.3f} ["
+            assert (told in one.detail) == (name in lower)
+        assert ("With the change in both arms: Sophia-G minus AdamW after 200 steps" in one.detail) == (
+            "sophiag" in gains
+        )
 
 
 def test_a_rate_tuned_again_is_at_an_edge_if_it_is_the_lowest_tried_there(doctor: Doctor) -> None:
