@@ -341,21 +341,15 @@ def _edges(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
     steps = sorted({one.horizon for edge in found for one in edge.beyond})
     after = " and ".join(f"{one:,}" for one in steps)
     title += "" if open_ else f"; runs beyond it of {after} steps exclude a gain of {MATTERS:g} nats"
-    keys: dict[str, dict[str, None]] = {}
-    for edge in open_:
-        keys.setdefault(edge.arm, {})[edge.key] = None
-    told = "; ".join(f"{label(arm)}: {', '.join(of_arm)}" for arm, of_arm in keys.items())
+    at_edge = _grouped((edge.key, label(edge.arm)) for edge in open_)
+    told = "; ".join(f"{key} ({', '.join(arms)})" for key, arms in at_edge.items())
     detail = f"The optimum may lie outside; widen the search. {told}." if told else ""
     detail += " An under-tuned baseline makes every other arm look good." if own else ""
-    beyond = {
-        f"{label(edge.arm)}, {edge.key}={short(one.value)}: {one.interval.text} nats after {one.horizon:,} steps": None
-        for edge in found
-        for one in edge.beyond
-    }
-    detail += f" What a value beyond it changes: {'; '.join(beyond)} (95% intervals)." if beyond else ""
-    cells = {(one.ablation, edge.model, one.horizon) for edge in found for one in edge.beyond}
-    if both := dict.fromkeys(_with_both(study, cells)):
-        detail += f" With the change in both arms: {'; '.join(both)}."
+    changes = _changes(study)
+    beyond = {(one.ablation, edge.model, one.horizon) for edge in found for one in edge.beyond}
+    beyond_text = _effects(study, {cell: change for cell, change in changes.items() if cell in beyond})
+    detail += f" What a value beyond it changes, in nats: {beyond_text} (95% intervals)." if beyond else ""
+    detail += _with_both(study, changes, beyond)
     yield Finding("edge", "serious" if own else "note", title, detail.strip(), baseline=own > 0)
 
 
@@ -367,24 +361,28 @@ def _choices(found: Iterable[Edge]) -> set[tuple[str, ...]]:
 def _lower_ablations(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
     """Ablations of searched values that end lower than their arm, other than those beyond an edge."""
     told = {one.ablation for edge in edges(study, searches) for one in edge.beyond}
-    lower = {cell: change for cell, change in _changes(study).items() if cell[0] not in told and change[2].high < 0}
-    if not lower:
-        return
-    arms = dict.fromkeys(str(study.arms[name].of) for name, *_ in lower)
-    shown = (
-        f"{label(str(study.arms[name].of))}, {values}: {interval.text} nats after {horizon:,} steps"
-        for (name, _, horizon), (_, values, interval) in lower.items()
-    )
-    detail = f"Their settings are not the best that are known: {'; '.join(shown)} (95% intervals)."
-    if both := dict.fromkeys(_with_both(study, set(lower))):
-        detail += f" With the change in both arms: {'; '.join(both)}."
-    own = study.baseline in arms
-    title = f"Ablations ended lower than their arms: {_labels(arms)}"
-    yield Finding("tuning", "serious" if own else "note", title, detail, baseline=own)
+    changes = _changes(study)
+    lower = {cell: one for cell, one in changes.items() if cell[0] not in told and one.interval.high < 0}
+    if lower:
+        arms = dict.fromkeys(one.arm for one in lower.values())
+        title = f"Ablations ended lower than their arms: {_labels(arms)}"
+        detail = f"Better settings are known. In nats: {_effects(study, lower)} (95% intervals)."
+        detail += _with_both(study, changes, lower)
+        own = study.baseline in arms
+        yield Finding("tuning", "serious" if own else "note", title, detail, baseline=own)
 
 
-def _changes(study: Study) -> dict[Cell, tuple[str, str, Interval]]:
-    """Return for each cell of an ablation of searched values its arm, the values, and its difference from the arm at 95 %."""
+@dataclass(frozen=True)
+class _Change:
+    """What an ablation changes of its arm's searched values, and by how much it ends higher."""
+
+    arm: str
+    values: str
+    interval: Interval  # of 95 %, nats
+
+
+def _changes(study: Study) -> dict[Cell, _Change]:
+    """Return the ablations of searched values alone, by cell."""
     used = {trial.cell: trial.values for trial in study.reporting}
     found = {}
     for name, model in itertools.product(study.arm_names("ablation"), study.models):
@@ -392,36 +390,55 @@ def _changes(study: Study) -> dict[Cell, tuple[str, str, Interval]]:
         for end in study.endpoints(name, model):
             theirs, ours = used[name, model, end.horizon], used.get((arm, model, end.horizon), {})
             changed = {key: value for key, value in theirs.items() if ours.get(key) != value}
+            if not changed or {key.split("[")[0] for key in changed} != {*study.arms[name].varies}:
+                continue
             paired = contrast(end, _ends(study, arm)[model, end.horizon], 0.95)
-            searched_alone = {key.split("[")[0] for key in changed} == {*study.arms[name].varies}
-            if changed and searched_alone and isinstance(paired, Contrast) and paired.interval:
+            if isinstance(paired, Contrast) and paired.interval:
                 values = ", ".join(f"{key}={short(value)}" for key, value in changed.items())
-                found[name, model, end.horizon] = arm, values, paired.interval
+                found[name, model, end.horizon] = _Change(arm, values, paired.interval)
     return found
 
 
-def _with_both(study: Study, cells: Collection[Cell]) -> Iterator[str]:
-    """Yield each arm's difference from the baseline where both were run with one change, for changes in these cells."""
-    changes = _changes(study)
-    of_baseline = {(values, *cell[1:]): cell for cell, (arm, values, _) in changes.items() if arm == study.baseline}
-    for cell, (arm, values, _) in changes.items():
-        other = of_baseline.get((values, *cell[1:]))
-        if arm == study.baseline or other is None or not {cell, other} & {*cells}:
+def _effects(study: Study, changes: Mapping[Cell, _Change]) -> str:
+    grouped = _grouped(
+        (f"{one.values} {_after(study, cell)}", f"{label(one.arm)} {one.interval.text}")
+        for cell, one in changes.items()
+    )
+    return "; ".join(f"{change}: {', '.join(arms)}" for change, arms in grouped.items())
+
+
+def _with_both(study: Study, changes: Mapping[Cell, _Change], cells: Collection[Cell]) -> str:
+    """Tell each arm's difference from the baseline where both were run with one change, in one of the cells at least."""
+    of_baseline = {(one.values, *cell[1:]): cell for cell, one in changes.items() if one.arm == study.baseline}
+    told = []
+    for cell, one in changes.items():
+        name, model, horizon = cell
+        other = of_baseline.get((one.values, model, horizon))
+        if one.arm == study.baseline or other is None or not {cell, other} & {*cells}:
             continue
-        _, model, horizon = cell
-        ends = [_ends(study, name)[model, horizon] for name in (cell[0], other[0], arm, study.baseline)]
         level = study.corrected_level(model)
-        changed, unchanged = contrast(ends[0], ends[1], level), contrast(ends[2], ends[3], level)
-        if (
-            isinstance(changed, Contrast)
-            and changed.interval
-            and isinstance(unchanged, Contrast)
-            and unchanged.interval
-        ):
-            yield (
-                f"{label(arm)} minus {label(study.baseline)} after {horizon:,} steps is {changed.interval.text} "
-                f"with {values}, {unchanged.interval.text} without ({study.level_text(model)} intervals)"
+        ends = [_ends(study, arm)[model, horizon] for arm in (name, other[0], one.arm, study.baseline)]
+        found = (contrast(ends[0], ends[1], level), contrast(ends[2], ends[3], level))
+        shown = [of.interval.text for of in found if isinstance(of, Contrast) and of.interval]
+        if len(shown) == 2:
+            change = f" With {one.values} in both arms, minus {label(study.baseline)} {_after(study, cell)}"
+            told.append(
+                (f"{change} ({study.level_text(model)} intervals)", f"{label(one.arm)} {' instead of '.join(shown)}")
             )
+    return "".join(f"{change}: {', '.join(arms)}." for change, arms in _grouped(told).items())
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, None]]:
+    """Group the second texts by the first, each once."""
+    groups: dict[str, dict[str, None]] = {}
+    for first, second in pairs:
+        groups.setdefault(first, {})[second] = None
+    return groups
+
+
+def _after(study: Study, cell: Cell) -> str:
+    _, model, horizon = cell
+    return f"after {horizon:,} steps" + (f" of {model}" if len(study.models) > 1 else "")
 
 
 def _ends(study: Study, name: str) -> dict[tuple[str, int], Endpoints]:

@@ -537,10 +537,11 @@ def test_where_both_arms_ran_beyond_their_edges_their_difference_there_is_told(d
         for end in ("_decay", "")
     ]
     assert apart[0] == pytest.approx(apart[1] - 0.018)
-    text = f" With the change in both arms: Sophia-G minus AdamW after 200 steps is {apart[0]:+.3f} ["
-    assert text in finding.detail
-    assert "without (95% intervals)." in finding.detail  # of one arm; of two, 97.5%
-    assert f"with optimizer.weight_decay=0.8, {apart[1]:+.3f} [" in finding.detail
+    change = (
+        " With optimizer.weight_decay=0.8 in both arms, minus AdamW after 200 steps (95% intervals): "  # of one arm
+    )
+    assert f"{change}Sophia-G {apart[0]:+.3f} [" in finding.detail
+    assert f"] instead of {apart[1]:+.3f} [" in finding.detail
 
 
 @pytest.mark.parametrize(
@@ -580,11 +581,11 @@ def test_an_ablation_of_a_searched_value_that_ends_lower_than_its_arm_is_found(
     )
     for one in found:
         for arm, name in (("adamw", "AdamW"), ("sophiag", "Sophia-G")):
-            told = f"{name}, {key}=0.5: {2e-4 - gains.get(arm, 0):+.3f} ["
+            told = f"{name} {2e-4 - gains.get(arm, 0):+.3f} ["
             assert (told in one.detail) == (name in lower)
-        assert ("With the change in both arms: Sophia-G minus AdamW after 200 steps" in one.detail) == (
-            "sophiag" in gains
-        )
+        assert f"{key}=0.5 after 200 steps: " in one.detail
+        both = f"With {key}=0.5 in both arms, minus AdamW after 200 steps"
+        assert (both in one.detail) == ("sophiag" in gains)
 
 
 def test_a_rate_tuned_again_is_at_an_edge_if_it_is_the_lowest_tried_there(doctor: Doctor) -> None:
