@@ -365,8 +365,8 @@ def _lower_ablations(study: Study, searches: Sequence[Tuning]) -> Iterator[Findi
     lower = {cell: one for cell, one in changes.items() if cell[0] not in told and one.interval.high < 0}
     if lower:
         arms = dict.fromkeys(one.arm for one in lower.values())
-        title = f"Ablations ended lower than their arms: {_labels(arms)}"
-        detail = f"Better settings are known. In nats: {_effects(study, lower)} (95% intervals)."
+        title = f"Better settings than the reported ones are known: {_labels(arms)}"
+        detail = f"What an ablation changes, in nats: {_effects(study, lower)} (95% intervals)."
         detail += _with_both(study, changes, lower)
         own = study.baseline in arms
         yield Finding("tuning", "serious" if own else "note", title, detail, baseline=own)

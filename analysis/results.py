@@ -143,7 +143,8 @@ class Verdict:
             text += f"; {f'over {horizon:,} steps ' if horizon != same.horizon else ''}it is {', '.join(ratios)}"
         elif self.word == "not told apart":
             text += (
-                f"; with this spread over seeds, {same.smallest_detectable:.3f} nats would be found four times in five"
+                f"; with this spread over seeds, a true difference of {same.smallest_detectable:.3f} nats would be found "
+                "four times in five"
             )
         return f"{text}. {self._claimed(label(baseline))}"
 

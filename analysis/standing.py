@@ -37,6 +37,7 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
     parts = [
         *(f"**{escaping.markdown(one.sentence(study.baseline))}**" for one in verdicts),
         *(escaping.markdown(line) for line in _lengths(results, arm)),
+        *(escaping.markdown(line) for line in _costs(results, arm)),
         *([escaping.markdown(study.under_way)] if study.under_way else []),
         _body(tables.verdict(results)),
         f"From {reported:,} reported and {tuning:,} tuning runs of [{study.name}]({place}/README.md), with "
@@ -88,6 +89,18 @@ def _lengths(results: Results, arm: str) -> Iterator[str]:
             )
             where = f"{label(arm)} minus {baseline} on {model} by number of steps"
             yield f"{where}: {'; '.join(told)}; nats, {study.level_text(model)} intervals.{gain}"
+
+
+def _costs(results: Results, arm: str) -> Iterator[str]:
+    """Yield, for each model, what a token costs the arm relative to the baseline, at the longest horizon of both."""
+    names, baseline = {"flops": "FLOPs", "seconds": "time (reference times)"}, label(results.study.baseline)
+    for model in results.baselines:
+        prices = [one.prices for one in results.compared if (one.endpoints.arm, one.endpoints.model) == (arm, model)]
+        told = [
+            f"{price:.3f} times {baseline}'s {names[of]}" for of, price in (prices or [{}])[-1].items() if of in names
+        ]
+        if told:
+            yield f"A token costs {label(arm)} on {model} {' and '.join(told)}."
 
 
 def _end(results: Results, verdict: Verdict) -> Endpoints:

@@ -112,12 +112,12 @@ def verdict(results: Results) -> Table:
     table = _table("verdict", "At the longest horizon", rows, blank=("", NONE))
     levels = dict.fromkeys(f"{study.level_text(model)} on {model}" for model in results.baselines)
     note = (
-        f"Final validation losses of fully decayed runs. Differences are of the seeds that both arms have; intervals at "
-        f"{study.level:.0%} are corrected for the number of arms ({', '.join(levels) or 'none'}) and hold for these settings: "
-        "they do not cover the luck of the searches."
+        "Final validation losses of fully decayed runs. Differences are of the seeds that both arms have, losses of all; "
+        f"intervals at {study.level:.0%} are corrected for the number of comparisons ({', '.join(levels) or 'none'}) and hold "
+        "for these settings: they do not cover the luck of the searches."
     )
     if half in table.columns:
-        note += f" T/2 against T: the arm after half as many steps, in brackets, minus {baseline}."
+        note += f" T/2 against T: the arm after half of {baseline}'s steps (how many), minus {baseline}."
     if ratios["steps"] in table.columns:
         note += (
             f" A ratio of 1.25: {baseline} needs 1.25 times as much for the arm's loss; > and < mark what is outside "

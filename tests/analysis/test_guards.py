@@ -575,9 +575,9 @@ def test_an_ablation_of_a_searched_value_that_ends_lower_than_its_arm_is_found(
                 "final": final - 1,
                 "config": config,
             }
-    found = [one for one in doctor.write() if one.title.startswith("Ablations ended lower")]
+    found = [one for one in doctor.write() if one.title.startswith("Better settings")]
     assert [(one.severity, one.title) for one in found] == (
-        [(severity, f"Ablations ended lower than their arms: {lower}")] if severity else []
+        [(severity, f"Better settings than the reported ones are known: {lower}")] if severity else []
     )
     for one in found:
         for arm, name in (("adamw", "AdamW"), ("sophiag", "Sophia-G")):

@@ -45,6 +45,9 @@ def test_the_section_says_what_the_records_say(rebuilt: tuple[Path, Path]) -> No
     (row,) = [row for row in text.splitlines() if row.startswith("| tiny | Sophia-G")]
     assert one.at.same.interval.text in row
     assert "Scale: 1.0M parameters, 400 steps of 1,024 tokens, 0.41 tokens per parameter" in text
+    ends = {arm: results.study.endpoints(arm, "tiny")[-1] for arm in ("adamw", "sophiag")}
+    ours, theirs = ((end.flops / end.tokens).mean() for end in (ends["sophiag"], ends["adamw"]))
+    assert f"A token costs Sophia-G on tiny {ours / theirs:.3f} times AdamW's FLOPs" in text
     for link in re.findall(r"\]\(([^)]+)\)", text):
         assert (page.parent / link).is_file() or link.endswith("README.md"), link
 
