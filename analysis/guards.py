@@ -383,7 +383,7 @@ class _Change:
 
 def _changes(study: Study) -> dict[Cell, _Change]:
     """Return the ablations of searched values alone, by cell."""
-    used = {trial.cell: trial.values for trial in study.reporting}
+    used = {trial.cell: trial.values for trial in study.reporting if trial.values}
     found = {}
     for name, model in itertools.product(study.arm_names("ablation"), study.models):
         arm = str(study.arms[name].of)

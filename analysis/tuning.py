@@ -147,7 +147,7 @@ def edges(study: Study, searches: Sequence[Tuning]) -> list[Edge]:
 
 def _beyond(study: Study, arm: str, model: str, key: str, value: float, side: str) -> Iterator[Beyond]:
     """Yield the ablations that move this value alone, by a step of the search, at the horizons at which the arm has it."""
-    used = {trial.cell: trial.values for trial in study.reporting}
+    used = {trial.cell: trial.values for trial in study.reporting if trial.values}
     ends = {end.horizon: end for end in study.endpoints(arm, model)}
     farthest = _step_beyond(study.arms[arm].search.get(key, {}), value, side)
     low, high = sorted((value, farthest))

@@ -575,6 +575,8 @@ def test_an_ablation_of_a_searched_value_that_ends_lower_than_its_arm_is_found(
                 "final": final - 1,
                 "config": config,
             }
+        # A seed that has not run yet.
+        doctor.runs[f"{arm}_decay", "reporting", 200, 4] = {"missing": True}
     found = [one for one in doctor.write() if one.title.startswith("Better settings")]
     assert [(one.severity, one.title) for one in found] == (
         [(severity, f"Better settings than the reported ones are known: {lower}")] if severity else []
