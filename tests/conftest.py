@@ -40,7 +40,18 @@ SLOW |= {f"tests/training/test_{name}.py" for name in ("distributed", "fast_path
 SLOW |= {f"tests/training/test_{name}.py" for name in ("architectures", "external", "optimizer_check")}
 SLOW |= {
     f"tests/training/launching/test_{name}.py"
-    for name in ("engines", "environment", "help", "jobs", "launched_jobs", "lifeline", "limits", "mistakes", "ranks")
+    for name in (
+        "engines",
+        "environment",
+        "gpus",
+        "help",
+        "jobs",
+        "launched_jobs",
+        "lifeline",
+        "limits",
+        "mistakes",
+        "ranks",
+    )
 }
 SLOW |= {
     f"tests/training/reliability/test_{name}.py"

@@ -13,13 +13,17 @@ import sys
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+def in_joblib() -> bool:
+    """Return whether this process is a worker of joblib, which runs trials side by side."""
+    return multiprocessing.current_process().name.startswith("LokyProcess")
+
+
 def die_with_launcher() -> None:
     """Have this process killed when its launcher dies: torchrun's agent, train.py, or the parent of a joblib worker.
 
     Any other process, such as a rank started by a shell, may outlive its parent. Does nothing on systems other than Linux.
     """
-    in_joblib = multiprocessing.current_process().name.startswith("LokyProcess")
-    if sys.platform != "linux" or not (in_joblib or "TORCHELASTIC_RUN_ID" in os.environ):
+    if sys.platform != "linux" or not (in_joblib() or "TORCHELASTIC_RUN_ID" in os.environ):
         return
     # The kernel sends the signal when the thread that created this process ends. torch's agents create ranks in their main
     # thread; joblib creates workers there or in the thread that manages them and outlives them.

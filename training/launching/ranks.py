@@ -21,6 +21,7 @@ from data.errors import DataError
 from training.compose import validate
 from training.config import ConfigurationError, RankRefusedError, RunConfig, SlurmLauncherConfig
 from training.exits import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_PREEMPTED, EXIT_RANK_LOST, refuse
+from training.launching.gpus import take_gpus
 from training.launching.lifeline import die_with_launcher
 from training.launching.limits import descriptors_failure
 from training.reliability.signals import handled_signals, say, shield_resource_tracker
@@ -39,6 +40,7 @@ def start(config: RunConfig) -> int:
     """Run a validated configuration in this process or in ranks that it starts. Returns the exit code."""
     if isinstance(config.launcher, SlurmLauncherConfig):
         return run_in_job(config)
+    take_gpus(config.launcher.nproc_per_node)
     if "WORLD_SIZE" not in os.environ:  # torchrun's ranks check their inputs together
         from training.launching.inputs import refuse_absent_inputs  # imports numpy
 
