@@ -51,7 +51,7 @@ def read_losses(records: Path, studies: Iterable[str]) -> dict[Cell, dict[int, f
     for name in studies:
         study = load_study([records / name])
         if study.under_way:
-            raise ValueError(f"{name}: {study.under_way}")
+            raise ValueError(study.under_way)
         for arm in study.arm_names("arm", "ablation"):
             ends = [end for model in study.models for end in study.endpoints(arm, model)]
             if len(ends) != 1:

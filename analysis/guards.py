@@ -132,6 +132,11 @@ class Finding:
     detail: str
     runs: tuple[Origin, ...] = ()
     baseline: bool = False  # whether it concerns the baseline
+    figures: str = ""  # behind the detail, for a page that has room for them
+
+    @property
+    def text(self) -> str:
+        return f"{self.severity.capitalize()}: {self.title}. {self.detail}".strip()
 
     @property
     def weight(self) -> float:
@@ -348,9 +353,9 @@ def _edges(study: Study, searches: Sequence[Tuning]) -> Iterator[Finding]:
     changes = _changes(study)
     beyond = {(one.ablation, edge.model, one.horizon) for edge in found for one in edge.beyond}
     beyond_text = _effects(study, {cell: change for cell, change in changes.items() if cell in beyond})
-    detail += f" What a value beyond it changes, in nats: {beyond_text} (95% intervals)." if beyond else ""
-    detail += _with_both(study, changes, beyond)
-    yield Finding("edge", "serious" if own else "note", title, detail.strip(), baseline=own > 0)
+    detail = f"{detail}{_with_both(study, changes, beyond)}".strip()
+    figures = f"What a value beyond it changes, in nats: {beyond_text} (95% intervals)." if beyond else ""
+    yield Finding("edge", "serious" if own else "note", title, detail, baseline=own > 0, figures=figures)
 
 
 def _choices(found: Iterable[Edge]) -> set[tuple[str, ...]]:

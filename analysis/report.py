@@ -31,7 +31,7 @@ from data.files import write_atomically
 from training.records import RecordError
 
 _CURVE_POINTS = 150  # per curve of the page; a screen cannot show more
-_TERMINAL = ("model", "arm", "steps", "loss (nats)", "T/2 against T", "ratio in steps", "verdict", "the paper's 2×")
+_TERMINAL = ("model", "arm", "steps", "loss (nats)", tables.HALF, "ratio in steps", "verdict", "the paper's 2×")
 _STYLES = {"faster": "green", "slower": "red", "seen": "green"}
 
 
@@ -219,7 +219,7 @@ def markdown(blocks: Sequence[Block], location: Path) -> str:
             case Warnings():
                 for one in block.findings:
                     kind = "Serious" if one.severity == "serious" else "Note"
-                    detail = "" if block.brief else f" {plain(one.detail)}"
+                    detail = "" if block.brief else f" {plain(f'{one.detail} {one.figures}')}"
                     parts.append(f"- **{kind}: {plain(one.title)}.**{detail}")
             case Table():
                 parts.append(tables.markdown(block, location).strip())

@@ -59,6 +59,7 @@ class Verdict:
     at: Compared | None
     paper: Compared | None
     tokens_per_parameter: float  # of the arm's runs in `paper`, else `at`; NaN if the size is not recorded
+    size: float = math.nan  # parameters
 
     @property
     def word(self) -> Word:
@@ -118,7 +119,8 @@ class Verdict:
 
     def sentence(self, baseline: str) -> str:
         """Return the verdict and what it says of the paper's claim, in sentences."""
-        subject = f"{label(self.arm)} on {self.model}"
+        size = f" ({self.size / 1e6:.1f}M parameters)" if math.isfinite(self.size) else ""
+        subject = f"{label(self.arm)} on {self.model}{size}"
         claim = "" if self.not_tested else f" {self._claimed(label(baseline))}"
         if self.at is None or isinstance(self.at.same, str):
             reason = "no horizon in common" if self.at is None else self.at.same
@@ -366,7 +368,7 @@ def _verdict(own: Sequence[Compared], horizons: Collection[int], size: float) ->
     paper = next((one for one in reversed(own) if PAPER_RATIO * one.endpoints.horizon in horizons), None)
     told = paper or at
     tokens = float(told.endpoints.tokens.mean()) if told else math.nan
-    return Verdict(arm, model, at, paper, tokens / size)
+    return Verdict(arm, model, at, paper, tokens / size, size)
 
 
 def model_sizes(study: Study) -> dict[str, float]:

@@ -32,7 +32,10 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
     limits = [
         f"Scale: {scale}. The paper's smallest model has 125M parameters, 100,000 steps of 491,520 tokens, 390 tokens per "
         "parameter." + (_SHORT if all(one.horizon < _SHORT_STEPS for one in ends) else ""),
-        *(escaping.markdown(f"{one.title}. {one.detail}") for one in results.doubts),
+        *(
+            escaping.markdown(one.text) + (f" [Figures]({place}/report.md#warnings)." if one.figures else "")
+            for one in results.doubts
+        ),
     ]
     parts = [
         *(f"**{escaping.markdown(one.sentence(study.baseline))}**" for one in verdicts),
@@ -41,7 +44,7 @@ def section(results: Results, directory: Path, page: Path, arm: str) -> str:
         *([escaping.markdown(study.under_way)] if study.under_way else []),
         _body(tables.verdict(results)),
         f"From {reported:,} reported and {tuning:,} tuning runs of [{study.name}]({place}/README.md), with "
-        f"[its report]({place}/report.md): {escaping.markdown(study.description)} Limits:",
+        f"[its report]({place}/report.md): {escaping.markdown(study.description)} Limits, the strongest first:",
         "\n".join(f"- {line}" for line in limits),
         "What others found:",
         _body(tables.published_losses(results)),

@@ -24,6 +24,7 @@ from analysis.tuning import Edge, Tuning
 from analysis.tuning import edges as edges_of
 
 NONE = "–"
+HALF = "with half the steps"
 _NUMBER = re.compile(r"[<>+-]? ?[\d.][\d,.]*(e[+-]?\d+)?%?( [\[(].*| of \d+.*)?|–|")
 _TELLING = 10.0  # nats; where only larger differences would be found, a cell tells nothing
 
@@ -86,7 +87,7 @@ def markdown(table: Table, location: Path = Path()) -> str:
 def verdict(results: Results) -> Table:
     """Return the answer: each arm at the longest horizon that it shares with the baseline."""
     study, baseline = results.study, label(results.study.baseline)
-    minus, half = f"minus {baseline} [interval]", "T/2 against T"
+    minus, half = f"minus {baseline} [interval]", HALF
     ratios = {currency: f"ratio in {CURRENCY_NAMES[currency]}" for currency in VERDICT_CURRENCIES}
     empty = dict.fromkeys((minus, half, *ratios.values()), "")
     rows: list[tuple[dict[str, str], Origin | None]] = []
@@ -117,7 +118,9 @@ def verdict(results: Results) -> Table:
         "for these settings: they do not cover the luck of the searches."
     )
     if half in table.columns:
-        note += f" T/2 against T: the arm after half of {baseline}'s steps (how many), minus {baseline}."
+        note += (
+            f" {HALF[0].upper()}{HALF[1:]}: the arm after the steps in brackets, minus {baseline} after twice as many."
+        )
     if ratios["steps"] in table.columns:
         note += (
             f" A ratio of 1.25: {baseline} needs 1.25 times as much for the arm's loss; > and < mark what is outside "

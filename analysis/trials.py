@@ -147,14 +147,14 @@ class Study:
             return ""
         done = sum(trial.run is not None for trial in self.trials)
         of = "" if self.trials_at_most is None else f" of at most {self.trials_at_most:,}"
-        ablations = {name for name, arm in self.arms.items() if arm.role == "ablation"}
-        ablations -= {trial.arm for trial in self.reporting if trial.run is not None}
-        missing = [*self._lacking(), *([f"{len(ablations)} ablation{'s'[: len(ablations) > 1]}"] if ablations else [])]
-        text = f"The study is under way: {done:,}{of} trials are on record, and what is said here may change."
-        return f"{text} Not reported yet: {'; '.join(missing)}." if missing else text
+        text = (
+            f"The study {self.name} is under way: {done:,}{of} trials are on record, and what is said here may change."
+        )
+        missing = "; ".join(self._lacking())
+        return f"{text} Not reported yet: {missing}." if missing else text
 
     def _lacking(self) -> Iterator[str]:
-        """Name the models without a reported run, then the arms whose seeds have not all ended, by model and horizon."""
+        """Name the models without a reported run, then arms and ablations whose seeds have not all ended, by cell."""
         ended = Counter(trial.cell for trial in self.reporting if trial.ended)
         planned = {(name, *cell): n for name, arm in self.arms.items() for cell, n in arm.seeds.items()}
         yield from sorted({model for _, model, _ in planned} - {*self.models})
@@ -374,7 +374,8 @@ def _arms(spec: _Spec) -> dict[str, Arm]:
     for name, ablation in spec.ablations.items():
         keys = [override.lstrip("+").split("=")[0] for override in ablation.overrides]
         keys += [key.split("[")[0] for key in ablation.values]
-        arms[name] = Arm(name, role="ablation", of=ablation.of, varies=tuple(dict.fromkeys(keys)))
+        seeds = _by_cell(spec.plan.seeds.get(name, {}))
+        arms[name] = Arm(name, role="ablation", of=ablation.of, varies=tuple(dict.fromkeys(keys)), seeds=seeds)
     return arms
 
 

@@ -30,8 +30,10 @@ PEERS = {
 
 def main() -> int:
     write_part(PAGE, PART, tables(RESULTS))
-    record = json.loads((RESULTS / "training_step_30m.json").read_text(encoding="utf-8"))
-    write_part(README, SPEED_PART, speed(record))
+    record, larger = (
+        json.loads((RESULTS / f"training_step_{size}.json").read_text(encoding="utf-8")) for size in ("30m", "124m")
+    )
+    write_part(README, SPEED_PART, speed(record, larger))
     draw_speed(record, FIGURE)
     return 0
 
@@ -48,15 +50,28 @@ def as_trained(record: dict[str, Any]) -> float:
     return float(next(group for group in record["groups"] if "plain" in group)["here"]["median_seconds"])
 
 
-def speed(record: dict[str, Any]) -> str:
+def at_124m(record: dict[str, Any]) -> str:
+    """Return how many times as long a step of the others takes at 124M parameters, each beside ours with its allocator."""
+    times = []
+    for name, ours, label in (
+        ("transformers", "here, default allocator", "transformers"),
+        ("plain, memory kept", "here", "the plain model"),
+    ):
+        group = next(group for group in record["groups"] if name in group)
+        times.append(f"{label} takes {group[name]['median_seconds'] / group[ours]['median_seconds']:.1f}")
+    return f"At 124M parameters, where large products take more of the time, {' and '.join(times)} times as long."
+
+
+def speed(record: dict[str, Any], larger: dict[str, Any]) -> str:
     """README's lines: how many times as long a step of the others takes."""
     (_, here), (first, seconds), *others = peers(record).items()
     listed = [f"{first} takes {seconds / here:.1f}", *(f"{label} {seconds / here:.1f}" for label, seconds in others)]
     times = ", ".join(listed[:-1]) + f" and {listed[-1]}" if others else listed[0]
     return (
         f"A training step of a GPT-2 of 30M parameters takes {here:.2f} s here ({where(record)}, bf16, AdamW). Compiled as well, "
-        f"and measured in turn on the same machine, {times} times as long. Training also keeps memory mapped between steps, "
-        f"which shortens the step to {as_trained(record):.2f} s ([how it is measured](docs/performance.md)).\n\n"
+        f"and measured in turn on the same machine, {times} times as long. {at_124m(larger)} "
+        "Training also keeps memory mapped between steps, "
+        f"which shortens the step of 30M to {as_trained(record):.2f} s ([how it is measured](docs/performance.md)).\n\n"
         f"![Tokens per second of a training step, here and with others' models]({FIGURE.relative_to(ROOT)})"
     )
 

@@ -145,7 +145,7 @@ def report_page(
     import wandb_workspaces.reports.v2 as wr
 
     study = results.study
-    doubts = [f"Serious: {one.title}. {one.detail}" for one in results.findings if one.severity == "serious"]
+    doubts = [one.text for one in results.findings if one.severity == "serious"]
     told = [escaping.markdown(text) for text in (study.description, study.under_way, *doubts) if text]
     blocks: list[Any] = [wr.MarkdownBlock(text) for text in told]
     verdict = tables.markdown(tables.verdict(results))

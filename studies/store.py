@@ -10,7 +10,6 @@ place, so nothing is lost if the process is killed.
 """
 
 import fcntl
-import itertools
 import logging
 import math
 import shutil
@@ -246,10 +245,10 @@ def _write_spec(spec: StudySpec, current: Expansion, path: Path) -> None:
     for (arm, model, horizon), trials in current.budgets.items():
         budgets.setdefault(arm, {}).setdefault(model, {})[str(horizon)] = trials
     seeds: dict[str, dict[str, dict[str, int]]] = {}
-    for arm, model in itertools.product(spec.arms, spec.models):
-        if horizons := spec.horizons(arm, model):
-            of_each = dict.fromkeys(map(str, horizons), len(spec.seeds(arm, model)))
-            seeds.setdefault(arm, {})[model] = of_each
+    expected = expected_trials(spec)
+    for (arm, model, horizon, phase), trials in expected.items():
+        if phase == "reporting":
+            seeds.setdefault(arm, {}).setdefault(model, {})[str(horizon)] = trials
     values = spec.model_dump(mode="json", exclude_defaults=True)
-    values[PLAN] = {"trials_at_most": sum(expected_trials(spec).values()), "budgets": budgets, "seeds": seeds}
+    values[PLAN] = {"trials_at_most": sum(expected.values()), "budgets": budgets, "seeds": seeds}
     write_atomically(path, yaml.safe_dump(values, sort_keys=False, width=110))

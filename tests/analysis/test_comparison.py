@@ -334,7 +334,7 @@ def test_verdicts_of_the_first_study(cpu_scale: Results) -> None:
     assert words["muon", "gpt2_mini"] == ("faster", "not tested")
     sentence = cpu_scale.verdict("sophiag", "gpt2_mini").sentence("adamw")
     assert sentence.startswith(
-        "Sophia-G on gpt2_mini is slower than AdamW: after 256 steps its final loss differs by +0.122"
+        "Sophia-G on gpt2_mini (4.5M parameters) is slower than AdamW: after 256 steps its final loss differs by +0.122"
     )
     assert "99.2% interval" in sentence
     assert "times as fast in compute" in sentence

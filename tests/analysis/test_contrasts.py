@@ -33,7 +33,7 @@ def test_a_contrast_without_a_common_seed_is_refused() -> None:
     ("changed", "said"),
     [
         ({"status": "diverged"}, "one: runs of adamw diverged with seeds 2"),
-        ({"missing": True}, "one: The study is under way: 1 of at most 2"),
+        ({"missing": True}, "The study one is under way: 1 of at most 2"),
     ],
 )
 def test_a_study_that_is_not_whole_has_no_contrast(changed: dict[str, Any], said: str, tmp_path: Path) -> None:

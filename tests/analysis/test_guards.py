@@ -540,6 +540,7 @@ def test_where_both_arms_ran_beyond_their_edges_their_difference_there_is_told(d
     change = (
         " With optimizer.weight_decay=0.8 in both arms, minus AdamW after 200 steps (95% intervals): "  # of one arm
     )
+    assert finding.figures.startswith("What a value beyond it changes, in nats: optimizer.weight_decay=0.8 after 200 ")
     assert f"{change}Sophia-G {apart[0]:+.3f} [" in finding.detail
     assert f"] instead of {apart[1]:+.3f} [" in finding.detail
 

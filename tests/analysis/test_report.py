@@ -141,7 +141,7 @@ def test_one_table_has_the_verdict_in_one_cell(results: Results) -> None:
     assert table.frame["arm"].tolist() == ["AdamW", "Lion", "Sophia-G"] * 2
     sophia = table.frame.iloc[2]
     assert sophia["minus AdamW [interval]"] == results.verdict("sophiag", "tiny").at.same.interval.text  # type: ignore
-    assert sophia["T/2 against T"].endswith("(200)")
+    assert sophia["with half the steps"].endswith("(200)")
     assert sophia["ratio in steps"].endswith("] (200)"), "at the baseline's longest horizon it would be censored"
 
 

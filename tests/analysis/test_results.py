@@ -77,7 +77,10 @@ def test_a_diverged_run_leaves_no_verdict_at_the_horizon_that_the_design_chose(t
     assert one.at is not None
     assert one.at.endpoints.horizon == 200
     assert one.word == "no verdict"
-    assert one.sentence("adamw") == "Sophia-G on tiny: no verdict (1 of 2 runs of Sophia-G diverged at 200 steps)."
+    assert (
+        one.sentence("adamw")
+        == "Sophia-G on tiny (1.0M parameters): no verdict (1 of 2 runs of Sophia-G diverged at 200 steps)."
+    )
 
 
 def test_a_diverged_run_counts_with_the_tokens_of_a_whole_one(tmp_path: Path) -> None:

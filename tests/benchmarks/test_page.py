@@ -9,18 +9,25 @@ from benchmarks.training_step import ARMS
 
 def test_the_page_is_made_from_the_committed_records() -> None:
     assert page.tables(page.RESULTS).strip() in page.PAGE.read_text()
-    record = json.loads((page.RESULTS / "training_step_30m.json").read_text())
-    assert page.speed(record) in page.README.read_text()
+    record, larger = (json.loads((page.RESULTS / f"training_step_{size}.json").read_text()) for size in ("30m", "124m"))
+    assert page.speed(record, larger) in page.README.read_text()
 
 
 def test_readmes_line_names_the_arms_that_were_measured() -> None:
     seconds = {"here": 1.5, "here, default allocator": 2.0, "plain": 3.0, "transformers": 5.0}
     group = {name: {"median_seconds": value} for name, value in seconds.items()}
     record = {"groups": [{"here": {"median_seconds": 9.0}}, group], "hardware": {"device": "cuda", "gpu": "H100"}}
-    line = page.speed(record).splitlines()[0]
+    larger = {
+        "groups": [
+            {"here": {"median_seconds": 4.0}, "plain, memory kept": {"median_seconds": 5.0}},
+            {"here, default allocator": {"median_seconds": 5.0}, "transformers": {"median_seconds": 8.0}},
+        ]
+    }
+    line = page.speed(record, larger).splitlines()[0]
     assert line.startswith("A training step of a GPT-2 of 30M parameters takes 2.00 s here (H100, bf16, AdamW).")
     assert "transformers' GPT2LMHeadModel takes 2.5 and a plain GPT-2 as in nanoGPT 1.5 times as long" in line
-    assert "shortens the step to 1.50 s" in line
+    assert "transformers takes 1.6 and the plain model takes 1.2 times as long." in line
+    assert "shortens the step of 30M to 1.50 s" in line
     assert {ARMS[name].kept for name in ("here, default allocator", *page.PEERS) if name in ARMS} == {False}
 
 

@@ -87,7 +87,7 @@ def test_the_strongest_doubts_stand_in_the_section(tmp_path: Path) -> None:
     page.write_text(PAGE)
     assert rebuild([str(study), "--page", str(page)]) == 0
     first = analyse(load_study([study])).findings[0]
-    assert f"- {first.title}. {first.detail}" in page.read_text()
+    assert f"- {first.text}" in page.read_text()
 
 
 def test_a_study_without_the_arm_is_refused(

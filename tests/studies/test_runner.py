@@ -269,9 +269,9 @@ def test_an_interrupted_study_lists_what_is_missing(spec: StudySpec, finished: P
     run_study(spec, finished, FakeMachine(stop_after=0), log=silent)
     study = load_study([finished.records])
     assert study.under_way.startswith(
-        f"The study is under way: {sum(t.run is not None for t in study.trials)} of at most"
+        f"The study {study.name} is under way: {sum(t.run is not None for t in study.trials)} of at most"
     )
-    assert study.under_way.endswith("Not reported yet: gpt2_micro; 1 ablation.")
+    assert study.under_way.endswith("Not reported yet: gpt2_micro; sophiag_k1 on gpt2_nano after 50 steps.")
     assert study.under_way in (write_report(analyse(study), finished.records).markdown.read_text())
     gone = ("sophiag", 50, (1, 2)), ("adamw", 50, (1,))
     rows = [
@@ -281,8 +281,8 @@ def test_an_interrupted_study_lists_what_is_missing(spec: StudySpec, finished: P
     ]
     write_trials(finished.records, rows)
     run_study(spec, finished, FakeMachine(stop_after=0), log=silent)
-    cell = "AdamW (1 of 3 seeds), Sophia-G (2 of 3 seeds) on gpt2_nano after 50 steps"
-    assert load_study([finished.records]).under_way.endswith(f"Not reported yet: gpt2_micro; {cell}; 1 ablation.")
+    cell = "AdamW (1 of 3 seeds), Sophia-G (2 of 3 seeds), sophiag_k1 on gpt2_nano after 50 steps"
+    assert load_study([finished.records]).under_way.endswith(f"Not reported yet: gpt2_micro; {cell}.")
 
 
 def test_more_trials_than_a_retuning_was_granted_are_found_in_the_records(spec: StudySpec, finished: Places) -> None:
