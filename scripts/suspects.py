@@ -1,6 +1,7 @@
 """What explains Sophia-G's distance from AdamW in study=claim: contrasts of five studies, chosen before their first run.
 
     python scripts/suspects.py                results/claim/why.md and a figure for each suspect
+    python scripts/suspects.py kinds eps      these suspects alone, while the other studies are under way
 
 The rows of a suspect are one family: their intervals are corrected for their number.
 """
@@ -68,13 +69,18 @@ NOTES = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suspects", nargs="*", help=f"of {', '.join(SUSPECTS)} (default: all)")
     parser.add_argument("--records", type=Path, default=Path("results"), help="directory of the studies' tables")
     parser.add_argument("--output", type=Path, default=Path("results/claim"), help="directory of the page and figures")
     options = parser.parse_args(arguments)
+    families = {name: family for name, family in SUSPECTS.items() if name in options.suspects or not options.suspects}
+    if unknown := {*options.suspects} - {*SUSPECTS}:
+        parser.error(f"{', '.join(sorted(unknown))}: not a suspect; choose from {', '.join(SUSPECTS)}")
+    studies = {study for family in families.values() for row in family for study, _ in (*row.plus, *row.minus)}
     try:
-        losses = read_losses(options.records, (EPS, SMALL, LARGE, POWER, KINDS))
+        losses = read_losses(options.records, sorted(studies))
         parts = []
-        for suspect, family in SUSPECTS.items():
+        for suspect, family in families.items():
             found = differences(losses, family)
             place = save(draw(found), options.output / f"why_{suspect}.png")
             picture = f"![Differences of final loss: dots for seeds, mean and interval]({place.name})\n"

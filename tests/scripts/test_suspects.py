@@ -1,6 +1,9 @@
 """Contrasts over several studies, paired by seed."""
 
+import shutil
 from pathlib import Path
+
+import pytest
 
 from scripts import suspects
 from scripts.suspects import SUSPECTS, main
@@ -43,3 +46,8 @@ def test_a_page_and_a_figure_for_each_suspect_are_written(tmp_path: Path) -> Non
     assert "| momentum-sign (h = 0) − Sophia-G | +0.010 [-0.021, +0.042] | 2 |" in page
     assert "| last − first | +0.000 [+0.000, +0.000] | 2 |" in page
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"why.md", *(f"why_{one}.png" for one in SUSPECTS)}
+    shutil.rmtree(tmp_path / "results" / suspects.POWER)  # as if it had not begun
+    assert main(["kinds", "eps", "--records", str(tmp_path / "results"), "--output", str(tmp_path / "two")]) == 0
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {"why.md", "why_kinds.png", "why_eps.png"}
+    with pytest.raises(SystemExit):
+        main(["kind"])
