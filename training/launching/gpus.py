@@ -20,11 +20,12 @@ def take_gpus(ranks: int) -> None:
     CUDA_VISIBLE_DEVICES once in a process, until one has another number of ranks. Does nothing in other processes.
     """
     gpus = _visible() if in_joblib() else ()
-    if len(gpus) <= ranks or len(_claims) == ranks:
+    size = min(ranks, len(gpus))
+    if len(_claims) == size:
         return
     while _claims:
         _claims.pop().close()
-    groups = [gpus[first : first + ranks] for first in range(0, len(gpus) - ranks + 1, ranks)]
+    groups = [gpus[first : first + size] for first in range(0, len(gpus) - size + 1, size)]
     for turn in itertools.count():
         for group in groups:
             if _claim([f"{gpu}-{turn}" for gpu in group]):

@@ -66,7 +66,8 @@ def test_a_worker_takes_others_for_a_trial_of_more_ranks(tmp_path: Path) -> None
     with Parallel(n_jobs=2, batch_size=1) as parallel:
         parallel(delayed(trial)(tmp_path / "one", names, 4, 1, 2) for _ in range(2))
         (found,) = parallel(delayed(trial)(tmp_path / "two", None, 4, 2, 1) for _ in range(1))
-    assert found == ",".join(names.split(",")[2:])  # the other worker keeps one of the first two
+        assert found == ",".join(names.split(",")[2:])  # the other worker keeps one of the first two
+        assert parallel(delayed(trial)(tmp_path / "four", None, 4, 4, 2) for _ in range(2)) == [names, names]
 
 
 def test_a_process_of_its_own_keeps_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
