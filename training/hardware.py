@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import gc
 import hashlib
 import logging
 import os
@@ -91,10 +92,19 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def make_deterministic() -> None:
-    """Make CUDA runs reproducible bit for bit; CPU runs are anyway."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+def set_deterministic(deterministic: bool) -> None:
+    """Make CUDA runs reproducible bit for bit, or not, whatever this process's previous run did; CPU runs are anyway."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def release_earlier_runs() -> None:
+    """Free the memory of this process's previous run, whose reference cycles hold it, and start the GPU's peak anew."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def keep_memory_mapped() -> bool:

@@ -316,10 +316,10 @@ def train(run: Run) -> Status:
     with run.batches.prefetch(first, config.train.steps) as prefetched:
         for step in range(first, config.train.steps + 1):
             run.progress(f"waiting for the batch of step {step}")
-            with ledger.measure("data"):
+            with ledger.measure("data"):  # with the wait for the rank whose batch comes last
                 batch, problem = next_batch(prefetched)
-
-            if (verdict := agree(run, problem)) is not Verdict.GO_ON:
+                verdict = agree(run, problem)
+            if verdict is not Verdict.GO_ON:
                 reporter.flush()
                 return "diverged" if reporter.diverged else end_early(run, verdict)
             assert batch is not None

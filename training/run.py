@@ -147,6 +147,7 @@ def _collective_timeout(config: RunConfig) -> datetime.timedelta:
 
 
 def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, held: contextlib.ExitStack) -> Outcome:
+    hardware.release_earlier_runs()
     given = config
     config, micro = distributed.on_all(lambda: _resolve_for_ranks(given, distributed))
     distributed.agree(
@@ -188,8 +189,7 @@ def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, hel
     validation = ValidationWindows(validation_set, config.eval.tokens, length, rank, world_size)
     strategy = build_strategy(config, distributed)
     distributed.on_all(lambda: refuse_unsavable_state(build_optimizers(config.optimizer, compile_step=False), strategy))
-    if config.train.deterministic:
-        hardware.make_deterministic()
+    hardware.set_deterministic(config.train.deterministic)
     torch.manual_seed((config.seeds.model * world_size + rank) % 2**63)  # only dropout draws from this stream
     # Code compiled for this process's previous run counts against the recompilation limit, past which nothing is compiled.
     torch._dynamo.reset()

@@ -285,6 +285,24 @@ def test_an_interrupted_study_lists_what_is_missing(spec: StudySpec, finished: P
     assert load_study([finished.records]).under_way.endswith(f"Not reported yet: gpt2_micro; {cell}.")
 
 
+def test_the_level_counts_arms_whose_runs_are_to_come(places: Places) -> None:
+    """An early look is not more liberal than the last one."""
+    values = small()
+    values["arms"]["lion"] = values["arms"]["adamw"] | {"overrides": ["optimizer=lion"]}
+    spec = validate_spec(values, "small.yaml")
+    assert run_study(spec, places, FakeMachine(), log=silent).finished
+    assert load_study([places.records]).corrected_level("gpt2_nano") == 1 - 0.05 / 2
+    write_trials(
+        places.records, [row for row in read_trials(places.records) if (row.arm, row.phase) != ("lion", "reporting")]
+    )
+    shutil.rmtree(places.work)
+    run_study(spec, places, FakeMachine(stop_after=0), log=silent)
+    study = load_study([places.records])
+    assert "Lion on gpt2_nano after 50 steps" in study.under_way
+    assert study.corrected_level("gpt2_nano") == 1 - 0.05 / 2
+    assert study.corrected_level("gpt2_micro") == 1 - 0.05
+
+
 def test_more_trials_than_a_retuning_was_granted_are_found_in_the_records(spec: StudySpec, finished: Places) -> None:
     """Fewer than the full search's budget, so that only the budget of the horizon itself gives them away."""
     rows = read_trials(finished.records)

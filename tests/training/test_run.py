@@ -1,7 +1,10 @@
 """Whole runs on a tiny corpus: what they record, what they refuse, and what must not change their curve."""
 
 import errno
+import gc
 import signal
+import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +15,7 @@ import torch
 
 from tests.training.runs import signal_self
 from training import loop
+from training import run as run_module
 from training.compose import compose
 from training.config import RunConfig
 from training.distributed import Distributed
@@ -107,6 +111,41 @@ def test_another_seed_changes_weights_and_batches(train: Train) -> None:
     same_weights = train("data", "seed=0", "seeds.data=1", "train.steps=2")
     assert first.environment["initial_weights_sha256"] == same_weights.environment["initial_weights_sha256"]
     assert losses(first)[0] != losses(same_weights)[0]
+
+
+def test_the_wait_for_a_late_rank_is_booked(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(distributed: Distributed, value: int) -> int:
+        time.sleep(0.05)
+        return value
+
+    monkeypatch.setattr(Distributed, "highest", late)
+    record = train("late", "train.steps=4")
+    assert record.summary is not None
+    assert record.summary["ledger"]["data"]["seconds"] >= 4 * 0.05
+    assert record.summary["seconds"] >= 4 * 0.05
+
+
+def test_a_run_leaves_neither_determinism_nor_memory_to_the_next_of_its_process(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, earlier = run_module.build_strategy, []
+    alive: list[int] = []
+
+    def remembered(*arguments: Any) -> Any:
+        alive.append(sum(reference() is not None for reference in earlier))
+        strategy = build(*arguments)
+        earlier.append(weakref.ref(strategy))
+        return strategy
+
+    monkeypatch.setattr(run_module, "build_strategy", remembered)
+    gc.disable()  # as when Python happens not to collect in between
+    try:
+        train("first", "train.steps=2", "train.deterministic=true")
+        train("second", "train.steps=2")
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_finished_run_is_not_run_again(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
