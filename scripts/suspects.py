@@ -74,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("results/claim"), help="directory of the page and figures")
     options = parser.parse_args(arguments)
     families = {name: family for name, family in SUSPECTS.items() if name in options.suspects or not options.suspects}
-    if unknown := {*options.suspects} - {*SUSPECTS}:
+    unknown = {*options.suspects} - {*SUSPECTS}
+    if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: not a suspect; choose from {', '.join(SUSPECTS)}")
     studies = {study for family in families.values() for row in family for study, _ in (*row.plus, *row.minus)}
     try:

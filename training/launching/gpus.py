@@ -6,8 +6,6 @@ import os
 import socket
 from collections.abc import Sequence
 
-import torch
-
 from training.launching.lifeline import in_joblib
 
 _claims: list[socket.socket] = []  # this process's, one for each of its GPUs
@@ -36,6 +34,8 @@ def take_gpus(ranks: int) -> None:
 @functools.cache
 def _visible() -> tuple[str, ...]:
     """Return the GPUs that the process saw when it started, as CUDA_VISIBLE_DEVICES names them."""
+    import torch  # seconds, which a refused command does not wait for
+
     count = torch.cuda.device_count()  # asks the driver's library: CUDA is not initialised
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return tuple(name.strip() for name in given.split(",")[:count]) if given else tuple(map(str, range(count)))
