@@ -203,10 +203,12 @@ class Study:
 
     def corrected_level(self, model: str) -> float:
         """Return 1 - (1 - level) / m, for the m arms but the baseline on a model (Bonferroni), ended or planned."""
-        others = {name: arm for name, arm in self.arms.items() if arm.role == "arm" and name != self.baseline}
-        planned = {name for name, arm in others.items() if any(of == model for of, _ in arm.seeds)}
-        arms = {name for name in others if self.endpoints(name, model)} | planned
-        return 1 - (1 - self.level) / max(len(arms), 1)
+        arms = sum(
+            bool(self.endpoints(name, model)) or any(of == model for of, _ in arm.seeds)
+            for name, arm in self.arms.items()
+            if arm.role == "arm" and name != self.baseline
+        )
+        return 1 - (1 - self.level) / max(arms, 1)
 
     def level_text(self, model: str) -> str:
         """ "98.8%"."""

@@ -99,12 +99,12 @@ def set_deterministic(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def release_earlier_runs() -> None:
+def release_earlier_runs(device: torch.device) -> None:
     """Free the memory of this process's previous run, whose reference cycles hold it, and start the GPU's peak anew."""
     gc.collect()
-    if torch.cuda.is_available():
+    if device.type == "cuda":  # a run on the CPU creates no context on a GPU
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def keep_memory_mapped() -> bool:

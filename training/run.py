@@ -147,7 +147,7 @@ def _collective_timeout(config: RunConfig) -> datetime.timedelta:
 
 
 def _execute(config: RunConfig, distributed: Distributed, stop: StopSignals, held: contextlib.ExitStack) -> Outcome:
-    hardware.release_earlier_runs()
+    hardware.release_earlier_runs(distributed.device)
     given = config
     config, micro = distributed.on_all(lambda: _resolve_for_ranks(given, distributed))
     distributed.agree(

@@ -148,6 +148,17 @@ def test_a_run_leaves_neither_determinism_nor_memory_to_the_next_of_its_process(
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_a_run_on_the_cpu_creates_no_context_on_a_gpu(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise AssertionError("a call that initialises CUDA")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("reset_peak_memory_stats", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, refused)
+    train("cpu", "train.steps=2", "train.device=cpu")
+
+
 def test_a_finished_run_is_not_run_again(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     before = train("once", "train.steps=2").metrics_path.stat().st_mtime_ns
     assert train("once", "train.steps=2").metrics_path.stat().st_mtime_ns == before
